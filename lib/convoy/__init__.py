@@ -1,0 +1,1 @@
+"""Convoy: ConvNets on images in object storage, in every way that pays."""

@@ -1,0 +1,102 @@
+"""One YAML file a job, read strictly: an unknown key is an error that names the nearest valid one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from convoy.core.errors import ConfigError
+
+
+class StrictModel(BaseModel):
+    """Base of all config models: immutable, and closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+
+def load_config(model: type[ConfigT], path: str | None, overrides: Sequence[str] = ()) -> ConfigT:
+    """The config of a job from a YAML file (may be None) and `section.key=value` overrides, in that order.
+
+    Values of overrides are read as YAML, so `views=3`, `taps=[pooled]` and `weights=null` mean what they say.
+    Raises ConfigError for a missing file, bad YAML, an unknown key or a value that does not fit.
+    """
+    settings = _read_yaml(path) if path else {}
+    for override in overrides:
+        _apply_override(settings, override)
+    try:
+        return model.model_validate(settings)
+    except ValidationError as error:
+        raise ConfigError(
+            "\n".join(_explain(model, problem) for problem in error.errors()),
+            where=path or "--set",
+            next_step="correct the config, or see the examples in jobs/configs",
+        ) from None
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError("the config file does not exist", where=path, next_step="check --config") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the config is not valid YAML: {error}", where=path) from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise ConfigError("the config must be a mapping of keys to values", where=path)
+    return loaded
+
+
+def _apply_override(settings: dict[str, Any], override: str) -> None:
+    dotted, separator, text = override.partition("=")
+    if not separator or not dotted:
+        raise ConfigError(
+            "an override must look like section.key=value", where=override, next_step="correct --set"
+        )
+    *sections, key = dotted.strip().split(".")
+    target = settings
+    for section in sections:
+        inner = target.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"'{section}' is a value, not a section", where=override)
+        target = inner
+    try:
+        target[key] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value is not valid YAML: {error}", where=override) from None
+
+
+def _explain(model: type[BaseModel], problem: Any) -> str:
+    location = [str(part) for part in problem["loc"]]
+    dotted = ".".join(location)
+    if problem["type"] != "extra_forbidden":
+        return f"{dotted or model.__name__}: {problem['msg']}"
+    nearest = difflib.get_close_matches(location[-1], _known_keys(model), n=1)
+    hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
+    return f"{dotted}: unknown key{hint}"
+
+
+def _known_keys(model: type[BaseModel]) -> list[str]:
+    """The keys of the model and of all models inside it."""
+    known: dict[str, None] = {}
+    pending: list[Any] = [model]
+    seen: set[Any] = set()
+    while pending:
+        kind = pending.pop()
+        if kind in seen:
+            continue
+        seen.add(kind)
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            known.update(dict.fromkeys(kind.model_fields))
+            pending.extend(field.annotation for field in kind.model_fields.values())
+        else:
+            pending.extend(getattr(kind, "__args__", ()))
+    return list(known)

@@ -1,0 +1,114 @@
+"""The error tree. Every error names what happened, where, and what to do next, and survives pickling."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any
+
+
+class ExitCode(IntEnum):
+    """Process exit codes, a public contract."""
+
+    OK = 0
+    ERROR = 1
+    USAGE = 2
+    ERROR_BUDGET_EXCEEDED = 3
+    STOPPED_RESUMABLE = 4
+    REFUSED_BY_GATE = 5
+
+
+class ConvoyError(Exception):
+    """Base of all errors that Convoy raises on purpose.
+
+    `what` is one sentence about what happened, `where` the key, file or setting it happened at, `next_step`
+    the command or change that helps. Further keyword fields are kept in `fields`.
+    """
+
+    exit_code: ExitCode = ExitCode.ERROR
+    retryable: bool = False
+
+    def __init__(self, what: str, *, where: str = "", next_step: str = "", **fields: Any) -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = where
+        self.next_step = next_step
+        self.fields = fields
+
+    def __str__(self) -> str:
+        text = f"{self.what} [{self.where}]" if self.where else self.what
+        return f"{text}\n  next: {self.next_step}" if self.next_step else text
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.what, self.where, self.next_step, self.fields)
+
+
+def _rebuild(
+    kind: type[ConvoyError], what: str, where: str, next_step: str, fields: dict[str, Any]
+) -> ConvoyError:
+    return kind(what, where=where, next_step=next_step, **fields)
+
+
+class ConfigError(ConvoyError):
+    """A config, argument or setting that cannot be used."""
+
+    exit_code = ExitCode.USAGE
+
+
+class DataError(ConvoyError):
+    """Input data that cannot be used."""
+
+
+class ErrorBudgetExceeded(DataError):
+    """More samples were rejected than the error budget allows. The results are kept."""
+
+    exit_code = ExitCode.ERROR_BUDGET_EXCEEDED
+
+
+class StorageError(ConvoyError):
+    """An object store or file system failed."""
+
+
+class StoreUnavailable(StorageError):
+    """The store kept failing after all retries; the same command may work later."""
+
+    retryable = True
+
+
+class ObjectNotFound(StorageError):
+    """The object does not exist."""
+
+
+class AccessDenied(StorageError):
+    """The credentials do not allow the request."""
+
+
+class PreconditionFailed(StorageError):
+    """A conditional write was refused: the object exists, or is not the version that was expected."""
+
+
+class ConditionalWriteUnsupported(StorageError):
+    """The server has no such conditional write."""
+
+
+class ChecksumMismatch(StorageError):
+    """Bytes that were read differ from the bytes that were recorded."""
+
+
+class RunMismatch(ConvoyError):
+    """An unfinished run exists for the same target, but with other inputs, config or weights."""
+
+    exit_code = ExitCode.USAGE
+
+
+class StoppedResumable(ConvoyError):
+    """The job was told to stop. The same command goes on where it stopped."""
+
+    exit_code = ExitCode.STOPPED_RESUMABLE
+
+
+class ClusterError(ConvoyError):
+    """Ray or a worker failed."""
+
+
+class TrainingError(ConvoyError):
+    """Training cannot go on."""

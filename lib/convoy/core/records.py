@@ -1,0 +1,65 @@
+"""The words that every floor shares: splits, reject codes, views."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Split(StrEnum):
+    """The part of a dataset that a sample belongs to."""
+
+    TRAIN = "train"
+    VAL = "val"
+    TEST = "test"
+
+
+class Stage(StrEnum):
+    """Where in the operator a sample was rejected."""
+
+    FETCH = "fetch"
+    DECODE = "decode"
+
+
+class RejectCode(StrEnum):
+    """Why a sample could not be used. A public contract: codes are added, never renamed."""
+
+    EMPTY = "empty"
+    NOT_AN_IMAGE = "not_an_image"
+    UNSUPPORTED_FORMAT = "unsupported_format"
+    TRUNCATED = "truncated"
+    CORRUPT = "corrupt"
+    TOO_LARGE = "too_large"
+    TOO_SMALL = "too_small"
+    CHECKSUM_MISMATCH = "checksum_mismatch"
+    GONE = "gone"
+    CHANGED = "changed"
+    ACCESS_DENIED = "access_denied"
+    UNREADABLE = "unreadable"
+
+
+class SampleRejected(Exception):
+    """One sample cannot be used; the job goes on without it.
+
+    A decode-stage reject is a property of the bytes and is remembered; a fetch-stage reject may heal and is
+    tried again by the next run.
+    """
+
+    def __init__(self, code: RejectCode, stage: Stage, reason: str) -> None:
+        super().__init__(code, stage, reason)
+        self.code = code
+        self.stage = stage
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reject:
+    """A row of the reject table."""
+
+    sample_id: str
+    uri: str
+    etag: str
+    content_id: bytes
+    stage: Stage
+    code: RejectCode
+    reason: str

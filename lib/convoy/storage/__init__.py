@@ -1,0 +1,1 @@
+"""Floor 1: object stores, manifests, feature cache, commits, bundles. Blind to `vision` and to Ray."""

@@ -1,0 +1,100 @@
+"""The seam between Convoy and where bytes live: a small protocol, kept by a local folder and by S3."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectInfo:
+    """What a listing says of an object. `key` is relative to the store's root; `etag` changes with content.
+
+    `checksum` is "md5:<hex>" where the store's etag is known to be the MD5 of the content, else "".
+    """
+
+    key: str
+    size_bytes: int
+    etag: str
+    checksum: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blob:
+    """The bytes of an object, and the etag of the version they were read from."""
+
+    data: bytes
+    etag: str
+
+
+class ConditionalPut(StrEnum):
+    """What a store's create-if-absent is worth when several writers race."""
+
+    ATOMIC = "atomic"
+    RACY = "racy"
+    UNSUPPORTED = "unsupported"
+
+
+class ObjectStore(Protocol):
+    """A root URI and the operations below it. Keys use '/', are exact bytes in UTF-8, and never start with '/'.
+
+    All operations retry transient faults inside a deadline and then raise StoreUnavailable; a missing object
+    is ObjectNotFound, a refused one AccessDenied. Stores are cheap to make, thread-safe, and pickle.
+    """
+
+    @property
+    def root_uri(self) -> str:
+        """The root, without a trailing slash: an absolute local path or s3://bucket/prefix."""
+        ...
+
+    def uri(self, key: str) -> str:
+        """The full URI of a key; `open_uri` turns it back."""
+        ...
+
+    def list_objects(self, prefix: str = "", *, start_after: str = "") -> Iterator[ObjectInfo]:
+        """Objects whose key starts with `prefix`, in ascending order of the key's UTF-8 bytes.
+
+        Directory markers (empty objects whose key ends in '/') are left out.
+        """
+        ...
+
+    def list_folders(self, prefix: str = "") -> list[str]:
+        """The names directly below `prefix` (which is empty or ends in '/') that have objects below them."""
+        ...
+
+    def head(self, key: str) -> ObjectInfo:
+        """What is known of one object without reading it."""
+        ...
+
+    def get(self, key: str, *, byte_range: tuple[int, int] | None = None) -> Blob:
+        """The bytes of an object, or of `byte_range` = (first byte, number of bytes). Short bodies are retried."""
+        ...
+
+    def put(self, key: str, data: bytes) -> str:
+        """Write an object whole, replacing any other, and return its etag. Readers see all of it or none."""
+        ...
+
+    def put_if_absent(self, key: str, data: bytes) -> str:
+        """Write an object that must not exist yet, and return its etag; PreconditionFailed if it exists.
+
+        An unknown outcome (a lost answer, a refusal after a retry) is settled by reading back: an object with
+        exactly these bytes counts as our own success, so `data` must name its writer.
+        """
+        ...
+
+    def put_if_match(self, key: str, data: bytes, *, etag: str) -> str:
+        """Replace the version `etag` of an object, and return the new etag.
+
+        PreconditionFailed if another version is there; ConditionalWriteUnsupported if the server cannot.
+        """
+        ...
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Delete objects; those that do not exist are no error."""
+        ...
+
+    def open_parquet(self, key: str) -> Any:
+        """A pyarrow.parquet.ParquetFile over the object that reads only the ranges it needs."""
+        ...
