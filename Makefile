@@ -1,0 +1,51 @@
+# `make demo` and `make test` do all the set-up themselves on a machine that has only Python 3.11+ and make.
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(shell command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3)
+SOURCES := lib jobs tests
+
+.PHONY: help setup demo test check format integration chaos bench lock clean
+
+help:  ## Show this help.
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.ready  ## Make .venv with the pinned dependencies and Convoy itself.
+
+$(VENV)/.ready: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Convoy needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: setup  ## Run the main job on real images: local Ray, local folder, no cloud. About two minutes.
+	$(BIN)/python jobs/demo.py
+
+test: setup  ## Run all tests that need no special machine.
+	$(BIN)/python -m pytest tests/unit tests/contract tests/integration tests/chaos -m "not slow and not gpu"
+
+check: setup  ## Lint, format, strict types, and the floors.
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/unit/test_floors.py
+
+format: setup  ## Format the code.
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
+
+integration: setup  ## Only the tests that start a real Ray or a real S3 server.
+	$(BIN)/python -m pytest tests/contract tests/integration -m "not gpu"
+
+chaos: setup  ## Kill things on purpose, the long form.
+	$(BIN)/python -m pytest tests/chaos -m "not gpu"
+
+bench: setup  ## Measure against the physical bounds and the usual ways, in one run.
+	$(BIN)/convoy bench cache
+
+lock: setup  ## Renew requirements.lock for Python 3.11 to 3.13; needs uv.
+	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \
+		--no-emit-index-url --no-emit-find-links --no-annotate --custom-compile-command "make lock" -o requirements.lock
+
+clean:  ## Remove what setup and demo made.
+	rm -rf $(VENV) demo-workspace

@@ -1,0 +1,8 @@
+"""`convoy cache` as a script, for schedulers: python jobs/cache.py --config jobs/configs/cache.<variant>.yaml"""
+
+import sys
+
+from convoy.cli import main
+
+if __name__ == "__main__":
+    main(["cache", *sys.argv[1:]])

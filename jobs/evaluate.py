@@ -1,0 +1,8 @@
+"""`convoy evaluate` as a script, for schedulers: python jobs/evaluate.py --config jobs/configs/evaluate.<variant>.yaml"""
+
+import sys
+
+from convoy.cli import main
+
+if __name__ == "__main__":
+    main(["evaluate", *sys.argv[1:]])

@@ -1,0 +1,8 @@
+"""`convoy train` as a script, for schedulers: python jobs/train.py --config jobs/configs/train.<variant>.yaml"""
+
+import sys
+
+from convoy.cli import main
+
+if __name__ == "__main__":
+    main(["train", *sys.argv[1:]])

@@ -1,0 +1,206 @@
+"""`convoy`: the door for people. stdout is the result, stderr is progress."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Annotated, Any, TypeVar
+
+import typer
+from pydantic import BaseModel
+
+from convoy.core.config import load_config
+from convoy.core.errors import ConvoyError, ErrorBudgetExceeded, ExitCode, StoppedResumable
+from convoy.report.progress import TerminalProgress
+from convoy.report.tables import print_report
+
+app = typer.Typer(
+    name="convoy",
+    help="Use ConvNets on images in object storage in every way that pays.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+models_app = typer.Typer(help="Look after networks and bundles in the workspace.", no_args_is_help=True)
+app.add_typer(models_app, name="models")
+
+ConfigOption = Annotated[str | None, typer.Option("--config", "-c", help="YAML file of the job.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", "-s", help="Override a key: section.key=value. Repeatable.")
+]
+WorkspaceOption = Annotated[
+    str | None,
+    typer.Option("--workspace", "-w", help="Folder or s3:// URI. Default: the config, CONVOY_WORKSPACE, ./workspace."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object last on stdout.")]
+NewRunOption = Annotated[
+    bool, typer.Option("--new-run", help="Leave an unfinished run of the same target and start afresh.")
+]
+
+ReportT = TypeVar("ReportT", bound=BaseModel)
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+
+@app.command()
+def dataset(
+    source: Annotated[str, typer.Argument(help="Folder, list (.csv .jsonl .parquet), tar shards; local or s3://")],
+    name: Annotated[str, typer.Option("--name", "-n", help="Name of the dataset in the workspace.")],
+    workspace: WorkspaceOption = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Freeze a dataset: list its samples into a manifest. Again: refresh it, and say what changed."""
+    from convoy.pipelines.dataset import DatasetConfig, freeze  # noqa: PLC0415
+
+    settings = [f"source={json.dumps(source)}", f"name={json.dumps(name)}", *(overrides or [])]
+    config = _load(DatasetConfig, None, settings, workspace)
+    _run(lambda progress: freeze(config, progress=progress), as_json=as_json)
+
+
+@app.command()
+def cache(
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    workspace: WorkspaceOption = None,
+    new_run: NewRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compute features of a dataset and keep them: only what the workspace does not have yet."""
+    from convoy.pipelines.cache import CacheConfig, run_cache  # noqa: PLC0415
+
+    settings = _load(CacheConfig, config, overrides, workspace)
+    _run(lambda progress: run_cache(settings, progress=progress, new_run=new_run), as_json=as_json)
+
+
+@app.command()
+def train(
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    workspace: WorkspaceOption = None,
+    new_run: NewRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a model by a strategy (linear_probe, early_layer_probe) and write it as a bundle."""
+    from convoy.pipelines.train import TrainConfig, run_train  # noqa: PLC0415
+
+    settings = _load(TrainConfig, config, overrides, workspace)
+    _run(lambda progress: run_train(settings, progress=progress, new_run=new_run), as_json=as_json)
+
+
+@app.command()
+def evaluate(
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    workspace: WorkspaceOption = None,
+    new_run: NewRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a bundle, or a pretrained network as it is, on a split: every row counted once."""
+    from convoy.pipelines.evaluate import EvaluateConfig, run_evaluate  # noqa: PLC0415
+
+    settings = _load(EvaluateConfig, config, overrides, workspace)
+    _run(lambda progress: run_evaluate(settings, progress=progress, new_run=new_run), as_json=as_json)
+
+
+@app.command()
+def verify(
+    run: Annotated[str, typer.Argument(help="Run id, as printed by the job.")],
+    workspace: WorkspaceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Prove from storage alone that every input row of a run ended exactly once, and that all files are intact."""
+    from convoy.pipelines.verify import verify_run  # noqa: PLC0415
+    from convoy.pipelines.workspace import workspace_uri  # noqa: PLC0415
+    from convoy.storage.stores import open_store  # noqa: PLC0415
+
+    _run(lambda _: verify_run(open_store(workspace_uri(workspace)), run), as_json=as_json)
+
+
+@app.command()
+def doctor(workspace: WorkspaceOption = None, as_json: JsonOption = False) -> None:
+    """Check Python, Ray, torch, devices, the workspace's rights, clock and conditional writes."""
+    from convoy.pipelines.doctor import examine  # noqa: PLC0415
+    from convoy.pipelines.workspace import workspace_uri  # noqa: PLC0415
+
+    _run(lambda _: examine(workspace_uri(workspace)), as_json=as_json)
+
+
+@app.command()
+def bench(
+    job: Annotated[str, typer.Argument(help="What to measure: cache.")],
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a job against its physical bounds and against the usual ways, on the same images, in one run."""
+    from convoy.pipelines.bench import run_bench  # noqa: PLC0415
+
+    _run(lambda progress: run_bench(job, overrides or [], progress=progress), as_json=as_json)
+
+
+@models_app.command("fetch")
+def models_fetch(
+    arch: Annotated[str, typer.Argument(help="torchvision:<name>, timm:<name>, a built-in, or module:factory.")],
+    weights: Annotated[str, typer.Option(help="Weight name, URI of a state dict, or 'random'.")] = "DEFAULT",
+    workspace: WorkspaceOption = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Bring a weight set into the workspace once; workers only read the workspace."""
+    from convoy.pipelines.models import fetch_backbone  # noqa: PLC0415
+    from convoy.pipelines.workspace import workspace_uri  # noqa: PLC0415
+    from convoy.storage.stores import open_store  # noqa: PLC0415
+    from convoy.vision.backbones import BackboneConfig  # noqa: PLC0415
+
+    settings = [f"arch={json.dumps(arch)}", f"weights={json.dumps(weights)}", *(overrides or [])]
+    config = load_config(BackboneConfig, None, settings)
+    _run(lambda _: fetch_backbone(open_store(workspace_uri(workspace)), config), as_json=as_json)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command line; exits with a code of `ExitCode`."""
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        app(args=list(arguments) if arguments is not None else None, standalone_mode=True)
+    except ConvoyError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on where it stopped", file=sys.stderr)  # noqa: T201
+        sys.exit(ExitCode.STOPPED_RESUMABLE)
+
+
+def _stop(_signal: int, _frame: FrameType | None) -> None:
+    raise StoppedResumable("stopped by SIGTERM", next_step="run the same command again to go on")
+
+
+def _load(
+    model: type[ConfigT], path: str | None, overrides: Sequence[str] | None, workspace: str | None
+) -> ConfigT:
+    settings = list(overrides or [])
+    if workspace is not None:
+        settings.append(f"workspace={json.dumps(workspace)}")
+    return load_config(model, path, settings)
+
+
+def _run(job: Callable[[TerminalProgress], ReportT], *, as_json: bool) -> None:
+    """Run a job, print its report, and turn a broken promise of the report into the exit code."""
+    with TerminalProgress() as progress:
+        report = job(progress)
+    if as_json:
+        print(json.dumps(report.model_dump(mode="json")), flush=True)  # noqa: T201
+    else:
+        print_report(report)
+    if not getattr(report, "within_error_budget", True):
+        raise ErrorBudgetExceeded(
+            "more samples were rejected than the error budget allows; the results are kept",
+            next_step="look at the rejects of the run, then mend the data or raise error_budget",
+        )
+    if not getattr(report, "ok", True):
+        sys.exit(ExitCode.ERROR)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Slices through Ray Data: one row a slice, one pool of fused operators, one record back for each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ray
+from ray.data import ActorPoolStrategy
+from ray.exceptions import RayError
+
+from convoy.cluster.extraction import ExtractionSpec, FeatureExtractor
+from convoy.core.config import StrictModel
+from convoy.core.errors import ClusterError, ConvoyError
+from convoy.storage.commits import SliceRecord
+
+
+class WorkerPool(StrictModel):
+    """How many operators run, and what each of them holds of the cluster."""
+
+    num_workers: int
+    num_cpus: float
+    num_gpus: float
+    num_threads: int
+
+
+class SliceTask(StrictModel):
+    """One row through Ray Data: which slice, and which sets it lacks."""
+
+    slice: str
+    set_ids: tuple[str, ...]
+
+
+def plan_pool(num_workers: int | None) -> WorkerPool:
+    """One operator a GPU; on a cluster without GPUs one a node. CPUs are shared out as threads."""
+    cpus_of_nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    usable = [cpus for cpus in cpus_of_nodes if cpus > 0]
+    if not usable:
+        raise ClusterError("no node offers a CPU", next_step="start workers, or look at `ray status`")
+    num_gpus = int(ray.cluster_resources().get("GPU", 0))
+    workers = num_workers or num_gpus or len(usable)
+    num_threads = max(sum(usable) // workers, 1)
+    # A fraction of a CPU too few is asked for, so that Ray Data's own tasks always find room.
+    num_cpus = max(min(num_threads, min(usable)) - 0.5, 0.1) if not num_gpus else 0.5
+    return WorkerPool(
+        num_workers=workers, num_cpus=num_cpus, num_gpus=min(1, num_gpus), num_threads=num_threads
+    )
+
+
+def extract_slices(
+    spec: ExtractionSpec, tasks: Sequence[SliceTask], pool: WorkerPool
+) -> Iterator[SliceRecord]:
+    """The records of the tasks' slices, in the order in which they finish.
+
+    A worker that dies is replaced and its slice redone; an error raised in a worker ends the run, and finished
+    slices stay.
+    """
+    rows = [{"task": task.model_dump_json()} for task in tasks]
+    # A block a slice: slices are handed out one by one, and a record comes back as soon as its slice is done.
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        _SliceWorker,
+        fn_constructor_args=(spec.model_dump_json(),),
+        batch_size=1,
+        compute=ActorPoolStrategy(size=min(pool.num_workers, len(rows))),
+        num_cpus=pool.num_cpus,
+        num_gpus=pool.num_gpus,
+    )
+    try:
+        for row in dataset.iter_rows():
+            yield SliceRecord.model_validate_json(row["record"])
+    except RayError as error:
+        raise _first_cause(error) from error
+
+
+class _SliceWorker:
+    """The actor that Ray Data makes for each place in the pool."""
+
+    def __init__(self, spec_json: str) -> None:
+        self._extractor = FeatureExtractor(ExtractionSpec.model_validate_json(spec_json))
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
+        tasks = [SliceTask.model_validate_json(str(text)) for text in batch["task"]]
+        records = [self._extractor.extract(task.slice, task.set_ids) for task in tasks]
+        return {"record": [record.model_dump_json() for record in records]}
+
+
+def _first_cause(error: BaseException) -> ConvoyError:
+    """Our own error from inside Ray's wrapping, or a ClusterError with Ray's words."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ConvoyError):
+            return cause
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    return ClusterError(
+        f"a worker failed: {error}",
+        next_step="run the same command again to go on; Ray's logs are in /tmp/ray/session_latest/logs",
+    )

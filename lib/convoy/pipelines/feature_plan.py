@@ -1,0 +1,134 @@
+"""Planning features: which sets a request needs, how the network will be run, and which rows lack what."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any
+
+from pydantic import Field
+
+from convoy.core.config import StrictModel
+from convoy.core.records import Split
+from convoy.pipelines.models import BackboneRecord
+from convoy.storage.feature_cache import FeatureSetSpec
+from convoy.storage.manifests import Manifest
+from convoy.vision.backbones import BackboneConfig
+from convoy.vision.decoding import DecodeRule
+from convoy.vision.engine import Precision, best_precision, has_compiler
+from convoy.vision.views import ViewPolicy, view_recipe
+
+# torch.compile costs about half a minute a worker and saves about a sixth of the forward time (resnet18 and
+# resnet50 at 224 pixels on two AVX512-bf16 cores): it pays from this much forward work on.
+COMPILE_PAYS_FROM_S = 400.0
+# Multiply-adds a second of two such cores in bf16; the forecast needs no better guess.
+_MACS_PER_S = 2.5e11
+
+
+class CompileChoice(StrEnum):
+    """Whether workers compile the network; `auto` compiles where the forecast says that it pays."""
+
+    AUTO = "auto"
+    ALWAYS = "always"
+    NEVER = "never"
+
+
+class PrecisionChoice(StrEnum):
+    """What the network computes in; `auto` is bf16 where this machine's processor has it."""
+
+    AUTO = "auto"
+    FP32 = "fp32"
+    BF16 = "bf16"
+
+
+class FeatureDtype(StrEnum):
+    """How features are stored."""
+
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+class ExtractionConfig(StrictModel):
+    """How features are computed and stored; shared by every job that needs features."""
+
+    decode: DecodeRule = DecodeRule()
+    precision: PrecisionChoice = PrecisionChoice.AUTO
+    dtype: FeatureDtype = FeatureDtype.FLOAT16
+    batch_size: int = Field(default=32, gt=0)
+    compile: CompileChoice = CompileChoice.AUTO
+    num_workers: int | None = Field(default=None, gt=0)
+    slice_rows: int | None = Field(default=None, gt=0)
+    num_fetch_threads: int = Field(default=16, gt=0)
+
+
+class ErrorBudget(StrictModel):
+    """How many samples may be rejected: `rows`, or `rate` of all samples, whichever is more."""
+
+    rate: float = Field(default=0.01, ge=0, le=1)
+    rows: int = Field(default=100, ge=0)
+
+    def allows(self, num_rejects: int, num_samples: int) -> bool:
+        """Whether so many rejects among so many samples are within the budget."""
+        return num_rejects <= max(self.rows, self.rate * num_samples)
+
+
+class FeatureRequest(StrictModel):
+    """Which features of which samples: some taps and views of a backbone, for some splits of a dataset."""
+
+    dataset: str
+    splits: tuple[Split, ...] | None = None
+    backbone: BackboneConfig
+    taps: tuple[str | int, ...] = ("pooled",)
+    views: int = Field(default=1, ge=1)
+    view_policy: ViewPolicy = ViewPolicy()
+
+
+def plan_sets(
+    backbone: BackboneRecord, request: FeatureRequest, extraction: ExtractionConfig
+) -> list[FeatureSetSpec]:
+    """The feature sets of a request, taps outermost; the spec of view 0 does not depend on the view policy."""
+    precision = (
+        best_precision()
+        if extraction.precision is PrecisionChoice.AUTO
+        else Precision(extraction.precision.value)
+    )
+    return [
+        FeatureSetSpec(
+            decode_rule=extraction.decode.model_dump(mode="json"),
+            view=view,
+            view_recipe=view_recipe(backbone.preset, request.view_policy, view),
+            arch=backbone.arch,
+            weights_digest=backbone.weights_digest,
+            tap=backbone.resolve_tap(tap),
+            precision=precision.value,
+            dtype=extraction.dtype.value,
+        )
+        for tap in dict.fromkeys(request.taps)
+        for view in range(request.views)
+    ]
+
+
+def plan_compile(
+    backbone: BackboneRecord, request: FeatureRequest, choice: CompileChoice, num_images: int
+) -> tuple[bool, str]:
+    """Whether to compile, and the reason in words. Decided once a run, so that a resumed run computes the same."""
+    if choice is CompileChoice.NEVER:
+        return False, "eager: compile is set to never"
+    if not has_compiler():
+        return False, "eager: no C++ compiler (g++ or clang++) on this machine"
+    if choice is CompileChoice.ALWAYS:
+        return True, "compiled: compile is set to always"
+    forecast_s = num_images * request.views * backbone.macs / _MACS_PER_S
+    pays = forecast_s >= COMPILE_PAYS_FROM_S
+    relation = "at least" if pays else "less than"
+    reason = f"forecast of {forecast_s:.0f} s forward is {relation} {COMPILE_PAYS_FROM_S:.0f} s"
+    return pays, f"{'compiled' if pays else 'eager'}: {reason}"
+
+
+def run_identity(manifest: Manifest, request: FeatureRequest, sets: list[FeatureSetSpec]) -> dict[str, Any]:
+    """What a resumed run must share with the run that it goes on with."""
+    return {
+        "dataset": request.dataset,
+        "dataset_fingerprint": manifest.fingerprint,
+        "splits": sorted(request.splits) if request.splits else "all",
+        "sets": [spec.set_id for spec in sets],
+    }

@@ -1,0 +1,276 @@
+"""The step that cache, train and evaluate share: see to it that features exist, computing only what is missing."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from convoy.cluster.extraction import ExtractionSpec, FeatureOutput
+from convoy.cluster.feature_extraction import SliceTask, WorkerPool, extract_slices, plan_pool
+from convoy.cluster.session import ray_session
+from convoy.core.config import StrictModel
+from convoy.core.crash_points import CrashPoint, crash_point
+from convoy.core.fingerprints import digest
+from convoy.core.progress import Progress
+from convoy.pipelines.feature_plan import (
+    ExtractionConfig,
+    FeatureRequest,
+    plan_compile,
+    plan_sets,
+    run_identity,
+)
+from convoy.pipelines.models import BackboneRecord
+from convoy.storage.commits import (
+    RunManifest,
+    SliceRecord,
+    choose_attempts,
+    feature_prefix,
+    finish,
+    publish,
+    read_commits,
+    read_manifest,
+    read_records,
+)
+from convoy.storage.feature_cache import FeatureCache, FeatureSetSpec
+from convoy.storage.manifests import Manifest
+from convoy.storage.object_store import ObjectStore
+from convoy.storage.parts import FEATURES_SCHEMA_VERSION
+from convoy.storage.run_input import freeze_input, missing_rows, slice_rows_for
+from convoy.storage.runs import OpenRun, RunFolder, RunRecord, refuse_changed_identity
+from convoy.vision.engine import EngineOptions, Precision
+
+_VERB = "cache"
+
+
+class FeatureSummary(StrictModel):
+    """What `ensure_features` found and did, in samples; `rows + rejects == samples`.
+
+    `sets` maps "<tap>/<view>" to the id of its feature set; `run` is the run that computed rows now, or else the
+    last one that did; `images_per_s` counts the samples of this call from the first slice's start.
+    """
+
+    run: str | None
+    samples: int
+    rows: int
+    rejects: int
+    recomputed: int
+    reject_codes: dict[str, int]
+    flags: dict[str, int]
+    sets: dict[str, str]
+    seconds: dict[str, float]
+    images_per_s: float
+    first_row_s: float | None
+    precision: str
+    precision_effect: dict[str, float]
+    notes: list[str]
+
+
+class FeatureJob:
+    """One request for features against one workspace."""
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        manifest: Manifest,
+        backbone: BackboneRecord,
+        request: FeatureRequest,
+        extraction: ExtractionConfig,
+    ) -> None:
+        self._store = store
+        self._manifest = manifest
+        self._backbone = backbone
+        self._request = request
+        self._extraction = extraction
+        self._cache = FeatureCache(store)
+        self.sets = plan_sets(backbone, request, extraction)
+        target = digest([request.dataset, [spec.set_id for spec in self.sets]])
+        self._open_run = OpenRun(store, verb=_VERB, target=target)
+
+    def set_id(self, tap: str | int, view: int = 0) -> str:
+        """The id of the set that holds a tap of a view."""
+        name = self._backbone.resolve_tap(tap)
+        return next(spec.set_id for spec in self.sets if spec.tap == name and spec.view == view)
+
+    def ensure(self, *, progress: Progress, new_run: bool = False) -> FeatureSummary:
+        """Compute and commit whatever the cache lacks; a killed call goes on where it stopped."""
+        started_unix_s = time.time()
+        for spec in self.sets:
+            self._cache.describe(spec)
+        progress.stage("looking for missing features")
+        opened = self._resume_or_start(new_run=new_run)
+        if opened is None:
+            return self._summary(None, None, [], started_unix_s)
+        folder, record = opened
+        finished = self._compute(folder, record, progress)
+        progress.stage("committing")
+        manifest = publish(folder, record, read_records(folder))
+        summary = self._summary(record, manifest, finished, started_unix_s)
+        finish(folder, summary.model_dump(mode="json"))
+        self._open_run.close()
+        return summary
+
+    def _resume_or_start(self, *, new_run: bool) -> tuple[RunFolder, RunRecord] | None:
+        """The unfinished run of this target, or a new one with a frozen input, or None if nothing is missing."""
+        identity = run_identity(self._manifest, self._request, self.sets)
+        folder = self._open_run.current()
+        if folder is not None and (new_run or folder.is_finished()):
+            self._open_run.close()
+            folder = None
+        record = folder.record() if folder else None
+        if folder is not None and record is not None:
+            refuse_changed_identity(record, identity)
+            return folder, record
+        num_missing = sum(rows.num_rows for _, rows in self._missing())
+        if not num_missing:
+            if folder is not None:
+                self._open_run.close()
+            return None
+        folder = folder or self._open_run.start()
+        return folder, folder.record() or self._freeze(folder, identity, num_missing)
+
+    def _missing(self) -> Iterator[Any]:
+        known = {spec.set_id: self._cache.known_content(spec.set_id) for spec in self.sets}
+        return missing_rows(self._manifest.iter_batches(splits=self._request.splits), known)
+
+    def _freeze(self, folder: RunFolder, identity: dict[str, Any], num_missing: int) -> RunRecord:
+        compiled, reason = plan_compile(self._backbone, self._request, self._extraction.compile, num_missing)
+        slice_rows = self._extraction.slice_rows or slice_rows_for(num_missing, self._extraction.batch_size)
+        groups = freeze_input(folder, self._missing(), slice_rows=slice_rows)
+        record = RunRecord.new(
+            folder.run_id,
+            verb=_VERB,
+            identity=identity,
+            config={
+                "request": self._request.model_dump(mode="json"),
+                "extraction": self._extraction.model_dump(mode="json"),
+            },
+            outputs={spec.set_id: feature_prefix(spec.set_id, folder.run_id) for spec in self.sets},
+            groups=groups,
+            # Decided once, so that a resumed run computes the very same numbers.
+            settings={"compiled": compiled, "compile_reason": reason, "batch_size": self._extraction.batch_size},
+        )
+        folder.write_record(record)
+        return record
+
+    def _compute(self, folder: RunFolder, record: RunRecord, progress: Progress) -> list[SliceRecord]:
+        """Run the slices that have no verified attempt; the records of those that were finished now."""
+        if read_manifest(folder) is not None:
+            return []
+        done = choose_attempts(folder, record, read_records(folder))
+        tasks = [
+            SliceTask(slice=name, set_ids=record.outputs_of(name))
+            for name in record.slice_names()
+            if name not in done
+        ]
+        if not tasks:
+            return []
+        finished = []
+        progress.stage("starting Ray and the workers")
+        with ray_session():
+            pool = plan_pool(self._extraction.num_workers)
+            spec = self._spec(record, pool)
+            num_done = sum(slice_.num_results + slice_.num_rejects for slice_ in done.values())
+            progress.start(record.num_inputs, num_done)
+            for slice_record in extract_slices(spec, tasks, pool):
+                progress.advance(slice_record.num_results, slice_record.num_rejects)
+                finished.append(slice_record)
+                crash_point(CrashPoint.SLICE_COLLECTED)
+        return finished
+
+    def _spec(self, record: RunRecord, pool: WorkerPool) -> ExtractionSpec:
+        return ExtractionSpec(
+            workspace=self._store.root_uri,
+            run_id=record.run_id,
+            backbone=self._backbone.config,
+            weights_key=self._backbone.weights_key,
+            preset=self._backbone.preset,
+            decode_rule=self._extraction.decode,
+            view_policy=self._request.view_policy,
+            outputs=tuple(self._output(spec, record) for spec in self.sets),
+            dtype=self._extraction.dtype.value,
+            engine=EngineOptions(
+                precision=Precision(self.sets[0].precision),
+                batch_size=record.settings["batch_size"],
+                compiled=record.settings["compiled"],
+                num_threads=pool.num_threads,
+            ),
+            num_decode_threads=pool.num_threads,
+            num_fetch_threads=self._extraction.num_fetch_threads,
+        )
+
+    def _output(self, spec: FeatureSetSpec, record: RunRecord) -> FeatureOutput:
+        metadata = {
+            "convoy.schema_version": str(FEATURES_SCHEMA_VERSION),
+            "convoy.run_id": record.run_id,
+            "convoy.set_id": spec.set_id,
+            "convoy.arch": spec.arch,
+            "convoy.weights_digest": spec.weights_digest,
+            "convoy.tap": spec.tap,
+            "convoy.view": str(spec.view),
+            "convoy.precision": spec.precision,
+            "convoy.dataset_fingerprint": self._manifest.fingerprint,
+        }
+        return FeatureOutput(
+            set_id=spec.set_id,
+            prefix=record.outputs[spec.set_id],
+            tap=spec.tap,
+            view=spec.view,
+            metadata=metadata,
+        )
+
+    def _summary(
+        self,
+        record: RunRecord | None,
+        manifest: RunManifest | None,
+        finished: list[SliceRecord],
+        started_unix_s: float,
+    ) -> FeatureSummary:
+        samples, rows = self._count_rows()
+        slices = manifest.slices if manifest else ()
+        elapsed_s = time.time() - started_unix_s
+        first_rows = [slice_.first_row_unix_s for slice_ in finished if slice_.first_row_unix_s]
+        computed = sum(slice_.num_results + slice_.num_rejects for slice_ in finished)
+        return FeatureSummary(
+            run=record.run_id if record else self._last_run(),
+            samples=samples,
+            rows=rows,
+            rejects=samples - rows,
+            recomputed=computed,
+            reject_codes=_sum_counts(slice_.reject_codes for slice_ in slices),
+            flags=_sum_counts(slice_.flags for slice_ in slices),
+            sets={f"{spec.tap}/{spec.view}": spec.set_id for spec in self.sets},
+            seconds={**_sum_seconds(finished), "job": elapsed_s},
+            images_per_s=computed / elapsed_s,
+            first_row_s=min(first_rows) - started_unix_s if first_rows else None,
+            precision=self.sets[0].precision,
+            precision_effect=next((slice_.precision_effect for slice_ in slices if slice_.precision_effect), {}),
+            notes=[record.settings["compile_reason"]] if record else ["nothing was missing"],
+        )
+
+    def _count_rows(self) -> tuple[int, int]:
+        """Samples of the request, and those that have rows in every set."""
+        known = [self._cache.known_content(spec.set_id) for spec in self.sets]
+        samples = rows = 0
+        for batch in self._manifest.iter_batches(columns=["content_id"], splits=self._request.splits):
+            samples += batch.num_rows
+            rows += int(np.logical_and.reduce([one.has_rows(batch["content_id"]) for one in known]).sum())
+        return samples, rows
+
+    def _last_run(self) -> str | None:
+        commits = read_commits(self._store, self.sets[0].set_id)
+        return commits[-1].run_id if commits else None
+
+
+def _sum_counts(counts: Any) -> dict[str, int]:
+    return dict(sum((Counter(count) for count in counts), Counter()))
+
+
+def _sum_seconds(records: list[SliceRecord]) -> dict[str, float]:
+    total: Counter[str] = Counter()
+    for record in records:
+        total.update(record.seconds)
+    return {stage: round(seconds, 3) for stage, seconds in total.items()}

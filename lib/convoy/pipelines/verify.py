@@ -1,0 +1,119 @@
+"""`convoy verify`: prove a finished run again, from storage alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from convoy.core.config import StrictModel
+from convoy.core.errors import ChecksumMismatch, DataError, ObjectNotFound, StorageError
+from convoy.core.fingerprints import digest_bytes
+from convoy.storage.commits import (
+    FEATURES,
+    PartFile,
+    RunManifest,
+    SliceRecord,
+    read_commits,
+    read_manifest,
+)
+from convoy.storage.object_store import ObjectStore
+from convoy.storage.runs import RunFolder, RunRecord, require_run
+
+_MAX_PROBLEMS = 20
+
+
+class VerifyReport(StrictModel):
+    """Whether every input row of a run ended exactly once, in results or rejects, and all files are intact.
+
+    `rows_digest` covers all result rows and does not depend on order, slices, attempts or kills.
+    """
+
+    run: str
+    verb: str
+    inputs: int
+    results: int
+    rejects: int
+    rows_digest: str
+    ok: bool
+    problems: list[str]
+
+
+def verify_run(store: ObjectStore, run_id: str) -> VerifyReport:
+    """Re-read every file of a run and compare ids, row counts and checksums with what was promised."""
+    folder, run = require_run(store, run_id)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise DataError(
+            "the run is not finished: it has no manifest yet",
+            where=folder.prefix,
+            next_step="run the job's command again to finish it",
+        )
+    problems: list[str] = []
+    if not folder.is_finished():
+        problems.append("the run has no _SUCCESS marker: run the job's command again to finish it")
+    for problem in _problems(folder, run, manifest):
+        problems.append(problem)
+        if len(problems) >= _MAX_PROBLEMS:
+            problems.append("more problems were left out")
+            break
+    return VerifyReport(
+        run=run_id,
+        verb=run.verb,
+        inputs=run.num_inputs,
+        results=manifest.num_results,
+        rejects=manifest.num_rejects,
+        rows_digest=manifest.rows_digest(),
+        ok=not problems,
+        problems=problems,
+    )
+
+
+def _problems(folder: RunFolder, run: RunRecord, manifest: RunManifest) -> Iterator[str]:
+    promised = list(run.slice_names())
+    published = [record.slice for record in manifest.slices]
+    if promised != published:
+        yield f"{len(promised)} slices were planned, {len(published)} published, or in another order"
+    if manifest.num_results + manifest.num_rejects != run.num_inputs:
+        yield f"{manifest.num_results} results and {manifest.num_rejects} rejects for {run.num_inputs} inputs"
+    for record in manifest.slices:
+        yield from _slice_problems(folder, run, record)
+    yield from _commit_problems(folder.store, run, manifest)
+
+
+def _slice_problems(folder: RunFolder, run: RunRecord, record: SliceRecord) -> Iterator[str]:
+    try:
+        wanted = folder.read_slice(record.slice)["sample_id"].to_pylist()
+        rejected = _ids(folder.store, record.rejects) if record.rejects else []
+        if set(record.parts) != set(run.outputs_of(record.slice)):
+            yield f"slice {record.slice}: has parts of other outputs than planned"
+        for part in record.parts.values():
+            found = _ids(folder.store, part)
+            if sorted(found + rejected) != sorted(wanted):
+                yield f"{part.key}: its ids and the slice's rejects are not the slice's {len(wanted)} inputs"
+    except (ObjectNotFound, ChecksumMismatch, StorageError) as error:
+        yield f"slice {record.slice}: {error}"
+
+
+def _ids(store: ObjectStore, part: PartFile) -> list[str]:
+    """The sample ids of a file whose bytes are those that were recorded."""
+    data = store.get(part.key).data
+    if digest_bytes(data).hex() != part.checksum:
+        raise ChecksumMismatch("the bytes are not those that were written", where=part.key)
+    ids: list[str] = pq.read_table(pa.BufferReader(data), columns=["sample_id"])["sample_id"].to_pylist()
+    if len(ids) != part.num_rows:
+        raise ChecksumMismatch(f"{len(ids)} rows where {part.num_rows} were recorded", where=part.key)
+    return ids
+
+
+def _commit_problems(store: ObjectStore, run: RunRecord, manifest: RunManifest) -> Iterator[str]:
+    for set_id, prefix in run.outputs.items():
+        if not prefix.startswith(FEATURES):
+            continue
+        wanted = [record.parts[set_id].key for record in manifest.slices if set_id in record.parts]
+        listed = [
+            part.key for commit in read_commits(store, set_id) if commit.run_id == run.run_id for part in commit.parts
+        ]
+        if wanted != listed:
+            yield f"{FEATURES}{set_id}/commits/{run.run_id}.json lists other parts than the run's manifest"

@@ -1,0 +1,52 @@
+"""Reports as text for people: one key a line, tables for lists of records."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel
+from rich.console import Console
+from rich.table import Table
+
+_MAX_ROWS = 40
+
+
+def print_report(report: BaseModel) -> None:
+    """Print a report to stdout: its values, then its tables."""
+    console = Console(markup=False, highlight=False)
+    values = report.model_dump(mode="json")
+    summary = Table(show_header=False, box=None, pad_edge=False)
+    summary.add_column(style="bold")
+    summary.add_column(overflow="fold")
+    for key, value in values.items():
+        if not _is_table(value) and value not in (None, {}, []):
+            summary.add_row(key, _cell(value))
+    console.print(summary)
+    for key, value in values.items():
+        if _is_table(value):
+            console.print(_table(key, value))
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def _table(title: str, rows: list[dict[str, Any]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in rows[0]:
+        table.add_column(column, overflow="fold")
+    for row in rows[:_MAX_ROWS]:
+        table.add_row(*(_cell(value) for value in row.values()))
+    if len(rows) > _MAX_ROWS:
+        table.caption = f"{len(rows) - _MAX_ROWS} more rows: use --json"
+    return table
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_cell(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(_cell(item) for item in value)
+    return str(value)

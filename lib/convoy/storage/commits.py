@@ -1,0 +1,205 @@
+"""The commit: from many attempts of many workers to one published result, by rules that survive any kill.
+
+Workers write immutable, attempt-unique files and then one record an attempt. The driver chooses one attempt a
+slice, compares every chosen file with a fresh listing, publishes the choice with one create-if-absent, and only
+then deletes what was not chosen: a driver that lost the race to publish adopts the winner's choice and can
+never delete a winner's file. Readers see a set's rows only through `commits/`, written after that.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+from convoy.core.config import StrictModel
+from convoy.core.crash_points import CrashPoint, crash_point
+from convoy.core.errors import PreconditionFailed, StorageError
+from convoy.core.fingerprints import MultisetDigest, canonical_json
+from convoy.storage.object_store import ObjectStore
+from convoy.storage.runs import RunFolder, RunRecord, read_json
+
+_LISTING_THREADS = 16
+
+
+class PartFile(StrictModel):
+    """One immutable file: where it is, and what proves that it is still the same."""
+
+    key: str
+    size_bytes: int
+    etag: str
+    checksum: str
+    num_rows: int
+    rows_digest: str
+
+
+class SliceRecord(StrictModel):
+    """What one finished attempt of a slice wrote, and how long each stage took.
+
+    `first_row_unix_s` is when its first batch was through the network (0 if no image was usable);
+    `precision_effect` the lowest cosine similarity to float32 features seen in one batch, by tap.
+    """
+
+    run_id: str
+    slice: str
+    attempt: str
+    parts: dict[str, PartFile]
+    rejects: PartFile | None
+    num_results: int
+    num_rejects: int
+    reject_codes: dict[str, int]
+    flags: dict[str, int]
+    seconds: dict[str, float]
+    first_row_unix_s: float
+    precision_effect: dict[str, float]
+
+    @property
+    def files(self) -> list[PartFile]:
+        """All files of the attempt."""
+        return [*self.parts.values(), *([self.rejects] if self.rejects else [])]
+
+
+class RunManifest(StrictModel):
+    """`manifest.json`: the single truth of a finished run, one attempt a slice."""
+
+    run_id: str
+    slices: tuple[SliceRecord, ...]
+
+    @property
+    def num_results(self) -> int:
+        """Samples with results."""
+        return sum(record.num_results for record in self.slices)
+
+    @property
+    def num_rejects(self) -> int:
+        """Samples that were rejected."""
+        return sum(record.num_rejects for record in self.slices)
+
+    def rows_digest(self) -> str:
+        """A digest of all result rows that depends neither on order nor on slices or attempts."""
+        return MultisetDigest.total(part.rows_digest for record in self.slices for part in record.parts.values())
+
+
+class SetCommit(StrictModel):
+    """`features/<set>/commits/<run>.json`: the rows that one run adds to a set."""
+
+    run_id: str
+    parts: tuple[PartFile, ...]
+    rejects: tuple[PartFile, ...]
+
+
+FEATURES = "features/"
+
+
+def feature_prefix(set_id: str, run_id: str) -> str:
+    """Where a run writes its parts of a set; readable by a glob with the run as a Hive partition."""
+    return f"{FEATURES}{set_id}/run={run_id}/"
+
+
+def part_key(prefix: str, slice_name: str, attempt: str) -> str:
+    """The key of one attempt's part."""
+    return f"{prefix}part-{slice_name}-{attempt}.parquet"
+
+
+def write_record(store: ObjectStore, record: SliceRecord) -> None:
+    """Write an attempt's record: from here on the attempt counts."""
+    folder = RunFolder(store, record.run_id)
+    store.put(folder.key(f"records/{record.slice}-{record.attempt}.json"), canonical_json(record))
+    crash_point(CrashPoint.RECORD_WRITTEN)
+
+
+def read_records(folder: RunFolder) -> list[SliceRecord]:
+    """All records of all attempts that finished, from storage alone."""
+    keys = [info.key for info in folder.store.list_objects(folder.key("records/"))]
+    with ThreadPoolExecutor(_LISTING_THREADS) as pool:
+        blobs = pool.map(lambda key: folder.store.get(key).data, keys)
+        return [SliceRecord.model_validate_json(blob) for blob in blobs]
+
+
+def choose_attempts(folder: RunFolder, run: RunRecord, records: Iterable[SliceRecord]) -> dict[str, SliceRecord]:
+    """One verified attempt for each slice that has one. A record without all its files does not count."""
+    listed = _listing(folder, run)
+    chosen: dict[str, SliceRecord] = {}
+    for record in sorted(records, key=lambda record: (record.slice, record.attempt)):
+        if record.slice not in chosen and all(
+            listed.get(file.key) == (file.size_bytes, file.etag) for file in record.files
+        ):
+            chosen[record.slice] = record
+    return chosen
+
+
+def publish(folder: RunFolder, run: RunRecord, records: Iterable[SliceRecord]) -> RunManifest:
+    """Commit the run to its last step; every step may be repeated after a kill."""
+    manifest = read_manifest(folder) or _publish_choice(folder, run, records)
+    crash_point(CrashPoint.MANIFEST_PUBLISHED)
+    _delete_losers(folder, run, manifest)
+    crash_point(CrashPoint.LOSERS_DELETED)
+    for set_id, prefix in sorted(run.outputs.items()):
+        if prefix.startswith(FEATURES):
+            _commit_set(folder.store, set_id, manifest)
+            crash_point(CrashPoint.SET_COMMITTED)
+    return manifest
+
+
+def finish(folder: RunFolder, report: dict[str, object]) -> None:
+    """Write the report, then the marker that ends the run."""
+    folder.store.put(folder.key("report.json"), json.dumps(report, indent=2, sort_keys=True).encode())
+    folder.store.put(folder.key("_SUCCESS"), b"")
+    crash_point(CrashPoint.SUCCESS_WRITTEN)
+
+
+def read_manifest(folder: RunFolder) -> RunManifest | None:
+    """The published manifest of a run, or None before it was published."""
+    document = read_json(folder.store, folder.key("manifest.json"))
+    return None if document is None else RunManifest.model_validate(document)
+
+
+def read_commits(store: ObjectStore, set_id: str) -> list[SetCommit]:
+    """What all finished runs added to a set, in the order of their run ids."""
+    keys = [info.key for info in store.list_objects(f"{FEATURES}{set_id}/commits/")]
+    with ThreadPoolExecutor(_LISTING_THREADS) as pool:
+        return [SetCommit.model_validate_json(blob.data) for blob in pool.map(store.get, keys)]
+
+
+def _publish_choice(folder: RunFolder, run: RunRecord, records: Iterable[SliceRecord]) -> RunManifest:
+    chosen = choose_attempts(folder, run, records)
+    missing = [name for name in run.slice_names() if name not in chosen]
+    if missing:
+        raise StorageError(
+            f"{len(missing)} finished slices have no file that matches its record, first {missing[0]}",
+            where=folder.prefix,
+            next_step="run the same command again: only these slices are redone",
+        )
+    crash_point(CrashPoint.ATTEMPTS_CHOSEN)
+    manifest = RunManifest(run_id=run.run_id, slices=tuple(chosen[name] for name in run.slice_names()))
+    try:
+        folder.store.put_if_absent(folder.key("manifest.json"), canonical_json(manifest))
+    except PreconditionFailed:
+        published = read_manifest(folder)
+        if published is None:
+            raise
+        return published
+    return manifest
+
+
+def _listing(folder: RunFolder, run: RunRecord) -> dict[str, tuple[int, str]]:
+    return {
+        info.key: (info.size_bytes, info.etag)
+        for prefix in (folder.key("rejects/"), *run.outputs.values())
+        for info in folder.store.list_objects(prefix)
+    }
+
+
+def _delete_losers(folder: RunFolder, run: RunRecord, manifest: RunManifest) -> None:
+    chosen = {file.key for record in manifest.slices for file in record.files}
+    folder.store.delete(key for key in _listing(folder, run) if key not in chosen)
+
+
+def _commit_set(store: ObjectStore, set_id: str, manifest: RunManifest) -> None:
+    records = [record for record in manifest.slices if set_id in record.parts]
+    commit = SetCommit(
+        run_id=manifest.run_id,
+        parts=tuple(record.parts[set_id] for record in records),
+        rejects=tuple(record.rejects for record in records if record.rejects),
+    )
+    store.put(f"{FEATURES}{set_id}/commits/{manifest.run_id}.json", canonical_json(commit))

@@ -1,0 +1,144 @@
+"""The feature cache: activations keyed by everything that determines them, so that only new work is done.
+
+A *feature set* holds one tap of one weight set for one view; its id is the digest of its spec. Its rows are
+keyed by the content id of the manifest. Views and taps are separate sets: asking for one more of them, or for
+more images, recomputes nothing that is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from convoy.core.config import StrictModel
+from convoy.core.fingerprints import canonical_json, digest
+from convoy.core.records import Stage
+from convoy.storage.commits import PartFile, read_commits
+from convoy.storage.object_store import ObjectStore
+from convoy.storage.runs import exists
+
+FEATURE_CACHE_VERSION = 1
+_READ_THREADS = 8
+_ID_DTYPE = np.dtype("S16")
+
+
+class FeatureSetSpec(StrictModel):
+    """Everything that determines the rows of a set, for any image."""
+
+    format_version: int = FEATURE_CACHE_VERSION
+    decode_rule: dict[str, Any]
+    view: int
+    view_recipe: dict[str, Any]
+    arch: str
+    weights_digest: str
+    tap: str
+    precision: str
+    dtype: str
+
+    @property
+    def set_id(self) -> str:
+        """The digest of the spec: 32 hex digits."""
+        return digest(self)
+
+
+@dataclass(frozen=True, slots=True)
+class KnownContent:
+    """The content ids that a set has rows for, and those whose bytes are known to be unusable; both sorted."""
+
+    cached: np.ndarray
+    rejected: np.ndarray
+
+    def has_rows(self, content_ids: pa.Array) -> np.ndarray:
+        """A boolean mask of the ids that are cached."""
+        return contains(self.cached, content_id_array(content_ids))
+
+    def missing(self, content_ids: pa.Array) -> np.ndarray:
+        """A boolean mask of the ids that are neither cached nor known to be unusable."""
+        return ~(self.has_rows(content_ids) | contains(self.rejected, content_id_array(content_ids)))
+
+
+class FeatureCache:
+    """The sets below `features/` of a workspace."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self._store = store
+
+    def describe(self, spec: FeatureSetSpec) -> None:
+        """Write the spec beside the set's rows, for people and for `gc`."""
+        key = f"features/{spec.set_id}/spec.json"
+        if not exists(self._store, key):
+            self._store.put(key, canonical_json(spec))
+
+    def known_content(self, set_id: str) -> KnownContent:
+        """What needs no work in this set: 16 bytes of memory for each row."""
+        commits = read_commits(self._store, set_id)
+        parts = [part for commit in commits for part in commit.parts]
+        rejects = [part for commit in commits for part in commit.rejects]
+        # A fetch may succeed next time; bytes that cannot be decoded stay so under the same decode rule.
+        return KnownContent(
+            cached=self._collect_ids(parts, ["content_id"]),
+            rejected=self._collect_ids(rejects, ["content_id", "stage"]),
+        )
+
+    def rejected_content(self, set_id: str) -> pa.Table:
+        """All remembered rejects of a set: columns of the reject table."""
+        rejects = [part for commit in read_commits(self._store, set_id) for part in commit.rejects]
+        tables = list(self._read_parts(rejects, None))
+        return pa.concat_tables(tables) if tables else pa.table({})
+
+    def iter_parts(self, set_id: str, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """The committed parts of a set, one table each, in a fixed order, read ahead by threads."""
+        parts = [part for commit in read_commits(self._store, set_id) for part in commit.parts]
+        return self._read_parts(parts, columns)
+
+    def _read_parts(self, parts: Sequence[PartFile], columns: Sequence[str] | None) -> Iterator[pa.Table]:
+        with ThreadPoolExecutor(_READ_THREADS) as pool:
+            pending = []
+            for part in parts:
+                pending.append(pool.submit(self._read_part, part.key, columns))
+                if len(pending) > _READ_THREADS:
+                    yield pending.pop(0).result()
+            for future in pending:
+                yield future.result()
+
+    def _read_part(self, key: str, columns: Sequence[str] | None) -> pa.Table:
+        return self._store.open_parquet(key).read(columns=columns)
+
+    def _collect_ids(self, parts: Sequence[PartFile], columns: Sequence[str]) -> np.ndarray:
+        found = [
+            content_id_array(_lasting(table)["content_id"])
+            for table in self._read_parts(parts, columns)
+        ]
+        return np.unique(np.concatenate(found)) if found else np.empty(0, _ID_DTYPE)
+
+
+def content_id_array(content_ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """Content ids as a numpy array of 16-byte strings, comparable and sortable."""
+    if isinstance(content_ids, pa.ChunkedArray):
+        content_ids = content_ids.combine_chunks()
+    start = content_ids.offset * _ID_DTYPE.itemsize
+    raw = content_ids.buffers()[1]
+    if raw is None:
+        return np.empty(0, _ID_DTYPE)
+    return np.frombuffer(raw, np.uint8, len(content_ids) * _ID_DTYPE.itemsize, start).view(_ID_DTYPE)
+
+
+def contains(sorted_ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """A boolean mask: which wanted ids are among the sorted ids."""
+    if not len(sorted_ids):
+        return np.zeros(len(wanted), dtype=bool)
+    positions = np.minimum(np.searchsorted(sorted_ids, wanted), len(sorted_ids) - 1)
+    mask: np.ndarray = sorted_ids[positions] == wanted
+    return mask
+
+
+def _lasting(table: pa.Table) -> pa.Table:
+    if "stage" not in table.column_names:
+        return table
+    return table.filter(pc.equal(table["stage"], Stage.DECODE.value))

@@ -1,0 +1,101 @@
+"""Freezing a run's input: the rows of a manifest that lack outputs, cut into slices, in bounded memory."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from convoy.core.crash_points import CrashPoint, crash_point
+from convoy.storage.feature_cache import KnownContent
+from convoy.storage.manifests import MANIFEST_SCHEMA
+from convoy.storage.runs import SLICES_PER_INPUT_SHARD, RunFolder, SliceGroup
+
+MIN_SLICES = 8
+MAX_SLICE_ROWS = 2048
+
+
+def slice_rows_for(num_rows: int, batch_size: int) -> int:
+    """Rows a slice: enough slices to share out and to resume by, few enough to cost nothing; whole batches."""
+    wanted = min(-(-num_rows // MIN_SLICES), MAX_SLICE_ROWS)
+    return max(-(-wanted // batch_size), 1) * batch_size
+
+
+def missing_rows(
+    batches: Iterable[pa.RecordBatch | pa.Table], known: Mapping[str, KnownContent]
+) -> Iterator[tuple[tuple[str, ...], pa.Table]]:
+    """For each batch of a manifest, its rows by the sets they lack; rows that lack nothing are left out."""
+    set_ids = list(known)
+    for batch in batches:
+        table = pa.Table.from_batches([batch]) if isinstance(batch, pa.RecordBatch) else batch
+        lacks = np.stack([known[set_id].missing(table["content_id"]) for set_id in set_ids])
+        patterns, pattern_of_row = np.unique(lacks, axis=1, return_inverse=True)
+        for index, pattern in enumerate(patterns.T):
+            if pattern.any():
+                lacking = tuple(set_id for set_id, lack in zip(set_ids, pattern, strict=True) if lack)
+                yield lacking, table.filter(pa.array(pattern_of_row.reshape(-1) == index))
+
+
+def freeze_input(
+    folder: RunFolder, rows: Iterable[tuple[tuple[str, ...], pa.Table]], *, slice_rows: int
+) -> tuple[SliceGroup, ...]:
+    """Write the input of a run in slices, one parquet row group each, and return the groups."""
+    writers: dict[tuple[str, ...], _GroupWriter] = {}
+    for outputs, table in rows:
+        writer = writers.setdefault(outputs, _GroupWriter(folder, len(writers), slice_rows))
+        writer.add(table)
+    for writer in writers.values():
+        writer.close()
+    crash_point(CrashPoint.INPUT_FROZEN)
+    return tuple(
+        SliceGroup(outputs=outputs, num_rows=writer.num_rows, num_slices=writer.num_slices)
+        for outputs, writer in writers.items()
+    )
+
+
+@dataclass(slots=True)
+class _GroupWriter:
+    """Cuts the rows of one group into slices and puts each shard of slices when it is full."""
+
+    folder: RunFolder
+    group: int
+    slice_rows: int
+    num_rows: int = 0
+    num_slices: int = 0
+    _rest: pa.Table = field(default_factory=MANIFEST_SCHEMA.empty_table)
+    _shard: io.BytesIO = field(default_factory=io.BytesIO)
+    _writer: pq.ParquetWriter | None = None
+
+    def add(self, table: pa.Table) -> None:
+        rest = pa.concat_tables([self._rest, table.cast(MANIFEST_SCHEMA)])
+        while rest.num_rows >= self.slice_rows:
+            self._write_slice(rest.slice(0, self.slice_rows))
+            rest = rest.slice(self.slice_rows)
+        self._rest = rest.combine_chunks()
+
+    def close(self) -> None:
+        if self._rest.num_rows:
+            self._write_slice(self._rest)
+        self._put_shard()
+
+    def _write_slice(self, table: pa.Table) -> None:
+        if self._writer is None:
+            self._shard = io.BytesIO()
+            self._writer = pq.ParquetWriter(self._shard, MANIFEST_SCHEMA, compression="zstd")
+        self._writer.write_table(table, row_group_size=table.num_rows)
+        self.num_rows += table.num_rows
+        self.num_slices += 1
+        if not self.num_slices % SLICES_PER_INPUT_SHARD:
+            self._put_shard()
+
+    def _put_shard(self) -> None:
+        if self._writer is None:
+            return
+        self._writer.close()
+        self._writer = None
+        shard = (self.num_slices - 1) // SLICES_PER_INPUT_SHARD
+        self.folder.store.put(self.folder.input_key(self.group, shard), self._shard.getvalue())

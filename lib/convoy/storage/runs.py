@@ -1,0 +1,211 @@
+"""Runs: what was asked, on which frozen input, and which unfinished run the same command goes on with."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+import pyarrow as pa
+from pydantic import Field
+
+from convoy.core.config import StrictModel
+from convoy.core.crash_points import CrashPoint, crash_point
+from convoy.core.errors import ConfigError, ObjectNotFound, PreconditionFailed, RunMismatch
+from convoy.core.fingerprints import canonical_json, digest
+from convoy.storage.object_store import ObjectStore
+
+SLICES_PER_INPUT_SHARD = 64
+_RECORDED_VERSIONS = ("convoy-vision", "ray", "torch", "torchvision", "timm", "pyarrow", "pillow", "numpy")
+
+
+class SliceGroup(StrictModel):
+    """Slices that need the same outputs: `outputs` are the ids of the sets that each slice writes a part for."""
+
+    outputs: tuple[str, ...]
+    num_rows: int
+    num_slices: int
+
+
+class RunRecord(StrictModel):
+    """`run.json`: written once, after the input is frozen and before any work is done.
+
+    `identity` is everything that determines the results; a resumed run must have an equal one. `config` is the
+    resolved config as the user would write it. `outputs` maps the id of each output to the prefix of its parts.
+    """
+
+    run_id: str
+    verb: str
+    identity: dict[str, Any]
+    config: dict[str, Any]
+    versions: dict[str, str]
+    created_utc: str
+    outputs: dict[str, str]
+    groups: tuple[SliceGroup, ...]
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+    @classmethod
+    def new(cls, run_id: str, **fields: Any) -> RunRecord:
+        """A record of a run that begins now, with the versions of what computes it."""
+        return cls(
+            run_id=run_id,
+            created_utc=datetime.now(UTC).isoformat(timespec="seconds"),
+            versions={name: version(name) for name in _RECORDED_VERSIONS},
+            **fields,
+        )
+
+    @property
+    def num_slices(self) -> int:
+        """Slices of the frozen input."""
+        return sum(group.num_slices for group in self.groups)
+
+    @property
+    def num_inputs(self) -> int:
+        """Rows of the frozen input."""
+        return sum(group.num_rows for group in self.groups)
+
+    def slice_names(self) -> Iterator[str]:
+        """The names of all slices, `<group>-<number>`, in input order."""
+        for index, group in enumerate(self.groups):
+            for number in range(group.num_slices):
+                yield slice_name(index, number)
+
+    def outputs_of(self, name: str) -> tuple[str, ...]:
+        """The ids of the sets that a slice writes."""
+        return self.groups[parse_slice_name(name)[0]].outputs
+
+
+def slice_name(group: int, number: int) -> str:
+    """The fixed name of a slice."""
+    return f"{group}-{number:06d}"
+
+
+def parse_slice_name(name: str) -> tuple[int, int]:
+    """The (group, number) of a slice name."""
+    group, _, number = name.partition("-")
+    return int(group), int(number)
+
+
+class RunFolder:
+    """The keys of one run below a workspace, and its small documents."""
+
+    def __init__(self, store: ObjectStore, run_id: str) -> None:
+        self.store = store
+        self.run_id = run_id
+        self.prefix = f"runs/{run_id}/"
+
+    def key(self, name: str) -> str:
+        """The key of a file of the run."""
+        return self.prefix + name
+
+    def input_key(self, group: int, shard: int) -> str:
+        """The key of one shard of the frozen input."""
+        return self.key(f"input/{group}-{shard:05d}.parquet")
+
+    def record(self) -> RunRecord | None:
+        """The run record, or None if the run died before it was written."""
+        document = read_json(self.store, self.key("run.json"))
+        return None if document is None else RunRecord.model_validate(document)
+
+    def write_record(self, record: RunRecord) -> None:
+        """Write `run.json`; from here on the run can be resumed."""
+        self.store.put(self.key("run.json"), canonical_json(record))
+        crash_point(CrashPoint.RUN_RECORDED)
+
+    def is_finished(self) -> bool:
+        """Whether the run was committed to the last step."""
+        return exists(self.store, self.key("_SUCCESS"))
+
+    def read_slice(self, name: str) -> pa.Table:
+        """The frozen input rows of a slice: columns of the manifest."""
+        group, number = parse_slice_name(name)
+        shard, row_group = divmod(number, SLICES_PER_INPUT_SHARD)
+        return self.store.open_parquet(self.input_key(group, shard)).read_row_group(row_group)
+
+
+def require_run(store: ObjectStore, run_id: str) -> tuple[RunFolder, RunRecord]:
+    """An existing run, or a ConfigError that names the newest ones."""
+    folder = RunFolder(store, run_id)
+    record = folder.record()
+    if record is None:
+        known = sorted(name for name in store.list_folders("runs/") if name != OPEN_RUNS)
+        raise ConfigError(
+            f"no run '{run_id}' in this workspace",
+            where=store.root_uri,
+            next_step=f"use one of: {', '.join(known[-10:]) or 'none yet'}",
+        )
+    return folder, record
+
+
+OPEN_RUNS = "open"
+
+
+class OpenRun:
+    """The pointer from a target (what a job writes to) to its unfinished run.
+
+    It is made by create-if-absent before anything else is written, and deleted after the run is committed, so a
+    killed job finds its run again without any clock and without searching.
+    """
+
+    def __init__(self, store: ObjectStore, *, verb: str, target: str) -> None:
+        self._store = store
+        self._key = f"runs/{OPEN_RUNS}/{digest([verb, target])}.json"
+
+    def current(self) -> RunFolder | None:
+        """The unfinished run of this target, if there is one."""
+        document = read_json(self._store, self._key)
+        return None if document is None else RunFolder(self._store, document["run_id"])
+
+    def start(self) -> RunFolder:
+        """Open a new run, or join the one that another process opened in the meantime."""
+        run_id = secrets.token_hex(8)
+        try:
+            self._store.put_if_absent(self._key, canonical_json({"run_id": run_id}))
+        except PreconditionFailed:
+            current = self.current()
+            if current is not None:
+                return current
+            return self.start()
+        crash_point(CrashPoint.RUN_OPENED)
+        return RunFolder(self._store, run_id)
+
+    def close(self) -> None:
+        """Forget the pointer; the run's files stay."""
+        self._store.delete([self._key])
+        crash_point(CrashPoint.RUN_CLOSED)
+
+
+def refuse_changed_identity(record: RunRecord, identity: dict[str, Any]) -> None:
+    """Raise RunMismatch, naming each difference, unless the unfinished run has this identity."""
+    now = json.loads(canonical_json(identity))
+    differences = [
+        f"  {key}: was {record.identity.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted(record.identity.keys() | now.keys())
+        if record.identity.get(key) != now.get(key)
+    ]
+    if differences:
+        raise RunMismatch(
+            "an unfinished run for the same target had other inputs or settings:\n" + "\n".join(differences),
+            where=f"runs/{record.run_id}",
+            next_step="restore them to finish that run, or add --new-run to leave it and start afresh",
+        )
+
+
+def read_json(store: ObjectStore, key: str) -> Any:
+    """A JSON document, or None where it does not exist."""
+    try:
+        return json.loads(store.get(key).data)
+    except ObjectNotFound:
+        return None
+
+
+def exists(store: ObjectStore, key: str) -> bool:
+    """Whether an object exists."""
+    try:
+        store.head(key)
+    except ObjectNotFound:
+        return False
+    return True
