@@ -1,0 +1,295 @@
+"""Fitting a head on features, and choosing among candidates on validation rows."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from convoy.core.errors import ConfigError, DataError, TrainingError
+from convoy.core.metrics import EvaluationCounts, Metrics
+from convoy.core.randomness import generator, position_digest
+from convoy.vision.head_objectives import (
+    FeatureScale,
+    LinearObjective,
+    checked_batches,
+    measure_features,
+    softmax_loss,
+    squared_hinge_loss,
+    unstandardise,
+)
+from convoy.vision.heads import (
+    FeatureBatch,
+    FeatureSource,
+    Head,
+    HeadConfig,
+    HeadKind,
+    HeadSpec,
+    MlpConfig,
+    Selection,
+    empty_head,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadTrial:
+    """One candidate: a value of C on the path of a linear head, or an epoch of an MLP (C is None).
+
+    `num_iterations`: of L-BFGS since the candidate before, or epochs in all. `converged`: whether L-BFGS
+    reached the gradient's tolerance, or float64's resolution, within `max_iterations`; None for an epoch.
+    """
+
+    C: float | None
+    num_iterations: int
+    converged: bool | None
+    val: Metrics | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class FittedHead:
+    """A head in eval mode that acts on features as they are, and how it was found.
+
+    `trials` are in the order tried. `converged`: for a linear head that of the chosen trial, for an MLP
+    whether validation stopped improving before the epochs ran out (never known without validation rows).
+    """
+
+    head: Head
+    chosen: HeadTrial
+    trials: tuple[HeadTrial, ...]
+    converged: bool
+    num_train_rows: int
+    seconds: float
+
+
+def fit_head(
+    config: HeadConfig,
+    train: FeatureSource,
+    val: FeatureSource | None,
+    *,
+    num_classes: int,
+    device: torch.device | str = "cpu",
+) -> FittedHead:
+    """The best head by the config's selection on `val`, on the given device; equal inputs give equal heads.
+
+    A linear head reads `train` once an evaluation of its objective and holds one batch; an MLP keeps all
+    train rows in memory (4 * N * D bytes) to shuffle them. Without `val` an MLP trains all its epochs.
+    Raises ConfigError where several C have no validation rows to choose by, DataError for features or labels
+    that cannot be fitted (a class without train rows among them), TrainingError if an MLP diverges.
+    """
+    started_s = time.monotonic()
+    _check_request(config, train, val, num_classes)
+    scale = measure_features(
+        train, num_classes=num_classes, standardisation=config.standardisation, device=torch.device(device)
+    )
+    fit = _mlp_epochs if config.kind is HeadKind.MLP else _linear_path
+    candidates = fit(config, train, val, scale=scale, num_classes=num_classes)
+    head, chosen = next(candidates)
+    trials, trials_since_chosen = [chosen], 0
+    for candidate, trial in candidates:
+        trials.append(trial)
+        trials_since_chosen += 1
+        if _is_better(trial, chosen, config.selection):
+            head, chosen, trials_since_chosen = candidate, trial, 0
+        elif config.kind is HeadKind.MLP and trials_since_chosen >= config.mlp.patience_epochs:
+            break
+    return FittedHead(
+        head=head,
+        chosen=chosen,
+        trials=tuple(trials),
+        converged=_report_convergence(config, chosen, trials_since_chosen),
+        num_train_rows=scale.num_rows,
+        seconds=time.monotonic() - started_s,
+    )
+
+
+def evaluate_head(head: Head, source: FeatureSource) -> EvaluationCounts:
+    """The counts of a head in eval mode over all rows of a source, in its order, whatever their weights."""
+    device = next(head.parameters()).device
+    counts = EvaluationCounts(head.spec.num_classes)
+    with torch.inference_mode():
+        for batch in source:
+            logits_BK = head(batch.features_BD.to(device, torch.float32))
+            counts.add(logits_BK.cpu().numpy(), batch.labels_B.cpu().numpy())
+    return counts
+
+
+def _linear_path(
+    config: HeadConfig,
+    train: FeatureSource,
+    val: FeatureSource | None,
+    *,
+    scale: FeatureScale,
+    num_classes: int,
+) -> Iterator[tuple[Head, HeadTrial]]:
+    """One head for each C, from strong to weak regularisation, each started from the one before.
+
+    SciPy's L-BFGS-B rather than torch.optim.LBFGS: it works in float64, its line search (Moré and Thuente
+    1994) survives the flat end of a path, and it says why it stopped.
+    """
+    row_loss = softmax_loss if config.kind is HeadKind.SOFTMAX else squared_hinge_loss
+    objective = LinearObjective(train, scale, row_loss, num_classes=num_classes)
+    spec = HeadSpec(kind=config.kind, num_features=train.num_features, num_classes=num_classes)
+    parameters = np.zeros(objective.num_parameters)
+    for c in sorted(set(config.C)):
+        result = minimize(
+            objective.value_and_gradient,
+            parameters,
+            args=(c,),
+            jac=True,
+            method="L-BFGS-B",
+            options={
+                "maxiter": config.max_iterations,
+                "maxfun": 20 * config.max_iterations,
+                "maxls": 50,
+                "gtol": config.gradient_tolerance,
+                "ftol": 64 * np.finfo(np.float64).eps,
+            },
+        )
+        parameters = result.x
+        head = empty_head(spec, scale.mean_D.device)
+        _set_layer(head.input_layer, *objective.raw_layer(parameters))
+        trial = HeadTrial(
+            C=c,
+            num_iterations=int(result.nit),
+            converged=bool(result.success or np.abs(result.jac).max() <= config.gradient_tolerance),
+            val=None if val is None else evaluate_head(head, val).summary(),
+        )
+        yield head, trial
+
+
+def _mlp_epochs(
+    config: HeadConfig,
+    train: FeatureSource,
+    val: FeatureSource | None,
+    *,
+    scale: FeatureScale,
+    num_classes: int,
+) -> Iterator[tuple[Head, HeadTrial]]:
+    """The head after each epoch. Initialisation, order and dropout are pure functions of (seed, epoch)."""
+    device = scale.mean_D.device
+    rows = _standardised_rows(train, scale, num_classes)
+    spec = HeadSpec(
+        kind=HeadKind.MLP,
+        num_features=train.num_features,
+        num_classes=num_classes,
+        hidden_width=config.mlp.hidden_width,
+        dropout=config.mlp.dropout,
+    )
+    with _seeded_torch(config.mlp.seed, "init", device=device):
+        model = Head(spec).to(device)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.mlp.learning_rate, weight_decay=config.mlp.weight_decay
+    )
+    for epoch in range(config.mlp.epochs):
+        with _seeded_torch(config.mlp.seed, "dropout", epoch, device=device):
+            _train_epoch(model, optimizer, rows, config=config.mlp, epoch=epoch)
+        head = copy.deepcopy(model).eval()
+        first = head.input_layer
+        _set_layer(first, *unstandardise(first.weight, first.bias, scale))
+        trial = HeadTrial(
+            C=None,
+            num_iterations=epoch + 1,
+            converged=None,
+            val=None if val is None else evaluate_head(head, val).summary(),
+        )
+        yield head, trial
+
+
+def _train_epoch(
+    model: Head, optimizer: torch.optim.Optimizer, rows: FeatureBatch, *, config: MlpConfig, epoch: int
+) -> None:
+    model.train()
+    num_rows = len(rows.labels_B)
+    order_N = torch.from_numpy(generator(config.seed, "head_order", epoch).permutation(num_rows))
+    for batch_B in torch.split(order_N.to(rows.labels_B.device), config.batch_rows):
+        logits_BK = model(rows.features_BD[batch_B])
+        loss_B = cross_entropy(logits_BK, rows.labels_B[batch_B], reduction="none")
+        optimizer.zero_grad()
+        (loss_B * rows.weights_B[batch_B]).mean().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
+        raise TrainingError(
+            "the MLP head diverged", where=f"epoch {epoch}", next_step="lower head.mlp.learning_rate"
+        )
+
+
+def _standardised_rows(source: FeatureSource, scale: FeatureScale, num_classes: int) -> FeatureBatch:
+    """All rows as one batch on the device; weights are scaled to a mean of 1."""
+    device = scale.mean_D.device
+    features_ND = torch.empty((scale.num_rows, source.num_features), device=device)
+    labels_N = torch.empty(scale.num_rows, dtype=torch.int64, device=device)
+    weights_N = torch.empty(scale.num_rows, device=device)
+    start = 0
+    for batch in checked_batches(source, num_classes=num_classes, device=device):
+        rows = slice(start, start + len(batch.labels_B))
+        features_ND[rows] = (batch.features_BD.double() - scale.mean_D) / scale.std_D
+        labels_N[rows] = batch.labels_B
+        weights_N[rows] = batch.weights_B * (scale.num_rows / scale.total_weight)
+        start = rows.stop
+    return FeatureBatch(features_BD=features_ND, labels_B=labels_N, weights_B=weights_N)
+
+
+@contextmanager
+def _seeded_torch(seed: int, *position: str | int, device: torch.device) -> Iterator[None]:
+    """Seed torch's own generators for a position, and give them back as they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int.from_bytes(position_digest(seed, "head", *position)[:8], "big"))
+        yield
+
+
+def _set_layer(layer: nn.Linear, weights_KD: Tensor, bias_K: Tensor) -> None:
+    with torch.no_grad():
+        layer.weight.copy_(weights_KD)
+        layer.bias.copy_(bias_K)
+
+
+def _is_better(trial: HeadTrial, best: HeadTrial, selection: Selection) -> bool:
+    if trial.val is None or best.val is None:
+        return True  # nothing to choose by: the last epoch is the head
+    return _badness(trial.val, selection) < _badness(best.val, selection)
+
+
+def _badness(val: Metrics, selection: Selection) -> tuple[float, float]:
+    if selection is Selection.TOP1_THEN_NLL:
+        return -val.top1, val.nll
+    return val.nll, -val.top1
+
+
+def _report_convergence(config: HeadConfig, chosen: HeadTrial, trials_since_chosen: int) -> bool:
+    if config.kind is HeadKind.MLP:
+        converged = trials_since_chosen >= config.mlp.patience_epochs
+        advice = "raise head.mlp.epochs"
+    else:
+        converged = bool(chosen.converged)
+        advice = "raise head.max_iterations, or leave out the largest C"
+    if not converged:
+        logging.getLogger(__name__).warning("the %s head did not converge; %s", config.kind, advice)
+    return converged
+
+
+def _check_request(
+    config: HeadConfig, train: FeatureSource, val: FeatureSource | None, num_classes: int
+) -> None:
+    if num_classes < 2:
+        raise ConfigError("a head needs at least two classes", where=f"num_classes={num_classes}")
+    if val is None and config.kind is not HeadKind.MLP and len(set(config.C)) > 1:
+        raise ConfigError(
+            f"there are {len(set(config.C))} values of C and no validation rows to choose by",
+            where="head.C",
+            next_step="give the dataset a val split, or set one value: head.C=[1.0]",
+        )
+    if val is not None and (val.num_features != train.num_features or val.num_rows == 0):
+        raise DataError(
+            f"validation has {val.num_rows} rows of {val.num_features} features, "
+            f"train has rows of {train.num_features}",
+            next_step="cache both splits with the same backbone and tap",
+        )

@@ -1,0 +1,130 @@
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from convoy.core.errors import ConfigError, DataError
+from convoy.core.statistics import bootstrap_difference, bootstrap_mean, mcnemar_test, wilson_interval
+
+
+def outcomes(num_correct, num_rows):
+    return np.arange(num_rows) < num_correct
+
+
+def discordant(only_first, only_second, both=5):
+    first = np.array([True] * only_first + [False] * only_second + [True] * both)
+    second = np.array([False] * only_first + [True] * only_second + [True] * both)
+    return first, second
+
+
+@pytest.mark.parametrize(("successes", "trials"), [(0, 10), (10, 10), (3, 17), (8650, 10_000), (1, 1)])
+@pytest.mark.parametrize("confidence", [0.9, 0.95, 0.99])
+def test_wilson_agrees_with_scipy(successes, trials, confidence):
+    interval = wilson_interval(successes, trials, confidence=confidence)
+    expected = stats.binomtest(successes, trials).proportion_ci(confidence, method="wilson")
+    assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert interval.low <= interval.estimate <= interval.high
+
+
+@pytest.mark.parametrize("pair", [(0, 0), (1, 0), (1, 7), (5, 5), (40, 61), (700, 820), (0, 3000)])
+def test_mcnemar_agrees_with_scipys_binomial(pair):
+    result = mcnemar_test(*discordant(*pair))
+    fewer, trials = min(pair), sum(pair)
+    exact = stats.binomtest(fewer, trials).pvalue if trials else 1.0
+    point = stats.binom.pmf(fewer, trials, 0.5)
+    mid = 2 * stats.binom.cdf(fewer, trials, 0.5) - point if pair[0] != pair[1] else 1 - point / 2
+    assert result.exact_p == pytest.approx(exact, rel=1e-9, abs=1e-300)
+    assert result.mid_p == pytest.approx(mid if trials else 1.0, rel=1e-9, abs=1e-300)
+    assert (result.only_first_correct, result.only_second_correct) == pair
+
+
+def test_mcnemar_gives_the_published_example():
+    # Fagerland et al. 2013, table 1: seven against one; exact 0.0703, mid-p 0.0391.
+    result = mcnemar_test(*discordant(1, 7, both=13))
+    assert round(result.exact_p, 4) == 0.0703
+    assert round(result.mid_p, 4) == 0.0391
+
+
+def test_mcnemar_handles_millions_of_rows():
+    result = mcnemar_test(*discordant(500_000, 501_000))
+    assert result.exact_p == pytest.approx(stats.binomtest(500_000, 1_001_000).pvalue, rel=1e-6)
+
+
+def test_the_bootstrap_of_a_rate_is_a_binomial_draw():
+    interval = bootstrap_mean(outcomes(860, 1000), num_resamples=50_000)
+    expected = stats.binom(1000, 0.86).ppf([0.025, 0.975]) / 1000
+    assert (interval.low, interval.high) == pytest.approx(tuple(expected), abs=1.01e-3)
+    assert interval.estimate == 0.86
+
+
+@pytest.mark.parametrize("num_rows", [30, 3000, 400_000])
+def test_the_bootstrap_of_skewed_values_agrees_with_scipy_or_its_normal_limit(num_rows):
+    values = np.random.default_rng(1).exponential(size=num_rows).astype(np.float32)
+    interval = bootstrap_mean(values, num_resamples=4000)
+    if num_rows <= 3000:
+        expected = stats.bootstrap(
+            (values.astype(np.float64),), np.mean, n_resamples=4000, method="percentile", batch=500, rng=2
+        ).confidence_interval
+        low, high = expected.low, expected.high
+    else:
+        low, high = stats.norm(values.mean(), stats.sem(values, ddof=0)).ppf([0.025, 0.975])
+    width = high - low
+    assert interval.low == pytest.approx(low, abs=0.05 * width)
+    assert interval.high == pytest.approx(high, abs=0.05 * width)
+
+
+def test_the_normal_limit_continues_the_drawn_interval():
+    values = np.random.default_rng(3).exponential(size=(1 << 18) + 1)
+    drawn, limit = bootstrap_mean(values[:-1], num_resamples=500), bootstrap_mean(values)
+    assert limit.high - limit.low == pytest.approx(drawn.high - drawn.low, rel=0.15)
+
+
+def test_intervals_cover_the_true_mean_about_as_often_as_they_say():
+    random = np.random.default_rng(4)
+    hits = 0
+    for trial in range(300):
+        interval = bootstrap_mean(random.random(200) < 0.7, num_resamples=400, seed=trial)
+        hits += interval.low <= 0.7 <= interval.high
+    assert 0.90 <= hits / 300 <= 0.985
+
+
+def test_equal_seeds_give_equal_intervals_and_others_do_not():
+    values = np.random.default_rng(5).normal(size=500)
+    assert bootstrap_mean(values, seed=1) == bootstrap_mean(values, seed=1)
+    assert bootstrap_mean(values, seed=1) != bootstrap_mean(values, seed=2)
+
+
+def test_the_paired_difference_uses_the_pairing():
+    random = np.random.default_rng(6)
+    hardness = random.random(4000)
+    first, second = hardness < 0.80, hardness < 0.79
+    paired = bootstrap_difference(first, second)
+    assert paired.estimate == pytest.approx(first.mean() - second.mean())
+    assert paired.low > 0.0  # a point of difference on the same rows is certain,
+    single = bootstrap_mean(first)
+    assert single.high - single.low > 2 * (paired.high - paired.low)  # though each rate alone is not
+
+
+def test_a_sample_without_spread_has_an_interval_without_width():
+    interval = bootstrap_mean(np.ones(7))
+    assert (interval.low, interval.estimate, interval.high) == (1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("values", [[], [1.0, math.nan], [[1.0], [2.0]]])
+def test_samples_that_have_no_mean_are_refused(values):
+    with pytest.raises(DataError):
+        bootstrap_mean(np.array(values))
+
+
+def test_bad_requests_are_refused():
+    with pytest.raises(ConfigError):
+        bootstrap_mean(np.ones(3), confidence=95)
+    with pytest.raises(ConfigError):
+        bootstrap_mean(np.ones(3), num_resamples=0)
+    with pytest.raises(DataError):
+        wilson_interval(3, 2)
+    with pytest.raises(DataError, match="same rows"):
+        bootstrap_difference(np.ones(3), np.ones(4))
+    with pytest.raises(DataError, match="same rows"):
+        mcnemar_test(np.ones(3, bool), np.ones(4, bool))
