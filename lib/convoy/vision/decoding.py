@@ -1,0 +1,282 @@
+"""Bytes in, a uint8 RGB image or a reject out. One declared rule for every oddity of the formats."""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import logging
+import warnings
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError, features
+from pydantic import Field
+
+from convoy.core.config import StrictModel
+from convoy.core.records import RejectCode, SampleRejected, Stage
+from convoy.vision.sniffing import (
+    Damage,
+    Family,
+    ImageFormat,
+    is_cut_short,
+    png_damage,
+    sniff,
+    unusual_jpeg_process,
+)
+
+_Channel = Annotated[int, Field(ge=0, le=255)]
+
+
+# Twice Image.MAX_IMAGE_PIXELS: Pillow opens nothing larger.
+_PILLOW_MAX_PIXELS = 178_956_970
+
+
+class DecodeRule(StrictModel):
+    """What is decoded, and how. Part of every cache key.
+
+    Sides below `min_side_px` are rejected: images of one pixel are trackers and placeholders. Transparent
+    pixels show `background_rgb`. Fixed parts of the rule: 16-bit samples keep their high byte; 32-bit and
+    float samples are refused, as they have no declared white; the first frame counts; EXIF orientation is
+    applied; colour profiles are ignored; a JPEG or PNG without its end marker is truncated.
+    """
+
+    # Raised when the same bytes and fields would give other pixels or another verdict.
+    version: Literal[1] = 1
+    formats: tuple[ImageFormat, ...] = tuple(ImageFormat)
+    max_pixels: int = Field(default=50_000_000, gt=0, le=_PILLOW_MAX_PIXELS)
+    max_bytes: int = Field(default=256 << 20, gt=0)
+    min_side_px: int = Field(default=2, gt=0)
+    background_rgb: tuple[_Channel, _Channel, _Channel] = (255, 255, 255)
+
+
+class DecodeFlag(StrEnum):
+    """A conversion that was needed on the way to RGB. A public contract, counted in reports."""
+
+    GREY_EXPANDED = "grey_expanded"
+    PALETTE_EXPANDED = "palette_expanded"
+    CMYK_CONVERTED = "cmyk_converted"
+    ALPHA_COMPOSED = "alpha_composed"
+    SIXTEEN_BIT_SCALED = "sixteen_bit_scaled"
+    FIRST_FRAME_ONLY = "first_frame_only"
+    EXIF_ROTATED = "exif_rotated"
+    ICC_PROFILE_IGNORED = "icc_profile_ignored"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DecodedImage:
+    """An upright RGB image: uint8 of shape (3, height, width), channels last in memory: best for resize."""
+
+    pixels_CHW: torch.Tensor
+    format: ImageFormat
+    flags: frozenset[DecodeFlag]
+
+
+_SIXTEEN_BIT_GREY = ("I;16", "I;16L", "I;16B", "I;16N")
+
+_MODE_FLAGS: dict[str, DecodeFlag | None] = {
+    "1": DecodeFlag.GREY_EXPANDED,
+    "L": DecodeFlag.GREY_EXPANDED,
+    "LA": DecodeFlag.GREY_EXPANDED,
+    **dict.fromkeys(_SIXTEEN_BIT_GREY, DecodeFlag.GREY_EXPANDED),
+    "P": DecodeFlag.PALETTE_EXPANDED,
+    "PA": DecodeFlag.PALETTE_EXPANDED,
+    "RGB": None,
+    "RGBA": None,
+    "RGBX": None,
+    "YCbCr": None,
+    "CMYK": DecodeFlag.CMYK_CONVERTED,
+}
+
+# EXIF orientation: whether to swap the axes, then which axes of (C, H, W) to flip (CIPA DC-008, tag 274).
+_TURNS: dict[int, tuple[Literal["swap", "keep"], tuple[int, ...]]] = {
+    2: ("keep", (2,)),
+    3: ("keep", (1, 2)),
+    4: ("keep", (1,)),
+    5: ("swap", ()),
+    6: ("swap", (2,)),
+    7: ("swap", (1, 2)),
+    8: ("swap", (1,)),
+}
+
+# Each scan of a progressive JPEG costs time over the whole image, in few bytes; real files have about ten.
+_MAX_SCANS = 100
+_START_OF_SCAN = b"\xff\xda"
+_REASON_CHARACTERS = 160
+
+
+def decode_image(data: bytes, rule: DecodeRule) -> DecodedImage:
+    """The image in some bytes, upright and in RGB.
+
+    Raises SampleRejected with the stage DECODE: a property of the bytes and the rule, never of the machine; a
+    MemoryError passes through. Size limits hold before pixels are allocated. Thread-safe; releases the GIL
+    while it decodes. Of the metadata only the orientation is used.
+    """
+    if not data:
+        raise _reject(RejectCode.EMPTY, "the object has no bytes")
+    if len(data) > rule.max_bytes:
+        raise _reject(RejectCode.TOO_LARGE, f"{len(data)} bytes; the limit is {rule.max_bytes}")
+    try:
+        with Image.open(io.BytesIO(data), formats=rule.formats) as image:
+            _check_header(image, rule)
+            return _decode_opened(image, data, rule)
+    except (SampleRejected, MemoryError):
+        raise
+    except Image.DecompressionBombError:
+        reason = f"the header declares more than {_PILLOW_MAX_PIXELS} pixels"
+        raise _reject(RejectCode.TOO_LARGE, reason) from None
+    except Exception as error:  # hostile bytes make decoders fail in any way
+        raise _verdict(data, rule, error) from error
+
+
+def quiet_decoders() -> None:
+    """Keep the decoders' own messages out of stderr and logs. A worker process calls this once, as it starts.
+
+    libjpeg and libtiff write about damaged files, without a name, to C's `stderr`; Pillow warns, logs errors,
+    and metadata when debugging. What matters of it is in flags and rejects. Whoever writes to file
+    descriptor 2 is untouched: Python, faulthandler, C++ streams.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+    libc = ctypes.CDLL(None)
+    libc.fopen.restype = ctypes.c_void_p
+    try:
+        c_stderr = ctypes.c_void_p.in_dll(libc, "stderr")
+    except ValueError:  # no such symbol outside Linux
+        return
+    c_stderr.value = libc.fopen(b"/dev/null", b"w")
+
+
+def _reject(code: RejectCode, reason: str) -> SampleRejected:
+    return SampleRejected(code, Stage.DECODE, reason)
+
+
+def _check_header(image: Image.Image, rule: DecodeRule) -> None:
+    width_px, height_px = image.size
+    if width_px * height_px > rule.max_pixels:
+        raise _reject(RejectCode.TOO_LARGE, f"{width_px}x{height_px} pixels; the limit is {rule.max_pixels}")
+    if min(width_px, height_px) < rule.min_side_px:
+        raise _reject(
+            RejectCode.TOO_SMALL, f"{width_px}x{height_px} pixels; the least side is {rule.min_side_px}"
+        )
+    if image.mode not in _MODE_FLAGS:
+        raise _reject(RejectCode.UNSUPPORTED_FORMAT, f"pixels of mode {image.mode} have no declared range")
+
+
+def _decode_opened(image: ImageFile.ImageFile, data: bytes, rule: DecodeRule) -> DecodedImage:
+    # Pillow calls a JPEG that holds several pictures MPO.
+    image_format = ImageFormat.JPEG if image.format == "MPO" else ImageFormat(str(image.format))
+    flags = _header_flags(image)
+    if image_format is ImageFormat.JPEG:
+        pixels_CHW = _decode_jpeg(image, data, rule)
+    else:
+        pixels_CHW = _decode_with_pillow(image, data, rule)
+    orientation = _orientation(image)
+    if orientation in _TURNS:
+        flags.add(DecodeFlag.EXIF_ROTATED)
+        pixels_CHW = _turn(pixels_CHW, orientation)
+    return DecodedImage(pixels_CHW=pixels_CHW, format=image_format, flags=frozenset(flags))
+
+
+def _header_flags(image: ImageFile.ImageFile) -> set[DecodeFlag]:
+    mode_flag = _MODE_FLAGS[image.mode]
+    flags = {mode_flag} if mode_flag else set()
+    if image.has_transparency_data:
+        flags.add(DecodeFlag.ALPHA_COMPOSED)
+    if getattr(image, "is_animated", False):
+        flags.add(DecodeFlag.FIRST_FRAME_ONLY)
+    if "icc_profile" in image.info:
+        flags.add(DecodeFlag.ICC_PROFILE_IGNORED)
+    # Pillow keeps the depth of colour samples only in the raw mode of its tiles, such as "RGB;16B".
+    if image.format in (ImageFormat.PNG, ImageFormat.TIFF) and ";16" in str(image.tile):
+        flags.add(DecodeFlag.SIXTEEN_BIT_SCALED)
+    # Pillow turns a TIFF upright while it loads it, and then forgets the tag.
+    if image.format == ImageFormat.TIFF and _orientation(image) in _TURNS:
+        flags.add(DecodeFlag.EXIF_ROTATED)
+    return flags
+
+
+def _decode_jpeg(image: Image.Image, data: bytes, rule: DecodeRule) -> torch.Tensor:
+    """torchvision's decoder gives Pillow's pixels faster; where it fails, Pillow has the last word."""
+    if image.info.get("progressive") and data.count(_START_OF_SCAN) > _MAX_SCANS:
+        raise _reject(RejectCode.CORRUPT, f"a progressive JPEG of more than {_MAX_SCANS} scans")
+    # Imported here because it takes seconds that planning a job need not pay.
+    import torchvision.io  # noqa: PLC0415
+
+    try:
+        # The operator itself: its wrapper is deprecated and warns. Without the operator, JPEGs are slower.
+        pixels_CHW: torch.Tensor = torch.ops.image.decode_jpeg(
+            torch.frombuffer(bytearray(data), dtype=torch.uint8),
+            torchvision.io.ImageReadMode.RGB.value,
+            False,
+        )
+    except (RuntimeError, AttributeError):
+        return _decode_with_pillow(image, data, rule)
+    return pixels_CHW
+
+
+def _decode_with_pillow(image: Image.Image, data: bytes, rule: DecodeRule) -> torch.Tensor:
+    if image.format == ImageFormat.PNG and (damage := png_damage(data)):
+        code = RejectCode.TRUNCATED if damage is Damage.CUT_SHORT else RejectCode.CORRUPT
+        raise _reject(code, f"PNG: {damage.replace('_', ' ')}")
+    image.load()
+    if image.format in (ImageFormat.JPEG, "MPO") and is_cut_short(data, ImageFormat.JPEG):
+        raise _reject(RejectCode.TRUNCATED, "JPEG: no end marker")
+    pixels_HWC = np.array(_as_rgb(image, rule.background_rgb))
+    return torch.from_numpy(pixels_HWC).permute(2, 0, 1)
+
+
+def _as_rgb(image: Image.Image, background_rgb: tuple[int, int, int]) -> Image.Image:
+    if image.mode in _SIXTEEN_BIT_GREY:
+        image = _high_bytes(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    layer = image.convert("RGBA")
+    canvas = Image.new("RGB", image.size, background_rgb)
+    canvas.paste(layer, mask=layer)
+    return canvas
+
+
+def _high_bytes(image: Image.Image) -> Image.Image:
+    """16-bit grey as 8-bit grey; a transparent grey level, which is a 16-bit number, becomes alpha."""
+    samples_HW = np.asarray(image)
+    grey = Image.fromarray((samples_HW >> 8).astype(np.uint8))
+    transparent_level = image.info.get("transparency")
+    if transparent_level is None:
+        return grey
+    alpha = Image.fromarray(np.where(samples_HW == transparent_level, 0, 255).astype(np.uint8))
+    return Image.merge("LA", (grey, alpha))
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # broken metadata is no reason to lose good pixels
+        return 1
+
+
+def _turn(pixels_CHW: torch.Tensor, orientation: int) -> torch.Tensor:
+    axes, flipped = _TURNS[orientation]
+    if axes == "swap":
+        pixels_CHW = pixels_CHW.transpose(1, 2)
+    return pixels_CHW.flip(flipped).permute(1, 2, 0).contiguous().permute(2, 0, 1)
+
+
+def _verdict(data: bytes, rule: DecodeRule, error: Exception) -> SampleRejected:
+    """The reject for bytes that could not be opened or decoded."""
+    kind = sniff(data)
+    if kind.format is None:
+        code = RejectCode.UNSUPPORTED_FORMAT if kind.family is Family.IMAGE else RejectCode.NOT_AN_IMAGE
+        return _reject(code, kind.name)
+    if kind.format not in rule.formats:
+        return _reject(RejectCode.UNSUPPORTED_FORMAT, f"{kind.name}: not among the rule's formats")
+    if kind.format in (ImageFormat.AVIF, ImageFormat.WEBP) and not features.check(kind.format.lower()):
+        return _reject(RejectCode.UNSUPPORTED_FORMAT, f"{kind.name}: not in this build of Pillow")
+    if kind.format is ImageFormat.JPEG and (process := unusual_jpeg_process(data)):
+        return _reject(RejectCode.UNSUPPORTED_FORMAT, f"JPEG: {process}")
+    message = "no valid header" if isinstance(error, UnidentifiedImageError) else str(error)
+    cut_short = "truncated" in message.lower() or is_cut_short(data, kind.format)
+    reason = f"{kind.name}: {type(error).__name__}: {message}"[:_REASON_CHARACTERS]
+    return _reject(RejectCode.TRUNCATED if cut_short else RejectCode.CORRUPT, reason)

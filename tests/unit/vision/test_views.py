@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from pydantic import ValidationError
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms._presets import ImageClassification
+from torchvision.transforms.v2 import functional as reference
+
+from convoy.core.errors import ConfigError
+from convoy.core.fingerprints import digest
+from convoy.core.records import RejectCode, SampleRejected
+from convoy.vision.decoding import DecodeRule, decode_image
+from convoy.vision.presets import EvalPreset, Interpolation
+from convoy.vision.views import ViewPolicy, normalise, prepare_view, view_recipe
+from image_files import encode, photo
+
+PRESET = EvalPreset(resize_px=64, crop_px=56)
+POLICY = ViewPolicy(seed=7)
+CONTENT = b"0123456789abcdef"
+MODES = {
+    Interpolation.BILINEAR: InterpolationMode.BILINEAR,
+    Interpolation.BICUBIC: InterpolationMode.BICUBIC,
+}
+
+
+def pixels(height_px: int, width_px: int, seed: int = 0) -> torch.Tensor:
+    """An image in the memory layout of `decode_image`."""
+    return torch.from_numpy(photo(height_px, width_px, seed)).permute(2, 0, 1)
+
+
+def view_of(
+    image_CHW: torch.Tensor,
+    preset: EvalPreset = PRESET,
+    *,
+    view: int = 0,
+    policy: ViewPolicy | None = POLICY,
+    content_id: bytes = CONTENT,
+) -> torch.Tensor:
+    out_CHW = torch.empty(3, preset.crop_px, preset.crop_px, dtype=torch.uint8)
+    prepare_view(image_CHW, preset, out_CHW, view=view, policy=policy, content_id=content_id)
+    return out_CHW
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(20, 200), st.integers(20, 200), st.sampled_from(Interpolation))
+def test_eval_view_is_torchvisions_resize_and_center_crop(
+    height_px: int, width_px: int, interpolation: Interpolation
+) -> None:
+    image = pixels(height_px, width_px)
+    preset = EvalPreset(resize_px=64, crop_px=56, interpolation=interpolation)
+    resized = reference.resize(image, [64], interpolation=MODES[interpolation], antialias=True)
+    assert torch.equal(view_of(image, preset), reference.center_crop(resized, [56, 56]))
+
+
+def test_normalise_is_that_of_torchvisions_weights() -> None:
+    image = pixels(56, 56)
+    of_weights = ImageClassification(crop_size=56, resize_size=56)
+    assert torch.equal(normalise(image[None], PRESET)[0], of_weights(image))
+
+
+@pytest.mark.parametrize("interpolation", Interpolation)
+def test_eval_view_is_within_rounding_of_the_pillow_pixels_that_weights_were_trained_on(
+    interpolation: Interpolation,
+) -> None:
+    jpeg = encode(photo(375, 500), "JPEG", quality=90)
+    preset = EvalPreset(resize_px=256, crop_px=224, interpolation=interpolation)
+    of_weights = ImageClassification(crop_size=224, interpolation=MODES[interpolation])
+    theirs = of_weights(Image.open(io.BytesIO(jpeg)))
+    ours = normalise(view_of(decode_image(jpeg, DecodeRule()).pixels_CHW, preset)[None], preset)[0]
+    levels = (ours - theirs).abs() * torch.tensor(preset.std).view(3, 1, 1) * 255
+    assert levels.max() < 2.01
+    assert levels.mean() < 0.01
+
+
+@pytest.mark.parametrize("view", [0, 3])
+def test_memory_layouts_do_not_change_pixels(view: int) -> None:
+    image = pixels(80, 100)
+    batch = torch.zeros(2, 3, 56, 56, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    prepare_view(image, PRESET, batch[1], view=view, policy=POLICY, content_id=CONTENT)
+    assert torch.equal(batch[1], view_of(image.contiguous(), view=view))
+    assert not batch[0].any()
+
+
+def test_without_resize_the_centre_is_cut_as_it_is() -> None:
+    preset = EvalPreset(resize_px=None, crop_px=32)
+    assert torch.equal(view_of(pixels(32, 32), preset), pixels(32, 32))
+    assert torch.equal(view_of(pixels(40, 36), preset), pixels(40, 36)[:, 4:36, 2:34])
+
+
+@pytest.mark.parametrize("view", [0, 1])
+def test_image_below_the_crop_is_too_small_in_every_view(view: int) -> None:
+    preset = EvalPreset(resize_px=None, crop_px=32)
+    with pytest.raises(SampleRejected) as caught:
+        view_of(pixels(31, 64), preset, view=view)
+    assert caught.value.code is RejectCode.TOO_SMALL
+
+
+def test_small_image_is_enlarged_where_the_preset_resizes() -> None:
+    assert view_of(pixels(2, 3)).shape == (3, 56, 56)
+
+
+def test_thin_strip_shows_its_centre_in_little_memory() -> None:
+    """Resized whole, it would take 25 GB."""
+    strip = torch.zeros(3, 2, 300_000, dtype=torch.uint8)
+    strip[:, :, 149_990:150_010] = 200
+    assert (view_of(strip, EvalPreset(resize_px=120, crop_px=100)) == 200).all()
+
+
+def test_views_are_pure_functions_of_seed_content_and_index() -> None:
+    image = pixels(80, 100)
+    first = view_of(image, view=1)
+    assert torch.equal(first, view_of(image, view=1))
+    others = (
+        view_of(image, view=0),
+        view_of(image, view=2),
+        view_of(image, view=1, content_id=b"another content!"),
+        view_of(image, view=1, policy=ViewPolicy(seed=8)),
+    )
+    assert not any(torch.equal(first, other) for other in others)
+
+
+def test_eval_view_needs_no_policy_and_others_do() -> None:
+    image = pixels(80, 100)
+    assert torch.equal(view_of(image, policy=None), view_of(image, policy=POLICY))
+    for view, policy in ((1, None), (-1, POLICY)):
+        with pytest.raises(ConfigError):
+            view_of(image, view=view, policy=policy)
+
+
+def test_mirror_probability_mirrors_that_share_of_views() -> None:
+    """Whole-image crops: each view is the resized image or its mirror."""
+    image = pixels(56, 56)
+    whole = {"crop_area": (1.0, 1.0), "crop_aspect": (1.0, 1.0)}
+
+    def mirrored_share(probability: float) -> float:
+        policy = ViewPolicy(mirror_probability=probability, **whole)
+        views = [view_of(image, view=view, policy=policy) for view in range(1, 201)]
+        assert all(torch.equal(view, image) or torch.equal(view, image.flip(-1)) for view in views)
+        return float(np.mean([torch.equal(view, image.flip(-1)) for view in views]))
+
+    assert mirrored_share(0.0) == 0
+    assert mirrored_share(1.0) == 1
+    assert 0.15 < mirrored_share(0.3) < 0.45
+
+
+@pytest.mark.parametrize(
+    "settings_", [{"crop_area": (0.5, 0.2)}, {"crop_area": (0, 1)}, {"crop_aspect": (2, 1)}]
+)
+def test_policy_refuses_empty_ranges(settings_: dict[str, tuple[float, float]]) -> None:
+    with pytest.raises(ValidationError):
+        ViewPolicy(**settings_)
+
+
+def test_recipe_of_the_eval_view_depends_on_pixels_of_the_preset_only() -> None:
+    plain = view_recipe(PRESET, None, 0)
+    assert plain == view_recipe(PRESET, POLICY, 0)
+    assert plain == view_recipe(PRESET.model_copy(update={"mean": (0.5, 0.5, 0.5)}), None, 0)
+    changes = ({"resize_px": 65}, {"crop_px": 55}, {"interpolation": Interpolation.BICUBIC})
+    recipes = [plain, *(view_recipe(PRESET.model_copy(update=change), None, 0) for change in changes)]
+    assert len({digest(recipe) for recipe in recipes}) == 4
+
+
+def test_recipe_of_a_drawn_view_depends_on_all_of_the_policy() -> None:
+    policies = (
+        POLICY,
+        ViewPolicy(seed=8),
+        ViewPolicy(seed=7, mirror_probability=0.4),
+        ViewPolicy(seed=7, crop_area=(0.3, 1.0)),
+        ViewPolicy(seed=7, crop_aspect=(0.8, 1.25)),
+    )
+    recipes = [view_recipe(PRESET, policy, 1) for policy in policies] + [view_recipe(PRESET, POLICY, 2)]
+    assert len({digest(recipe) for recipe in recipes}) == 6
+
+
+def test_normalise_keeps_the_memory_format_and_the_input() -> None:
+    batch = pixels(8, 8)[None].contiguous(memory_format=torch.channels_last)
+    kept = batch.clone()
+    assert normalise(batch, PRESET).is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(batch, kept)
+
+
+def test_normalise_compiles_without_a_graph_break() -> None:
+    batch = pixels(8, 8)[None]
+    compiled = torch.compile(lambda images: normalise(images, PRESET), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(batch), normalise(batch, PRESET))
