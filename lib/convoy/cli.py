@@ -33,7 +33,9 @@ SetOption = Annotated[
 ]
 WorkspaceOption = Annotated[
     str | None,
-    typer.Option("--workspace", "-w", help="Folder or s3:// URI. Default: the config, CONVOY_WORKSPACE, ./workspace."),
+    typer.Option(
+        "--workspace", "-w", help="Folder or s3:// URI. Default: the config, CONVOY_WORKSPACE, ./workspace."
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object last on stdout.")]
 NewRunOption = Annotated[
@@ -46,7 +48,9 @@ ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 @app.command()
 def dataset(
-    source: Annotated[str, typer.Argument(help="Folder, list (.csv .jsonl .parquet), tar shards; local or s3://")],
+    source: Annotated[
+        str, typer.Argument(help="Folder, list (.csv .jsonl .parquet), tar shards; local or s3://")
+    ],
     name: Annotated[str, typer.Option("--name", "-n", help="Name of the dataset in the workspace.")],
     workspace: WorkspaceOption = None,
     overrides: SetOption = None,
@@ -137,12 +141,14 @@ def bench(
     """Measure a job against its physical bounds and against the usual ways, on the same images, in one run."""
     from convoy.pipelines.bench import run_bench  # noqa: PLC0415
 
-    _run(lambda progress: run_bench(job, overrides or [], progress=progress), as_json=as_json)
+    _run(lambda _: run_bench(job, overrides or []), as_json=as_json)
 
 
 @models_app.command("fetch")
 def models_fetch(
-    arch: Annotated[str, typer.Argument(help="torchvision:<name>, timm:<name>, a built-in, or module:factory.")],
+    arch: Annotated[
+        str, typer.Argument(help="torchvision:<name>, timm:<name>, a built-in, or module:factory.")
+    ],
     weights: Annotated[str, typer.Option(help="Weight name, URI of a state dict, or 'random'.")] = "DEFAULT",
     workspace: WorkspaceOption = None,
     overrides: SetOption = None,

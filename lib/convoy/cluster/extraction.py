@@ -27,8 +27,8 @@ from convoy.storage.parts import FeatureRows, write_features, write_rejects
 from convoy.storage.runs import RunFolder
 from convoy.storage.samples import SampleReader
 from convoy.storage.stores import open_store
-from convoy.vision.backbones import BackboneConfig, build_network
-from convoy.vision.decoding import DecodeFlag, DecodeRule, decode_image
+from convoy.vision.backbones import BackboneConfig, build_network, native_px
+from convoy.vision.decoding import DecodeFlag, DecodeRule, decode_image, quiet_decoders
 from convoy.vision.depth_axis import derive_depth_axis
 from convoy.vision.engine import EngineOptions, FeatureEngine, Precision
 from convoy.vision.presets import EvalPreset
@@ -90,6 +90,7 @@ class _SliceResult:
     rows: pa.Table
     features_BD: dict[str, np.ndarray]
     content_digests: list[bytes | None]
+    started_unix_s: float
     rejects: list[Reject] = field(default_factory=list)
     flags: Counter[str] = field(default_factory=Counter)
     seconds: Counter[str] = field(default_factory=Counter)
@@ -101,13 +102,14 @@ class FeatureExtractor:
     """A network on a device, with its readers and decoders; `extract` turns one slice into parts."""
 
     def __init__(self, spec: ExtractionSpec) -> None:
+        quiet_decoders()
         self._spec = spec
         self._store = open_store(spec.workspace)
         self._folder = RunFolder(self._store, spec.run_id)
         self._reader = SampleReader(num_threads=spec.num_fetch_threads, max_bytes=spec.decode_rule.max_bytes)
         self._decoders = ThreadPoolExecutor(spec.num_decode_threads, "decode")
         network = build_network(spec.backbone)
-        axis = derive_depth_axis(network, input_px=spec.preset.crop_px)
+        axis = derive_depth_axis(network, input_px=native_px(spec.backbone))
         load_weights(network, read_state_dict(self._store.get(spec.weights_key).data))
         taps = tuple(dict.fromkeys(output.tap for output in spec.outputs))
         self._engine = FeatureEngine(network, axis, spec.preset, taps=taps, options=spec.engine)
@@ -115,21 +117,22 @@ class FeatureExtractor:
 
     def extract(self, slice_name: str, set_ids: Collection[str]) -> SliceRecord:
         """Compute one slice, write its parts for these sets, its rejects, and the record that makes them count."""
-        started_s = time.perf_counter()
+        started_unix_s = time.time()
         outputs = [output for output in self._spec.outputs if output.set_id in set_ids]
-        result = self._new_result(self._folder.read_slice(slice_name), outputs)
+        result = self._new_result(self._folder.read_slice(slice_name), outputs, started_unix_s)
         views = tuple(dict.fromkeys(output.view for output in outputs))
         for batch in self._prepared_batches(result, views):
             self._run_batch(batch, outputs, result)
-        result.seconds["total"] = time.perf_counter() - started_s
         return self._write(slice_name, outputs, result)
 
-    def _new_result(self, rows: pa.Table, outputs: Sequence[FeatureOutput]) -> _SliceResult:
+    def _new_result(
+        self, rows: pa.Table, outputs: Sequence[FeatureOutput], started_unix_s: float
+    ) -> _SliceResult:
         features = {
             output.set_id: np.zeros((rows.num_rows, self._widths[output.tap]), self._spec.dtype)
             for output in outputs
         }
-        return _SliceResult(rows, features, [None] * rows.num_rows)
+        return _SliceResult(rows, features, [None] * rows.num_rows, started_unix_s)
 
     def _prepared_batches(self, result: _SliceResult, views: Collection[int]) -> Iterator[_Batch]:
         """Batches whose images are ready, while the next ones are being fetched and decoded."""
@@ -215,7 +218,9 @@ class FeatureExtractor:
             reject_codes=Counter(reject.code.value for reject in result.rejects),
             flags=result.flags,
             seconds=result.seconds,
+            started_unix_s=result.started_unix_s,
             first_row_unix_s=result.first_row_unix_s,
+            finished_unix_s=time.time(),
             precision_effect=result.precision_effect,
         )
         write_record(self._store, record)
@@ -240,9 +245,7 @@ class FeatureExtractor:
         if not result.rejects:
             return None
         key = self._folder.key(f"rejects/{slice_name}-{attempt}.parquet")
-        return write_rejects(
-            self._store, key, result.rejects, attempt, {"convoy.run_id": self._spec.run_id}
-        )
+        return write_rejects(self._store, key, result.rejects, attempt, {"convoy.run_id": self._spec.run_id})
 
 
 def _reject(rows: pa.Table, row: int, rejected: SampleRejected) -> Reject:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -55,6 +56,7 @@ def extract_slices(
     A worker that dies is replaced and its slice redone; an error raised in a worker ends the run, and finished
     slices stay.
     """
+    _quiet_ray_data()
     rows = [{"task": task.model_dump_json()} for task in tasks]
     # A block a slice: slices are handed out one by one, and a record comes back as soon as its slice is done.
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
@@ -82,6 +84,14 @@ class _SliceWorker:
         tasks = [SliceTask.model_validate_json(str(text)) for text in batch["task"]]
         records = [self._extractor.extract(task.slice, task.set_ids) for task in tasks]
         return {"record": [record.model_dump_json() for record in records]}
+
+
+def _quiet_ray_data() -> None:
+    """Leave the terminal to our own progress; Ray's log files stay complete."""
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+            handler.setLevel(logging.ERROR)
 
 
 def _first_cause(error: BaseException) -> ConvoyError:

@@ -7,17 +7,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import ray
+
 # Only keys and records flow through the object store, so a local session needs little of it.
 _LOCAL_OBJECT_STORE_BYTES = 256 * 2**20
-
-_QUIET_ENVIRONMENT = {
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    # The worker reports of one job are not worth a line each in the driver's terminal.
-    "RAY_DATA_LOG_LEVEL": "ERROR",
-    "RAY_ENABLE_RECORD_ACTOR_TASK_LOGGING": "0",
-}
 
 
 @contextmanager
@@ -27,10 +20,7 @@ def ray_session() -> Iterator[None]:
     With RAY_ADDRESS set, that cluster is used. Without, a local Ray without a dashboard is started and stopped.
     A session that is already open in this process (a test, a notebook) is used as it is.
     """
-    for name, value in _QUIET_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    import ray  # noqa: PLC0415 (reads its environment at import)
-
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if ray.is_initialized():
         yield
         return

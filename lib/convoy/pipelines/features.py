@@ -40,7 +40,7 @@ from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.parts import FEATURES_SCHEMA_VERSION
 from convoy.storage.run_input import freeze_input, missing_rows, slice_rows_for
-from convoy.storage.runs import OpenRun, RunFolder, RunRecord, refuse_changed_identity
+from convoy.storage.runs import OpenRun, RunFolder, RunRecord
 from convoy.vision.engine import EngineOptions, Precision
 
 _VERB = "cache"
@@ -50,7 +50,8 @@ class FeatureSummary(StrictModel):
     """What `ensure_features` found and did, in samples; `rows + rejects == samples`.
 
     `sets` maps "<tap>/<view>" to the id of its feature set; `run` is the run that computed rows now, or else the
-    last one that did; `images_per_s` counts the samples of this call from the first slice's start.
+    last one that did. `images_per_s` is the steady rate of this call, from the start of its first slice to the
+    end of its last; `first_row_s` is when its first batch was through the network, `seconds` sums over workers.
     """
 
     run: str | None
@@ -62,6 +63,7 @@ class FeatureSummary(StrictModel):
     flags: dict[str, int]
     sets: dict[str, str]
     seconds: dict[str, float]
+    job_s: float
     images_per_s: float
     first_row_s: float | None
     precision: str
@@ -116,13 +118,8 @@ class FeatureJob:
     def _resume_or_start(self, *, new_run: bool) -> tuple[RunFolder, RunRecord] | None:
         """The unfinished run of this target, or a new one with a frozen input, or None if nothing is missing."""
         identity = run_identity(self._manifest, self._request, self.sets)
-        folder = self._open_run.current()
-        if folder is not None and (new_run or folder.is_finished()):
-            self._open_run.close()
-            folder = None
-        record = folder.record() if folder else None
+        folder, record = self._open_run.resume(identity, new_run=new_run)
         if folder is not None and record is not None:
-            refuse_changed_identity(record, identity)
             return folder, record
         num_missing = sum(rows.num_rows for _, rows in self._missing())
         if not num_missing:
@@ -151,7 +148,11 @@ class FeatureJob:
             outputs={spec.set_id: feature_prefix(spec.set_id, folder.run_id) for spec in self.sets},
             groups=groups,
             # Decided once, so that a resumed run computes the very same numbers.
-            settings={"compiled": compiled, "compile_reason": reason, "batch_size": self._extraction.batch_size},
+            settings={
+                "compiled": compiled,
+                "compile_reason": reason,
+                "batch_size": self._extraction.batch_size,
+            },
         )
         folder.write_record(record)
         return record
@@ -231,7 +232,6 @@ class FeatureJob:
     ) -> FeatureSummary:
         samples, rows = self._count_rows()
         slices = manifest.slices if manifest else ()
-        elapsed_s = time.time() - started_unix_s
         first_rows = [slice_.first_row_unix_s for slice_ in finished if slice_.first_row_unix_s]
         computed = sum(slice_.num_results + slice_.num_rejects for slice_ in finished)
         return FeatureSummary(
@@ -243,11 +243,14 @@ class FeatureJob:
             reject_codes=_sum_counts(slice_.reject_codes for slice_ in slices),
             flags=_sum_counts(slice_.flags for slice_ in slices),
             sets={f"{spec.tap}/{spec.view}": spec.set_id for spec in self.sets},
-            seconds={**_sum_seconds(finished), "job": elapsed_s},
-            images_per_s=computed / elapsed_s,
+            seconds=_sum_seconds(finished),
+            job_s=time.time() - started_unix_s,
+            images_per_s=_steady_rate(finished),
             first_row_s=min(first_rows) - started_unix_s if first_rows else None,
             precision=self.sets[0].precision,
-            precision_effect=next((slice_.precision_effect for slice_ in slices if slice_.precision_effect), {}),
+            precision_effect=next(
+                (slice_.precision_effect for slice_ in slices if slice_.precision_effect), {}
+            ),
             notes=[record.settings["compile_reason"]] if record else ["nothing was missing"],
         )
 
@@ -274,3 +277,10 @@ def _sum_seconds(records: list[SliceRecord]) -> dict[str, float]:
     for record in records:
         total.update(record.seconds)
     return {stage: round(seconds, 3) for stage, seconds in total.items()}
+
+
+def _steady_rate(records: list[SliceRecord]) -> float:
+    if not records:
+        return 0.0
+    duration_s = max(one.finished_unix_s for one in records) - min(one.started_unix_s for one in records)
+    return sum(one.num_results + one.num_rejects for one in records) / max(duration_s, 1e-9)

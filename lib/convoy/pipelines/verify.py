@@ -113,7 +113,10 @@ def _commit_problems(store: ObjectStore, run: RunRecord, manifest: RunManifest) 
             continue
         wanted = [record.parts[set_id].key for record in manifest.slices if set_id in record.parts]
         listed = [
-            part.key for commit in read_commits(store, set_id) if commit.run_id == run.run_id for part in commit.parts
+            part.key
+            for commit in read_commits(store, set_id)
+            if commit.run_id == run.run_id
+            for part in commit.parts
         ]
         if wanted != listed:
             yield f"{FEATURES}{set_id}/commits/{run.run_id}.json lists other parts than the run's manifest"

@@ -36,7 +36,8 @@ class PartFile(StrictModel):
 class SliceRecord(StrictModel):
     """What one finished attempt of a slice wrote, and how long each stage took.
 
-    `first_row_unix_s` is when its first batch was through the network (0 if no image was usable);
+    Times are seconds since 1970: `first_row_unix_s` is when the first batch was through the network (0 if no
+    image was usable);
     `precision_effect` the lowest cosine similarity to float32 features seen in one batch, by tap.
     """
 
@@ -50,7 +51,9 @@ class SliceRecord(StrictModel):
     reject_codes: dict[str, int]
     flags: dict[str, int]
     seconds: dict[str, float]
+    started_unix_s: float
     first_row_unix_s: float
+    finished_unix_s: float
     precision_effect: dict[str, float]
 
     @property
@@ -77,7 +80,9 @@ class RunManifest(StrictModel):
 
     def rows_digest(self) -> str:
         """A digest of all result rows that depends neither on order nor on slices or attempts."""
-        return MultisetDigest.total(part.rows_digest for record in self.slices for part in record.parts.values())
+        return MultisetDigest.total(
+            part.rows_digest for record in self.slices for part in record.parts.values()
+        )
 
 
 class SetCommit(StrictModel):
@@ -116,7 +121,9 @@ def read_records(folder: RunFolder) -> list[SliceRecord]:
         return [SliceRecord.model_validate_json(blob) for blob in blobs]
 
 
-def choose_attempts(folder: RunFolder, run: RunRecord, records: Iterable[SliceRecord]) -> dict[str, SliceRecord]:
+def choose_attempts(
+    folder: RunFolder, run: RunRecord, records: Iterable[SliceRecord]
+) -> dict[str, SliceRecord]:
     """One verified attempt for each slice that has one. A record without all its files does not count."""
     listed = _listing(folder, run)
     chosen: dict[str, SliceRecord] = {}

@@ -112,8 +112,7 @@ class FeatureCache:
 
     def _collect_ids(self, parts: Sequence[PartFile], columns: Sequence[str]) -> np.ndarray:
         found = [
-            content_id_array(_lasting(table)["content_id"])
-            for table in self._read_parts(parts, columns)
+            content_id_array(_lasting(table)["content_id"]) for table in self._read_parts(parts, columns)
         ]
         return np.unique(np.concatenate(found)) if found else np.empty(0, _ID_DTYPE)
 

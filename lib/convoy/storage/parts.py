@@ -44,7 +44,11 @@ def features_schema(num_features: int, dtype: str) -> pa.Schema:
             # Of the bytes that were read: finds exact duplicates and label conflicts.
             pa.field("content_digest", pa.binary(16), nullable=False),
             pa.field("view", pa.int32(), nullable=False),
-            pa.field("features", pa.list_(pa.field("item", value_type, nullable=False), num_features), nullable=False),
+            pa.field(
+                "features",
+                pa.list_(pa.field("item", value_type, nullable=False), num_features),
+                nullable=False,
+            ),
         ]
     )
 
@@ -75,30 +79,15 @@ def write_features(store: ObjectStore, key: str, rows: FeatureRows, metadata: Ma
         },
         schema=schema,
     )
-    part = _write_table(store, key, table, metadata, _digest_features(rows))
+    part = write_table(store, key, table, metadata, _digest_features(rows))
     crash_point(CrashPoint.PART_WRITTEN)
     return part
 
 
-def write_rejects(
-    store: ObjectStore, key: str, rejects: Sequence[Reject], attempt: str, metadata: Mapping[str, str]
-) -> PartFile:
-    """Write the reject table of one slice and return what proves it."""
-    rows = [
-        {**{name: getattr(reject, name) for name in REJECTS_SCHEMA.names[:-1]}, "attempt": attempt}
-        for reject in rejects
-    ]
-    digest = MultisetDigest()
-    for reject in rejects:
-        digest.add_row(reject.sample_id.encode(), reject.code.encode())
-    part = _write_table(store, key, pa.Table.from_pylist(rows, REJECTS_SCHEMA), metadata, digest.hexdigest())
-    crash_point(CrashPoint.REJECTS_WRITTEN)
-    return part
-
-
-def _write_table(
+def write_table(
     store: ObjectStore, key: str, table: pa.Table, metadata: Mapping[str, str], rows_digest: str
 ) -> PartFile:
+    """Write a table with file metadata in one put, and return what proves it."""
     # Features are noise to a dictionary, and statistics of vectors help nobody.
     buffer = io.BytesIO()
     pq.write_table(
@@ -118,6 +107,22 @@ def _write_table(
         num_rows=table.num_rows,
         rows_digest=rows_digest,
     )
+
+
+def write_rejects(
+    store: ObjectStore, key: str, rejects: Sequence[Reject], attempt: str, metadata: Mapping[str, str]
+) -> PartFile:
+    """Write the reject table of one slice and return what proves it."""
+    rows = [
+        {**{name: getattr(reject, name) for name in REJECTS_SCHEMA.names[:-1]}, "attempt": attempt}
+        for reject in rejects
+    ]
+    digest = MultisetDigest()
+    for reject in rejects:
+        digest.add_row(reject.sample_id.encode(), reject.code.encode())
+    part = write_table(store, key, pa.Table.from_pylist(rows, REJECTS_SCHEMA), metadata, digest.hexdigest())
+    crash_point(CrashPoint.REJECTS_WRITTEN)
+    return part
 
 
 def _digest_features(rows: FeatureRows) -> str:

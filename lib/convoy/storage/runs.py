@@ -159,6 +159,21 @@ class OpenRun:
         document = read_json(self._store, self._key)
         return None if document is None else RunFolder(self._store, document["run_id"])
 
+    def resume(self, identity: dict[str, Any], *, new_run: bool) -> tuple[RunFolder | None, RunRecord | None]:
+        """The unfinished run of this target and its record, as far as they exist.
+
+        A finished run that died before it closed its pointer is closed. Raises RunMismatch if the unfinished
+        run has another identity; with `new_run` it is left behind instead.
+        """
+        folder = self.current()
+        if folder is not None and (new_run or folder.is_finished()):
+            self.close()
+            folder = None
+        record = folder.record() if folder else None
+        if record is not None:
+            refuse_changed_identity(record, identity)
+        return folder, record
+
     def start(self) -> RunFolder:
         """Open a new run, or join the one that another process opened in the meantime."""
         run_id = secrets.token_hex(8)

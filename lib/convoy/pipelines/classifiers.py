@@ -1,0 +1,146 @@
+"""Classifiers as values: a network, a tap of it, and a head or none; read from bundles and written to them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+
+from convoy.core.errors import ConfigError, DataError
+from convoy.core.fingerprints import canonical_json, digest
+from convoy.pipelines.models import BackboneRecord, read_backbone_state, restore_backbone
+from convoy.storage.bundles import Bundle
+from convoy.storage.object_store import ObjectStore
+from convoy.vision.decoding import DecodeRule
+from convoy.vision.heads import Head, HeadKind, HeadSpec, head_from_state, head_to_state
+from convoy.vision.weights import read_state_dict, state_to_safetensors
+
+_HEAD = "head."
+_BACKBONE = "backbone."
+CLASSIFIER_FORMAT_VERSION = 1
+
+
+class Strategy(StrEnum):
+    """How a network is used."""
+
+    AS_IS = "as_is"
+    LINEAR_PROBE = "linear_probe"
+    EARLY_LAYER_PROBE = "early_layer_probe"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Classifier:
+    """Logits over `classes` from the features of `tap`: those of the head, or without a head the features."""
+
+    strategy: Strategy
+    backbone: BackboneRecord
+    tap: str
+    head: Head | None
+    classes: tuple[str, ...]
+    decode_rule: DecodeRule
+
+    @property
+    def gives_probabilities(self) -> bool:
+        """Whether the softmax of the logits is a probability; the margins of a linear SVM are none."""
+        return self.head is None or self.head.spec.kind is not HeadKind.LINEAR_SVM
+
+    def logits(self, features_BD: torch.Tensor) -> torch.Tensor:
+        """Float32 logits_BK for float32 features."""
+        if self.head is None:
+            return features_BD
+        with torch.inference_mode():
+            logits_BK: torch.Tensor = self.head(features_BD)
+        return logits_BK
+
+
+def as_is(backbone: BackboneRecord, classes: tuple[str, ...] | None, decode_rule: DecodeRule) -> Classifier:
+    """A pretrained network with its own classes, no parameter changed."""
+    names = classes or backbone.classes
+    if names is None:
+        raise ConfigError(
+            f"the weights of {backbone.arch} do not say what their classes are",
+            next_step="list them in the order of the network's outputs: model.classes=[...]",
+        )
+    if len(names) != backbone.num_classes:
+        raise ConfigError(
+            f"{len(names)} class names for {backbone.num_classes} outputs of {backbone.arch}",
+            next_step="give one name for each output, in order",
+        )
+    return Classifier(
+        strategy=Strategy.AS_IS,
+        backbone=backbone,
+        tap=backbone.resolve_tap("logits"),
+        head=None,
+        classes=tuple(names),
+        decode_rule=decode_rule,
+    )
+
+
+def classifier_digest(classifier: Classifier) -> str:
+    """A digest of everything that determines predictions, for classifiers that are no bundles."""
+    return digest(_config(classifier) | {"classes": classifier.classes})
+
+
+def classifier_files(store: ObjectStore, classifier: Classifier) -> dict[str, bytes]:
+    """The files of a bundle that determine predictions; the network's weights are among them."""
+    state = {
+        _BACKBONE + name: tensor for name, tensor in read_backbone_state(store, classifier.backbone).items()
+    }
+    if classifier.head is not None:
+        state |= {_HEAD + name: tensor for name, tensor in head_to_state(classifier.head).items()}
+    preprocess = {
+        "decode_rule": classifier.decode_rule.model_dump(mode="json"),
+        "preset": classifier.backbone.preset.model_dump(mode="json"),
+    }
+    return {
+        "model.safetensors": state_to_safetensors(state),
+        "config.json": canonical_json(_config(classifier)),
+        "preprocess.json": canonical_json(preprocess),
+        "classes.json": canonical_json(list(classifier.classes)),
+    }
+
+
+def read_classifier(store: ObjectStore, bundle: Bundle) -> Classifier:
+    """The classifier of a bundle; its network's weights are put back into the workspace if they left it."""
+    config = bundle.read_json("config.json")
+    if config.get("format_version") != CLASSIFIER_FORMAT_VERSION:
+        raise DataError(
+            f"the bundle's config has format {config.get('format_version')}",
+            where=bundle.ref.uri,
+            next_step="upgrade Convoy, or train again",
+        )
+    state = read_state_dict(bundle.files["model.safetensors"])
+    backbone = BackboneRecord.model_validate(config["backbone"])
+    restore_backbone(store, backbone, _below(state, _BACKBONE))
+    spec = None if config["head"] is None else HeadSpec.model_validate(config["head"])
+    return Classifier(
+        strategy=Strategy(config["strategy"]),
+        backbone=backbone,
+        tap=config["tap"],
+        head=None if spec is None else head_from_state(spec, _below(state, _HEAD)),
+        classes=tuple(bundle.read_json("classes.json")),
+        decode_rule=DecodeRule.model_validate(bundle.read_json("preprocess.json")["decode_rule"]),
+    )
+
+
+def _config(classifier: Classifier) -> dict[str, Any]:
+    head = None if classifier.head is None else classifier.head.spec
+    return json.loads(
+        canonical_json(
+            {
+                "format_version": CLASSIFIER_FORMAT_VERSION,
+                "strategy": classifier.strategy.value,
+                "backbone": classifier.backbone,
+                "tap": classifier.tap,
+                "head": head,
+            }
+        )
+    )
+
+
+def _below(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

@@ -1,0 +1,139 @@
+"""The step that train and evaluate share: commit predictions, then measure from the committed rows alone."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from convoy.core.config import StrictModel
+from convoy.core.metrics import ClassMetrics, EvaluationCounts, ReliabilityBin
+from convoy.core.progress import Progress
+from convoy.core.records import Split
+from convoy.core.statistics import Interval, bootstrap_mean, wilson_interval
+from convoy.pipelines.classifiers import Classifier
+from convoy.pipelines.feature_plan import ExtractionConfig, FeatureRequest
+from convoy.pipelines.features import FeatureJob
+from convoy.pipelines.predictions import PREDICTIONS, PredictionJob
+from convoy.storage.commits import RunManifest, finish
+from convoy.storage.manifests import Manifest
+from convoy.storage.object_store import ObjectStore
+from convoy.storage.predictions import list_array
+
+
+class NamedClass(ClassMetrics):
+    """Per-class metrics with the class's name."""
+
+    name: str
+
+
+class Evaluation(StrictModel):
+    """What a classifier is worth on some splits. Rates are in 0..1; every labelled sample counts once.
+
+    `nll`, `ece` and `reliability` are null for heads whose scores are no probabilities. `intervals` are 95 %:
+    bootstrap percentiles, and Wilson's for top-1 beside it, which stays honest near 0 and 1.
+    """
+
+    run: str
+    cache_run: str | None
+    splits: list[str]
+    model_digest: str
+    samples: int
+    results: int
+    rejects: int
+    labelled: int
+    top1: float
+    top5: float
+    nll: float | None
+    ece: float | None
+    intervals: dict[str, Interval]
+    per_class: list[NamedClass]
+    reliability: list[ReliabilityBin] | None
+    classes: list[str]
+    confusion: list[list[int]]
+
+
+def evaluate_classifier(
+    store: ObjectStore,
+    manifest: Manifest,
+    classifier: Classifier,
+    *,
+    dataset: str,
+    splits: Collection[Split],
+    model_digest: str,
+    extraction: ExtractionConfig,
+    config: dict[str, Any],
+    progress: Progress,
+    new_run: bool = False,
+) -> Evaluation:
+    """Features where they are missing, predictions of every sample, and the metrics of the labelled ones."""
+    request = FeatureRequest(
+        dataset=dataset, splits=tuple(splits), backbone=classifier.backbone.config, taps=(classifier.tap,)
+    )
+    features = FeatureJob(store, manifest, classifier.backbone, request, extraction)
+    summary = features.ensure(progress=progress, new_run=new_run)
+    progress.stage("predicting")
+    job = PredictionJob(
+        store, manifest, classifier, model_digest=model_digest, set_id=features.set_id(classifier.tap)
+    )
+    folder, run_manifest, open_run = job.commit(dataset, splits, config, new_run=new_run)
+    evaluation = _measure(store, run_manifest, classifier, summary.run, splits, model_digest)
+    finish(folder, evaluation.model_dump(mode="json"))
+    open_run.close()
+    return evaluation
+
+
+def _measure(
+    store: ObjectStore,
+    manifest: RunManifest,
+    classifier: Classifier,
+    cache_run: str | None,
+    splits: Collection[Split],
+    model_digest: str,
+) -> Evaluation:
+    counts = EvaluationCounts(len(classifier.classes))
+    for table in _labelled_predictions(store, manifest):
+        counts.add(list_array(table["logits"]), table["label"].to_numpy())
+    metrics = counts.summary()
+    rows = counts.row_outcomes()
+    honest = classifier.gives_probabilities
+    intervals = {
+        "top1": bootstrap_mean(rows.correct1_N),
+        "top1_wilson": wilson_interval(int(rows.correct1_N.sum()), len(rows.correct1_N)),
+        "top5": bootstrap_mean(rows.correct5_N),
+        **({"nll": bootstrap_mean(rows.nll_N)} if honest else {}),
+    }
+    return Evaluation(
+        run=manifest.run_id,
+        cache_run=cache_run,
+        splits=sorted(splits),
+        model_digest=model_digest,
+        samples=manifest.num_results + manifest.num_rejects,
+        results=manifest.num_results,
+        rejects=manifest.num_rejects,
+        labelled=metrics.num_rows,
+        top1=metrics.top1,
+        top5=metrics.top5,
+        nll=metrics.nll if honest else None,
+        ece=metrics.ece if honest else None,
+        intervals=intervals,
+        per_class=[
+            NamedClass(name=name, **row.model_dump())
+            for name, row in zip(classifier.classes, metrics.per_class, strict=True)
+            if row.support or row.num_predicted
+        ],
+        reliability=list(metrics.reliability) if honest else None,
+        classes=list(classifier.classes),
+        confusion=counts.confusion_KK.tolist(),
+    )
+
+
+def _labelled_predictions(store: ObjectStore, manifest: RunManifest) -> Iterator[pa.Table]:
+    for record in manifest.slices:
+        table = store.open_parquet(record.parts[PREDICTIONS].key).read(columns=["label", "logits"])
+        labelled = table.filter(pc.is_valid(table["label"]))
+        if labelled.num_rows:
+            yield labelled

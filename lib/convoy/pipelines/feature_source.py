@@ -1,0 +1,136 @@
+"""Cached features as the rows of a fit: in memory where they fit, streamed from the cache where they do not."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from convoy.core.errors import DataError
+from convoy.core.records import Split
+from convoy.storage.feature_cache import FeatureCache, content_id_array
+from convoy.storage.feature_reading import FeatureChunk, iter_wanted
+from convoy.storage.manifests import Manifest
+from convoy.vision.heads import FeatureBatch, FeatureSource, TensorFeatures
+
+# Features are widened to float32 in memory; above this they are read from the cache in every pass.
+MEMORY_LIMIT_BYTES = 4 * 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledRows:
+    """The labelled samples of some splits, in manifest order."""
+
+    content_ids_N: np.ndarray
+    labels_N: np.ndarray
+    weights_N: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+
+def read_labelled_rows(manifest: Manifest, splits: Collection[Split]) -> LabelledRows:
+    """The labelled samples of some splits: 24 bytes of memory a sample."""
+    tables = [
+        pa.table(batch).filter(pa.compute.is_valid(batch["label"]))
+        for batch in manifest.iter_batches(columns=["content_id", "label", "weight"], splits=splits)
+    ]
+    if not tables or not sum(table.num_rows for table in tables):
+        raise DataError(
+            f"no labelled sample in split {', '.join(sorted(splits))}",
+            where=manifest.uri,
+            next_step="label the dataset, or choose another split",
+        )
+    rows = pa.concat_tables(tables).combine_chunks()
+    return LabelledRows(
+        content_ids_N=content_id_array(rows["content_id"]),
+        labels_N=rows["label"].to_numpy().astype(np.int64),
+        weights_N=rows["weight"].to_numpy().astype(np.float32),
+    )
+
+
+def open_features(
+    cache: FeatureCache,
+    set_ids: Sequence[str],
+    rows: LabelledRows,
+    *,
+    memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
+) -> FeatureSource:
+    """The features of the rows, once for each set (a set is a view); samples that were rejected do not come."""
+    streamed = StreamedFeatures(cache, set_ids, rows)
+    if streamed.num_rows * streamed.num_features * 4 > memory_limit_bytes:
+        return streamed
+    return _in_memory(cache, set_ids, rows)
+
+
+class StreamedFeatures:
+    """A feature source that reads the cache anew in every pass and holds a few parts of it."""
+
+    def __init__(self, cache: FeatureCache, set_ids: Sequence[str], rows: LabelledRows) -> None:
+        self._cache = cache
+        self._set_ids = set_ids
+        self._rows = rows
+        chunk = next((chunk for set_id in set_ids for chunk in self._chunks(set_id)), None)
+        if chunk is None:
+            raise DataError(
+                "the feature cache has no row of these samples", next_step="run `convoy cache` first"
+            )
+        self._num_features = chunk.features_BD.shape[1]
+        self._num_rows = sum(
+            int(cache.known_content(set_id).has_rows(pa.array(rows.content_ids_N, pa.binary(16))).sum())
+            for set_id in set_ids
+        )
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in one pass: samples times views."""
+        return self._num_rows
+
+    @property
+    def num_features(self) -> int:
+        """D, the width of a row."""
+        return self._num_features
+
+    def __iter__(self) -> Iterator[FeatureBatch]:
+        for set_id in self._set_ids:
+            for chunk in self._chunks(set_id):
+                yield FeatureBatch(
+                    features_BD=torch.from_numpy(chunk.features_BD.astype(np.float32)),
+                    labels_B=torch.from_numpy(self._rows.labels_N[chunk.rows_B]),
+                    weights_B=torch.from_numpy(self._rows.weights_N[chunk.rows_B]),
+                )
+
+    def _chunks(self, set_id: str) -> Iterator[FeatureChunk]:
+        return iter_wanted(self._cache, set_id, self._rows.content_ids_N)
+
+
+def _in_memory(cache: FeatureCache, set_ids: Sequence[str], rows: LabelledRows) -> TensorFeatures:
+    """All rows in manifest order, view by view, so that equal caches give equal fits to the last bit."""
+    features, labels, weights = [], [], []
+    for set_id in set_ids:
+        features_ND, found_N = gather_features(cache, set_id, rows.content_ids_N)
+        features.append(features_ND[found_N])
+        labels.append(rows.labels_N[found_N])
+        weights.append(rows.weights_N[found_N])
+    return TensorFeatures(
+        torch.from_numpy(np.concatenate(features)),
+        torch.from_numpy(np.concatenate(labels)),
+        torch.from_numpy(np.concatenate(weights)),
+    )
+
+
+def gather_features(
+    cache: FeatureCache, set_id: str, content_ids_N: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Float32 features_ND in the order of the ids, and a mask found_N: rows that are not cached stay zero."""
+    features_ND = np.empty((0, 0), np.float32)
+    found_N = np.zeros(len(content_ids_N), dtype=bool)
+    for chunk in iter_wanted(cache, set_id, content_ids_N):
+        if not features_ND.size:
+            features_ND = np.zeros((len(content_ids_N), chunk.features_BD.shape[1]), np.float32)
+        features_ND[chunk.rows_B] = chunk.features_BD
+        found_N[chunk.rows_B] = True
+    return features_ND, found_N

@@ -1,0 +1,97 @@
+"""Prediction parts: one row a sample, in columns that DuckDB, Polars, pandas and Spark read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from convoy.core.fingerprints import MultisetDigest
+from convoy.storage.commits import PartFile
+from convoy.storage.object_store import ObjectStore
+from convoy.storage.parts import write_table
+
+PREDICTIONS_SCHEMA_VERSION = 1
+TOP_K = 5
+
+PREDICTIONS_SCHEMA = pa.schema(
+    [
+        pa.field("sample_id", pa.string(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("etag", pa.string(), nullable=False),
+        # Index into the model's classes; null for unlabelled samples.
+        pa.field("label", pa.int32()),
+        pa.field("pred", pa.int32(), nullable=False),
+        pa.field("pred_name", pa.string(), nullable=False),
+        # Softmax probability of `pred`, or its margin for heads that are no probability models.
+        pa.field("score", pa.float32(), nullable=False),
+        pa.field("topk_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("topk_scores", pa.list_(pa.float32()), nullable=False),
+        pa.field("logits", pa.list_(pa.float32()), nullable=False),
+        pa.field("model_digest", pa.string(), nullable=False),
+        pa.field("run_id", pa.string(), nullable=False),
+    ]
+)
+
+
+def predictions_table(
+    samples: pa.Table,
+    *,
+    labels: pa.Array,
+    logits_BK: np.ndarray,
+    scores_BK: np.ndarray,
+    classes: Sequence[str],
+) -> pa.Table:
+    """The prediction columns, but for model and run, of samples in the same order as the logits."""
+    num_top = min(TOP_K, len(classes))
+    # A stable sort of the negated scores ranks equal scores by class index, as the metrics do.
+    top_BK = np.argsort(-logits_BK, axis=1, kind="stable")[:, :num_top].astype(np.int32)
+    top_scores_BK = np.take_along_axis(scores_BK, top_BK, axis=1).astype(np.float32)
+    names = pa.array(list(classes), pa.string())
+    return pa.table(
+        {
+            "sample_id": samples["sample_id"],
+            "uri": samples["uri"],
+            "etag": samples["etag"],
+            "label": labels,
+            "pred": pa.array(top_BK[:, 0]),
+            "pred_name": names.take(pa.array(top_BK[:, 0])),
+            "score": pa.array(top_scores_BK[:, 0]),
+            "topk_ids": _lists(top_BK, pa.int32()),
+            "topk_scores": _lists(top_scores_BK, pa.float32()),
+            "logits": _lists(logits_BK.astype(np.float32), pa.float32()),
+        }
+    )
+
+
+def write_predictions(
+    store: ObjectStore,
+    key: str,
+    table: pa.Table,
+    *,
+    model_digest: str,
+    run_id: str,
+    metadata: Mapping[str, str],
+) -> PartFile:
+    """Write one part of predictions and return what proves it."""
+    for name, value in (("model_digest", model_digest), ("run_id", run_id)):
+        table = table.append_column(name, pa.repeat(value, table.num_rows))
+    digest = MultisetDigest()
+    logits_BK = list_array(table["logits"])
+    for sample_id, logits in zip(table["sample_id"].to_pylist(), logits_BK, strict=True):
+        digest.add_row(sample_id.encode(), logits.tobytes())
+    return write_table(store, key, table.cast(PREDICTIONS_SCHEMA), metadata, digest.hexdigest())
+
+
+def list_array(column: pa.ChunkedArray) -> np.ndarray:
+    """The (rows, length) array of a column of lists that all have one length."""
+    values = column.combine_chunks()
+    flat: np.ndarray = values.flatten().to_numpy()
+    return flat.reshape(len(values), -1) if len(values) else np.empty((0, 0), flat.dtype)
+
+
+def _lists(values_BK: np.ndarray, value_type: pa.DataType) -> pa.ListArray:
+    num_rows, length = values_BK.shape
+    offsets = np.arange(num_rows + 1, dtype=np.int32) * length
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values_BK.reshape(-1), value_type))

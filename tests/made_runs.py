@@ -1,0 +1,121 @@
+"""Small made manifests and runs for the tests of storage: real stores and files, made contents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from convoy.core.fingerprints import digest_bytes
+from convoy.core.records import Reject, RejectCode, Stage
+from convoy.storage.commits import SliceRecord, feature_prefix, part_key, write_record
+from convoy.storage.feature_cache import KnownContent
+from convoy.storage.manifests import MANIFEST_SCHEMA
+from convoy.storage.object_store import ObjectStore
+from convoy.storage.parts import FeatureRows, write_features, write_rejects
+from convoy.storage.run_input import freeze_input, missing_rows
+from convoy.storage.runs import RunFolder, RunRecord
+
+SET_ID = "f" * 32
+NOTHING = KnownContent(np.empty(0, "S16"), np.empty(0, "S16"))
+
+
+def content_id(name: str) -> bytes:
+    return digest_bytes(f"content of {name}".encode())
+
+
+def made_manifest(names: Sequence[str]) -> pa.Table:
+    rows = [
+        {
+            "sample_id": name,
+            "uri": f"/data/{name}",
+            "etag": "1-1",
+            "size_bytes": 10,
+            "content_id": content_id(name),
+            "label": index % 3,
+            "split": "train",
+            "weight": 1.0,
+        }
+        for index, name in enumerate(names)
+    ]
+    return pa.Table.from_pylist(rows, MANIFEST_SCHEMA)
+
+
+def feature_of(name: str) -> np.ndarray:
+    return np.frombuffer(content_id(name)[:4], np.uint8).astype(np.float32)
+
+
+def new_run(
+    store: ObjectStore, names: Sequence[str], *, slice_rows: int = 4, run_id: str = "r1"
+) -> RunRecord:
+    """A run over made samples, frozen and recorded, with no slice done."""
+    folder = RunFolder(store, run_id)
+    groups = freeze_input(
+        folder, missing_rows([made_manifest(names)], {SET_ID: NOTHING}), slice_rows=slice_rows
+    )
+    record = RunRecord.new(
+        run_id,
+        verb="cache",
+        identity={"names": list(names)},
+        config={},
+        outputs={SET_ID: feature_prefix(SET_ID, run_id)},
+        groups=groups,
+    )
+    folder.write_record(record)
+    return record
+
+
+def finish_slice(
+    store: ObjectStore, run: RunRecord, name: str, *, attempt: str = "a0", rejected: Sequence[str] = ()
+) -> SliceRecord:
+    """Do what a worker does for one slice: part, rejects, record."""
+    rows = RunFolder(store, run.run_id).read_slice(name)
+    wanted = [sample for sample in rows["sample_id"].to_pylist() if sample not in rejected]
+    features = FeatureRows(
+        sample_ids=wanted,
+        content_ids=[content_id(sample) for sample in wanted],
+        content_digests=[content_id(sample) for sample in wanted],
+        view=0,
+        features_BD=np.stack([feature_of(sample) for sample in wanted])
+        if wanted
+        else np.empty((0, 4), np.float32),
+    )
+    prefix = feature_prefix(SET_ID, run.run_id)
+    part = write_features(store, part_key(prefix, name, attempt), features, {})
+    lost = [sample for sample in rows["sample_id"].to_pylist() if sample in rejected]
+    reject_part = _write_rejects(store, run, name, attempt, lost) if lost else None
+    record = SliceRecord(
+        run_id=run.run_id,
+        slice=name,
+        attempt=attempt,
+        parts={SET_ID: part},
+        rejects=reject_part,
+        num_results=len(wanted),
+        num_rejects=len(lost),
+        reject_codes={},
+        flags={},
+        seconds={},
+        started_unix_s=1.0,
+        first_row_unix_s=2.0,
+        finished_unix_s=3.0,
+        precision_effect={},
+    )
+    write_record(store, record)
+    return record
+
+
+def _write_rejects(store: ObjectStore, run: RunRecord, name: str, attempt: str, lost: Sequence[str]):  # type: ignore[no-untyped-def]
+    rejects = [
+        Reject(
+            sample_id=sample,
+            uri=f"/data/{sample}",
+            etag="1-1",
+            content_id=content_id(sample),
+            stage=Stage.DECODE,
+            code=RejectCode.CORRUPT,
+            reason="made",
+        )
+        for sample in lost
+    ]
+    return write_rejects(store, f"runs/{run.run_id}/rejects/{name}-{attempt}.parquet", rejects, attempt, {})

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from convoy.core.config import StrictModel, load_config
+from convoy.core.errors import ConfigError
+
+
+class Inner(StrictModel):
+    learning_rate: float = 0.1
+
+
+class Outer(StrictModel):
+    name: str
+    views: int = 1
+    inner: Inner = Inner()
+    taps: tuple[str, ...] = ("pooled",)
+
+
+def test_file_then_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("name: a\nviews: 2\ninner: {learning_rate: 0.5}\n")
+    config = load_config(Outer, str(path), ["views=3", "inner.learning_rate=1e-3", "taps=[stem, pooled]"])
+    assert config == Outer(name="a", views=3, inner=Inner(learning_rate=0.001), taps=("stem", "pooled"))
+
+
+def test_override_makes_a_missing_section() -> None:
+    assert load_config(Outer, None, ["name=x", "inner.learning_rate=2"]).inner.learning_rate == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("inner.lerning_rate=1", "did you mean 'learning_rate'"),
+        ("veiws=1", "did you mean 'views'"),
+        ("views=many", "views"),
+        ("views", "section.key=value"),
+        ("name.x=1", "not a section"),
+        ("views=[", "not valid YAML"),
+    ],
+)
+def test_bad_override_is_explained(override: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_config(Outer, None, ["name=x", override])
+
+
+def test_missing_required_key_is_named() -> None:
+    with pytest.raises(ConfigError, match="name: Field required"):
+        load_config(Outer, None, [])
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "\xff"])
+def test_file_that_is_not_a_mapping_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError):
+        load_config(Outer, str(path))
+
+
+def test_missing_file_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_config(Outer, "/nowhere/job.yaml")

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from made_runs import SET_ID, finish_slice, new_run
+
+from convoy.core.errors import ConfigError, RunMismatch, StorageError
+from convoy.storage.commits import choose_attempts, finish, publish, read_commits, read_manifest, read_records
+from convoy.storage.local_store import LocalStore
+from convoy.storage.runs import OpenRun, RunFolder, require_run
+
+NAMES = [f"s{index:02d}" for index in range(10)]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LocalStore:
+    return LocalStore(str(tmp_path))
+
+
+def test_published_run_lists_every_slice_once(store: LocalStore) -> None:
+    run = new_run(store, NAMES)
+    folder = RunFolder(store, run.run_id)
+    for name in run.slice_names():
+        finish_slice(store, run, name, rejected=["s03"])
+    manifest = publish(folder, run, read_records(folder))
+    assert [record.slice for record in manifest.slices] == ["0-000000", "0-000001", "0-000002"]
+    assert (manifest.num_results, manifest.num_rejects) == (9, 1)
+    (commit,) = read_commits(store, SET_ID)
+    assert sum(part.num_rows for part in commit.parts) == 9
+
+
+def test_unfinished_run_is_not_published(store: LocalStore) -> None:
+    run = new_run(store, NAMES)
+    folder = RunFolder(store, run.run_id)
+    finish_slice(store, run, "0-000001")
+    with pytest.raises(StorageError, match="2 finished slices"):
+        publish(folder, run, read_records(folder))
+    assert read_manifest(folder) is None
+    assert read_commits(store, SET_ID) == []
+
+
+def test_of_two_attempts_one_is_kept_and_the_other_deleted(store: LocalStore) -> None:
+    run = new_run(store, NAMES)
+    folder = RunFolder(store, run.run_id)
+    for name in run.slice_names():
+        finish_slice(store, run, name, attempt="a1")
+    loser = finish_slice(store, run, "0-000000", attempt="a2")
+    manifest = publish(folder, run, read_records(folder))
+    assert [record.attempt for record in manifest.slices] == ["a1", "a1", "a1"]
+    keys = {info.key for info in store.list_objects("features/")}
+    assert loser.parts[SET_ID].key not in keys
+    assert all(file.key in keys for record in manifest.slices for file in record.parts.values())
+
+
+def test_orphan_of_a_killed_worker_is_deleted(store: LocalStore) -> None:
+    run = new_run(store, NAMES)
+    folder = RunFolder(store, run.run_id)
+    for name in run.slice_names():
+        finish_slice(store, run, name)
+    orphan = f"{run.outputs[SET_ID]}part-0-000000-dead.parquet"
+    store.put(orphan, b"half a file")
+    publish(folder, run, read_records(folder))
+    assert orphan not in {info.key for info in store.list_objects("features/")}
+
+
+@pytest.mark.parametrize("damage", ["deleted", "shortened", "replaced"])
+def test_record_without_its_file_does_not_count(store: LocalStore, damage: str) -> None:
+    run = new_run(store, NAMES)
+    folder = RunFolder(store, run.run_id)
+    records = [finish_slice(store, run, name) for name in run.slice_names()]
+    victim = records[1].parts[SET_ID].key
+    data = store.get(victim).data
+    if damage == "deleted":
+        store.delete([victim])
+    else:
+        store.put(victim, data[:-1] if damage == "shortened" else bytes(len(data)))
+    assert sorted(choose_attempts(folder, run, read_records(folder))) == ["0-000000", "0-000002"]
+
+
+def test_second_driver_adopts_the_published_choice_and_deletes_none_of_it(store: LocalStore) -> None:
+    run = new_run(store, NAMES)
+    folder = RunFolder(store, run.run_id)
+    for name in run.slice_names():
+        finish_slice(store, run, name, attempt="b")
+    first = publish(folder, run, read_records(folder))
+    for name in run.slice_names():
+        finish_slice(store, run, name, attempt="a")
+    second = publish(folder, run, read_records(folder))
+    assert second == first
+    keys = {info.key for info in store.list_objects("features/")}
+    assert all(file.key in keys for record in first.slices for file in record.parts.values())
+
+
+def test_publishing_again_changes_nothing(store: LocalStore) -> None:
+    run = new_run(store, NAMES)
+    folder = RunFolder(store, run.run_id)
+    for name in run.slice_names():
+        finish_slice(store, run, name)
+    assert publish(folder, run, read_records(folder)) == publish(folder, run, [])
+    assert len(read_commits(store, SET_ID)) == 1
+
+
+def test_digest_of_rows_ignores_slices_and_attempts(store: LocalStore, tmp_path: Path) -> None:
+    digests = set()
+    for run_id, slice_rows in (("r1", 3), ("r2", 10)):
+        run = new_run(store, NAMES, slice_rows=slice_rows, run_id=run_id)
+        folder = RunFolder(store, run_id)
+        for name in run.slice_names():
+            finish_slice(store, run, name, attempt=run_id)
+        digests.add(publish(folder, run, read_records(folder)).rows_digest())
+    assert len(digests) == 1
+
+
+def test_unfinished_run_is_found_again_and_a_finished_one_is_not(store: LocalStore) -> None:
+    pointer = OpenRun(store, verb="cache", target="t")
+    folder = pointer.start()
+    assert pointer.resume({}, new_run=False)[0].run_id == folder.run_id  # type: ignore[union-attr]
+    assert OpenRun(store, verb="cache", target="other").current() is None
+    finish(folder, {})
+    assert pointer.resume({}, new_run=False) == (None, None)
+    assert pointer.current() is None
+
+
+def test_second_process_joins_the_run_that_the_first_opened(store: LocalStore) -> None:
+    pointer = OpenRun(store, verb="cache", target="t")
+    assert pointer.start().run_id == pointer.start().run_id
+
+
+def test_resume_with_other_inputs_is_refused_and_names_them(store: LocalStore) -> None:
+    pointer = OpenRun(store, verb="cache", target="t")
+    folder = pointer.start()
+    new_run(store, NAMES, run_id=folder.run_id)
+    with pytest.raises(RunMismatch, match="names: was .*s09.*, is \\['x'\\]"):
+        pointer.resume({"names": ["x"]}, new_run=False)
+    assert pointer.resume({"names": ["x"]}, new_run=True) == (None, None)
+
+
+def test_unknown_run_names_the_known_ones(store: LocalStore) -> None:
+    new_run(store, NAMES, run_id="abc")
+    with pytest.raises(ConfigError, match="abc"):
+        require_run(store, "nope")

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from made_runs import NOTHING, content_id, made_manifest
+
+from convoy.storage.feature_cache import KnownContent
+from convoy.storage.local_store import LocalStore
+from convoy.storage.run_input import MAX_SLICE_ROWS, freeze_input, missing_rows, slice_rows_for
+from convoy.storage.runs import SLICES_PER_INPUT_SHARD, RunFolder, RunRecord
+
+
+def known(cached: list[str], rejected: list[str] | None = None) -> KnownContent:
+    return KnownContent(
+        np.sort(np.array([content_id(name) for name in cached], "S16")),
+        np.sort(np.array([content_id(name) for name in rejected or []], "S16")),
+    )
+
+
+def frozen(store: LocalStore, names: list[str], sets: dict[str, KnownContent], slice_rows: int) -> RunRecord:
+    batches = [made_manifest(names[start : start + 7]) for start in range(0, len(names), 7)]
+    groups = freeze_input(RunFolder(store, "r"), missing_rows(batches, sets), slice_rows=slice_rows)
+    return RunRecord.new(
+        "r", verb="cache", identity={}, config={}, outputs=dict.fromkeys(sets, ""), groups=groups
+    )
+
+
+def test_rows_are_grouped_by_what_they_lack(tmp_path: Path) -> None:
+    names = [f"s{index:02d}" for index in range(12)]
+    sets = {"a": known(names[:6]), "b": known(names[3:8], rejected=["s11"])}
+    run = frozen(LocalStore(str(tmp_path)), names, sets, slice_rows=5)
+    folder = RunFolder(LocalStore(str(tmp_path)), "r")
+    wanted = {
+        name: run.outputs_of(slice_name)
+        for slice_name in run.slice_names()
+        for name in folder.read_slice(slice_name)["sample_id"].to_pylist()
+    }
+    assert wanted == {
+        **dict.fromkeys(names[:3], ("b",)),
+        **dict.fromkeys(names[6:8], ("a",)),
+        **dict.fromkeys(names[8:11], ("a", "b")),
+        "s11": ("a",),
+    }
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 4, 5, 3 * SLICES_PER_INPUT_SHARD + 1])
+def test_every_row_lies_in_one_slice_in_manifest_order(tmp_path: Path, num_rows: int) -> None:
+    names = [f"s{index:05d}" for index in range(num_rows)]
+    store = LocalStore(str(tmp_path))
+    run = frozen(store, names, {"a": NOTHING}, slice_rows=3)
+    folder = RunFolder(store, "r")
+    read = [name for one in run.slice_names() for name in folder.read_slice(one)["sample_id"].to_pylist()]
+    assert read == names
+    assert run.num_inputs == num_rows
+
+
+def test_nothing_missing_freezes_nothing(tmp_path: Path) -> None:
+    run = frozen(LocalStore(str(tmp_path)), ["a", "b"], {"x": known(["a", "b"])}, slice_rows=3)
+    assert run.groups == ()
+
+
+@given(num_rows=st.integers(1, 10**7), batch_size=st.integers(1, 512))
+def test_slices_are_whole_batches_and_bounded(num_rows: int, batch_size: int) -> None:
+    rows = slice_rows_for(num_rows, batch_size)
+    assert rows % batch_size == 0
+    assert batch_size <= rows < MAX_SLICE_ROWS + batch_size
