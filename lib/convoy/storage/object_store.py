@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
+from convoy.core.errors import ObjectNotFound, PreconditionFailed
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectInfo:
     """What a listing says of an object. `key` is relative to the store's root; `etag` changes with content.
 
-    `checksum` is "md5:<hex>" where the store's etag is known to be the MD5 of the content, else "".
+    `checksum` is "md5:<hex>" where the store's etag is the MD5 of the content, else "". A listing of S3
+    cannot see encryption, and with SSE-KMS or SSE-C an etag looks like an MD5 but is not one. `head` and
+    `get` do see it: a listed checksum counts only if the `checksum` of the Blob that was read is not "".
     """
 
     key: str
@@ -23,10 +27,14 @@ class ObjectInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blob:
-    """The bytes of an object, and the etag of the version they were read from."""
+    """The bytes of an object, or of a range of it, and the etag of the version they were read from.
+
+    `checksum` is "md5:<hex>" of the whole object where the store vouches for it, else "".
+    """
 
     data: bytes
     etag: str
+    checksum: str = ""
 
 
 class ConditionalPut(StrEnum):
@@ -38,7 +46,7 @@ class ConditionalPut(StrEnum):
 
 
 class ObjectStore(Protocol):
-    """A root URI and the operations below it. Keys use '/', are exact bytes in UTF-8, and never start with '/'.
+    """A root URI and the operations below it. Keys use '/', are exact in UTF-8, and never start with '/'.
 
     All operations retry transient faults inside a deadline and then raise StoreUnavailable; a missing object
     is ObjectNotFound, a refused one AccessDenied. Stores are cheap to make, thread-safe, and pickle.
@@ -50,7 +58,7 @@ class ObjectStore(Protocol):
         ...
 
     def uri(self, key: str) -> str:
-        """The full URI of a key; `open_uri` turns it back."""
+        """The full URI of a key; `stores.open_object` turns it back."""
         ...
 
     def list_objects(self, prefix: str = "", *, start_after: str = "") -> Iterator[ObjectInfo]:
@@ -61,7 +69,7 @@ class ObjectStore(Protocol):
         ...
 
     def list_folders(self, prefix: str = "") -> list[str]:
-        """The names directly below `prefix` (which is empty or ends in '/') that have objects below them."""
+        """The sorted names directly below `prefix` ("" or ending in '/') that have objects below them."""
         ...
 
     def head(self, key: str) -> ObjectInfo:
@@ -69,25 +77,32 @@ class ObjectStore(Protocol):
         ...
 
     def get(self, key: str, *, byte_range: tuple[int, int] | None = None) -> Blob:
-        """The bytes of an object, or of `byte_range` = (first byte, number of bytes). Short bodies are retried."""
+        """The bytes of an object, or of `byte_range` = (first byte, number of bytes).
+
+        Never fewer bytes than that: a short body is retried, a range beyond the end is a StorageError.
+        """
         ...
 
     def put(self, key: str, data: bytes) -> str:
-        """Write an object whole, replacing any other, and return its etag. Readers see all of it or none."""
+        """Write an object whole, replacing any other, and return its etag.
+
+        Readers see all of it or none, and it survives a power cut once this has returned.
+        """
         ...
 
     def put_if_absent(self, key: str, data: bytes) -> str:
         """Write an object that must not exist yet, and return its etag; PreconditionFailed if it exists.
 
-        An unknown outcome (a lost answer, a refusal after a retry) is settled by reading back: an object with
-        exactly these bytes counts as our own success, so `data` must name its writer.
+        A refusal may be our own doing, if the answer to an earlier attempt was lost. So it is settled by
+        reading back: an object with exactly these bytes is a success, and `data` must name its writer.
         """
         ...
 
     def put_if_match(self, key: str, data: bytes, *, etag: str) -> str:
         """Replace the version `etag` of an object, and return the new etag.
 
-        PreconditionFailed if another version is there; ConditionalWriteUnsupported if the server cannot.
+        PreconditionFailed if another version or none is there, settled as in `put_if_absent`;
+        ConditionalWriteUnsupported if the store cannot do it.
         """
         ...
 
@@ -96,5 +111,23 @@ class ObjectStore(Protocol):
         ...
 
     def open_parquet(self, key: str) -> Any:
-        """A pyarrow.parquet.ParquetFile over the object that reads only the ranges it needs."""
+        """A pyarrow.parquet.ParquetFile over the object that reads only the ranges it needs.
+
+        DataError if the object is not a parquet file.
+        """
         ...
+
+
+def settle_refusal(store: ObjectStore, key: str, data: bytes) -> str:
+    """The etag of the object if it holds exactly `data`; otherwise raise the PreconditionFailed of `key`."""
+    try:
+        blob = store.get(key)
+    except ObjectNotFound:
+        blob = None
+    if blob is not None and blob.data == data:
+        return blob.etag
+    raise PreconditionFailed(
+        "the object is not in the state that this write requires: another writer was first",
+        where=store.uri(key),
+        next_step="read the object again and decide anew",
+    )

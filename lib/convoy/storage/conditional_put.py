@@ -1,0 +1,52 @@
+"""What a store's create-if-absent is worth is found out by racing it, not by asking it.
+
+Many servers that speak S3 accept If-None-Match but check first and write then, so that of several writers at
+the same time more than one is told that it won.
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+
+from convoy.core.errors import ConditionalWriteUnsupported, PreconditionFailed
+from convoy.storage.object_store import ConditionalPut, ObjectStore
+
+PROBE_FOLDER = ".convoy/probe/"
+
+
+def probe_conditional_put(
+    store: ObjectStore, *, num_writers: int = 16, num_rounds: int = 8
+) -> ConditionalPut:
+    """Race `num_writers` threads for one throw-away object, `num_rounds` times, and judge by the winners.
+
+    ATOMIC if every round had exactly one, which is strong evidence but no proof; RACY otherwise; UNSUPPORTED
+    if the store says so itself. Every writer writes its own bytes, so that reading back, the store's way to
+    settle a refusal, cannot count a loser as a winner. The objects are deleted again.
+    """
+    folder = f"{PROBE_FOLDER}{uuid.uuid4().hex}/"
+    keys = [f"{folder}{round_}" for round_ in range(num_rounds)]
+    try:
+        with ThreadPoolExecutor(num_writers) as pool:
+            num_winners = [_race(store, key, num_writers, pool) for key in keys]
+    except ConditionalWriteUnsupported:
+        return ConditionalPut.UNSUPPORTED
+    finally:
+        store.delete(keys)
+    return ConditionalPut.ATOMIC if set(num_winners) == {1} else ConditionalPut.RACY
+
+
+def _race(store: ObjectStore, key: str, num_writers: int, pool: ThreadPoolExecutor) -> int:
+    """The number of writers that were told that they created the object."""
+    start = threading.Barrier(num_writers)
+
+    def create(writer: int) -> bool:
+        start.wait()
+        try:
+            store.put_if_absent(key, f"writer {writer}".encode())
+        except PreconditionFailed:
+            return False
+        return True
+
+    return sum(pool.map(create, range(num_writers)))

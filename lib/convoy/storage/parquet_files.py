@@ -1,0 +1,79 @@
+"""Parquet files over object stores: only the ranges that are asked for are read."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from convoy.core.errors import DataError, StorageError
+from convoy.storage.object_store import ObjectStore
+
+# Neighbouring small columns come with one request; a larger read is one request of its own.
+BUFFER_BYTES = 1 << 20
+
+
+class ObjectReader(io.RawIOBase):
+    """One version of an object as a seekable file; a read is a range request, with the store's own retries.
+
+    Raises StorageError if the object is replaced between two reads.
+    """
+
+    def __init__(self, store: ObjectStore, key: str) -> None:
+        super().__init__()
+        self._store = store
+        self._info = store.head(key)
+        self._position = 0
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def seekable(self) -> bool:
+        """Always."""
+        return True
+
+    def tell(self) -> int:
+        """The position in bytes."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move without reading; returns the position in bytes."""
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._info.size_bytes}[whence]
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer, up to the end of the object; returns the number of bytes."""
+        num_bytes = min(len(buffer), self._info.size_bytes - self._position)
+        if num_bytes <= 0:
+            return 0
+        blob = self._store.get(self._info.key, byte_range=(self._position, num_bytes))
+        if blob.etag != self._info.etag:
+            raise StorageError(
+                "the object was replaced while it was read",
+                where=self._store.uri(self._info.key),
+                next_step="run the command again",
+            )
+        buffer[:num_bytes] = blob.data
+        self._position += num_bytes
+        return num_bytes
+
+
+def buffered_reader(store: ObjectStore, key: str) -> io.BufferedReader:
+    """The object as a buffered binary file; ObjectNotFound if there is none."""
+    return io.BufferedReader(ObjectReader(store, key), BUFFER_BYTES)
+
+
+def open_parquet_file(source: Any, *, where: str) -> Any:
+    """A pyarrow.parquet.ParquetFile of a path or a binary file; DataError if it is not one."""
+    try:
+        return pq.ParquetFile(source)
+    except pa.ArrowInvalid as error:
+        raise DataError(
+            f"this is not a whole parquet file ({error})",
+            where=where,
+            next_step="write it again, or remove it",
+        ) from None

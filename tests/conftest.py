@@ -1,0 +1,33 @@
+"""Fixtures that tests of every kind share."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+
+import boto3
+import pytest
+
+from s3_server import OVERRIDING_VARIABLES, S3Server, SwiftCannotRunError, running_server
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server for the whole session; tests that need it skip where this machine cannot run Swift."""
+    try:
+        with running_server(tmp_path_factory.mktemp("s3_server")) as server:
+            yield server
+    except SwiftCannotRunError as error:
+        pytest.skip(f"no S3 server: {error}")
+
+
+@pytest.fixture
+def s3_bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a fresh bucket; the environment of the test points at the server."""
+    for name in OVERRIDING_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in s3_server.environment().items():
+        monkeypatch.setenv(name, value)
+    bucket = f"convoy-{uuid.uuid4().hex}"
+    boto3.session.Session().client("s3").create_bucket(Bucket=bucket)
+    return bucket
