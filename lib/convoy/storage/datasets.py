@@ -1,0 +1,215 @@
+"""Datasets of a workspace: versions of a frozen manifest, and a pointer to the current one.
+
+    datasets/<name>/versions/<fingerprint>/manifest.parquet, summary.json
+    datasets/<name>/current.json
+
+A version is written whole before the pointer moves, and nothing of it changes afterwards, except where its
+bytes lie if the same content is found at a new place.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import pyarrow as pa
+
+from convoy.core.config import StrictModel
+from convoy.core.errors import (
+    ConditionalWriteUnsupported,
+    ConfigError,
+    DataError,
+    ObjectNotFound,
+    PreconditionFailed,
+)
+from convoy.core.fingerprints import canonical_json
+from convoy.core.splits import SplitOptions
+from convoy.storage.manifests import (
+    Manifest,
+    ManifestHeader,
+    count_samples,
+    fingerprint_samples,
+    write_manifest,
+)
+from convoy.storage.object_store import ObjectStore
+from convoy.storage.sources.comparison import ManifestChanges, compare_samples
+from convoy.storage.sources.completion import complete_rows, find_problems
+from convoy.storage.sources.reading import read_source
+from convoy.storage.sources.rows import ReadingOptions, SourceKind, SourceScan
+from convoy.storage.stores import open_store
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class DatasetVersion(StrictModel):
+    """A version of a dataset as `freeze_dataset` found it. `skipped` counts by reason what is no sample."""
+
+    name: str
+    kind: SourceKind
+    manifest_uri: str
+    header: ManifestHeader
+    changes: ManifestChanges
+    skipped: dict[str, int]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Pointer:
+    """`current.json` as it was read; `etag` is "" where there is none yet."""
+
+    fingerprint: str = ""
+    etag: str = ""
+
+
+def freeze_dataset(
+    store: ObjectStore,
+    name: str,
+    source: str,
+    *,
+    reading: ReadingOptions | None = None,
+    splits: SplitOptions | None = None,
+) -> DatasetVersion:
+    """Find all samples of a source, and make their manifest the current version of a dataset.
+
+    The same call refreshes the dataset: tar shards and parquet files that did not change are not read again,
+    and a source with the same content gives the same fingerprint and no new version. Raises DataError for a
+    source that cannot be used or has no sample, and PreconditionFailed if another process froze another
+    version meanwhile; that one stays the current.
+    """
+    reading = reading or ReadingOptions()
+    source_uri = open_store(source).root_uri
+    pointer = _read_pointer(store, name)
+    previous = Manifest.open(store, _manifest_key(name, pointer.fingerprint)) if pointer.fingerprint else None
+    kind, scan = read_source(source_uri, reading, _same_source(previous, source_uri, reading))
+    if not scan.samples.num_rows:
+        raise DataError(
+            "; ".join([f"the source has no sample, read as {kind.value}", *_explain(scan)]),
+            where=source_uri,
+            next_step="check the URI, or name the layout with --set reading.kind=...",
+        )
+    samples, classes = complete_rows(scan, splits or SplitOptions())
+    header = ManifestHeader(
+        fingerprint=fingerprint_samples(samples, classes),
+        num_samples=samples.num_rows,
+        classes=classes,
+        counts=count_samples(samples, len(classes)),
+        source=source_uri,
+        reading=reading.model_dump(mode="json"),
+        incomplete=scan.incomplete,
+    )
+    version = DatasetVersion(
+        name=name,
+        kind=kind,
+        manifest_uri=store.uri(_manifest_key(name, header.fingerprint)),
+        header=header,
+        changes=compare_samples(previous, samples, classes),
+        skipped=scan.skipped,
+        warnings=(*scan.warnings, *find_problems(samples, classes)),
+    )
+    return _publish(store, version, samples, pointer)
+
+
+def open_dataset(store: ObjectStore, name: str, fingerprint: str | None = None) -> Manifest:
+    """The manifest of a dataset's current version, or of the one with this fingerprint.
+
+    Raises DataError that names what there is, if there is no such dataset or version.
+    """
+    wanted = fingerprint or _read_pointer(store, name).fingerprint
+    if not wanted:
+        raise DataError(
+            f"there is no dataset '{name}', only: {', '.join(list_datasets(store)) or 'none'}",
+            where=store.root_uri,
+            next_step=f"freeze it with `convoy dataset SOURCE --name {name}`",
+        )
+    try:
+        return Manifest.open(store, _manifest_key(name, wanted))
+    except ObjectNotFound:
+        versions = store.list_folders(f"datasets/{name}/versions/")
+        raise DataError(
+            f"dataset '{name}' has no version {wanted}, only: {', '.join(versions) or 'none'}",
+            where=store.root_uri,
+        ) from None
+
+
+def list_datasets(store: ObjectStore) -> list[str]:
+    """The names of the datasets of a workspace, sorted."""
+    return store.list_folders("datasets/")
+
+
+def _explain(scan: SourceScan) -> Iterator[str]:
+    yield from (f"{count} objects skipped as {reason}" for reason, count in scan.skipped.items())
+    yield from scan.warnings
+
+
+def _same_source(previous: Manifest | None, source_uri: str, reading: ReadingOptions) -> Manifest | None:
+    if previous is None or previous.header.source != source_uri:
+        return None
+    return previous if previous.header.reading == reading.model_dump(mode="json") else None
+
+
+def _publish(
+    store: ObjectStore, version: DatasetVersion, samples: pa.Table, pointer: _Pointer
+) -> DatasetVersion:
+    fingerprint = version.header.fingerprint
+    is_current = fingerprint == pointer.fingerprint
+    if is_current and not version.changes.moved:
+        return version
+    key = _manifest_key(version.name, fingerprint)
+    write_manifest(store, key, samples, version.header)
+    store.put(key.replace("manifest.parquet", "summary.json"), canonical_json(version))
+    return version if is_current else _move_pointer(store, version, pointer)
+
+
+def _move_pointer(store: ObjectStore, version: DatasetVersion, pointer: _Pointer) -> DatasetVersion:
+    key = _pointer_key(version.name)
+    document = canonical_json(
+        {
+            "fingerprint": version.header.fingerprint,
+            "previous": pointer.fingerprint,
+            "frozen_utc": datetime.now(UTC).isoformat(timespec="seconds"),
+            # A conditional write that was refused tells its own earlier attempt from another's by this.
+            "writer": secrets.token_hex(8),
+        }
+    )
+    try:
+        if pointer.etag:
+            store.put_if_match(key, document, etag=pointer.etag)
+        else:
+            store.put_if_absent(key, document)
+    except PreconditionFailed:
+        if _read_pointer(store, version.name).fingerprint == version.header.fingerprint:
+            return version
+        raise PreconditionFailed(
+            "another process froze another version of the dataset meanwhile",
+            where=store.uri(key),
+            next_step="run the same command again",
+        ) from None
+    except ConditionalWriteUnsupported:
+        store.put(key, document)
+        warning = "this store cannot exclude two refreshes of a dataset at a time; run only one"
+        return version.model_copy(update={"warnings": (*version.warnings, warning)})
+    return version
+
+
+def _read_pointer(store: ObjectStore, name: str) -> _Pointer:
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"'{name}' cannot name a dataset", next_step="use letters and digits, and '.', '_' or '-' inside"
+        )
+    try:
+        blob = store.get(_pointer_key(name))
+    except ObjectNotFound:
+        return _Pointer()
+    return _Pointer(fingerprint=json.loads(blob.data)["fingerprint"], etag=blob.etag)
+
+
+def _pointer_key(name: str) -> str:
+    return f"datasets/{name}/current.json"
+
+
+def _manifest_key(name: str, fingerprint: str) -> str:
+    return f"datasets/{name}/versions/{fingerprint}/manifest.parquet"

@@ -1,0 +1,1 @@
+"""Ways to find samples: class folders, lists, parquet files with image bytes, WebDataset tar shards."""

@@ -1,0 +1,174 @@
+"""Samples in parquet files with image bytes, in the layout of Hugging Face or as a plain binary column."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from convoy.core.errors import DataError
+from convoy.storage.object_store import ObjectInfo, ObjectStore
+from convoy.storage.sources.containers import (
+    KnownContainers,
+    open_containers,
+    read_containers,
+    with_splits,
+)
+from convoy.storage.sources.rows import (
+    SOURCE_SCHEMA,
+    ReadingOptions,
+    Skips,
+    SourceRow,
+    SourceScan,
+    object_content_id,
+    part_content_id,
+    tabulate,
+)
+
+_LABEL_NAMES = ("label", "labels")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageColumns:
+    """Where a parquet file keeps images and labels. `classes` are the names that integer labels index."""
+
+    image_field: str
+    label: str | None = None
+    classes: tuple[str, ...] | None = None
+
+
+def read_parquets(uri: str, options: ReadingOptions, known: KnownContainers) -> SourceScan:
+    """All rows of a parquet file, or of all below a root; a sample's id is `<key>#<row>`.
+
+    Only footers and label columns are read, and of files that are known in the same version nothing. Sizes
+    are not known. Raises DataError where the columns, the class names or a label are unclear.
+    """
+    skips = Skips()
+    store, files = open_containers(uri, ".parquet", skips)
+    if not files:
+        return SourceScan(samples=SOURCE_SCHEMA.empty_table(), skipped=dict(skips.counts))
+    columns = _open_columns(store, files[0], options)[1]
+
+    def read(info: ObjectInfo) -> pa.Table:
+        rows = known.rows_of(store.uri(info.key), info.etag)
+        return tabulate(_read_rows(store, info, options, columns)) if rows is None else rows
+
+    tables = list(read_containers(files, read))
+    return SourceScan(
+        samples=with_splits(store, files, tables), classes=columns.classes, skipped=dict(skips.counts)
+    )
+
+
+def image_columns(schema: pa.Schema) -> list[str]:
+    """The columns that may hold image bytes: binary ones, and structs with a binary `bytes`."""
+    return [field.name for field in schema if _is_binary(field.type) or _is_binary(_bytes_type(field.type))]
+
+
+def _open_columns(store: ObjectStore, info: ObjectInfo, options: ReadingOptions) -> tuple[Any, ImageColumns]:
+    file = store.open_parquet(info.key)
+    return file, _choose_columns(file.schema_arrow, options, store.uri(info.key))
+
+
+def _choose_columns(schema: pa.Schema, options: ReadingOptions, where: str) -> ImageColumns:
+    features = _features(schema)
+    declared = [name for name, feature in features.items() if feature.get("_type") == "Image"]
+    image = _choose(options.image_column, declared or image_columns(schema), schema, where, "image")
+    if image is None:
+        raise DataError("no column holds image bytes", where=where, next_step="set reading.image_column")
+    class_labels = [name for name, feature in features.items() if feature.get("_type") == "ClassLabel"]
+    labels = class_labels or [name for name in _LABEL_NAMES if name in schema.names]
+    label = _choose(options.label_column, labels, schema, where, "label")
+    classes = features.get(label or "", {}).get("names")
+    if isinstance(classes, Mapping):
+        classes = [classes[str(index)] for index in range(len(classes))]
+    return ImageColumns(
+        image_field=image if _is_binary(schema.field(image).type) else f"{image}.bytes",
+        label=label,
+        classes=tuple(classes) if classes else None,
+    )
+
+
+def _choose(
+    wanted: str | None, candidates: Sequence[str], schema: pa.Schema, where: str, role: str
+) -> str | None:
+    if wanted is not None and wanted not in schema.names:
+        raise DataError(f"there is no column '{wanted}', only {', '.join(schema.names)}", where=where)
+    if wanted is None and len(candidates) > 1:
+        raise DataError(
+            f"several columns could be the {role}: {', '.join(candidates)}",
+            where=where,
+            next_step=f"choose one with reading.{role}_column",
+        )
+    return wanted or next(iter(candidates), None)
+
+
+def _features(schema: pa.Schema) -> dict[str, Any]:
+    """The features that the `datasets` library writes into its files, or nothing."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, ValueError, TypeError):
+        return {}
+    return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
+
+
+def _bytes_type(kind: pa.DataType) -> pa.DataType:
+    if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
+        return pa.null()
+    return kind.field("bytes").type
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _read_rows(
+    store: ObjectStore, info: ObjectInfo, options: ReadingOptions, expected: ImageColumns
+) -> Iterator[SourceRow]:
+    uri = store.uri(info.key)
+    file, columns = _open_columns(store, info, options)
+    if columns != expected:
+        raise DataError(
+            f"the files differ in their columns or class names: {columns} here, {expected} in the first file",
+            where=uri,
+            next_step="freeze them as datasets of their own, or write them alike",
+        )
+    container = object_content_id(uri, info)
+    for row, label in enumerate(_read_labels(file, columns, uri)):
+        yield SourceRow(
+            # Nine digits: so ids sort as the rows do, and a slice of the manifest needs few row groups.
+            sample_id=f"{info.key}#{row:09d}",
+            uri=uri,
+            etag=info.etag,
+            size_bytes=None,
+            content_id=part_content_id(container, row, columns.image_field),
+            row_index=row,
+            container_field=columns.image_field,
+            label=label,
+        )
+
+
+def _read_labels(file: Any, columns: ImageColumns, uri: str) -> Iterator[str | None]:
+    if columns.label is None:
+        yield from (None for _ in range(file.metadata.num_rows))
+        return
+    for batch in file.iter_batches(columns=[columns.label]):
+        for value in batch.column(0).to_pylist():
+            yield _label_name(value, columns, uri)
+
+
+def _label_name(value: Any, columns: ImageColumns, uri: str) -> str | None:
+    # The `datasets` library writes -1 for the hidden labels of a test split.
+    if value is None or (columns.classes and value == -1):
+        return None
+    if columns.classes is None and isinstance(value, str | int):
+        return str(value)
+    if columns.classes is not None and isinstance(value, int) and 0 <= value < len(columns.classes):
+        return columns.classes[value]
+    raise DataError(
+        f"{value!r} is no label",
+        where=f"column {columns.label} of {uri}",
+        next_step=f"use 0 to {len(columns.classes) - 1}" if columns.classes else "use texts or integers",
+    )

@@ -1,0 +1,90 @@
+"""Reading any source: what kind it is, and its samples."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+from convoy.core.errors import ConfigError, DataError, ObjectNotFound
+from convoy.storage.manifests import Manifest
+from convoy.storage.sources.containers import KnownContainers
+from convoy.storage.sources.folders import read_folders
+from convoy.storage.sources.list_files import LIST_SUFFIXES
+from convoy.storage.sources.listing import is_hidden
+from convoy.storage.sources.lists import read_list
+from convoy.storage.sources.parquets import image_columns, read_parquets
+from convoy.storage.sources.rows import ReadingOptions, SourceKind, SourceScan
+from convoy.storage.sources.tars import read_tars
+from convoy.storage.stores import open_object, open_store
+
+_OBJECTS_LOOKED_AT = 1000
+_KIND_BY_SUFFIX = {
+    ".tar": SourceKind.TARS,
+    ".parquet": SourceKind.PARQUET,
+    **dict.fromkeys((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"), SourceKind.FOLDERS),
+}
+_ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz", ".zip")
+
+
+def read_source(
+    uri: str, options: ReadingOptions, previous: Manifest | None = None
+) -> tuple[SourceKind, SourceScan]:
+    """All samples of a source, and the kind it was read as: that of the options, else the one found.
+
+    Containers that `previous`, a manifest of the same source and options, knows in the same version are not
+    read. Raises DataError for what cannot be used, ConfigError for options that do not fit the kind.
+    """
+    kind = options.kind or find_kind(uri)
+    if options.images_root and kind is not SourceKind.LIST:
+        raise ConfigError(f"images_root belongs to a list, but this source is {kind.value}", where=uri)
+    match kind:
+        case SourceKind.FOLDERS | SourceKind.IMAGES:
+            return kind, read_folders(uri, kind)
+        case SourceKind.LIST:
+            return kind, read_list(uri, options)
+        case SourceKind.PARQUET:
+            return kind, read_parquets(uri, options, KnownContainers(previous))
+        case SourceKind.TARS:
+            return kind, read_tars(uri, options, KnownContainers(previous))
+
+
+def find_kind(uri: str) -> SourceKind:
+    """The kind of a source, by the name of a file or by the first 1,000 objects below a root.
+
+    Raises DataError where the objects are of several kinds, or archives that cannot be read by range.
+    """
+    name = uri.lower()
+    if name.endswith(".parquet") and _is_object(uri):
+        store, key = open_object(uri)
+        return SourceKind.PARQUET if image_columns(store.open_parquet(key).schema_arrow) else SourceKind.LIST
+    if name.endswith(LIST_SUFFIXES) and _is_object(uri):
+        return SourceKind.LIST
+    if name.endswith(".tar") and _is_object(uri):
+        return SourceKind.TARS
+    listing = (info.key.lower() for info in open_store(uri).list_objects() if not is_hidden(info.key))
+    return _kind_of_keys(list(islice(listing, _OBJECTS_LOOKED_AT)), uri)
+
+
+def _kind_of_keys(keys: list[str], uri: str) -> SourceKind:
+    found = {kind for key in keys for suffix, kind in _KIND_BY_SUFFIX.items() if key.endswith(suffix)}
+    if not found and any(key.endswith(_ARCHIVE_SUFFIXES) for key in keys):
+        raise DataError(
+            "the samples are in compressed archives, which cannot be read by range",
+            where=uri,
+            next_step="unpack them, or write them as plain tar shards",
+        )
+    if len(found) > 1:
+        raise DataError(
+            f"the source holds several kinds of data: {', '.join(sorted(found))}",
+            where=uri,
+            next_step="choose one with --set reading.kind=...",
+        )
+    return next(iter(found), SourceKind.FOLDERS)
+
+
+def _is_object(uri: str) -> bool:
+    store, key = open_object(uri)
+    try:
+        store.head(key)
+    except ObjectNotFound:
+        return False
+    return True

@@ -1,0 +1,232 @@
+"""Reading samples: in order, ahead, checked, and with a reason for each that fails."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import threading
+import time
+from hashlib import md5
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from convoy.core.errors import AccessDenied, StoreUnavailable
+from convoy.core.records import RejectCode, SampleRejected, Stage
+from convoy.core.splits import SplitOptions
+from convoy.storage.manifests import MANIFEST_SCHEMA
+from convoy.storage.object_store import Blob
+from convoy.storage.samples import SampleReader
+from convoy.storage.sources.completion import complete_rows
+from convoy.storage.sources.reading import read_source
+from convoy.storage.sources.rows import ReadingOptions
+from convoy.storage.stores import UriReader
+from made_sources import jpeg_bytes, shard_bytes, write_files
+
+
+def rows_of(source: Path) -> pa.Table:
+    samples, _ = complete_rows(read_source(str(source), ReadingOptions())[1], SplitOptions())
+    return samples.sort_by("sample_id")
+
+
+def with_values(rows: pa.Table, **values: Any) -> pa.Table:
+    changed = [{**row, **values} for row in rows.to_pylist()]
+    return pa.Table.from_pylist(changed, MANIFEST_SCHEMA)
+
+
+def read(rows: pa.Table, **options: int) -> list[bytes | RejectCode]:
+    results = list(SampleReader(**options).read(rows))
+    assert [row for row, _ in results] == list(range(rows.num_rows))
+    for _, data in results:
+        assert isinstance(data, bytes) or data.stage is Stage.FETCH
+    return [data if isinstance(data, bytes) else data.code for _, data in results]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_files(tmp_path / "folder", *(f"cat/{index:03d}.jpg" for index in range(40)))
+    return tmp_path / "folder"
+
+
+@pytest.fixture
+def parquet(tmp_path: Path) -> Path:
+    images = [{"bytes": jpeg_bytes(index), "path": None} for index in range(20)]
+    pq.write_table(pa.table({"image": images}), tmp_path / "a.parquet", row_group_size=6)
+    return tmp_path / "a.parquet"
+
+
+@pytest.mark.parametrize("options", [{}, {"num_threads": 1}, {"window_reads": 1}, {"window_bytes": 1}])
+def test_objects_come_in_the_order_of_the_rows(folder: Path, options: dict[str, int]) -> None:
+    rows = rows_of(folder)
+    rows = rows.take(pa.array([7, 3, 39, 0, 3]))
+    assert read(rows, **options) == [Path(uri).read_bytes() for uri in rows["uri"].to_pylist()]
+
+
+def test_members_of_shards_are_read_by_range(tmp_path: Path) -> None:
+    (tmp_path / "0.tar").write_bytes(shard_bytes({f"{index}": "cat" for index in range(5)}))
+    assert read(rows_of(tmp_path / "0.tar")) == [jpeg_bytes(index) for index in range(5)]
+
+
+def test_rows_of_parquet_files_come_in_any_order(parquet: Path) -> None:
+    rows = rows_of(parquet)
+    order = [19, 0, 7, 1, 6, 13, 0]
+    assert read(rows.take(pa.array(order))) == [jpeg_bytes(index) for index in order]
+
+
+def test_plain_binary_columns_and_missing_images(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": pa.array([jpeg_bytes(0), None, b""])}), tmp_path / "a.parquet")
+    assert read(rows_of(tmp_path / "a.parquet")) == [jpeg_bytes(0), RejectCode.EMPTY, RejectCode.EMPTY]
+
+
+def test_a_row_group_is_read_once(parquet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = []
+    read_row_group = pq.ParquetFile.read_row_group
+
+    def counting(file: pq.ParquetFile, group: int, **options: Any) -> pa.Table:
+        reads.append(group)
+        return read_row_group(file, group, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counting)
+    read(rows_of(parquet).take(pa.array([1, 7, 2, 8, 0])))
+    assert sorted(reads) == [0, 1]
+
+
+def test_containers_and_objects_mix(folder: Path, parquet: Path) -> None:
+    rows = pa.concat_tables(
+        [rows_of(parquet).slice(0, 2), rows_of(folder).slice(0, 2), rows_of(parquet).slice(2, 2)]
+    )
+    objects = [Path(uri).read_bytes() for uri in rows["uri"].to_pylist()[2:4]]
+    assert read(rows) == [jpeg_bytes(0), jpeg_bytes(1), *objects, jpeg_bytes(2), jpeg_bytes(3)]
+
+
+def test_each_fault_is_a_reject_of_its_row_only(folder: Path) -> None:
+    (folder / "cat/001.jpg").write_bytes(b"")
+    (folder / "cat/002.jpg").write_bytes(b"x" * 2000)
+    rows = rows_of(folder).slice(0, 6)
+    os.remove(folder / "cat/003.jpg")
+    (folder / "cat/004.jpg").write_bytes(jpeg_bytes(5) + b"another")
+    codes = [code for code in read(rows, max_bytes=1999) if not isinstance(code, bytes)]
+    assert codes == [RejectCode.EMPTY, RejectCode.TOO_LARGE, RejectCode.GONE, RejectCode.CHANGED]
+
+
+def test_a_shard_that_shrank_has_changed(tmp_path: Path) -> None:
+    path = tmp_path / "0.tar"
+    path.write_bytes(shard_bytes({f"{index}": "cat" for index in range(5)}))
+    rows = rows_of(path)
+    path.write_bytes(shard_bytes({"0": "cat"})[:4096])
+    assert read(rows) == [RejectCode.CHANGED] * 5
+    path.unlink()
+    assert read(rows) == [RejectCode.GONE] * 5
+
+
+def test_parquet_files_that_are_gone_changed_or_damaged(parquet: Path) -> None:
+    rows = rows_of(parquet)
+    status = parquet.stat()
+    data = bytearray(parquet.read_bytes())
+    data[4:400] = b"\xff" * 396
+    parquet.write_bytes(data)
+    assert set(read(rows)) == {RejectCode.CHANGED}
+    os.utime(parquet, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert read(rows)[0] is RejectCode.UNREADABLE
+    parquet.write_bytes(b"no parquet at all")
+    assert set(read(rows)) == {RejectCode.UNREADABLE}
+    parquet.unlink()
+    assert set(read(rows)) == {RejectCode.GONE}
+
+
+def test_a_wrong_checksum_is_a_reject_and_a_right_one_is_not(folder: Path) -> None:
+    rows = rows_of(folder).slice(0, 1)
+    digits = md5((folder / "cat/000.jpg").read_bytes()).hexdigest()
+    assert isinstance(read(with_values(rows, checksum=f"md5:{digits}"))[0], bytes)
+    assert read(with_values(rows, checksum=f"md5:{digits[::-1]}")) == [RejectCode.CHECKSUM_MISMATCH]
+
+
+class _Store(UriReader):
+    """Answers with what a test wants, and counts."""
+
+    def __init__(self, *answers: Blob | Exception, delay_s: float = 0.0) -> None:
+        super().__init__()
+        self.answers, self.delay_s, self.num_gets = answers, delay_s, 0
+
+    def get(self, uri: str, *, byte_range: tuple[int, int] | None = None) -> Blob:
+        answer = self.answers[self.num_gets % len(self.answers)]
+        self.num_gets += 1
+        time.sleep(self.delay_s)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def reader_of(store: UriReader, **options: int) -> SampleReader:
+    reader = SampleReader(**options)
+    object.__setattr__(reader, "_uris", store)
+    return reader
+
+
+def test_bytes_that_were_wrong_once_are_read_again(folder: Path) -> None:
+    rows = with_values(rows_of(folder).slice(0, 1), etag="e", checksum=f"md5:{md5(b'right').hexdigest()}")
+    store = _Store(Blob(data=b"wrong", etag="e"), Blob(data=b"right", etag="e"))
+    assert list(reader_of(store).read(rows)) == [(0, b"right")]
+    assert store.num_gets == 2
+
+
+def test_an_etag_that_only_looks_like_an_md5_is_not_held_against_the_bytes(folder: Path) -> None:
+    etag = md5(b"of something else").hexdigest()
+    rows = with_values(rows_of(folder).slice(0, 1), etag=etag, checksum=f"md5:{etag}")
+    assert list(reader_of(_Store(Blob(data=b"data", etag=etag))).read(rows)) == [(0, b"data")]
+    vouched = Blob(data=b"data", etag=etag, checksum=f"md5:{etag}")
+    ((_, rejected),) = reader_of(_Store(vouched)).read(rows)
+    assert isinstance(rejected, SampleRejected)
+    assert rejected.code is RejectCode.CHECKSUM_MISMATCH
+
+
+def test_a_forbidden_object_is_a_reject(folder: Path) -> None:
+    rows = with_values(rows_of(folder).slice(0, 2), etag="e")
+    store = _Store(AccessDenied("not yours"), Blob(data=b"data", etag="e"))
+    (_, rejected), (_, data) = reader_of(store, num_threads=1).read(rows)
+    assert isinstance(rejected, SampleRejected)
+    assert (rejected.code, rejected.reason, data) == (RejectCode.ACCESS_DENIED, "not yours", b"data")
+
+
+def test_a_store_that_keeps_failing_is_no_reject(folder: Path) -> None:
+    rows = with_values(rows_of(folder), etag="e")
+    store = _Store(Blob(data=b"data", etag="e"), StoreUnavailable("down"))
+    with pytest.raises(StoreUnavailable):
+        list(reader_of(store).read(rows))
+    assert _fetch_threads() == 0
+
+
+def test_closing_early_stops_the_threads_and_the_reading(folder: Path) -> None:
+    store = _Store(Blob(data=b"data", etag="e"), delay_s=0.01)
+    iterator = reader_of(store, num_threads=4, window_reads=8).read(with_values(rows_of(folder), etag="e"))
+    assert next(iterator)[0] == 0
+    assert _fetch_threads() == 4
+    iterator.close()  # type: ignore[attr-defined]
+    assert _fetch_threads() == 0
+    assert store.num_gets <= 8
+
+
+@pytest.mark.parametrize("options", [{"window_bytes": 550}, {"window_reads": 5}])
+def test_no_more_is_read_ahead_than_the_window_holds(folder: Path, options: dict[str, int]) -> None:
+    store = _Store(Blob(data=b"data", etag="e"))
+    rows = with_values(rows_of(folder), etag="e", size_bytes=100)
+    iterator = reader_of(store, **options).read(rows)
+    next(iterator)
+    time.sleep(0.05)
+    assert store.num_gets == 5
+    next(iterator)
+    time.sleep(0.05)
+    assert store.num_gets == 6
+    iterator.close()  # type: ignore[attr-defined]
+
+
+def test_a_reader_pickles(folder: Path) -> None:
+    reader = pickle.loads(pickle.dumps(SampleReader(num_threads=2)))
+    assert len(list(reader.read(rows_of(folder)))) == 40
+
+
+def _fetch_threads() -> int:
+    return sum(thread.name.startswith("fetch") for thread in threading.enumerate())

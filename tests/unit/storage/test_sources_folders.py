@@ -1,0 +1,163 @@
+"""Class folders as a source, and how a source's kind is found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from convoy.core.errors import ConfigError, DataError
+from convoy.storage.sources.reading import find_kind, read_source
+from convoy.storage.sources.rows import ReadingOptions, SourceKind, SourceScan
+from made_sources import jpeg_bytes, shard_bytes, write_files
+
+
+def read(root: Path, kind: SourceKind | None = None) -> SourceScan:
+    return read_source(str(root), ReadingOptions(kind=kind))[1]
+
+
+def rows_of(scan: SourceScan) -> dict[str, tuple[str | None, str | None]]:
+    rows = scan.samples.select(["sample_id", "label", "split"]).to_pylist()
+    return {row["sample_id"]: (row["label"], row["split"]) for row in rows}
+
+
+def test_folders_are_classes_and_folders_below_belong_to_them(tmp_path: Path) -> None:
+    write_files(tmp_path, "cat/1.jpg", "cat/deep/er/2.jpg", "dog/1.jpg", "dog-2/1.jpg")
+    assert rows_of(read(tmp_path)) == {
+        "cat/1.jpg": ("cat", None),
+        "cat/deep/er/2.jpg": ("cat", None),
+        "dog/1.jpg": ("dog", None),
+        "dog-2/1.jpg": ("dog-2", None),
+    }
+
+
+def test_split_folders_on_top_name_the_split(tmp_path: Path) -> None:
+    write_files(tmp_path, "train/cat/1.jpg", "valid/cat/1.jpg", "Validation/dog/2.jpg", "test/dog/1.jpg")
+    assert rows_of(read(tmp_path)) == {
+        "train/cat/1.jpg": ("cat", "train"),
+        "valid/cat/1.jpg": ("cat", "val"),
+        "Validation/dog/2.jpg": ("dog", "val"),
+        "test/dog/1.jpg": ("dog", "test"),
+    }
+
+
+def test_one_class_may_be_called_like_a_split(tmp_path: Path) -> None:
+    write_files(tmp_path, "car/1.jpg", "train/1.jpg")
+    scan = read(tmp_path)
+    assert rows_of(scan)["train/1.jpg"] == ("train", None)
+    assert "'train' was taken for a class" in scan.warnings[0]
+
+
+def test_splits_beside_other_folders_are_ambiguous(tmp_path: Path) -> None:
+    write_files(tmp_path, "train/cat/1.jpg", "test/cat/1.jpg", "notes/1.jpg")
+    with pytest.raises(DataError, match="notes"):
+        read(tmp_path)
+
+
+def test_files_without_a_class_are_left_out_with_a_warning(tmp_path: Path) -> None:
+    write_files(tmp_path, "stray.jpg", "cat/1.jpg", "metadata.csv")
+    scan = read(tmp_path)
+    assert list(rows_of(scan)) == ["cat/1.jpg"]
+    assert scan.skipped == {"no_class": 2}
+    assert "2 (metadata.csv, stray.jpg)" in scan.warnings[0]
+
+
+def test_a_flat_folder_is_unlabelled(tmp_path: Path) -> None:
+    write_files(tmp_path, "1.jpg", "2.jpg")
+    assert rows_of(read(tmp_path)) == {"1.jpg": (None, None), "2.jpg": (None, None)}
+
+
+def test_kind_images_makes_any_folders_unlabelled(tmp_path: Path) -> None:
+    write_files(tmp_path, "2024/01/1.jpg", "2.jpg")
+    assert rows_of(read(tmp_path, SourceKind.IMAGES)) == {
+        "2024/01/1.jpg": (None, None),
+        "2.jpg": (None, None),
+    }
+
+
+def test_side_files_are_skipped_and_counted_but_no_other_file_is(tmp_path: Path) -> None:
+    side = [
+        "README.md",
+        "LICENSE",
+        "notes.txt",
+        "cat/.DS_Store",
+        "cat/Thumbs.db",
+        ".git/config",
+        "cat/desktop.ini",
+    ]
+    write_files(
+        tmp_path,
+        *side,
+        "_SUCCESS",
+        "__MACOSX/cat/1.jpg",
+        "cat/1.jpg",
+        "cat/2.txt",
+        "cat/3.pdf",
+        "cat/LICENSE",
+    )
+    (tmp_path / "cat/empty.jpg").write_bytes(b"")
+    scan = read(tmp_path)
+    assert set(rows_of(scan)) == {"cat/1.jpg", "cat/2.txt", "cat/3.pdf", "cat/LICENSE", "cat/empty.jpg"}
+    assert scan.skipped == {"side_file": 3, "hidden": 6}
+
+
+def test_a_class_folder_without_samples_is_told(tmp_path: Path) -> None:
+    write_files(tmp_path, "cat/1.jpg", "dog/.DS_Store")
+    assert "class folders without a sample: 1 (dog)" in read(tmp_path).warnings
+
+
+def test_keys_of_any_characters_come_back_exactly(tmp_path: Path) -> None:
+    keys = ["a b/+%41 ä.jpg", "a b/new\nline.jpg", "A b/+%41 ä.jpg", "a b/#?&'\".jpg"]
+    write_files(tmp_path, *keys)
+    scan = read(tmp_path)
+    assert set(rows_of(scan)) == set(keys)
+    assert set(scan.samples["uri"].to_pylist()) == {f"{tmp_path}/{key}" for key in keys}
+
+
+def test_a_file_that_changes_gets_another_content_id(tmp_path: Path) -> None:
+    write_files(tmp_path, "cat/1.jpg", "cat/2.jpg")
+    before = read(tmp_path).samples["content_id"].to_pylist()
+    (tmp_path / "cat/1.jpg").write_bytes(jpeg_bytes(77) + b"longer")
+    after = read(tmp_path).samples["content_id"].to_pylist()
+    assert before[0] != after[0]
+    assert before[1] == after[1]
+
+
+def test_listing_by_ranges_loses_and_doubles_nothing(tmp_path: Path) -> None:
+    keys = [
+        f"{folder}/{file}" for folder in ("a", "a-b", "a.b", "a0", "b/a", "b/b", "b-a/x/y") for file in "01"
+    ]
+    write_files(tmp_path, *keys, "a!", "b.jpg", "zz")
+    scan = read(tmp_path, SourceKind.IMAGES)
+    assert sorted(scan.samples["sample_id"].to_pylist()) == sorted([*keys, "a!", "b.jpg", "zz"])
+
+
+def test_the_kind_is_found_by_looking(tmp_path: Path) -> None:
+    write_files(tmp_path / "folders", "cat/1.jpg")
+    write_files(tmp_path / "tars", "data/0.tar", ".hidden.jpg", "readme.md")
+    write_files(tmp_path, "list.csv", "list.jsonl")
+    assert find_kind(str(tmp_path / "folders")) is SourceKind.FOLDERS
+    assert find_kind(str(tmp_path / "tars")) is SourceKind.TARS
+    assert find_kind(str(tmp_path / "tars/data/0.tar")) is SourceKind.TARS
+    assert find_kind(str(tmp_path / "list.csv")) is SourceKind.LIST
+    assert find_kind(str(tmp_path / "list.jsonl")) is SourceKind.LIST
+
+
+def test_mixed_kinds_need_a_choice(tmp_path: Path) -> None:
+    write_files(tmp_path, "cat/1.jpg")
+    (tmp_path / "0.tar").write_bytes(shard_bytes({"0": "cat"}))
+    with pytest.raises(DataError, match="folders, tars"):
+        find_kind(str(tmp_path))
+    assert read(tmp_path, SourceKind.TARS).samples["label"].to_pylist() == ["cat"]
+
+
+def test_compressed_archives_are_refused(tmp_path: Path) -> None:
+    write_files(tmp_path, "train.tar.gz", "test.zip")
+    with pytest.raises(DataError, match="compressed"):
+        find_kind(str(tmp_path))
+
+
+def test_options_of_another_kind_are_refused(tmp_path: Path) -> None:
+    write_files(tmp_path, "cat/1.jpg")
+    with pytest.raises(ConfigError, match="images_root"):
+        read_source(str(tmp_path), ReadingOptions(images_root="/data"))

@@ -1,0 +1,163 @@
+"""Lists as a source: CSV, JSONL, parquet, and every way in which a row can be wrong."""
+
+from __future__ import annotations
+
+import json
+from hashlib import md5, sha256
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from convoy.core.errors import DataError
+from convoy.storage.sources.lists import find_objects
+from convoy.storage.sources.reading import read_source
+from convoy.storage.sources.rows import ReadingOptions, SourceKind
+from made_sources import jpeg_bytes, write_files
+
+
+def read(path: Path, **options: str) -> list[dict[str, object]]:
+    kind, scan = read_source(str(path), ReadingOptions(**options))
+    assert kind is SourceKind.LIST
+    return scan.samples.to_pylist()
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_bytes(text.encode())
+    return path
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    write_files(tmp_path, "images/1.jpg", "images/2.jpg", "images/deep/3.jpg", "b,c d.jpg")
+    return tmp_path
+
+
+def test_csv_with_all_columns(root: Path) -> None:
+    checksum = sha256((root / "images/1.jpg").read_bytes()).hexdigest()
+    text = f"path,label,split,id,weight,sha256,author\nimages/1.jpg,cat,valid,one,2.5,{checksum.upper()},me\n"
+    (row,) = read(write(root / "list.csv", text))
+    assert (row["sample_id"], row["label"], row["split"], row["weight"]) == ("one", "cat", "val", 2.5)
+    assert row["checksum"] == f"sha256:{checksum}"
+    assert row["uri"] == f"{root}/images/1.jpg"
+    assert row["size_bytes"] == (root / "images/1.jpg").stat().st_size
+    assert row["etag"]
+
+
+def test_byte_order_mark_crlf_and_quotes(root: Path) -> None:
+    text = '\ufefffile_name,label\r\nimages/1.jpg,"a ""cat"""\r\n"b,c d.jpg","two\nlines"\r\n'
+    rows = read(write(root / "list.csv", text))
+    assert [(row["sample_id"], row["label"]) for row in rows] == [
+        ("images/1.jpg", 'a "cat"'),
+        ("b,c d.jpg", "two\nlines"),
+    ]
+
+
+def test_jsonl_and_parquet_say_the_same_as_csv(root: Path) -> None:
+    records = [{"path": "images/1.jpg", "label": 3}, {"path": "./images/deep/3.jpg", "label": 10}]
+    write(root / "a.csv", "path,label\nimages/1.jpg,3\n./images/deep/3.jpg,10\n")
+    write(root / "a.jsonl", "\n".join(map(json.dumps, records)) + "\n\n")
+    pq.write_table(pa.Table.from_pylist(records), root / "a.parquet")
+    assert read(root / "a.csv") == read(root / "a.jsonl") == read(root / "a.parquet")
+    assert [row["label"] for row in read(root / "a.csv")] == ["3", "10"]
+
+
+def test_labels_that_became_floats_are_integers_again(root: Path) -> None:
+    pq.write_table(pa.table({"path": ["images/1.jpg"], "label": [7.0]}), root / "a.parquet")
+    assert read(root / "a.parquet")[0]["label"] == "7"
+
+
+def test_paths_may_be_absolute_or_start_at_images_root(root: Path) -> None:
+    elsewhere = root / "lists"
+    elsewhere.mkdir()
+    absolute = read(write(elsewhere / "a.csv", f"uri\n{root}/images/1.jpg\nfile://{root}/images/2.jpg\n"))
+    relative = read(
+        write(elsewhere / "b.csv", "path\n1.jpg\n../images/2.jpg\n"), images_root=str(root / "images")
+    )
+    assert [row["uri"] for row in absolute] == [row["uri"] for row in relative]
+    assert relative[0]["sample_id"] == "1.jpg"
+
+
+def test_all_bad_rows_are_reported_with_their_lines(root: Path) -> None:
+    lines = [
+        "path,label,split,id,weight,md5",
+        "images/1.jpg,cat,train,a,1,",
+        "images/2.jpg,cat,train,a,1,",
+        "images/none.jpg,cat,train,c,1,",
+        "images/2.jpg,,train,d,1,",
+        "images/2.jpg,cat,holdout,e,1,",
+        "images/2.jpg,cat,,f,1,",
+        "images/2.jpg,cat,train,g,-1,",
+        "images/2.jpg,cat,train,h,1,xyz",
+        ",cat,train,i,1,",
+        "images/2.jpg,cat",
+    ]
+    with pytest.raises(DataError) as caught:
+        read(write(root / "list.csv", "\r\n".join(lines)))
+    text = str(caught.value)
+    assert "9 rows cannot be used" in text
+    for line, problem in [
+        (3, "the id 'a' was there before"),
+        (4, "none.jpg does not exist"),
+        (5, "no label, though"),
+        (6, "'holdout' is no split"),
+        (7, "no split"),
+        (8, "-1.0 is no weight"),
+        (9, "32 hex digits"),
+        (10, "no path"),
+        (11, "2 cells instead of 6"),
+    ]:
+        assert any(f"line {line}:" in row and problem in row for row in text.splitlines()), (line, problem)
+
+
+def test_only_the_first_twenty_bad_rows_are_shown(root: Path) -> None:
+    text = "path\n" + "".join(f"images/none-{index}.jpg\n" for index in range(30))
+    with pytest.raises(DataError, match="and 10 more") as caught:
+        read(write(root / "list.csv", text))
+    assert caught.value.fields["num_bad_rows"] == 30
+
+
+def test_bad_jsonl_rows_are_reported_with_their_lines(root: Path) -> None:
+    text = '{"path": "images/1.jpg", "label": ["a", "b"]}\n{"path":\n[1]\n{"path": "images/2.jpg", "label": "a"}\n'
+    with pytest.raises(DataError) as caught:
+        read(write(root / "a.jsonl", text))
+    shown = str(caught.value).splitlines()[1:4]
+    assert [line.split(":")[0].strip() for line in shown] == ["line 1", "line 2", "line 3"]
+
+
+@pytest.mark.parametrize("header", ["a.jpg;cat", "name,label", "path,uri"])
+def test_a_list_needs_exactly_one_path_column(root: Path, header: str) -> None:
+    with pytest.raises(DataError, match="must have one column of path, uri, file_name"):
+        read(write(root / "list.csv", f"{header}\nx,y\n" if "," in header else f"{header}\nx\n"))
+
+
+def test_the_label_column_can_be_chosen_and_must_exist(root: Path) -> None:
+    write(root / "list.csv", "path,species\nimages/1.jpg,cat\n")
+    assert read(root / "list.csv", label_column="species")[0]["label"] == "cat"
+    with pytest.raises(DataError, match="no column 'breed'"):
+        read(root / "list.csv", label_column="breed")
+
+
+def test_a_list_must_be_utf8(root: Path) -> None:
+    (root / "list.csv").write_bytes("path\nä.jpg\n".encode("latin-1"))
+    with pytest.raises(DataError, match="not UTF-8"):
+        read(root / "list.csv")
+
+
+def test_the_content_id_follows_a_given_checksum(root: Path) -> None:
+    (root / "copy.jpg").write_bytes((root / "images/1.jpg").read_bytes())
+    digits = md5((root / "copy.jpg").read_bytes()).hexdigest()
+    rows = read(
+        write(root / "list.csv", f"path,md5\nimages/1.jpg,{digits}\ncopy.jpg,{digits}\nimages/2.jpg,\n")
+    )
+    assert rows[0]["content_id"] == rows[1]["content_id"] != rows[2]["content_id"]
+
+
+def test_objects_far_apart_are_found_without_listing_what_lies_between(root: Path) -> None:
+    folder = root / "many"
+    folder.mkdir()
+    for index in range(1200):
+        (folder / f"{index:05d}.jpg").write_bytes(jpeg_bytes(1))
+    wanted = {f"{folder}/00000.jpg", f"{folder}/01199.jpg", f"{root}/images/deep/3.jpg"}
+    assert set(find_objects([*wanted, f"{folder}/00000.jpx", f"{root}/gone/1.jpg"])) == wanted

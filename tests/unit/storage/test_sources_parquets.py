@@ -1,0 +1,123 @@
+"""Parquet files with image bytes as a source."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from convoy.core.errors import DataError
+from convoy.storage.sources.reading import find_kind, read_source
+from convoy.storage.sources.rows import ReadingOptions, SourceKind, SourceScan
+from made_sources import jpeg_bytes
+
+
+def read(path: Path, **options: str) -> SourceScan:
+    kind, scan = read_source(str(path), ReadingOptions(**options))
+    assert kind is SourceKind.PARQUET
+    return scan
+
+
+def hugging_face_table(labels: list[int], names: list[str]) -> pa.Table:
+    images = [{"bytes": jpeg_bytes(index), "path": f"{index}.jpg"} for index in range(len(labels))]
+    features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
+    table = pa.table({"image": images, "label": pa.array(labels, pa.int64())})
+    return table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+
+
+def test_hugging_face_files_give_class_names_splits_and_rows(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    pq.write_table(
+        hugging_face_table([1, 0, 1], ["wolf", "ant"]), tmp_path / "data/train-00000-of-00001.parquet"
+    )
+    pq.write_table(
+        hugging_face_table([0], ["wolf", "ant"]), tmp_path / "data/validation-00000-of-00001.parquet"
+    )
+    (tmp_path / "README.md").write_text("card")
+    scan = read(tmp_path)
+    rows = scan.samples.to_pylist()
+    assert scan.classes == ("wolf", "ant")
+    assert scan.skipped == {"not_parquet": 1}
+    assert [(row["label"], row["split"]) for row in rows] == [
+        ("ant", "train"),
+        ("wolf", "train"),
+        ("ant", "train"),
+        ("wolf", "val"),
+    ]
+    assert rows[2]["sample_id"] == "data/train-00000-of-00001.parquet#000000002"
+    assert (rows[2]["row_index"], rows[2]["container_field"], rows[2]["size_bytes"]) == (
+        2,
+        "image.bytes",
+        None,
+    )
+    assert len({row["content_id"] for row in rows}) == 4
+
+
+def test_hidden_labels_of_a_test_split_are_null(tmp_path: Path) -> None:
+    pq.write_table(hugging_face_table([-1, -1], ["wolf", "ant"]), tmp_path / "test.parquet")
+    assert read(tmp_path / "test.parquet").samples["label"].to_pylist() == [None, None]
+
+
+def test_a_label_beyond_the_class_names_is_refused(tmp_path: Path) -> None:
+    pq.write_table(hugging_face_table([2], ["wolf", "ant"]), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="2 is no label"):
+        read(tmp_path / "a.parquet")
+
+
+def test_one_file_with_a_plain_binary_column(tmp_path: Path) -> None:
+    table = pa.table({"img": [jpeg_bytes(0), jpeg_bytes(1)], "label": ["cat", "dog"], "n": [1, 2]})
+    pq.write_table(table, tmp_path / "pets.parquet")
+    rows = read(tmp_path / "pets.parquet").samples.to_pylist()
+    assert [(row["sample_id"], row["label"], row["split"]) for row in rows] == [
+        ("pets.parquet#000000000", "cat", None),
+        ("pets.parquet#000000001", "dog", None),
+    ]
+    assert rows[0]["container_field"] == "img"
+
+
+def test_unclear_columns_need_a_choice(tmp_path: Path) -> None:
+    table = pa.table({"photo": [b"a"], "mask": [b"b"], "label": ["cat"], "breed": ["manx"]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="photo, mask"):
+        read(tmp_path / "a.parquet")
+    scan = read(tmp_path / "a.parquet", image_column="photo", label_column="breed")
+    assert (scan.samples["container_field"][0].as_py(), scan.samples["label"][0].as_py()) == ("photo", "manx")
+    with pytest.raises(DataError, match="no column 'pic'"):
+        read(tmp_path / "a.parquet", image_column="pic")
+
+
+def test_a_parquet_with_paths_is_a_list(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"path": ["1.jpg"]}), tmp_path / "a.parquet")
+    assert find_kind(str(tmp_path / "a.parquet")) is SourceKind.LIST
+
+
+def test_files_that_name_classes_differently_are_refused(tmp_path: Path) -> None:
+    pq.write_table(hugging_face_table([0], ["wolf", "ant"]), tmp_path / "0.parquet")
+    pq.write_table(hugging_face_table([0], ["ant", "wolf"]), tmp_path / "1.parquet")
+    with pytest.raises(DataError, match="differ"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "problem"),
+    [(["train-0.parquet", "extra-0.parquet"], "extra-0"), (["train/test-0.parquet"], "several splits")],
+)
+def test_unclear_splits_are_refused(tmp_path: Path, names: list[str], problem: str) -> None:
+    for name in names:
+        os.makedirs((tmp_path / name).parent, exist_ok=True)
+        pq.write_table(hugging_face_table([0], ["wolf"]), tmp_path / name)
+    with pytest.raises(DataError, match=problem):
+        read(tmp_path)
+
+
+def test_odd_features_metadata_is_ignored(tmp_path: Path) -> None:
+    metadatas: list[Any] = ["not json", '{"info": null}', "[]"]
+    for index, metadata in enumerate(metadatas):
+        table = pa.table({"image": [jpeg_bytes(0)]}).replace_schema_metadata({"huggingface": metadata})
+        pq.write_table(table, tmp_path / f"{index}.parquet")
+    assert read(tmp_path).samples.num_rows == 3
