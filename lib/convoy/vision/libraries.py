@@ -1,0 +1,272 @@
+"""Where networks come from: torchvision, timm, Convoy's own classics, and any importable factory.
+
+All four answer the same questions. torchvision and timm take seconds to import, and most configs are read by
+commands that build no network: so the methods that need one of them import it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from torch import nn
+
+from convoy.core.errors import ConfigError
+from convoy.vision.architectures import CIFAR_RESNET_DEPTHS, CifarResNet, LeNet5
+from convoy.vision.presets import EvalPreset, Interpolation
+
+# Names, in every library, of the weight set that the library itself recommends.
+DEFAULT_WEIGHTS = ("DEFAULT", "pretrained")
+
+
+class NetworkLibrary(Protocol):
+    """A source of networks by name. `weights` is a name of the library, or one of DEFAULT_WEIGHTS."""
+
+    prefix: str
+
+    def names(self) -> Sequence[str]:
+        """All architectures that it knows."""
+        ...
+
+    def build(self, name: str, **options: Any) -> nn.Module:
+        """A network with random weights from the global generator; takes `num_classes`."""
+        ...
+
+    def pretrained(self, name: str, weights: str) -> nn.Module:
+        """The network as its weights were published, from the library's cache or by download.
+
+        ConfigError for weights that it does not have; faults of the download are as the library raises them.
+        """
+        ...
+
+    def preset(self, name: str, weights: str) -> EvalPreset:
+        """The eval transform that the weights were trained with; ConfigError where it is not known."""
+        ...
+
+    def classes(self, name: str, weights: str) -> tuple[str, ...] | None:
+        """The names of the weights' classes in the order of the logits, or None where they are not known."""
+        ...
+
+
+class Torchvision:
+    """The image classifiers of torchvision."""
+
+    prefix = "torchvision:"
+
+    # These two have auxiliary classifiers, which serve only the training recipes of their papers; and they
+    # normalise to -1..1 a second time, inside the network, if and only if they load named weights. Here the
+    # network stays plain and the preset says it, so that the transform travels with the weights.
+    _two_of_their_own = ("googlenet", "inception_v3")
+    _auxiliary_heads = ("AuxLogits", "aux1", "aux2")
+
+    def names(self) -> Sequence[str]:
+        """All classifiers; detection, segmentation and video are other modules of torchvision."""
+        import torchvision  # noqa: PLC0415
+
+        names: list[str] = torchvision.models.list_models(module=torchvision.models)
+        return names
+
+    def build(self, name: str, **options: Any) -> nn.Module:
+        """A network with random weights, without auxiliary classifiers."""
+        import torchvision  # noqa: PLC0415
+
+        if name in self._two_of_their_own:
+            options = {"aux_logits": False, "init_weights": True, **options}
+        network: nn.Module = torchvision.models.get_model(name, weights=None, **options)
+        return network
+
+    def pretrained(self, name: str, weights: str) -> nn.Module:
+        """A network with the named weights, their hash checked, without auxiliary classifiers."""
+        import torchvision  # noqa: PLC0415
+
+        member = self._member(name, weights)
+        network: nn.Module = torchvision.models.get_model(name, weights=member, progress=False)
+        for head in self._auxiliary_heads:
+            if hasattr(network, head):
+                setattr(network, head, None)
+        return network
+
+    def preset(self, name: str, weights: str) -> EvalPreset:
+        """The transform that stands beside the weights in torchvision."""
+        transform = self._member(name, weights).transforms()
+        renormalised = name in self._two_of_their_own
+        return EvalPreset(
+            resize_px=transform.resize_size[0],
+            crop_px=transform.crop_size[0],
+            interpolation=Interpolation(transform.interpolation.value),
+            mean=(0.5, 0.5, 0.5) if renormalised else tuple(transform.mean),
+            std=(0.5, 0.5, 0.5) if renormalised else tuple(transform.std),
+        )
+
+    def classes(self, name: str, weights: str) -> tuple[str, ...] | None:
+        """The categories that stand beside the weights in torchvision."""
+        return tuple(self._member(name, weights).meta["categories"])
+
+    def _member(self, name: str, weights: str) -> Any:
+        import torchvision  # noqa: PLC0415
+
+        members = torchvision.models.get_model_weights(name).__members__
+        wanted = "DEFAULT" if weights in DEFAULT_WEIGHTS else weights
+        if wanted not in members:
+            raise _unknown_weights(self.prefix + name, weights, list(members))
+        return members[wanted]
+
+
+class Timm:
+    """The models of timm; the weights are the tag behind the dot in timm's own names."""
+
+    prefix = "timm:"
+
+    def names(self) -> Sequence[str]:
+        """All architectures, without tags."""
+        import timm  # noqa: PLC0415
+
+        names: list[str] = timm.list_models()
+        return names
+
+    def build(self, name: str, **options: Any) -> nn.Module:
+        """A network with random weights."""
+        import timm  # noqa: PLC0415
+
+        network: nn.Module = timm.create_model(name, pretrained=False, **options)
+        return network
+
+    def pretrained(self, name: str, weights: str) -> nn.Module:
+        """A network with the weights of a tag."""
+        import timm  # noqa: PLC0415
+
+        config = self._pretrained_config(name, weights)
+        if not config.has_weights:
+            raise _unknown_weights(self.prefix + name, weights, [])
+        network: nn.Module = timm.create_model(name, pretrained=True, pretrained_cfg=config)
+        return network
+
+    def preset(self, name: str, weights: str) -> EvalPreset:
+        """The transform of the tag at its training resolution."""
+        import timm.data  # noqa: PLC0415
+
+        config = self._pretrained_config(name, weights).to_dict()
+        transform = timm.data.resolve_data_config({}, pretrained_cfg=config)
+        if transform["crop_mode"] != "center":
+            raise ConfigError(
+                f"'{name}' wants images that are not cut but {transform['crop_mode']}",
+                where="backbone.preset",
+                next_step="set backbone.preset to the nearest transform that keeps the aspect",
+            )
+        crop_px = transform["input_size"][-1]
+        return EvalPreset(
+            resize_px=math.floor(crop_px / transform["crop_pct"]),
+            crop_px=crop_px,
+            interpolation=Interpolation(transform["interpolation"]),
+            mean=transform["mean"],
+            std=transform["std"],
+        )
+
+    def classes(self, name: str, weights: str) -> tuple[str, ...] | None:
+        """The classes of the ImageNet subset that the number of logits tells."""
+        import timm.data  # noqa: PLC0415
+
+        config = self._pretrained_config(name, weights).to_dict()
+        subset = timm.data.infer_imagenet_subset(config)
+        if subset is None:
+            return None
+        info = timm.data.ImageNetInfo(subset)
+        return tuple(info.index_to_description(index) for index in range(info.num_classes()))
+
+    def _pretrained_config(self, name: str, weights: str) -> Any:
+        import timm  # noqa: PLC0415
+
+        if weights in DEFAULT_WEIGHTS:
+            return timm.get_pretrained_cfg(name)
+        tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{name}.*")]
+        if weights not in tags:
+            raise _unknown_weights(self.prefix + name, weights, tags)
+        return timm.get_pretrained_cfg(f"{name}.{weights}")
+
+
+class Classics:
+    """Convoy's own architectures. They come without weights."""
+
+    prefix = ""
+
+    _builders: Mapping[str, Callable[..., nn.Module]] = {
+        "lenet5": LeNet5,
+        **{f"cifar_resnet{depth}": functools.partial(CifarResNet, depth) for depth in CIFAR_RESNET_DEPTHS},
+    }
+
+    def names(self) -> Sequence[str]:
+        """LeNet-5 and the CIFAR ResNets."""
+        return list(self._builders)
+
+    def build(self, name: str, **options: Any) -> nn.Module:
+        """A network with random weights."""
+        return self._builders[name](**options)
+
+    def pretrained(self, name: str, weights: str) -> nn.Module:
+        """Always a ConfigError."""
+        raise _unknown_weights(name, weights, [])
+
+    def preset(self, name: str, weights: str) -> EvalPreset:
+        """32 pixels; the CIFAR ResNets take them as they are, LeNet-5 after a resize."""
+        return EvalPreset(resize_px=32 if name == "lenet5" else None, crop_px=32)
+
+    def classes(self, name: str, weights: str) -> tuple[str, ...] | None:
+        """Not known."""
+        return None
+
+
+class Factories:
+    """Any importable `package.module:function` that returns a torch.nn.Module. They come without weights."""
+
+    prefix = ""
+
+    def names(self) -> Sequence[str]:
+        """Nothing: what can be imported is not known before."""
+        return []
+
+    def build(self, name: str, **options: Any) -> nn.Module:
+        """What the factory returns. Importing it runs its code: a config is as trusted as a program."""
+        module_name, _, function_name = name.partition(":")
+        try:
+            network = getattr(importlib.import_module(module_name), function_name)(**options)
+        except (ImportError, AttributeError, TypeError) as error:
+            raise ConfigError(
+                f"the factory cannot be used: {error}",
+                where=name,
+                next_step="name an importable package.module:function that returns a torch.nn.Module",
+            ) from error
+        if not isinstance(network, nn.Module):
+            raise ConfigError(
+                f"the factory returns {type(network).__name__}, not a torch.nn.Module",
+                where=name,
+                next_step="return the network",
+            )
+        return network
+
+    def pretrained(self, name: str, weights: str) -> nn.Module:
+        """Always a ConfigError."""
+        raise _unknown_weights(name, weights, [])
+
+    def preset(self, name: str, weights: str) -> EvalPreset:
+        """Always a ConfigError."""
+        raise ConfigError(
+            f"nothing is known of how '{name}' wants its images",
+            where="backbone.preset",
+            next_step="set backbone.preset to the transform that its weights were trained with",
+        )
+
+    def classes(self, name: str, weights: str) -> tuple[str, ...] | None:
+        """Not known."""
+        return None
+
+
+def _unknown_weights(arch: str, weights: str, known: Sequence[str]) -> ConfigError:
+    others = [*known, "random", "the path or URI of a state dict"]
+    return ConfigError(
+        f"'{arch}' has no weights '{weights}'",
+        where="backbone.weights",
+        next_step=f"choose one of {', '.join(others)}",
+    )

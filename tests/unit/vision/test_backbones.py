@@ -1,0 +1,248 @@
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from pydantic import ValidationError
+from torch import nn
+
+from convoy.core.errors import ConfigError, StoreUnavailable
+from convoy.vision.backbones import (
+    BackboneConfig,
+    WeightSource,
+    build_network,
+    build_pretrained,
+    default_preset,
+    native_px,
+    pretrained_classes,
+    weight_source,
+)
+from convoy.vision.libraries import Torchvision
+from convoy.vision.presets import EvalPreset, Interpolation
+
+
+def random_backbone(arch: str, **fields: object) -> BackboneConfig:
+    return BackboneConfig(arch=arch, weights="random", **fields)
+
+
+def first_weight(network: nn.Module) -> torch.Tensor:
+    return next(network.parameters())
+
+
+@pytest.mark.parametrize("arch", ["lenet5", "cifar_resnet20", "torchvision:squeezenet1_1", "timm:resnet10t"])
+def test_the_seed_alone_decides_the_weights(arch: str) -> None:
+    torch.manual_seed(1)
+    one = build_network(random_backbone(arch))
+    torch.manual_seed(2)
+    two = build_network(random_backbone(arch))
+    other = build_network(random_backbone(arch, seed=1))
+    assert all(
+        torch.equal(left, right) for left, right in zip(one.parameters(), two.parameters(), strict=True)
+    )
+    assert not torch.equal(first_weight(one), first_weight(other))
+    assert not one.training
+
+
+def test_building_leaves_the_global_generator_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    build_network(random_backbone("lenet5", seed=7))
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize(
+    "arch", ["lenet5", "cifar_resnet32", "torchvision:mobilenet_v3_small", "timm:resnet10t"]
+)
+def test_num_classes_sets_the_size_of_the_logits(arch: str) -> None:
+    config = random_backbone(arch, num_classes=7)
+    with torch.no_grad():
+        logits_BD = build_network(config)(torch.zeros(1, 3, native_px(config), native_px(config)))
+    assert logits_BD.shape == (1, 7)
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_networks_with_auxiliary_classifiers_come_without(
+    name: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    with torch.device("meta"):
+        network = build_network(random_backbone(f"torchvision:{name}"))
+        logits_BD = network.train()(torch.empty(2, 3, 299, 299))
+    assert isinstance(logits_BD, torch.Tensor)
+    assert not any("aux" in parameter.lower() for parameter, _ in network.named_parameters())
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_their_preset_replaces_the_normalisation_inside_torchvisions_network(name: str) -> None:
+    """torchvision normalises by ImageNet, then again inside; the preset must give the plain network the same."""
+    preset = default_preset(BackboneConfig(arch=f"torchvision:{name}"))
+    pixels_BCHW = torch.rand(2, 3, 4, 4)
+    theirs = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+    with torch.device("meta"):
+        network = torchvision.models.get_model(
+            name, weights=None, transform_input=True, aux_logits=False, init_weights=False
+        )
+    inside_BCHW = network._transform_input(_normalise(pixels_BCHW, theirs.mean, theirs.std))
+    assert torch.allclose(_normalise(pixels_BCHW, preset.mean, preset.std), inside_BCHW, atol=1e-6)
+
+
+def _normalise(pixels_BCHW: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
+    return (pixels_BCHW - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("arch", "nearest"),
+    [
+        ("resnet18", "torchvision:resnet18"),
+        ("torchvision:resnet81", "torchvision:resnet18"),
+        ("timm:convnext_tinny", "timm:convnext_tiny"),
+        ("cifar_resnet21", "cifar_resnet20"),
+        ("qqqq", "torchvision:<name>"),
+    ],
+)
+def test_an_unknown_architecture_is_an_error_that_names_near_ones(arch: str, nearest: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build_network(random_backbone(arch))
+    assert nearest in caught.value.next_step
+
+
+FACTORY = """
+from torch import nn
+
+def network(num_classes=3):
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))
+
+def nothing(num_classes=3):
+    return None
+"""
+
+
+@pytest.fixture
+def factory_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "my_networks.py").write_text(FACTORY)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_networks", raising=False)
+    return "my_networks"
+
+
+def test_a_factory_builds_the_users_own_network(factory_module: str) -> None:
+    config = random_backbone(f"{factory_module}:network", num_classes=5, preset=EvalPreset(crop_px=48))
+    assert build_network(config)(torch.zeros(1, 3, 48, 48)).shape == (1, 5)
+    assert native_px(config) == 48
+
+
+@pytest.mark.parametrize(
+    ("arch", "message"),
+    [
+        ("my_networks:absent", "absent"),
+        ("no_such_module:network", "no_such_module"),
+        ("my_networks:nothing", "NoneType"),
+    ],
+)
+def test_a_factory_that_gives_no_network_is_an_error(factory_module: str, arch: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_network(random_backbone(arch))
+
+
+def test_a_factory_needs_a_preset(factory_module: str) -> None:
+    with pytest.raises(ConfigError, match="wants its images"):
+        default_preset(random_backbone(f"{factory_module}:network"))
+
+
+@pytest.mark.parametrize(
+    ("weights", "source"),
+    [
+        ("random", WeightSource.RANDOM),
+        ("IMAGENET1K_V1", WeightSource.NAMED),
+        ("in12k_ft_in1k", WeightSource.NAMED),
+        ("s3://bucket/key/model.safetensors", WeightSource.URI),
+        ("/models/resnet20-12fca82f.th", WeightSource.URI),
+        ("best.PTH", WeightSource.URI),
+    ],
+)
+def test_weights_say_where_they_come_from(weights: str, source: WeightSource) -> None:
+    assert weight_source(BackboneConfig(arch="lenet5", weights=weights)) is source
+
+
+def test_presets_are_those_of_the_named_weights() -> None:
+    first = default_preset(BackboneConfig(arch="torchvision:resnet50", weights="IMAGENET1K_V1"))
+    second = default_preset(BackboneConfig(arch="torchvision:resnet50", weights="DEFAULT"))
+    assert first == EvalPreset()
+    assert second == EvalPreset(resize_px=232)
+
+
+def test_presets_of_timm_are_those_of_the_tag() -> None:
+    preset = default_preset(BackboneConfig(arch="timm:xception41", weights="tf_in1k"))
+    assert preset == EvalPreset(
+        resize_px=math.floor(299 / 0.903),
+        crop_px=299,
+        interpolation=Interpolation.BICUBIC,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+    )
+
+
+def test_a_preset_of_the_config_wins_but_does_not_move_the_axis() -> None:
+    mine = EvalPreset(resize_px=None, crop_px=64)
+    config = random_backbone("torchvision:resnet18", preset=mine)
+    assert default_preset(config) == mine
+    assert native_px(config) == 224
+
+
+def test_a_transform_that_cannot_be_said_is_refused() -> None:
+    with pytest.raises(ConfigError, match="not cut but squash"):
+        default_preset(BackboneConfig(arch="timm:convnextv2_large", weights="fcmae_ft_in22k_in1k_384"))
+
+
+@pytest.mark.parametrize(
+    ("arch", "known"), [("torchvision:resnet50", "IMAGENET1K_V2"), ("timm:convnext_tiny", "fb_in1k")]
+)
+def test_unknown_weights_are_an_error_that_names_the_known(arch: str, known: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        default_preset(BackboneConfig(arch=arch, weights="IMAGENET9K"))
+    assert known in caught.value.next_step
+
+
+@pytest.mark.parametrize("arch", ["lenet5", "timm:botnet50ts_256"])
+def test_architectures_without_weights_say_so(arch: str) -> None:
+    with pytest.raises(ConfigError, match="has no weights 'DEFAULT'"):
+        build_pretrained(BackboneConfig(arch=arch))
+
+
+def test_a_download_that_fails_can_be_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for variable in ("https_proxy", "HTTPS_PROXY"):
+        # Nothing listens on the discard port.
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    with pytest.raises(StoreUnavailable, match="'IMAGENET1K_V1' could not be downloaded") as caught:
+        build_pretrained(BackboneConfig(arch="torchvision:resnet18", weights="IMAGENET1K_V1"))
+    assert caught.value.retryable
+    assert "backbone.weights" in caught.value.next_step
+
+
+def test_classes_of_named_weights_are_in_the_order_of_the_logits() -> None:
+    for arch in ("torchvision:resnet18", "timm:resnet18"):
+        classes = pretrained_classes(BackboneConfig(arch=arch))
+        assert len(classes) == 1000
+        assert classes[0].startswith("tench")
+        assert classes[999].startswith("toilet tissue")
+    assert pretrained_classes(random_backbone("torchvision:resnet18")) is None
+
+
+def test_every_classifier_of_torchvision_has_a_preset() -> None:
+    library = Torchvision()
+    for name in library.names():
+        assert library.preset(name, "DEFAULT").crop_px >= 224
+
+
+@pytest.mark.parametrize(
+    "fields", [{"seed": -1}, {"num_classes": 0}, {"weights_digest": "12"}, {"weights": None}, {"depth": 3}]
+)
+def test_impossible_configs_are_refused(fields: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        BackboneConfig.model_validate({"arch": "lenet5", **fields})
