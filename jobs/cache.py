@@ -1,4 +1,4 @@
-"""`convoy cache` as a script, for schedulers: python jobs/cache.py --config jobs/configs/cache.<variant>.yaml"""
+"""`convoy cache` as a script, for schedulers: python jobs/cache.py --config jobs/configs/cache.NAME.yaml"""
 
 import sys
 

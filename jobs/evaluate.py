@@ -1,4 +1,4 @@
-"""`convoy evaluate` as a script, for schedulers: python jobs/evaluate.py --config jobs/configs/evaluate.<variant>.yaml"""
+"""`convoy evaluate` as a script, for schedulers: python jobs/evaluate.py --config jobs/configs/evaluate.NAME.yaml"""
 
 import sys
 

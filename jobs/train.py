@@ -1,4 +1,4 @@
-"""`convoy train` as a script, for schedulers: python jobs/train.py --config jobs/configs/train.<variant>.yaml"""
+"""`convoy train` as a script, for schedulers: python jobs/train.py --config jobs/configs/train.NAME.yaml"""
 
 import sys
 

@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 import typer
 from pydantic import BaseModel
@@ -171,10 +171,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(args=list(arguments) if arguments is not None else None, standalone_mode=True)
     except ConvoyError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("stopped: the same command goes on where it stopped", file=sys.stderr)  # noqa: T201
+        print("stopped: the same command goes on where it stopped", file=sys.stderr)
         sys.exit(ExitCode.STOPPED_RESUMABLE)
 
 
@@ -196,7 +196,7 @@ def _run(job: Callable[[TerminalProgress], ReportT], *, as_json: bool) -> None:
     with TerminalProgress() as progress:
         report = job(progress)
     if as_json:
-        print(json.dumps(report.model_dump(mode="json")), flush=True)  # noqa: T201
+        print(json.dumps(report.model_dump(mode="json")), flush=True)
     else:
         print_report(report)
     if not getattr(report, "within_error_budget", True):

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
-import torch
 from torch import Tensor
 
+from convoy.core.batching import batched
 from convoy.core.config import StrictModel
 from convoy.core.fingerprints import digest_bytes
-from convoy.core.batching import batched
 from convoy.core.records import Reject, SampleRejected
 from convoy.storage.commits import PartFile, SliceRecord, part_key, write_record
 from convoy.storage.parts import FeatureRows, write_features, write_rejects
@@ -93,7 +92,7 @@ class _SliceResult:
     started_unix_s: float
     rejects: list[Reject] = field(default_factory=list)
     flags: Counter[str] = field(default_factory=Counter)
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     first_row_unix_s: float = 0.0
     precision_effect: dict[str, float] = field(default_factory=dict)
 

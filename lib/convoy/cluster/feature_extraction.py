@@ -42,7 +42,7 @@ def plan_pool(num_workers: int | None) -> WorkerPool:
     workers = num_workers or num_gpus or len(usable)
     num_threads = max(sum(usable) // workers, 1)
     # A fraction of a CPU too few is asked for, so that Ray Data's own tasks always find room.
-    num_cpus = max(min(num_threads, min(usable)) - 0.5, 0.1) if not num_gpus else 0.5
+    num_cpus = max(min(num_threads, *usable) - 0.5, 0.1) if not num_gpus else 0.5
     return WorkerPool(
         num_workers=workers, num_cpus=num_cpus, num_gpus=min(1, num_gpus), num_threads=num_threads
     )

@@ -129,7 +129,7 @@ def read_classifier(store: ObjectStore, bundle: Bundle) -> Classifier:
 
 def _config(classifier: Classifier) -> dict[str, Any]:
     head = None if classifier.head is None else classifier.head.spec
-    return json.loads(
+    config: dict[str, Any] = json.loads(
         canonical_json(
             {
                 "format_version": CLASSIFIER_FORMAT_VERSION,
@@ -140,6 +140,7 @@ def _config(classifier: Classifier) -> dict[str, Any]:
             }
         )
     )
+    return config
 
 
 def _below(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from convoy.core.config import StrictModel
 from convoy.core.progress import Progress
 from convoy.core.records import Split
 from convoy.pipelines.classifiers import Classifier, as_is, classifier_digest, read_classifier
-from convoy.pipelines.evaluation import Evaluation, evaluate_classifier
+from convoy.pipelines.evaluation import Evaluation, EvaluationTask, evaluate_classifier
 from convoy.pipelines.feature_plan import ErrorBudget, ExtractionConfig
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.workspace import WriterMode, open_workspace
@@ -57,18 +57,15 @@ def run_evaluate(config: EvaluateConfig, *, progress: Progress, new_run: bool = 
     store = open_workspace(config.workspace, config.writers)
     manifest = open_dataset(store, config.dataset)
     classifier, model_digest = _open_model(store, config)
-    evaluation = evaluate_classifier(
-        store,
-        manifest,
-        classifier,
+    task = EvaluationTask(
+        classifier=classifier,
+        model_digest=model_digest,
         dataset=config.dataset,
         splits=config.splits,
-        model_digest=model_digest,
         extraction=config.extraction.model_copy(update={"decode": classifier.decode_rule}),
         config=config.model_dump(mode="json"),
-        progress=progress,
-        new_run=new_run,
     )
+    evaluation = evaluate_classifier(store, manifest, task, progress=progress, new_run=new_run)
     return EvaluateReport(
         **evaluation.model_dump(),
         within_error_budget=config.error_budget.allows(evaluation.rejects, evaluation.samples),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -56,44 +56,50 @@ class Evaluation(StrictModel):
     confusion: list[list[int]]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationTask:
+    """A classifier and the samples to measure it on. `config` is kept in the run record, for people."""
+
+    classifier: Classifier
+    model_digest: str
+    dataset: str
+    splits: tuple[Split, ...]
+    extraction: ExtractionConfig
+    config: dict[str, Any]
+
+
 def evaluate_classifier(
-    store: ObjectStore,
-    manifest: Manifest,
-    classifier: Classifier,
-    *,
-    dataset: str,
-    splits: Collection[Split],
-    model_digest: str,
-    extraction: ExtractionConfig,
-    config: dict[str, Any],
-    progress: Progress,
-    new_run: bool = False,
+    store: ObjectStore, manifest: Manifest, task: EvaluationTask, *, progress: Progress, new_run: bool = False
 ) -> Evaluation:
     """Features where they are missing, predictions of every sample, and the metrics of the labelled ones."""
+    classifier = task.classifier
     request = FeatureRequest(
-        dataset=dataset, splits=tuple(splits), backbone=classifier.backbone.config, taps=(classifier.tap,)
+        dataset=task.dataset,
+        splits=task.splits,
+        backbone=classifier.backbone.config,
+        taps=(classifier.tap,),
     )
-    features = FeatureJob(store, manifest, classifier.backbone, request, extraction)
+    features = FeatureJob(store, manifest, classifier.backbone, request, task.extraction)
     summary = features.ensure(progress=progress, new_run=new_run)
     progress.stage("predicting")
     job = PredictionJob(
-        store, manifest, classifier, model_digest=model_digest, set_id=features.set_id(classifier.tap)
+        store,
+        manifest,
+        classifier,
+        model_digest=task.model_digest,
+        set_id=features.set_id(classifier.tap),
     )
-    folder, run_manifest, open_run = job.commit(dataset, splits, config, new_run=new_run)
-    evaluation = _measure(store, run_manifest, classifier, summary.run, splits, model_digest)
+    folder, run_manifest, open_run = job.commit(task.dataset, task.splits, task.config, new_run=new_run)
+    evaluation = _measure(store, run_manifest, task, summary.run)
     finish(folder, evaluation.model_dump(mode="json"))
     open_run.close()
     return evaluation
 
 
 def _measure(
-    store: ObjectStore,
-    manifest: RunManifest,
-    classifier: Classifier,
-    cache_run: str | None,
-    splits: Collection[Split],
-    model_digest: str,
+    store: ObjectStore, manifest: RunManifest, task: EvaluationTask, cache_run: str | None
 ) -> Evaluation:
+    classifier = task.classifier
     counts = EvaluationCounts(len(classifier.classes))
     for table in _labelled_predictions(store, manifest):
         counts.add(list_array(table["logits"]), table["label"].to_numpy())
@@ -109,8 +115,8 @@ def _measure(
     return Evaluation(
         run=manifest.run_id,
         cache_run=cache_run,
-        splits=sorted(splits),
-        model_digest=model_digest,
+        splits=sorted(task.splits),
+        model_digest=task.model_digest,
         samples=manifest.num_results + manifest.num_rejects,
         results=manifest.num_results,
         rejects=manifest.num_rejects,

@@ -78,7 +78,7 @@ class StreamedFeatures:
             raise DataError(
                 "the feature cache has no row of these samples", next_step="run `convoy cache` first"
             )
-        self._num_features = chunk.features_BD.shape[1]
+        self._num_features: int = chunk.features_BD.shape[1]
         self._num_rows = sum(
             int(cache.known_content(set_id).has_rows(pa.array(rows.content_ids_N, pa.binary(16))).sum())
             for set_id in set_ids
@@ -126,10 +126,10 @@ def gather_features(
     cache: FeatureCache, set_id: str, content_ids_N: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Float32 features_ND in the order of the ids, and a mask found_N: rows that are not cached stay zero."""
-    features_ND = np.empty((0, 0), np.float32)
+    features_ND = np.empty((len(content_ids_N), 0), np.float32)
     found_N = np.zeros(len(content_ids_N), dtype=bool)
     for chunk in iter_wanted(cache, set_id, content_ids_N):
-        if not features_ND.size:
+        if not features_ND.shape[1]:
             features_ND = np.zeros((len(content_ids_N), chunk.features_BD.shape[1]), np.float32)
         features_ND[chunk.rows_B] = chunk.features_BD
         found_N[chunk.rows_B] = True

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 
 from convoy.core.batching import batched
@@ -23,7 +22,6 @@ from convoy.storage.commits import (
     RunManifest,
     SliceRecord,
     choose_attempts,
-    finish,
     part_key,
     publish,
     read_records,
@@ -121,7 +119,6 @@ class PredictionJob:
             start += rows.num_rows
             features_BD = torch.from_numpy(features_ND[part][found_N[part]])
             self._write_slice(folder, record, name, rows, found_N[part], features_BD, rejects)
-        return
 
     def _write_slice(
         self,

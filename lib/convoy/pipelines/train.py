@@ -11,7 +11,7 @@ from convoy.core.fingerprints import canonical_json
 from convoy.core.progress import Progress
 from convoy.core.records import Split
 from convoy.pipelines.classifiers import Classifier, Strategy, classifier_files
-from convoy.pipelines.evaluation import Evaluation, evaluate_classifier
+from convoy.pipelines.evaluation import Evaluation, EvaluationTask, evaluate_classifier
 from convoy.pipelines.feature_plan import ErrorBudget, ExtractionConfig, FeatureRequest
 from convoy.pipelines.feature_source import open_features, read_labelled_rows
 from convoy.pipelines.features import FeatureJob
@@ -93,17 +93,15 @@ def run_train(config: TrainConfig, *, progress: Progress, new_run: bool = False)
         decode_rule=config.extraction.decode,
     )
     files = classifier_files(store, classifier)
-    evaluation = evaluate_classifier(
-        store,
-        manifest,
-        classifier,
+    task = EvaluationTask(
+        classifier=classifier,
+        model_digest=bundle_digest(files),
         dataset=config.dataset,
         splits=(held_out_split(manifest),),
-        model_digest=bundle_digest(files),
         extraction=config.extraction,
         config=config.model_dump(mode="json"),
-        progress=progress,
     )
+    evaluation = evaluate_classifier(store, manifest, task, progress=progress, new_run=new_run)
     files["metrics.json"] = canonical_json(evaluation)
     files["README.md"] = model_card(_card(config, manifest, classifier, evaluation)).encode()
     reference = write_bundle(store, config.name, files)

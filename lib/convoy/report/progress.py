@@ -73,4 +73,4 @@ class TerminalProgress:
             self._line(f"{self._done:,} of {self._total:,} images, {note}, {remaining_s:,.0f} s left")
 
     def _line(self, text: str) -> None:
-        print(f"convoy: {text}", file=sys.stderr, flush=True)  # noqa: T201
+        print(f"convoy: {text}", file=sys.stderr, flush=True)

@@ -60,7 +60,9 @@ class KnownContent:
 
     def missing(self, content_ids: pa.Array) -> np.ndarray:
         """A boolean mask of the ids that are neither cached nor known to be unusable."""
-        return ~(self.has_rows(content_ids) | contains(self.rejected, content_id_array(content_ids)))
+        usable = ~contains(self.rejected, content_id_array(content_ids))
+        mask: np.ndarray = usable & ~self.has_rows(content_ids)
+        return mask
 
 
 class FeatureCache:

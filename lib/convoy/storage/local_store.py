@@ -139,6 +139,10 @@ class LocalStore:
                 os.unlink(path)
                 self._prune(os.path.dirname(path))
 
+    def clock_skew_s(self) -> float:
+        """As in ObjectStore: a folder has the clock of its machine."""
+        return 0.0
+
     def open_parquet(self, key: str) -> Any:
         """As in ObjectStore."""
         path = self._path(key)

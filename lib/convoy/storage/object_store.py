@@ -110,6 +110,10 @@ class ObjectStore(Protocol):
         """Delete objects; those that do not exist are no error."""
         ...
 
+    def clock_skew_s(self) -> float:
+        """Seconds that this machine's clock is ahead of the store's; signed requests fail from 900 on."""
+        ...
+
     def open_parquet(self, key: str) -> Any:
         """A pyarrow.parquet.ParquetFile over the object that reads only the ranges it needs.
 

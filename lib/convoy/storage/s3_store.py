@@ -9,7 +9,9 @@ import logging
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
+from email.utils import parsedate_to_datetime
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -136,6 +138,12 @@ class S3Store:
         remaining = iter(keys)
         while batch := list(islice(remaining, DELETE_BATCH)):
             self._retry(functools.partial(self._delete_batch, batch), self.root_uri)
+
+    def clock_skew_s(self) -> float:
+        """As in ObjectStore, from the Date header of an answer."""
+        answer = self._request("list_objects_v2", self.root_uri, Prefix=self._folder, MaxKeys=1)
+        date = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+        return time.time() - date.timestamp()
 
     def open_parquet(self, key: str) -> Any:
         """As in ObjectStore."""

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +55,7 @@ class FeatureEngine:
         self._forward: nn.Module = self._eager
         if options.compiled:
             # Freezing folds batch norms and constants into the convolutions.
-            freezing = {"freezing": True} if self.device.type == "cpu" else {}
+            freezing: dict[str, Any] = {"freezing": True} if self.device.type == "cpu" else {}
             self._forward = torch.compile(self._eager, dynamic=False, options=freezing)  # type: ignore[assignment]
 
     def new_batch(self) -> Tensor:

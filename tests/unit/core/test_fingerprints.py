@@ -45,5 +45,6 @@ def test_randomness_is_a_function_of_its_position() -> None:
     assert generator(1, "x", 2).integers(1 << 60) == generator(1, "x", 2).integers(1 << 60)
     assert generator(1, "x", 2).integers(1 << 60) != generator(1, "x", 3).integers(1 << 60)
     draws = [unit_interval(0, str(i)) for i in range(4000)]
-    assert 0 <= min(draws) and max(draws) < 1
+    assert min(draws) >= 0
+    assert max(draws) < 1
     assert abs(sum(draws) / len(draws) - 0.5) < 0.02

@@ -3,12 +3,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from made_runs import SET_ID, finish_slice, new_run
 
 from convoy.core.errors import ConfigError, RunMismatch, StorageError
 from convoy.storage.commits import choose_attempts, finish, publish, read_commits, read_manifest, read_records
 from convoy.storage.local_store import LocalStore
 from convoy.storage.runs import OpenRun, RunFolder, require_run
+from made_runs import SET_ID, finish_slice, new_run
 
 NAMES = [f"s{index:02d}" for index in range(10)]
 
@@ -131,7 +131,7 @@ def test_resume_with_other_inputs_is_refused_and_names_them(store: LocalStore) -
     pointer = OpenRun(store, verb="cache", target="t")
     folder = pointer.start()
     new_run(store, NAMES, run_id=folder.run_id)
-    with pytest.raises(RunMismatch, match="names: was .*s09.*, is \\['x'\\]"):
+    with pytest.raises(RunMismatch, match=r"names: was .*s09.*, is \['x'\]"):
         pointer.resume({"names": ["x"]}, new_run=False)
     assert pointer.resume({"names": ["x"]}, new_run=True) == (None, None)
 

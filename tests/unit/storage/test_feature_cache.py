@@ -7,13 +7,13 @@ import numpy as np
 import pandas as pd
 import polars as pl
 import pytest
-from made_runs import SET_ID, content_id, feature_of, finish_slice, new_run
 
 from convoy.storage.commits import publish, read_records
 from convoy.storage.feature_cache import FeatureCache, FeatureSetSpec, contains
 from convoy.storage.feature_reading import iter_wanted
 from convoy.storage.local_store import LocalStore
 from convoy.storage.runs import RunFolder
+from made_runs import SET_ID, content_id, feature_of, finish_slice, new_run
 
 NAMES = [f"s{index:02d}" for index in range(10)]
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from made_runs import NOTHING, content_id, made_manifest
 
 from convoy.storage.feature_cache import KnownContent
 from convoy.storage.local_store import LocalStore
 from convoy.storage.run_input import MAX_SLICE_ROWS, freeze_input, missing_rows, slice_rows_for
 from convoy.storage.runs import SLICES_PER_INPUT_SHARD, RunFolder, RunRecord
+from made_runs import NOTHING, content_id, made_manifest
 
 
 def known(cached: list[str], rejected: list[str] | None = None) -> KnownContent:

@@ -1,0 +1,54 @@
+"""SIGKILL at every named step of the commit; then the same command, and nothing is lost, doubled or redone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from cache_jobs import CacheJob, made_job
+
+from convoy.core.crash_points import CrashPoint
+
+pytestmark = [pytest.mark.integration, pytest.mark.chaos]
+
+# The driver dies at its own steps; a worker that dies at one of these is replaced within the same command.
+WORKER_STEPS = {CrashPoint.PART_WRITTEN, CrashPoint.REJECTS_WRITTEN, CrashPoint.RECORD_WRITTEN}
+# Kill in the middle, after some slices are done, where a step comes once a slice or a set.
+ARRIVAL = {
+    CrashPoint.PART_WRITTEN: 4,
+    CrashPoint.RECORD_WRITTEN: 2,
+    CrashPoint.SLICE_COLLECTED: 3,
+    CrashPoint.SET_COMMITTED: 1,
+}
+
+
+@pytest.fixture(scope="module")
+def clean_job(tmp_path_factory: pytest.TempPathFactory) -> CacheJob:
+    job = made_job(tmp_path_factory.mktemp("clean"))
+    job.run()
+    return job
+
+
+@pytest.mark.parametrize("point", list(CrashPoint))
+def test_killed_job_resumes_to_the_same_rows(point: CrashPoint, clean_job: CacheJob, tmp_path: Path) -> None:
+    job = made_job(tmp_path)
+    nth = ARRIVAL.get(point, 1)
+    counter = tmp_path / "arrivals"
+    environment = {"CONVOY_CRASH_POINT": f"{point}:{nth}:{counter}"}
+
+    killed = job.start(environment)
+    assert counter.stat().st_size >= nth, "the fault did not fire"
+    if point in WORKER_STEPS:
+        assert killed.returncode == 0, killed.stderr
+    else:
+        assert killed.returncode == -9, killed.stderr
+    attempts_before = job.attempts()
+
+    report = job.run(environment)
+    assert (report["samples"], report["rows"], report["rejects"]) == (job.num_images, job.num_images - 1, 1)
+    proof = job.verify()
+    assert proof["ok"], proof["problems"]
+    assert proof["inputs"] == job.num_images
+    assert proof["rows_digest"] == clean_job.verify()["rows_digest"]
+    for slice_name, attempts in attempts_before.items():
+        assert job.attempts()[slice_name] == attempts, f"finished slice {slice_name} was computed again"
