@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, features
 
 from convoy.core.records import RejectCode
-from convoy.vision.decoding import DecodeFlag
+from convoy.vision.decode_rule import DecodeFlag
 from image_files import (
     STORED_AS,
     encode,

@@ -158,7 +158,7 @@ def models_fetch(
     from convoy.pipelines.models import fetch_backbone  # noqa: PLC0415
     from convoy.pipelines.workspace import workspace_uri  # noqa: PLC0415
     from convoy.storage.stores import open_store  # noqa: PLC0415
-    from convoy.vision.backbones import BackboneConfig  # noqa: PLC0415
+    from convoy.vision.backbone_config import BackboneConfig  # noqa: PLC0415
 
     settings = [f"arch={json.dumps(arch)}", f"weights={json.dumps(weights)}", *(overrides or [])]
     config = load_config(BackboneConfig, None, settings)

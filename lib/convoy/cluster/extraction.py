@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 from torch import Tensor
 
+from convoy.cluster.extraction_spec import ExtractionSpec, FeatureOutput
 from convoy.core.batching import batched
-from convoy.core.config import StrictModel
 from convoy.core.fingerprints import digest_bytes
 from convoy.core.records import Reject, SampleRejected
 from convoy.storage.commits import PartFile, SliceRecord, part_key, write_record
@@ -26,42 +26,16 @@ from convoy.storage.parts import FeatureRows, write_features, write_rejects
 from convoy.storage.runs import RunFolder
 from convoy.storage.samples import SampleReader
 from convoy.storage.stores import open_store
-from convoy.vision.backbones import BackboneConfig, build_network, native_px
-from convoy.vision.decoding import DecodeFlag, DecodeRule, decode_image, quiet_decoders
+from convoy.vision.backbones import build_network, native_px
+from convoy.vision.decode_rule import DecodeFlag
+from convoy.vision.decoding import decode_image, quiet_decoders
 from convoy.vision.depth_axis import derive_depth_axis
-from convoy.vision.engine import EngineOptions, FeatureEngine, Precision
-from convoy.vision.presets import EvalPreset
-from convoy.vision.views import ViewPolicy, prepare_view
+from convoy.vision.engine import FeatureEngine
+from convoy.vision.engine_options import Precision
+from convoy.vision.views import prepare_view
 from convoy.vision.weights import load_weights, read_state_dict
 
 _BATCHES_AHEAD = 2
-
-
-class FeatureOutput(StrictModel):
-    """One set that slices write: a tap of a view, and the metadata of its files."""
-
-    set_id: str
-    prefix: str
-    tap: str
-    view: int
-    metadata: dict[str, str]
-
-
-class ExtractionSpec(StrictModel):
-    """Everything that a worker needs, as JSON; the rest it reads from the workspace."""
-
-    workspace: str
-    run_id: str
-    backbone: BackboneConfig
-    weights_key: str
-    preset: EvalPreset
-    decode_rule: DecodeRule
-    view_policy: ViewPolicy
-    outputs: tuple[FeatureOutput, ...]
-    dtype: str
-    engine: EngineOptions
-    num_decode_threads: int
-    num_fetch_threads: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,7 @@
-"""Slices through Ray Data: one row a slice, one pool of fused operators, one record back for each."""
+"""Slices through Ray Data: one row a slice, one pool of fused operators, one record back for each.
+
+Ray is imported inside the functions: a job that finds nothing to do must not wait for it.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,14 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import ray
-from ray.data import ActorPoolStrategy
-from ray.exceptions import RayError
-
-from convoy.cluster.extraction import ExtractionSpec, FeatureExtractor
+from convoy.cluster.extraction_spec import ExtractionSpec
 from convoy.core.config import StrictModel
 from convoy.core.errors import ClusterError, ConvoyError
 from convoy.storage.commits import SliceRecord
 
 
 class WorkerPool(StrictModel):
-    """How many operators run, and what each of them holds of the cluster."""
+    """How many operators run, what each of them holds of the cluster, and the threads it may use."""
 
     num_workers: int
     num_cpus: float
@@ -34,6 +33,8 @@ class SliceTask(StrictModel):
 
 def plan_pool(num_workers: int | None) -> WorkerPool:
     """One operator a GPU; on a cluster without GPUs one a node. CPUs are shared out as threads."""
+    import ray  # noqa: PLC0415
+
     cpus_of_nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     usable = [cpus for cpus in cpus_of_nodes if cpus > 0]
     if not usable:
@@ -56,6 +57,9 @@ def extract_slices(
     A worker that dies is replaced and its slice redone; an error raised in a worker ends the run, and finished
     slices stay.
     """
+    import ray.data  # noqa: PLC0415
+    from ray.exceptions import RayError  # noqa: PLC0415
+
     _quiet_ray_data()
     rows = [{"task": task.model_dump_json()} for task in tasks]
     # A block a slice: slices are handed out one by one, and a record comes back as soon as its slice is done.
@@ -63,7 +67,7 @@ def extract_slices(
         _SliceWorker,
         fn_constructor_args=(spec.model_dump_json(),),
         batch_size=1,
-        compute=ActorPoolStrategy(size=min(pool.num_workers, len(rows))),
+        compute=ray.data.ActorPoolStrategy(size=min(pool.num_workers, len(rows))),
         num_cpus=pool.num_cpus,
         num_gpus=pool.num_gpus,
     )
@@ -78,6 +82,9 @@ class _SliceWorker:
     """The actor that Ray Data makes for each place in the pool."""
 
     def __init__(self, spec_json: str) -> None:
+        # Only the worker needs torch: the driver plans and counts without it.
+        from convoy.cluster.extraction import FeatureExtractor  # noqa: PLC0415
+
         self._extractor = FeatureExtractor(ExtractionSpec.model_validate_json(spec_json))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
@@ -88,6 +95,8 @@ class _SliceWorker:
 
 def _quiet_ray_data() -> None:
     """Leave the terminal to our own progress; Ray's log files stay complete."""
+    import ray.data  # noqa: PLC0415
+
     ray.data.DataContext.get_current().enable_progress_bars = False
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):

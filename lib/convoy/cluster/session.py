@@ -7,8 +7,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import ray
-
 # Only keys and records flow through the object store, so a local session needs little of it.
 _LOCAL_OBJECT_STORE_BYTES = 256 * 2**20
 
@@ -21,13 +19,26 @@ def ray_session() -> Iterator[None]:
     A session that is already open in this process (a test, a notebook) is used as it is.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Imported here, because a job that finds nothing to do must not wait for Ray.
+    import ray  # noqa: PLC0415
+
     if ray.is_initialized():
         yield
         return
     address = os.environ.get("RAY_ADDRESS")
     local = {} if address else {"include_dashboard": False, "object_store_memory": _LOCAL_OBJECT_STORE_BYTES}
     ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **local)
+    warm_up = ray.remote(_import_operator).options(num_cpus=0).remote()
     try:
         yield
     finally:
+        del warm_up
         ray.shutdown()
+
+
+def _import_operator() -> None:
+    """Import what the operator needs, in a worker that Ray then gives to the operator's actor.
+
+    It takes seconds, in which the driver imports Ray Data and plans.
+    """
+    import convoy.cluster.extraction  # noqa: F401, PLC0415

@@ -13,8 +13,8 @@ from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.workspace import WriterMode, open_workspace
 from convoy.storage.datasets import open_dataset
 from convoy.storage.duplicates import DuplicateReport, find_duplicates
-from convoy.vision.backbones import BackboneConfig
-from convoy.vision.views import ViewPolicy
+from convoy.vision.backbone_config import BackboneConfig
+from convoy.vision.view_policy import ViewPolicy
 
 
 class CacheConfig(StrictModel):

@@ -12,10 +12,11 @@ import torch
 
 from convoy.core.errors import ConfigError, DataError
 from convoy.core.fingerprints import canonical_json, digest
-from convoy.pipelines.models import BackboneRecord, read_backbone_state, restore_backbone
+from convoy.pipelines.backbone_loading import read_backbone_state, restore_backbone
+from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.storage.bundles import Bundle
 from convoy.storage.object_store import ObjectStore
-from convoy.vision.decoding import DecodeRule
+from convoy.vision.decode_rule import DecodeRule
 from convoy.vision.heads import Head, HeadKind, HeadSpec, head_from_state, head_to_state
 from convoy.vision.weights import read_state_dict, state_to_safetensors
 

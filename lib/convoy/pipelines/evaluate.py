@@ -17,7 +17,7 @@ from convoy.pipelines.workspace import WriterMode, open_workspace
 from convoy.storage.bundles import open_bundle
 from convoy.storage.datasets import open_dataset
 from convoy.storage.object_store import ObjectStore
-from convoy.vision.backbones import BackboneConfig
+from convoy.vision.backbone_config import BackboneConfig
 
 
 class PretrainedModel(StrictModel):

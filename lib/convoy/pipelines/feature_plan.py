@@ -9,13 +9,13 @@ from pydantic import Field
 
 from convoy.core.config import StrictModel
 from convoy.core.records import Split
-from convoy.pipelines.models import BackboneRecord
+from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.storage.feature_cache import FeatureSetSpec
 from convoy.storage.manifests import Manifest
-from convoy.vision.backbones import BackboneConfig
-from convoy.vision.decoding import DecodeRule
-from convoy.vision.engine import Precision, best_precision, has_compiler
-from convoy.vision.views import ViewPolicy, view_recipe
+from convoy.vision.backbone_config import BackboneConfig
+from convoy.vision.decode_rule import DecodeRule
+from convoy.vision.engine_options import Precision, best_precision, has_compiler
+from convoy.vision.view_policy import ViewPolicy, view_recipe
 
 # torch.compile costs about half a minute a worker and saves about a sixth of the forward time (resnet18 and
 # resnet50 at 224 pixels on two AVX512-bf16 cores): it pays from this much forward work on.
@@ -96,6 +96,8 @@ def plan_sets(
             decode_rule=extraction.decode.model_dump(mode="json"),
             view=view,
             view_recipe=view_recipe(backbone.preset, request.view_policy, view),
+            mean=backbone.preset.mean,
+            std=backbone.preset.std,
             arch=backbone.arch,
             weights_digest=backbone.weights_digest,
             tap=backbone.resolve_tap(tap),

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from convoy.cluster.extraction import ExtractionSpec, FeatureOutput
+from convoy.cluster.extraction_spec import ExtractionSpec, FeatureOutput
 from convoy.cluster.feature_extraction import SliceTask, WorkerPool, extract_slices, plan_pool
 from convoy.cluster.session import ray_session
 from convoy.core.config import StrictModel
 from convoy.core.crash_points import CrashPoint, crash_point
 from convoy.core.fingerprints import digest
 from convoy.core.progress import Progress
+from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.feature_plan import (
     ExtractionConfig,
     FeatureRequest,
@@ -23,7 +24,6 @@ from convoy.pipelines.feature_plan import (
     plan_sets,
     run_identity,
 )
-from convoy.pipelines.models import BackboneRecord
 from convoy.storage.commits import (
     RunManifest,
     SliceRecord,
@@ -41,7 +41,7 @@ from convoy.storage.object_store import ObjectStore
 from convoy.storage.parts import FEATURES_SCHEMA_VERSION
 from convoy.storage.run_input import freeze_input, missing_rows, slice_rows_for
 from convoy.storage.runs import OpenRun, RunFolder, RunRecord
-from convoy.vision.engine import EngineOptions, Precision
+from convoy.vision.engine_options import EngineOptions, Precision
 
 _VERB = "cache"
 

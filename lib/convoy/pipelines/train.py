@@ -22,10 +22,10 @@ from convoy.storage.datasets import open_dataset
 from convoy.storage.feature_cache import FeatureCache
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
-from convoy.vision.backbones import BackboneConfig
+from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.head_fitting import FittedHead, fit_head
 from convoy.vision.heads import HeadConfig
-from convoy.vision.views import ViewPolicy
+from convoy.vision.view_policy import ViewPolicy
 
 PROBES = (Strategy.LINEAR_PROBE, Strategy.EARLY_LAYER_PROBE)
 

@@ -35,6 +35,8 @@ class FeatureSetSpec(StrictModel):
     decode_rule: dict[str, Any]
     view: int
     view_recipe: dict[str, Any]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
     arch: str
     weights_digest: str
     tap: str

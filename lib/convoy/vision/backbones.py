@@ -4,53 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from enum import StrEnum
-from pathlib import PurePosixPath
 
 import torch
-from pydantic import Field
 from torch import nn
 
-from convoy.core.config import StrictModel
 from convoy.core.errors import ConfigError, ConvoyError, StoreUnavailable
+from convoy.vision.backbone_config import DEFAULT_WEIGHTS_NAME, BackboneConfig, WeightSource, weight_source
 from convoy.vision.libraries import Classics, Factories, NetworkLibrary, Timm, Torchvision
 from convoy.vision.presets import EvalPreset
-
-_WEIGHT_FILES = frozenset({".safetensors", ".pt", ".pth", ".th"})
-_DEFAULT = "DEFAULT"
-
-
-class BackboneConfig(StrictModel):
-    """Which network, and with which weights.
-
-    `arch` is "torchvision:<name>", "timm:<name>", "lenet5", "cifar_resnet20" (32, 44, 56, 110), or
-    "package.module:factory". `weights` is a name that the library knows (a member of torchvision's weights
-    enum, a tag of timm, or "DEFAULT"), "random", or the path or s3:// URI of a state dict. `num_classes` and
-    `preset` replace those of the architecture and of the weights. `weights_digest` pins the weights' content.
-    """
-
-    arch: str
-    weights: str = _DEFAULT
-    seed: int = Field(default=0, ge=0)
-    num_classes: int | None = Field(default=None, gt=0)
-    preset: EvalPreset | None = None
-    weights_digest: str | None = Field(default=None, pattern="^[0-9a-f]{32}$")
-
-
-class WeightSource(StrEnum):
-    """Where the weights of a backbone come from, and so who has to bring them."""
-
-    RANDOM = "random"
-    NAMED = "named"
-    URI = "uri"
-
-
-def weight_source(config: BackboneConfig) -> WeightSource:
-    """RANDOM: what `build_network` gives. NAMED: `build_pretrained`. URI: read the bytes at `weights`."""
-    if config.weights == WeightSource.RANDOM:
-        return WeightSource.RANDOM
-    is_file = PurePosixPath(config.weights).suffix.lower() in _WEIGHT_FILES
-    return WeightSource.URI if is_file else WeightSource.NAMED
 
 
 def build_network(config: BackboneConfig) -> nn.Module:
@@ -94,7 +55,9 @@ def default_preset(config: BackboneConfig) -> EvalPreset:
     if config.preset is not None:
         return config.preset
     library, name = _locate(config.arch)
-    return library.preset(name, config.weights if weight_source(config) is WeightSource.NAMED else _DEFAULT)
+    return library.preset(
+        name, config.weights if weight_source(config) is WeightSource.NAMED else DEFAULT_WEIGHTS_NAME
+    )
 
 
 def pretrained_classes(config: BackboneConfig) -> tuple[str, ...] | None:
@@ -114,7 +77,7 @@ def native_px(config: BackboneConfig) -> int:
     library, name = _locate(config.arch)
     if isinstance(library, Factories):
         return default_preset(config).crop_px
-    return library.preset(name, _DEFAULT).crop_px
+    return library.preset(name, DEFAULT_WEIGHTS_NAME).crop_px
 
 
 def _locate(arch: str) -> tuple[NetworkLibrary, str]:

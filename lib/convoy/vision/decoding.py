@@ -7,16 +7,14 @@ import io
 import logging
 import warnings
 from dataclasses import dataclass
-from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError, features
-from pydantic import Field
 
-from convoy.core.config import StrictModel
 from convoy.core.records import RejectCode, SampleRejected, Stage
+from convoy.vision.decode_rule import PILLOW_MAX_PIXELS, DecodeFlag, DecodeRule
 from convoy.vision.sniffing import (
     Damage,
     Family,
@@ -26,43 +24,6 @@ from convoy.vision.sniffing import (
     sniff,
     unusual_jpeg_process,
 )
-
-_Channel = Annotated[int, Field(ge=0, le=255)]
-
-
-# Twice Image.MAX_IMAGE_PIXELS: Pillow opens nothing larger.
-_PILLOW_MAX_PIXELS = 178_956_970
-
-
-class DecodeRule(StrictModel):
-    """What is decoded, and how. Part of every cache key.
-
-    Sides below `min_side_px` are rejected: images of one pixel are trackers and placeholders. Transparent
-    pixels show `background_rgb`. Fixed parts of the rule: 16-bit samples keep their high byte; 32-bit and
-    float samples are refused, as they have no declared white; the first frame counts; EXIF orientation is
-    applied; colour profiles are ignored; a JPEG or PNG without its end marker is truncated.
-    """
-
-    # Raised when the same bytes and fields would give other pixels or another verdict.
-    version: Literal[1] = 1
-    formats: tuple[ImageFormat, ...] = tuple(ImageFormat)
-    max_pixels: int = Field(default=50_000_000, gt=0, le=_PILLOW_MAX_PIXELS)
-    max_bytes: int = Field(default=256 << 20, gt=0)
-    min_side_px: int = Field(default=2, gt=0)
-    background_rgb: tuple[_Channel, _Channel, _Channel] = (255, 255, 255)
-
-
-class DecodeFlag(StrEnum):
-    """A conversion that was needed on the way to RGB. A public contract, counted in reports."""
-
-    GREY_EXPANDED = "grey_expanded"
-    PALETTE_EXPANDED = "palette_expanded"
-    CMYK_CONVERTED = "cmyk_converted"
-    ALPHA_COMPOSED = "alpha_composed"
-    SIXTEEN_BIT_SCALED = "sixteen_bit_scaled"
-    FIRST_FRAME_ONLY = "first_frame_only"
-    EXIF_ROTATED = "exif_rotated"
-    ICC_PROFILE_IGNORED = "icc_profile_ignored"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -125,7 +86,7 @@ def decode_image(data: bytes, rule: DecodeRule) -> DecodedImage:
     except (SampleRejected, MemoryError):
         raise
     except Image.DecompressionBombError:
-        reason = f"the header declares more than {_PILLOW_MAX_PIXELS} pixels"
+        reason = f"the header declares more than {PILLOW_MAX_PIXELS} pixels"
         raise _reject(RejectCode.TOO_LARGE, reason) from None
     except Exception as error:  # hostile bytes make decoders fail in any way
         raise _verdict(data, rule, error) from error

@@ -16,82 +16,17 @@ two), and stages[: k + 1] hold exactly the parameters to freeze at freeze depth 
 from __future__ import annotations
 
 import bisect
-import difflib
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from convoy.core.errors import ConfigError
 from convoy.vision.call_trace import Call, CallTrace, record_calls, run_on_shapes
-
-POOLED = "pooled"
-
-
-class StageKind(StrEnum):
-    """What a stage gives: maps of more than one pixel, or one vector an image."""
-
-    SPATIAL = "spatial"
-    VECTOR = "vector"
-
-
-class TapSide(StrEnum):
-    """Whether an activation is what a module is given or what it returns."""
-
-    INPUT = "input"
-    OUTPUT = "output"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TapPoint:
-    """Where an activation can be taken: the input or output of the `call_index`-th call of a module."""
-
-    module_name: str
-    side: TapSide
-    call_index: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stage:
-    """One step of the depth axis. Names are qualified names inside the network.
-
-    `channels` and `resolution_px` (1 for vectors) describe the activation at `tap_point`, for an input of the
-    size that the axis was built with.
-    """
-
-    index: int
-    name: str
-    kind: StageKind
-    channels: int
-    resolution_px: int
-    module_names: tuple[str, ...]
-    parameter_names: tuple[str, ...]
-    num_parameters: int
-    tap_point: TapPoint
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DepthAxis:
-    """The stages of a network, stem = 0 to logits; every parameter that runs in eval mode is in exactly one.
-
-    `off_axis` names the parameters that do not run in eval mode, such as those of auxiliary classifiers.
-    """
-
-    stages: tuple[Stage, ...]
-    off_axis: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.stages)
-
-    def __iter__(self) -> Iterator[Stage]:
-        return iter(self.stages)
-
-    def __getitem__(self, index: int) -> Stage:
-        return self.stages[index]
+from convoy.vision.stages import POOLED, DepthAxis, Stage, StageKind, TapPoint, TapSide
 
 
 def derive_depth_axis(network: nn.Module, *, input_px: int) -> DepthAxis:
@@ -114,40 +49,11 @@ def derive_depth_axis(network: nn.Module, *, input_px: int) -> DepthAxis:
     )
 
 
-def resolve_tap(axis: DepthAxis, tap: str | int) -> Stage:
-    """The stage that a tap means: an index, a stage's name, a module's name, or an alias.
-
-    `stem`, `pooled` and `logits` are the same places in every network; a module that holds several stages,
-    such as `layer2`, means its last one. Raises ConfigError with the nearest names.
-    """
-    if isinstance(tap, int):
-        if 0 <= tap < len(axis):
-            return axis[tap]
-        advice = f"choose an index from 0 to {len(axis) - 1}"
-        raise ConfigError(f"the network has no stage {tap}", where="tap", next_step=advice)
-    named = {stage.name: stage for stage in axis} | {"stem": axis[0], "logits": axis[len(axis) - 1]}
-    if tap in named:
-        return named[tap]
-    for stage in reversed(axis.stages):
-        if any(name == tap or name.startswith(f"{tap}.") for name in stage.module_names):
-            return stage
-    raise ConfigError(
-        f"the network has no tap '{tap}'", where="tap", next_step=_advice(axis, tap, list(named))
-    )
-
-
 def count_macs(network: nn.Module, input_px: int) -> int:
     """Multiply-accumulates of one image through the network, over its convolutions and matrix products."""
     with FlopCounterMode(display=False) as counter:
         run_on_shapes(network, num_images=1, input_px=input_px)
     return int(counter.get_total_flops()) // 2
-
-
-def _advice(axis: DepthAxis, tap: str, known: Sequence[str]) -> str:
-    for stage in axis:
-        if any(tap.startswith(f"{name}.") for name in stage.module_names):
-            return f"what lies inside a block cannot be tapped; the block itself is '{stage.name}'"
-    return f"choose one of {', '.join(difflib.get_close_matches(tap, known, cutoff=0.4) or known)}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
-from enum import StrEnum
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from convoy.core.config import StrictModel
-from convoy.vision.depth_axis import DepthAxis
+from convoy.vision.engine_options import EngineOptions, Precision
 from convoy.vision.presets import EvalPreset
+from convoy.vision.stages import DepthAxis
 from convoy.vision.tapping import TappedNetwork
 from convoy.vision.views import normalise
-
-
-class Precision(StrEnum):
-    """What the network computes in. Features are returned in float32 either way."""
-
-    FP32 = "fp32"
-    BF16 = "bf16"
-
-
-class EngineOptions(StrictModel):
-    """How a network is run. `batch_size` is fixed: short batches are padded by the caller."""
-
-    precision: Precision
-    batch_size: int
-    compiled: bool
-    num_threads: int
 
 
 class FeatureEngine:
@@ -102,19 +83,3 @@ class _NormalisedNetwork(nn.Module):
     def forward(self, images_BCHW: Tensor) -> dict[str, Tensor]:
         features: dict[str, Tensor] = self._tapped(normalise(images_BCHW, self._preset))
         return features
-
-
-def best_precision() -> Precision:
-    """bf16 where this machine's GPU, or else its CPU, computes it natively; emulated bf16 is slower than fp32."""
-    if torch.cuda.is_available():
-        return Precision.BF16 if torch.cuda.is_bf16_supported() else Precision.FP32
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return Precision.FP32
-    return Precision.BF16 if "avx512_bf16" in flags or "amx_bf16" in flags else Precision.FP32
-
-
-def has_compiler() -> bool:
-    """Whether `torch.compile` can work here: its CPU code needs a C++ compiler."""
-    return shutil.which("g++") is not None or shutil.which("clang++") is not None

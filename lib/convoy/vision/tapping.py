@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from convoy.core.errors import ConfigError
-from convoy.vision.depth_axis import DepthAxis, TapSide, resolve_tap
+from convoy.vision.stages import DepthAxis, TapSide, resolve_tap
 
 
 class TappedNetwork(nn.Module):

@@ -6,43 +6,18 @@ View 0 is the eval transform of a preset. Every further view is a random-resized
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from pydantic import Field, model_validator
 from torch.nn.functional import interpolate
 
-from convoy.core.config import StrictModel
 from convoy.core.crops import Box, center_band_box, center_crop_box, random_resized_crop_box, resized_size
 from convoy.core.errors import ConfigError
 from convoy.core.randomness import generator
 from convoy.core.records import RejectCode, SampleRejected, Stage
 from convoy.vision.presets import EvalPreset, Interpolation
-
-EVAL_VIEW = 0
-
-# Raised when the same recipe would give other pixels.
-_RECIPE_VERSION = 1
+from convoy.vision.view_policy import EVAL_VIEW, ViewPolicy
 
 # A strip of 2 x 50,000 pixels, resized to a short side of 256, would take 5 GB and show its centre only.
 _MAX_ASPECT = 16
-
-
-class ViewPolicy(StrictModel):
-    """How views 1, 2, … are drawn: share of the image's area, aspect ratio (width / height), mirror, seed."""
-
-    mirror_probability: float = Field(default=0.5, ge=0, le=1)
-    crop_area: tuple[float, float] = (0.35, 1.0)
-    crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
-    seed: int = 0
-
-    @model_validator(mode="after")
-    def _ranges_ascend(self) -> ViewPolicy:
-        if not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
-            raise ValueError("crop_area must be an ascending range inside 0..1")
-        if not 0 < self.crop_aspect[0] <= self.crop_aspect[1]:
-            raise ValueError("crop_aspect must be an ascending range above 0")
-        return self
 
 
 def prepare_view(
@@ -75,18 +50,6 @@ def prepare_view(
     cropped_CHW = resize(cut(pixels_CHW, box), (preset.crop_px, preset.crop_px), preset.interpolation)
     is_mirrored = rng.random() < policy.mirror_probability
     out_CHW.copy_(cropped_CHW.flip(-1) if is_mirrored else cropped_CHW)
-
-
-def view_recipe(preset: EvalPreset, policy: ViewPolicy | None, view: int) -> dict[str, Any]:
-    """All that determines a view's uint8 pixels beside the image, for cache keys. View 0 knows no policy."""
-    recipe = {
-        "recipe_version": _RECIPE_VERSION,
-        "view": view,
-        **preset.model_dump(mode="json", include={"resize_px", "crop_px", "interpolation"}),
-    }
-    if view != EVAL_VIEW and policy is not None:
-        recipe["policy"] = policy.model_dump(mode="json")
-    return recipe
 
 
 def normalise(images_BCHW: torch.Tensor, preset: EvalPreset) -> torch.Tensor:

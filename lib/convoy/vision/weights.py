@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from convoy.core.errors import ChecksumMismatch, ConfigError, DataError
 from convoy.core.fingerprints import digest, digest_bytes
-from convoy.vision.backbones import BackboneConfig, build_pretrained
+from convoy.vision.backbone_config import BackboneConfig
+from convoy.vision.backbones import build_pretrained
 
 # Under these keys training programs keep the state dict, beside optimiser states and counters.
 _CONTAINERS = (

@@ -11,15 +11,13 @@ from pydantic import ValidationError
 from torch import nn
 
 from convoy.core.errors import ConfigError, StoreUnavailable
+from convoy.vision.backbone_config import BackboneConfig, WeightSource, weight_source
 from convoy.vision.backbones import (
-    BackboneConfig,
-    WeightSource,
     build_network,
     build_pretrained,
     default_preset,
     native_px,
     pretrained_classes,
-    weight_source,
 )
 from convoy.vision.libraries import Torchvision
 from convoy.vision.presets import EvalPreset, Interpolation

@@ -23,7 +23,8 @@ from PIL import Image, ImageOps
 from awkward_images import AwkwardCase, awkward_cases, write_awkward_folder
 from convoy.core.fingerprints import digest
 from convoy.core.records import RejectCode, SampleRejected, Stage
-from convoy.vision.decoding import DecodedImage, DecodeFlag, DecodeRule, decode_image
+from convoy.vision.decode_rule import DecodeFlag, DecodeRule
+from convoy.vision.decoding import DecodedImage, decode_image
 from convoy.vision.sniffing import ImageFormat, sniff
 from image_files import encode, photo
 
@@ -213,7 +214,8 @@ def test_quiet_decoders_keep_stderr_for_python(tmp_path: Path) -> None:
     code = """
 import pathlib, sys
 from convoy.core.records import SampleRejected
-from convoy.vision.decoding import DecodeRule, decode_image, quiet_decoders
+from convoy.vision.decode_rule import DecodeRule
+from convoy.vision.decoding import decode_image, quiet_decoders
 if sys.argv[2] == "quiet":
     quiet_decoders()
 for path in pathlib.Path(sys.argv[1]).iterdir():
@@ -236,7 +238,8 @@ def test_bombs_take_no_memory(tmp_path: Path) -> None:
     code = """
 import pathlib, resource, sys
 from convoy.core.records import SampleRejected
-from convoy.vision.decoding import DecodeRule, decode_image
+from convoy.vision.decode_rule import DecodeRule
+from convoy.vision.decoding import decode_image
 from image_files import encode, photo
 decode_image(encode(photo(), "JPEG"), DecodeRule())
 decode_image(encode(photo(), "WEBP"), DecodeRule())

@@ -9,8 +9,10 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from convoy.core.errors import ConfigError
-from convoy.vision.backbones import BackboneConfig, build_network, native_px
-from convoy.vision.depth_axis import DepthAxis, StageKind, TapSide, count_macs, derive_depth_axis, resolve_tap
+from convoy.vision.backbone_config import BackboneConfig
+from convoy.vision.backbones import build_network, native_px
+from convoy.vision.depth_axis import count_macs, derive_depth_axis
+from convoy.vision.stages import DepthAxis, StageKind, TapSide, resolve_tap
 
 
 @dataclass(frozen=True, kw_only=True)

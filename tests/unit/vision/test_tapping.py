@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from convoy.core.errors import ConfigError
-from convoy.vision.backbones import BackboneConfig, build_network, native_px
-from convoy.vision.depth_axis import DepthAxis, derive_depth_axis
+from convoy.vision.backbone_config import BackboneConfig
+from convoy.vision.backbones import build_network, native_px
+from convoy.vision.depth_axis import derive_depth_axis
+from convoy.vision.stages import DepthAxis
 from convoy.vision.tapping import TappedNetwork
 
 TAPS = ["stem", "layer2", "pooled", "logits"]

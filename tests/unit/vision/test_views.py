@@ -16,9 +16,11 @@ from torchvision.transforms.v2 import functional as reference
 from convoy.core.errors import ConfigError
 from convoy.core.fingerprints import digest
 from convoy.core.records import RejectCode, SampleRejected
-from convoy.vision.decoding import DecodeRule, decode_image
+from convoy.vision.decode_rule import DecodeRule
+from convoy.vision.decoding import decode_image
 from convoy.vision.presets import EvalPreset, Interpolation
-from convoy.vision.views import ViewPolicy, normalise, prepare_view, view_recipe
+from convoy.vision.view_policy import ViewPolicy, view_recipe
+from convoy.vision.views import normalise, prepare_view
 from image_files import encode, photo
 
 PRESET = EvalPreset(resize_px=64, crop_px=56)

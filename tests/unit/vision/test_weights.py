@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from convoy.core.errors import ChecksumMismatch, ConfigError, DataError, StoreUnavailable
 from convoy.vision.architectures import CifarResNet, LeNet5
-from convoy.vision.backbones import BackboneConfig
+from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.weights import (
     HeadMismatch,
     load_weights,

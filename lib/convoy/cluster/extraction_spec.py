@@ -1,0 +1,37 @@
+"""What an operator is told: which sets, which network, at which settings. Free of torch and Ray."""
+
+from __future__ import annotations
+
+from convoy.core.config import StrictModel
+from convoy.vision.backbone_config import BackboneConfig
+from convoy.vision.decode_rule import DecodeRule
+from convoy.vision.engine_options import EngineOptions
+from convoy.vision.presets import EvalPreset
+from convoy.vision.view_policy import ViewPolicy
+
+
+class FeatureOutput(StrictModel):
+    """One set that slices write: a tap of a view, and the metadata of its files."""
+
+    set_id: str
+    prefix: str
+    tap: str
+    view: int
+    metadata: dict[str, str]
+
+
+class ExtractionSpec(StrictModel):
+    """Everything that a worker needs, as JSON; the rest it reads from the workspace."""
+
+    workspace: str
+    run_id: str
+    backbone: BackboneConfig
+    weights_key: str
+    preset: EvalPreset
+    decode_rule: DecodeRule
+    view_policy: ViewPolicy
+    outputs: tuple[FeatureOutput, ...]
+    dtype: str
+    engine: EngineOptions
+    num_decode_threads: int
+    num_fetch_threads: int

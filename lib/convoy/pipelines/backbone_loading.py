@@ -1,0 +1,74 @@
+"""Networks and their tensors, into the workspace and out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from convoy.core.errors import ConfigError
+from convoy.pipelines.backbone_record import BackboneRecord
+from convoy.pipelines.models import BACKBONES
+from convoy.storage.object_store import ObjectStore
+from convoy.storage.runs import exists
+from convoy.storage.stores import open_object
+from convoy.vision.backbone_config import BackboneConfig, WeightSource, weight_source
+from convoy.vision.backbones import (
+    build_network,
+    build_pretrained,
+    default_preset,
+    native_px,
+    pretrained_classes,
+)
+from convoy.vision.depth_axis import count_macs, derive_depth_axis
+from convoy.vision.weights import load_weights, read_state_dict, state_to_safetensors, weights_digest
+
+
+def load_backbone(store: ObjectStore, config: BackboneConfig) -> BackboneRecord:
+    """Build a network, load its weights from where the config says, and put them into the workspace."""
+    network, classes = _load(config)
+    preset = default_preset(config)
+    axis = derive_depth_axis(network, input_px=native_px(config))
+    found = weights_digest(network.state_dict())
+    if config.weights_digest not in (None, found):
+        raise ConfigError(
+            f"the weights have the digest {found}, not {config.weights_digest}",
+            where=config.weights,
+            next_step="someone replaced the weights: bring the old ones back, or change weights_digest",
+        )
+    record = BackboneRecord(
+        config=config,
+        arch=config.arch,
+        weights_digest=found,
+        weights_key=f"{BACKBONES}{found}/model.safetensors",
+        preset=preset,
+        num_classes=axis.stages[-1].channels,
+        classes=classes,
+        num_parameters=sum(parameter.numel() for parameter in network.parameters()),
+        macs=count_macs(network, input_px=preset.crop_px),
+        axis=axis,
+    )
+    restore_backbone(store, record, network.state_dict())
+    return record
+
+
+def restore_backbone(store: ObjectStore, record: BackboneRecord, state: Mapping[str, torch.Tensor]) -> None:
+    """Put a network's weights where its record says, unless they are there."""
+    if not exists(store, record.weights_key):
+        store.put(record.weights_key, state_to_safetensors(state))
+
+
+def read_backbone_state(store: ObjectStore, record: BackboneRecord) -> dict[str, torch.Tensor]:
+    """The tensors of a network in the workspace."""
+    return read_state_dict(store.get(record.weights_key).data)
+
+
+def _load(config: BackboneConfig) -> tuple[torch.nn.Module, tuple[str, ...] | None]:
+    source = weight_source(config)
+    if source is WeightSource.NAMED:
+        return build_pretrained(config), pretrained_classes(config)
+    network = build_network(config)
+    if source is WeightSource.URI:
+        store, key = open_object(config.weights)
+        load_weights(network, read_state_dict(store.get(key).data))
+    return network, None

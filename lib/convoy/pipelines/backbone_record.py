@@ -1,0 +1,30 @@
+"""What a workspace knows of a network: enough to plan with, without loading a tensor."""
+
+from __future__ import annotations
+
+from convoy.core.config import StrictModel
+from convoy.vision.backbone_config import BackboneConfig
+from convoy.vision.presets import EvalPreset
+from convoy.vision.stages import DepthAxis, resolve_tap
+
+
+class BackboneRecord(StrictModel):
+    """A network in the workspace: what it is, where its weights lie, its depth axis, and what it expects.
+
+    `macs` are multiply-adds for one image at the preset's size. `classes` are known for some weights only.
+    """
+
+    config: BackboneConfig
+    arch: str
+    weights_digest: str
+    weights_key: str
+    preset: EvalPreset
+    num_classes: int
+    classes: tuple[str, ...] | None
+    num_parameters: int
+    macs: int
+    axis: DepthAxis
+
+    def resolve_tap(self, tap: str | int) -> str:
+        """The full name of a stage given by name, alias, prefix or number."""
+        return resolve_tap(self.axis, tap).name
