@@ -62,11 +62,11 @@ class CacheJob:
 
     def start(self, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         """Run the command, whatever its end."""
-        return convoy(*self._arguments(), "--json", environment=environment)
+        return convoy(*self.arguments(), "--json", environment=environment)
 
     def run(self, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
         """Run the command, which must succeed."""
-        return convoy_json(*self._arguments(), environment=environment)
+        return convoy_json(*self.arguments(), environment=environment)
 
     def verify(self) -> dict[str, Any]:
         """The proof of the job's only run."""
@@ -86,7 +86,8 @@ class CacheJob:
     def _runs(self) -> list[Path]:
         return [path for path in Path(self.workspace, "runs").glob("*") if path.name != "open"]
 
-    def _arguments(self) -> list[str]:
+    def arguments(self) -> list[str]:
+        """The command line behind `convoy`."""
         overrides = [argument for setting in self.settings for argument in ("--set", setting)]
         return ["cache", "--workspace", self.workspace, *overrides]
 

@@ -13,7 +13,7 @@ import typer
 from pydantic import BaseModel
 
 from convoy.core.config import load_config
-from convoy.core.errors import ConvoyError, ErrorBudgetExceeded, ExitCode, StoppedResumable
+from convoy.core.errors import ConvoyError, ErrorBudgetExceeded, ExitCode
 from convoy.report.progress import TerminalProgress
 from convoy.report.tables import print_report
 
@@ -70,12 +70,18 @@ def cache(
     overrides: SetOption = None,
     workspace: WorkspaceOption = None,
     new_run: NewRunOption = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Compute features of a dataset and keep them: only what the workspace does not have yet."""
-    from convoy.pipelines.cache import CacheConfig, run_cache  # noqa: PLC0415
+    from convoy.pipelines.cache import CacheConfig, plan_cache, run_cache  # noqa: PLC0415
 
     settings = _load(CacheConfig, config, overrides, workspace)
+    if dry_run:
+        _run(lambda _: plan_cache(settings), as_json=as_json)
+        return
     _run(lambda progress: run_cache(settings, progress=progress, new_run=new_run), as_json=as_json)
 
 
@@ -174,12 +180,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("stopped: the same command goes on where it stopped", file=sys.stderr)
+        print("stopped: run the same command again to go on", file=sys.stderr)
         sys.exit(ExitCode.STOPPED_RESUMABLE)
 
 
 def _stop(_signal: int, _frame: FrameType | None) -> None:
-    raise StoppedResumable("stopped by SIGTERM", next_step="run the same command again to go on")
+    # As Ctrl-C does; an Exception would be caught and logged on its way through Ray Data.
+    raise KeyboardInterrupt
 
 
 def _load(

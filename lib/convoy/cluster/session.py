@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -27,7 +29,11 @@ def ray_session() -> Iterator[None]:
         return
     address = os.environ.get("RAY_ADDRESS")
     local = {} if address else {"include_dashboard": False, "object_store_memory": _LOCAL_OBJECT_STORE_BYTES}
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **local)
+    if threading.current_thread() is threading.main_thread():
+        # Ray puts a handler of its own there, which aborts the process.
+        signal.signal(signal.SIGTERM, on_sigterm)
     warm_up = ray.remote(_import_operator).options(num_cpus=0).remote()
     try:
         yield

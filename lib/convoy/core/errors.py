@@ -100,12 +100,6 @@ class RunMismatch(ConvoyError):
     exit_code = ExitCode.USAGE
 
 
-class StoppedResumable(ConvoyError):
-    """The job was told to stop. The same command goes on where it stopped."""
-
-    exit_code = ExitCode.STOPPED_RESUMABLE
-
-
 class ClusterError(ConvoyError):
     """Ray or a worker failed."""
 

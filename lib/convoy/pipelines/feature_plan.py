@@ -119,11 +119,16 @@ def plan_compile(
         return False, "eager: no C++ compiler (g++ or clang++) on this machine"
     if choice is CompileChoice.ALWAYS:
         return True, "compiled: compile is set to always"
-    forecast_s = num_images * request.views * backbone.macs / _MACS_PER_S
+    forecast_s = forecast_forward_s(backbone, request, num_images)
     pays = forecast_s >= COMPILE_PAYS_FROM_S
     relation = "at least" if pays else "less than"
     reason = f"forecast of {forecast_s:.0f} s forward is {relation} {COMPILE_PAYS_FROM_S:.0f} s"
     return pays, f"{'compiled' if pays else 'eager'}: {reason}"
+
+
+def forecast_forward_s(backbone: BackboneRecord, request: FeatureRequest, num_images: int) -> float:
+    """Seconds in the network for so many images on two cores with native bf16, to within a factor of two."""
+    return num_images * request.views * backbone.macs / _MACS_PER_S
 
 
 def run_identity(manifest: Manifest, request: FeatureRequest, sets: list[FeatureSetSpec]) -> dict[str, Any]:

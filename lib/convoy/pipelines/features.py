@@ -20,6 +20,7 @@ from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.feature_plan import (
     ExtractionConfig,
     FeatureRequest,
+    forecast_forward_s,
     plan_compile,
     plan_sets,
     run_identity,
@@ -71,6 +72,21 @@ class FeatureSummary(StrictModel):
     notes: list[str]
 
 
+class FeaturePlan(StrictModel):
+    """What a job would do: samples asked for, samples that lack something, and a rough forecast of the forward.
+
+    The forecast assumes two cores with native bf16; an unfinished run is gone on with before anything else.
+    """
+
+    samples: int
+    missing: int
+    missing_by_set: dict[str, int]
+    unfinished_run: str | None
+    precision: str
+    forward_forecast_s: float
+    notes: list[str]
+
+
 class FeatureJob:
     """One request for features against one workspace."""
 
@@ -114,6 +130,25 @@ class FeatureJob:
         finish(folder, summary.model_dump(mode="json"))
         self._open_run.close()
         return summary
+
+    def plan(self) -> FeaturePlan:
+        """What `ensure` would do now, without writing anything."""
+        missing = Counter[str]()
+        num_missing = 0
+        for set_ids, rows in self._missing():
+            num_missing += rows.num_rows
+            missing.update(dict.fromkeys(set_ids, rows.num_rows))
+        folder = self._open_run.current()
+        _, reason = plan_compile(self._backbone, self._request, self._extraction.compile, num_missing)
+        return FeaturePlan(
+            samples=self._count_rows()[0],
+            missing=num_missing,
+            missing_by_set={f"{spec.tap}/{spec.view}": missing[spec.set_id] for spec in self.sets},
+            unfinished_run=folder.run_id if folder else None,
+            precision=self.sets[0].precision,
+            forward_forecast_s=forecast_forward_s(self._backbone, self._request, num_missing),
+            notes=[reason],
+        )
 
     def _resume_or_start(self, *, new_run: bool) -> tuple[RunFolder, RunRecord] | None:
         """The unfinished run of this target, or a new one with a frozen input, or None if nothing is missing."""
