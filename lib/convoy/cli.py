@@ -173,20 +173,24 @@ def models_fetch(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command line; exits with a code of `ExitCode`."""
-    signal.signal(signal.SIGTERM, _stop)
+    for stop_signal in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(stop_signal, _stop)
     try:
         app(args=list(arguments) if arguments is not None else None, standalone_mode=True)
     except ConvoyError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except _Stopped:
         print("stopped: run the same command again to go on", file=sys.stderr)
         sys.exit(ExitCode.STOPPED_RESUMABLE)
 
 
+class _Stopped(BaseException):
+    """The job was told to stop. No Exception: Ray Data would log one with its trace on the way up."""
+
+
 def _stop(_signal: int, _frame: FrameType | None) -> None:
-    # As Ctrl-C does; an Exception would be caught and logged on its way through Ray Data.
-    raise KeyboardInterrupt
+    raise _Stopped
 
 
 def _load(
