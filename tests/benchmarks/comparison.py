@@ -1,0 +1,97 @@
+"""From the runs of all ways to spreads and ratios."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+from bounds import Bounds
+from measuring import WayResult
+
+from convoy.vision.engine_options import Precision
+
+OURS, OURS_FP32, RAY_DOCS = "ours", "ours_fp32", "ray_docs"
+DATALOADER, DATALOADER_TUNED = "dataloader", "dataloader_tuned"
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """All results of one image set: of each way, and of the bounds, one for every repeat, in order."""
+
+    ways: dict[str, list[WayResult]] = field(default_factory=lambda: defaultdict(list))
+    bounds: list[Bounds] = field(default_factory=list)
+
+
+def with_workers(way: str, workers: int) -> str:
+    """The name of a DataLoader way with a number of worker processes."""
+    return f"{way}_workers_{workers}"
+
+
+def describe_runs(runs: Runs) -> dict[str, Any]:
+    """Ratios first, then for every way and bound the lowest, median and highest value, and all of them."""
+    return {
+        "ratios": {name: spread(values) for name, values in _ratios(runs).items()},
+        "best_workers": {way: _best(runs, way) for way in (DATALOADER, DATALOADER_TUNED)},
+        "ways": {way: _describe_way(results) for way, results in runs.ways.items()},
+        "bounds": {
+            name: spread([getattr(bounds, name) for bounds in runs.bounds])
+            for name, rate in runs.bounds[0]
+            if rate is not None
+        },
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Lowest, median and highest of some values, and the values in order."""
+    return {"min": min(values), "median": median(values), "max": max(values), "all": list(values)}
+
+
+def _ratios(runs: Runs) -> dict[str, list[float]]:
+    """How many times as fast our job is; each repeat against its own neighbours, since machines change pace."""
+    precisions = [Precision(result.details["precision"]) for result in runs.ways[OURS]]
+    paired = list(zip(runs.bounds, precisions, strict=True))
+    ours, ours_fp32 = _rates(runs, OURS), _rates(runs, OURS_FP32)
+    peers = {way: _rates(runs, name) for way, name in _peers(runs).items()}
+    walls = {way: [result.wall_s for result in runs.ways[name]] for way, name in _peers(runs).items()}
+    our_walls = [result.wall_s for result in runs.ways[OURS]]
+    return {
+        "ratio_to_bound": _divide(ours, [bounds.forward(precision) for bounds, precision in paired]),
+        "ratio_to_combined_bound": _divide(
+            ours, [bounds.combined(precision) for bounds, precision in paired]
+        ),
+        **{f"ratio_to_{way}": _divide(ours, rates) for way, rates in peers.items()},
+        "fp32_ratio_to_bound": _divide(ours_fp32, [bounds.forward_fp32 for bounds in runs.bounds]),
+        **{f"fp32_ratio_to_{way}": _divide(ours_fp32, peers[way]) for way in (RAY_DOCS, DATALOADER)},
+        **{f"wall_ratio_to_{way}": _divide(peer_walls, our_walls) for way, peer_walls in walls.items()},
+    }
+
+
+def _peers(runs: Runs) -> dict[str, str]:
+    """Each peer, and the way that is its best."""
+    return {RAY_DOCS: RAY_DOCS, **{way: _best(runs, way) for way in (DATALOADER, DATALOADER_TUNED)}}
+
+
+def _best(runs: Runs, way: str) -> str:
+    """The number of workers with the highest median rate, as the name of a way."""
+    names = [name for name in runs.ways if name.startswith(f"{way}_workers_")]
+    return max(names, key=lambda name: median(_rates(runs, name)))
+
+
+def _rates(runs: Runs, way: str) -> list[float]:
+    return [result.images_per_s for result in runs.ways[way]]
+
+
+def _divide(ones: Sequence[float], others: Sequence[float]) -> list[float]:
+    return [one / other for one, other in zip(ones, others, strict=True)]
+
+
+def _describe_way(results: Sequence[WayResult]) -> dict[str, Any]:
+    described: dict[str, Any] = {
+        name: spread([getattr(result, name) for result in results])
+        for name in ("images_per_s", "first_row_s", "wall_s")
+    }
+    details = [result.details for result in results if result.details]
+    return {**described, "details": details} if details else described
