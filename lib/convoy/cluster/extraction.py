@@ -23,7 +23,7 @@ from convoy.core.fingerprints import digest_bytes
 from convoy.core.records import Reject, SampleRejected
 from convoy.storage.commits import PartFile, SliceRecord, part_key, write_record
 from convoy.storage.parts import FeatureRows, write_features, write_rejects
-from convoy.storage.runs import RunFolder
+from convoy.storage.runs import FIRST_SLICE, RunFolder
 from convoy.storage.samples import SampleReader
 from convoy.storage.stores import open_store
 from convoy.vision.backbones import build_network, native_px
@@ -64,6 +64,7 @@ class _SliceResult:
     features_BD: dict[str, np.ndarray]
     content_digests: list[bytes | None]
     started_unix_s: float
+    is_precision_sample: bool
     rejects: list[Reject] = field(default_factory=list)
     flags: Counter[str] = field(default_factory=Counter)
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -92,20 +93,29 @@ class FeatureExtractor:
         """Compute one slice, write its parts for these sets, its rejects, and the record that makes them count."""
         started_unix_s = time.time()
         outputs = [output for output in self._spec.outputs if output.set_id in set_ids]
-        result = self._new_result(self._folder.read_slice(slice_name), outputs, started_unix_s)
+        result = self._new_result(slice_name, outputs, started_unix_s)
         views = tuple(dict.fromkeys(output.view for output in outputs))
         for batch in self._prepared_batches(result, views):
             self._run_batch(batch, outputs, result)
         return self._write(slice_name, outputs, result)
 
     def _new_result(
-        self, rows: pa.Table, outputs: Sequence[FeatureOutput], started_unix_s: float
+        self, slice_name: str, outputs: Sequence[FeatureOutput], started_unix_s: float
     ) -> _SliceResult:
+        rows = self._folder.read_slice(slice_name)
         features = {
             output.set_id: np.zeros((rows.num_rows, self._widths[output.tap]), self._spec.dtype)
             for output in outputs
         }
-        return _SliceResult(rows, features, [None] * rows.num_rows, started_unix_s)
+        return _SliceResult(
+            rows,
+            features,
+            [None] * rows.num_rows,
+            started_unix_s,
+            # One batch of a run is enough: it costs a forward in float32.
+            is_precision_sample=slice_name == FIRST_SLICE
+            and self._spec.engine.precision is not Precision.FP32,
+        )
 
     def _prepared_batches(self, result: _SliceResult, views: Collection[int]) -> Iterator[_Batch]:
         """Batches whose images are ready, while the next ones are being fetched and decoded."""
@@ -166,8 +176,8 @@ class FeatureExtractor:
         rows = slice(batch.rows[0], batch.rows[0] + num_rows)
         for view, images in batch.images.items():
             features = self._engine.run(images)
-            if not result.precision_effect and self._spec.engine.precision is not Precision.FP32:
-                result.precision_effect = self._engine.precision_effect(images, num_rows)
+            if result.is_precision_sample and not result.precision_effect:
+                result.precision_effect = self._engine.precision_effect(images, features, num_rows)
             for output in outputs:
                 if output.view == view:
                     result.features_BD[output.set_id][rows] = features[output.tap][:num_rows].cpu().numpy()

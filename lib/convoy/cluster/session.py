@@ -30,7 +30,8 @@ def ray_session() -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     local = {} if address else {"include_dashboard": False, "object_store_memory": _LOCAL_OBJECT_STORE_BYTES}
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **local)
+    # Without "local" Ray would join the last cluster that `ray start` left behind on this machine.
+    ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=False, **local)
     if threading.current_thread() is threading.main_thread():
         # Ray puts a handler of its own there, which aborts the process.
         signal.signal(signal.SIGTERM, on_sigterm)

@@ -80,8 +80,7 @@ def evaluate_classifier(
         taps=(classifier.tap,),
     )
     features = FeatureJob(store, manifest, classifier.backbone, request, task.extraction)
-    summary = features.ensure(progress=progress, new_run=new_run)
-    progress.stage("predicting")
+    # Made before the features are computed: it refuses classes that do not match.
     job = PredictionJob(
         store,
         manifest,
@@ -89,6 +88,8 @@ def evaluate_classifier(
         model_digest=task.model_digest,
         set_id=features.set_id(classifier.tap),
     )
+    summary = features.ensure(progress=progress, new_run=new_run)
+    progress.stage("predicting")
     folder, run_manifest, open_run = job.commit(task.dataset, task.splits, task.config, new_run=new_run)
     evaluation = _measure(store, run_manifest, task, summary.run)
     finish(folder, evaluation.model_dump(mode="json"))

@@ -172,6 +172,7 @@ class FeatureJob:
         compiled, reason = plan_compile(self._backbone, self._request, self._extraction.compile, num_missing)
         slice_rows = self._extraction.slice_rows or slice_rows_for(num_missing, self._extraction.batch_size)
         groups = freeze_input(folder, self._missing(), slice_rows=slice_rows)
+        lacking = sorted({set_id for group in groups for set_id in group.outputs})
         record = RunRecord.new(
             folder.run_id,
             verb=_VERB,
@@ -180,7 +181,7 @@ class FeatureJob:
                 "request": self._request.model_dump(mode="json"),
                 "extraction": self._extraction.model_dump(mode="json"),
             },
-            outputs={spec.set_id: feature_prefix(spec.set_id, folder.run_id) for spec in self.sets},
+            outputs={set_id: feature_prefix(set_id, folder.run_id) for set_id in lacking},
             groups=groups,
             # Decided once, so that a resumed run computes the very same numbers.
             settings={
@@ -226,7 +227,7 @@ class FeatureJob:
             preset=self._backbone.preset,
             decode_rule=self._extraction.decode,
             view_policy=self._request.view_policy,
-            outputs=tuple(self._output(spec, record) for spec in self.sets),
+            outputs=tuple(self._output(spec, record) for spec in self.sets if spec.set_id in record.outputs),
             dtype=self._extraction.dtype.value,
             engine=EngineOptions(
                 precision=Precision(self.sets[0].precision),
@@ -299,8 +300,8 @@ class FeatureJob:
         return samples, rows
 
     def _last_run(self) -> str | None:
-        commits = read_commits(self._store, self.sets[0].set_id)
-        return commits[-1].run_id if commits else None
+        commits = (commit for spec in self.sets for commit in read_commits(self._store, spec.set_id))
+        return max((commit.run_id for commit in commits), default=None)
 
 
 def _sum_counts(counts: Any) -> dict[str, int]:

@@ -83,6 +83,9 @@ def slice_name(group: int, number: int) -> str:
     return f"{group}-{number:06d}"
 
 
+FIRST_SLICE = slice_name(0, 0)
+
+
 def parse_slice_name(name: str) -> tuple[int, int]:
     """The (group, number) of a slice name."""
     group, _, number = name.partition("-")
@@ -176,7 +179,8 @@ class OpenRun:
 
     def start(self) -> RunFolder:
         """Open a new run, or join the one that another process opened in the meantime."""
-        run_id = secrets.token_hex(8)
+        # Begins with the time, so that ids sort by age; nothing but the order in lists depends on it.
+        run_id = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
         try:
             self._store.put_if_absent(self._key, canonical_json({"run_id": run_id}))
         except PreconditionFailed:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,13 +58,14 @@ class FeatureEngine:
         return features
 
     @torch.no_grad()
-    def precision_effect(self, images_BCHW: Tensor, num_images: int) -> dict[str, float]:
-        """By tap, the lowest cosine similarity between the images' features at this precision and in float32."""
-        reduced = self.run(images_BCHW)
+    def precision_effect(
+        self, images_BCHW: Tensor, features: Mapping[str, Tensor], num_images: int
+    ) -> dict[str, float]:
+        """By tap, the lowest cosine similarity between the features that `run` gave and those in float32."""
         with self._autocast(Precision.FP32):
             exact: dict[str, Tensor] = self._eager(images_BCHW.to(self.device))
         return {
-            tap: float(nn.functional.cosine_similarity(reduced[tap], exact[tap])[:num_images].min())
+            tap: float(nn.functional.cosine_similarity(features[tap], exact[tap])[:num_images].min())
             for tap in exact
         }
 
