@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,13 @@ def test_unfinished_run_is_found_again_and_a_finished_one_is_not(store: LocalSto
 def test_second_process_joins_the_run_that_the_first_opened(store: LocalStore) -> None:
     pointer = OpenRun(store, verb="cache", target="t")
     assert pointer.start().run_id == pointer.start().run_id
+
+
+def test_run_ids_sort_by_the_time_they_were_opened(store: LocalStore) -> None:
+    before = f"{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    run_id = OpenRun(store, verb="cache", target="t").start().run_id
+    after = f"{datetime.now(UTC) + timedelta(seconds=1):%Y%m%d-%H%M%S}"
+    assert before < run_id < after
 
 
 def test_resume_with_other_inputs_is_refused_and_names_them(store: LocalStore) -> None:

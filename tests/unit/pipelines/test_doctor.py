@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from convoy.pipelines.doctor import Verdict, examine
+
+
+def test_healthy_machine_and_folder_are_green_and_left_clean(tmp_path: Path) -> None:
+    diagnosis = examine(str(tmp_path / "workspace"))
+    assert diagnosis.ok, [check for check in diagnosis.checks if check.verdict is Verdict.RED]
+    found = {check.what: check for check in diagnosis.checks}
+    assert found["create-if-absent"].found == "atomic"
+    assert {"python", "ray", "torch", "pillow", "devices", "workspace write", "clock"} <= set(found)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_workspace_that_cannot_be_written_is_red_with_advice(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    diagnosis = examine(str(tmp_path / "file" / "workspace"))
+    assert not diagnosis.ok
+    (red,) = [check for check in diagnosis.checks if check.verdict is Verdict.RED]
+    assert red.what == "workspace write"
+
+
+def test_unknown_scheme_is_red(tmp_path: Path) -> None:
+    diagnosis = examine("ftp://host/folder")
+    assert [check.what for check in diagnosis.checks if check.verdict is Verdict.RED] == ["workspace"]
+
+
+def test_open_ray_port_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    checks = examine(str(tmp_path)).checks
+    assert any(check.what == "ray" and check.verdict is Verdict.YELLOW for check in checks)

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from convoy.core.errors import DataError
+from convoy.pipelines.verify import verify_run
+from convoy.storage.commits import RunManifest, finish, publish, read_records
+from convoy.storage.local_store import LocalStore
+from convoy.storage.runs import RunFolder
+from made_runs import SET_ID, finish_slice, new_run
+
+NAMES = [f"s{index:02d}" for index in range(10)]
+
+
+def finished(store: LocalStore) -> RunManifest:
+    run = new_run(store, NAMES)
+    folder = RunFolder(store, run.run_id)
+    for name in run.slice_names():
+        finish_slice(store, run, name, rejected=["s03"])
+    manifest = publish(folder, run, read_records(folder))
+    finish(folder, {})
+    return manifest
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LocalStore:
+    return LocalStore(str(tmp_path))
+
+
+def test_finished_run_is_proven(store: LocalStore) -> None:
+    manifest = finished(store)
+    report = verify_run(store, "r1")
+    assert (report.inputs, report.results, report.rejects, report.ok) == (10, 9, 1, True)
+    assert report.rows_digest == manifest.rows_digest()
+
+
+def flip_last_byte(store: LocalStore, key: str) -> None:
+    data = bytearray(store.get(key).data)
+    data[-1] ^= 1
+    store.put(key, bytes(data))
+
+
+def swap_with_other_part(store: LocalStore, key: str) -> None:
+    other = key.replace("0-000001", "0-000000")
+    store.put(key, store.get(other).data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (flip_last_byte, "not those that were written"),
+        (swap_with_other_part, "not those that were written"),
+        (lambda store, key: store.delete([key]), "slice 0-000001"),
+    ],
+)
+def test_damaged_part_is_named(
+    store: LocalStore, damage: Callable[[LocalStore, str], None], words: str
+) -> None:
+    manifest = finished(store)
+    damage(store, manifest.slices[1].parts[SET_ID].key)
+    report = verify_run(store, "r1")
+    assert not report.ok
+    assert words in report.problems[0]
+
+
+def test_lost_reject_is_noticed(store: LocalStore) -> None:
+    manifest = finished(store)
+    rejects = manifest.slices[0].rejects
+    assert rejects is not None
+    store.delete([rejects.key])
+    assert not verify_run(store, "r1").ok
+
+
+def test_row_in_results_and_rejects_is_noticed(store: LocalStore) -> None:
+    run = new_run(store, NAMES)
+    folder = RunFolder(store, run.run_id)
+    records = [finish_slice(store, run, name, rejected=["s03"]) for name in run.slice_names()]
+    doubled = finish_slice(store, run, "0-000000", attempt="b")
+    records[0] = records[0].model_copy(update={"parts": doubled.parts})
+    publish(folder, run, records)
+    finish(folder, {})
+    problems = verify_run(store, "r1").problems
+    assert any("are not the slice's 4 inputs" in problem for problem in problems)
+
+
+def test_commit_that_lists_other_parts_is_noticed(store: LocalStore) -> None:
+    finished(store)
+    store.delete([f"features/{SET_ID}/commits/r1.json"])
+    assert "lists other parts" in verify_run(store, "r1").problems[0]
+
+
+def test_run_without_marker_is_not_ok(store: LocalStore) -> None:
+    finished(store)
+    store.delete(["runs/r1/_SUCCESS"])
+    assert "_SUCCESS" in verify_run(store, "r1").problems[0]
+
+
+def test_unfinished_run_says_how_to_finish_it(store: LocalStore) -> None:
+    new_run(store, NAMES)
+    with pytest.raises(DataError, match="run the job's command again"):
+        verify_run(store, "r1")
