@@ -7,8 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from convoy.core.errors import ConfigError
-from convoy.pipelines.backbone_record import BackboneRecord
-from convoy.pipelines.models import BACKBONES
+from convoy.pipelines.backbone_record import BACKBONES, BackboneRecord
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import exists
 from convoy.storage.stores import open_object

@@ -7,6 +7,8 @@ from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.presets import EvalPreset
 from convoy.vision.stages import DepthAxis, resolve_tap
 
+BACKBONES = "models/backbones/"
+
 
 class BackboneRecord(StrictModel):
     """A network in the workspace: what it is, where its weights lie, its depth axis, and what it expects.
