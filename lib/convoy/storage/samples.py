@@ -40,10 +40,10 @@ class SampleReader:
     def read(self, rows: pa.Table) -> Iterator[tuple[int, bytes | SampleRejected]]:
         """Each row's number and its image's bytes, or why there are none, in the order of the rows.
 
-        Rejects are of stage fetch: gone, changed (another etag), access_denied, empty, too_large,
-        checksum_mismatch (twice in a row), unreadable (a damaged parquet file). A store that keeps failing is
-        no fault of a sample: StoreUnavailable is raised, as is any other error of storage. Closing the
-        iterator early stops its threads.
+        Rejects are of stage fetch: gone, changed (another etag), access_denied, checksum_mismatch (twice in a
+        row), unreadable (a damaged parquet file); but empty and too_large are of stage decode, as a version's
+        size never heals. A store that keeps failing is no fault of a sample: StoreUnavailable is raised, as is
+        any other error of storage. Closing the iterator early stops its threads.
         """
         arrived: _Outcomes = {}
         reads = _plan_reads(rows, self._uris, self.max_bytes)
@@ -232,9 +232,10 @@ def _rejecting() -> Iterator[None]:
 
 def _check_size(size_bytes: int | None, max_bytes: int) -> None:
     if size_bytes == 0:
-        raise _reject(RejectCode.EMPTY, "there are no bytes")
+        raise SampleRejected(RejectCode.EMPTY, Stage.DECODE, "there are no bytes")
     if size_bytes is not None and size_bytes > max_bytes:
-        raise _reject(RejectCode.TOO_LARGE, f"{size_bytes} bytes; the limit is {max_bytes}")
+        reason = f"{size_bytes} bytes; the limit is {max_bytes}"
+        raise SampleRejected(RejectCode.TOO_LARGE, Stage.DECODE, reason)
 
 
 def _reject(code: RejectCode, reason: str) -> SampleRejected:

@@ -26,6 +26,8 @@ from convoy.storage.sources.rows import ReadingOptions
 from convoy.storage.stores import UriReader
 from made_sources import jpeg_bytes, shard_bytes, write_files
 
+NEVER_HEAL = {RejectCode.EMPTY, RejectCode.TOO_LARGE}
+
 
 def rows_of(source: Path) -> pa.Table:
     samples, _ = complete_rows(read_source(str(source), ReadingOptions())[1], SplitOptions())
@@ -41,7 +43,7 @@ def read(rows: pa.Table, **options: int) -> list[bytes | RejectCode]:
     results = list(SampleReader(**options).read(rows))
     assert [row for row, _ in results] == list(range(rows.num_rows))
     for _, data in results:
-        assert isinstance(data, bytes) or data.stage is Stage.FETCH
+        assert isinstance(data, bytes) or (data.stage is Stage.DECODE) == (data.code in NEVER_HEAL)
     return [data if isinstance(data, bytes) else data.code for _, data in results]
 
 
