@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,14 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from convoy.storage.feature_cache import FeatureCache
+from convoy.storage.feature_reading import features_array
 from convoy.storage.runs import parse_slice_name
+from convoy.storage.stores import open_store
 
 CONVOY = Path(sys.executable).parent / "convoy"
 TIMEOUT_S = 300
+LENET = "{arch: lenet5, weights: random, preset: {resize_px: null, crop_px: 32}}"
 
 
 def convoy(*arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -38,14 +43,30 @@ def convoy_json(*arguments: str, environment: Mapping[str, str] | None = None) -
     """The JSON of a command that must succeed."""
     finished = convoy(*arguments, "--json", environment=environment)
     assert finished.returncode == 0, finished.stderr
+    return last_json(finished)
+
+
+def last_json(finished: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """The JSON that a command printed last, whatever its exit code."""
     report: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
     return report
 
 
-def write_digits(folder: Path, num_images: int) -> None:
+def settings_arguments(*settings: str) -> list[str]:
+    """The settings as `--set` arguments."""
+    return [argument for setting in settings for argument in ("--set", setting)]
+
+
+def freeze(source: str | Path, workspace: str, *settings: str) -> dict[str, Any]:
+    """Freeze a source as the dataset `digits`, or refresh it."""
+    options = ("--name", "digits", "--workspace", workspace, *settings_arguments(*settings))
+    return convoy_json("dataset", str(source), *options)
+
+
+def write_digits(folder: Path, num_images: int, *, start: int = 0) -> None:
     """Real handwritten digits as JPEG class folders."""
     digits = load_digits()
-    for index in range(num_images):
+    for index in range(start, start + num_images):
         path = folder / str(digits.target[index]) / f"{index:05d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         grey = Image.fromarray((digits.images[index] * 15).astype(np.uint8))
@@ -60,6 +81,14 @@ class CacheJob:
     num_images: int
     settings: tuple[str, ...]
 
+    def changed(self, *settings: str) -> CacheJob:
+        """The same job with other settings."""
+        return replace(self, settings=(*self.settings, *settings))
+
+    def copied_to(self, folder: Path) -> CacheJob:
+        """The same job on a copy of its workspace; the images stay where they are."""
+        return replace(self, workspace=str(shutil.copytree(self.workspace, folder / "workspace")))
+
     def start(self, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         """Run the command, whatever its end."""
         return convoy(*self.arguments(), "--json", environment=environment)
@@ -68,10 +97,12 @@ class CacheJob:
         """Run the command, which must succeed."""
         return convoy_json(*self.arguments(), environment=environment)
 
-    def verify(self) -> dict[str, Any]:
-        """The proof of the job's only run."""
-        (run,) = self._runs()
-        return convoy_json("verify", run.name, "--workspace", self.workspace)
+    def verify(self, run: str | None = None) -> dict[str, Any]:
+        """The proof of a run, or of the job's only one."""
+        if run is None:
+            (folder,) = self._runs()
+            run = folder.name
+        return convoy_json("verify", run, "--workspace", self.workspace)
 
     def attempts(self) -> dict[str, list[str]]:
         """The finished attempts of each slice, by its name."""
@@ -88,8 +119,15 @@ class CacheJob:
 
     def arguments(self) -> list[str]:
         """The command line behind `convoy`."""
-        overrides = [argument for setting in self.settings for argument in ("--set", setting)]
-        return ["cache", "--workspace", self.workspace, *overrides]
+        return ["cache", "--workspace", self.workspace, *settings_arguments(*self.settings)]
+
+
+def cached_features(workspace: str, set_id: str) -> dict[str, np.ndarray]:
+    """The committed features_D of a set by sample id; every sample has one row."""
+    tables = list(FeatureCache(open_store(workspace)).iter_parts(set_id, ["sample_id", "features"]))
+    ids = [name for table in tables for name in table["sample_id"].to_pylist()]
+    assert len(set(ids)) == len(ids)
+    return dict(zip(ids, np.concatenate([features_array(table["features"]) for table in tables]), strict=True))
 
 
 def made_job(folder: Path, *, num_images: int = 96) -> CacheJob:
@@ -97,11 +135,10 @@ def made_job(folder: Path, *, num_images: int = 96) -> CacheJob:
     write_digits(folder / "images", num_images - 1)
     (folder / "images" / "0" / "damaged.jpg").write_bytes(b"\xff\xd8\xff\xe0 not much of an image")
     workspace = str(folder / "workspace")
-    dataset = ("dataset", str(folder / "images"), "--name", "digits", "--workspace", workspace)
-    assert convoy_json(*dataset)["samples"] == num_images
+    assert freeze(folder / "images", workspace)["samples"] == num_images
     settings = (
         "dataset=digits",
-        "backbone={arch: lenet5, weights: random, preset: {resize_px: null, crop_px: 32}}",
+        f"backbone={LENET}",
         "taps=[c3, f6]",
         "extraction={batch_size: 16, slice_rows: 16, precision: fp32}",
     )

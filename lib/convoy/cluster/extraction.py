@@ -19,6 +19,7 @@ from torch import Tensor
 
 from convoy.cluster.extraction_spec import ExtractionSpec, FeatureOutput
 from convoy.core.batching import batched
+from convoy.core.errors import DataError
 from convoy.core.fingerprints import digest_bytes
 from convoy.core.records import Reject, SampleRejected
 from convoy.storage.commits import PartFile, SliceRecord, part_key, write_record
@@ -180,7 +181,10 @@ class FeatureExtractor:
                 result.precision_effect = self._engine.precision_effect(images, features, num_rows)
             for output in outputs:
                 if output.view == view:
-                    result.features_BD[output.set_id][rows] = features[output.tap][:num_rows].cpu().numpy()
+                    stored_BD = result.features_BD[output.set_id][rows]
+                    with np.errstate(over="ignore"):
+                        stored_BD[:] = features[output.tap][:num_rows].cpu().numpy()
+                    _refuse_non_finite(stored_BD, output)
         result.first_row_unix_s = result.first_row_unix_s or time.time()
         result.seconds["forward"] += time.perf_counter() - started_s
 
@@ -229,6 +233,15 @@ class FeatureExtractor:
             return None
         key = self._folder.key(f"rejects/{slice_name}-{attempt}.parquet")
         return write_rejects(self._store, key, result.rejects, attempt, {"convoy.run_id": self._spec.run_id})
+
+
+def _refuse_non_finite(features_BD: np.ndarray, output: FeatureOutput) -> None:
+    if not np.isfinite(features_BD).all():
+        raise DataError(
+            f"the network gives features that {features_BD.dtype} cannot hold: not finite, or above its range",
+            where=f"tap {output.tap}",
+            next_step="store them with --set extraction.dtype=float32; if that fails too, check the weights",
+        )
 
 
 def _reject(rows: pa.Table, row: int, rejected: SampleRejected) -> Reject:
