@@ -17,7 +17,7 @@ from convoy.pipelines.feature_source import open_features, read_labelled_rows
 from convoy.pipelines.features import FeatureJob
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.workspace import WriterMode, open_workspace
-from convoy.storage.bundles import ModelCard, bundle_digest, model_card, write_bundle
+from convoy.storage.bundles import ModelCard, bundle_digest, check_bundle_name, model_card, write_bundle
 from convoy.storage.datasets import open_dataset
 from convoy.storage.feature_cache import FeatureCache
 from convoy.storage.manifests import Manifest
@@ -79,6 +79,7 @@ class TrainReport(Evaluation):
 
 def run_train(config: TrainConfig, *, progress: Progress, new_run: bool = False) -> TrainReport:
     """Train by the config's strategy; equal inputs give a bundle of equal digest."""
+    check_bundle_name(config.name)
     store = open_workspace(config.workspace, config.writers)
     manifest = open_dataset(store, config.dataset)
     backbone = fetch_backbone(store, config.backbone)

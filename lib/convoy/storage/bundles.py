@@ -99,7 +99,7 @@ def write_bundle(store: ObjectStore, name: str, files: Mapping[str, bytes]) -> B
     ConfigError for a bad name, DataError for missing or badly named files, ChecksumMismatch if a file of the
     folder holds other bytes.
     """
-    _check_name(name)
+    check_bundle_name(name)
     _check_files(files)
     ref = _ref(store, name, bundle_digest(files))
     if not _exists(store, f"{_folder(ref)}{DIGESTS_FILE}"):
@@ -135,7 +135,7 @@ def resolve_bundle(store: ObjectStore, reference: str) -> BundleRef:
     separator = "/" if reference.startswith(root) else "@"
     name, found, wanted = reference.removeprefix(root).rstrip("/").partition(separator)
     if not found:
-        _check_name(name)
+        check_bundle_name(name)
         wanted = _latest_digest(store, name)
     if not _NAME.fullmatch(name) or not _DIGEST.fullmatch(wanted):
         raise ConfigError(
@@ -144,6 +144,16 @@ def resolve_bundle(store: ObjectStore, reference: str) -> BundleRef:
             next_step=f"give name, name@digest, or {root}<name>/<digest>; see `convoy models`",
         )
     return _ref(store, name, wanted)
+
+
+def check_bundle_name(name: str) -> None:
+    """Raise ConfigError for a name that no bundle can have: for jobs that write theirs only at the end."""
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            "a model's name is made of a-z, 0-9, '.', '_' and '-'",
+            where=name,
+            next_step="choose another name",
+        )
 
 
 def list_bundles(store: ObjectStore) -> list[BundleRef]:
@@ -290,15 +300,6 @@ def _mismatch(ref: BundleRef, file: str) -> StorageError:
         next_step="delete this folder and write the bundle again",
         file=file,
     )
-
-
-def _check_name(name: str) -> None:
-    if not _NAME.fullmatch(name):
-        raise ConfigError(
-            "a model's name is made of a-z, 0-9, '.', '_' and '-'",
-            where=name,
-            next_step="choose another name",
-        )
 
 
 def _check_files(files: Mapping[str, bytes]) -> None:
