@@ -35,17 +35,7 @@ def ray_session() -> Iterator[None]:
     if threading.current_thread() is threading.main_thread():
         # Ray puts a handler of its own there, which aborts the process.
         signal.signal(signal.SIGTERM, on_sigterm)
-    warm_up = ray.remote(_import_operator).options(num_cpus=0).remote()
     try:
         yield
     finally:
-        del warm_up
         ray.shutdown()
-
-
-def _import_operator() -> None:
-    """Import what the operator needs, in a worker that Ray then gives to the operator's actor.
-
-    It takes seconds, in which the driver imports Ray Data and plans.
-    """
-    import convoy.cluster.extraction  # noqa: F401, PLC0415
