@@ -8,8 +8,8 @@ import torch
 
 from convoy.core.errors import ConfigError
 from convoy.pipelines.backbone_record import BACKBONES, BackboneRecord
+from convoy.storage.documents import exists
 from convoy.storage.object_store import ObjectStore
-from convoy.storage.runs import exists
 from convoy.storage.stores import open_object
 from convoy.vision.backbone_config import BackboneConfig, WeightSource, weight_source
 from convoy.vision.backbones import (

@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-from pydantic import Field
-
-from convoy.core.config import StrictModel
 from convoy.core.progress import Progress
-from convoy.core.records import Split
 from convoy.pipelines.feature_plan import ErrorBudget, ExtractionConfig, FeatureRequest
-from convoy.pipelines.features import FeatureJob, FeaturePlan, FeatureSummary
+from convoy.pipelines.feature_summary import FeaturePlan, FeatureSummary
+from convoy.pipelines.features import FeatureJob
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.workspace import WriterMode, open_workspace
 from convoy.storage.datasets import open_dataset
 from convoy.storage.duplicates import DuplicateReport, find_duplicates
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
-from convoy.vision.backbone_config import BackboneConfig
-from convoy.vision.view_policy import ViewPolicy
 
 
-class CacheConfig(StrictModel):
-    """Which samples, which network, which taps and views."""
+class CacheConfig(FeatureRequest):
+    """Which features of which samples, and how they are computed."""
 
     workspace: str | None = None
     writers: WriterMode = WriterMode.MANY
-    dataset: str
-    splits: tuple[Split, ...] | None = None
-    backbone: BackboneConfig
-    taps: tuple[str | int, ...] = ("pooled",)
-    views: int = Field(default=1, ge=1)
-    view_policy: ViewPolicy = ViewPolicy()
     extraction: ExtractionConfig = ExtractionConfig()
     error_budget: ErrorBudget = ErrorBudget()
 
@@ -73,15 +62,4 @@ def plan_cache(config: CacheConfig) -> CachePlan:
 
 def _job(store: ObjectStore, manifest: Manifest, config: CacheConfig) -> FeatureJob:
     backbone = fetch_backbone(store, config.backbone)
-    return FeatureJob(store, manifest, backbone, _request(config), config.extraction)
-
-
-def _request(config: CacheConfig) -> FeatureRequest:
-    return FeatureRequest(
-        dataset=config.dataset,
-        splits=config.splits,
-        backbone=config.backbone,
-        taps=config.taps,
-        views=config.views,
-        view_policy=config.view_policy,
-    )
+    return FeatureJob(store, manifest, backbone, config, config.extraction)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from convoy.cluster.extraction_spec import ExtractionSpec, FeatureOutput
 from convoy.cluster.feature_extraction import SliceTask, WorkerPool, extract_slices, plan_pool
 from convoy.cluster.session import ray_session
-from convoy.core.config import StrictModel
 from convoy.core.crash_points import CrashPoint, crash_point
 from convoy.core.fingerprints import digest
 from convoy.core.progress import Progress
@@ -25,8 +25,8 @@ from convoy.pipelines.feature_plan import (
     plan_sets,
     run_identity,
 )
+from convoy.pipelines.feature_summary import FeaturePlan, FeatureSummary, slice_totals, timings
 from convoy.storage.commits import (
-    RunManifest,
     SliceRecord,
     choose_attempts,
     feature_prefix,
@@ -36,7 +36,7 @@ from convoy.storage.commits import (
     read_manifest,
     read_records,
 )
-from convoy.storage.feature_cache import FeatureCache, FeatureSetSpec
+from convoy.storage.feature_cache import FeatureCache, FeatureSetSpec, KnownContent
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.parts import FEATURES_SCHEMA_VERSION
@@ -45,46 +45,6 @@ from convoy.storage.runs import OpenRun, RunFolder, RunRecord
 from convoy.vision.engine_options import EngineOptions, Precision
 
 _VERB = "cache"
-
-
-class FeatureSummary(StrictModel):
-    """What `ensure_features` found and did, in samples; `rows + rejects == samples`.
-
-    `sets` maps "<tap>/<view>" to the id of its feature set; `run` is the run that computed rows now, or else the
-    last one that did. `images_per_s` is the steady rate of this call, from the start of its first slice to the
-    end of its last; `first_row_s` is when its first batch was through the network, `seconds` sums over workers.
-    """
-
-    run: str | None
-    samples: int
-    rows: int
-    rejects: int
-    recomputed: int
-    reject_codes: dict[str, int]
-    flags: dict[str, int]
-    sets: dict[str, str]
-    seconds: dict[str, float]
-    job_s: float
-    images_per_s: float
-    first_row_s: float | None
-    precision: str
-    precision_effect: dict[str, float]
-    notes: list[str]
-
-
-class FeaturePlan(StrictModel):
-    """What a job would do: samples asked for, samples that lack something, and a rough forecast of the forward.
-
-    The forecast assumes two cores with native bf16; an unfinished run is gone on with before anything else.
-    """
-
-    samples: int
-    missing: int
-    missing_by_set: dict[str, int]
-    unfinished_run: str | None
-    precision: str
-    forward_forecast_s: float
-    notes: list[str]
 
 
 class FeatureJob:
@@ -121,12 +81,12 @@ class FeatureJob:
         progress.stage("looking for missing features")
         opened = self._resume_or_start(new_run=new_run)
         if opened is None:
-            return self._summary(None, None, [], started_unix_s)
+            return self._summary(None, (), [], started_unix_s)
         folder, record = opened
         finished = self._compute(folder, record, progress)
         progress.stage("committing")
         manifest = publish(folder, record, read_records(folder))
-        summary = self._summary(record, manifest, finished, started_unix_s)
+        summary = self._summary(record, manifest.slices, finished, started_unix_s)
         finish(folder, summary.model_dump(mode="json"))
         self._open_run.close()
         return summary
@@ -135,7 +95,7 @@ class FeatureJob:
         """What `ensure` would do now, without writing anything."""
         missing = Counter[str]()
         num_missing = 0
-        for set_ids, rows in self._missing():
+        for set_ids, rows in self._missing(self._known()):
             num_missing += rows.num_rows
             missing.update(dict.fromkeys(set_ids, rows.num_rows))
         folder = self._open_run.current()
@@ -156,22 +116,31 @@ class FeatureJob:
         folder, record = self._open_run.resume(identity, new_run=new_run)
         if folder is not None and record is not None:
             return folder, record
-        num_missing = sum(rows.num_rows for _, rows in self._missing())
+        known = self._known()
+        num_missing = sum(rows.num_rows for _, rows in self._missing(known))
         if not num_missing:
             if folder is not None:
                 self._open_run.close()
             return None
         folder = folder or self._open_run.start()
-        return folder, folder.record() or self._freeze(folder, identity, num_missing)
+        return folder, folder.record() or self._freeze(folder, identity, known, num_missing)
 
-    def _missing(self) -> Iterator[Any]:
-        known = {spec.set_id: self._cache.known_content(spec.set_id) for spec in self.sets}
+    def _known(self) -> dict[str, KnownContent]:
+        return {spec.set_id: self._cache.known_content(spec.set_id) for spec in self.sets}
+
+    def _missing(self, known: Mapping[str, KnownContent]) -> Iterator[tuple[tuple[str, ...], pa.Table]]:
         return missing_rows(self._manifest.iter_batches(splits=self._request.splits), known)
 
-    def _freeze(self, folder: RunFolder, identity: dict[str, Any], num_missing: int) -> RunRecord:
+    def _freeze(
+        self,
+        folder: RunFolder,
+        identity: dict[str, Any],
+        known: Mapping[str, KnownContent],
+        num_missing: int,
+    ) -> RunRecord:
         compiled, reason = plan_compile(self._backbone, self._request, self._extraction.compile, num_missing)
         slice_rows = self._extraction.slice_rows or slice_rows_for(num_missing, self._extraction.batch_size)
-        groups = freeze_input(folder, self._missing(), slice_rows=slice_rows)
+        groups = freeze_input(folder, self._missing(known), slice_rows=slice_rows)
         lacking = sorted({set_id for group in groups for set_id in group.outputs})
         record = RunRecord.new(
             folder.run_id,
@@ -262,37 +231,27 @@ class FeatureJob:
     def _summary(
         self,
         record: RunRecord | None,
-        manifest: RunManifest | None,
-        finished: list[SliceRecord],
+        slices: Sequence[SliceRecord],
+        finished: Sequence[SliceRecord],
         started_unix_s: float,
     ) -> FeatureSummary:
         samples, rows = self._count_rows()
-        slices = manifest.slices if manifest else ()
-        first_rows = [slice_.first_row_unix_s for slice_ in finished if slice_.first_row_unix_s]
-        computed = sum(slice_.num_results + slice_.num_rejects for slice_ in finished)
         return FeatureSummary(
             run=record.run_id if record else self._last_run(),
             samples=samples,
             rows=rows,
             rejects=samples - rows,
-            recomputed=computed,
-            reject_codes=_sum_counts(slice_.reject_codes for slice_ in slices),
-            flags=_sum_counts(slice_.flags for slice_ in slices),
             sets={f"{spec.tap}/{spec.view}": spec.set_id for spec in self.sets},
-            seconds=_sum_seconds(finished),
-            job_s=time.time() - started_unix_s,
-            images_per_s=_steady_rate(finished),
-            first_row_s=min(first_rows) - started_unix_s if first_rows else None,
             precision=self.sets[0].precision,
-            precision_effect=next(
-                (slice_.precision_effect for slice_ in slices if slice_.precision_effect), {}
-            ),
             notes=[record.settings["compile_reason"]] if record else ["nothing was missing"],
+            job_s=time.time() - started_unix_s,
+            **slice_totals(slices),
+            **timings(finished, started_unix_s),
         )
 
     def _count_rows(self) -> tuple[int, int]:
         """Samples of the request, and those that have rows in every set."""
-        known = [self._cache.known_content(spec.set_id) for spec in self.sets]
+        known = self._known().values()
         samples = rows = 0
         for batch in self._manifest.iter_batches(columns=["content_id"], splits=self._request.splits):
             samples += batch.num_rows
@@ -301,22 +260,5 @@ class FeatureJob:
 
     def _last_run(self) -> str | None:
         commits = (commit for spec in self.sets for commit in read_commits(self._store, spec.set_id))
-        return max((commit.run_id for commit in commits), default=None)
-
-
-def _sum_counts(counts: Any) -> dict[str, int]:
-    return dict(sum((Counter(count) for count in counts), Counter()))
-
-
-def _sum_seconds(records: list[SliceRecord]) -> dict[str, float]:
-    total: Counter[str] = Counter()
-    for record in records:
-        total.update(record.seconds)
-    return {stage: round(seconds, 3) for stage, seconds in total.items()}
-
-
-def _steady_rate(records: list[SliceRecord]) -> float:
-    if not records:
-        return 0.0
-    duration_s = max(one.finished_unix_s for one in records) - min(one.started_unix_s for one in records)
-    return sum(one.num_results + one.num_rejects for one in records) / max(duration_s, 1e-9)
+        last = max(commits, key=lambda commit: commit.committed_unix_s, default=None)
+        return last.run_id if last else None

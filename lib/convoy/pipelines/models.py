@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from convoy.core.fingerprints import canonical_json, digest
 from convoy.pipelines.backbone_record import BACKBONES, BackboneRecord
+from convoy.storage.documents import exists, read_json
 from convoy.storage.object_store import ObjectStore
-from convoy.storage.runs import exists, read_json
 from convoy.storage.stores import open_object
 from convoy.vision.backbone_config import BackboneConfig, WeightSource, weight_source
 

@@ -7,8 +7,8 @@ from enum import StrEnum
 
 from convoy.core.errors import ConfigError
 from convoy.storage.conditional_put import probe_conditional_put
+from convoy.storage.documents import read_json
 from convoy.storage.object_store import ConditionalPut, ObjectStore
-from convoy.storage.runs import read_json
 from convoy.storage.stores import open_store
 
 DEFAULT_WORKSPACE = "./workspace"

@@ -25,6 +25,7 @@ from convoy.core.errors import (
 )
 from convoy.core.fingerprints import canonical_json, digest, digest_bytes
 from convoy.core.statistics import Interval
+from convoy.storage.documents import exists
 from convoy.storage.object_store import ObjectStore
 
 BUNDLE_FORMAT_VERSION = 1
@@ -102,7 +103,7 @@ def write_bundle(store: ObjectStore, name: str, files: Mapping[str, bytes]) -> B
     check_bundle_name(name)
     _check_files(files)
     ref = _ref(store, name, bundle_digest(files))
-    if not _exists(store, f"{_folder(ref)}{DIGESTS_FILE}"):
+    if not exists(store, f"{_folder(ref)}{DIGESTS_FILE}"):
         _write_files(store, ref, files)
     store.put(_latest_key(name), canonical_json({"digest": ref.digest}))
     return ref
@@ -271,14 +272,6 @@ def _latest_digest(store: ObjectStore, name: str) -> str:
             where=store.uri(_latest_key(name)),
             next_step=f"name the model as {name}@<digest>",
         ) from None
-
-
-def _exists(store: ObjectStore, key: str) -> bool:
-    try:
-        store.head(key)
-    except ObjectNotFound:
-        return False
-    return True
 
 
 def _ref(store: ObjectStore, name: str, wanted: str) -> BundleRef:

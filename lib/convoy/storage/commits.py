@@ -9,6 +9,7 @@ never delete a winner's file. Readers see a set's rows only through `commits/`, 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,8 +17,9 @@ from convoy.core.config import StrictModel
 from convoy.core.crash_points import CrashPoint, crash_point
 from convoy.core.errors import PreconditionFailed, StorageError
 from convoy.core.fingerprints import MultisetDigest, canonical_json
+from convoy.storage.documents import read_json
 from convoy.storage.object_store import ObjectStore
-from convoy.storage.runs import RunFolder, RunRecord, read_json
+from convoy.storage.runs import RunFolder, RunRecord
 
 _LISTING_THREADS = 16
 
@@ -89,6 +91,7 @@ class SetCommit(StrictModel):
     """`features/<set>/commits/<run>.json`: the rows that one run adds to a set."""
 
     run_id: str
+    committed_unix_s: float
     parts: tuple[PartFile, ...]
     rejects: tuple[PartFile, ...]
 
@@ -206,6 +209,7 @@ def _commit_set(store: ObjectStore, set_id: str, manifest: RunManifest) -> None:
     records = [record for record in manifest.slices if set_id in record.parts]
     commit = SetCommit(
         run_id=manifest.run_id,
+        committed_unix_s=time.time(),
         parts=tuple(record.parts[set_id] for record in records),
         rejects=tuple(record.rejects for record in records if record.rejects),
     )

@@ -20,8 +20,8 @@ from convoy.core.config import StrictModel
 from convoy.core.fingerprints import canonical_json, digest
 from convoy.core.records import Stage
 from convoy.storage.commits import PartFile, read_commits
+from convoy.storage.documents import exists
 from convoy.storage.object_store import ObjectStore
-from convoy.storage.runs import exists
 
 FEATURE_CACHE_VERSION = 1
 _READ_THREADS = 8

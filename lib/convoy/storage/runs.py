@@ -14,8 +14,9 @@ from pydantic import Field
 
 from convoy.core.config import StrictModel
 from convoy.core.crash_points import CrashPoint, crash_point
-from convoy.core.errors import ConfigError, ObjectNotFound, PreconditionFailed, RunMismatch
+from convoy.core.errors import ConfigError, PreconditionFailed, RunMismatch
 from convoy.core.fingerprints import canonical_json, digest
+from convoy.storage.documents import exists, read_json
 from convoy.storage.object_store import ObjectStore
 
 SLICES_PER_INPUT_SHARD = 64
@@ -211,20 +212,3 @@ def refuse_changed_identity(record: RunRecord, identity: dict[str, Any]) -> None
             where=f"runs/{record.run_id}",
             next_step="restore them to finish that run, or add --new-run to leave it and start afresh",
         )
-
-
-def read_json(store: ObjectStore, key: str) -> Any:
-    """A JSON document, or None where it does not exist."""
-    try:
-        return json.loads(store.get(key).data)
-    except ObjectNotFound:
-        return None
-
-
-def exists(store: ObjectStore, key: str) -> bool:
-    """Whether an object exists."""
-    try:
-        store.head(key)
-    except ObjectNotFound:
-        return False
-    return True
