@@ -71,7 +71,9 @@ def commit_rows(
         features_BD=features_BD,
     )
     key = part_key(feature_prefix(set_id, run_id), "0-000000", "a0")
-    commit = SetCommit(run_id=run_id, committed_unix_s=0.0, parts=(write_features(store, key, rows, {}),), rejects=())
+    commit = SetCommit(
+        run_id=run_id, committed_unix_s=0.0, parts=(write_features(store, key, rows, {}),), rejects=()
+    )
     store.put(f"features/{set_id}/commits/{run_id}.json", canonical_json(commit))
 
 
