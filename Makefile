@@ -1,7 +1,9 @@
 # `make demo` and `make test` do all the set-up themselves on a machine that has only Python 3.11+ and make.
 VENV := .venv
 BIN := $(VENV)/bin
-PYTHON ?= $(shell command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3)
+# The first Python that runs and is new enough; a version manager may offer names that do not.
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 SOURCES := lib jobs tests
 
 .PHONY: help setup demo test check format integration chaos bench lock clean
@@ -12,7 +14,7 @@ help:  ## Show this help.
 setup: $(VENV)/.ready  ## Make .venv with the pinned dependencies and Convoy itself.
 
 $(VENV)/.ready: requirements.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Convoy needs Python 3.11 or newer")'
+	@test -n "$(PYTHON)" || { echo "Convoy needs Python 3.11 or newer: install it, or call make PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
