@@ -98,7 +98,7 @@ class StreamedFeatures:
         for set_id in self._set_ids:
             for chunk in self._chunks(set_id):
                 yield FeatureBatch(
-                    features_BD=torch.from_numpy(chunk.features_BD.astype(np.float32)),
+                    features_BD=torch.from_numpy(chunk.features_BD).float(),
                     labels_B=torch.from_numpy(self._rows.labels_N[chunk.rows_B]),
                     weights_B=torch.from_numpy(self._rows.weights_N[chunk.rows_B]),
                 )

@@ -45,6 +45,8 @@ from convoy.storage.runs import OpenRun, RunFolder, RunRecord
 from convoy.vision.engine_options import EngineOptions, Precision
 
 _VERB = "cache"
+# All that counting needs of a manifest.
+_COUNTED = ("content_id",)
 
 
 class FeatureJob:
@@ -95,7 +97,7 @@ class FeatureJob:
         """What `ensure` would do now, without writing anything."""
         missing = Counter[str]()
         num_missing = 0
-        for set_ids, rows in self._missing(self._known()):
+        for set_ids, rows in self._missing(self._known(), _COUNTED):
             num_missing += rows.num_rows
             missing.update(dict.fromkeys(set_ids, rows.num_rows))
         folder = self._open_run.current()
@@ -117,7 +119,7 @@ class FeatureJob:
         if folder is not None and record is not None:
             return folder, record
         known = self._known()
-        num_missing = sum(rows.num_rows for _, rows in self._missing(known))
+        num_missing = sum(rows.num_rows for _, rows in self._missing(known, _COUNTED))
         if not num_missing:
             if folder is not None:
                 self._open_run.close()
@@ -128,8 +130,10 @@ class FeatureJob:
     def _known(self) -> dict[str, KnownContent]:
         return {spec.set_id: self._cache.known_content(spec.set_id) for spec in self.sets}
 
-    def _missing(self, known: Mapping[str, KnownContent]) -> Iterator[tuple[tuple[str, ...], pa.Table]]:
-        return missing_rows(self._manifest.iter_batches(splits=self._request.splits), known)
+    def _missing(
+        self, known: Mapping[str, KnownContent], columns: Sequence[str] | None = None
+    ) -> Iterator[tuple[tuple[str, ...], pa.Table]]:
+        return missing_rows(self._manifest.iter_batches(columns, splits=self._request.splits), known)
 
     def _freeze(
         self,
@@ -253,7 +257,7 @@ class FeatureJob:
         """Samples of the request, and those that have rows in every set."""
         known = self._known().values()
         samples = rows = 0
-        for batch in self._manifest.iter_batches(columns=["content_id"], splits=self._request.splits):
+        for batch in self._manifest.iter_batches(_COUNTED, splits=self._request.splits):
             samples += batch.num_rows
             rows += int(np.logical_and.reduce([one.has_rows(batch["content_id"]) for one in known]).sum())
         return samples, rows

@@ -115,10 +115,16 @@ class FeatureCache:
         return self._store.open_parquet(key).read(columns=columns)
 
     def _collect_ids(self, parts: Sequence[PartFile], columns: Sequence[str]) -> np.ndarray:
-        found = [
-            content_id_array(_lasting(table)["content_id"]) for table in self._read_parts(parts, columns)
-        ]
-        return np.unique(np.concatenate(found)) if found else np.empty(0, _ID_DTYPE)
+        """The sorted ids of some parts, in 16 bytes a row: filled part by part, sorted in place."""
+        ids = np.empty(sum(part.num_rows for part in parts), _ID_DTYPE)
+        num_found = 0
+        for table in self._read_parts(parts, columns):
+            found = content_id_array(_lasting(table)["content_id"])
+            ids[num_found : num_found + len(found)] = found
+            num_found += len(found)
+        ids = ids[:num_found]
+        ids.sort()
+        return ids
 
 
 def content_id_array(content_ids: pa.Array | pa.ChunkedArray) -> np.ndarray:

@@ -21,7 +21,8 @@ from convoy.core.records import Split
 from convoy.storage.object_store import ObjectStore
 
 MANIFEST_SCHEMA_VERSION = 1
-ROWS_PER_GROUP = 65_536
+# Also the rows that a fingerprint hashes at once, so another number makes other fingerprints of large datasets.
+ROWS_PER_GROUP = 16_384
 
 # A sample is a whole object, a byte range of a tar shard (offset_bytes), or a parquet file's row (row_index).
 MANIFEST_SCHEMA = pa.schema(
