@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from convoy.core.config import StrictModel
+from convoy.core.errors import DataError
 from convoy.core.metrics import ClassMetrics, EvaluationCounts, ReliabilityBin
 from convoy.core.progress import Progress
 from convoy.core.records import Split
@@ -72,6 +73,7 @@ def evaluate_classifier(
     store: ObjectStore, manifest: Manifest, task: EvaluationTask, *, progress: Progress, new_run: bool = False
 ) -> Evaluation:
     """Features where they are missing, predictions of every sample, and the metrics of the labelled ones."""
+    _require_labels(manifest, task.splits)
     classifier = task.classifier
     request = FeatureRequest(
         dataset=task.dataset,
@@ -95,6 +97,16 @@ def evaluate_classifier(
     finish(folder, evaluation.model_dump(mode="json"))
     open_run.close()
     return evaluation
+
+
+def _require_labels(manifest: Manifest, splits: Collection[Split]) -> None:
+    counts = [manifest.counts[split] for split in splits if split in manifest.counts]
+    if not any(sum(count.by_class) for count in counts):
+        raise DataError(
+            f"no labelled sample in split {', '.join(sorted(splits))}: nothing could be measured",
+            where=manifest.uri,
+            next_step="label the dataset, or choose another split with --set splits=[...]",
+        )
 
 
 def _measure(
