@@ -57,10 +57,9 @@ def settings_arguments(*settings: str) -> list[str]:
     return [argument for setting in settings for argument in ("--set", setting)]
 
 
-def freeze(source: str | Path, workspace: str, *settings: str) -> dict[str, Any]:
-    """Freeze a source as the dataset `digits`, or refresh it."""
-    options = ("--name", "digits", "--workspace", workspace, *settings_arguments(*settings))
-    return convoy_json("dataset", str(source), *options)
+def freeze(source: str | Path, workspace: str, name: str = "digits") -> dict[str, Any]:
+    """Freeze a source as a dataset, or refresh the dataset."""
+    return convoy_json("dataset", str(source), "--name", name, "--workspace", workspace)
 
 
 def write_digits(folder: Path, num_images: int, *, start: int = 0) -> None:
@@ -127,7 +126,8 @@ def cached_features(workspace: str, set_id: str) -> dict[str, np.ndarray]:
     tables = list(FeatureCache(open_store(workspace)).iter_parts(set_id, ["sample_id", "features"]))
     ids = [name for table in tables for name in table["sample_id"].to_pylist()]
     assert len(set(ids)) == len(ids)
-    return dict(zip(ids, np.concatenate([features_array(table["features"]) for table in tables]), strict=True))
+    features_ND = np.concatenate([features_array(table["features"]) for table in tables])
+    return dict(zip(ids, features_ND, strict=True))
 
 
 def made_job(folder: Path, *, num_images: int = 96) -> CacheJob:

@@ -1,0 +1,58 @@
+"""The pretrained ResNet-20 as it is on all 10,000 test images of CIFAR-10, with the config that we ship."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from pathlib import Path
+
+import duckdb
+import pytest
+
+from cache_jobs import convoy_json, freeze
+
+pytestmark = pytest.mark.integration
+
+ROOT = Path(__file__).parents[2]
+DATA = Path(os.environ.get("CONVOY_TEST_DATA", ROOT.parent / "shared/data"))
+ARCHIVE = DATA / "cifar10-jpeg.tar.gz"
+WEIGHTS = DATA / "cifar10-resnets" / "resnet20-12fca82f.th"
+# Of these weights on these JPEG files, in float32; one image is 0.0001.
+TOP1 = 0.8103
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """The test split as class folders."""
+    for path in (ARCHIVE, WEIGHTS):
+        if not path.exists():
+            pytest.skip(f"no {path}; set CONVOY_TEST_DATA to the folder that has it")
+    with tarfile.open(ARCHIVE) as tar:
+        members = (member for member in tar if member.name.startswith("test/"))
+        tar.extractall(tmp_path / "cifar10", members, filter="data")
+    return tmp_path / "cifar10"
+
+
+def test_pretrained_resnet_20_has_its_known_accuracy(source: Path, tmp_path: Path) -> None:
+    workspace = str(tmp_path / "workspace")
+    assert freeze(source, workspace, name="cifar10")["splits"] == {"test": 10_000}
+    config = ROOT / "jobs" / "configs" / "evaluate.cifar_as_is.yaml"
+    arguments = ("--config", str(config), "--workspace", workspace, "--set")
+    report = convoy_json("evaluate", *arguments, f"model.backbone.weights={WEIGHTS}")
+
+    assert (report["samples"], report["results"], report["rejects"]) == (10_000, 10_000, 0)
+    assert report["labelled"] == 10_000
+    assert report["top1"] == pytest.approx(TOP1, abs=0.0005)
+    assert sum(map(sum, report["confusion"])) == 10_000
+    assert [row["support"] for row in report["per_class"]] == [1000] * 10
+    assert report["intervals"]["top1"]["low"] < TOP1 < report["intervals"]["top1"]["high"]
+
+    files = f"{workspace}/runs/{report['run']}/predictions/*.parquet"
+    columns = "count(*), count(DISTINCT sample_id), avg((pred = label)::INT)"
+    ((rows, samples, top1),) = duckdb.sql(f"SELECT {columns} FROM read_parquet('{files}')").fetchall()
+    assert (rows, samples) == (10_000, 10_000)
+    assert top1 == pytest.approx(report["top1"], abs=1e-12)
+    for run in (report["cache_run"], report["run"]):
+        proof = convoy_json("verify", run, "--workspace", workspace)
+        assert proof["ok"], proof["problems"]
+        assert (proof["inputs"], proof["results"]) == (10_000, 10_000)
