@@ -124,7 +124,9 @@ def measure_planning(root: str, case: str, repeat: int) -> dict[str, StepCost]:
     with meter.step("known"):
         known = {set_id: FeatureCache(store).known_content(set_id)}
     with meter.step("count"):
-        num_missing = sum(rows.num_rows for _, rows in missing_rows(manifest.iter_batches(("content_id",)), known))
+        num_missing = sum(
+            rows.num_rows for _, rows in missing_rows(manifest.iter_batches(("content_id",)), known)
+        )
     with meter.step("freeze"):
         groups = freeze_input(
             RunFolder(store, f"{case}-{repeat}"),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from cache_jobs import CacheJob, made_job
 
+from cache_jobs import CacheJob, made_job
 from convoy.core.crash_points import CrashPoint
 
 pytestmark = [pytest.mark.integration, pytest.mark.chaos]

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from cache_jobs import CONVOY, TIMEOUT_S, made_job
 
 pytestmark = [pytest.mark.integration, pytest.mark.chaos]

@@ -26,7 +26,17 @@ MAY_IMPORT = {
 OUTSIDE = {
     "core": {"numpy", "pydantic", "yaml"},
     "storage": {"numpy", "pydantic", "pyarrow", "boto3", "botocore", "tenacity"},
-    "vision": {"numpy", "pydantic", "torch", "torchvision", "timm", "PIL", "safetensors", "scipy"},
+    "vision": {
+        "numpy",
+        "pydantic",
+        "torch",
+        "torchvision",
+        "timm",
+        "PIL",
+        "safetensors",
+        "scipy",
+        "threadpoolctl",
+    },
     "cluster": {"numpy", "pydantic", "pyarrow", "torch", "ray"},
     "pipelines": {"numpy", "pydantic", "pyarrow", "torch"},
     "report": {"pydantic", "rich", "jinja2"},

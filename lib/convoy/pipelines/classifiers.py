@@ -14,6 +14,7 @@ from convoy.core.errors import ConfigError, DataError
 from convoy.core.fingerprints import canonical_json, digest
 from convoy.pipelines.backbone_loading import read_backbone_state, restore_backbone
 from convoy.pipelines.backbone_record import BackboneRecord
+from convoy.pipelines.feature_plan import ExtractionConfig, FeatureDtype, PrecisionChoice
 from convoy.storage.bundles import Bundle
 from convoy.storage.object_store import ObjectStore
 from convoy.vision.decode_rule import DecodeRule
@@ -43,6 +44,13 @@ class Classifier:
     head: Head | None
     classes: tuple[str, ...]
     decode_rule: DecodeRule
+    precision: PrecisionChoice
+    dtype: FeatureDtype
+
+    def extraction_like(self, extraction: ExtractionConfig) -> ExtractionConfig:
+        """The settings of a job, but with what determines the features as this classifier was made with."""
+        mine = {"decode": self.decode_rule, "precision": self.precision, "dtype": self.dtype}
+        return extraction.model_copy(update=mine)
 
     @property
     def gives_probabilities(self) -> bool:
@@ -58,7 +66,9 @@ class Classifier:
         return logits_BK
 
 
-def as_is(backbone: BackboneRecord, classes: tuple[str, ...] | None, decode_rule: DecodeRule) -> Classifier:
+def as_is(
+    backbone: BackboneRecord, classes: tuple[str, ...] | None, extraction: ExtractionConfig
+) -> Classifier:
     """A pretrained network with its own classes, no parameter changed."""
     names = classes or backbone.classes
     if names is None:
@@ -77,7 +87,9 @@ def as_is(backbone: BackboneRecord, classes: tuple[str, ...] | None, decode_rule
         tap=backbone.resolve_tap("logits"),
         head=None,
         classes=tuple(names),
-        decode_rule=decode_rule,
+        decode_rule=extraction.decode,
+        precision=extraction.precision,
+        dtype=extraction.dtype,
     )
 
 
@@ -96,6 +108,8 @@ def classifier_files(store: ObjectStore, classifier: Classifier) -> dict[str, by
     preprocess = {
         "decode_rule": classifier.decode_rule.model_dump(mode="json"),
         "preset": classifier.backbone.preset.model_dump(mode="json"),
+        "precision": classifier.precision.value,
+        "dtype": classifier.dtype.value,
     }
     return {
         "model.safetensors": state_to_safetensors(state),
@@ -117,6 +131,7 @@ def read_classifier(store: ObjectStore, bundle: Bundle) -> Classifier:
     state = read_state_dict(bundle.files["model.safetensors"])
     backbone = BackboneRecord.model_validate(config["backbone"])
     restore_backbone(store, backbone, _below(state, _BACKBONE))
+    preprocess = bundle.read_json("preprocess.json")
     spec = None if config["head"] is None else HeadSpec.model_validate(config["head"])
     return Classifier(
         strategy=Strategy(config["strategy"]),
@@ -124,7 +139,9 @@ def read_classifier(store: ObjectStore, bundle: Bundle) -> Classifier:
         tap=config["tap"],
         head=None if spec is None else head_from_state(spec, _below(state, _HEAD)),
         classes=tuple(bundle.read_json("classes.json")),
-        decode_rule=DecodeRule.model_validate(bundle.read_json("preprocess.json")["decode_rule"]),
+        decode_rule=DecodeRule.model_validate(preprocess["decode_rule"]),
+        precision=PrecisionChoice(preprocess["precision"]),
+        dtype=FeatureDtype(preprocess["dtype"]),
     )
 
 

@@ -62,7 +62,7 @@ def run_evaluate(config: EvaluateConfig, *, progress: Progress, new_run: bool = 
         model_digest=model_digest,
         dataset=config.dataset,
         splits=config.splits,
-        extraction=config.extraction.model_copy(update={"decode": classifier.decode_rule}),
+        extraction=classifier.extraction_like(config.extraction),
         config=config.model_dump(mode="json"),
     )
     evaluation = evaluate_classifier(store, manifest, task, progress=progress, new_run=new_run)
@@ -75,7 +75,7 @@ def run_evaluate(config: EvaluateConfig, *, progress: Progress, new_run: bool = 
 def _open_model(store: ObjectStore, config: EvaluateConfig) -> tuple[Classifier, str]:
     if config.model is not None:
         backbone = fetch_backbone(store, config.model.backbone)
-        classifier = as_is(backbone, config.model.classes, config.extraction.decode)
+        classifier = as_is(backbone, config.model.classes, config.extraction)
         return classifier, classifier_digest(classifier)
     bundle = open_bundle(store, config.bundle or "")
     return read_classifier(store, bundle), bundle.ref.digest

@@ -14,7 +14,7 @@ from convoy.storage.feature_cache import FeatureSetSpec
 from convoy.storage.manifests import Manifest
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.decode_rule import DecodeRule
-from convoy.vision.engine_options import Precision, best_precision, has_compiler
+from convoy.vision.engine_options import best_precision, has_compiler
 from convoy.vision.view_policy import ViewPolicy, view_recipe
 
 # torch.compile costs about half a minute a worker and saves about a sixth of the forward time (resnet18 and
@@ -82,15 +82,17 @@ class FeatureRequest(StrictModel):
     view_policy: ViewPolicy = ViewPolicy()
 
 
+def resolve_precision(extraction: ExtractionConfig) -> PrecisionChoice:
+    """What `auto` means on this machine."""
+    if extraction.precision is not PrecisionChoice.AUTO:
+        return extraction.precision
+    return PrecisionChoice(best_precision().value)
+
+
 def plan_sets(
     backbone: BackboneRecord, request: FeatureRequest, extraction: ExtractionConfig
 ) -> list[FeatureSetSpec]:
     """The feature sets of a request, taps outermost; the spec of view 0 does not depend on the view policy."""
-    precision = (
-        best_precision()
-        if extraction.precision is PrecisionChoice.AUTO
-        else Precision(extraction.precision.value)
-    )
     return [
         FeatureSetSpec(
             decode_rule=extraction.decode.model_dump(mode="json"),
@@ -101,7 +103,7 @@ def plan_sets(
             arch=backbone.arch,
             weights_digest=backbone.weights_digest,
             tap=backbone.resolve_tap(tap),
-            precision=precision.value,
+            precision=resolve_precision(extraction).value,
             dtype=extraction.dtype.value,
         )
         for tap in dict.fromkeys(request.taps)

@@ -12,7 +12,7 @@ from convoy.core.progress import Progress
 from convoy.core.records import Split
 from convoy.pipelines.classifiers import Classifier, Strategy, classifier_files
 from convoy.pipelines.evaluation import Evaluation, EvaluationTask, evaluate_classifier
-from convoy.pipelines.feature_plan import ErrorBudget, ExtractionConfig, FeatureRequest
+from convoy.pipelines.feature_plan import ErrorBudget, ExtractionConfig, FeatureRequest, resolve_precision
 from convoy.pipelines.feature_source import open_features, read_labelled_rows
 from convoy.pipelines.features import FeatureJob
 from convoy.pipelines.models import fetch_backbone
@@ -92,6 +92,9 @@ def run_train(config: TrainConfig, *, progress: Progress, new_run: bool = False)
         head=fitted.head,
         classes=manifest.classes,
         decode_rule=config.extraction.decode,
+        # As it was resolved here: on another machine "auto" may mean another precision.
+        precision=resolve_precision(config.extraction),
+        dtype=config.extraction.dtype,
     )
     files = classifier_files(store, classifier)
     task = EvaluationTask(

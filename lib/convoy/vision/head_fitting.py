@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy.optimize import minimize
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -38,6 +39,9 @@ from convoy.vision.heads import (
     Selection,
     empty_head,
 )
+
+# Multiplications of one evaluation of the objective below which a second thread costs more than it brings.
+_SMALL_OBJECTIVE = 50_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,16 +95,17 @@ def fit_head(
         train, num_classes=num_classes, standardisation=config.standardisation, device=torch.device(device)
     )
     fit = _mlp_epochs if config.kind is HeadKind.MLP else _linear_path
-    candidates = fit(config, train, val, scale=scale, num_classes=num_classes)
-    head, chosen = next(candidates)
-    trials, trials_since_chosen = [chosen], 0
-    for candidate, trial in candidates:
-        trials.append(trial)
-        trials_since_chosen += 1
-        if _is_better(trial, chosen, config.selection):
-            head, chosen, trials_since_chosen = candidate, trial, 0
-        elif config.kind is HeadKind.MLP and trials_since_chosen >= config.mlp.patience_epochs:
-            break
+    with _few_threads(train.num_rows * train.num_features * num_classes):
+        candidates = fit(config, train, val, scale=scale, num_classes=num_classes)
+        head, chosen = next(candidates)
+        trials, trials_since_chosen = [chosen], 0
+        for candidate, trial in candidates:
+            trials.append(trial)
+            trials_since_chosen += 1
+            if _is_better(trial, chosen, config.selection):
+                head, chosen, trials_since_chosen = candidate, trial, 0
+            elif config.kind is HeadKind.MLP and trials_since_chosen >= config.mlp.patience_epochs:
+                break
     return FittedHead(
         head=head,
         chosen=chosen,
@@ -109,6 +114,22 @@ def fit_head(
         num_train_rows=scale.num_rows,
         seconds=time.monotonic() - started_s,
     )
+
+
+@contextmanager
+def _few_threads(multiplications: int) -> Iterator[None]:
+    """One thread for L-BFGS's own vectors, and one for the objective where it is small.
+
+    Two pools of threads that spin for work, BLAS and OpenMP, make 600 rows of 84 features a hundred times slower.
+    """
+    num_threads = torch.get_num_threads()
+    with threadpool_limits(limits=1, user_api="blas"):
+        if multiplications < _SMALL_OBJECTIVE:
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(num_threads)
 
 
 def evaluate_head(head: Head, source: FeatureSource) -> EvaluationCounts:
