@@ -10,6 +10,7 @@ from convoy.core.config import StrictModel
 from convoy.core.fingerprints import canonical_json
 from convoy.core.progress import Progress
 from convoy.core.records import Split
+from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.classifiers import Classifier, Strategy, classifier_files
 from convoy.pipelines.evaluation import Evaluation, EvaluationTask, evaluate_classifier
 from convoy.pipelines.feature_plan import ErrorBudget, ExtractionConfig, FeatureRequest, resolve_precision
@@ -84,7 +85,7 @@ def run_train(config: TrainConfig, *, progress: Progress, new_run: bool = False)
     manifest = open_dataset(store, config.dataset)
     backbone = fetch_backbone(store, config.backbone)
     tap = backbone.resolve_tap("pooled" if config.tap is None else config.tap)
-    fitted = _fit(store, manifest, config, tap, progress, new_run=new_run)
+    fitted = _fit(store, manifest, backbone, config, tap, progress, new_run=new_run)
     classifier = Classifier(
         strategy=config.strategy,
         backbone=backbone,
@@ -130,6 +131,7 @@ def held_out_split(manifest: Manifest) -> Split:
 def _fit(
     store: ObjectStore,
     manifest: Manifest,
+    backbone: BackboneRecord,
     config: TrainConfig,
     tap: str,
     progress: Progress,
@@ -138,7 +140,6 @@ def _fit(
 ) -> FittedHead:
     """Cache what is missing, then fit: view 0 of all splits, and the other views of the train split only."""
     request = FeatureRequest(dataset=config.dataset, backbone=config.backbone, taps=(tap,))
-    backbone = fetch_backbone(store, config.backbone)
     plain = FeatureJob(store, manifest, backbone, request, config.extraction)
     plain.ensure(progress=progress, new_run=new_run)
     train_sets = [plain.set_id(tap)]
