@@ -13,7 +13,7 @@ from enum import StrEnum
 
 
 class CrashPoint(StrEnum):
-    """Every step of the commit protocol after which a kill must lose and double nothing."""
+    """Every step of a commit, or of writing a checkpoint, after which a kill must lose and double nothing."""
 
     RUN_OPENED = "run_opened"
     INPUT_FROZEN = "input_frozen"
@@ -28,6 +28,12 @@ class CrashPoint(StrEnum):
     SET_COMMITTED = "set_committed"
     SUCCESS_WRITTEN = "success_written"
     RUN_CLOSED = "run_closed"
+    CHECKPOINT_WRITTEN = "checkpoint_written"
+    CHECKPOINT_RECORDED = "checkpoint_recorded"
+
+
+# The steps that only a training with checkpoints comes by; all others are those of any run that commits parts.
+TRAINING_CRASH_POINTS = frozenset({CrashPoint.CHECKPOINT_WRITTEN, CrashPoint.CHECKPOINT_RECORDED})
 
 
 def crash_point(point: CrashPoint) -> None:
