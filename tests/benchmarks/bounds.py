@@ -20,6 +20,7 @@ from convoy.core.config import StrictModel, load_config
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.parts import FeatureRows, write_features
 from convoy.storage.stores import open_store
+from convoy.vision.augmentation_policy import EVAL_VIEW
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.backbones import build_network, default_preset
 from convoy.vision.decode_rule import DecodeRule
@@ -29,7 +30,6 @@ from convoy.vision.engine import FeatureEngine
 from convoy.vision.engine_options import EngineOptions, Precision
 from convoy.vision.presets import EvalPreset
 from convoy.vision.stages import resolve_tap
-from convoy.vision.view_policy import EVAL_VIEW
 from convoy.vision.views import prepare_view
 
 _BACKBONE = BackboneConfig(arch="torchvision:resnet18", weights="random")

@@ -107,7 +107,7 @@ def test_one_more_tap_computes_only_that_tap(job: CacheJob, ray_cluster: Mapping
 def test_one_more_view_computes_only_that_view(job: CacheJob, ray_cluster: Mapping[str, str]) -> None:
     before = job.run()["sets"]
     old_files = {set_id: files(job, set_id) for set_id in before.values()}
-    report = job.changed("views=2", "view_policy.seed=1").run(ray_cluster)
+    report = job.changed("views=2", "augmentation.seed=1").run(ray_cluster)
     assert report["recomputed"] == 96
     assert {set_id: files(job, set_id) for set_id in before.values()} == old_files
     assert {name: report["sets"][name] for name in before} == before
@@ -123,7 +123,7 @@ def test_one_more_view_computes_only_that_view(job: CacheJob, ray_cluster: Mappi
     "setting",
     [
         "splits=[train]",
-        "view_policy.mirror_probability=0",
+        "augmentation.mirror.probability=0",
         "error_budget.rows=0",
         "extraction.batch_size=8",
         "extraction.slice_rows=5",

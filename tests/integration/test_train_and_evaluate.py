@@ -190,7 +190,7 @@ def test_early_layer_probe_computes_only_its_tap(digits: Digits, softmax: dict[s
 
 
 def test_views_multiply_the_train_rows_and_no_others(digits: Digits, softmax: dict[str, Any]) -> None:
-    policy = "view_policy={mirror_probability: 0, crop_area: [0.8, 1.0]}"
+    policy = "augmentation={mirror: null, crop: {area: [0.8, 1.0]}}"
     report = digits.train("views=2", policy, "head.C=[0.1]", "name=views")
     assert (report["num_train_rows"], report["labelled"]) == (1200, 400)
     assert report["model_digest"] != softmax["model_digest"]

@@ -152,7 +152,7 @@ class FeatureExtractor:
                 self._spec.preset,
                 image_CHW,
                 view=view,
-                policy=self._spec.view_policy,
+                policy=self._spec.augmentation,
                 content_id=content_id,
             )
         return _Prepared(digest_bytes(data), decoded.flags, time.perf_counter() - started_s)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from convoy.core.config import StrictModel
+from convoy.vision.augmentation_policy import AugmentationPolicy
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.decode_rule import DecodeRule
 from convoy.vision.engine_options import EngineOptions
 from convoy.vision.presets import EvalPreset
-from convoy.vision.view_policy import ViewPolicy
 
 
 class FeatureOutput(StrictModel):
@@ -29,7 +29,7 @@ class ExtractionSpec(StrictModel):
     weights_key: str
     preset: EvalPreset
     decode_rule: DecodeRule
-    view_policy: ViewPolicy
+    augmentation: AugmentationPolicy
     outputs: tuple[FeatureOutput, ...]
     dtype: str
     engine: EngineOptions

@@ -12,10 +12,10 @@ from convoy.core.records import Split
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.storage.feature_cache import FeatureSetSpec
 from convoy.storage.manifests import Manifest
+from convoy.vision.augmentation_policy import AugmentationPolicy, view_recipe
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.decode_rule import DecodeRule
 from convoy.vision.engine_options import best_precision, has_compiler
-from convoy.vision.view_policy import ViewPolicy, view_recipe
 
 # torch.compile costs about half a minute a worker and saves about a sixth of the forward time (resnet18 and
 # resnet50 at 224 pixels on two AVX512-bf16 cores): it pays from this much forward work on.
@@ -79,7 +79,7 @@ class FeatureRequest(StrictModel):
     backbone: BackboneConfig
     taps: tuple[str | int, ...] = ("pooled",)
     views: int = Field(default=1, ge=1)
-    view_policy: ViewPolicy = ViewPolicy()
+    augmentation: AugmentationPolicy = AugmentationPolicy()
 
 
 def resolve_precision(extraction: ExtractionConfig) -> PrecisionChoice:
@@ -92,12 +92,12 @@ def resolve_precision(extraction: ExtractionConfig) -> PrecisionChoice:
 def plan_sets(
     backbone: BackboneRecord, request: FeatureRequest, extraction: ExtractionConfig
 ) -> list[FeatureSetSpec]:
-    """The feature sets of a request, taps outermost; the spec of view 0 does not depend on the view policy."""
+    """The feature sets of a request, taps outermost; the spec of view 0 does not depend on the augmentation."""
     return [
         FeatureSetSpec(
             decode_rule=extraction.decode.model_dump(mode="json"),
             view=view,
-            view_recipe=view_recipe(backbone.preset, request.view_policy, view),
+            view_recipe=view_recipe(backbone.preset, request.augmentation, view),
             mean=backbone.preset.mean,
             std=backbone.preset.std,
             arch=backbone.arch,

@@ -199,7 +199,7 @@ class FeatureJob:
             weights_key=self._backbone.weights_key,
             preset=self._backbone.preset,
             decode_rule=self._extraction.decode,
-            view_policy=self._request.view_policy,
+            augmentation=self._request.augmentation,
             outputs=tuple(self._output(spec, record) for spec in self.sets if spec.set_id in record.outputs),
             dtype=self._extraction.dtype.value,
             engine=EngineOptions(

@@ -23,10 +23,10 @@ from convoy.storage.datasets import open_dataset
 from convoy.storage.feature_cache import FeatureCache
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
+from convoy.vision.augmentation_policy import AugmentationPolicy
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.head_fitting import FittedHead, fit_head
 from convoy.vision.heads import HeadConfig
-from convoy.vision.view_policy import ViewPolicy
 
 PROBES = (Strategy.LINEAR_PROBE, Strategy.EARLY_LAYER_PROBE)
 
@@ -42,7 +42,7 @@ class TrainConfig(StrictModel):
     backbone: BackboneConfig
     tap: str | int | None = None
     views: int = Field(default=1, ge=1)
-    view_policy: ViewPolicy = ViewPolicy()
+    augmentation: AugmentationPolicy = AugmentationPolicy()
     head: HeadConfig = HeadConfig()
     extraction: ExtractionConfig = ExtractionConfig()
     error_budget: ErrorBudget = ErrorBudget()
@@ -144,7 +144,7 @@ def _fit(
     plain.ensure(progress=progress, new_run=new_run)
     train_sets = [plain.set_id(tap)]
     if config.views > 1:
-        update = {"splits": (Split.TRAIN,), "views": config.views, "view_policy": config.view_policy}
+        update = {"splits": (Split.TRAIN,), "views": config.views, "augmentation": config.augmentation}
         augmented = FeatureJob(
             store, manifest, backbone, request.model_copy(update=update), config.extraction
         )

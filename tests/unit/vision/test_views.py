@@ -2,13 +2,11 @@ from __future__ import annotations
 
 import io
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from pydantic import ValidationError
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms._presets import ImageClassification
 from torchvision.transforms.v2 import functional as reference
@@ -16,15 +14,15 @@ from torchvision.transforms.v2 import functional as reference
 from convoy.core.errors import ConfigError
 from convoy.core.fingerprints import digest
 from convoy.core.records import RejectCode, SampleRejected
+from convoy.vision.augmentation_policy import AugmentationPolicy, view_recipe
 from convoy.vision.decode_rule import DecodeRule
 from convoy.vision.decoding import decode_image
 from convoy.vision.presets import EvalPreset, Interpolation
-from convoy.vision.view_policy import ViewPolicy, view_recipe
 from convoy.vision.views import normalise, prepare_view
 from image_files import encode, photo
 
 PRESET = EvalPreset(resize_px=64, crop_px=56)
-POLICY = ViewPolicy(seed=7)
+POLICY = AugmentationPolicy(seed=7)
 CONTENT = b"0123456789abcdef"
 MODES = {
     Interpolation.BILINEAR: InterpolationMode.BILINEAR,
@@ -42,7 +40,7 @@ def view_of(
     preset: EvalPreset = PRESET,
     *,
     view: int = 0,
-    policy: ViewPolicy | None = POLICY,
+    policy: AugmentationPolicy | None = POLICY,
     content_id: bytes = CONTENT,
 ) -> torch.Tensor:
     out_CHW = torch.empty(3, preset.crop_px, preset.crop_px, dtype=torch.uint8)
@@ -123,7 +121,7 @@ def test_views_are_pure_functions_of_seed_content_and_index() -> None:
         view_of(image, view=0),
         view_of(image, view=2),
         view_of(image, view=1, content_id=b"another content!"),
-        view_of(image, view=1, policy=ViewPolicy(seed=8)),
+        view_of(image, view=1, policy=AugmentationPolicy(seed=8)),
     )
     assert not any(torch.equal(first, other) for other in others)
 
@@ -136,28 +134,14 @@ def test_eval_view_needs_no_policy_and_others_do() -> None:
             view_of(image, view=view, policy=policy)
 
 
-def test_mirror_probability_mirrors_that_share_of_views() -> None:
-    """Whole-image crops: each view is the resized image or its mirror."""
-    image = pixels(56, 56)
-    whole = {"crop_area": (1.0, 1.0), "crop_aspect": (1.0, 1.0)}
-
-    def mirrored_share(probability: float) -> float:
-        policy = ViewPolicy(mirror_probability=probability, **whole)
-        views = [view_of(image, view=view, policy=policy) for view in range(1, 201)]
-        assert all(torch.equal(view, image) or torch.equal(view, image.flip(-1)) for view in views)
-        return float(np.mean([torch.equal(view, image.flip(-1)) for view in views]))
-
-    assert mirrored_share(0.0) == 0
-    assert mirrored_share(1.0) == 1
-    assert 0.15 < mirrored_share(0.3) < 0.45
-
-
-@pytest.mark.parametrize(
-    "settings_", [{"crop_area": (0.5, 0.2)}, {"crop_area": (0, 1)}, {"crop_aspect": (2, 1)}]
-)
-def test_policy_refuses_empty_ranges(settings_: dict[str, tuple[float, float]]) -> None:
-    with pytest.raises(ValidationError):
-        ViewPolicy(**settings_)
+def test_recipe_of_the_eval_view_is_the_one_that_cached_features_have() -> None:
+    assert view_recipe(PRESET, POLICY, 0) == {
+        "recipe_version": 1,
+        "view": 0,
+        "resize_px": 64,
+        "crop_px": 56,
+        "interpolation": "bilinear",
+    }
 
 
 def test_recipe_of_the_eval_view_depends_on_pixels_of_the_preset_only() -> None:
@@ -167,18 +151,6 @@ def test_recipe_of_the_eval_view_depends_on_pixels_of_the_preset_only() -> None:
     changes = ({"resize_px": 65}, {"crop_px": 55}, {"interpolation": Interpolation.BICUBIC})
     recipes = [plain, *(view_recipe(PRESET.model_copy(update=change), None, 0) for change in changes)]
     assert len({digest(recipe) for recipe in recipes}) == 4
-
-
-def test_recipe_of_a_drawn_view_depends_on_all_of_the_policy() -> None:
-    policies = (
-        POLICY,
-        ViewPolicy(seed=8),
-        ViewPolicy(seed=7, mirror_probability=0.4),
-        ViewPolicy(seed=7, crop_area=(0.3, 1.0)),
-        ViewPolicy(seed=7, crop_aspect=(0.8, 1.25)),
-    )
-    recipes = [view_recipe(PRESET, policy, 1) for policy in policies] + [view_recipe(PRESET, POLICY, 2)]
-    assert len({digest(recipe) for recipe in recipes}) == 6
 
 
 def test_normalise_keeps_the_memory_format_and_the_input() -> None:
