@@ -17,6 +17,7 @@ import pytest
 from convoy.core.errors import AccessDenied, StoreUnavailable
 from convoy.core.records import RejectCode, SampleRejected, Stage
 from convoy.core.splits import SplitOptions
+from convoy.storage.local_cache import LocalImageCache
 from convoy.storage.manifests import MANIFEST_SCHEMA
 from convoy.storage.object_store import Blob
 from convoy.storage.samples import SampleReader
@@ -39,7 +40,7 @@ def with_values(rows: pa.Table, **values: Any) -> pa.Table:
     return pa.Table.from_pylist(changed, MANIFEST_SCHEMA)
 
 
-def read(rows: pa.Table, **options: int) -> list[bytes | RejectCode]:
+def read(rows: pa.Table, **options: Any) -> list[bytes | RejectCode]:
     results = list(SampleReader(**options).read(rows))
     assert [row for row, _ in results] == list(range(rows.num_rows))
     for _, data in results:
@@ -162,7 +163,7 @@ class _Store(UriReader):
         return answer
 
 
-def reader_of(store: UriReader, **options: int) -> SampleReader:
+def reader_of(store: UriReader, **options: Any) -> SampleReader:
     reader = SampleReader(**options)
     object.__setattr__(reader, "_uris", store)
     return reader
@@ -225,8 +226,68 @@ def test_no_more_is_read_ahead_than_the_window_holds(folder: Path, options: dict
     iterator.close()  # type: ignore[attr-defined]
 
 
-def test_a_reader_pickles(folder: Path) -> None:
-    reader = pickle.loads(pickle.dumps(SampleReader(num_threads=2)))
+@pytest.fixture
+def cache(tmp_path: Path) -> LocalImageCache:
+    return LocalImageCache(str(tmp_path / "cache"), 1 << 20)
+
+
+def as_remote(rows: pa.Table, **values: Any) -> pa.Table:
+    """The rows as if their objects lay in a bucket."""
+    changed = [{**row, "uri": f"s3://bucket{row['uri']}", **values} for row in rows.to_pylist()]
+    return pa.Table.from_pylist(changed, MANIFEST_SCHEMA)
+
+
+def test_what_the_cache_has_needs_no_request(folder: Path, cache: LocalImageCache) -> None:
+    rows = as_remote(rows_of(folder), etag="e")
+    store = _Store(Blob(data=b"data", etag="e"))
+    for num_gets in (40, 40):
+        assert list(reader_of(store, cache=cache).read(rows)) == [(row, b"data") for row in range(40)]
+        assert store.num_gets == num_gets
+    assert (cache.counts.hits, cache.counts.misses, cache.counts.admitted_bytes) == (40, 40, 160)
+
+
+def test_a_damaged_file_of_the_cache_is_fetched_again(folder: Path, cache: LocalImageCache) -> None:
+    rows = as_remote(rows_of(folder).slice(0, 2), etag="e")
+    store = _Store(Blob(data=b"data", etag="e"))
+    list(reader_of(store, cache=cache).read(rows))
+    for path in Path(cache.folder).rglob(rows["content_id"][1].as_py().hex()):
+        path.write_bytes(path.read_bytes()[:-1])
+    assert list(reader_of(store, cache=cache).read(rows)) == [(0, b"data"), (1, b"data")]
+    assert store.num_gets == 3
+
+
+def test_what_failed_its_checks_is_not_cached(folder: Path, cache: LocalImageCache) -> None:
+    rows = as_remote(rows_of(folder).slice(0, 1), etag="e", checksum=f"md5:{md5(b'right').hexdigest()}")
+    for answer, code in (
+        (Blob(data=b"wrong", etag="e"), RejectCode.CHECKSUM_MISMATCH),
+        (Blob(data=b"right", etag="of another version"), RejectCode.CHANGED),
+        (AccessDenied("not yours"), RejectCode.ACCESS_DENIED),
+    ):
+        ((_, rejected),) = reader_of(_Store(answer), cache=cache).read(rows)
+        assert isinstance(rejected, SampleRejected)
+        assert rejected.code is code
+    assert cache.counts.admitted_bytes == 0
+
+
+def test_the_size_limit_holds_for_what_is_cached(folder: Path, cache: LocalImageCache) -> None:
+    rows = as_remote(rows_of(folder).slice(0, 1), etag="e", size_bytes=4)
+    store = _Store(Blob(data=b"data", etag="e"))
+    list(reader_of(store, cache=cache).read(rows))
+    ((_, rejected),) = reader_of(store, cache=cache, max_bytes=3).read(rows)
+    assert isinstance(rejected, SampleRejected)
+    assert rejected.code is RejectCode.TOO_LARGE
+
+
+def test_local_files_do_not_go_through_the_cache(folder: Path, parquet: Path, cache: LocalImageCache) -> None:
+    rows = pa.concat_tables([rows_of(folder), rows_of(parquet)])
+    assert len(read(rows, cache=cache)) == 60
+    assert not Path(cache.folder).exists()
+    assert (cache.counts.hits, cache.counts.misses) == (0, 0)
+
+
+def test_a_reader_pickles(folder: Path, cache: LocalImageCache) -> None:
+    reader = pickle.loads(pickle.dumps(SampleReader(num_threads=2, cache=cache)))
+    assert reader.cache.folder == cache.folder
     assert len(list(reader.read(rows_of(folder)))) == 40
 
 

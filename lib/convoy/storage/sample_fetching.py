@@ -1,0 +1,89 @@
+"""The bytes of one object, or of a range of one, checked against what the manifest knows of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from convoy.core.errors import AccessDenied, ObjectNotFound, StorageError
+from convoy.core.records import RejectCode, SampleRejected, Stage
+from convoy.storage.object_store import Blob
+from convoy.storage.stores import UriReader, open_object
+
+
+class Address(NamedTuple):
+    """The columns of a manifest that say where a sample's bytes are, and by what they are known and checked."""
+
+    uri: str
+    etag: str
+    size_bytes: int | None
+    offset_bytes: int | None
+    row_index: int | None
+    container_field: str | None
+    checksum: str | None
+    content_id: bytes
+
+
+def fetch(address: Address, uris: UriReader) -> bytes:
+    """The bytes of an object, or of a range of one. What comes back wrong is read once more.
+
+    Raises SampleRejected for another version or a wrong checksum; errors of storage pass.
+    """
+    for _attempt in range(2):
+        blob = _get(address, uris)
+        if blob.etag != address.etag:
+            raise _reject(RejectCode.CHANGED, f"version {blob.etag} instead of {address.etag}")
+        if _is_intact(blob, address):
+            return blob.data
+    raise _reject(RejectCode.CHECKSUM_MISMATCH, f"the bytes do not have the checksum {address.checksum}")
+
+
+@contextmanager
+def rejecting() -> Iterator[None]:
+    """Make rejects of the errors that one sample can have; others concern the store, and pass."""
+    try:
+        yield
+    except ObjectNotFound as error:
+        raise _reject(RejectCode.GONE, error.what) from None
+    except AccessDenied as error:
+        raise _reject(RejectCode.ACCESS_DENIED, error.what) from None
+
+
+def check_size(size_bytes: int | None, max_bytes: int) -> None:
+    """Reject a sample that is empty or larger than `max_bytes`; None is a size that is not known yet."""
+    if size_bytes == 0:
+        raise SampleRejected(RejectCode.EMPTY, Stage.DECODE, "there are no bytes")
+    if size_bytes is not None and size_bytes > max_bytes:
+        reason = f"{size_bytes} bytes; the limit is {max_bytes}"
+        raise SampleRejected(RejectCode.TOO_LARGE, Stage.DECODE, reason)
+
+
+def _get(address: Address, uris: UriReader) -> Blob:
+    if address.offset_bytes is None or address.size_bytes is None:
+        return uris.get(address.uri)
+    try:
+        return uris.get(address.uri, byte_range=(address.offset_bytes, address.size_bytes))
+    except StorageError as error:
+        if error.retryable or isinstance(error, ObjectNotFound | AccessDenied):
+            raise
+        # A range beyond the end: the shard may have been replaced by a shorter one.
+        store, key = open_object(address.uri)
+        etag = store.head(key).etag
+        if etag == address.etag:
+            raise
+        return Blob(data=b"", etag=etag)
+
+
+def _is_intact(blob: Blob, address: Address) -> bool:
+    # A listing took the etag for an MD5, but of an encrypted object it is none, as the Blob then says.
+    is_guess = address.checksum == f"md5:{address.etag}" and not blob.checksum
+    if address.checksum is None or is_guess:
+        return True
+    algorithm, _, expected = address.checksum.partition(":")
+    return hashlib.new(algorithm, blob.data, usedforsecurity=False).hexdigest() == expected
+
+
+def _reject(code: RejectCode, reason: str) -> SampleRejected:
+    return SampleRejected(code, Stage.FETCH, reason)

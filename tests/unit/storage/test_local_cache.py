@@ -1,0 +1,286 @@
+"""The node's image cache: never wrong bytes, never more than its limit, never a reason for a job to fail."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import resource
+import signal
+import stat
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from convoy.core.fingerprints import digest_bytes
+from convoy.storage.local_cache import LocalImageCache
+from convoy.storage.local_walk import PRIVATE_PREFIX
+
+LIBRARY = Path(__file__).parents[3] / "lib"
+HEADER_BYTES = 16
+
+
+def image(number: int, size_bytes: int = 100) -> tuple[bytes, bytes]:
+    """A content id and its bytes."""
+    data = number.to_bytes(4, "little") * (size_bytes // 4)
+    return digest_bytes(b"id" + data), data
+
+
+def fill(cache: LocalImageCache, *numbers: int) -> None:
+    for number in numbers:
+        cache.offer(*image(number))
+
+
+def found(cache: LocalImageCache, *numbers: int) -> list[int]:
+    kept = []
+    for number in numbers:
+        content_id, data = image(number)
+        answer = cache.get(content_id)
+        assert answer in (None, data)
+        if answer is not None:
+            kept.append(number)
+    return kept
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "usage")
+
+
+def used_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in files_of(folder))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def cache(folder: Path) -> LocalImageCache:
+    return LocalImageCache(str(folder), 1 << 20)
+
+
+def test_an_admitted_image_comes_back_and_is_counted(cache: LocalImageCache) -> None:
+    content_id, data = image(1)
+    assert cache.get(content_id) is None
+    cache.offer(content_id, data)
+    assert cache.get(content_id) == data
+    assert cache.find(content_id) == len(data)
+    counts = cache.counts
+    assert (counts.hits, counts.misses, counts.admitted_bytes, counts.notes) == (1, 1, len(data), {})
+
+
+def test_finding_nothing_is_a_miss(cache: LocalImageCache, folder: Path) -> None:
+    assert cache.find(image(1)[0]) is None
+    assert cache.counts.misses == 1
+    assert not folder.exists(), "looking makes no folder"
+
+
+def test_files_lie_in_folders_by_prefix_for_their_owner_only(cache: LocalImageCache, folder: Path) -> None:
+    content_id, data = image(1)
+    cache.offer(content_id, data)
+    name = content_id.hex()
+    assert files_of(folder) == [folder / name[:2] / name[2:4] / name]
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_an_image_is_admitted_once(cache: LocalImageCache, folder: Path) -> None:
+    fill(cache, 1, 1)
+    fill(LocalImageCache(str(folder), 1 << 20), 1)
+    assert cache.counts.admitted_bytes == 100
+    assert len(files_of(folder)) == 1
+
+
+def test_another_process_of_the_node_finds_it(cache: LocalImageCache) -> None:
+    fill(cache, 1)
+    other = pickle.loads(pickle.dumps(cache))
+    assert (other.folder, other.max_bytes, other.counts.admitted_bytes) == (cache.folder, 1 << 20, 0)
+    assert found(other, 1) == [1]
+
+
+def test_when_full_the_first_images_stay_and_no_more_come(folder: Path) -> None:
+    cache = LocalImageCache(str(folder), 3 * (100 + HEADER_BYTES))
+    for _epoch in range(3):
+        fill(cache, *range(10))
+        assert found(cache, *range(10)) == [0, 1, 2]
+    assert used_bytes(folder) == cache.max_bytes
+    assert cache.counts.admitted_bytes == 300
+    assert cache.counts.notes == {}
+
+
+def test_what_is_larger_than_the_cache_does_not_close_it(folder: Path) -> None:
+    cache = LocalImageCache(str(folder), 150)
+    cache.offer(*image(1, size_bytes=200))
+    fill(cache, 2)
+    assert found(cache, 2) == [2]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "header only", "flipped", "of another"])
+def test_a_damaged_file_is_a_miss_and_is_replaced(cache: LocalImageCache, folder: Path, damage: str) -> None:
+    fill(cache, 1)
+    (path,) = files_of(folder)
+    whole = path.read_bytes()
+    fill(cache, 2)
+    (other,) = set(files_of(folder)) - {path}
+    path.write_bytes(
+        {
+            "truncated": whole[:-1],
+            "empty": b"",
+            "header only": whole[:HEADER_BYTES],
+            "flipped": whole[:-1] + bytes([whole[-1] ^ 1]),
+            "of another": other.read_bytes(),
+        }[damage]
+    )
+    assert found(cache, 1) == []
+    assert not path.exists()
+    assert cache.counts.notes == {"a damaged file was deleted": 1}
+    fill(cache, 1)
+    assert found(cache, 1) == [1]
+
+
+def test_an_unwritable_folder_turns_admission_off_and_says_so_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    cache = LocalImageCache(str(tmp_path / "file" / "images"), 1 << 20)
+    fill(cache, 1, 2)
+    assert found(cache, 1, 2) == []
+    assert cache.counts.notes == {"nothing more is admitted: Not a directory": 1}
+
+
+@contextmanager
+def file_size_limit(size_bytes: int) -> Iterator[None]:
+    """Writes fail in the middle of a file, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_disk_that_takes_no_more_turns_admission_off_and_leaves_no_part(
+    cache: LocalImageCache, folder: Path
+) -> None:
+    fill(cache, 1)
+    with file_size_limit(10_000):
+        cache.offer(*image(2, size_bytes=50_000))
+    assert len(files_of(folder)) == 1
+    assert cache.counts.notes == {"nothing more is admitted: File too large": 1}
+    fill(cache, 3)
+    assert found(cache, 1, 3) == [1], "what is there is still read"
+    assert cache.counts.admitted_bytes == 100
+
+
+def test_files_that_were_deleted_make_room_at_the_next_opening(folder: Path) -> None:
+    cache = LocalImageCache(str(folder), 3 * (100 + HEADER_BYTES))
+    fill(cache, 1, 2, 3)
+    files_of(folder)[0].unlink()
+    with_old_count(folder)
+    fill(LocalImageCache(cache.folder, cache.max_bytes), 4, 5)
+    assert found(cache, 4, 5) == [4]
+    assert used_bytes(folder) == cache.max_bytes
+
+
+def with_old_count(folder: Path) -> None:
+    """Make the last count two minutes older."""
+    used, counted_unix_s = struct.unpack("<qd", (folder / "usage").read_bytes())
+    (folder / "usage").write_bytes(struct.pack("<qd", used, counted_unix_s - 120))
+
+
+@pytest.mark.parametrize(("age_s", "is_left"), [(60, True), (90_000, False)])
+def test_an_unfinished_file_is_removed_once_it_is_a_day_old(folder: Path, age_s: int, is_left: bool) -> None:
+    cache = LocalImageCache(str(folder), 2 * (100 + HEADER_BYTES))
+    fill(cache, 1)
+    unfinished = files_of(folder)[0].parent / f"{PRIVATE_PREFIX}0123"
+    unfinished.write_bytes(bytes(90))
+    os.utime(unfinished, (time.time() - age_s,) * 2)
+    with_old_count(folder)
+    fill(LocalImageCache(cache.folder, cache.max_bytes), 2)
+    assert unfinished.exists() is is_left
+    assert found(cache, 2) == ([] if is_left else [2]), "what is left counts"
+
+
+def test_a_long_job_counts_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = LocalImageCache(str(folder), 100 + HEADER_BYTES)
+    fill(cache, 1)
+    os.unlink(files_of(folder)[0])
+    fill(cache, 2)
+    assert found(cache, 2) == []
+    monkeypatch.setattr("convoy.storage.local_cache._RECOUNT_AFTER_S", -1.0)
+    fill(cache, 2)
+    assert found(cache, 2) == [2]
+
+
+@pytest.mark.parametrize("usage", [b"", b"short", bytes(8) + b"\xff" * 8])
+def test_a_damaged_usage_file_is_counted_anew(folder: Path, usage: bytes) -> None:
+    cache = LocalImageCache(str(folder), 2 * (100 + HEADER_BYTES))
+    fill(cache, 1)
+    (folder / "usage").write_bytes(usage)
+    fill(cache, 2, 3)
+    assert found(cache, 1, 2, 3) == [1, 2]
+
+
+FILL_FOREVER = """
+import itertools, sys
+from convoy.core.fingerprints import digest_bytes
+from convoy.storage.local_cache import LocalImageCache
+cache = LocalImageCache(sys.argv[1], int(sys.argv[2]))
+print("ready", flush=True)
+for number in itertools.count(int(sys.argv[3])):
+    data = number.to_bytes(4, "little") * 2000
+    cache.offer(digest_bytes(data), data)
+    if number % 50 == 0 and cache.counts.notes:
+        sys.exit(1)
+"""
+
+
+def test_processes_that_fill_one_cache_and_are_killed_keep_to_its_limit(folder: Path) -> None:
+    max_bytes, file_bytes, num_processes = 16_000_000, 8000 + HEADER_BYTES, 4
+    environment = {**os.environ, "PYTHONPATH": str(LIBRARY)}
+    for generation in range(2):
+        starts = [str((generation * num_processes + process) << 24) for process in range(num_processes)]
+        writers = [
+            subprocess.Popen(
+                [sys.executable, "-c", FILL_FOREVER, folder, str(max_bytes), start],
+                env=environment,
+                stdout=subprocess.PIPE,
+            )
+            for start in starts
+        ]
+        for writer in writers:
+            assert writer.stdout is not None
+            assert writer.stdout.readline() == b"ready\n"
+            writer.stdout.close()
+        # The first generation dies while it fills; the second finds the cache full and stays below the limit.
+        deadline_s = time.monotonic() + 30
+        # A killed writer may have counted a file that it did not write.
+        goal_bytes = (max_bytes // 8, max_bytes - (num_processes + 2) * file_bytes)[generation]
+        while used_bytes_of_live(folder) <= goal_bytes:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.005)
+        time.sleep(0.2 * generation)
+        for writer in writers:
+            assert writer.poll() is None, "a writer stopped admitting"
+            writer.send_signal(signal.SIGKILL)
+            writer.wait()
+        assert used_bytes(folder) <= max_bytes + num_processes * file_bytes
+    whole = [path for path in files_of(folder) if not path.name.startswith(PRIVATE_PREFIX)]
+    reader = LocalImageCache(str(folder), max_bytes)
+    assert all(reader.get(bytes.fromhex(path.name)) for path in whole)
+    assert reader.counts.hits == len(whole) > 0
+
+
+def used_bytes_of_live(folder: Path) -> int:
+    """As `used_bytes`, while files come and go."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.stat(os.path.join(parent, name)).st_size
+            except FileNotFoundError:
+                continue
+    return total
