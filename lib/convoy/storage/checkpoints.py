@@ -130,7 +130,8 @@ class CheckpointFolder:
                 record = self._read_record(record_key)
                 return LoadedCheckpoint(record, self.read(record)), damaged
             except (ObjectNotFound, DataError, ChecksumMismatch) as error:
-                damaged.append(DamagedCheckpoint(record_key, _step_of(record_key), str(error)))
+                reason = f"{error.what} [{error.where}]"
+                damaged.append(DamagedCheckpoint(record_key, _step_of(record_key), reason))
         return None, damaged
 
     def discard(self, damaged: Iterable[DamagedCheckpoint]) -> None:
