@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import subprocess
@@ -15,8 +16,10 @@ import pytest
 
 from cache_jobs import CacheJob, cached_features, convoy, freeze, last_json, made_job, write_digits
 from convoy.core.config import load_config
+from convoy.core.records import Split
 from convoy.pipelines.cache import CacheConfig, CachePlan, plan_cache
 from convoy.storage.commits import feature_prefix, read_commits
+from convoy.storage.datasets import open_dataset
 from convoy.storage.stores import open_store
 from convoy.vision.engine_options import Precision, best_precision
 
@@ -117,6 +120,33 @@ def test_one_more_view_computes_only_that_view(job: CacheJob, ray_cluster: Mappi
     # A drawn crop may by chance be the whole image, but rarely.
     assert sum(np.array_equal(plain[sample_id], drawn[sample_id]) for sample_id in plain) < 10
     assert job.verify(report["run"])["ok"]
+
+
+def test_views_in_other_light_measure_the_colours_of_the_train_split_once(
+    base: CacheJob, tmp_path: Path, ray_cluster: Mapping[str, str]
+) -> None:
+    job = base.copied_to(tmp_path).changed("taps=[f6]", "views=2", "augmentation.pca_colour={strength: 0.5}")
+    note = "the colours of the train split will be measured first, for pca_colour"
+    plan = planned(job)
+    assert plan.missing_by_set == {"f6/0": 0, "f6/1": 96}
+    assert note in plan.notes
+    report = job.run(ray_cluster)
+    assert report["recomputed"] == 96
+    store = open_store(job.workspace)
+    (key,) = [info.key for info in store.list_objects("datasets/digits/") if "pixel_statistics" in info.key]
+    statistics = json.loads(store.get(key).data)
+    train = open_dataset(store, "digits").counts[Split.TRAIN].num_samples
+    measured = statistics["measured"]
+    assert measured["num_images"] + sum(measured["rejects"].values()) == train
+    # Grey images differ along grey only.
+    assert statistics["basis"]["eigenvectors"][0] == pytest.approx([3**-0.5] * 3, abs=1e-6)
+    assert statistics["basis"]["eigenvalues"][1:] == [0, 0]
+    again = job.run(ray_cluster)
+    assert (again["recomputed"], again["sets"]) == (0, report["sets"])
+    assert planned(job).missing == 0
+    assert note not in planned(job).notes
+    spec = json.loads(store.get(f"features/{report['sets']['f6/1']}/spec.json").data)
+    assert spec["view_recipe"]["policy"]["pca_colour"]["basis"] == statistics["basis"]
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,13 @@ Ray is imported inside the functions: a job that finds nothing to do must not wa
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from convoy.cluster.extraction_spec import ExtractionSpec
+from convoy.cluster.ray_data import first_cause, quiet_ray_data
 from convoy.core.config import StrictModel
-from convoy.core.errors import ClusterError, ConvoyError
+from convoy.core.errors import ClusterError
 from convoy.storage.commits import SliceRecord
 
 
@@ -60,7 +60,7 @@ def extract_slices(
     import ray.data  # noqa: PLC0415
     from ray.exceptions import RayError  # noqa: PLC0415
 
-    _quiet_ray_data()
+    quiet_ray_data()
     rows = [{"task": task.model_dump_json()} for task in tasks]
     # A block a slice: slices are handed out one by one, and a record comes back as soon as its slice is done.
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
@@ -75,7 +75,7 @@ def extract_slices(
         for row in dataset.iter_rows():
             yield SliceRecord.model_validate_json(row["record"])
     except RayError as error:
-        raise _first_cause(error) from error
+        raise first_cause(error) from error
 
 
 class _SliceWorker:
@@ -91,26 +91,3 @@ class _SliceWorker:
         tasks = [SliceTask.model_validate_json(str(text)) for text in batch["task"]]
         records = [self._extractor.extract(task.slice, task.set_ids) for task in tasks]
         return {"record": [record.model_dump_json() for record in records]}
-
-
-def _quiet_ray_data() -> None:
-    """Leave the terminal to our own progress; Ray's log files stay complete."""
-    import ray.data  # noqa: PLC0415
-
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    for handler in logging.getLogger("ray.data").handlers:
-        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
-            handler.setLevel(logging.ERROR)
-
-
-def _first_cause(error: BaseException) -> ConvoyError:
-    """Our own error from inside Ray's wrapping, or a ClusterError with Ray's words."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, ConvoyError):
-            return cause
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    return ClusterError(
-        f"a worker failed: {error}",
-        next_step="run the same command again to go on; Ray's logs are in /tmp/ray/session_latest/logs",
-    )

@@ -7,11 +7,13 @@ from convoy.pipelines.feature_plan import ErrorBudget, ExtractionConfig, Feature
 from convoy.pipelines.feature_summary import FeaturePlan, FeatureSummary
 from convoy.pipelines.features import FeatureJob
 from convoy.pipelines.models import fetch_backbone
+from convoy.pipelines.pixel_statistics import known_augmentation, resolve_augmentation
 from convoy.pipelines.workspace import WriterMode, open_workspace
 from convoy.storage.datasets import open_dataset
 from convoy.storage.duplicates import DuplicateReport, find_duplicates
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
+from convoy.vision.augmentation_policy import NO_COLOURS, AugmentationPolicy
 
 
 class CacheConfig(FeatureRequest):
@@ -42,7 +44,12 @@ def run_cache(config: CacheConfig, *, progress: Progress, new_run: bool = False)
     """See to it that the workspace has features of every sample of the dataset, and say what that took."""
     store = open_workspace(config.workspace, config.writers)
     manifest = open_dataset(store, config.dataset)
-    job = _job(store, manifest, config)
+    policy = config.augmentation
+    if config.views > 1:
+        policy = resolve_augmentation(
+            store, manifest, config.dataset, policy, config.extraction.decode, progress
+        )
+    job = _job(store, manifest, config, policy)
     summary = job.ensure(progress=progress, new_run=new_run)
     return CacheReport(
         **summary.model_dump(),
@@ -56,10 +63,20 @@ def run_cache(config: CacheConfig, *, progress: Progress, new_run: bool = False)
 def plan_cache(config: CacheConfig) -> CachePlan:
     """What `run_cache` would do; only the backbone is brought into the workspace if it is not there."""
     store = open_workspace(config.workspace, config.writers)
-    job = _job(store, open_dataset(store, config.dataset), config)
-    return CachePlan(config=config, **job.plan().model_dump())
+    manifest = open_dataset(store, config.dataset)
+    policy, notes = config.augmentation, []
+    if config.views > 1:
+        known = known_augmentation(store, manifest, config.dataset, policy, config.extraction.decode)
+        # Views on colours that nobody measured yet cannot be in the cache, whatever stands for them here.
+        policy = known or policy.with_basis(NO_COLOURS)
+        notes = [] if known else ["the colours of the train split will be measured first, for pca_colour"]
+    plan = _job(store, manifest, config, policy).plan()
+    return CachePlan(config=config, **{**plan.model_dump(), "notes": [*notes, *plan.notes]})
 
 
-def _job(store: ObjectStore, manifest: Manifest, config: CacheConfig) -> FeatureJob:
+def _job(
+    store: ObjectStore, manifest: Manifest, config: CacheConfig, policy: AugmentationPolicy
+) -> FeatureJob:
     backbone = fetch_backbone(store, config.backbone)
-    return FeatureJob(store, manifest, backbone, config, config.extraction)
+    request = config.model_copy(update={"augmentation": policy})
+    return FeatureJob(store, manifest, backbone, request, config.extraction)

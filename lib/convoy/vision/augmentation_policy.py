@@ -126,6 +126,10 @@ class PcaBasis(StrictModel):
     eigenvectors: tuple[_Vector, _Vector, _Vector]
 
 
+# A basis that changes no pixel.
+NO_COLOURS = PcaBasis(eigenvalues=(0, 0, 0), eigenvectors=((1, 0, 0), (0, 1, 0), (0, 0, 1)))
+
+
 class PcaColour(StrictModel):
     """Krizhevsky, Sutskever and Hinton 2012, section 4.1: to each pixel add sum_i alpha_i lambda_i p_i.
 

@@ -58,3 +58,9 @@ def eval_crop(pixels_CHW: torch.Tensor, preset: EvalPreset) -> torch.Tensor:
     resized_CHW = eval_resized(pixels_CHW, preset)
     height_px, width_px = resized_CHW.shape[1:]
     return cut(resized_CHW, center_crop_box(height_px, width_px, preset.crop_px))
+
+
+def central_square(pixels_CHW: torch.Tensor, max_px: int) -> torch.Tensor:
+    """The central square of an image, shrunk to a side of at most `max_px` and never enlarged."""
+    side_px = min(max_px, *pixels_CHW.shape[1:])
+    return eval_crop(pixels_CHW, EvalPreset(resize_px=side_px, crop_px=side_px))

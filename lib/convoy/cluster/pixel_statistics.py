@@ -1,0 +1,55 @@
+"""Moments of the pixels of a dataset: slices of its manifest through Ray Data, one row of sums back for each.
+
+Ray is imported inside the functions: a job that finds nothing to do must not wait for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import pyarrow as pa
+
+from convoy.cluster.feature_extraction import WorkerPool
+from convoy.cluster.ray_data import first_cause, quiet_ray_data
+from convoy.vision.decode_rule import DecodeRule
+from convoy.vision.pixel_statistics import MeasuredImages
+
+
+def measure_slices(
+    slices: Sequence[pa.Table], decode_rule: DecodeRule, pool: WorkerPool
+) -> Iterator[MeasuredImages]:
+    """The sums of some slices of a manifest, in the order in which they finish. Needs no GPU.
+
+    Rejected samples are counted and skipped; an error raised in a worker ends the job.
+    """
+    import ray.data  # noqa: PLC0415
+    from ray.exceptions import RayError  # noqa: PLC0415
+
+    quiet_ray_data()
+    dataset = ray.data.from_arrow(list(slices)).map_batches(
+        _PixelWorker,
+        fn_constructor_args=(decode_rule.model_dump_json(), pool.num_threads),
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=min(pool.num_workers, len(slices))),
+        num_cpus=pool.num_cpus,
+    )
+    try:
+        for row in dataset.iter_rows():
+            yield MeasuredImages.model_validate_json(row["measured"])
+    except RayError as error:
+        raise first_cause(error) from error
+
+
+class _PixelWorker:
+    """The actor that Ray Data makes for each place in the pool."""
+
+    def __init__(self, decode_rule_json: str, num_threads: int) -> None:
+        # Only the worker needs torch.
+        from convoy.cluster.pixel_meter import PixelMeter  # noqa: PLC0415
+
+        rule = DecodeRule.model_validate_json(decode_rule_json)
+        self._meter = PixelMeter(rule, num_threads=num_threads)
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        return pa.table({"measured": [self._meter.measure(rows).model_dump_json()]})
