@@ -65,11 +65,12 @@ class Metrics(StrictModel):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RowOutcomes:
-    """What a bootstrap needs of each row, in the order the rows were added. The counts keep 5 bytes a row."""
+    """What a bootstrap needs of each row, in the order the rows were added. The counts keep 9 bytes a row."""
 
     correct1_N: NDArray[np.bool_]
     correct5_N: NDArray[np.bool_]
     nll_N: NDArray[np.float32]
+    brier_N: NDArray[np.float32]
 
 
 class EvaluationCounts:
@@ -94,6 +95,7 @@ class EvaluationCounts:
         self._bin_confidence_sum = np.zeros(NUM_CALIBRATION_BINS, np.float64)
         self._hits: list[NDArray[np.uint8]] = []  # bit 0: top-1, bit 1: top-5
         self._nlls: list[NDArray[np.float32]] = []
+        self._briers: list[NDArray[np.float32]] = []
 
     def add(self, logits_BK: NDArray[Any], labels_B: NDArray[Any]) -> None:
         """Count a chunk of rows; for probabilities see `logits_from_probabilities`.
@@ -125,6 +127,7 @@ class EvaluationCounts:
         self._bin_confidence_sum += other._bin_confidence_sum
         self._hits += other._hits
         self._nlls += other._nlls
+        self._briers += other._briers
 
     def summary(self) -> Metrics:
         """The metrics of all rows so far; DataError if there are none."""
@@ -150,6 +153,7 @@ class EvaluationCounts:
             correct1_N=(hits & 1).astype(np.bool_),
             correct5_N=(hits & 2).astype(np.bool_),
             nll_N=np.concatenate([*self._nlls, np.empty(0, np.float32)]),
+            brier_N=np.concatenate([*self._briers, np.empty(0, np.float32)]),
         )
 
     def _check(self, logits_BK: NDArray[Any], labels_B: NDArray[Any]) -> None:
@@ -180,13 +184,15 @@ class EvaluationCounts:
         probabilities_BK = np.exp(log_probabilities_BK)
         self._add_calibration(probabilities_BK[rows_B, predicted_B], predicted_B == labels_B)
         probabilities_BK[rows_B, labels_B] -= 1.0
+        brier_B = np.square(probabilities_BK).sum(axis=1)
         self.num_rows += len(labels_B)
         np.add.at(self.confusion_KK, (labels_B, predicted_B), 1)
         self._num_correct5 += int(top5_B.sum())
         self._nll_sum += float(nll_B.sum())
-        self._brier_sum += float(np.square(probabilities_BK).sum())
+        self._brier_sum += float(brier_B.sum())
         self._hits.append((predicted_B == labels_B).astype(np.uint8) | (top5_B.astype(np.uint8) << 1))
         self._nlls.append(nll_B.astype(np.float32))
+        self._briers.append(brier_B.astype(np.float32))
 
     def _add_calibration(self, confidence_B: NDArray[np.float64], correct_B: NDArray[np.bool_]) -> None:
         bins_B = np.searchsorted(_bin_edges()[1:-1], confidence_B, side="left")

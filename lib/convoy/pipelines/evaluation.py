@@ -34,8 +34,8 @@ class NamedClass(ClassMetrics):
 class Evaluation(StrictModel):
     """What a classifier is worth on some splits. Rates are in 0..1; every labelled sample counts once.
 
-    `nll`, `ece` and `reliability` are null for heads whose scores are no probabilities. `intervals` are 95 %:
-    bootstrap percentiles, and Wilson's for top-1 beside it, which stays honest near 0 and 1.
+    `nll`, `brier` (0..2), `ece` and `reliability` are null for heads whose scores are no probabilities.
+    `intervals` are 95 %: bootstrap percentiles, and Wilson's for top-1 beside it, which stays honest near 0 and 1.
     """
 
     run: str
@@ -49,6 +49,7 @@ class Evaluation(StrictModel):
     top1: float
     top5: float
     nll: float | None
+    brier: float | None
     ece: float | None
     intervals: dict[str, Interval]
     per_class: list[NamedClass]
@@ -123,7 +124,7 @@ def _measure(
         "top1": bootstrap_mean(rows.correct1_N),
         "top1_wilson": wilson_interval(int(rows.correct1_N.sum()), len(rows.correct1_N)),
         "top5": bootstrap_mean(rows.correct5_N),
-        **({"nll": bootstrap_mean(rows.nll_N)} if honest else {}),
+        **({"nll": bootstrap_mean(rows.nll_N), "brier": bootstrap_mean(rows.brier_N)} if honest else {}),
     }
     return Evaluation(
         run=manifest.run_id,
@@ -137,6 +138,7 @@ def _measure(
         top1=metrics.top1,
         top5=metrics.top5,
         nll=metrics.nll if honest else None,
+        brier=metrics.brier if honest else None,
         ece=metrics.ece if honest else None,
         intervals=intervals,
         per_class=[

@@ -88,7 +88,10 @@ def test_chunks_of_any_size_and_merged_workers_give_the_same_metrics(chunk_rows,
     merged.merge(count(logits[37:], labels[37:], chunk_rows))
     assert_equal_metrics(merged.summary(), whole.summary())
     np.testing.assert_array_equal(merged.confusion_KK, whole.confusion_KK)
-    np.testing.assert_array_equal(merged.row_outcomes().nll_N, whole.row_outcomes().nll_N)
+    for name in ("nll_N", "brier_N"):
+        np.testing.assert_array_equal(
+            getattr(merged.row_outcomes(), name), getattr(whole.row_outcomes(), name)
+        )
 
 
 def test_a_chunk_larger_than_a_slice_is_counted_whole():
@@ -117,6 +120,7 @@ def test_row_outcomes_give_the_metrics_again():
     assert rows.correct1_N.mean() == metrics.top1
     assert rows.correct5_N.mean() == metrics.top5
     assert rows.nll_N.mean(dtype=np.float64) == pytest.approx(metrics.nll, rel=1e-6)
+    assert rows.brier_N.mean(dtype=np.float64) == pytest.approx(metrics.brier, rel=1e-6)
 
 
 def test_ratios_without_rows_are_undefined_rather_than_zero():
