@@ -13,7 +13,7 @@ import typer
 from pydantic import BaseModel
 
 from convoy.core.config import load_config
-from convoy.core.errors import ConvoyError, ErrorBudgetExceeded, ExitCode
+from convoy.core.errors import ConfigError, ConvoyError, ErrorBudgetExceeded, ExitCode
 from convoy.report.progress import TerminalProgress
 from convoy.report.tables import print_report
 
@@ -102,6 +102,19 @@ def train(
 
 @app.command()
 def evaluate(
+    bundles: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[BUNDLE]...", help="A bundle: name, name@digest or its URI. Two with --compare."
+        ),
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option("--dataset", "-d", help="Name of the dataset in the workspace.")
+    ] = None,
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Compare two bundles on the same rows: paired interval and test."),
+    ] = False,
     config: ConfigOption = None,
     overrides: SetOption = None,
     workspace: WorkspaceOption = None,
@@ -109,9 +122,19 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Measure a bundle, or a pretrained network as it is, on a split: every row counted once."""
+    if compare:
+        from convoy.pipelines.comparison import CompareConfig, compare_bundles  # noqa: PLC0415
+
+        words = _words(bundles=bundles, dataset=dataset)
+        comparison = _load(CompareConfig, config, [*(overrides or []), *words], workspace)
+        _run(
+            lambda progress: compare_bundles(comparison, progress=progress, new_run=new_run), as_json=as_json
+        )
+        return
     from convoy.pipelines.evaluate import EvaluateConfig, run_evaluate  # noqa: PLC0415
 
-    settings = _load(EvaluateConfig, config, overrides, workspace)
+    words = [*(_bundle_words(bundles) if bundles else []), *_words(dataset=dataset)]
+    settings = _load(EvaluateConfig, config, [*(overrides or []), *words], workspace)
     _run(lambda progress: run_evaluate(settings, progress=progress, new_run=new_run), as_json=as_json)
 
 
@@ -171,6 +194,30 @@ def models_fetch(
     _run(lambda _: fetch_backbone(open_store(workspace_uri(workspace)), config), as_json=as_json)
 
 
+@models_app.command("export")
+def models_export(
+    bundle: Annotated[str, typer.Argument(help="A bundle: name, name@digest or its URI.")],
+    to: Annotated[str, typer.Option("--to", help="onnx, or torch (a .pt2 file of torch.export).")],
+    output: Annotated[str, typer.Option("--output", "-o", help="The file to write: a path or s3:// URI.")],
+    dataset: Annotated[
+        str | None,
+        typer.Option("--dataset", "-d", help="Check on held-out images of it, not on random ones."),
+    ] = None,
+    images: Annotated[
+        int | None, typer.Option("--images", help="How many images the file is checked on.")
+    ] = None,
+    workspace: WorkspaceOption = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a bundle as one graph, uint8 images to float32 logits, and prove that the file computes the same."""
+    from convoy.pipelines.export import ExportConfig, run_export  # noqa: PLC0415
+
+    words = _words(bundle=bundle, to=to, output=output, dataset=dataset, images=images)
+    config = _load(ExportConfig, None, [*(overrides or []), *words], workspace)
+    _run(lambda progress: run_export(config, progress=progress), as_json=as_json)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command line; exits with a code of `ExitCode`."""
     for stop_signal in (signal.SIGTERM, signal.SIGINT):
@@ -200,6 +247,22 @@ def _load(
     if workspace is not None:
         settings.append(f"workspace={json.dumps(workspace)}")
     return load_config(model, path, settings)
+
+
+def _words(**values: object) -> list[str]:
+    """What was said on the command line, as overrides that come last and so win."""
+    return [f"{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
+
+
+def _bundle_words(bundles: Sequence[str]) -> list[str]:
+    """The one bundle to evaluate, which takes the place of a config's bundle or model."""
+    if len(bundles) > 1:
+        raise ConfigError(
+            "one evaluation measures one bundle",
+            where=" ".join(bundles),
+            next_step="add --compare to compare two of them on the same rows",
+        )
+    return [*_words(bundle=bundles[0]), "model=null"]
 
 
 def _run(job: Callable[[TerminalProgress], ReportT], *, as_json: bool) -> None:

@@ -12,7 +12,9 @@ from typing import Any
 
 import duckdb
 import numpy as np
+import onnxruntime
 import pytest
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -53,6 +55,9 @@ class Digits:
         finished = self.start(verb, *settings)
         assert finished.returncode == 0, finished.stderr
         return last_json(finished)
+
+    def evaluate(self, *words: str) -> dict[str, Any]:
+        return convoy_json("evaluate", *words, "--workspace", self.workspace, environment=self.ray_cluster)
 
     def train(self, *settings: str) -> dict[str, Any]:
         return self.run("train", "name=digits", f"backbone={LENET}", "tap=f6", *settings)
@@ -138,9 +143,76 @@ def test_predictions_are_one_row_a_sample_and_agree_with_the_report(
 
 def test_evaluated_bundle_is_worth_what_train_reported(digits: Digits, softmax: dict[str, Any]) -> None:
     report = digits.run("evaluate", f"bundle={softmax['bundle']}")
-    for name in ("model_digest", "top1", "top5", "nll", "ece", "intervals", "confusion", "cache_run"):
+    same = ("model_digest", "top1", "top5", "nll", "brier", "ece", "intervals", "confusion", "cache_run")
+    for name in same:
         assert report[name] == softmax[name], name
     assert report["run"] != softmax["run"]
+
+
+def test_bundle_and_dataset_can_be_words_that_override_the_config(
+    digits: Digits, softmax: dict[str, Any], tmp_path: Path
+) -> None:
+    config = tmp_path / "evaluate.yaml"
+    config.write_text(f"dataset: another\nsplits: [val]\nmodel: {{backbone: {LENET}}}\n")
+    report = digits.evaluate("digits", "--dataset", "digits", "--config", str(config))
+    assert (report["model_digest"], report["splits"]) == (softmax["model_digest"], ["val"])
+    chosen = min(softmax["trials"], key=lambda trial: (-trial["val_top1"], trial["val_nll"]))
+    assert report["top1"] == pytest.approx(chosen["val_top1"])
+
+
+def test_two_bundles_are_compared_row_by_row(digits: Digits, softmax: dict[str, Any]) -> None:
+    worse = digits.train("head.C=[1e-7]", "name=worse")
+    report = digits.evaluate("--compare", "digits", "worse", "--dataset", "digits")
+    assert [model["bundle"] for model in report["models"]] == [softmax["bundle"], worse["bundle"]]
+    assert (report["pairs"], report["only_first"], report["only_second"]) == (400, 0, 0)
+    assert report["top1"] == pytest.approx([softmax["top1"], worse["top1"]])
+    assert report["nll"] == pytest.approx([softmax["nll"], worse["nll"]], rel=1e-6)
+    difference = report["top1_difference"]
+    assert 0 < difference["low"] < softmax["top1"] - worse["top1"] < difference["high"]
+    assert difference["estimate"] == pytest.approx(softmax["top1"] - worse["top1"])
+    first, second = (
+        f"read_parquet('{digits.workspace}/runs/{model['run']}/predictions/*.parquet')"
+        for model in report["models"]
+    )
+    (joined,) = duckdb.sql(
+        "SELECT count(*) FILTER (a.pred = a.label AND b.pred <> b.label),"
+        " count(*) FILTER (a.pred <> a.label AND b.pred = b.label), avg((a.pred_name = b.pred_name)::INT)"
+        f" FROM {first} a JOIN {second} b USING (sample_id)"
+    ).fetchall()
+    mcnemar = report["mcnemar"]
+    found = (mcnemar["only_first_correct"], mcnemar["only_second_correct"], report["agreement"])
+    assert found == pytest.approx(joined)
+    assert mcnemar["mid_p"] < 0.05
+
+
+def test_two_bundles_without_compare_are_a_usage_error(digits: Digits) -> None:
+    finished = convoy("evaluate", "digits", "worse", "--dataset", "digits", "--workspace", digits.workspace)
+    assert (finished.returncode, finished.stdout) == (2, "")
+    assert "--compare" in finished.stderr
+
+
+def test_exported_bundle_agrees_on_held_out_images(
+    digits: Digits, softmax: dict[str, Any], tmp_path: Path
+) -> None:
+    where = (
+        "--output",
+        str(tmp_path / "digits.onnx"),
+        "--dataset",
+        "digits",
+        "--workspace",
+        digits.workspace,
+    )
+    report = convoy_json("models", "export", "digits", "--to", "onnx", *where)
+    assert (report["bundle"], report["checked_on"]) == (softmax["bundle"], "digits, test split")
+    assert (report["num_images"], report["top1_agreement"]) == (64, 1.0)
+    assert json.loads((tmp_path / "digits.onnx.json").read_bytes())["classes"] == softmax["classes"]
+    # The job's predictions come from features in float16, and in bf16 where the machine has it.
+    session = onnxruntime.InferenceSession(tmp_path / "digits.onnx", providers=["CPUExecutionProvider"])
+    files = sorted(Path(digits.workspace).parent.glob("images/test/*/*.jpg"))
+    images_BCHW = np.stack([np.asarray(Image.open(file).convert("RGB")).transpose(2, 0, 1) for file in files])
+    (logits_BK,) = session.run(["logits"], {"images": images_BCHW})
+    top1 = np.mean([int(file.parent.name) for file in files] == logits_BK.argmax(axis=1))
+    assert abs(top1 - softmax["top1"]) <= 0.01
 
 
 def test_same_command_gives_the_same_bundle_and_computes_no_feature(
@@ -172,11 +244,13 @@ def test_other_heads_on_the_same_features(
     assert report["cache_run"] == softmax["cache_run"]
     assert report["model_digest"] != softmax["model_digest"]
     # The margins of an SVM are no probabilities, and neither are their softmax.
-    for name in ("nll", "ece", "reliability"):
+    for name in ("nll", "brier", "ece", "reliability"):
         assert (report[name] is not None) is gives_probabilities
-    assert ("nll" in report["intervals"]) is gives_probabilities
+    for name in ("nll", "brier"):
+        assert (name in report["intervals"]) is gives_probabilities
     card = open_bundle(open_store(digits.workspace), report["bundle"]).files["README.md"].decode()
     assert ("no probabilities" in card) is not gives_probabilities
+    assert ("| brier |" in card) is gives_probabilities
 
 
 def test_early_layer_probe_computes_only_its_tap(digits: Digits, softmax: dict[str, Any]) -> None:

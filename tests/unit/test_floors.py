@@ -36,6 +36,7 @@ OUTSIDE = {
         "safetensors",
         "scipy",
         "threadpoolctl",
+        "onnxruntime",
     },
     "cluster": {"numpy", "pydantic", "pyarrow", "torch", "ray"},
     "pipelines": {"numpy", "pydantic", "pyarrow", "torch"},

@@ -27,17 +27,22 @@ class PretrainedModel(StrictModel):
     classes: tuple[str, ...] | None = None
 
 
-class EvaluateConfig(StrictModel):
-    """What is measured, on what: either a `bundle` of the workspace or a pretrained `model`."""
+class EvaluationSettings(StrictModel):
+    """On which rows models are measured, and how: what all configs of evaluations share."""
 
     workspace: str | None = None
     writers: WriterMode = WriterMode.MANY
     dataset: str
     splits: tuple[Split, ...] = (Split.TEST,)
-    bundle: str | None = None
-    model: PretrainedModel | None = None
     extraction: ExtractionConfig = ExtractionConfig()
     error_budget: ErrorBudget = ErrorBudget()
+
+
+class EvaluateConfig(EvaluationSettings):
+    """What is measured, on what: either a `bundle` of the workspace or a pretrained `model`."""
+
+    bundle: str | None = None
+    model: PretrainedModel | None = None
 
     @model_validator(mode="after")
     def _one_model(self) -> Self:

@@ -1,0 +1,189 @@
+"""`convoy models export`: bundle → one graph → file → proof that the file computes the same → where it shall lie."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import Field
+from torch import Tensor
+
+from convoy.core.config import StrictModel
+from convoy.core.errors import TrainingError
+from convoy.core.fingerprints import canonical_json
+from convoy.core.progress import Progress
+from convoy.pipelines.backbone_loading import read_backbone_state
+from convoy.pipelines.classifiers import Classifier, read_classifier
+from convoy.pipelines.export_images import batches_of_two_sizes, held_out_images, random_images
+from convoy.pipelines.train import held_out_split
+from convoy.pipelines.workspace import workspace_uri
+from convoy.storage.bundles import Bundle, open_bundle
+from convoy.storage.datasets import open_dataset
+from convoy.storage.object_store import ObjectStore
+from convoy.storage.stores import open_object, open_store
+from convoy.vision.backbones import build_network
+from convoy.vision.exporting import (
+    INPUT_NAME,
+    OUTPUT_NAME,
+    ExportFormat,
+    ImageClassifier,
+    load_predictor,
+    paired_logits,
+    require_export_packages,
+    save_program,
+    trace_classifier,
+)
+from convoy.vision.weights import load_weights
+
+# As a share of the largest logit. Float32 sums in another order differ by some 1e-6; a wrong graph by more.
+LOGIT_TOLERANCE = 1e-4
+_SUFFIXES = {ExportFormat.ONNX: ".onnx", ExportFormat.TORCH: ".pt2"}
+
+
+class ExportConfig(StrictModel):
+    """Which bundle, as what, to which file; `images` are those that the file is checked on.
+
+    They are spread evenly over the held-out split of `dataset`, or random pixels where there is none.
+    """
+
+    workspace: str | None = None
+    bundle: str
+    to: ExportFormat
+    output: str
+    dataset: str | None = None
+    images: int = Field(default=64, gt=0)
+
+
+class Parity(StrictModel):
+    """The exported file against the bundle in float32: its logits may differ by `tolerance`."""
+
+    num_images: int
+    max_abs_difference: float
+    tolerance: float
+    top1_agreement: float
+
+
+class ExportReport(Parity):
+    """What was written: the file, and beside it a JSON with the classes and how images are prepared."""
+
+    bundle: str
+    to: ExportFormat
+    output: str
+    description: str
+    size_bytes: int
+    num_classes: int
+    checked_on: str
+
+
+def run_export(config: ExportConfig, *, progress: Progress) -> ExportReport:
+    """Export a bundle. Nothing is written unless the file, loaded back, gives the bundle's own float32 logits.
+
+    The graph takes uint8 images_BCHW in RGB at the preset's crop size, any number of them, normalises inside,
+    and gives float32 logits_BK; softmax is left to the caller. Raises ConfigError where a format's packages are
+    missing, DataError for a network that cannot be traced, TrainingError for a file that computes other logits.
+    """
+    require_export_packages(config.to)
+    target, key = open_object(config.output)
+    store = open_store(workspace_uri(config.workspace))
+    bundle = open_bundle(store, config.bundle)
+    classifier = read_classifier(store, bundle)
+    progress.stage("tracing the network")
+    module = _image_classifier(store, classifier)
+    program = trace_classifier(module)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"model{_SUFFIXES[config.to]}"
+        save_program(program, config.to, path)
+        progress.stage("checking the file")
+        checked_on, batches = _check_batches(store, classifier, config)
+        parity = compare_logits(*paired_logits(batches, module, load_predictor(path, config.to)))
+        _require_parity(parity, config)
+        data = path.read_bytes()
+    description_key = f"{key}.json"
+    target.put(description_key, canonical_json(_description(bundle, classifier, config, parity)))
+    target.put(key, data)
+    return ExportReport(
+        **parity.model_dump(),
+        bundle=str(bundle.ref),
+        to=config.to,
+        output=target.uri(key),
+        description=target.uri(description_key),
+        size_bytes=len(data),
+        num_classes=len(classifier.classes),
+        checked_on=checked_on,
+    )
+
+
+def compare_logits(expected_NK: Tensor, found_NK: Tensor) -> Parity:
+    """How far two models' logits of the same images are apart; the tolerance scales with the largest logit."""
+    if expected_NK.shape != found_NK.shape:
+        raise TrainingError(
+            f"the exported file gives logits {tuple(found_NK.shape)} instead of {tuple(expected_NK.shape)}",
+            next_step="report it, with the network's name",
+        )
+    return Parity(
+        num_images=len(expected_NK),
+        max_abs_difference=float((expected_NK - found_NK).abs().max()),
+        tolerance=LOGIT_TOLERANCE * float(expected_NK.abs().max()),
+        top1_agreement=float((expected_NK.argmax(1) == found_NK.argmax(1)).float().mean()),
+    )
+
+
+def _require_parity(parity: Parity, config: ExportConfig) -> None:
+    # Written so that logits that are not finite fail too.
+    if not parity.max_abs_difference <= parity.tolerance:
+        raise TrainingError(
+            f"the exported file computes other logits: they differ by up to {parity.max_abs_difference:.3g},"
+            f" {parity.tolerance:.3g} are allowed; top-1 agrees on {parity.top1_agreement:.1%} of"
+            f" {parity.num_images} images. No file was written",
+            where=config.bundle,
+            next_step="try the other format of --to, and report it with the network's name",
+        )
+
+
+def _image_classifier(store: ObjectStore, classifier: Classifier) -> ImageClassifier:
+    backbone = classifier.backbone
+    network = build_network(backbone.config)
+    load_weights(network, read_backbone_state(store, backbone))
+    return ImageClassifier(
+        network, backbone.axis, backbone.preset, tap=classifier.tap, head=classifier.head
+    ).eval()
+
+
+def _description(
+    bundle: Bundle, classifier: Classifier, config: ExportConfig, parity: Parity
+) -> dict[str, object]:
+    size_px = classifier.backbone.preset.crop_px
+    return {
+        "bundle": str(bundle.ref),
+        "format": config.to.value,
+        "classes": list(classifier.classes),
+        "preprocess": bundle.read_json("preprocess.json"),
+        "input": {
+            "name": INPUT_NAME,
+            "dtype": "uint8",
+            "shape": ["batch", 3, size_px, size_px],
+            "content": "RGB pixels after the preset's resize and crop; normalisation is inside the graph",
+        },
+        "output": {
+            "name": OUTPUT_NAME,
+            "dtype": "float32",
+            "shape": ["batch", len(classifier.classes)],
+            "content": "logits: apply softmax for probabilities"
+            if classifier.gives_probabilities
+            else "margins of a linear SVM: no probabilities, with or without softmax",
+        },
+        "parity": parity.model_dump(),
+    }
+
+
+def _check_batches(
+    store: ObjectStore, classifier: Classifier, config: ExportConfig
+) -> tuple[str, Iterator[Tensor]]:
+    """In words what the file is checked on, and these images."""
+    preset = classifier.backbone.preset
+    if config.dataset is None:
+        return "random pixels", batches_of_two_sizes(random_images(preset.crop_px, config.images))
+    manifest = open_dataset(store, config.dataset)
+    images = held_out_images(manifest, classifier.decode_rule, preset, config.images)
+    return f"{config.dataset}, {held_out_split(manifest).value} split", batches_of_two_sizes(images)

@@ -1,0 +1,140 @@
+"""A classifier as one graph in a file: uint8 images in, float32 logits out, nothing of Convoy needed to run it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+from collections.abc import Callable, Iterable
+from enum import StrEnum
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from convoy.core.errors import ConfigError, DataError
+from convoy.vision.presets import EvalPreset
+from convoy.vision.stages import DepthAxis
+from convoy.vision.tapping import TappedNetwork
+from convoy.vision.views import normalise
+
+INPUT_NAME = "images"
+OUTPUT_NAME = "logits"
+_ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+# uint8 images_BCHW on the CPU to float32 logits_BK.
+Predictor = Callable[[Tensor], Tensor]
+
+
+class ExportFormat(StrEnum):
+    """The kinds of files that a classifier can be exported to."""
+
+    ONNX = "onnx"
+    TORCH = "torch"  # torch.export's .pt2
+
+
+class ImageClassifier(nn.Module):
+    """Normalisation, network up to a tap, and head (none where the tap gives the logits) as one module."""
+
+    def __init__(
+        self, network: nn.Module, axis: DepthAxis, preset: EvalPreset, *, tap: str, head: nn.Module | None
+    ) -> None:
+        super().__init__()
+        self._tapped = TappedNetwork(network.eval(), axis, [tap])
+        self._head = nn.Identity() if head is None else head.eval()
+        self.preset = preset
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Float32 logits_BK of uint8 images at the preset's crop size; what softmax makes of them is up to you."""
+        (features_BD,) = self._tapped(normalise(images_BCHW, self.preset)).values()
+        logits_BK: Tensor = self._head(features_BD)
+        return logits_BK
+
+
+def require_export_packages(format_: ExportFormat) -> None:
+    """Raise ConfigError, with the command that helps, where packages that a format needs are missing."""
+    missing = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+    if format_ is ExportFormat.ONNX and missing:
+        raise ConfigError(
+            f"ONNX files need packages that are not installed: {', '.join(missing)}",
+            where="--to onnx",
+            next_step="pip install convoy-vision[export], or use --to torch",
+        )
+
+
+def trace_classifier(classifier: ImageClassifier) -> ExportedProgram:
+    """The classifier as one functional graph for any number of images, without what lies behind its tap.
+
+    Raises DataError for a network whose Python code cannot be traced, such as one that branches on its pixels.
+    """
+    size_px = classifier.preset.crop_px
+    # Two images: torch.export takes a batch of one for a constant.
+    images_BCHW = torch.zeros(2, 3, size_px, size_px, dtype=torch.uint8)
+    try:
+        traced = _trace(classifier, images_BCHW).run_decompositions({})
+    except Exception as error:  # a network's own code may fail in any way
+        raise DataError(
+            f"the network cannot be traced as one graph: {error}",
+            where=type(classifier).__name__,
+            next_step="export another network, or make this one's code independent of its data",
+        ) from error
+    return _trace(_used_part(traced), images_BCHW)
+
+
+def save_program(program: ExportedProgram, format_: ExportFormat, path: Path) -> None:
+    """Write the graph with its weights as one file (ONNX: below 2 GiB); `require_export_packages` comes before."""
+    if format_ is ExportFormat.TORCH:
+        torch.export.save(program, path)
+        return
+    # The exporter prints its steps, and stdout belongs to the report.
+    with contextlib.redirect_stdout(io.StringIO()):
+        torch.onnx.export(
+            program,
+            f=path,
+            dynamo=True,
+            external_data=False,
+            input_names=[INPUT_NAME],
+            output_names=[OUTPUT_NAME],
+            dynamic_shapes=({0: "batch"},),
+        )
+
+
+def load_predictor(path: Path, format_: ExportFormat) -> Predictor:
+    """The exported file, loaded as others load it: by torch.export or by ONNX Runtime, on the CPU."""
+    if format_ is ExportFormat.TORCH:
+        return torch.export.load(path).module()
+    import onnxruntime  # noqa: PLC0415 (an optional extra)
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda images_BCHW: torch.from_numpy(
+        session.run([OUTPUT_NAME], {INPUT_NAME: images_BCHW.numpy()})[0]
+    )
+
+
+def paired_logits(batches: Iterable[Tensor], first: Predictor, second: Predictor) -> tuple[Tensor, Tensor]:
+    """The float32 logits_NK that two predictors give for the same uint8 images_BCHW; one batch is in memory."""
+    first_logits, second_logits = [], []
+    with torch.no_grad():
+        for images_BCHW in batches:
+            first_logits.append(first(images_BCHW))
+            second_logits.append(second(images_BCHW))
+    return torch.cat(first_logits), torch.cat(second_logits)
+
+
+def _trace(module: nn.Module, images_BCHW: Tensor) -> ExportedProgram:
+    with torch.no_grad():
+        return torch.export.export(module, (images_BCHW,), dynamic_shapes=({0: Dim("batch", min=1)},))
+
+
+def _used_part(program: ExportedProgram) -> nn.Module:
+    """The program's module without the operations, and the weights, that its result does not need."""
+    module = program.module(check_guards=False)
+    module.graph.eliminate_dead_code()
+    used = {node.target for node in module.graph.nodes if node.op == "get_attr"}
+    for name, _ in [*module.named_parameters(), *module.named_buffers()]:
+        if name not in used:
+            owner, _, attribute = name.rpartition(".")
+            delattr(module.get_submodule(owner), attribute)
+    module.recompile()
+    return module
