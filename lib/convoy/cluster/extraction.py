@@ -27,10 +27,9 @@ from convoy.storage.parts import FeatureRows, write_features, write_rejects
 from convoy.storage.runs import FIRST_SLICE, RunFolder
 from convoy.storage.samples import SampleReader
 from convoy.storage.stores import open_store
-from convoy.vision.backbones import build_network, native_px
+from convoy.vision.backbones import build_network, depth_axis
 from convoy.vision.decode_rule import DecodeFlag
 from convoy.vision.decoding import decode_image, quiet_decoders
-from convoy.vision.depth_axis import derive_depth_axis
 from convoy.vision.engine import FeatureEngine
 from convoy.vision.engine_options import Precision
 from convoy.vision.views import prepare_view
@@ -84,7 +83,7 @@ class FeatureExtractor:
         self._reader = SampleReader(num_threads=spec.num_fetch_threads, max_bytes=spec.decode_rule.max_bytes)
         self._decoders = ThreadPoolExecutor(spec.num_decode_threads, "decode")
         network = build_network(spec.backbone)
-        axis = derive_depth_axis(network, input_px=native_px(spec.backbone))
+        axis = depth_axis(spec.backbone, network)
         load_weights(network, read_state_dict(self._store.get(spec.weights_key).data))
         taps = tuple(dict.fromkeys(output.tap for output in spec.outputs))
         self._engine = FeatureEngine(network, axis, spec.preset, taps=taps, options=spec.engine)

@@ -19,11 +19,16 @@ def quiet_ray_data() -> None:
 
 def first_cause(error: BaseException) -> ConvoyError:
     """Our own error from inside Ray's wrapping, or a ClusterError with Ray's words."""
-    cause: BaseException | None = error
-    while cause is not None:
+    pending, seen = [error], set[int]()
+    while pending:
+        cause = pending.pop(0)
         if isinstance(cause, ConvoyError):
             return cause
-        cause = getattr(cause, "cause", None) or cause.__cause__
+        seen.add(id(cause))
+        # Ray Train keeps the errors of its workers by rank.
+        failures = getattr(cause, "worker_failures", {}).values()
+        inner = [getattr(cause, "cause", None), cause.__cause__, *failures]
+        pending += [one for one in inner if isinstance(one, BaseException) and id(one) not in seen]
     return ClusterError(
         f"a worker failed: {error}",
         next_step="run the same command again to go on; Ray's logs are in /tmp/ray/session_latest/logs",

@@ -28,12 +28,23 @@ class CrashPoint(StrEnum):
     SET_COMMITTED = "set_committed"
     SUCCESS_WRITTEN = "success_written"
     RUN_CLOSED = "run_closed"
+    TRAINING_STEP = "training_step"
     CHECKPOINT_WRITTEN = "checkpoint_written"
     CHECKPOINT_RECORDED = "checkpoint_recorded"
+    WEIGHTS_WRITTEN = "weights_written"
+    TRAINING_RECORDED = "training_recorded"
 
 
 # The steps that only a training with checkpoints comes by; all others are those of any run that commits parts.
-TRAINING_CRASH_POINTS = frozenset({CrashPoint.CHECKPOINT_WRITTEN, CrashPoint.CHECKPOINT_RECORDED})
+TRAINING_CRASH_POINTS = frozenset(
+    {
+        CrashPoint.TRAINING_STEP,
+        CrashPoint.CHECKPOINT_WRITTEN,
+        CrashPoint.CHECKPOINT_RECORDED,
+        CrashPoint.WEIGHTS_WRITTEN,
+        CrashPoint.TRAINING_RECORDED,
+    }
+)
 
 
 def crash_point(point: CrashPoint) -> None:

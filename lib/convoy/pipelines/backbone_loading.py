@@ -16,10 +16,10 @@ from convoy.vision.backbones import (
     build_network,
     build_pretrained,
     default_preset,
-    native_px,
+    depth_axis,
     pretrained_classes,
 )
-from convoy.vision.depth_axis import count_macs, derive_depth_axis
+from convoy.vision.depth_axis import count_macs
 from convoy.vision.weights import load_weights, read_state_dict, state_to_safetensors, weights_digest
 
 
@@ -27,7 +27,7 @@ def load_backbone(store: ObjectStore, config: BackboneConfig) -> BackboneRecord:
     """Build a network, load its weights from where the config says, and put them into the workspace."""
     network, classes = _load(config)
     preset = default_preset(config)
-    axis = derive_depth_axis(network, input_px=native_px(config))
+    axis = depth_axis(config, network)
     found = weights_digest(network.state_dict())
     if config.weights_digest not in (None, found):
         raise ConfigError(

@@ -4,14 +4,41 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import PurePosixPath
+from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, PositiveInt, model_validator
 
 from convoy.core.config import StrictModel
 from convoy.vision.presets import EvalPreset
 
 _WEIGHT_FILES = frozenset({".safetensors", ".pt", ".pth", ".th"})
 DEFAULT_WEIGHTS_NAME = "DEFAULT"
+
+
+class ConvLayer(StrictModel):
+    """A new convolution with BatchNorm and ReLU: `width` channels, a square kernel of odd size."""
+
+    width: PositiveInt = 256
+    kernel_px: PositiveInt = 3
+    stride: PositiveInt = 1
+
+    @model_validator(mode="after")
+    def _kernel_has_a_centre(self) -> ConvLayer:
+        if self.kernel_px % 2 == 0:
+            raise ValueError("kernel_px must be odd")
+        return self
+
+
+class NewLayers(StrictModel):
+    """New layers in place of everything behind the stage `after`, which is named or numbered like a tap.
+
+    The convolutions, global average pooling, then an MLP with ReLU and dropout behind each hidden layer.
+    """
+
+    after: str | int
+    convs: tuple[ConvLayer, ...] = (ConvLayer(), ConvLayer())
+    hidden_widths: tuple[PositiveInt, ...] = (256,)
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
 
 
 class BackboneConfig(StrictModel):
@@ -21,6 +48,7 @@ class BackboneConfig(StrictModel):
     "package.module:factory". `weights` is a name that the library knows (a member of torchvision's weights
     enum, a tag of timm, or "DEFAULT"), "random", or the path or s3:// URI of a state dict. `num_classes` and
     `preset` replace those of the architecture and of the weights. `weights_digest` pins the weights' content.
+    With `new_layers` the network ends at an early stage of the architecture and goes on with layers of its own.
     """
 
     arch: str
@@ -29,19 +57,30 @@ class BackboneConfig(StrictModel):
     num_classes: int | None = Field(default=None, gt=0)
     preset: EvalPreset | None = None
     weights_digest: str | None = Field(default=None, pattern="^[0-9a-f]{32}$")
+    new_layers: NewLayers | None = None
+
+    @model_validator(mode="after")
+    def _new_layers_end_in_classes(self) -> BackboneConfig:
+        if self.new_layers is not None and self.num_classes is None:
+            raise ValueError("new_layers need num_classes")
+        return self
 
 
 class WeightSource(StrEnum):
     """Where the weights of a backbone come from, and so who has to bring them."""
 
     RANDOM = "random"
+    TRAINED = "trained"
     NAMED = "named"
     URI = "uri"
 
 
 def weight_source(config: BackboneConfig) -> WeightSource:
-    """RANDOM: what `build_network` gives. NAMED: `build_pretrained`. URI: read the bytes at `weights`."""
-    if config.weights == WeightSource.RANDOM:
-        return WeightSource.RANDOM
+    """RANDOM: what `build_network` gives. NAMED: `build_pretrained`. URI: read the bytes at `weights`.
+
+    TRAINED: they lie in the bundle that a training wrote, under the network's `weights_digest`.
+    """
+    if config.weights in (WeightSource.RANDOM, WeightSource.TRAINED):
+        return WeightSource(config.weights)
     is_file = PurePosixPath(config.weights).suffix.lower() in _WEIGHT_FILES
     return WeightSource.URI if is_file else WeightSource.NAMED

@@ -10,8 +10,11 @@ from torch import nn
 
 from convoy.core.errors import ConfigError, ConvoyError, StoreUnavailable
 from convoy.vision.backbone_config import DEFAULT_WEIGHTS_NAME, BackboneConfig, WeightSource, weight_source
+from convoy.vision.depth_axis import derive_depth_axis
 from convoy.vision.libraries import Classics, Factories, NetworkLibrary, Timm, Torchvision
+from convoy.vision.partial_reuse import PartialReuseNetwork
 from convoy.vision.presets import EvalPreset
+from convoy.vision.stages import DepthAxis
 
 
 def build_network(config: BackboneConfig) -> nn.Module:
@@ -20,10 +23,22 @@ def build_network(config: BackboneConfig) -> nn.Module:
     The global random generators stay as they are. Raises ConfigError for an unknown arch, with the nearest.
     """
     library, name = _locate(config.arch)
-    options = {} if config.num_classes is None else {"num_classes": config.num_classes}
+    keeps_head = config.num_classes is not None and config.new_layers is None
+    options = {"num_classes": config.num_classes} if keeps_head else {}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
-        return library.build(name, **options).eval()
+        network = library.build(name, **options)
+        if config.new_layers is not None and config.num_classes is not None:
+            axis = derive_depth_axis(network, input_px=native_px(config))
+            network = PartialReuseNetwork(network, axis, config.new_layers, num_classes=config.num_classes)
+        return network.eval()
+
+
+def depth_axis(config: BackboneConfig, network: nn.Module) -> DepthAxis:
+    """The depth axis of a network that was built from the config."""
+    if isinstance(network, PartialReuseNetwork):
+        return network.axis
+    return derive_depth_axis(network, input_px=native_px(config))
 
 
 def build_pretrained(config: BackboneConfig) -> nn.Module:

@@ -10,7 +10,7 @@ The network runs once without computing anything, while module calls and the flo
 3. The last stage is `logits`. Between the last spatial stage and the first layer after it lies `pooled`.
 
 So between two stages one activation carries everything (only a root may do otherwise: NASNet's cells each read
-two), and stages[: k + 1] hold exactly the parameters to freeze at freeze depth k.
+two), and stages[:k] hold exactly the parameters that are frozen at freeze depth k.
 """
 
 from __future__ import annotations

@@ -32,3 +32,14 @@ class EvalPreset(StrictModel):
     interpolation: Interpolation = Interpolation.BILINEAR
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+
+
+def at_resolution(preset: EvalPreset, crop_px: int | None) -> EvalPreset:
+    """The preset for crops of another size: the resize before the crop is scaled alike."""
+    if crop_px is None or crop_px == preset.crop_px:
+        return preset
+    # Without a resize a smaller crop would show less of the image instead of the same, smaller.
+    short_side_px = preset.resize_px or preset.crop_px
+    return preset.model_copy(
+        update={"crop_px": crop_px, "resize_px": round(short_side_px * crop_px / preset.crop_px)}
+    )

@@ -1,0 +1,87 @@
+"""The batches of one training worker: which rows come in which step, and where they are prepared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from convoy.cluster.image_loading import BatchRequest, ImageLoader, PreparedBatch
+from convoy.cluster.training_spec import TrainingSpec
+from convoy.core.epochs import EpochPlan, balanced_draw, even_share, shuffled
+from convoy.vision.presets import EvalPreset
+
+_VALIDATION_BATCH_ROWS = 128
+
+
+class StepFeed(Protocol):
+    """Gives a worker its share of each step, in passes."""
+
+    def steps(self, epoch: int, first_step: int, preset: EvalPreset) -> Iterator[list[PreparedBatch]]:
+        """The worker's passes of each step of an epoch, from a step on."""
+        ...
+
+
+class EpochOrder:
+    """The rows of every step of every epoch for one worker; a pure function of the spec and the labels."""
+
+    def __init__(self, spec: TrainingSpec, labels_N: np.ndarray, *, rank: int, num_workers: int) -> None:
+        self.plan = EpochPlan(num_rows=len(labels_N), batch_size=spec.batch_size)
+        self._spec = spec
+        self._labels_N = labels_N
+        self._rank, self._num_workers = rank, num_workers
+
+    def rows(self, epoch: int) -> np.ndarray:
+        """The rows of an epoch in their order: each once, or classes equally often where the spec says so."""
+        seed = self._spec.recipe.seed
+        if self._spec.balanced_sampling:
+            return balanced_draw(self._labels_N, seed, epoch)
+        return shuffled(len(self._labels_N), seed, epoch)
+
+    def requests(self, epoch: int, steps: Iterable[int], preset: EvalPreset) -> Iterator[list[BatchRequest]]:
+        """The worker's passes of each step; all of them have at least one row."""
+        rows_N = self.rows(epoch)
+        for step in steps:
+            share = self.plan.share(step, rank=self._rank, num_workers=self._num_workers)
+            num_passes = min(self._spec.recipe.accumulate, len(share))
+            shares = (even_share(len(share), num_passes, number) for number in range(num_passes))
+            parts = [share[part.start : part.stop] for part in shares]
+            yield [
+                BatchRequest(
+                    rows_B=rows_N[part.start : part.stop],
+                    preset=preset,
+                    epoch=epoch,
+                    positions_B=np.arange(part.start, part.stop),
+                )
+                for part in parts
+            ]
+
+
+class FusedFeed:
+    """Prepares batches in threads of the training worker itself, so that pixels never leave its process."""
+
+    def __init__(self, order: EpochOrder, loader: ImageLoader) -> None:
+        self._order = order
+        self._loader = loader
+
+    def steps(self, epoch: int, first_step: int, preset: EvalPreset) -> Iterator[list[PreparedBatch]]:
+        """The worker's passes of each step of an epoch, from a step on."""
+        numbers = range(first_step, self._order.plan.num_steps)
+        requests = list(self._order.requests(epoch, numbers, preset))
+        batches = self._loader.load(request for step in requests for request in step)
+        for step in requests:
+            yield [next(batches) for _ in step]
+
+
+def validation_batches(
+    loader: ImageLoader, rows: pa.Table, preset: EvalPreset, *, rank: int, num_workers: int
+) -> Iterator[PreparedBatch]:
+    """A worker's part of the validation rows as evaluation shows them: every row on exactly one worker."""
+    share = even_share(rows.num_rows, num_workers, rank)
+    mine = np.arange(share.start, share.stop)
+    return loader.load(
+        BatchRequest(rows_B=mine[start : start + _VALIDATION_BATCH_ROWS], preset=preset)
+        for start in range(0, len(mine), _VALIDATION_BATCH_ROWS)
+    )

@@ -1,0 +1,209 @@
+"""Rows in, uint8 batches out: fetch, decode and augment in threads, ahead of whoever takes the batches."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from convoy.cluster.training_spec import TrainingSpec
+from convoy.core.config import StrictModel
+from convoy.core.randomness import generator
+from convoy.core.records import RejectCode, SampleRejected, Stage
+from convoy.storage.local_cache import LocalImageCache
+from convoy.storage.samples import SampleReader
+from convoy.vision.augmentation import augment
+from convoy.vision.augmentation_policy import EVAL_VIEW
+from convoy.vision.decoding import decode_image, quiet_decoders
+from convoy.vision.learner import TrainBatch
+from convoy.vision.presets import EvalPreset
+from convoy.vision.views import prepare_view
+
+_BATCHES_AHEAD = 3
+# Rows whose bytes lie in parquet files are read a row group at a time, so a read must not span a whole epoch.
+_ROWS_A_READ = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchRequest:
+    """Rows of a table that make one batch. With an epoch they are augmented, without one shown as in evaluation.
+
+    `positions_B` are the rows' places in the order of the epoch: they tell a row's repetitions apart.
+    """
+
+    rows_B: np.ndarray
+    preset: EvalPreset
+    epoch: int | None = None
+    positions_B: np.ndarray | None = None
+
+
+class RejectedRow(StrictModel):
+    """A row of the table that could not be used, and why."""
+
+    row: int
+    stage: Stage
+    code: RejectCode
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PreparedBatch:
+    """The usable images of a request, and the rows that could not be used."""
+
+    batch: TrainBatch
+    rejects: list[RejectedRow]
+
+
+class ImageLoader:
+    """Prepares batches of the rows of one table. `load` may be called again and again."""
+
+    def __init__(self, spec: TrainingSpec, rows: pa.Table, *, pin_memory: bool = False) -> None:
+        quiet_decoders()
+        cache = spec.local_cache and LocalImageCache(spec.local_cache.folder, spec.local_cache.max_bytes)
+        self._spec = spec
+        self._rows = rows
+        self._labels_N = rows["label"].to_numpy().astype(np.int64)
+        self._weights_N = rows["weight"].to_numpy().astype(np.float32)
+        self._content_ids = rows["content_id"]
+        self._reader = SampleReader(
+            num_threads=spec.num_fetch_threads, max_bytes=spec.decode_rule.max_bytes, cache=cache or None
+        )
+        self._decoders = ThreadPoolExecutor(spec.num_threads, "decode")
+        self._pin_memory = pin_memory
+
+    def load(self, requests: Iterable[BatchRequest]) -> Iterator[PreparedBatch]:
+        """The batches in the order of the requests, prepared ahead by a thread. Closing it early stops the thread."""
+        ready: queue.Queue[PreparedBatch | BaseException | None] = queue.Queue(_BATCHES_AHEAD)
+        is_closed = threading.Event()
+
+        def produce() -> None:
+            try:
+                for batch in self._prepare_all(requests):
+                    if not _put(ready, batch, is_closed):
+                        return
+                _put(ready, None, is_closed)
+            except BaseException as error:
+                _put(ready, error, is_closed)
+
+        thread = threading.Thread(target=produce, name="batches", daemon=True)
+        thread.start()
+        try:
+            while (item := ready.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            is_closed.set()
+            thread.join()
+
+    def prepare(self, request: BatchRequest) -> PreparedBatch:
+        """One batch, in the calling thread."""
+        (batch,) = self._prepare_all([request])
+        return batch
+
+    def _prepare_all(self, requests: Iterable[BatchRequest]) -> Iterator[PreparedBatch]:
+        """Batches whose images are ready, while decoders work on the next ones."""
+        waiting: list[_Pending] = []
+        for pending in self._submitted(requests):
+            waiting.append(pending)
+            if len(waiting) > _BATCHES_AHEAD:
+                yield self._settle(waiting.pop(0))
+        for pending in waiting:
+            yield self._settle(pending)
+
+    def _submitted(self, requests: Iterable[BatchRequest]) -> Iterator[_Pending]:
+        for group in _grouped(requests, _ROWS_A_READ):
+            table = self._rows.take(pa.array(np.concatenate([request.rows_B for request in group])))
+            read = self._reader.read(table)
+            for request in group:
+                images = self._new_batch(request)
+                decoded = [
+                    self._decoders.submit(self._decode, data, request, slot, images[slot])
+                    for slot, (_, data) in enumerate(islice(read, len(request.rows_B)))
+                ]
+                yield _Pending(request, images, decoded)
+
+    def _new_batch(self, request: BatchRequest) -> Tensor:
+        shape = (len(request.rows_B), 3, request.preset.crop_px, request.preset.crop_px)
+        return torch.empty(
+            shape, dtype=torch.uint8, memory_format=torch.channels_last, pin_memory=self._pin_memory
+        )
+
+    def _decode(
+        self, data: bytes | SampleRejected, request: BatchRequest, slot: int, image_CHW: Tensor
+    ) -> None:
+        """Decode one image into its slot; runs in a decode thread."""
+        if isinstance(data, SampleRejected):
+            raise data
+        pixels_CHW = decode_image(data, self._spec.decode_rule).pixels_CHW
+        content_id = self._content_ids[int(request.rows_B[slot])].as_py()
+        if request.epoch is None or request.positions_B is None:
+            prepare_view(
+                pixels_CHW, request.preset, image_CHW, view=EVAL_VIEW, policy=None, content_id=content_id
+            )
+            return
+        rng = generator(
+            self._spec.augmentation.seed, request.epoch, content_id, int(request.positions_B[slot])
+        )
+        augment(pixels_CHW, request.preset, image_CHW, policy=self._spec.augmentation, rng=rng)
+
+    def _settle(self, pending: _Pending) -> PreparedBatch:
+        usable, rejects = [], []
+        for slot, future in enumerate(pending.decoded):
+            try:
+                future.result()
+                usable.append(slot)
+            except SampleRejected as error:
+                row = int(pending.request.rows_B[slot])
+                rejects.append(RejectedRow(row=row, stage=error.stage, code=error.code, reason=error.reason))
+        rows_B, images_BCHW = pending.request.rows_B, pending.images_BCHW
+        if rejects:
+            rows_B, images_BCHW = rows_B[usable], images_BCHW[usable]
+        batch = TrainBatch(
+            images_BCHW=images_BCHW,
+            labels_B=torch.from_numpy(self._labels_N[rows_B]),
+            weights_B=torch.from_numpy(self._weights_N[rows_B]),
+        )
+        return PreparedBatch(batch=batch, rejects=rejects)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A request whose images decoders are filling in."""
+
+    request: BatchRequest
+    images_BCHW: Tensor
+    decoded: Sequence[Future[None]]
+
+
+def _grouped(requests: Iterable[BatchRequest], num_rows: int) -> Iterator[list[BatchRequest]]:
+    """Consecutive requests that have about so many rows together."""
+    group: list[BatchRequest] = []
+    for request in requests:
+        group.append(request)
+        if sum(len(one.rows_B) for one in group) >= num_rows:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _put(
+    ready: queue.Queue[PreparedBatch | BaseException | None], item: object, is_closed: threading.Event
+) -> bool:
+    """Wait for room, but not for a consumer that has gone; whether the item was put."""
+    while not is_closed.is_set():
+        try:
+            ready.put(item, timeout=0.1)  # type: ignore[arg-type]
+            return True
+        except queue.Full:
+            continue
+    return False

@@ -1,0 +1,196 @@
+"""Training on Ray Train: how many workers with what, and one group of them from the spec to the weights.
+
+Ray is imported inside the functions: a job whose training has ended must not wait for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pydantic import Field, PositiveInt
+
+from convoy.cluster.ray_data import first_cause
+from convoy.cluster.training_board import Board, BoardReader
+from convoy.cluster.training_spec import Ingest, TrainingSpec
+from convoy.core.config import StrictModel
+from convoy.core.errors import ClusterError
+from convoy.core.training_events import TrainingEvent
+
+# How long the cluster may take to show the resources that are asked for.
+_RESOURCES_TIMEOUT_S = 60.0
+_POLL_S = 0.5
+# What a worker asks for less than the CPUs that it uses, so that Ray's own tasks always find room.
+_CPUS_LEFT = 0.5
+
+
+class WorkerOptions(StrictModel):
+    """The training workers. Null means: one a GPU, or one for all CPUs of a cluster without GPUs.
+
+    `cpus_per_worker` are the threads of a worker; `preparers_per_worker` are its Ray Data workers under the
+    split ingest. `max_failures` is how often the group is restarted from the newest checkpoint.
+    """
+
+    num_workers: PositiveInt | None = None
+    cpus_per_worker: PositiveInt | None = None
+    ingest: Ingest = Ingest.AUTO
+    preparers_per_worker: PositiveInt = 4
+    max_failures: int = Field(default=3, ge=0)
+
+
+class WorkerPlan(StrictModel):
+    """The workers as the cluster allows them."""
+
+    num_workers: int
+    num_threads: int
+    cpus_per_worker: float
+    gpus_per_worker: int
+    ingest: Ingest
+    preparers_per_worker: int
+    max_failures: int
+
+
+def plan_workers(options: WorkerOptions, *, timeout_s: float = _RESOURCES_TIMEOUT_S) -> WorkerPlan:
+    """How the group is made up; waits for nodes that are still starting.
+
+    Raises ClusterError with the numbers if after `timeout_s` the cluster cannot hold the group.
+    """
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        nodes = _nodes()
+        plan = fit_workers(options, nodes)
+        if plan is not None:
+            return plan
+        if time.monotonic() > deadline_s:
+            wanted = f"{options.num_workers or 1} workers of {options.cpus_per_worker or 1} CPUs"
+            shown = ", ".join(f"{node['CPU']:g} CPUs and {node['GPU']:g} GPUs" for node in nodes) or "no node"
+            raise ClusterError(
+                f"the cluster cannot hold {wanted}: after {timeout_s:.0f} s it has {shown}",
+                next_step="lower workers.num_workers or workers.cpus_per_worker, or add nodes",
+            )
+        time.sleep(min(_POLL_S, timeout_s))
+
+
+def run_training(
+    spec: TrainingSpec, plan: WorkerPlan, tell: Callable[[TrainingEvent], None]
+) -> dict[str, Any]:
+    """Train in a group of workers, and return the first worker's TrainingOutcome as JSON-like values.
+
+    The group is restarted from the newest checkpoint when a worker or a node is lost. `tell` hears how far it
+    is, in the calling thread. Raises the ConvoyError of a worker, or a ClusterError.
+    """
+    import ray  # noqa: PLC0415
+
+    board = ray.remote(num_cpus=0)(Board).remote()
+    trainer = _trainer(spec, plan, board)
+    ended: list[Any] = []
+    thread = threading.Thread(target=_fit, args=(trainer, ended), name="train", daemon=True)
+    thread.start()
+    reader = BoardReader(board)
+    while thread.is_alive():
+        thread.join(_POLL_S)
+        for event in reader.take():
+            tell(event)
+    (result,) = ended
+    if isinstance(result, BaseException):
+        raise first_cause(result) from result
+    outcome: dict[str, Any] = result
+    return outcome
+
+
+def _fit(trainer: Any, ended: list[Any]) -> None:
+    try:
+        ended.append(trainer.fit().return_value)
+    except BaseException as error:
+        ended.append(error)
+
+
+def _trainer(spec: TrainingSpec, plan: WorkerPlan, board: Any) -> Any:
+    # Ray Train prints what it does to the driver's terminal, which is ours.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    import ray.train  # noqa: PLC0415
+    from ray.train.torch import TorchConfig, TorchTrainer  # noqa: PLC0415
+
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={"spec": spec.model_dump_json(), "board": board},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=plan.num_workers,
+            use_gpu=plan.gpus_per_worker > 0,
+            resources_per_worker={
+                "CPU": plan.cpus_per_worker,
+                **({"GPU": plan.gpus_per_worker} if plan.gpus_per_worker else {}),
+            },
+        ),
+        torch_config=TorchConfig(backend="nccl" if plan.gpus_per_worker else "gloo"),
+        run_config=ray.train.RunConfig(
+            # Another name for every start: what is gone on with is decided by our own checkpoints.
+            name=f"{spec.run_id}-{secrets.token_hex(4)}",
+            storage_path=f"{spec.workspace}/runs/{spec.run_id}/ray_train",
+            failure_config=ray.train.FailureConfig(
+                max_failures=plan.max_failures, controller_failure_limit=plan.max_failures
+            ),
+            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+        ),
+    )
+
+
+def train_worker(config: dict[str, Any]) -> dict[str, Any]:
+    """What Ray Train runs on every worker."""
+    from convoy.cluster.training_group import TrainingGroup  # noqa: PLC0415
+    from convoy.cluster.training_loop import TrainingWorker  # noqa: PLC0415
+
+    spec = TrainingSpec.model_validate_json(config["spec"])
+    return TrainingWorker(spec, TrainingGroup(), config["board"]).run().model_dump(mode="json")
+
+
+def _nodes() -> list[dict[str, float]]:
+    import ray  # noqa: PLC0415
+
+    return [
+        {name: float(node["Resources"].get(name, 0)) for name in ("CPU", "GPU")}
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def fit_workers(options: WorkerOptions, nodes: Sequence[Mapping[str, float]]) -> WorkerPlan | None:
+    """The group on nodes with so many `CPU` and `GPU` each, or None if they cannot hold it."""
+    num_gpus = int(sum(node["GPU"] for node in nodes))
+    hosts = [node for node in nodes if node["CPU"] >= 1 and (node["GPU"] or not num_gpus)]
+    num_workers = options.num_workers or num_gpus or 1
+    num_threads = options.cpus_per_worker or _threads(hosts, num_workers)
+    asked = num_threads - _CPUS_LEFT
+    if sum(_slots(node, asked, on_gpus=num_gpus > 0) for node in hosts) < num_workers:
+        return None
+    ingest = options.ingest
+    if ingest is Ingest.AUTO:
+        ingest = Ingest.SPLIT if num_gpus and len(hosts) < len(nodes) else Ingest.FUSED
+    return WorkerPlan(
+        num_workers=num_workers,
+        num_threads=num_threads,
+        cpus_per_worker=asked,
+        gpus_per_worker=min(1, num_gpus),
+        ingest=ingest,
+        preparers_per_worker=options.preparers_per_worker,
+        max_failures=options.max_failures,
+    )
+
+
+def _threads(hosts: Sequence[Mapping[str, float]], num_workers: int) -> int:
+    """An even share of the CPUs, but never more than one node has."""
+    if not hosts:
+        return 1
+    cpus = [int(node["CPU"]) for node in hosts]
+    return max(min(sum(cpus) // num_workers, *cpus), 1)
+
+
+def _slots(node: Mapping[str, float], cpus_per_worker: float, *, on_gpus: bool) -> int:
+    by_cpus = int(node["CPU"] / cpus_per_worker)
+    return min(by_cpus, int(node["GPU"])) if on_gpus else by_cpus

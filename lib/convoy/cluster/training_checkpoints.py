@@ -1,0 +1,146 @@
+"""When a training worker saves what, and what it finds when it starts again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convoy.cluster.image_loading import RejectedRow
+from convoy.cluster.training_group import TrainingGroup
+from convoy.cluster.training_spec import TrainingSpec
+from convoy.core.config import StrictModel
+from convoy.core.training_events import EpochResult
+from convoy.storage.checkpoints import AsyncCheckpointWriter, CheckpointFolder, CheckpointRecord
+from convoy.storage.object_store import ObjectStore
+from convoy.vision.averaging import WeightKeeper
+from convoy.vision.learner import Learner
+from convoy.vision.training_state import PackedTraining, is_finite, pack_training
+
+# The newest may turn out damaged, so one more is kept.
+_KEPT_CHECKPOINTS = 2
+
+
+class Position(StrictModel):
+    """The next step of a training: phase, epoch within it, step within that, all from 0."""
+
+    phase: int = 0
+    epoch: int = 0
+    step: int = 0
+
+    @property
+    def begins_phase(self) -> bool:
+        """Whether no step of the phase was taken yet, so that it has no optimiser state."""
+        return not self.epoch and not self.step
+
+    def next_epoch(self) -> Position:
+        """The first step of the next epoch."""
+        return Position(phase=self.phase, epoch=self.epoch + 1)
+
+    def at_step(self, step: int) -> Position:
+        """Another step of the same epoch."""
+        return Position(phase=self.phase, epoch=self.epoch, step=step)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumed:
+    """Where a worker begins. `sums` are the group's sums over the steps of a broken epoch; `tensors` may be None."""
+
+    position: Position
+    sums: Tensor
+    history: tuple[EpochResult, ...] = ()
+    scores: tuple[float, ...] = ()
+    rejects: tuple[RejectedRow, ...] = ()
+    scaler: dict[str, Any] = field(default_factory=dict)
+    tensors: PackedTraining | None = None
+    notes: tuple[str, ...] = ()
+
+
+class TrainingCheckpoints:
+    """The checkpoints of one run as its workers use them: the first one writes, all of them read the same."""
+
+    def __init__(self, store: ObjectStore, spec: TrainingSpec, group: TrainingGroup) -> None:
+        self._folder = CheckpointFolder(store, spec.run_id)
+        self._writer = AsyncCheckpointWriter(self._folder, keep_newest=_KEPT_CHECKPOINTS, keep_best=0)
+        self._group = group
+        self._interval_steps = spec.checkpoint_steps
+        self._last_step = 0
+
+    def newest(self) -> Resumed:
+        """The newest checkpoint that is whole, or the beginning; what was damaged is in the notes, and deleted."""
+        notes: tuple[str, ...] = ()
+        chosen = None
+        if self._group.is_first:
+            loaded, damaged = self._folder.newest_intact()
+            self._folder.discard(damaged)
+            notes = tuple(f"checkpoint of step {one.step} cannot be used: {one.reason}" for one in damaged)
+            chosen = loaded and loaded.record.model_dump(mode="json")
+        chosen = self._group.from_first(chosen)
+        if chosen is None:
+            return Resumed(position=Position(), sums=_zeros(), notes=notes)
+        record = CheckpointRecord.model_validate(chosen)
+        self._last_step = record.step
+        details = record.details
+        # The sums are the whole group's, so one worker carries them on.
+        sums = torch.tensor(details["sums"], dtype=torch.float64) if self._group.is_first else _zeros()
+        return Resumed(
+            position=Position.model_validate(details["position"]),
+            sums=sums,
+            history=tuple(EpochResult.model_validate(one) for one in details["history"]),
+            scores=tuple(details["scores"]),
+            rejects=tuple(RejectedRow.model_validate(one) for one in details["rejects"]),
+            scaler=details["scaler"],
+            tensors=PackedTraining(self._folder.read(record)),
+            notes=(*notes, f"going on from the checkpoint of step {record.step}"),
+        )
+
+    def is_due(self, step: int, *, is_phase_end: bool) -> bool:
+        """Whether to save now; the same answer on every worker."""
+        return is_phase_end or step - self._last_step >= self._interval_steps
+
+    def save(
+        self,
+        step: int,
+        network: nn.Module,
+        learner: Learner,
+        keeper: WeightKeeper,
+        position: Position,
+        *,
+        sums: Tensor,
+        history: Sequence[EpochResult],
+        rejects: Iterable[RejectedRow],
+    ) -> bool:
+        """Copy the state and upload it beside the training; False, and nothing saved, if a weight is not finite.
+
+        Waits for the upload before it, and raises that one's error.
+        """
+        self._last_step = step
+        if not self._group.is_first:
+            return True
+        if not is_finite(network):
+            return False
+        self._writer.submit(
+            step,
+            pack_training(network, learner.optimiser, keeper),
+            score=history[-1].val_top1 if history else None,
+            details={
+                "position": position.model_dump(),
+                "sums": sums.tolist(),
+                "history": [one.model_dump(mode="json") for one in history],
+                "scores": keeper.scores,
+                "rejects": [one.model_dump(mode="json") for one in rejects],
+                "scaler": learner.scaler.state_dict(),
+            },
+        )
+        return True
+
+    def close(self) -> None:
+        """Wait for the last upload, and raise its error."""
+        self._writer.close()
+
+
+def _zeros() -> Tensor:
+    return torch.zeros(3, dtype=torch.float64)

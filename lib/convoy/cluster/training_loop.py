@@ -1,0 +1,317 @@
+"""The training worker: phases, epochs and steps, with checkpoints from which it goes on to the bit.
+
+Every worker of the group runs this same code. Order, augmentation, dropout and learning rate are pure functions
+of the spec and the position, so all that a checkpoint needs beside tensors are its position and the history.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from convoy.cluster.batch_feed import EpochOrder, StepFeed, validation_batches
+from convoy.cluster.feed_opening import open_feed
+from convoy.cluster.image_loading import ImageLoader, RejectedRow
+from convoy.cluster.training_board import BoardWriter
+from convoy.cluster.training_checkpoints import Position, TrainingCheckpoints
+from convoy.cluster.training_group import TrainingGroup
+from convoy.cluster.training_meter import EpochMeter
+from convoy.cluster.training_results import TrainingOutcome, write_train_rejects, write_weights
+from convoy.cluster.training_spec import TrainingSpec
+from convoy.core.crash_points import CrashPoint, crash_point
+from convoy.core.training_events import EpochResult, TrainingEvent
+from convoy.storage.object_store import ObjectStore
+from convoy.storage.stores import open_store
+from convoy.vision.averaging import build_keeper, measure_batchnorm, swapped_in
+from convoy.vision.backbones import build_network, depth_axis
+from convoy.vision.freezing import freeze, frozen_stages
+from convoy.vision.learner import Learner, validation_sums
+from convoy.vision.optimisation import schedule_factor
+from convoy.vision.presets import EvalPreset, at_resolution
+from convoy.vision.training_config import Averaging, Phase
+from convoy.vision.weights import load_weights, read_state_dict
+
+# Steps between two looks at the loss: a look waits for the device, and for the group.
+_STEPS_BETWEEN_LOOKS = 20
+# Batches from which the BatchNorm statistics of averaged weights are measured.
+_BATCHNORM_STEPS = 100
+
+
+class LossNotFinite(Exception):
+    """The loss or a weight is no finite number any more; all workers find out at the same step."""
+
+
+class TrainingWorker:
+    """One worker of the group, from its start or restart to the end of the training."""
+
+    def __init__(self, spec: TrainingSpec, group: TrainingGroup, board: Any | None) -> None:
+        torch.set_num_threads(spec.num_threads)
+        self._spec, self._group = spec, group
+        self._board = BoardWriter(board if group.is_first else None)
+        self._store = open_store(spec.workspace)
+        self._network = build_network(spec.backbone)
+        self._axis = depth_axis(spec.backbone, self._network)
+        self._keeper = build_keeper(spec.recipe)
+        # By row: a row that cannot be used is rejected anew in every epoch.
+        self._rejects: dict[int, RejectedRow] = {}
+        self._train = _read_rows(self._store, spec.train.key)
+        labels_N = self._train["label"].to_numpy()
+        order = EpochOrder(spec, labels_N, rank=group.rank, num_workers=group.num_workers)
+        self._plan = order.plan
+        self._feed: StepFeed = open_feed(spec, self._train, order, group)
+        self._val = None if spec.val is None else _read_rows(self._store, spec.val.key)
+        self._val_loader = None if self._val is None else ImageLoader(spec, self._val)
+        self._checkpoints = TrainingCheckpoints(self._store, spec, group)
+        self._resume()
+
+    def run(self) -> TrainingOutcome:
+        """Train what is left, write the weights, and return what is to be known of them."""
+        try:
+            while self._position.phase < len(self._spec.phases):
+                self._train_phase(self._spec.phases[self._position.phase])
+        except LossNotFinite:
+            self._checkpoints.close()
+            return TrainingOutcome(diverged=self._position, history=tuple(self._history))
+        return self._finish()
+
+    def _resume(self) -> None:
+        """Go on from the newest checkpoint that is whole, or begin with the initial weights."""
+        resumed = self._checkpoints.newest()
+        self._history: list[EpochResult] = list(resumed.history)
+        self._rejects = {reject.row: reject for reject in resumed.rejects}
+        self._position, self._sums = resumed.position, resumed.sums
+        self._packed, self._scaler = resumed.tensors, dict(resumed.scaler)
+        if self._packed is not None:
+            self._packed.load_network(self._network)
+        else:
+            state = read_state_dict(self._store.get(self._spec.initial_weights_key).data)
+            load_weights(self._network, state)
+        self._network.to(device=self._group.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self._packed is not None:
+            self._packed.load_keeper(self._keeper, list(resumed.scores), self._group.device)
+        if self._spec.recipe.sync_batchnorm and self._group.device.type == "cuda":
+            self._network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self._network)
+        if resumed.notes:
+            self._board.post(self._event(0, 0, None, notes=resumed.notes))
+
+    def _train_phase(self, phase: Phase) -> None:
+        freeze(self._network, self._axis, frozen_stages(phase))
+        compiled = torch.compile(self._network) if self._spec.recipe.compile else self._network
+        weights = self._spec.class_weights
+        self._learner = Learner(
+            self._network,
+            self._axis,
+            model=self._group.wrap(compiled),  # type: ignore[arg-type]
+            preset=self._preset(phase),
+            phase=phase,
+            recipe=self._spec.recipe,
+            class_weights_K=None if weights is None else torch.tensor(weights),
+            num_workers=self._group.num_workers,
+        )
+        if self._packed is not None and not self._position.begins_phase:
+            self._packed.load_optimiser(self._learner.optimiser)
+            self._learner.scaler.load_state_dict(self._scaler)
+        self._packed = None
+        is_last = False
+        while not is_last:
+            result = self._train_epoch(phase)
+            self._history.append(result)
+            is_last = self._position.epoch + 1 == phase.epochs or self._is_stuck(phase)
+            self._position = (
+                Position(phase=self._position.phase + 1) if is_last else self._position.next_epoch()
+            )
+            left = 0 if is_last else phase.epochs - self._position.epoch
+            score = -result.train_loss if result.val_top1 is None else result.val_top1
+            self._keeper.after_epoch(self._network, score=score, epochs_left=left)
+            self._tell_epoch(result)
+            self._save_if_due(is_phase_end=is_last)
+
+    def _train_epoch(self, phase: Phase) -> EpochResult:
+        position, learner = self._position, self._learner
+        num_steps = self._plan.num_steps
+        learner.begin_epoch()
+        learner.sums_3 += self._sums.to(learner.device)
+        self._sums = torch.zeros(3, dtype=torch.float64)
+        meter = EpochMeter()
+        epoch = self._epochs_before() + position.epoch
+        steps = self._feed.steps(epoch, position.step, self._preset(phase))
+        for step in range(position.step, num_steps):
+            passes = meter.waiting_for(steps)
+            self._rejects |= {reject.row: reject for one in passes for reject in one.rejects}
+            learner.step(
+                [one.batch for one in passes],
+                num_group_rows=len(self._plan.batch(step)),
+                factor=schedule_factor(
+                    phase.schedule, position.epoch * num_steps + step, phase.epochs * num_steps
+                ),
+                step=epoch * num_steps + step,
+            )
+            meter.count(len(self._plan.batch(step)))
+            self._keeper.after_step(self._network)
+            self._position = position.at_step(step + 1)
+            crash_point(CrashPoint.TRAINING_STEP)
+            if step + 1 < num_steps:
+                self._between_steps(step, meter)
+        return self._measure_epoch(phase, epoch, meter)
+
+    def _between_steps(self, step: int, meter: EpochMeter) -> None:
+        if (step + 1) % _STEPS_BETWEEN_LOOKS == 0:
+            sums = self._finite_sums()
+            if self._board.is_due():
+                self._board.post(self._event(step + 1, meter.images_per_s, float(sums[0] / sums[2])))
+        self._save_if_due()
+
+    def _measure_epoch(self, phase: Phase, epoch: int, meter: EpochMeter) -> EpochResult:
+        """The epoch's losses over the whole group, and the validation of the weights that would be kept."""
+        seconds = meter.seconds
+        loss_sum, num_correct, num_rows = self._finite_sums().tolist()
+        averaged = self._spec.recipe.averaging is Averaging.EMA
+        with swapped_in(self._network, self._keeper.kept() if averaged else None):
+            val_nll, val_top1 = self._validate(phase)
+        return EpochResult(
+            phase=phase.name,
+            epoch=epoch + 1,
+            phase_epoch=self._position.epoch + 1,
+            train_loss=loss_sum / num_rows,
+            train_top1=num_correct / num_rows,
+            val_nll=val_nll,
+            val_top1=val_top1,
+            learning_rate=self._learner.optimiser.param_groups[-1]["lr"],
+            images=int(num_rows),
+            rejects=self._spec.train.num_rows - int(num_rows),
+            seconds=seconds,
+            wait_s=meter.wait_s,
+            images_per_s=meter.images_per_s,
+        )
+
+    def _validate(self, phase: Phase) -> tuple[float | None, float | None]:
+        """Mean NLL and top-1 over the validation rows, each counted once over the group."""
+        if self._val is None or self._val_loader is None:
+            return None, None
+        group, sums = self._group, torch.zeros(3, dtype=torch.float64, device=self._group.device)
+        preset = self._preset(phase)
+        group.share_buffers(self._network)
+        self._network.eval()
+        batches = validation_batches(
+            self._val_loader, self._val, preset, rank=group.rank, num_workers=group.num_workers
+        )
+        for one in batches:
+            if len(one.batch.labels_B):
+                sums += validation_sums(self._network, preset, one.batch, self._spec.recipe.precision)
+        nll, correct, rows = group.total(sums).tolist()
+        return (nll / rows, correct / rows) if rows else (None, None)
+
+    def _finite_sums(self) -> torch.Tensor:
+        sums = self._group.total(self._learner.sums_3)
+        if not bool(sums.isfinite().all()):
+            raise LossNotFinite
+        return sums
+
+    def _save_if_due(self, *, is_phase_end: bool = False) -> None:
+        if not self._checkpoints.is_due(self._global_step(), is_phase_end=is_phase_end):
+            return
+        sums = self._finite_sums() if self._position.step else torch.zeros(3, dtype=torch.float64)
+        saved = self._checkpoints.save(
+            self._global_step(),
+            self._network,
+            self._learner,
+            self._keeper,
+            self._position,
+            sums=sums,
+            history=self._history,
+            rejects=self._group_rejects(),
+        )
+        if not self._group.from_first(saved):
+            raise LossNotFinite
+
+    def _finish(self) -> TrainingOutcome:
+        kept = self._keeper.kept()
+        phase = self._spec.phases[-1]
+        if kept is not None:
+            self._network.load_state_dict(kept)
+            if self._spec.recipe.averaging in (Averaging.SWA, Averaging.SOUP):
+                self._measure_batchnorm(phase)
+        val_nll, val_top1 = self._validate(phase)
+        self._checkpoints.close()
+        rejects = self._group_rejects()
+        outcome = TrainingOutcome(
+            history=tuple(self._history),
+            val_nll=val_nll,
+            val_top1=val_top1,
+            reject_codes=Counter(reject.code.value for reject in rejects),
+        )
+        if not self._group.is_first:
+            return outcome
+        write_train_rejects(self._store, self._spec.run_id, self._train, rejects)
+        return write_weights(self._store, self._spec.run_id, self._network, outcome)
+
+    def _group_rejects(self) -> list[RejectedRow]:
+        gathered = {reject.row: reject for reject in self._group.gather(list(self._rejects.values()))}
+        return [gathered[row] for row in sorted(gathered)]
+
+    def _measure_batchnorm(self, phase: Phase) -> None:
+        preset, device = self._preset(phase), self._group.device
+        steps = self._feed.steps(0, max(0, self._plan.num_steps - _BATCHNORM_STEPS), preset)
+        images = (one.batch.images_BCHW.to(device) for passes in steps for one in passes)
+        measure_batchnorm(self._network, self._axis, frozen_stages(phase), images, preset)
+        self._group.average_buffers(self._network)
+
+    def _is_stuck(self, phase: Phase) -> bool:
+        """Whether validation top-1 has not risen for as many epochs as the recipe has patience."""
+        patience = self._spec.recipe.patience_epochs
+        scores = [one.val_top1 for one in self._history if one.phase == phase.name]
+        if patience is None or any(score is None for score in scores):
+            return False
+        return len(scores) - 1 - scores.index(max(scores)) >= patience  # type: ignore[type-var]
+
+    def _preset(self, phase: Phase) -> EvalPreset:
+        return at_resolution(self._spec.preset, phase.resolution_px)
+
+    def _epochs_before(self) -> int:
+        return sum(phase.epochs for phase in self._spec.phases[: self._position.phase])
+
+    def _global_step(self) -> int:
+        """Steps from the start of the training, counting the epochs that an early stop left out."""
+        epochs = self._epochs_before() + self._position.epoch
+        return epochs * self._plan.num_steps + self._position.step
+
+    def _tell_epoch(self, result: EpochResult) -> None:
+        self._board.post(
+            self._event(self._plan.num_steps, result.images_per_s, result.train_loss, result=result)
+        )
+        self._group.report(result.model_dump(mode="json"))
+
+    def _event(
+        self,
+        step: int,
+        images_per_s: float,
+        train_loss: float | None,
+        *,
+        result: EpochResult | None = None,
+        notes: tuple[str, ...] = (),
+    ) -> TrainingEvent:
+        num_epochs = sum(phase.epochs for phase in self._spec.phases)
+        left = num_epochs * self._plan.num_steps - self._global_step()
+        images_a_step = self._spec.train.num_rows / self._plan.num_steps
+        phase = self._spec.phases[min(self._position.phase, len(self._spec.phases) - 1)]
+        return TrainingEvent(
+            phase=result.phase if result else phase.name,
+            epoch=result.epoch if result else self._epochs_before() + self._position.epoch + 1,
+            num_epochs=num_epochs,
+            step=step,
+            num_steps=self._plan.num_steps,
+            steps_left=left,
+            images_per_s=images_per_s,
+            seconds_left=left * images_a_step / images_per_s if images_per_s else None,
+            train_loss=train_loss,
+            result=result,
+            notes=notes,
+        )
+
+
+def _read_rows(store: ObjectStore, key: str) -> pa.Table:
+    table: pa.Table = store.open_parquet(key).read()
+    return table

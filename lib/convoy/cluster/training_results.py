@@ -1,0 +1,78 @@
+"""What a training leaves in its run folder: weights, rejects, and one record that makes the weights count."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable
+
+import pyarrow as pa
+from pydantic import Field
+from torch import nn
+
+from convoy.cluster.image_loading import RejectedRow
+from convoy.cluster.training_checkpoints import Position
+from convoy.core.config import StrictModel
+from convoy.core.crash_points import CrashPoint, crash_point
+from convoy.core.errors import PreconditionFailed
+from convoy.core.fingerprints import canonical_json
+from convoy.core.records import Reject
+from convoy.core.training_events import EpochResult
+from convoy.storage.documents import read_json
+from convoy.storage.object_store import ObjectStore
+from convoy.storage.parts import write_rejects
+from convoy.storage.runs import RunFolder
+from convoy.vision.weights import state_to_safetensors
+
+TRAINED_FILE = "trained.json"
+
+
+class TrainingOutcome(StrictModel):
+    """The end of a training. With `diverged`, the position at which the loss was no number, there are no weights.
+
+    `val_nll` and `val_top1` are those of the weights that were kept.
+    """
+
+    weights_key: str | None = None
+    diverged: Position | None = None
+    history: tuple[EpochResult, ...] = ()
+    val_nll: float | None = None
+    val_top1: float | None = None
+    reject_codes: dict[str, int] = Field(default_factory=dict)
+
+
+def read_outcome(store: ObjectStore, run_id: str) -> TrainingOutcome | None:
+    """The outcome of a run whose training has ended, or None."""
+    document = read_json(store, RunFolder(store, run_id).key(TRAINED_FILE))
+    return None if document is None else TrainingOutcome.model_validate(document)
+
+
+def write_weights(
+    store: ObjectStore, run_id: str, network: nn.Module, outcome: TrainingOutcome
+) -> TrainingOutcome:
+    """Write the weights, then the record; of two attempts that both came to the end, the first counts."""
+    folder = RunFolder(store, run_id)
+    key = folder.key(f"trained-{secrets.token_hex(4)}.safetensors")
+    store.put(key, state_to_safetensors(network.state_dict()))
+    crash_point(CrashPoint.WEIGHTS_WRITTEN)
+    outcome = outcome.model_copy(update={"weights_key": key})
+    try:
+        store.put_if_absent(folder.key(TRAINED_FILE), canonical_json(outcome))
+    except PreconditionFailed:
+        return read_outcome(store, run_id) or outcome
+    crash_point(CrashPoint.TRAINING_RECORDED)
+    return outcome
+
+
+def write_train_rejects(
+    store: ObjectStore, run_id: str, train: pa.Table, rejects: Iterable[RejectedRow]
+) -> None:
+    """Write the rows of the training split that could not be used, if there are any."""
+    rows = []
+    for one in rejects:
+        columns = ["sample_id", "uri", "etag", "content_id"]
+        (sample,) = train.slice(one.row, 1).select(columns).to_pylist()
+        rows.append(Reject(**sample, stage=one.stage, code=one.code, reason=one.reason))
+    if rows:
+        attempt = secrets.token_hex(4)
+        key = RunFolder(store, run_id).key(f"rejects/train-{attempt}.parquet")
+        write_rejects(store, key, rows, attempt, {"convoy.run_id": run_id})

@@ -1,0 +1,70 @@
+"""What a training worker is told. Free of torch and Ray."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from pydantic import Field, PositiveInt
+
+from convoy.core.config import StrictModel
+from convoy.vision.augmentation_policy import AugmentationPolicy
+from convoy.vision.backbone_config import BackboneConfig
+from convoy.vision.decode_rule import DecodeRule
+from convoy.vision.presets import EvalPreset
+from convoy.vision.training_config import Phase, Recipe
+
+
+class Ingest(StrEnum):
+    """Where images become batches.
+
+    `fused`: in threads of the training worker, so that pixels never leave its process. `split`: in Ray Data
+    workers on the nodes without GPUs, which send final-size uint8 batches. `auto`: split where the cluster has
+    such nodes beside GPU nodes, else fused.
+    """
+
+    AUTO = "auto"
+    FUSED = "fused"
+    SPLIT = "split"
+
+
+class TrainingRows(StrictModel):
+    """The frozen rows of a split, in a parquet file with the manifest's columns."""
+
+    key: str
+    num_rows: int
+
+
+class LocalCacheOptions(StrictModel):
+    """Where a node keeps the bytes of images that later epochs need again, and how many bytes at most."""
+
+    folder: str
+    max_bytes: int = Field(ge=0)
+
+
+class TrainingSpec(StrictModel):
+    """Everything that determines a training, as JSON; the rest is read from the workspace.
+
+    Freeze depths of the phases are resolved to numbers, their learning rates are those for the number of workers,
+    and the precision is no `auto`.
+    """
+
+    workspace: str
+    run_id: str
+    backbone: BackboneConfig
+    initial_weights_key: str
+    preset: EvalPreset
+    decode_rule: DecodeRule
+    augmentation: AugmentationPolicy
+    recipe: Recipe
+    phases: tuple[Phase, ...]
+    class_weights: tuple[float, ...] | None
+    balanced_sampling: bool
+    train: TrainingRows
+    val: TrainingRows | None
+    batch_size: PositiveInt
+    checkpoint_steps: PositiveInt
+    ingest: Ingest
+    num_preparers: PositiveInt
+    num_threads: PositiveInt
+    num_fetch_threads: PositiveInt
+    local_cache: LocalCacheOptions | None

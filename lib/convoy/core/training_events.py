@@ -1,0 +1,46 @@
+"""What a running training tells: a glimpse of each epoch, and its result. Values that every floor shares."""
+
+from __future__ import annotations
+
+from convoy.core.config import StrictModel
+
+
+class EpochResult(StrictModel):
+    """One finished epoch. `phase_epoch` counts within its phase from 1, `epoch` over all phases.
+
+    Losses are means over images: `train_loss` as optimised, `val_nll` without smoothing, weights or mixing.
+    `wait_s` is how long the training stood still for images. Without validation rows its fields are null.
+    """
+
+    phase: str
+    epoch: int
+    phase_epoch: int
+    train_loss: float
+    train_top1: float
+    val_nll: float | None
+    val_top1: float | None
+    learning_rate: float
+    images: int
+    rejects: int
+    seconds: float
+    wait_s: float
+    images_per_s: float
+
+
+class TrainingEvent(StrictModel):
+    """How far an epoch is, with its result if it has just ended. `notes` say what a person should know.
+
+    `steps_left` counts to the end of all phases, `train_loss` is the mean of the epoch so far.
+    """
+
+    phase: str
+    epoch: int
+    num_epochs: int
+    step: int
+    num_steps: int
+    steps_left: int
+    images_per_s: float
+    seconds_left: float | None
+    train_loss: float | None
+    result: EpochResult | None = None
+    notes: tuple[str, ...] = ()

@@ -1,0 +1,70 @@
+"""Freezing a network up to a depth, and the default depth for a number of images."""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+
+from convoy.core.errors import ConfigError
+from convoy.vision.stages import DepthAxis, resolve_tap
+from convoy.vision.training_config import AUTO, BODY, Phase
+
+# Up to the first number of images a class only the head is trained, from the second on everything is.
+_FREEZE_ALL_UP_TO = 20
+_FREEZE_NOTHING_FROM = 1000
+
+
+def resolve_freeze_depth(axis: DepthAxis, wanted: int | str, *, images_per_class: float) -> int:
+    """The number of leading stages that stay frozen, 0 to len(axis) - 1.
+
+    `wanted` is that number, the name of the last frozen stage, "body" (all but the head), or "auto". Raises
+    ConfigError for a depth that the network does not have, or that leaves nothing to train.
+    """
+    most = len(axis) - 1
+    if wanted == AUTO:
+        return automatic_freeze_depth(most, images_per_class)
+    if wanted == BODY:
+        return most
+    depth = wanted if isinstance(wanted, int) else resolve_tap(axis, wanted).index + 1
+    if not 0 <= depth <= most:
+        raise ConfigError(
+            f"a freeze depth of {wanted} is impossible: the network has {len(axis)} stages, and one must train",
+            where="phases.freeze_depth",
+            next_step=f"choose 0 (nothing frozen) to {most} ({BODY}: only the head trains), or {AUTO}",
+        )
+    return depth
+
+
+def frozen_stages(phase: Phase) -> int:
+    """The freeze depth of a phase in which it was resolved to a number; ConfigError if it was not."""
+    if isinstance(phase.freeze_depth, int):
+        return phase.freeze_depth
+    raise ConfigError(f"the freeze depth '{phase.freeze_depth}' was not resolved", where=phase.name)
+
+
+def automatic_freeze_depth(num_body_stages: int, images_per_class: float) -> int:
+    """Frozen stages by the number of training images a class: all up to 20, none from 1000 on.
+
+    In between the share falls with the logarithm of the number. The more images, the deeper a network may be
+    fine-tuned before it overfits (Yosinski et al. 2014, arXiv:1411.1792; Kornblith et al. 2019,
+    arXiv:1805.08974); the two ends are our rule of thumb, and a search over depths beats it.
+    """
+    bounded = min(max(images_per_class, _FREEZE_ALL_UP_TO), _FREEZE_NOTHING_FROM)
+    share = math.log(_FREEZE_NOTHING_FROM / bounded) / math.log(_FREEZE_NOTHING_FROM / _FREEZE_ALL_UP_TO)
+    return round(num_body_stages * share)
+
+
+def freeze(network: nn.Module, axis: DepthAxis, freeze_depth: int) -> None:
+    """Let the parameters behind the first `freeze_depth` stages train, and no others."""
+    trainable = {name for stage in axis.stages[freeze_depth:] for name in stage.parameter_names}
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(name in trainable)
+
+
+def set_train_mode(network: nn.Module, axis: DepthAxis, freeze_depth: int) -> None:
+    """Train mode behind the frozen stages; inside them eval mode, so that BatchNorm keeps its statistics."""
+    network.train()
+    for stage in axis.stages[:freeze_depth]:
+        for name in stage.module_names:
+            network.get_submodule(name).eval()

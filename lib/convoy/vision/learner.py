@@ -1,0 +1,158 @@
+"""One training step of a network, and the counts of a validation pass. Knows no data source and no cluster."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torchvision.transforms import v2
+
+from convoy.core.randomness import position_digest
+from convoy.vision.freezing import frozen_stages, set_train_mode
+from convoy.vision.optimisation import build_optimiser, set_rate
+from convoy.vision.presets import EvalPreset
+from convoy.vision.stages import DepthAxis
+from convoy.vision.training_config import Phase, Precision, Recipe
+from convoy.vision.views import normalise
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TrainBatch:
+    """Usable images of one pass: uint8 images_BCHW, int64 labels_B, float32 weights_B."""
+
+    images_BCHW: Tensor
+    labels_B: Tensor
+    weights_B: Tensor
+
+
+class Learner:
+    """A network in one phase of its training, on one device.
+
+    `model` is what is called with normalised images: the network itself, compiled or not, or
+    DistributedDataParallel around it. Gradients are those of the mean loss over the images of the whole group's
+    batch, whatever their distribution over workers.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        axis: DepthAxis,
+        *,
+        model: nn.Module,
+        preset: EvalPreset,
+        phase: Phase,
+        recipe: Recipe,
+        class_weights_K: Tensor | None,
+        num_workers: int = 1,
+    ) -> None:
+        self.device = next(network.parameters()).device
+        self._network, self._axis, self._freeze_depth = network, axis, frozen_stages(phase)
+        self._model, self._preset, self._recipe = model, preset, recipe
+        self._num_workers = num_workers
+        self._class_weights_K = None if class_weights_K is None else class_weights_K.to(self.device)
+        self.optimiser = build_optimiser(network, axis, phase, recipe.optimiser)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision is Precision.FP16)
+        self._mixers = _mixers(recipe, axis[len(axis) - 1].channels)
+        # Loss and correct predictions summed over images, and images; on the device, so that no step waits.
+        self.sums_3 = torch.zeros(3, device=self.device, dtype=torch.float64)
+
+    def begin_epoch(self) -> None:
+        """Train mode behind the frozen stages, and sums of zero."""
+        set_train_mode(self._network, self._axis, self._freeze_depth)
+        self.sums_3.zero_()
+
+    def step(self, batches: Sequence[TrainBatch], *, num_group_rows: int, factor: float, step: int) -> None:
+        """One update from this worker's share of a batch, given in one or more passes.
+
+        `num_group_rows` are the images of the whole group's batch; `factor` is the schedule's. All random
+        numbers (dropout, mixing) depend on the recipe's seed and on `step` only, so a resumed training draws the
+        same ones.
+        """
+        torch.manual_seed(int.from_bytes(position_digest(self._recipe.seed, "step", step)[:8], "big") >> 1)
+        set_rate(self.optimiser, factor)
+        for number, batch in enumerate(batches):
+            with self._without_sync(number < len(batches) - 1):
+                self._backward(batch, num_group_rows)
+        if self._recipe.clip_norm is not None:
+            self.scaler.unscale_(self.optimiser)
+            parameters = [one for group in self.optimiser.param_groups for one in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, self._recipe.clip_norm)
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        self.optimiser.zero_grad(set_to_none=True)
+
+    def _backward(self, batch: TrainBatch, num_group_rows: int) -> None:
+        images = normalise(batch.images_BCHW.to(self.device, non_blocking=True), self._preset)
+        labels_B = batch.labels_B.to(self.device, non_blocking=True)
+        weights_B = batch.weights_B.to(self.device, non_blocking=True)
+        images, targets = self._mixed(images, labels_B)
+        with autocast(self.device, self._recipe.precision):
+            logits_BK = self._model(images)
+        losses_B = cross_entropy(
+            logits_BK.float(),
+            targets,
+            weight=self._class_weights_K,
+            label_smoothing=self._recipe.label_smoothing,
+            reduction="none",
+        )
+        # DistributedDataParallel divides the sum of the workers' gradients by their number.
+        loss = (losses_B * weights_B).sum() * (self._num_workers / num_group_rows)
+        self.scaler.scale(loss).backward()
+        with torch.no_grad():
+            correct = (logits_BK.argmax(1) == labels_B).sum()
+            rows = torch.tensor(len(labels_B), device=self.device)
+            self.sums_3 += torch.stack([(losses_B * weights_B).sum(), correct, rows])
+
+    def _mixed(self, images_BCHW: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
+        if not self._mixers or len(labels_B) < 2:
+            return images_BCHW, labels_B
+        mixer = self._mixers[int(torch.randint(len(self._mixers), ()))]
+        images, targets_BK = mixer(images_BCHW, labels_B)
+        return images, targets_BK
+
+    def _without_sync(self, is_wanted: bool) -> AbstractContextManager[Any]:
+        """Gradients are exchanged once an update, with the last pass."""
+        no_sync = getattr(self._model, "no_sync", None)
+        return no_sync() if is_wanted and no_sync is not None else contextlib.nullcontext()
+
+
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """The context in which a network of this precision runs."""
+    dtype = torch.float16 if precision is Precision.FP16 else torch.bfloat16
+    return torch.autocast(device.type, dtype=dtype, enabled=precision in (Precision.BF16, Precision.FP16))
+
+
+@torch.no_grad()
+def validation_sums(
+    network: nn.Module, preset: EvalPreset, batch: TrainBatch, precision: Precision
+) -> Tensor:
+    """[sum of NLL, correct predictions, images] of a batch, in float64 on the device of a network in eval mode."""
+    device = next(network.parameters()).device
+    labels_B = batch.labels_B.to(device)
+    images_BCHW = normalise(batch.images_BCHW.to(device, non_blocking=True), preset)
+    with autocast(device, precision):
+        logits_BK = network(images_BCHW).float()
+    nll = cross_entropy(logits_BK, labels_B, reduction="sum").double()
+    correct = (logits_BK.argmax(1) == labels_B).sum()
+    return torch.stack([nll, correct, torch.tensor(len(labels_B), device=device)]).double()
+
+
+def balanced_class_weights(counts_K: Sequence[int]) -> Tensor:
+    """One weight a class, inverse to its images, with a mean of 1 over the images (as in scikit-learn)."""
+    counts = torch.tensor(counts_K, dtype=torch.float64)
+    return (counts.sum() / (len(counts_K) * counts)).float()
+
+
+def _mixers(recipe: Recipe, num_classes: int) -> list[nn.Module]:
+    mixers: list[nn.Module] = []
+    if recipe.mixup_alpha:
+        mixers.append(v2.MixUp(alpha=recipe.mixup_alpha, num_classes=num_classes))
+    if recipe.cutmix_alpha:
+        mixers.append(v2.CutMix(alpha=recipe.cutmix_alpha, num_classes=num_classes))
+    return mixers

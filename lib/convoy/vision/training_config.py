@@ -1,0 +1,177 @@
+"""How a network is trained, as values: phases, optimiser, schedule, loss, averaging. Free of torch."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from convoy.core.config import StrictModel
+
+# Words for a freeze depth: as many frozen stages as the number of images suggests, and all but the head.
+AUTO = "auto"
+BODY = "body"
+
+
+class OptimiserKind(StrEnum):
+    """The families of optimisers."""
+
+    SGD = "sgd"  # with Nesterov momentum
+    ADAMW = "adamw"
+
+
+class Optimiser(StrictModel):
+    """`momentum` belongs to SGD, `betas` to AdamW. Norms and biases have no weight decay."""
+
+    kind: OptimiserKind = OptimiserKind.SGD
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: NonNegativeFloat = 1e-4
+
+
+class ScheduleKind(StrEnum):
+    """How the learning rate runs over a phase."""
+
+    CONSTANT = "constant"
+    COSINE = "cosine"  # Loshchilov and Hutter 2017 (arXiv:1608.03983), one cycle without restarts
+    STEP = "step"  # times `gamma` at each milestone
+    ONE_CYCLE = "one_cycle"  # Smith and Topin 2018 (arXiv:1708.07120), both halves a cosine
+
+
+class Schedule(StrictModel):
+    """`warmup` and `milestones` are shares of the phase; the rate rises linearly from nearly 0 in the warm-up.
+
+    `final_factor` is what a cosine ends at, as a share of the highest rate.
+    """
+
+    kind: ScheduleKind = ScheduleKind.COSINE
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    gamma: PositiveFloat = 0.1
+    final_factor: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+
+class RateScaling(StrEnum):
+    """How the learning rate follows the number of workers, where each brings a batch of its own."""
+
+    NONE = "none"
+    LINEAR = "linear"  # Goyal et al. 2017 (arXiv:1706.02677)
+    SQRT = "sqrt"  # Krizhevsky 2014 (arXiv:1404.5997)
+
+
+class BatchUnit(StrEnum):
+    """Whose batch `batch_size` is: that of all workers together (results stay), or of each worker."""
+
+    GROUP = "group"
+    WORKER = "worker"
+
+
+class Balance(StrEnum):
+    """What is done about classes of different size.
+
+    `weights`: each row counts inversely to the size of its class. `sampling`: every class is drawn equally
+    often, so rows of rare classes repeat within an epoch. `auto`: weights where the largest class has at least
+    three times the images of the smallest, else none.
+    """
+
+    NONE = "none"
+    WEIGHTS = "weights"
+    SAMPLING = "sampling"
+    AUTO = "auto"
+
+
+class Averaging(StrEnum):
+    """Which weights are kept in the end.
+
+    `last`; `best`: the epoch with the highest validation top-1; `ema`: exponential moving average over steps;
+    `swa`: mean over the ends of the last epochs (Izmailov et al. 2018, arXiv:1803.05407); `soup`: mean of the
+    best epochs (the uniform soup of Wortsman et al. 2022, arXiv:2203.05482, over one trajectory).
+    BatchNorm statistics of `swa` and `soup` are measured anew.
+    """
+
+    LAST = "last"
+    BEST = "best"
+    EMA = "ema"
+    SWA = "swa"
+    SOUP = "soup"
+
+
+class Precision(StrEnum):
+    """What the network trains in. Weights and their updates are float32 always; `auto` is bf16 where it is native."""
+
+    AUTO = "auto"
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"  # with loss scaling, on GPUs only
+
+
+class Phase(StrictModel):
+    """Some epochs with one set of trainable stages.
+
+    `freeze_depth`: how many leading stages stay frozen: a number (0: everything trains), the name of the last
+    frozen stage, "body" (only the head trains), or "auto" by the number of images a class. `learning_rate` is
+    the head's; the body has `body_rate` times that, and with `layer_decay` each stage below the last has
+    `layer_decay` times the rate of the stage above it. `resolution_px` trains on smaller or larger images.
+    """
+
+    name: str = Field(pattern=r"^[a-z0-9_]+$")
+    epochs: PositiveInt
+    freeze_depth: int | str = 0
+    learning_rate: PositiveFloat
+    body_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    schedule: Schedule = Schedule()
+    resolution_px: PositiveInt | None = None
+
+
+class Recipe(StrictModel):
+    """Everything about optimisation that is the same in all phases.
+
+    `batch_size` counts images of one update; `accumulate` splits each worker's share into that many passes.
+    `clip_norm` bounds the norm of the gradient. `mixup_alpha` and `cutmix_alpha` are the parameters of their
+    Beta distributions (Zhang et al. 2018, arXiv:1710.09412; Yun et al. 2019, arXiv:1905.04899), 0 is off; with
+    both on, each batch gets one of them. `patience_epochs` stops a phase whose validation top-1 does not rise.
+    `average_epochs` is how many epochs `swa` and `soup` take.
+    """
+
+    batch_size: PositiveInt = 128
+    batch_unit: BatchUnit = BatchUnit.GROUP
+    rate_scaling: RateScaling = RateScaling.LINEAR
+    accumulate: PositiveInt = 1
+    optimiser: Optimiser = Optimiser()
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    balance: Balance = Balance.NONE
+    mixup_alpha: NonNegativeFloat = 0.0
+    cutmix_alpha: NonNegativeFloat = 0.0
+    clip_norm: PositiveFloat | None = None
+    averaging: Averaging = Averaging.LAST
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    average_epochs: PositiveInt = 5
+    patience_epochs: PositiveInt | None = None
+    precision: Precision = Precision.AUTO
+    compile: bool = False
+    sync_batchnorm: bool = False
+    seed: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _soup_has_ingredients(self) -> Recipe:
+        if self.averaging is Averaging.SOUP and self.average_epochs < 2:
+            raise ValueError("a soup needs average_epochs of 2 or more")
+        return self
+
+
+def rate_factor(recipe: Recipe, num_workers: int) -> float:
+    """By how much learning rates are multiplied; 1 where the batch of the whole group is fixed."""
+    if recipe.batch_unit is BatchUnit.GROUP:
+        return 1.0
+    return {
+        RateScaling.NONE: 1.0,
+        RateScaling.LINEAR: float(num_workers),
+        RateScaling.SQRT: num_workers**0.5,
+    }[recipe.rate_scaling]
+
+
+def group_batch_size(recipe: Recipe, num_workers: int) -> int:
+    """Images of one update over all workers."""
+    return recipe.batch_size * (num_workers if recipe.batch_unit is BatchUnit.WORKER else 1)

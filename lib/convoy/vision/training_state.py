@@ -1,0 +1,59 @@
+"""The tensors of a training as one safetensors file, for checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from convoy.vision.averaging import WeightKeeper
+from convoy.vision.optimisation import load_optimiser_tensors, optimiser_tensors
+from convoy.vision.weights import read_state_dict, state_to_safetensors
+
+_NETWORK, _OPTIMISER, _KEEPER = "network.", "optimiser.", "keeper."
+
+
+def pack_training(network: nn.Module, optimiser: torch.optim.Optimizer, keeper: WeightKeeper) -> bytes:
+    """A copy of weights, buffers, optimiser state and kept weights, as they are now."""
+    parts = {
+        _NETWORK: network.state_dict(),
+        _OPTIMISER: optimiser_tensors(optimiser),
+        _KEEPER: keeper.tensors(),
+    }
+    return state_to_safetensors(
+        {prefix + name: tensor for prefix, tensors in parts.items() for name, tensor in tensors.items()}
+    )
+
+
+class PackedTraining:
+    """What `pack_training` packed, to be put back in parts."""
+
+    def __init__(self, data: bytes) -> None:
+        self._tensors = read_state_dict(data)
+
+    def load_network(self, network: nn.Module) -> None:
+        """Put weights and buffers back."""
+        network.load_state_dict(self._below(_NETWORK))
+
+    def load_optimiser(self, optimiser: torch.optim.Optimizer) -> None:
+        """Put the state of an optimiser over the same parameters back."""
+        load_optimiser_tensors(optimiser, self._below(_OPTIMISER))
+
+    def load_keeper(self, keeper: WeightKeeper, scores: list[float], device: torch.device) -> None:
+        """Put the kept weights back, onto the network's device."""
+        tensors = {name: tensor.to(device) for name, tensor in self._below(_KEEPER).items()}
+        keeper.load(tensors, scores)
+
+    def _below(self, prefix: str) -> Mapping[str, Tensor]:
+        return {
+            name.removeprefix(prefix): tensor
+            for name, tensor in self._tensors.items()
+            if name.startswith(prefix)
+        }
+
+
+def is_finite(network: nn.Module) -> bool:
+    """Whether all weights and buffers are finite numbers."""
+    tensors = [tensor for tensor in network.state_dict().values() if tensor.is_floating_point()]
+    return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
