@@ -26,6 +26,8 @@ app = typer.Typer(
 )
 models_app = typer.Typer(help="Look after networks and bundles in the workspace.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
+report_app = typer.Typer(help="Look at what jobs do to the images.", no_args_is_help=True)
+app.add_typer(report_app, name="report")
 
 ConfigOption = Annotated[str | None, typer.Option("--config", "-c", help="YAML file of the job.")]
 SetOption = Annotated[
@@ -216,6 +218,28 @@ def models_export(
     words = _words(bundle=bundle, to=to, output=output, dataset=dataset, images=images)
     config = _load(ExportConfig, None, [*(overrides or []), *words], workspace)
     _run(lambda progress: run_export(config, progress=progress), as_json=as_json)
+
+
+@report_app.command("augmentation")
+def report_augmentation(
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    workspace: WorkspaceOption = None,
+    output: Annotated[str, typer.Option("--output", "-o", help="The PNG to write.")] = "augmentation.png",
+    images: Annotated[int, typer.Option("--images", help="Rows, stratified over the classes.")] = 8,
+    views: Annotated[int, typer.Option("--views", help="Draws of the policy beside the eval view.")] = 7,
+    as_json: JsonOption = False,
+) -> None:
+    """Draw images of the train split as the `augmentation` of a train or cache config shows them."""
+    from convoy.pipelines.report_augmentation import (  # noqa: PLC0415
+        SheetSize,
+        draw_augmentation,
+        read_augmented_job,
+    )
+
+    size = load_config(SheetSize, None, [f"num_images={images}", f"num_views={views}"])
+    job = read_augmented_job(config, overrides or [], workspace)
+    _run(lambda progress: draw_augmentation(job, output, size, progress=progress), as_json=as_json)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

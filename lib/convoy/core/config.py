@@ -28,17 +28,29 @@ def load_config(model: type[ConfigT], path: str | None, overrides: Sequence[str]
     Values of overrides are read as YAML, so `views=3`, `taps=[pooled]` and `weights=null` mean what they say.
     Raises ConfigError for a missing file, bad YAML, an unknown key or a value that does not fit.
     """
-    settings = _read_yaml(path) if path else {}
-    for override in overrides:
-        _apply_override(settings, override)
     try:
-        return model.model_validate(settings)
+        return model.model_validate(_read_settings(path, overrides))
     except ValidationError as error:
         raise ConfigError(
             "\n".join(_explain(model, problem) for problem in error.errors()),
             where=path or "--set",
             next_step="correct the config, or see the examples in jobs/configs",
         ) from None
+
+
+def config_keys(path: str | None, overrides: Sequence[str] = ()) -> frozenset[str]:
+    """The sections and keys that a config and its overrides set at the top, whatever their values.
+
+    Raises ConfigError for a missing file, bad YAML or an override that cannot be read.
+    """
+    return frozenset(_read_settings(path, overrides))
+
+
+def _read_settings(path: str | None, overrides: Sequence[str]) -> dict[str, Any]:
+    settings = _read_yaml(path) if path else {}
+    for override in overrides:
+        _apply_override(settings, override)
+    return settings
 
 
 def _read_yaml(path: str) -> dict[str, Any]:

@@ -5,7 +5,8 @@ in place; a section that is None leaves the image as it is. `fill_C` is the colo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -81,16 +82,27 @@ def warp_affine(
     """
     if not (rotation_degrees or shear_degrees or any(shift_px)):
         return image_CHW
-    warped: torch.Tensor = functional.affine(
-        image_CHW,
+    kernel = partial(
+        functional.affine,
         angle=rotation_degrees,
         translate=list(shift_px),
         scale=1.0,
         shear=[shear_degrees, 0.0],
         interpolation=InterpolationMode.BILINEAR,
-        fill=list(fill_C),
     )
-    return warped
+    return warp_filled(image_CHW, kernel, fill_C)
+
+
+def warp_filled(
+    image_CHW: torch.Tensor, kernel: Callable[[torch.Tensor], torch.Tensor], fill_C: Sequence[int]
+) -> torch.Tensor:
+    """The uint8 image under a kernel that moves float pixels and leaves 0 where it has none; there is the fill.
+
+    torchvision's own fill weighs pixels at the border twice by how far they are covered, and draws a dark line
+    there. Relative to the fill colour there is nothing to weigh.
+    """
+    fill_C11 = torch.tensor(fill_C, dtype=torch.float32).view(3, 1, 1)
+    return kernel(image_CHW - fill_C11).add_(fill_C11).round_().to(torch.uint8)
 
 
 def draw_perspective(
@@ -107,14 +119,13 @@ def draw_perspective(
     for x, y in corners:
         inwards_x, inwards_y = below(rng, max_x + 1), below(rng, max_y + 1)
         moved.append([x - inwards_x if x else inwards_x, y - inwards_y if y else inwards_y])
-    warped: torch.Tensor = functional.perspective(
-        image_CHW,
+    kernel = partial(
+        functional.perspective,
         startpoints=[list(corner) for corner in corners],
         endpoints=moved,
         interpolation=InterpolationMode.BILINEAR,
-        fill=list(fill_C),
     )
-    return warped
+    return warp_filled(image_CHW, kernel, fill_C)
 
 
 def draw_elastic(
@@ -127,13 +138,12 @@ def draw_elastic(
     # torchvision counts displacements in half sides of the image.
     half_sides_D11 = np.array(image_CHW.shape[:0:-1]).reshape(2, 1, 1) / 2
     displacement_DHW = torch.from_numpy((offsets_DHW / half_sides_D11).astype(np.float32))
-    warped: torch.Tensor = functional.elastic(
-        image_CHW,
-        displacement_DHW.permute(1, 2, 0)[None],
+    kernel = partial(
+        functional.elastic,
+        displacement=displacement_DHW.permute(1, 2, 0)[None],
         interpolation=InterpolationMode.BILINEAR,
-        fill=list(fill_C),
     )
-    return warped
+    return warp_filled(image_CHW, kernel, fill_C)
 
 
 def elastic_field(height_px: int, width_px: int, section: Elastic, rng: np.random.Generator) -> np.ndarray:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from enum import StrEnum
+from functools import partial
 
 import numpy as np
 import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from convoy.vision.augmentation_geometry import warp_affine
+from convoy.vision.augmentation_geometry import warp_affine, warp_filled
 from convoy.vision.augmentation_policy import Automatic, AutomaticKind
 from convoy.vision.draws import below, happens
 
@@ -103,17 +104,16 @@ def _largest_shift_px(kind: AutomaticKind, side_px: int) -> float:
 
 def _shear(image_CHW: torch.Tensor, tangents: tuple[float, float], fill_C: Sequence[int]) -> torch.Tensor:
     """The image slanted about its upper left corner."""
-    sheared: torch.Tensor = functional.affine(
-        image_CHW,
+    kernel = partial(
+        functional.affine,
         angle=0.0,
         translate=[0.0, 0.0],
         scale=1.0,
         shear=[math.degrees(math.atan(tangent)) for tangent in tangents],
         interpolation=InterpolationMode.BILINEAR,
-        fill=list(fill_C),
         center=[0, 0],
     )
-    return sheared
+    return warp_filled(image_CHW, kernel, fill_C)
 
 
 _APPLY: dict[Operation, _Apply] = {

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from convoy.core.config import StrictModel, load_config
+from convoy.core.config import StrictModel, config_keys, load_config
 from convoy.core.errors import ConfigError
 
 
@@ -62,3 +62,10 @@ def test_file_that_is_not_a_mapping_is_refused(tmp_path: Path, text: str) -> Non
 def test_missing_file_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         load_config(Outer, "/nowhere/job.yaml")
+
+
+def test_keys_of_a_config_are_known_without_its_model(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("name: probe\nhead: {C: [1]}\n")
+    assert config_keys(str(path), ["extraction.batch_size=8"]) == {"name", "head", "extraction"}
+    assert config_keys(None) == frozenset()

@@ -183,6 +183,20 @@ def test_positive_shear_moves_the_upper_half_right_and_uncovers_the_fill_colour(
     assert tuple(sheared[:, 0, 0].tolist()) == FILL
 
 
+def test_border_blends_into_the_fill_colour_without_a_dark_line() -> None:
+    bright = torch.full((3, SIDE_PX, SIDE_PX), 250, dtype=torch.uint8)
+    lowest = torch.tensor(FILL, dtype=torch.uint8).view(3, 1, 1)
+    for sections in (
+        {"rotation": {"degrees": 30}, "shear": {"degrees": 20}},
+        {"perspective": {"distortion": 0.5}},
+        {"elastic": {"displacement_px": 3}},
+    ):
+        views = torch.stack([drawn(bright, policy_of(**sections), draw) for draw in range(10)])
+        assert (views >= lowest).all()
+        assert (views <= 250).all()
+        assert (views == lowest).all(dim=1).any()
+
+
 @pytest.mark.parametrize("kind", ["rotation", "shear"])
 def test_rotation_and_shear_reach_their_degrees_both_ways_and_no_further(kind: str) -> None:
     upright = torch.zeros(3, SIDE_PX, SIDE_PX, dtype=torch.uint8)

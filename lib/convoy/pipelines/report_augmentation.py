@@ -1,0 +1,210 @@
+"""`convoy report augmentation`: images of the user's own dataset, as evaluation and as the policy shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from pydantic import Field
+
+from convoy.core.config import StrictModel, config_keys, load_config
+from convoy.core.errors import ConfigError, DataError
+from convoy.core.progress import Progress
+from convoy.core.randomness import unit_interval
+from convoy.core.records import SampleRejected, Split
+from convoy.pipelines.cache import CacheConfig
+from convoy.pipelines.pixel_statistics import resolve_augmentation
+from convoy.pipelines.train import TrainConfig
+from convoy.pipelines.workspace import workspace_uri
+from convoy.storage.datasets import open_dataset
+from convoy.storage.manifests import MANIFEST_SCHEMA, Manifest
+from convoy.storage.samples import SampleReader
+from convoy.storage.stores import open_store
+from convoy.vision.augmentation_policy import AugmentationPolicy
+from convoy.vision.backbones import default_preset
+from convoy.vision.contact_sheet import SheetRow, draw_contact_sheet
+from convoy.vision.decode_rule import DecodeRule
+from convoy.vision.decoding import decode_image, quiet_decoders
+from convoy.vision.presets import EvalPreset
+from convoy.vision.views import prepare_view
+
+# Keys that a training has and a cache job has not.
+_TRAIN_KEYS = frozenset({"strategy", "name"})
+_UNLABELLED = -1
+
+
+class AugmentedJob(StrictModel):
+    """All that a sheet needs of a job's config."""
+
+    workspace: str | None
+    dataset: str
+    preset: EvalPreset
+    policy: AugmentationPolicy
+    decode_rule: DecodeRule
+
+
+class SheetSize(StrictModel):
+    """Rows of the sheet, and draws of the policy beside the eval view."""
+
+    num_images: int = Field(default=8, ge=1, le=64)
+    num_views: int = Field(default=7, ge=1, le=32)
+
+
+class SheetImage(StrictModel):
+    """One row of the sheet."""
+
+    sample_id: str
+    label: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Shown:
+    """An image, and its views in the order of the columns. The label is -1 where it has none."""
+
+    sample_id: str
+    label: int
+    images_BCHW: torch.Tensor
+
+
+class AugmentationReport(StrictModel):
+    """Where the sheet is, the policy that it shows, and its rows; `rejects` are images that could not be shown."""
+
+    output: str
+    dataset: str
+    policy: dict[str, Any]
+    draws: int
+    rejects: int
+    images: list[SheetImage]
+
+
+def read_augmented_job(
+    path: str | None, overrides: Sequence[str], workspace: str | None = None
+) -> AugmentedJob:
+    """What a sheet needs of the config of `convoy train` (it has a name or a strategy) or of `convoy cache`.
+
+    Raises ConfigError as the job itself would.
+    """
+    config: TrainConfig | CacheConfig
+    if config_keys(path, overrides) & _TRAIN_KEYS:
+        config = load_config(TrainConfig, path, overrides)
+    else:
+        config = load_config(CacheConfig, path, overrides)
+    return AugmentedJob(
+        workspace=workspace or config.workspace,
+        dataset=config.dataset,
+        preset=default_preset(config.backbone),
+        policy=config.augmentation,
+        decode_rule=config.extraction.decode,
+    )
+
+
+def draw_augmentation(
+    job: AugmentedJob, output: str, size: SheetSize, *, progress: Progress
+) -> AugmentationReport:
+    """Draw a sheet of train images, stratified over the classes, and write it as PNG to a local path.
+
+    The first column is the eval view; column k shows view k of the feature cache, which is one draw of the
+    policy like those that training makes. Raises DataError where no image of the train split can be shown.
+    """
+    store = open_store(workspace_uri(job.workspace))
+    manifest = open_dataset(store, job.dataset)
+    policy = resolve_augmentation(store, manifest, job.dataset, job.policy, job.decode_rule, progress)
+    progress.stage("drawing the sheet")
+    job = job.model_copy(update={"policy": policy})
+    # Some of them may not be readable.
+    candidates = choose_stratified(manifest, 2 * size.num_images)
+    shown, num_rejects = _draw_rows(job, candidates, size)
+    if not shown:
+        raise DataError(
+            f"none of {candidates.num_rows} images of the train split can be shown",
+            where=manifest.uri,
+            next_step="look at why with `convoy cache`",
+        )
+    names = [*manifest.classes, "(no label)"]
+    _write_png(shown, names, size.num_views, output)
+    return AugmentationReport(
+        output=output,
+        dataset=job.dataset,
+        policy=policy.model_dump(mode="json", exclude_none=True),
+        draws=size.num_views,
+        rejects=num_rejects,
+        images=[SheetImage(sample_id=image.sample_id, label=names[image.label]) for image in shown],
+    )
+
+
+def choose_stratified(manifest: Manifest, num_rows: int) -> pa.Table:
+    """Rows of the train split, one of each class before a second of any; which ones is up to a hash of their ids."""
+    chosen, hashes_N = MANIFEST_SCHEMA.empty_table(), np.empty(0)
+    for batch in manifest.iter_batches(splits=[Split.TRAIN]):
+        chosen = pa.concat_tables([chosen, pa.Table.from_batches([batch]).cast(MANIFEST_SCHEMA)])
+        new = [unit_interval(0, "contact sheet", name) for name in batch["sample_id"].to_pylist()]
+        hashes_N = np.concatenate([hashes_N, new])
+        kept = np.flatnonzero(_rank_in_class(chosen, hashes_N) < num_rows)
+        chosen, hashes_N = chosen.take(pa.array(kept)), hashes_N[kept]
+    order = np.lexsort((hashes_N, _rank_in_class(chosen, hashes_N)))[:num_rows]
+    return chosen.take(pa.array(order)).combine_chunks()
+
+
+def _rank_in_class(rows: pa.Table, hashes_N: np.ndarray) -> np.ndarray:
+    """How many rows of the same label have a lower hash."""
+    labels_N = _labels(rows)
+    order = np.lexsort((hashes_N, labels_N))
+    first_of_class = np.searchsorted(labels_N[order], labels_N[order])
+    ranks_N = np.empty(len(order), np.int64)
+    ranks_N[order] = np.arange(len(order)) - first_of_class
+    return ranks_N
+
+
+def _labels(rows: pa.Table) -> np.ndarray:
+    labels_N: np.ndarray = (
+        rows["label"].combine_chunks().fill_null(_UNLABELLED).to_numpy(zero_copy_only=False)
+    )
+    return labels_N
+
+
+def _draw_rows(job: AugmentedJob, candidates: pa.Table, size: SheetSize) -> tuple[list[_Shown], int]:
+    """The first candidates that can be shown, sorted by class, and how many of them could not."""
+    quiet_decoders()
+    shown: list[_Shown] = []
+    num_rejects = 0
+    samples = candidates.select(["sample_id", "content_id"]).to_pylist()
+    labels_N = _labels(candidates)
+    for row, data in SampleReader(max_bytes=job.decode_rule.max_bytes).read(candidates):
+        if len(shown) == size.num_images:
+            break
+        try:
+            images_BCHW = _draw_views(job, data, samples[row]["content_id"], size.num_views)
+        except SampleRejected:
+            num_rejects += 1
+            continue
+        shown.append(_Shown(samples[row]["sample_id"], int(labels_N[row]), images_BCHW))
+    return sorted(shown, key=lambda image: image.label), num_rejects
+
+
+def _draw_views(
+    job: AugmentedJob, data: bytes | SampleRejected, content_id: bytes, num_views: int
+) -> torch.Tensor:
+    """The eval view and the draws, uint8 of shape (1 + draws, 3, side, side)."""
+    if isinstance(data, SampleRejected):
+        raise data
+    pixels_CHW = decode_image(data, job.decode_rule).pixels_CHW
+    side_px = job.preset.crop_px
+    images_BCHW = torch.empty(1 + num_views, 3, side_px, side_px, dtype=torch.uint8)
+    for view, image_CHW in enumerate(images_BCHW):
+        prepare_view(pixels_CHW, job.preset, image_CHW, view=view, policy=job.policy, content_id=content_id)
+    return images_BCHW
+
+
+def _write_png(shown: Sequence[_Shown], names: Sequence[str], num_views: int, output: str) -> None:
+    rows = [SheetRow(name=names[image.label], images_BCHW=image.images_BCHW) for image in shown]
+    sheet = draw_contact_sheet(rows, ["evaluation", *(f"draw {view}" for view in range(1, num_views + 1))])
+    try:
+        sheet.save(output, "PNG")
+    except OSError as error:
+        raise ConfigError(
+            f"the sheet cannot be written: {error}", where=output, next_step="choose another --output"
+        ) from error
