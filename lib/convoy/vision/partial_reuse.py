@@ -32,8 +32,8 @@ class PartialReuseNetwork(nn.Module):
         self._is_running = False
         self._num_calls = 0
         self._maps: Tensor | None = None
-        _drop(body, {name for stage in axis.stages[last.index + 1 :] for name in stage.parameter_names})
-        _drop(body, set(axis.off_axis))
+        behind = {name for stage in axis.stages[last.index + 1 :] for name in stage.parameter_names}
+        _drop(body, {*behind, *axis.off_axis}, watched=last.tap_point.module_name)
         self._watch(body.get_submodule(last.tap_point.module_name))
         self.convs = nn.Sequential(*_conv_blocks(last.channels, layers))
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -140,11 +140,15 @@ def _last_reused(axis: DepthAxis, after: str | int) -> Stage:
     return stage
 
 
-def _drop(body: nn.Module, parameter_names: set[str]) -> None:
-    """Put an identity in place of every module all of whose parameters are among the names."""
+def _drop(body: nn.Module, parameter_names: set[str], *, watched: str) -> None:
+    """Put an identity in place of every module all of whose parameters are among the names.
+
+    The modules around the watched one stay, because its calls come through them.
+    """
     for name, module in list(body.named_modules()):
         own = [f"{name}.{parameter}" for parameter, _ in module.named_parameters()]
-        if name and own and parameter_names.issuperset(own):
+        is_around = watched.startswith(f"{name}.")
+        if name and own and not is_around and parameter_names.issuperset(own):
             parent, _, child = name.rpartition(".")
             # Its submodules are dropped with it; those that are visited later are no longer part of the body.
             if _is_part(body, name, module):
