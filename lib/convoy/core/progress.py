@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from convoy.core.training_events import TrainingEvent
+
 
 class Progress(Protocol):
     """Told by a pipeline how far it is. Implementations draw a bar, write lines, or nothing."""
@@ -20,6 +22,10 @@ class Progress(Protocol):
         """Samples were finished."""
         ...
 
+    def training(self, event: TrainingEvent) -> None:
+        """A training went on; the results of its epochs come with it."""
+        ...
+
 
 class Silent:
     """Progress that nobody watches."""
@@ -31,4 +37,7 @@ class Silent:
         """Say nothing."""
 
     def advance(self, results: int, rejects: int) -> None:
+        """Say nothing."""
+
+    def training(self, event: TrainingEvent) -> None:
         """Say nothing."""

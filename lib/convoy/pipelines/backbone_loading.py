@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import nn
 
 from convoy.core.errors import ConfigError
 from convoy.pipelines.backbone_record import BACKBONES, BackboneRecord
@@ -20,14 +21,13 @@ from convoy.vision.backbones import (
     pretrained_classes,
 )
 from convoy.vision.depth_axis import count_macs
+from convoy.vision.presets import EvalPreset
 from convoy.vision.weights import load_weights, read_state_dict, state_to_safetensors, weights_digest
 
 
 def load_backbone(store: ObjectStore, config: BackboneConfig) -> BackboneRecord:
     """Build a network, load its weights from where the config says, and put them into the workspace."""
     network, classes = _load(config)
-    preset = default_preset(config)
-    axis = depth_axis(config, network)
     found = weights_digest(network.state_dict())
     if config.weights_digest not in (None, found):
         raise ConfigError(
@@ -35,6 +35,20 @@ def load_backbone(store: ObjectStore, config: BackboneConfig) -> BackboneRecord:
             where=config.weights,
             next_step="someone replaced the weights: bring the old ones back, or change weights_digest",
         )
+    return keep_network(store, config, network, preset=default_preset(config), classes=classes)
+
+
+def keep_network(
+    store: ObjectStore,
+    config: BackboneConfig,
+    network: nn.Module,
+    *,
+    preset: EvalPreset,
+    classes: tuple[str, ...] | None,
+) -> BackboneRecord:
+    """Put a network's weights into the workspace, by their content, and return its record."""
+    axis = depth_axis(config, network)
+    found = weights_digest(network.state_dict())
     record = BackboneRecord(
         config=config,
         arch=config.arch,
@@ -62,8 +76,14 @@ def read_backbone_state(store: ObjectStore, record: BackboneRecord) -> dict[str,
     return read_state_dict(store.get(record.weights_key).data)
 
 
-def _load(config: BackboneConfig) -> tuple[torch.nn.Module, tuple[str, ...] | None]:
+def _load(config: BackboneConfig) -> tuple[nn.Module, tuple[str, ...] | None]:
     source = weight_source(config)
+    if source is WeightSource.TRAINED:
+        raise ConfigError(
+            "the weights of a trained network lie in its bundle",
+            where="backbone.weights",
+            next_step="name the URI of the bundle's model.safetensors",
+        )
     if source is WeightSource.NAMED:
         return build_pretrained(config), pretrained_classes(config)
     network = build_network(config)

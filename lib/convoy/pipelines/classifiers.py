@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -29,14 +30,21 @@ CLASSIFIER_FORMAT_VERSION = 1
 class Strategy(StrEnum):
     """How a network is used."""
 
-    AS_IS = "as_is"
-    LINEAR_PROBE = "linear_probe"
-    EARLY_LAYER_PROBE = "early_layer_probe"
+    AS_IS = "as_is"  # pretrained, no parameter changed
+    LINEAR_PROBE = "linear_probe"  # a head on pooled features
+    EARLY_LAYER_PROBE = "early_layer_probe"  # a head on features of an early stage
+    PARTIAL_REUSE = "partial_reuse"  # early stages, new convolutions, a new MLP
+    FINE_TUNE = "fine_tune"  # pretrained weights trained on, down to a freeze depth
+    FROM_SCRATCH = "from_scratch"  # random weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Classifier:
-    """Logits over `classes` from the features of `tap`: those of the head, or without a head the features."""
+    """Logits over `classes` from the features of `tap`: those of the head, or without a head the features.
+
+    With `output_groups` a class has several outputs of the network: its probability is the sum of theirs, and
+    outputs in no group are left out.
+    """
 
     strategy: Strategy
     backbone: BackboneRecord
@@ -46,6 +54,7 @@ class Classifier:
     decode_rule: DecodeRule
     precision: PrecisionChoice
     dtype: FeatureDtype
+    output_groups: tuple[tuple[int, ...], ...] | None = None
 
     def extraction_like(self, extraction: ExtractionConfig) -> ExtractionConfig:
         """The settings of a job, but with what determines the features as this classifier was made with."""
@@ -59,6 +68,9 @@ class Classifier:
 
     def logits(self, features_BD: torch.Tensor) -> torch.Tensor:
         """Float32 logits_BK for float32 features."""
+        if self.output_groups is not None:
+            groups = [features_BD[:, list(outputs)].logsumexp(1) for outputs in self.output_groups]
+            return torch.stack(groups, dim=1)
         if self.head is None:
             return features_BD
         with torch.inference_mode():
@@ -67,9 +79,16 @@ class Classifier:
 
 
 def as_is(
-    backbone: BackboneRecord, classes: tuple[str, ...] | None, extraction: ExtractionConfig
+    backbone: BackboneRecord,
+    classes: tuple[str, ...] | None,
+    extraction: ExtractionConfig,
+    *,
+    class_map: Mapping[str, str] | None = None,
 ) -> Classifier:
-    """A pretrained network with its own classes, no parameter changed."""
+    """A pretrained network with its own classes, or with those that `class_map` makes of them by name.
+
+    No parameter is changed. Raises ConfigError for classes that are not those of the network.
+    """
     names = classes or backbone.classes
     if names is None:
         raise ConfigError(
@@ -81,16 +100,38 @@ def as_is(
             f"{len(names)} class names for {backbone.num_classes} outputs of {backbone.arch}",
             next_step="give one name for each output, in order",
         )
+    mapped, groups = _grouped_outputs(names, class_map) if class_map else (tuple(names), None)
     return Classifier(
         strategy=Strategy.AS_IS,
         backbone=backbone,
         tap=backbone.resolve_tap("logits"),
         head=None,
-        classes=tuple(names),
+        output_groups=groups,
+        classes=mapped,
         decode_rule=extraction.decode,
         precision=extraction.precision,
         dtype=extraction.dtype,
     )
+
+
+def _grouped_outputs(
+    names: Sequence[str], class_map: Mapping[str, str]
+) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
+    """The classes that a map makes of the network's, sorted, and the outputs of each."""
+    unknown = [name for name in class_map if name not in names]
+    if unknown:
+        nearest = difflib.get_close_matches(unknown[0], names, n=1)
+        raise ConfigError(
+            f"the network has no class '{unknown[0]}'" + (f" ({len(unknown)} such)" if unknown[1:] else ""),
+            where="class_map",
+            next_step=f"did you mean '{nearest[0]}'?" if nearest else "map classes that the network has",
+        )
+    mapped = tuple(sorted(set(class_map.values())))
+    groups = tuple(
+        tuple(output for output, name in enumerate(names) if class_map.get(name) == wanted)
+        for wanted in mapped
+    )
+    return mapped, groups
 
 
 def classifier_digest(classifier: Classifier) -> str:
@@ -138,6 +179,7 @@ def read_classifier(store: ObjectStore, bundle: Bundle) -> Classifier:
         backbone=backbone,
         tap=config["tap"],
         head=None if spec is None else head_from_state(spec, _below(state, _HEAD)),
+        output_groups=config.get("output_groups"),
         classes=tuple(bundle.read_json("classes.json")),
         decode_rule=DecodeRule.model_validate(preprocess["decode_rule"]),
         precision=PrecisionChoice(preprocess["precision"]),
@@ -155,6 +197,7 @@ def _config(classifier: Classifier) -> dict[str, Any]:
                 "backbone": classifier.backbone,
                 "tap": classifier.tap,
                 "head": head,
+                **({"output_groups": groups} if (groups := classifier.output_groups) else {}),
             }
         )
     )

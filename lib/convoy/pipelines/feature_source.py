@@ -31,6 +31,16 @@ class LabelledRows:
     def __len__(self) -> int:
         return len(self.labels_N)
 
+    @classmethod
+    def of(cls, rows: pa.Table) -> LabelledRows:
+        """The rows of a table that has the columns content_id, label and weight, all of them labelled."""
+        rows = rows.combine_chunks()
+        return cls(
+            content_ids_N=content_id_array(rows["content_id"]),
+            labels_N=rows["label"].to_numpy().astype(np.int64),
+            weights_N=rows["weight"].to_numpy().astype(np.float32),
+        )
+
 
 def read_labelled_rows(manifest: Manifest, splits: Collection[Split]) -> LabelledRows:
     """The labelled samples of some splits: 24 bytes of memory a sample."""
@@ -44,12 +54,7 @@ def read_labelled_rows(manifest: Manifest, splits: Collection[Split]) -> Labelle
             where=manifest.uri,
             next_step="label the dataset, or choose another split",
         )
-    rows = pa.concat_tables(tables).combine_chunks()
-    return LabelledRows(
-        content_ids_N=content_id_array(rows["content_id"]),
-        labels_N=rows["label"].to_numpy().astype(np.int64),
-        weights_N=rows["weight"].to_numpy().astype(np.float32),
-    )
+    return LabelledRows.of(pa.concat_tables(tables))
 
 
 def open_features(

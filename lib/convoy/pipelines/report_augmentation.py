@@ -18,7 +18,7 @@ from convoy.core.randomness import unit_interval
 from convoy.core.records import SampleRejected, Split
 from convoy.pipelines.cache import CacheConfig
 from convoy.pipelines.pixel_statistics import resolve_augmentation
-from convoy.pipelines.train import TrainConfig
+from convoy.pipelines.train_config import TrainConfig
 from convoy.pipelines.workspace import workspace_uri
 from convoy.storage.datasets import open_dataset
 from convoy.storage.manifests import MANIFEST_SCHEMA, Manifest

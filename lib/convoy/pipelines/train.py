@@ -1,126 +1,108 @@
-"""`convoy train`: config → strategy → features → head → evaluation → bundle."""
+"""`convoy train`: config → strategy → head or network → evaluation → bundle."""
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from convoy.core.config import StrictModel
+from convoy.cluster.session import ray_session
+from convoy.core.errors import ConfigError
 from convoy.core.fingerprints import canonical_json
 from convoy.core.progress import Progress
 from convoy.core.records import Split
+from convoy.core.training_events import EpochResult
 from convoy.pipelines.backbone_record import BackboneRecord
-from convoy.pipelines.classifiers import Classifier, Strategy, classifier_files
+from convoy.pipelines.classifiers import Classifier, Strategy, as_is, classifier_files
 from convoy.pipelines.evaluation import Evaluation, EvaluationTask, evaluate_classifier
-from convoy.pipelines.feature_plan import ErrorBudget, ExtractionConfig, FeatureRequest, resolve_precision
-from convoy.pipelines.feature_source import open_features, read_labelled_rows
-from convoy.pipelines.features import FeatureJob
+from convoy.pipelines.feature_plan import FeatureDtype, resolve_precision
+from convoy.pipelines.model_cards import training_card
 from convoy.pipelines.models import fetch_backbone
-from convoy.pipelines.workspace import WriterMode, open_workspace
-from convoy.storage.bundles import ModelCard, bundle_digest, check_bundle_name, model_card, write_bundle
+from convoy.pipelines.network_training import CurveDrawer, NetworkTraining
+from convoy.pipelines.probing import HeadSummary, TrialSummary, fit_probe
+from convoy.pipelines.train_config import NETWORKS, TrainConfig
+from convoy.pipelines.training_rows import count_classes, read_split
+from convoy.pipelines.workspace import open_workspace
+from convoy.storage.bundles import bundle_digest, check_bundle_name, model_card, write_bundle
 from convoy.storage.datasets import open_dataset
-from convoy.storage.feature_cache import FeatureCache
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
-from convoy.vision.augmentation_policy import AugmentationPolicy
 from convoy.vision.backbone_config import BackboneConfig
-from convoy.vision.head_fitting import FittedHead, fit_head
-from convoy.vision.heads import HeadConfig
-
-PROBES = (Strategy.LINEAR_PROBE, Strategy.EARLY_LAYER_PROBE)
-
-
-class TrainConfig(StrictModel):
-    """A head on frozen features. `name` is the bundle's; `tap` is `pooled` unless the strategy is another."""
-
-    workspace: str | None = None
-    writers: WriterMode = WriterMode.MANY
-    name: str
-    dataset: str
-    strategy: Strategy = Strategy.LINEAR_PROBE
-    backbone: BackboneConfig
-    tap: str | int | None = None
-    views: int = Field(default=1, ge=1)
-    augmentation: AugmentationPolicy = AugmentationPolicy()
-    head: HeadConfig = HeadConfig()
-    extraction: ExtractionConfig = ExtractionConfig()
-    error_budget: ErrorBudget = ErrorBudget()
-
-    @model_validator(mode="after")
-    def _probe_with_a_tap(self) -> Self:
-        if self.strategy not in PROBES:
-            raise ValueError(f"strategy must be one of {', '.join(PROBES)}")
-        if self.strategy is Strategy.EARLY_LAYER_PROBE and self.tap is None:
-            raise ValueError("early_layer_probe needs a tap: the name or number of a stage, such as layer2")
-        return self
-
-
-class TrialSummary(StrictModel):
-    """One candidate of the head's search: its C (null for an MLP's epochs) and its accuracy on val."""
-
-    C: float | None
-    converged: bool | None
-    val_top1: float | None
-    val_nll: float | None
+from convoy.vision.training_config import Phase
 
 
 class TrainReport(Evaluation):
-    """The bundle, how its head was chosen, and what it is worth on the evaluated split."""
+    """The bundle, how it was trained, and what it is worth on the evaluated split.
+
+    Which fields are filled depends on the strategy: `trials` and `head` tell of heads on cached features,
+    `phases`, `history` and `learning_curves` of networks; `train_run` is the folder under `runs/`.
+    `train_rejects` are training images that could not be used, by code.
+    """
 
     bundle: str
     strategy: Strategy
     tap: str
     num_train_rows: int
-    converged: bool
-    fit_seconds: float
-    trials: list[TrialSummary]
+    converged: bool | None = None
+    fit_seconds: float | None = None
+    trials: list[TrialSummary] = Field(default_factory=list)
+    head: HeadSummary | None = None
+    train_run: str | None = None
+    phases: list[Phase] = Field(default_factory=list)
+    history: list[EpochResult] = Field(default_factory=list)
+    learning_curves: str | None = None
+    train_rejects: dict[str, int] = Field(default_factory=dict)
+    notes: list[str] = Field(default_factory=list)
     within_error_budget: bool
 
 
-def run_train(config: TrainConfig, *, progress: Progress, new_run: bool = False) -> TrainReport:
-    """Train by the config's strategy; equal inputs give a bundle of equal digest."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Trained:
+    """What a strategy brings: a classifier, its part of the report, and how its run ends."""
+
+    classifier: Classifier
+    num_train_rows: int
+    report: dict[str, Any] = field(default_factory=dict)
+    finish: Callable[[dict[str, Any]], None] = lambda report: None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """A call of `convoy train` with what every strategy needs."""
+
+    store: ObjectStore
+    manifest: Manifest
+    config: TrainConfig
+    progress: Progress
+    draw_curves: CurveDrawer
+    new_run: bool
+
+
+def run_train(
+    config: TrainConfig, *, progress: Progress, draw_curves: CurveDrawer, new_run: bool = False
+) -> TrainReport:
+    """Train by the config's strategy; on one machine equal inputs give a bundle of equal digest.
+
+    `draw_curves` makes the picture of the learning curves that is kept in the run folder.
+    """
     check_bundle_name(config.name)
     store = open_workspace(config.workspace, config.writers)
     manifest = open_dataset(store, config.dataset)
-    backbone = fetch_backbone(store, config.backbone)
-    tap = backbone.resolve_tap("pooled" if config.tap is None else config.tap)
-    fitted = _fit(store, manifest, backbone, config, tap, progress, new_run=new_run)
-    classifier = Classifier(
-        strategy=config.strategy,
-        backbone=backbone,
-        tap=tap,
-        head=fitted.head,
-        classes=manifest.classes,
-        decode_rule=config.extraction.decode,
-        # As it was resolved here: on another machine "auto" may mean another precision.
-        precision=resolve_precision(config.extraction),
-        dtype=config.extraction.dtype,
+    job = _Job(
+        store=store,
+        manifest=manifest,
+        config=config,
+        progress=progress,
+        draw_curves=draw_curves,
+        new_run=new_run,
     )
-    files = classifier_files(store, classifier)
-    task = EvaluationTask(
-        classifier=classifier,
-        model_digest=bundle_digest(files),
-        dataset=config.dataset,
-        splits=(held_out_split(manifest),),
-        extraction=config.extraction,
-        config=config.model_dump(mode="json"),
-    )
-    evaluation = evaluate_classifier(store, manifest, task, progress=progress, new_run=new_run)
-    files["metrics.json"] = canonical_json(evaluation)
-    files["README.md"] = model_card(_card(config, manifest, classifier, evaluation)).encode()
-    reference = write_bundle(store, config.name, files)
-    return TrainReport(
-        **evaluation.model_dump(),
-        bundle=str(reference),
-        strategy=config.strategy,
-        tap=tap,
-        num_train_rows=fitted.num_train_rows,
-        converged=fitted.converged,
-        fit_seconds=fitted.seconds,
-        trials=_trials(fitted),
-        within_error_budget=config.error_budget.allows(evaluation.rejects, evaluation.samples),
-    )
+    if config.strategy not in NETWORKS:
+        return _run(job)
+    # One Ray for head, training and evaluation; each of them alone would start its own.
+    with ray_session():
+        return _run(job)
 
 
 def held_out_split(manifest: Manifest) -> Split:
@@ -128,71 +110,133 @@ def held_out_split(manifest: Manifest) -> Split:
     return Split.TEST if Split.TEST in manifest.counts else Split.VAL
 
 
-def _fit(
-    store: ObjectStore,
-    manifest: Manifest,
-    backbone: BackboneRecord,
-    config: TrainConfig,
-    tap: str,
-    progress: Progress,
-    *,
-    new_run: bool,
-) -> FittedHead:
-    """Cache what is missing, then fit: view 0 of all splits, and the other views of the train split only."""
-    request = FeatureRequest(dataset=config.dataset, backbone=config.backbone, taps=(tap,))
-    plain = FeatureJob(store, manifest, backbone, request, config.extraction)
-    plain.ensure(progress=progress, new_run=new_run)
-    train_sets = [plain.set_id(tap)]
-    if config.views > 1:
-        update = {"splits": (Split.TRAIN,), "views": config.views, "augmentation": config.augmentation}
-        augmented = FeatureJob(
-            store, manifest, backbone, request.model_copy(update=update), config.extraction
-        )
-        augmented.ensure(progress=progress, new_run=new_run)
-        train_sets = [augmented.set_id(tap, view) for view in range(config.views)]
-    progress.stage("fitting the head")
-    cache = FeatureCache(store)
-    train = open_features(cache, train_sets, read_labelled_rows(manifest, [Split.TRAIN]))
-    val = None
-    if Split.VAL in manifest.counts:
-        val = open_features(cache, [plain.set_id(tap)], read_labelled_rows(manifest, [Split.VAL]))
-    return fit_head(config.head, train, val, num_classes=len(manifest.classes))
-
-
-def _trials(fitted: FittedHead) -> list[TrialSummary]:
-    return [
-        TrialSummary(
-            C=trial.C,
-            converged=trial.converged,
-            val_top1=trial.val.top1 if trial.val else None,
-            val_nll=trial.val.nll if trial.val else None,
-        )
-        for trial in fitted.trials
-    ]
-
-
-def _card(
-    config: TrainConfig, manifest: Manifest, classifier: Classifier, evaluation: Evaluation
-) -> ModelCard:
-    backbone = classifier.backbone
-    return ModelCard(
-        name=config.name,
-        summary=f"A {config.head.kind.value} head on the `{classifier.tap}` features of {backbone.arch}.",
-        strategy=f"{config.strategy.value}: the network is frozen, only the head was trained.",
+def _run(job: _Job) -> TrainReport:
+    """Train, evaluate on the held-out split, and write the bundle."""
+    store, manifest, config = job.store, job.manifest, job.config
+    trained = _train(job)
+    classifier = trained.classifier
+    files = classifier_files(store, classifier)
+    task = EvaluationTask(
+        classifier=classifier,
+        model_digest=bundle_digest(files),
         dataset=config.dataset,
-        dataset_fingerprint=manifest.fingerprint,
-        split_rows={split.value: counts.num_samples for split, counts in manifest.counts.items()},
-        classes=classifier.classes,
-        split=", ".join(evaluation.splits),
-        metrics=evaluation.intervals,
-        intended_use="Images like those of the dataset above, prepared by `preprocess.json`.",
-        limits=[
-            "Measured on the held-out split of the same dataset: other sources of images may differ.",
-            *(
-                []
-                if classifier.gives_probabilities
-                else ["Scores are margins of a linear SVM, no probabilities."]
-            ),
-        ],
-        lineage={"backbone weights": backbone.weights_digest, "evaluation run": evaluation.run},
+        splits=(held_out_split(manifest),),
+        extraction=classifier.extraction_like(config.extraction),
+        config=config.model_dump(mode="json"),
+    )
+    evaluation = evaluate_classifier(store, manifest, task, progress=job.progress, new_run=job.new_run)
+    files["metrics.json"] = canonical_json(evaluation)
+    card = training_card(config, manifest, classifier, evaluation, notes=trained.report.get("notes", ()))
+    files["README.md"] = model_card(card).encode()
+    reference = write_bundle(store, config.name, files)
+    num_rejects = sum(trained.report.get("train_rejects", {}).values())
+    report = TrainReport(
+        **evaluation.model_dump(),
+        **trained.report,
+        bundle=str(reference),
+        strategy=config.strategy,
+        tap=classifier.tap,
+        num_train_rows=trained.num_train_rows,
+        within_error_budget=config.error_budget.allows(
+            evaluation.rejects + num_rejects, evaluation.samples + trained.num_train_rows
+        ),
+    )
+    trained.finish(report.model_dump(mode="json"))
+    return report
+
+
+def _train(job: _Job) -> _Trained:
+    config = job.config
+    if config.strategy is Strategy.AS_IS:
+        return _use_as_is(job, fetch_backbone(job.store, config.backbone))
+    # Before any network is fetched: a class without images can be learnt by no strategy.
+    count_classes(read_split(job.manifest, Split.TRAIN, config.rows), job.manifest.classes)
+    if config.strategy is Strategy.FROM_SCRATCH:
+        return _train_network(job, fetch_backbone(job.store, _random_weights(config, job.manifest)))
+    backbone = fetch_backbone(job.store, config.backbone)
+    return _train_network(job, backbone) if config.strategy in NETWORKS else _train_probe(job, backbone)
+
+
+def _use_as_is(job: _Job, backbone: BackboneRecord) -> _Trained:
+    config = job.config
+    classifier = as_is(backbone, config.classes, config.extraction, class_map=config.class_map)
+    return _Trained(classifier=classifier, num_train_rows=0)
+
+
+def _random_weights(config: TrainConfig, manifest: Manifest) -> BackboneConfig:
+    if config.backbone.weights not in ("random", "DEFAULT"):
+        raise ConfigError(
+            "from_scratch takes no pretrained weights",
+            where="backbone.weights",
+            next_step="leave them out, or choose the strategy fine_tune",
+        )
+    return config.backbone.model_copy(update={"weights": "random", "num_classes": len(manifest.classes)})
+
+
+def _train_probe(job: _Job, backbone: BackboneRecord) -> _Trained:
+    config = job.config
+    tap = backbone.resolve_tap("pooled" if config.tap is None else config.tap)
+    probe = fit_probe(
+        job.store,
+        job.manifest,
+        backbone,
+        config,
+        tap=tap,
+        head=config.head,
+        progress=job.progress,
+        new_run=job.new_run,
+    )
+    classifier = Classifier(
+        strategy=config.strategy,
+        backbone=backbone,
+        tap=tap,
+        head=probe.fitted.head,
+        classes=job.manifest.classes,
+        decode_rule=config.extraction.decode,
+        # As it was resolved here: on another machine "auto" may mean another precision.
+        precision=resolve_precision(config.extraction),
+        dtype=config.extraction.dtype,
+    )
+    summary = probe.summary
+    report = {
+        "converged": summary.converged,
+        "fit_seconds": summary.fit_seconds,
+        "trials": summary.trials,
+        "head": summary,
+    }
+    return _Trained(classifier=classifier, num_train_rows=summary.num_rows, report=report)
+
+
+def _train_network(job: _Job, backbone: BackboneRecord) -> _Trained:
+    training = NetworkTraining(
+        job.store, job.manifest, backbone, job.config, job.progress, new_run=job.new_run
+    )
+    network = training.run()
+    classifier = Classifier(
+        strategy=job.config.strategy,
+        backbone=network.backbone,
+        tap=network.backbone.resolve_tap("logits"),
+        head=None,
+        classes=job.manifest.classes,
+        decode_rule=job.config.extraction.decode,
+        precision=resolve_precision(job.config.extraction),
+        # Logits are few, and float16 would round them.
+        dtype=FeatureDtype.FLOAT32,
+    )
+    curves = training.folder.key("learning_curves.png")
+    report: dict[str, Any] = {
+        "head": network.setup.head,
+        "train_run": training.folder.run_id,
+        "phases": list(network.setup.plan.phases),
+        "history": list(network.history),
+        "learning_curves": job.store.uri(curves) if network.history else None,
+        "train_rejects": network.reject_codes,
+        "notes": list(network.setup.plan.notes),
+    }
+
+    def finish(values: dict[str, Any]) -> None:
+        training.finish(network, values, job.draw_curves)
+
+    return _Trained(
+        classifier=classifier, num_train_rows=network.num_train_rows, report=report, finish=finish
     )

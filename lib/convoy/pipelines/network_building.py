@@ -1,0 +1,69 @@
+"""Networks for a training: their first weights, and their records once they are trained."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from convoy.pipelines.backbone_loading import keep_network, read_backbone_state
+from convoy.pipelines.backbone_record import BackboneRecord
+from convoy.storage.object_store import ObjectStore
+from convoy.vision.backbone_config import BackboneConfig
+from convoy.vision.backbones import build_network, depth_axis
+from convoy.vision.heads import Head
+from convoy.vision.partial_reuse import PartialReuseNetwork
+from convoy.vision.presets import EvalPreset
+from convoy.vision.stages import DepthAxis, StageKind
+from convoy.vision.weights import HeadMismatch, load_weights, read_state_dict, state_to_safetensors
+
+
+class NewNetwork:
+    """A network before its training: with the pretrained weights of another in it, or with random ones."""
+
+    def __init__(self, config: BackboneConfig) -> None:
+        self.config = config
+        self.network = build_network(config)
+        self.axis: DepthAxis = depth_axis(config, self.network)
+
+    def take_weights(self, store: ObjectStore, pretrained: BackboneRecord) -> None:
+        """Take the weights of a pretrained network; a classifier of another size keeps its random ones.
+
+        Raises ConfigError, with names and shapes, for weights that do not fit.
+        """
+        state = read_backbone_state(store, pretrained)
+        if isinstance(self.network, PartialReuseNetwork):
+            self.network.load_body(state)
+        else:
+            load_weights(self.network, state, head=HeadMismatch.REPLACE)
+
+    @property
+    def head_tap(self) -> str | None:
+        """The tap whose features the classifier takes, or None where the classifier is not one linear layer."""
+        body, last = self.axis[len(self.axis) - 2], self.axis[len(self.axis) - 1]
+        module = self.network.get_submodule(last.name)
+        is_linear = isinstance(module, nn.Linear) and module.bias is not None
+        if not is_linear or body.kind is not StageKind.VECTOR or module.in_features != body.channels:
+            return None
+        return body.name
+
+    def take_head(self, head: Head) -> None:
+        """Take a fitted linear head as the classifier."""
+        layer = self.network.get_submodule(self.axis[len(self.axis) - 1].name)
+        layer.load_state_dict(head.input_layer.state_dict())
+
+    def to_safetensors(self) -> bytes:
+        """The weights as they are now."""
+        return state_to_safetensors(self.network.state_dict())
+
+
+def keep_trained(
+    store: ObjectStore,
+    config: BackboneConfig,
+    weights_key: str,
+    *,
+    preset: EvalPreset,
+    classes: tuple[str, ...],
+) -> BackboneRecord:
+    """The record of a trained network whose weights lie under a key; they are kept where the record says."""
+    network = build_network(config)
+    load_weights(network, read_state_dict(store.get(weights_key).data))
+    return keep_network(store, config, network, preset=preset, classes=classes)

@@ -1,0 +1,151 @@
+"""What a strategy makes of a backbone: the network to train, its first weights, its phases and recipe."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from convoy.core.config import StrictModel
+from convoy.core.errors import ConfigError
+from convoy.pipelines.classifiers import Strategy
+from convoy.pipelines.train_config import TrainConfig
+from convoy.vision.backbone_config import BackboneConfig
+from convoy.vision.engine_options import best_precision
+from convoy.vision.freezing import resolve_freeze_depth
+from convoy.vision.recipes import fine_tuning_phases, paper_recipe, reuse_phases, transfer_recipe
+from convoy.vision.stages import DepthAxis
+from convoy.vision.training_config import Balance, Phase, Precision, Recipe, group_batch_size, rate_factor
+
+_FINE_TUNING_EPOCHS = 5
+_REUSE_EPOCHS = 10
+# From this ratio between the largest and the smallest class on, `balance: auto` weighs the classes.
+_UNBALANCED_FROM = 3.0
+
+
+class NetworkPlan(StrictModel):
+    """Recipe and phases with every default and every `auto` resolved, and why.
+
+    `batch_size` counts images of one update over all workers. `notes` are for the report.
+    """
+
+    recipe: Recipe
+    phases: tuple[Phase, ...]
+    batch_size: int
+    balance: Balance
+    notes: tuple[str, ...]
+
+
+def trained_backbone_config(config: TrainConfig, num_classes: int) -> BackboneConfig:
+    """The network that the strategy trains, as a config from which every worker builds it."""
+    update: dict[str, Any] = {"num_classes": num_classes, "weights": "trained", "weights_digest": None}
+    if config.strategy is Strategy.PARTIAL_REUSE:
+        update["new_layers"] = config.reuse
+    return config.backbone.model_copy(update=update)
+
+
+def plan_network(
+    config: TrainConfig, axis: DepthAxis, counts: Sequence[int], *, num_workers: int
+) -> NetworkPlan:
+    """Resolve recipe and phases for a network, a dataset with `counts` images a class, and a group of workers.
+
+    Raises ConfigError for an impossible freeze depth, or a batch that the training rows or workers do not fit.
+    """
+    recipe, phases, source = _defaults(config)
+    recipe = recipe.model_copy(
+        update={name: getattr(config.recipe, name) for name in config.recipe.model_fields_set}
+    )
+    batch_size = group_batch_size(recipe, num_workers)
+    if phases is None:
+        phases = _paper_phases(config, batch_size)
+        factor = 1.0  # scaled to the group's batch already
+    else:
+        factor = rate_factor(recipe, num_workers)
+    _check_batch(batch_size, sum(counts), num_workers)
+    images_per_class = statistics.median(counts)
+    resolved = tuple(
+        phase.model_copy(
+            update={
+                "freeze_depth": resolve_freeze_depth(
+                    axis, phase.freeze_depth, images_per_class=images_per_class
+                ),
+                "learning_rate": phase.learning_rate * factor,
+            }
+        )
+        for phase in phases
+    )
+    balance = _balance(recipe.balance, counts)
+    if recipe.precision is Precision.AUTO:
+        recipe = recipe.model_copy(update={"precision": Precision(best_precision().value)})
+    notes = [source, *_notes(phases, resolved, axis, images_per_class)]
+    if balance is not Balance.NONE:
+        notes.append(f"classes are balanced by {balance.value}: {min(counts)} to {max(counts)} images")
+    if factor != 1.0:
+        notes.append(
+            f"learning rates times {factor:g} for {num_workers} workers ({recipe.rate_scaling.value})"
+        )
+    return NetworkPlan(
+        recipe=recipe, phases=resolved, batch_size=batch_size, balance=balance, notes=tuple(notes)
+    )
+
+
+def _defaults(config: TrainConfig) -> tuple[Recipe, tuple[Phase, ...] | None, str]:
+    """The strategy's recipe and phases, or None for those of the architecture's paper; and where they are from."""
+    if config.strategy is Strategy.FROM_SCRATCH:
+        paper = paper_recipe(config.backbone.arch)
+        return paper.recipe, config.phases, f"recipe: {paper.source}"
+    recipe, source = transfer_recipe(), f"recipe: Convoy's for {config.strategy.value}"
+    if config.phases is not None:
+        return recipe, config.phases, source
+    depth = config.wanted_freeze_depth
+    if config.strategy is Strategy.FINE_TUNE:
+        phases = fine_tuning_phases(config.epochs or _FINE_TUNING_EPOCHS, depth)
+    else:
+        phases = reuse_phases(config.epochs or _REUSE_EPOCHS, depth)
+    if config.learning_rate is not None:
+        rate = {"learning_rate": config.learning_rate}
+        phases = tuple(phase.model_copy(update=rate) for phase in phases)
+    return recipe, phases, source
+
+
+def _paper_phases(config: TrainConfig, batch_size: int) -> tuple[Phase, ...]:
+    phase = paper_recipe(config.backbone.arch).scaled_to(batch_size, config.epochs)
+    update: dict[str, Any] = {"freeze_depth": config.wanted_freeze_depth}
+    if config.learning_rate is not None:
+        update["learning_rate"] = config.learning_rate
+    return (phase.model_copy(update=update),)
+
+
+def _check_batch(batch_size: int, num_rows: int, num_workers: int) -> None:
+    if batch_size > num_rows:
+        raise ConfigError(
+            f"a batch of {batch_size} images is larger than the training split of {num_rows}",
+            where="recipe.batch_size",
+            next_step="lower the batch size (it counts over all workers), or add images",
+        )
+    if batch_size < num_workers:
+        raise ConfigError(
+            f"a batch of {batch_size} images leaves some of {num_workers} workers without any",
+            where="recipe.batch_size",
+            next_step="raise the batch size, or lower workers.num_workers",
+        )
+
+
+def _balance(wanted: Balance, counts: Sequence[int]) -> Balance:
+    if wanted is not Balance.AUTO:
+        return wanted
+    return Balance.WEIGHTS if max(counts) >= _UNBALANCED_FROM * min(counts) else Balance.NONE
+
+
+def _notes(
+    phases: Sequence[Phase], resolved: Sequence[Phase], axis: DepthAxis, images_per_class: float
+) -> list[str]:
+    notes = []
+    for wanted, phase in zip(phases, resolved, strict=True):
+        depth = int(phase.freeze_depth)
+        frozen = f"nothing frozen of {len(axis)} stages"
+        if depth:
+            frozen = f"{depth} of {len(axis)} stages frozen, up to {axis[depth - 1].name}"
+        why = f", by {images_per_class:g} images a class" if wanted.freeze_depth == "auto" else ""
+        notes.append(f"phase {phase.name}: {phase.epochs} epochs, {frozen}{why}")
+    return notes

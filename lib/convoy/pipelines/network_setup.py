@@ -1,0 +1,81 @@
+"""What is decided once before a network is trained: phases, augmentation, first weights, and a fitted head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from convoy.core.config import StrictModel
+from convoy.core.errors import ConfigError
+from convoy.core.progress import Progress
+from convoy.pipelines.backbone_record import BackboneRecord
+from convoy.pipelines.network_building import NewNetwork
+from convoy.pipelines.network_plan import NetworkPlan, plan_network, trained_backbone_config
+from convoy.pipelines.pixel_statistics import resolve_augmentation
+from convoy.pipelines.probing import HeadSummary, fit_probe
+from convoy.pipelines.train_config import HeadSource, TrainConfig
+from convoy.storage.manifests import Manifest
+from convoy.storage.object_store import ObjectStore
+from convoy.vision.augmentation_policy import AugmentationPolicy
+
+
+class TrainingSetup(StrictModel):
+    """A training with nothing left to choose. `head` tells of a head that was fitted from the cache."""
+
+    plan: NetworkPlan
+    augmentation: AugmentationPolicy
+    head: HeadSummary | None
+
+
+def set_up_training(
+    store: ObjectStore,
+    manifest: Manifest,
+    pretrained: BackboneRecord,
+    config: TrainConfig,
+    counts: Sequence[int],
+    *,
+    num_workers: int,
+    progress: Progress,
+    new_run: bool,
+) -> tuple[TrainingSetup, bytes]:
+    """The setup, and the first weights as safetensors.
+
+    Raises ConfigError, before any worker starts, for weights that do not fit (with names and shapes), an
+    impossible freeze depth, or a batch that rows or workers cannot fill.
+    """
+    new = NewNetwork(trained_backbone_config(config, len(manifest.classes)))
+    new.take_weights(store, pretrained)
+    plan = plan_network(config, new.axis, counts, num_workers=num_workers)
+    policy = resolve_augmentation(
+        store, manifest, config.dataset, config.augmentation, config.extraction.decode, progress
+    )
+    head = None
+    if _takes_head_from_cache(config, plan, new):
+        probe = fit_probe(
+            store,
+            manifest,
+            pretrained,
+            config,
+            tap=new.head_tap or "",
+            head=config.head,
+            progress=progress,
+            new_run=new_run,
+        )
+        new.take_head(probe.fitted.head)
+        head = probe.summary
+        note = f"phase {plan.phases[0].name} was fitted from the feature cache instead"
+        plan = plan.model_copy(update={"phases": plan.phases[1:], "notes": (*plan.notes, note)})
+    return TrainingSetup(plan=plan, augmentation=policy, head=head), new.to_safetensors()
+
+
+def _takes_head_from_cache(config: TrainConfig, plan: NetworkPlan, new: NewNetwork) -> bool:
+    if config.head_source is HeadSource.NETWORK:
+        return False
+    is_possible = plan.phases[0].freeze_depth == len(new.axis) - 1 and new.head_tap is not None
+    if config.head_source is HeadSource.CACHE and not is_possible:
+        raise ConfigError(
+            "the head cannot come from the feature cache: the first phase must train only the head, and the"
+            " head must be one linear layer",
+            where="head_source",
+            next_step=f"give the first phase `freeze_depth: body`, or leave head_source at {HeadSource.AUTO.value}",
+        )
+    return is_possible

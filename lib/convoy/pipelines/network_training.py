@@ -1,0 +1,223 @@
+"""Training a network on Ray Train: freeze the input, train in phases, keep the weights as a backbone record."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from convoy.cluster.session import ray_session
+from convoy.cluster.training import WorkerPlan, plan_workers, run_training
+from convoy.cluster.training_spec import LocalCacheOptions, TrainingRows, TrainingSpec
+from convoy.core.errors import TrainingError
+from convoy.core.fingerprints import canonical_json, digest
+from convoy.core.progress import Progress
+from convoy.core.records import Split
+from convoy.core.training_events import EpochResult
+from convoy.pipelines.backbone_record import BackboneRecord
+from convoy.pipelines.network_plan import trained_backbone_config
+from convoy.pipelines.network_setup import TrainingSetup, set_up_training
+from convoy.pipelines.train_config import TrainConfig
+from convoy.pipelines.training_rows import count_classes, read_split
+from convoy.storage.commits import finish
+from convoy.storage.documents import read_json
+from convoy.storage.manifests import Manifest
+from convoy.storage.object_store import ObjectStore
+from convoy.storage.runs import OpenRun, RunRecord
+from convoy.vision.training_config import Balance
+
+_VERB = "train"
+_TRAINED = "trained.json"
+# What of a config may change between a kill and the next call: where and how fast, not what is computed.
+_NOT_IDENTITY = {
+    "workspace",
+    "writers",
+    "workers",
+    "local_cache",
+    "tracking",
+    "checkpoint_steps",
+    "error_budget",
+}
+
+CurveDrawer = Callable[[Sequence[EpochResult]], bytes]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedNetwork:
+    """A trained network in the workspace, and how it came about."""
+
+    backbone: BackboneRecord
+    setup: TrainingSetup
+    num_train_rows: int
+    history: tuple[EpochResult, ...]
+    reject_codes: dict[str, int]
+
+
+class NetworkTraining:
+    """One training job in its run folder, from the frozen input to `_SUCCESS`."""
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        manifest: Manifest,
+        pretrained: BackboneRecord,
+        config: TrainConfig,
+        progress: Progress,
+        *,
+        new_run: bool,
+    ) -> None:
+        self._store, self._manifest = store, manifest
+        self._pretrained, self._config, self._progress = pretrained, config, progress
+        self._new_run = new_run
+        self._train = read_split(manifest, Split.TRAIN, config.rows)
+        self._counts = count_classes(self._train, manifest.classes)
+        self._open_run = OpenRun(store, verb=_VERB, target=digest([config.name]))
+        self._identity = {
+            "dataset_fingerprint": manifest.fingerprint,
+            "weights_digest": pretrained.weights_digest,
+            "config": config.model_dump(mode="json", exclude=_NOT_IDENTITY),
+        }
+        folder, self._record = self._open_run.resume(self._identity, new_run=new_run)
+        self.folder = folder or self._open_run.start()
+
+    def run(self) -> TrainedNetwork:
+        """Train what an earlier call has not finished, and keep the network.
+
+        Raises TrainingError if the loss became no finite number.
+        """
+        self._record = self._record or self.folder.record()
+        outcome = read_json(self._store, self.folder.key(_TRAINED))
+        if self._record is None or outcome is None:
+            outcome = self._train_network()
+        # The driver needs torch only now: to build the trained network and derive its axis.
+        from convoy.pipelines.network_building import keep_trained  # noqa: PLC0415
+
+        backbone = keep_trained(
+            self._store,
+            trained_backbone_config(self._config, len(self._manifest.classes)),
+            outcome["weights_key"],
+            preset=self._pretrained.preset,
+            classes=self._manifest.classes,
+        )
+        return TrainedNetwork(
+            backbone=backbone,
+            setup=TrainingSetup.model_validate(self._settings["setup"]),
+            num_train_rows=self._train.num_rows,
+            history=tuple(EpochResult.model_validate(one) for one in outcome["history"]),
+            reject_codes=outcome["reject_codes"],
+        )
+
+    def finish(self, network: TrainedNetwork, report: dict[str, Any], draw_curves: CurveDrawer) -> None:
+        """Write history, curves and report, and end the run."""
+        if network.history:
+            history = canonical_json([one.model_dump(mode="json") for one in network.history])
+            self._store.put(self.folder.key("history.json"), history)
+            self._store.put(self.folder.key("learning_curves.png"), draw_curves(network.history))
+        finish(self.folder, report)
+        self._open_run.close()
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return {} if self._record is None else self._record.settings
+
+    def _train_network(self) -> dict[str, Any]:
+        self._progress.stage("starting Ray")
+        with ray_session():
+            workers = plan_workers(self._config.workers)
+            record = self._record = self._record or self._freeze(workers)
+            setup = TrainingSetup.model_validate(record.settings["setup"])
+            if not setup.plan.phases:
+                # Only the head was to be trained, and that is done.
+                weights_key = record.settings["initial_weights_key"]
+                return {"weights_key": weights_key, "history": [], "reject_codes": {}}
+            self._progress.stage("starting the training workers")
+            spec = self._spec(record, setup, workers)
+            outcome = run_training(spec, workers, self._progress.training)
+        if outcome["diverged"] is not None:
+            raise TrainingError(
+                "the loss or a weight is no finite number any more: the last checkpoint before is kept",
+                where=f"{self.folder.prefix}checkpoints/, phase {outcome['diverged']['phase']},"
+                f" epoch {outcome['diverged']['epoch']}, step {outcome['diverged']['step']}",
+                next_step="lower learning_rate, set recipe.clip_norm, or train in fp32, and add --new-run",
+            )
+        return outcome
+
+    def _freeze(self, workers: WorkerPlan) -> RunRecord:
+        """Decide everything once, so that a resumed run trains the very same network."""
+        setup, weights = set_up_training(
+            self._store,
+            self._manifest,
+            self._pretrained,
+            self._config,
+            self._counts,
+            num_workers=workers.num_workers,
+            progress=self._progress,
+            new_run=self._new_run,
+        )
+        weights_key = self.folder.key("initial.safetensors")
+        self._store.put(weights_key, weights)
+        val = None
+        if Split.VAL in self._manifest.counts:
+            val = self._freeze_rows("val", read_split(self._manifest, Split.VAL))
+        settings = {
+            "setup": setup,
+            "initial_weights_key": weights_key,
+            "train": self._freeze_rows("train", self._train),
+            "val": val,
+        }
+        record = RunRecord.new(
+            self.folder.run_id,
+            verb=_VERB,
+            identity=self._identity,
+            config=self._config.model_dump(mode="json"),
+            outputs={},
+            groups=(),
+            settings=json.loads(canonical_json(settings)),
+        )
+        self.folder.write_record(record)
+        return record
+
+    def _freeze_rows(self, name: str, rows: pa.Table) -> TrainingRows:
+        buffer = io.BytesIO()
+        pq.write_table(rows, buffer, compression="zstd")
+        key = self.folder.key(f"input/{name}.parquet")
+        self._store.put(key, buffer.getvalue())
+        return TrainingRows(key=key, num_rows=rows.num_rows)
+
+    def _spec(self, record: RunRecord, setup: TrainingSetup, workers: WorkerPlan) -> TrainingSpec:
+        config, settings, cache = self._config, record.settings, self._config.local_cache
+        balance = setup.plan.balance
+        return TrainingSpec(
+            workspace=self._store.root_uri,
+            run_id=self.folder.run_id,
+            backbone=trained_backbone_config(config, len(self._manifest.classes)),
+            initial_weights_key=settings["initial_weights_key"],
+            preset=self._pretrained.preset,
+            decode_rule=config.extraction.decode,
+            augmentation=setup.augmentation,
+            recipe=setup.plan.recipe,
+            phases=setup.plan.phases,
+            class_weights=self._class_weights() if balance is Balance.WEIGHTS else None,
+            balanced_sampling=balance is Balance.SAMPLING,
+            train=settings["train"],
+            val=settings["val"],
+            batch_size=setup.plan.batch_size,
+            checkpoint_steps=config.checkpoint_steps,
+            ingest=workers.ingest,
+            num_preparers=workers.preparers_per_worker,
+            num_threads=workers.num_threads,
+            num_fetch_threads=config.extraction.num_fetch_threads,
+            local_cache=LocalCacheOptions(folder=cache.folder, max_bytes=int(cache.max_gb * 1e9))
+            if cache.max_gb
+            else None,
+        )
+
+    def _class_weights(self) -> tuple[float, ...]:
+        """Inverse to the images of each class, with a mean of 1 over the images, as in scikit-learn."""
+        total = sum(self._counts)
+        return tuple(total / (len(self._counts) * count) for count in self._counts)

@@ -1,0 +1,144 @@
+"""Heads on cached features: the probes, and the head that a fine-tuning begins with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from convoy.core.config import StrictModel
+from convoy.core.progress import Progress
+from convoy.core.records import Split
+from convoy.pipelines.backbone_record import BackboneRecord
+from convoy.pipelines.feature_plan import FeatureRequest
+from convoy.pipelines.feature_source import LabelledRows, open_features, read_labelled_rows
+from convoy.pipelines.features import FeatureJob
+from convoy.pipelines.pixel_statistics import resolve_augmentation
+from convoy.pipelines.train_config import TrainConfig
+from convoy.pipelines.training_rows import read_split
+from convoy.storage.commits import read_manifest
+from convoy.storage.feature_cache import FeatureCache
+from convoy.storage.manifests import Manifest
+from convoy.storage.object_store import ObjectStore
+from convoy.storage.runs import RunFolder
+from convoy.vision.head_fitting import FittedHead, fit_head
+from convoy.vision.heads import HeadConfig
+
+# What happens to an image on its way to a feature, in a slice's record of seconds.
+_THROUGH_BODY = ("wait", "forward")
+
+
+class TrialSummary(StrictModel):
+    """One candidate of the head's search: its C (null for an MLP's epochs) and its accuracy on val."""
+
+    C: float | None
+    converged: bool | None
+    val_top1: float | None
+    val_nll: float | None
+
+
+class HeadSummary(StrictModel):
+    """A head that was fitted on cached features, and what that saved.
+
+    The fit went `num_passes` times over the rows. Through the frozen body each pass would have taken
+    `body_pass_s`, as measured when the features were computed; `saved_s` is that for all passes but the one
+    that filled the cache, less the fit. Null where the cache was filled by another network run.
+    """
+
+    num_rows: int
+    fit_seconds: float
+    num_passes: int
+    body_pass_s: float | None
+    saved_s: float | None
+    converged: bool
+    trials: list[TrialSummary]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """A fitted head and its summary."""
+
+    fitted: FittedHead
+    summary: HeadSummary
+
+
+def fit_probe(
+    store: ObjectStore,
+    manifest: Manifest,
+    backbone: BackboneRecord,
+    config: TrainConfig,
+    *,
+    tap: str,
+    head: HeadConfig,
+    progress: Progress,
+    new_run: bool,
+) -> Probe:
+    """Cache what is missing, then fit: view 0 of all splits, and the other views of the train split only."""
+    request = FeatureRequest(dataset=config.dataset, backbone=backbone.config, taps=(tap,))
+    plain = FeatureJob(store, manifest, backbone, request, config.extraction)
+    summary = plain.ensure(progress=progress, new_run=new_run)
+    train_sets = [plain.set_id(tap)]
+    if config.views > 1:
+        augmented = _augmented_job(store, manifest, backbone, config, request, progress)
+        augmented.ensure(progress=progress, new_run=new_run)
+        train_sets = [augmented.set_id(tap, view) for view in range(config.views)]
+    progress.stage("fitting the head")
+    cache = FeatureCache(store)
+    rows = LabelledRows.of(read_split(manifest, Split.TRAIN, config.rows))
+    train = open_features(cache, train_sets, rows)
+    val = None
+    if Split.VAL in manifest.counts:
+        val = open_features(cache, [plain.set_id(tap)], read_labelled_rows(manifest, [Split.VAL]))
+    fitted = fit_head(head, train, val, num_classes=len(manifest.classes))
+    return Probe(fitted=fitted, summary=_summarise(store, fitted, summary.run))
+
+
+def _augmented_job(
+    store: ObjectStore,
+    manifest: Manifest,
+    backbone: BackboneRecord,
+    config: TrainConfig,
+    request: FeatureRequest,
+    progress: Progress,
+) -> FeatureJob:
+    policy = resolve_augmentation(
+        store, manifest, config.dataset, config.augmentation, config.extraction.decode, progress
+    )
+    update = {"splits": (Split.TRAIN,), "views": config.views, "augmentation": policy}
+    return FeatureJob(store, manifest, backbone, request.model_copy(update=update), config.extraction)
+
+
+def _summarise(store: ObjectStore, fitted: FittedHead, cache_run: str | None) -> HeadSummary:
+    num_passes = sum(trial.num_iterations for trial in fitted.trials)
+    image_s = _seconds_an_image(store, cache_run)
+    body_pass_s = None if image_s is None else image_s * fitted.num_train_rows
+    return HeadSummary(
+        num_rows=fitted.num_train_rows,
+        fit_seconds=fitted.seconds,
+        num_passes=num_passes,
+        body_pass_s=body_pass_s,
+        saved_s=None if body_pass_s is None else body_pass_s * (num_passes - 1) - fitted.seconds,
+        converged=fitted.converged,
+        trials=_trials(fitted),
+    )
+
+
+def _seconds_an_image(store: ObjectStore, cache_run: str | None) -> float | None:
+    """What the way through the body took when the run computed its features."""
+    manifest = None if cache_run is None else read_manifest(RunFolder(store, cache_run))
+    if manifest is None or not manifest.num_results:
+        return None
+    slices: Sequence[dict[str, float]] = [record.seconds for record in manifest.slices]
+    seconds = sum(one.get(stage, 0.0) for one in slices for stage in _THROUGH_BODY)
+    return seconds / manifest.num_results
+
+
+def _trials(fitted: FittedHead) -> list[TrialSummary]:
+    return [
+        TrialSummary(
+            C=trial.C,
+            converged=trial.converged,
+            val_top1=trial.val.top1 if trial.val else None,
+            val_nll=trial.val.nll if trial.val else None,
+        )
+        for trial in fitted.trials
+    ]

@@ -1,0 +1,102 @@
+"""The config of `convoy train`, and what must hold of it before anything is read."""
+
+from __future__ import annotations
+
+import tempfile
+from enum import StrEnum
+from typing import Self
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from convoy.cluster.training import WorkerOptions
+from convoy.core.config import StrictModel
+from convoy.core.tracking import TrackingConfig
+from convoy.pipelines.classifiers import Strategy
+from convoy.pipelines.feature_plan import ErrorBudget, ExtractionConfig
+from convoy.pipelines.training_rows import RowLimit
+from convoy.pipelines.workspace import WriterMode
+from convoy.vision.augmentation_policy import AugmentationPolicy
+from convoy.vision.backbone_config import BackboneConfig, NewLayers
+from convoy.vision.heads import HeadConfig, HeadKind
+from convoy.vision.training_config import AUTO, Phase, Recipe
+
+PROBES = (Strategy.LINEAR_PROBE, Strategy.EARLY_LAYER_PROBE)
+NETWORKS = (Strategy.PARTIAL_REUSE, Strategy.FINE_TUNE, Strategy.FROM_SCRATCH)
+
+
+class HeadSource(StrEnum):
+    """How a phase that trains only the head gets its features.
+
+    `cache`: computed once, kept in the feature cache, and fitted from there. `network`: through the frozen
+    body, anew in every epoch. `auto`: from the cache where the head is one linear layer, else through the body.
+    """
+
+    AUTO = "auto"
+    CACHE = "cache"
+    NETWORK = "network"
+
+
+class LocalCacheConfig(StrictModel):
+    """The bounded cache of image bytes on each node's disk; `max_gb: 0` turns it off.
+
+    It serves datasets in object storage: later epochs ask the store only for what did not fit.
+    """
+
+    folder: str = Field(default_factory=lambda: f"{tempfile.gettempdir()}/convoy-images")
+    max_gb: float = Field(default=16.0, ge=0)
+
+
+class TrainConfig(StrictModel):
+    """A way to use a network on a dataset. `name` is that of the bundle.
+
+    Which keys matter depends on `strategy`. `as_is`: `classes` names the outputs in order where the weights do
+    not, `class_map` gives dataset classes for outputs. Probes: `tap`, `views`, `head`. Networks: `epochs`,
+    `freeze_depth` and `learning_rate`, or else `phases`; `recipe` (what is set there replaces the default's),
+    `head` for a head that is fitted from the cache; `reuse` is for `partial_reuse` only.
+    """
+
+    workspace: str | None = None
+    writers: WriterMode = WriterMode.MANY
+    name: str
+    dataset: str
+    strategy: Strategy = Strategy.LINEAR_PROBE
+    backbone: BackboneConfig
+    rows: RowLimit = RowLimit()
+    classes: tuple[str, ...] | None = None
+    class_map: dict[str, str] | None = None
+    tap: str | int | None = None
+    views: int = Field(default=1, ge=1)
+    augmentation: AugmentationPolicy = AugmentationPolicy()
+    head: HeadConfig = HeadConfig()
+    reuse: NewLayers | None = None
+    epochs: PositiveInt | None = None
+    freeze_depth: int | str | None = None
+    learning_rate: PositiveFloat | None = None
+    phases: tuple[Phase, ...] | None = Field(default=None, min_length=1)
+    recipe: Recipe = Recipe()
+    head_source: HeadSource = HeadSource.AUTO
+    checkpoint_steps: PositiveInt = 500
+    workers: WorkerOptions = WorkerOptions()
+    local_cache: LocalCacheConfig = LocalCacheConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    extraction: ExtractionConfig = ExtractionConfig()
+    error_budget: ErrorBudget = ErrorBudget()
+
+    @model_validator(mode="after")
+    def _keys_fit_the_strategy(self) -> Self:
+        if self.strategy is Strategy.EARLY_LAYER_PROBE and self.tap is None:
+            raise ValueError("early_layer_probe needs a tap: the name or number of a stage, such as layer2")
+        if (self.reuse is not None) != (self.strategy is Strategy.PARTIAL_REUSE):
+            raise ValueError("partial_reuse needs `reuse: {after: STAGE}`, and no other strategy takes it")
+        if self.phases is not None and {self.epochs, self.freeze_depth, self.learning_rate} != {None}:
+            raise ValueError("give either phases, or epochs, freeze_depth and learning_rate")
+        if self.strategy is Strategy.FINE_TUNE and self.head.kind is not HeadKind.SOFTMAX:
+            raise ValueError("fine_tune begins with a softmax head: leave head.kind out")
+        return self
+
+    @property
+    def wanted_freeze_depth(self) -> int | str:
+        """The freeze depth of the config, or the strategy's own: nothing new has to be spared from scratch."""
+        if self.freeze_depth is not None:
+            return self.freeze_depth
+        return 0 if self.strategy is Strategy.FROM_SCRATCH else AUTO
