@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import Any
 
 import torch
+from torch import nn
 
 from convoy.core.errors import ConfigError, DataError
 from convoy.core.fingerprints import canonical_json, digest
@@ -19,7 +20,7 @@ from convoy.pipelines.feature_plan import ExtractionConfig, FeatureDtype, Precis
 from convoy.storage.bundles import Bundle
 from convoy.storage.object_store import ObjectStore
 from convoy.vision.decode_rule import DecodeRule
-from convoy.vision.heads import Head, HeadKind, HeadSpec, head_from_state, head_to_state
+from convoy.vision.heads import Head, HeadKind, HeadSpec, OutputGroups, head_from_state, head_to_state
 from convoy.vision.weights import read_state_dict, state_to_safetensors
 
 _HEAD = "head."
@@ -68,14 +69,17 @@ class Classifier:
 
     def logits(self, features_BD: torch.Tensor) -> torch.Tensor:
         """Float32 logits_BK for float32 features."""
-        if self.output_groups is not None:
-            groups = [features_BD[:, list(outputs)].logsumexp(1) for outputs in self.output_groups]
-            return torch.stack(groups, dim=1)
-        if self.head is None:
+        readout = self.readout
+        if readout is None:
             return features_BD
         with torch.inference_mode():
-            logits_BK: torch.Tensor = self.head(features_BD)
+            logits_BK: torch.Tensor = readout(features_BD)
         return logits_BK
+
+    @property
+    def readout(self) -> nn.Module | None:
+        """What makes logits of the tap's features, or None where they are the logits."""
+        return self.head if self.output_groups is None else OutputGroups(self.output_groups)
 
 
 def as_is(

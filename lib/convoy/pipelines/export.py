@@ -146,7 +146,7 @@ def _image_classifier(store: ObjectStore, classifier: Classifier) -> ImageClassi
     network = build_network(backbone.config)
     load_weights(network, read_backbone_state(store, backbone))
     return ImageClassifier(
-        network, backbone.axis, backbone.preset, tap=classifier.tap, head=classifier.head
+        network, backbone.axis, backbone.preset, tap=classifier.tap, head=classifier.readout
     ).eval()
 
 

@@ -6,7 +6,7 @@ a bundle as plain tensors and JSON.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Protocol, Self, cast
@@ -118,6 +118,21 @@ class Head(nn.Module):
         """Logits [B, K], one column a class."""
         logits_BK: Tensor = self.layers(features_BD)
         return logits_BK
+
+
+class OutputGroups(nn.Module):
+    """Logits of classes that each have several outputs of a network: their probabilities are added.
+
+    `groups` are the outputs of each class; those in no group are left out.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[int]]) -> None:
+        super().__init__()
+        self._groups = [list(outputs) for outputs in groups]
+
+    def forward(self, logits_BO: Tensor) -> Tensor:
+        """Logits [B, K] from the network's logits [B, O]."""
+        return torch.stack([logits_BO[:, outputs].logsumexp(1) for outputs in self._groups], dim=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
