@@ -75,7 +75,7 @@ class TrainConfig(StrictModel):
     phases: tuple[Phase, ...] | None = Field(default=None, min_length=1)
     recipe: Recipe = Recipe()
     head_source: HeadSource = HeadSource.AUTO
-    checkpoint_steps: PositiveInt = 500
+    checkpoint_steps: PositiveInt = 200
     workers: WorkerOptions = WorkerOptions()
     local_cache: LocalCacheConfig = LocalCacheConfig()
     tracking: TrackingConfig = TrackingConfig()
