@@ -95,11 +95,20 @@ def train(
     new_run: NewRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a model by a strategy (linear_probe, early_layer_probe) and write it as a bundle."""
-    from convoy.pipelines.train import TrainConfig, run_train  # noqa: PLC0415
+    """Use a network by a strategy: as it is, under a new head, fine-tuned, or from scratch. Writes a bundle."""
+    from convoy.pipelines.train import TrainReport, run_train  # noqa: PLC0415
+    from convoy.pipelines.train_config import TrainConfig  # noqa: PLC0415
+    from convoy.report.curves import draw_learning_curves  # noqa: PLC0415
+    from convoy.report.trackers import tracked  # noqa: PLC0415
 
     settings = _load(TrainConfig, config, overrides, workspace)
-    _run(lambda progress: run_train(settings, progress=progress, new_run=new_run), as_json=as_json)
+
+    def job(progress: TerminalProgress) -> TrainReport:
+        params = settings.model_dump(mode="json")
+        with tracked(progress, settings.tracking, name=settings.name, params=params) as watched:
+            return run_train(settings, progress=watched, draw_curves=draw_learning_curves, new_run=new_run)
+
+    _run(job, as_json=as_json)
 
 
 @app.command()

@@ -40,7 +40,7 @@ OUTSIDE = {
     },
     "cluster": {"numpy", "pydantic", "pyarrow", "torch", "ray"},
     "pipelines": {"numpy", "pydantic", "pyarrow", "torch"},
-    "report": {"pydantic", "rich", "jinja2"},
+    "report": {"pydantic", "rich", "jinja2", "torch", "matplotlib", "mlflow"},
     "cli": {"pydantic", "typer"},
 }
 

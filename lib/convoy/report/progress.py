@@ -9,6 +9,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from convoy.core.training_events import EpochResult, TrainingEvent
+
 _SECONDS_BETWEEN_LINES = 15.0
 
 
@@ -72,5 +74,46 @@ class TerminalProgress:
             remaining_s = (self._total - self._done) / max(rate, 1e-9)
             self._line(f"{self._done:,} of {self._total:,} images, {note}, {remaining_s:,.0f} s left")
 
+    def training(self, event: TrainingEvent) -> None:
+        """A training went on: a line for each epoch, and a bar or sparse lines in between."""
+        for note in event.notes:
+            self._note(note)
+        if event.result is not None:
+            self._note(_epoch_line(event.result, event.num_epochs))
+        total = event.num_epochs * event.num_steps
+        done = total - event.steps_left
+        if self._task is not None:
+            description = f"{event.phase}, epoch {event.epoch} of {event.num_epochs}"
+            self._bar.update(
+                self._task, description=description, total=total, completed=done, note=_pace(event)
+            )
+        elif event.result is None and time.monotonic() - self._last_line_s >= _SECONDS_BETWEEN_LINES:
+            self._last_line_s = time.monotonic()
+            step = f"step {event.step} of {event.num_steps}"
+            self._line(f"{event.phase}, epoch {event.epoch} of {event.num_epochs}, {step}: {_pace(event)}")
+
+    def _note(self, text: str) -> None:
+        """A line that stays."""
+        if self._bar.disable:
+            self._line(text)
+        else:
+            self._bar.console.print(f"convoy: {text}", highlight=False, markup=False)
+
     def _line(self, text: str) -> None:
         print(f"convoy: {text}", file=sys.stderr, flush=True)
+
+
+def _epoch_line(result: EpochResult, num_epochs: int) -> str:
+    val = ""
+    if result.val_top1 is not None and result.val_nll is not None:
+        val = f", val top-1 {result.val_top1:.4f}, val NLL {result.val_nll:.4f}"
+    return (
+        f"{result.phase}, epoch {result.epoch} of {num_epochs}: loss {result.train_loss:.4f},"
+        f" top-1 {result.train_top1:.4f}{val}, {result.images_per_s:,.0f} images/s, {result.seconds:,.0f} s"
+    )
+
+
+def _pace(event: TrainingEvent) -> str:
+    loss = "" if event.train_loss is None else f"loss {event.train_loss:.4f}, "
+    left = "" if event.seconds_left is None else f", {event.seconds_left:,.0f} s left"
+    return f"{loss}{event.images_per_s:,.0f} images/s{left}"

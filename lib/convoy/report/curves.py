@@ -1,0 +1,66 @@
+"""Learning curves as a picture."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from convoy.core.training_events import EpochResult
+
+_SIZE_INCHES, _DPI = (12, 8), 100
+# Okabe and Ito's colours, which people with colour blindness tell apart.
+_TRAIN, _VAL, _RATE = "#0072B2", "#D55E00", "#009E73"
+_BANDS = ("#f4f4f4", "#e6e6e6")
+
+
+def draw_learning_curves(history: Sequence[EpochResult]) -> bytes:
+    """A PNG of 1200x800: loss, top-1 and learning rate over the epochs, phases as bands behind them."""
+    # Imported here, because it takes a second and only trainings need it.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    figure = Figure(figsize=_SIZE_INCHES, dpi=_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    loss, top1, rate = figure.subplots(3, 1, sharex=True, height_ratios=[3, 3, 1])
+    _draw(loss, history, "loss", [("train", "train_loss", _TRAIN), ("val NLL", "val_nll", _VAL)])
+    _draw(top1, history, "top-1", [("train", "train_top1", _TRAIN), ("val", "val_top1", _VAL)])
+    _draw(rate, history, "rate", [("head's learning rate", "learning_rate", _RATE)])
+    rate.set_yscale("log")
+    rate.set_xlabel("epoch")
+    rate.xaxis.get_major_locator().set_params(integer=True)
+    _name_phases(loss, history)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _draw(
+    axes: Any, history: Sequence[EpochResult], title: str, lines: Sequence[tuple[str, str, str]]
+) -> None:
+    for number, (first, last) in enumerate(_spans(history).values()):
+        axes.axvspan(first - 0.5, last + 0.5, color=_BANDS[number % len(_BANDS)], zorder=0)
+    for label, field, colour in lines:
+        points = [(epoch.epoch, getattr(epoch, field)) for epoch in history]
+        known = [(epoch, value) for epoch, value in points if value is not None]
+        if known:
+            axes.plot(*zip(*known, strict=True), color=colour, marker="o", markersize=3, label=label)
+    axes.set_ylabel(title)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="best", frameon=False)
+
+
+def _spans(history: Sequence[EpochResult]) -> dict[str, tuple[int, int]]:
+    """The first and last epoch of each phase."""
+    spans: dict[str, tuple[int, int]] = {}
+    for epoch in history:
+        first, _ = spans.get(epoch.phase, (epoch.epoch, epoch.epoch))
+        spans[epoch.phase] = (first, epoch.epoch)
+    return spans
+
+
+def _name_phases(axes: Any, history: Sequence[EpochResult]) -> None:
+    for name, (first, last) in _spans(history).items():
+        axes.text(
+            (first + last) / 2, 1.02, name, transform=axes.get_xaxis_transform(), ha="center", color="#555555"
+        )
