@@ -11,6 +11,7 @@ import pyarrow as pa
 from convoy.cluster.image_loading import BatchRequest, ImageLoader, PreparedBatch
 from convoy.cluster.training_spec import TrainingSpec
 from convoy.core.epochs import EpochPlan, balanced_draw, even_share, shuffled
+from convoy.core.errors import ConfigError
 from convoy.vision.presets import EvalPreset
 
 _VALIDATION_BATCH_ROWS = 128
@@ -25,10 +26,19 @@ class StepFeed(Protocol):
 
 
 class EpochOrder:
-    """The rows of every step of every epoch for one worker; a pure function of the spec and the labels."""
+    """The rows of every step of every epoch for one worker; a pure function of the spec and the labels.
+
+    Raises ConfigError if in some step a worker would have no row.
+    """
 
     def __init__(self, spec: TrainingSpec, labels_N: np.ndarray, *, rank: int, num_workers: int) -> None:
         self.plan = EpochPlan(num_rows=len(labels_N), batch_size=spec.batch_size)
+        if self.plan.smallest_batch < num_workers:
+            raise ConfigError(
+                f"a batch of {self.plan.smallest_batch} rows leaves some of {num_workers} workers without any",
+                where="recipe.batch_size",
+                next_step="raise the batch size, or lower workers.num_workers",
+            )
         self._spec = spec
         self._labels_N = labels_N
         self._rank, self._num_workers = rank, num_workers
@@ -41,11 +51,11 @@ class EpochOrder:
         return shuffled(len(self._labels_N), seed, epoch)
 
     def requests(self, epoch: int, steps: Iterable[int], preset: EvalPreset) -> Iterator[list[BatchRequest]]:
-        """The worker's passes of each step; all of them have at least one row."""
+        """The worker's passes of each step: on every worker as many, and all have at least one row."""
         rows_N = self.rows(epoch)
         for step in steps:
             share = self.plan.share(step, rank=self._rank, num_workers=self._num_workers)
-            num_passes = min(self._spec.recipe.accumulate, len(share))
+            num_passes = min(self._spec.recipe.accumulate, len(self.plan.batch(step)) // self._num_workers)
             shares = (even_share(len(share), num_passes, number) for number in range(num_passes))
             parts = [share[part.start : part.stop] for part in shares]
             yield [

@@ -165,13 +165,14 @@ def fit_workers(options: WorkerOptions, nodes: Sequence[Mapping[str, float]]) ->
     num_gpus = int(sum(node["GPU"] for node in nodes))
     hosts = [node for node in nodes if node["CPU"] >= 1 and (node["GPU"] or not num_gpus)]
     num_workers = options.num_workers or num_gpus or 1
-    num_threads = options.cpus_per_worker or _threads(hosts, num_workers)
+    num_threads = options.cpus_per_worker or _threads(hosts, num_workers, on_gpus=num_gpus > 0)
     asked = num_threads - _CPUS_LEFT
     if sum(_slots(node, asked, on_gpus=num_gpus > 0) for node in hosts) < num_workers:
         return None
     ingest = options.ingest
     if ingest is Ingest.AUTO:
-        ingest = Ingest.SPLIT if num_gpus and len(hosts) < len(nodes) else Ingest.FUSED
+        has_helpers = any(node["CPU"] >= 1 and not node["GPU"] for node in nodes)
+        ingest = Ingest.SPLIT if num_gpus and has_helpers else Ingest.FUSED
     return WorkerPlan(
         num_workers=num_workers,
         num_threads=num_threads,
@@ -183,12 +184,13 @@ def fit_workers(options: WorkerOptions, nodes: Sequence[Mapping[str, float]]) ->
     )
 
 
-def _threads(hosts: Sequence[Mapping[str, float]], num_workers: int) -> int:
-    """An even share of the CPUs, but never more than one node has."""
-    if not hosts:
-        return 1
-    cpus = [int(node["CPU"]) for node in hosts]
-    return max(min(sum(cpus) // num_workers, *cpus), 1)
+def _threads(hosts: Sequence[Mapping[str, float]], num_workers: int, *, on_gpus: bool) -> int:
+    """The most threads that every worker can have without sharing a CPU; 1 where CPUs must be shared."""
+    most = max((int(node["CPU"]) for node in hosts), default=1)
+    for num_threads in range(most, 1, -1):
+        if sum(_slots(node, num_threads, on_gpus=on_gpus) for node in hosts) >= num_workers:
+            return num_threads
+    return 1
 
 
 def _slots(node: Mapping[str, float], cpus_per_worker: float, *, on_gpus: bool) -> int:

@@ -53,7 +53,7 @@ class TrainingGroup:
             for buffer in network.buffers():
                 if buffer.is_floating_point():
                     dist.all_reduce(buffer)
-                    buffer /= self.num_workers
+                    buffer.div_(self.num_workers)
 
     def from_first(self, value: Any) -> Any:
         """A small value of the first worker, on every worker."""

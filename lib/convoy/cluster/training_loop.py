@@ -6,11 +6,13 @@ of the spec and the position, so all that a checkpoint needs beside tensors are 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any
 
 import pyarrow as pa
 import torch
+from timm.layers import convert_sync_batchnorm
 
 from convoy.cluster.batch_feed import EpochOrder, StepFeed, validation_batches
 from convoy.cluster.feed_opening import open_feed
@@ -22,6 +24,7 @@ from convoy.cluster.training_meter import EpochMeter
 from convoy.cluster.training_results import TrainingOutcome, write_train_rejects, write_weights
 from convoy.cluster.training_spec import TrainingSpec
 from convoy.core.crash_points import CrashPoint, crash_point
+from convoy.core.errors import DataError
 from convoy.core.training_events import EpochResult, TrainingEvent
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.stores import open_store
@@ -72,10 +75,10 @@ class TrainingWorker:
         try:
             while self._position.phase < len(self._spec.phases):
                 self._train_phase(self._spec.phases[self._position.phase])
+            return self._finish()
         except LossNotFinite:
             self._checkpoints.close()
             return TrainingOutcome(diverged=self._position, history=tuple(self._history))
-        return self._finish()
 
     def _resume(self) -> None:
         """Go on from the newest checkpoint that is whole, or begin with the initial weights."""
@@ -93,7 +96,7 @@ class TrainingWorker:
         if self._packed is not None:
             self._packed.load_keeper(self._keeper, list(resumed.scores), self._group.device)
         if self._spec.recipe.sync_batchnorm and self._group.device.type == "cuda":
-            self._network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self._network)
+            self._network = convert_sync_batchnorm(self._network)
         if resumed.notes:
             self._board.post(self._event(0, 0, None, notes=resumed.notes))
 
@@ -123,7 +126,7 @@ class TrainingWorker:
             self._position = (
                 Position(phase=self._position.phase + 1) if is_last else self._position.next_epoch()
             )
-            left = 0 if is_last else phase.epochs - self._position.epoch
+            left = self._num_epochs() - self._epochs_before() - self._position.epoch
             score = -result.train_loss if result.val_top1 is None else result.val_top1
             self._keeper.after_epoch(self._network, score=score, epochs_left=left)
             self._tell_epoch(result)
@@ -168,6 +171,12 @@ class TrainingWorker:
         """The epoch's losses over the whole group, and the validation of the weights that would be kept."""
         seconds = meter.seconds
         loss_sum, num_correct, num_rows = self._finite_sums().tolist()
+        if not num_rows:
+            raise DataError(
+                f"none of {self._spec.train.num_rows} training images could be used",
+                where=self._spec.run_id,
+                next_step="see why one of them fails: `convoy cache` lists every reject with its reason",
+            )
         averaged = self._spec.recipe.averaging is Averaging.EMA
         with swapped_in(self._network, self._keeper.kept() if averaged else None):
             val_nll, val_top1 = self._validate(phase)
@@ -202,6 +211,8 @@ class TrainingWorker:
             if len(one.batch.labels_B):
                 sums += validation_sums(self._network, preset, one.batch, self._spec.recipe.precision)
         nll, correct, rows = group.total(sums).tolist()
+        if not math.isfinite(nll):
+            raise LossNotFinite
         return (nll / rows, correct / rows) if rows else (None, None)
 
     def _finite_sums(self) -> torch.Tensor:
@@ -245,7 +256,8 @@ class TrainingWorker:
         )
         if not self._group.is_first:
             return outcome
-        write_train_rejects(self._store, self._spec.run_id, self._train, rejects)
+        rejects_key = write_train_rejects(self._store, self._spec.run_id, self._train, rejects)
+        outcome = outcome.model_copy(update={"rejects_key": rejects_key})
         return write_weights(self._store, self._spec.run_id, self._network, outcome)
 
     def _group_rejects(self) -> list[RejectedRow]:
@@ -255,7 +267,8 @@ class TrainingWorker:
     def _measure_batchnorm(self, phase: Phase) -> None:
         preset, device = self._preset(phase), self._group.device
         steps = self._feed.steps(0, max(0, self._plan.num_steps - _BATCHNORM_STEPS), preset)
-        images = (one.batch.images_BCHW.to(device) for passes in steps for one in passes)
+        batches = (one.batch.images_BCHW for passes in steps for one in passes)
+        images = (images_BCHW.to(device) for images_BCHW in batches if len(images_BCHW))
         measure_batchnorm(self._network, self._axis, frozen_stages(phase), images, preset)
         self._group.average_buffers(self._network)
 
@@ -272,6 +285,9 @@ class TrainingWorker:
 
     def _epochs_before(self) -> int:
         return sum(phase.epochs for phase in self._spec.phases[: self._position.phase])
+
+    def _num_epochs(self) -> int:
+        return sum(phase.epochs for phase in self._spec.phases)
 
     def _global_step(self) -> int:
         """Steps from the start of the training, counting the epochs that an early stop left out."""
@@ -293,14 +309,13 @@ class TrainingWorker:
         result: EpochResult | None = None,
         notes: tuple[str, ...] = (),
     ) -> TrainingEvent:
-        num_epochs = sum(phase.epochs for phase in self._spec.phases)
-        left = num_epochs * self._plan.num_steps - self._global_step()
+        left = self._num_epochs() * self._plan.num_steps - self._global_step()
         images_a_step = self._spec.train.num_rows / self._plan.num_steps
         phase = self._spec.phases[min(self._position.phase, len(self._spec.phases) - 1)]
         return TrainingEvent(
             phase=result.phase if result else phase.name,
             epoch=result.epoch if result else self._epochs_before() + self._position.epoch + 1,
-            num_epochs=num_epochs,
+            num_epochs=self._num_epochs(),
             step=step,
             num_steps=self._plan.num_steps,
             steps_left=left,

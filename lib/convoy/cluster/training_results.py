@@ -29,10 +29,12 @@ TRAINED_FILE = "trained.json"
 class TrainingOutcome(StrictModel):
     """The end of a training. With `diverged`, the position at which the loss was no number, there are no weights.
 
-    `val_nll` and `val_top1` are those of the weights that were kept.
+    `val_nll` and `val_top1` are those of the weights that were kept. Reject tables that no outcome names are
+    those of attempts that came second or were killed.
     """
 
     weights_key: str | None = None
+    rejects_key: str | None = None
     diverged: Position | None = None
     history: tuple[EpochResult, ...] = ()
     val_nll: float | None = None
@@ -65,14 +67,16 @@ def write_weights(
 
 def write_train_rejects(
     store: ObjectStore, run_id: str, train: pa.Table, rejects: Iterable[RejectedRow]
-) -> None:
-    """Write the rows of the training split that could not be used, if there are any."""
+) -> str | None:
+    """Write the rows of the training split that could not be used, and return the key; None if all could."""
     rows = []
     for one in rejects:
         columns = ["sample_id", "uri", "etag", "content_id"]
         (sample,) = train.slice(one.row, 1).select(columns).to_pylist()
         rows.append(Reject(**sample, stage=one.stage, code=one.code, reason=one.reason))
-    if rows:
-        attempt = secrets.token_hex(4)
-        key = RunFolder(store, run_id).key(f"rejects/train-{attempt}.parquet")
-        write_rejects(store, key, rows, attempt, {"convoy.run_id": run_id})
+    if not rows:
+        return None
+    attempt = secrets.token_hex(4)
+    key = RunFolder(store, run_id).key(f"rejects/train-{attempt}.parquet")
+    write_rejects(store, key, rows, attempt, {"convoy.run_id": run_id})
+    return key

@@ -212,12 +212,15 @@ def measure_batchnorm(
     """Give BatchNorm behind the frozen stages the statistics of some uint8 images_BCHW, on the network's device.
 
     Averaged weights make activations that none of the averaged networks had (Izmailov et al. 2018, section 3.2).
+    All else is in eval mode, so that no statistic depends on a draw of dropout.
     """
     set_train_mode(network, axis, freeze_depth)
     norms = [module for module in network.modules() if isinstance(module, _BATCHNORMS) and module.training]
     momenta = [norm.momentum for norm in norms]
+    network.eval()
     if norms:
         for norm in norms:
+            norm.train()
             norm.reset_running_stats()
             norm.momentum = None  # a plain mean over batches
         for images_BCHW in images:

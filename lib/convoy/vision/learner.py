@@ -57,7 +57,8 @@ class Learner:
         self._num_workers = num_workers
         self._class_weights_K = None if class_weights_K is None else class_weights_K.to(self.device)
         self.optimiser = build_optimiser(network, axis, phase, recipe.optimiser)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision is Precision.FP16)
+        needs_scaling = recipe.precision is Precision.FP16 and self.device.type == "cuda"
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=needs_scaling)
         self._mixers = _mixers(recipe, axis[len(axis) - 1].channels)
         # Loss and correct predictions summed over images, and images; on the device, so that no step waits.
         self.sums_3 = torch.zeros(3, device=self.device, dtype=torch.float64)
@@ -88,6 +89,9 @@ class Learner:
         self.optimiser.zero_grad(set_to_none=True)
 
     def _backward(self, batch: TrainBatch, num_group_rows: int) -> None:
+        if not len(batch.labels_B):
+            self._backward_nothing(batch)
+            return
         images = normalise(batch.images_BCHW.to(self.device, non_blocking=True), self._preset)
         labels_B = batch.labels_B.to(self.device, non_blocking=True)
         weights_B = batch.weights_B.to(self.device, non_blocking=True)
@@ -103,11 +107,23 @@ class Learner:
         )
         # DistributedDataParallel divides the sum of the workers' gradients by their number.
         loss = (losses_B * weights_B).sum() * (self._num_workers / num_group_rows)
-        self.scaler.scale(loss).backward()
+        torch.autograd.backward(self.scaler.scale(loss))
         with torch.no_grad():
             correct = (logits_BK.argmax(1) == labels_B).sum()
             rows = torch.tensor(len(labels_B), device=self.device)
             self.sums_3 += torch.stack([(losses_B * weights_B).sum(), correct, rows])
+
+    def _backward_nothing(self, batch: TrainBatch) -> None:
+        """Gradients of zero for a pass without usable images: the other workers wait for this one's."""
+        # A made-up image must not move BatchNorm; but where BatchNorm is the group's, the others wait there too.
+        for module in self._network.modules():
+            if not isinstance(module, nn.SyncBatchNorm):
+                module.training = False
+        image_BCHW = batch.images_BCHW.new_zeros((1, *batch.images_BCHW.shape[1:]))
+        with autocast(self.device, self._recipe.precision):
+            logits_BK = self._model(normalise(image_BCHW.to(self.device), self._preset))
+        torch.autograd.backward(self.scaler.scale(logits_BK.float().sum() * 0))
+        set_train_mode(self._network, self._axis, self._freeze_depth)
 
     def _mixed(self, images_BCHW: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
         if not self._mixers or len(labels_B) < 2:
@@ -123,9 +139,10 @@ class Learner:
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    """The context in which a network of this precision runs."""
-    dtype = torch.float16 if precision is Precision.FP16 else torch.bfloat16
-    return torch.autocast(device.type, dtype=dtype, enabled=precision in (Precision.BF16, Precision.FP16))
+    """The context in which a network of this precision runs; fp16 without a GPU is float32."""
+    if precision is Precision.FP16:
+        return torch.autocast(device.type, dtype=torch.float16, enabled=device.type == "cuda")
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision is Precision.BF16)
 
 
 @torch.no_grad()

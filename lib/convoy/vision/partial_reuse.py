@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -38,7 +39,7 @@ class PartialReuseNetwork(nn.Module):
         self.convs = nn.Sequential(*_conv_blocks(last.channels, layers))
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.mlp = nn.Sequential(*_mlp(_width(layers, last), layers, num_classes))
-        self.axis = DepthAxis(stages=tuple(self._stages(axis, last)), off_axis=())
+        self.axis = DepthAxis(stages=tuple(self._stages(axis, last, layers)), off_axis=())
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """The logits_BK of normalised images."""
@@ -90,37 +91,48 @@ class PartialReuseNetwork(nn.Module):
             if not torch.compiler.is_compiling():
                 raise _ReachedLastStage
 
-    def _stages(self, axis: DepthAxis, last: Stage) -> Iterator[Stage]:
-        for stage in axis.stages[: last.index + 1]:
+    def _stages(self, axis: DepthAxis, last: Stage, layers: NewLayers) -> Iterator[Stage]:
+        for stage in axis.stages[: last.index]:
             yield _below_body(stage)
+        # At its own tap point the pass leaves the body, before anyone else could look.
+        maps = TapPoint(module_name="convs", side=TapSide.INPUT)
+        yield dataclasses.replace(_below_body(last), tap_point=maps)
         index, resolution_px = last.index + 1, last.resolution_px
-        for number, block in enumerate(self.convs):
-            resolution_px = -(-resolution_px // block[0].stride[0])
-            yield self._new_stage(index, f"convs.{number}", block[0].out_channels, resolution_px)
+        for number, layer in enumerate(layers.convs):
+            resolution_px = -(-resolution_px // layer.stride)
+            name = f"convs.{number}"
+            yield self._new_stage(index, name, (name,), layer.width, resolution_px)
             index += 1
-        linears = [number for number, layer in enumerate(self.mlp) if isinstance(layer, nn.Linear)]
-        yield self._new_stage(index, POOLED, self.mlp[0].in_features, 1, module_name="pool")
-        for number in linears[:-1]:
+        yield self._new_stage(index, POOLED, ("pool",), _width(layers, last))
+        widths = {
+            number: layer.out_features
+            for number, layer in enumerate(self.mlp)
+            if isinstance(layer, nn.Linear)
+        }
+        for number, following in itertools.pairwise([*widths, len(self.mlp)]):
             index += 1
-            yield self._new_stage(index, f"mlp.{number}", self.mlp[number].out_features, 1)
-        last_layer = f"mlp.{linears[-1]}"
-        yield self._new_stage(index + 1, last_layer, self.mlp[-1].out_features, 1)
+            # As on every axis, ReLU and dropout belong to the layer before them.
+            names = tuple(f"mlp.{member}" for member in range(number, following))
+            yield self._new_stage(index, names[0], names, widths[number])
 
     def _new_stage(
-        self, index: int, name: str, channels: int, resolution_px: int, *, module_name: str | None = None
+        self, index: int, name: str, module_names: tuple[str, ...], channels: int, resolution_px: int = 1
     ) -> Stage:
-        module_name = module_name or name
-        parameters = dict(self.get_submodule(module_name).named_parameters(prefix=module_name))
+        sizes = {
+            parameter_name: parameter.numel()
+            for module_name in module_names
+            for parameter_name, parameter in self.get_submodule(module_name).named_parameters(module_name)
+        }
         return Stage(
             index=index,
             name=name,
             kind=StageKind.SPATIAL if name.startswith("convs") else StageKind.VECTOR,
             channels=channels,
             resolution_px=resolution_px,
-            module_names=(module_name,),
-            parameter_names=tuple(parameters),
-            num_parameters=sum(parameter.numel() for parameter in parameters.values()),
-            tap_point=TapPoint(module_name=module_name, side=TapSide.OUTPUT),
+            module_names=module_names,
+            parameter_names=tuple(sizes),
+            num_parameters=sum(sizes.values()),
+            tap_point=TapPoint(module_name=module_names[-1], side=TapSide.OUTPUT),
         )
 
 

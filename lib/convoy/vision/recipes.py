@@ -79,7 +79,7 @@ _PAPERS: Sequence[tuple[str, PaperRecipe]] = (
         ),
     ),
     (
-        r"(torchvision|timm):(mobilenet\w*|mnasnet\w*|efficientnet\w*|shufflenet\w*)",
+        r"(torchvision|timm):(tf_)?(mobilenet|mnasnet|semnasnet|efficientnet|shufflenet)\w*",
         PaperRecipe(
             source="Sandler et al. 2018 (arXiv:1801.04381), section 6.1, with SGD and a cosine",
             recipe=Recipe(
@@ -94,7 +94,7 @@ _PAPERS: Sequence[tuple[str, PaperRecipe]] = (
         ),
     ),
     (
-        r"(torchvision|timm):convnext\w*",
+        r"(torchvision|timm):(convnext|inception_next)\w*",
         PaperRecipe(
             source="Liu et al. 2022 (arXiv:2201.03545), appendix A.1",
             recipe=Recipe(
@@ -112,7 +112,7 @@ _PAPERS: Sequence[tuple[str, PaperRecipe]] = (
         ),
     ),
     (
-        r"(torchvision|timm):(googlenet|inception\w*|xception\w*|nasnet\w*)",
+        r"(torchvision|timm):(legacy_)?(googlenet|inception|xception|p?nasnet)\w*",
         PaperRecipe(
             source="Szegedy et al. 2015 (arXiv:1512.00567), section 8, with SGD and a cosine",
             recipe=Recipe(batch_size=256, optimiser=_SGD, label_smoothing=0.1, clip_norm=2.0),

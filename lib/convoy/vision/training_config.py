@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
 from typing import Annotated
 
@@ -168,7 +169,7 @@ def rate_factor(recipe: Recipe, num_workers: int) -> float:
     return {
         RateScaling.NONE: 1.0,
         RateScaling.LINEAR: float(num_workers),
-        RateScaling.SQRT: num_workers**0.5,
+        RateScaling.SQRT: math.sqrt(num_workers),
     }[recipe.rate_scaling]
 
 
