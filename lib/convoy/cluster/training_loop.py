@@ -12,7 +12,6 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from timm.layers import convert_sync_batchnorm
 
 from convoy.cluster.batch_feed import EpochOrder, StepFeed, validation_batches
 from convoy.cluster.feed_opening import open_feed
@@ -31,7 +30,7 @@ from convoy.storage.stores import open_store
 from convoy.vision.averaging import build_keeper, measure_batchnorm, swapped_in
 from convoy.vision.backbones import build_network, depth_axis
 from convoy.vision.freezing import freeze, frozen_stages
-from convoy.vision.learner import Learner, validation_sums
+from convoy.vision.learner import Learner, validation_sums, with_group_batchnorm
 from convoy.vision.optimisation import schedule_factor
 from convoy.vision.presets import EvalPreset, at_resolution
 from convoy.vision.training_config import Averaging, Phase
@@ -96,7 +95,7 @@ class TrainingWorker:
         if self._packed is not None:
             self._packed.load_keeper(self._keeper, list(resumed.scores), self._group.device)
         if self._spec.recipe.sync_batchnorm and self._group.device.type == "cuda":
-            self._network = convert_sync_batchnorm(self._network)
+            self._network = with_group_batchnorm(self._network)
         if resumed.notes:
             self._board.post(self._event(0, 0, None, notes=resumed.notes))
 

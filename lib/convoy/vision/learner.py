@@ -160,6 +160,15 @@ def validation_sums(
     return torch.stack([nll, correct, torch.tensor(len(labels_B), device=device)]).double()
 
 
+def with_group_batchnorm(network: nn.Module) -> nn.Module:
+    """The network with BatchNorms that take their statistics over the whole group of workers; for GPUs."""
+    # torch's own conversion would lose the activation that many of timm's BatchNorms contain.
+    from timm.layers import convert_sync_batchnorm  # noqa: PLC0415
+
+    converted: nn.Module = convert_sync_batchnorm(network)
+    return converted
+
+
 def balanced_class_weights(counts_K: Sequence[int]) -> Tensor:
     """One weight a class, inverse to its images, with a mean of 1 over the images (as in scikit-learn)."""
     counts = torch.tensor(counts_K, dtype=torch.float64)

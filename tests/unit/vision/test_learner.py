@@ -14,7 +14,13 @@ from convoy.core.epochs import even_share
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.backbones import build_network, depth_axis
 from convoy.vision.freezing import freeze
-from convoy.vision.learner import Learner, TrainBatch, balanced_class_weights, validation_sums
+from convoy.vision.learner import (
+    Learner,
+    TrainBatch,
+    balanced_class_weights,
+    validation_sums,
+    with_group_batchnorm,
+)
 from convoy.vision.presets import EvalPreset
 from convoy.vision.training_config import Optimiser, Phase, Precision, Recipe
 from convoy.vision.views import normalise
@@ -267,6 +273,19 @@ def test_validation_counts_loss_without_smoothing_or_weights() -> None:
     )
     assert correct == int((logits_BK.argmax(1) == batch.labels_B).sum())
     assert rows == 7
+
+
+def test_batchnorm_over_a_group_keeps_weights_and_activations() -> None:
+    network = build("timm:mobilenetv3_small_100")
+    converted = with_group_batchnorm(copy.deepcopy(network))
+    images_BCHW = torch.randn(2, 3, 64, 64)
+    norms = [module for module in converted.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    assert norms
+    assert all(isinstance(module, nn.SyncBatchNorm) for module in norms)
+    assert converted.state_dict().keys() == network.state_dict().keys()
+    # In eval mode it runs without a group.
+    with torch.no_grad():
+        assert torch.equal(converted.eval()(images_BCHW), network.eval()(images_BCHW))
 
 
 def test_class_weights_are_those_of_scikit_learn() -> None:
