@@ -1,14 +1,16 @@
-"""`make demo`: the main job on real images, end to end: local Ray, local folder, no cloud.
+"""`make demo`: the main jobs on real images, end to end: local Ray, local folder, no cloud.
 
 The images are scikit-learn's handwritten digits, written as JPEG files at some place, size and tilt in the frame, as
-photographs are. A small network learns the digits 0-4; then its frozen features serve to tell 5-9 apart from 20
-labelled images a class.
+photographs are. A small network learns the digits 0-4 from scratch; then its weights serve to tell 5-9 apart from
+20 labelled images a class: frozen under a new head, fine-tuned, and not at all.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -16,18 +18,19 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
+import ray
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
-from torch.nn.functional import cross_entropy
-
-from convoy.vision.backbones import BackboneConfig, build_network
 
 SIDE_PX = 32
 TRAIN_PER_CLASS = 20
+# Places of each of the digits 0-4: the network that is transferred has seen enough to know strokes.
+PLACES = 4
 ARCH = "lenet5"
-MEAN, STD = 0.5, 0.25
+PRESET = {"resize_px": None, "crop_px": SIDE_PX, "mean": [0.5] * 3, "std": [0.25] * 3}
+# Mirrored digits are other shapes, and a crop of a digit may be another digit.
+AUGMENTATION = {"crop": {"kind": "random", "padding_px": 2}, "mirror": None, "rotation": {"degrees": 8}}
 
 
 def main() -> None:
@@ -38,57 +41,88 @@ def main() -> None:
         sys.exit(f"{folder} exists and was not made by the demo: choose another --folder")
     shutil.rmtree(folder, ignore_errors=True)
     started_s = time.monotonic()
+    workspace = str(folder / "workspace")
 
     digits = load_digits()
-    say("1  Write the digits 5-9 as JPEG class folders")
-    counts = write_images(digits, folder / "images")
-    print(f"   {counts['train']} train, {counts['val']} val, {counts['test']} test images of 5 classes")
+    say("1  Write digits as JPEG class folders, and freeze them: convoy dataset")
+    write_many(digits, folder / "images" / "digits-0-4")
+    write_few(digits, folder / "images" / "digits-5-9")
+    for name in ("digits-0-4", "digits-5-9"):
+        frozen = convoy("dataset", str(folder / "images" / name), "--name", name, "--workspace", workspace)
+        print(f"   {name}: {frozen['splits']}")
 
-    say("2  Teach a LeNet-5 the digits 0-4: there must be something to transfer")
-    weights = folder / "lenet5-digits-0-4.pt"
-    pretrain(digits, weights)
+    # One Ray for all commands; each of them alone would start its own.
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray.init("local", include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
 
-    workspace = str(folder / "workspace")
-    say("3  Freeze the dataset: convoy dataset")
-    convoy("dataset", str(folder / "images"), "--name", "digits-5-9", "--workspace", workspace)
+    say("2  Teach a LeNet-5 the digits 0-4 from scratch: there must be something to transfer")
+    learnt = {
+        "name": "lenet5-digits-0-4",
+        "dataset": "digits-0-4",
+        "backbone": {"arch": ARCH, "preset": PRESET},
+    }
+    scratch = {"strategy": "from_scratch", "augmentation": AUGMENTATION, "recipe": {"batch_size": 32}}
+    pretrained = train(folder, {**learnt, **scratch, "epochs": 6}, workspace)
+    print(f"   top-1 {pretrained['top1']:.1%} on digits 0-4; curves {pretrained['learning_curves']}")
+    weights = f"{workspace}/models/{pretrained['bundle'].replace('@', '/')}/model.safetensors"
+    backbone = {"arch": ARCH, "weights": weights, "num_classes": 5, "preset": PRESET}
 
-    say("4  Cache its features with Ray Data: convoy cache")
-    cache = ["cache", "--config", str(write_config(folder, weights)), "--workspace", workspace]
-    first = convoy(*cache)
-    print(f"   {first['recomputed']} images computed, {first['rows']} rows, {first['rejects']} rejects")
-
-    say("5  The same command again: nothing is recomputed")
-    second = convoy(*cache)
-    print(f"   {second['recomputed']} images computed, {second['rows']} rows")
-
-    say("6  Prove that every image ended exactly once: convoy verify")
+    say("3  Cache its features of 5-9 with Ray Data: convoy cache")
+    config = write_yaml(
+        folder / "cache.yaml", {"dataset": "digits-5-9", "backbone": backbone, "taps": ["c3", "f6"]}
+    )
+    cache = ["cache", "--config", config, "--workspace", workspace]
+    first, second = convoy(*cache), convoy(*cache)
+    print(
+        f"   {first['recomputed']} images computed, {first['rejects']} rejects; again: {second['recomputed']}"
+    )
     proof = convoy("verify", first["run"], "--workspace", workspace)
     print(
         f"   {proof['inputs']} in = {proof['results']} results + {proof['rejects']} rejects: ok {proof['ok']}"
     )
 
-    say("7  Train a softmax head on the cached features: convoy train")
-    trained = convoy("train", "--config", str(write_train_config(folder, weights)), "--workspace", workspace)
-    say("8  Evaluate the bundle on the test images: convoy evaluate")
-    report = convoy(
-        "evaluate",
-        "--workspace",
-        workspace,
-        "--set",
-        "dataset=digits-5-9",
-        "--set",
-        f"bundle={trained['bundle']}",
+    say(f"4  Use it on 5-9, {TRAIN_PER_CLASS} images a class, in three ways: convoy train")
+    base = {"dataset": "digits-5-9", "augmentation": AUGMENTATION, "recipe": {"batch_size": 20}}
+    ways = {
+        "frozen features, new head": {"strategy": "linear_probe", "backbone": backbone, "tap": "f6"},
+        "fine-tuned": {"strategy": "fine_tune", "backbone": backbone, "epochs": 30, "freeze_depth": 0},
+        "from scratch": {"strategy": "from_scratch", "backbone": learnt["backbone"], "epochs": 30},
+    }
+    reports = {
+        way: train(folder, {**base, **settings, "name": settings["strategy"].replace("_", "-")}, workspace)
+        for way, settings in ways.items()
+    }
+
+    say("5  Is fine-tuning better than frozen features, on the same images? convoy evaluate --compare")
+    bundles = [reports[way]["bundle"] for way in ("fine-tuned", "frozen features, new head")]
+    paired = convoy("evaluate", "--compare", *bundles, "--dataset", "digits-5-9", "--workspace", workspace)
+    difference = paired["top1_difference"]
+    print(
+        f"   difference {difference['estimate']:+.1%} (95 %: {difference['low']:+.1%} to {difference['high']:+.1%})"
     )
-    interval = report["intervals"]["top1"]
-    pixels = pixel_baseline(folder / "images")
+    ray.shutdown()
 
     say(f"Done in {time.monotonic() - started_s:.0f} s")
-    print(f"   transferred features, {TRAIN_PER_CLASS} images a class: top-1 {report['top1']:.1%}", end=" ")
-    print(f"(95 % interval {interval['low']:.1%} to {interval['high']:.1%})")
-    print(f"   the same head on raw pixels:               top-1 {pixels:.1%}")
+    for way, report in reports.items():
+        interval = report["intervals"]["top1"]
+        print(f"   {way:27} top-1 {report['top1']:.1%}", end=" ")
+        print(f"(95 % interval {interval['low']:.1%} to {interval['high']:.1%})")
+    print(
+        f"   {'the same head on raw pixels':27} top-1 {pixel_baseline(folder / 'images' / 'digits-5-9'):.1%}"
+    )
     print(f"   images     {folder / 'images'}")
     print(f"   workspace  {workspace}")
-    print(f"   bundle     {workspace}/models/{trained['bundle'].replace('@', '/')}")
+
+
+def train(folder: Path, settings: dict[str, object], workspace: str) -> dict[str, object]:
+    config = write_yaml(folder / f"train.{settings['name']}.yaml", settings)
+    return convoy("train", "--config", config, "--workspace", workspace)
+
+
+def write_yaml(path: Path, settings: dict[str, object]) -> str:
+    path.write_text(json.dumps(settings, indent=2))  # JSON is YAML
+    return str(path)
 
 
 def say(text: str) -> None:
@@ -105,17 +139,26 @@ def convoy(*arguments: str) -> dict[str, object]:
     return json.loads(finished.stdout.splitlines()[-1])
 
 
-def write_images(digits: object, folder: Path) -> dict[str, int]:
+def write_many(digits: object, folder: Path) -> None:
+    """Digits 0-4, each at several places; the places of one digit stay in one split."""
+    for label in range(5):
+        for number, index in enumerate(np.flatnonzero(digits.target == label)):
+            split = "val" if number % 10 == 0 else "test" if number % 10 == 1 else "train"
+            for place in range(PLACES):
+                write_image(digits, folder / split / str(label), index, seed=int(index) * PLACES + place)
+
+
+def write_few(digits: object, folder: Path) -> None:
     """Digits 5-9 as split/class/number.jpg; the split goes by the order of the images in each class."""
-    counts = {"train": 0, "val": 0, "test": 0}
     for label in range(5, 10):
         for number, index in enumerate(np.flatnonzero(digits.target == label)):
             split = "train" if number < TRAIN_PER_CLASS else "val" if number < 2 * TRAIN_PER_CLASS else "test"
-            path = folder / split / str(label) / f"{index:04d}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            as_image(digits.images[index], seed=index).save(path, quality=95)
-            counts[split] += 1
-    return counts
+            write_image(digits, folder / split / str(label), index, seed=int(index))
+
+
+def write_image(digits: object, folder: Path, index: int, *, seed: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    as_image(digits.images[index], seed=seed).save(folder / f"{seed:05d}.jpg", quality=95)
 
 
 def as_image(pixels_HW: np.ndarray, *, seed: int) -> Image.Image:
@@ -128,50 +171,6 @@ def as_image(pixels_HW: np.ndarray, *, seed: int) -> Image.Image:
     left, top = random.integers(0, SIDE_PX - digit_px + 1, size=2)
     frame.paste(digit.rotate(float(random.uniform(-12, 12)), Image.Resampling.BICUBIC), (int(left), int(top)))
     return frame
-
-
-def pretrain(digits: object, path: Path) -> None:
-    """A plain loop: 8 epochs of Adam on the digits 0-4, each at four places, in half a minute at most."""
-    known = np.repeat(np.flatnonzero(digits.target < 5), 4)
-    images = [np.asarray(as_image(digits.images[index], seed=place)) for place, index in enumerate(known)]
-    images_BHW = torch.from_numpy(np.stack(images)).float().div(255).sub(MEAN).div(STD)
-    images_BCHW = images_BHW.unsqueeze(1).expand(-1, 3, -1, -1)
-    labels_B = torch.from_numpy(digits.target[known])
-    network = build_network(BackboneConfig(arch=ARCH, weights="random", num_classes=5)).train()
-    optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(8):
-        for rows in torch.randperm(len(labels_B), generator=generator).split(32):
-            optimizer.zero_grad()
-            cross_entropy(network(images_BCHW[rows]), labels_B[rows]).backward()
-            optimizer.step()
-    with torch.no_grad():
-        accuracy = (network.eval()(images_BCHW).argmax(1) == labels_B).float().mean().item()
-    torch.save(network.state_dict(), path)
-    print(f"   {len(labels_B)} images, training accuracy {accuracy:.1%}")
-
-
-def write_config(folder: Path, weights: Path) -> Path:
-    path = folder / "cache.digits.yaml"
-    path.write_text(f"dataset: digits-5-9\n{network_section(weights)}taps: [c3, f6]\n")
-    return path
-
-
-def write_train_config(folder: Path, weights: Path) -> Path:
-    path = folder / "train.digits.yaml"
-    path.write_text(
-        "name: digits-5-9\ndataset: digits-5-9\nstrategy: linear_probe\n"
-        f"{network_section(weights)}tap: f6\nhead:\n  kind: softmax\n"
-    )
-    return path
-
-
-def network_section(weights: Path) -> str:
-    normalisation = f"mean: [{MEAN}, {MEAN}, {MEAN}], std: [{STD}, {STD}, {STD}]"
-    return (
-        f"backbone:\n  arch: {ARCH}\n  weights: {weights}\n  num_classes: 5\n"
-        f"  preset: {{resize_px: null, crop_px: {SIDE_PX}, {normalisation}}}\n"
-    )
 
 
 def pixel_baseline(images: Path) -> float:

@@ -43,6 +43,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 NewRunOption = Annotated[
     bool, typer.Option("--new-run", help="Leave an unfinished run of the same target and start afresh.")
 ]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
 
 ReportT = TypeVar("ReportT", bound=BaseModel)
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
@@ -72,9 +73,7 @@ def cache(
     overrides: SetOption = None,
     workspace: WorkspaceOption = None,
     new_run: NewRunOption = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")
-    ] = False,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Compute features of a dataset and keep them: only what the workspace does not have yet."""
@@ -93,15 +92,20 @@ def train(
     overrides: SetOption = None,
     workspace: WorkspaceOption = None,
     new_run: NewRunOption = False,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Use a network by a strategy: as it is, under a new head, fine-tuned, or from scratch. Writes a bundle."""
     from convoy.pipelines.train import TrainReport, run_train  # noqa: PLC0415
     from convoy.pipelines.train_config import TrainConfig  # noqa: PLC0415
+    from convoy.pipelines.train_plan import plan_train  # noqa: PLC0415
     from convoy.report.curves import draw_learning_curves  # noqa: PLC0415
     from convoy.report.trackers import tracked  # noqa: PLC0415
 
     settings = _load(TrainConfig, config, overrides, workspace)
+    if dry_run:
+        _run(lambda _: plan_train(settings), as_json=as_json)
+        return
 
     def job(progress: TerminalProgress) -> TrainReport:
         params = settings.model_dump(mode="json")

@@ -152,7 +152,7 @@ def _train(job: _Job) -> _Trained:
     # Before any network is fetched: a class without images can be learnt by no strategy.
     count_classes(read_split(job.manifest, Split.TRAIN, config.rows), job.manifest.classes)
     if config.strategy is Strategy.FROM_SCRATCH:
-        return _train_network(job, fetch_backbone(job.store, _random_weights(config, job.manifest)))
+        return _train_network(job, fetch_backbone(job.store, random_weights(config, job.manifest)))
     backbone = fetch_backbone(job.store, config.backbone)
     return _train_network(job, backbone) if config.strategy in NETWORKS else _train_probe(job, backbone)
 
@@ -163,7 +163,8 @@ def _use_as_is(job: _Job, backbone: BackboneRecord) -> _Trained:
     return _Trained(classifier=classifier, num_train_rows=0)
 
 
-def _random_weights(config: TrainConfig, manifest: Manifest) -> BackboneConfig:
+def random_weights(config: TrainConfig, manifest: Manifest) -> BackboneConfig:
+    """The backbone of a training from scratch; ConfigError if the config names pretrained weights."""
     if config.backbone.weights not in ("random", "DEFAULT"):
         raise ConfigError(
             "from_scratch takes no pretrained weights",

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from convoy.core.config import StrictModel
-from convoy.core.errors import ChecksumMismatch, DataError, ObjectNotFound, StorageError
+from convoy.core.errors import ChecksumMismatch, ConfigError, DataError, ObjectNotFound, StorageError
 from convoy.core.fingerprints import digest_bytes
 from convoy.storage.commits import (
     FEATURES,
@@ -44,6 +44,12 @@ def verify_run(store: ObjectStore, run_id: str) -> VerifyReport:
     """Re-read every file of a run and compare ids, row counts and checksums with what was promised."""
     folder, run = require_run(store, run_id)
     manifest = read_manifest(folder)
+    if manifest is None and run.verb == "train":
+        raise ConfigError(
+            "a training has no rows of results that could be proven",
+            where=folder.prefix,
+            next_step="verify the run of its evaluation, which its report names; bundles are verified when opened",
+        )
     if manifest is None:
         raise DataError(
             "the run is not finished: it has no manifest yet",

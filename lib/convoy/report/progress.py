@@ -12,6 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from convoy.core.training_events import EpochResult, TrainingEvent
 
 _SECONDS_BETWEEN_LINES = 15.0
+# Small datasets have several epochs a second.
+_SECONDS_BETWEEN_EPOCHS = 2.0
 
 
 class TerminalProgress:
@@ -32,6 +34,7 @@ class TerminalProgress:
         self._task: TaskID | None = None
         self._total = self._done = self._finished_now = self._rejects = 0
         self._started_s = self._last_line_s = time.monotonic()
+        self._last_epoch_s = 0.0
 
     def __enter__(self) -> TerminalProgress:
         self._bar.start()
@@ -75,10 +78,12 @@ class TerminalProgress:
             self._line(f"{self._done:,} of {self._total:,} images, {note}, {remaining_s:,.0f} s left")
 
     def training(self, event: TrainingEvent) -> None:
-        """A training went on: a line for each epoch, and a bar or sparse lines in between."""
+        """A training went on: a line for an epoch, at most every other second, and a bar or sparse lines between."""
         for note in event.notes:
             self._note(note)
-        if event.result is not None:
+        is_epoch_due = time.monotonic() - self._last_epoch_s >= _SECONDS_BETWEEN_EPOCHS
+        if event.result is not None and (is_epoch_due or not event.steps_left):
+            self._last_epoch_s = self._last_line_s = time.monotonic()
             self._note(_epoch_line(event.result, event.num_epochs))
         total = event.num_epochs * event.num_steps
         done = total - event.steps_left

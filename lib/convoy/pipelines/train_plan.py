@@ -1,0 +1,93 @@
+"""`convoy train --dry-run`: what a training would do, without starting a worker."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from convoy.core.config import StrictModel
+from convoy.core.fingerprints import digest
+from convoy.core.records import Split
+from convoy.pipelines.classifiers import Strategy
+from convoy.pipelines.models import fetch_backbone
+from convoy.pipelines.network_plan import plan_network, trained_backbone_config
+from convoy.pipelines.train import random_weights
+from convoy.pipelines.train_config import NETWORKS, TrainConfig
+from convoy.pipelines.training_rows import count_classes, read_split
+from convoy.pipelines.workspace import open_workspace
+from convoy.storage.bundles import check_bundle_name
+from convoy.storage.datasets import open_dataset
+from convoy.storage.runs import OpenRun
+from convoy.vision.training_config import Phase, Recipe
+
+
+class StageSummary(StrictModel):
+    """One stage of the depth axis; `frozen_in` are the phases in which it is frozen."""
+
+    depth: int
+    stage: str
+    channels: int
+    num_parameters: int
+    frozen_in: list[str]
+
+
+class TrainPlan(StrictModel):
+    """The resolved config and what it would do. `num_steps` are updates over all phases and workers together."""
+
+    config: TrainConfig
+    num_train_rows: int
+    images_by_class: dict[str, int]
+    unfinished_run: str | None
+    recipe: Recipe | None = None
+    phases: list[Phase] = Field(default_factory=list)
+    num_steps: int = 0
+    stages: list[StageSummary] = Field(default_factory=list)
+    notes: list[str] = Field(default_factory=list)
+
+
+def plan_train(config: TrainConfig) -> TrainPlan:
+    """What `run_train` would do; only the backbone is brought into the workspace if it is not there.
+
+    Without a number of workers in the config, rates and batches are those of one worker. Raises what the job
+    itself would raise before it starts any.
+    """
+    check_bundle_name(config.name)
+    store = open_workspace(config.workspace, config.writers)
+    manifest = open_dataset(store, config.dataset)
+    rows = read_split(manifest, Split.TRAIN, config.rows)
+    counts = count_classes(rows, manifest.classes)
+    folder = OpenRun(store, verb="train", target=digest([config.name])).current()
+    plan = TrainPlan(
+        config=config,
+        num_train_rows=rows.num_rows,
+        images_by_class=dict(zip(manifest.classes, counts, strict=True)),
+        unfinished_run=folder.run_id if folder else None,
+    )
+    if config.strategy not in NETWORKS:
+        return plan
+    from convoy.pipelines.network_building import NewNetwork  # noqa: PLC0415
+
+    is_new = config.strategy is Strategy.FROM_SCRATCH
+    pretrained = fetch_backbone(store, random_weights(config, manifest) if is_new else config.backbone)
+    new = NewNetwork(trained_backbone_config(config, len(manifest.classes)))
+    new.take_weights(store, pretrained)
+    network = plan_network(config, new.axis, counts, num_workers=config.workers.num_workers or 1)
+    steps_an_epoch = -(-rows.num_rows // network.batch_size)
+    stages = [
+        StageSummary(
+            depth=stage.index,
+            stage=stage.name,
+            channels=stage.channels,
+            num_parameters=stage.num_parameters,
+            frozen_in=[phase.name for phase in network.phases if stage.index < int(phase.freeze_depth)],
+        )
+        for stage in new.axis
+    ]
+    return plan.model_copy(
+        update={
+            "recipe": network.recipe,
+            "phases": list(network.phases),
+            "num_steps": steps_an_epoch * sum(phase.epochs for phase in network.phases),
+            "stages": stages,
+            "notes": list(network.notes),
+        }
+    )
