@@ -1,0 +1,70 @@
+"""Progress of a training: a line an epoch where there is no terminal, a bar and the same lines where there is."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from convoy.report import progress
+from convoy.report.progress import TerminalProgress
+from made_events import epoch_result, training_event
+
+RESULT = epoch_result()
+LINE = "body, epoch 2 of 3: loss 0.5000, top-1 0.7500, val top-1 0.7000, val NLL 0.6250, 250 images/s, 4 s"
+
+
+def test_without_a_terminal_epochs_and_notes_are_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with TerminalProgress() as shown:
+        shown.training(training_event(notes=("going on from the checkpoint of step 12",)))
+        shown.training(training_event(result=RESULT))
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.splitlines() == [
+        "convoy: going on from the checkpoint of step 12",
+        f"convoy: {LINE}",
+    ]
+
+
+def test_without_a_terminal_a_long_epoch_is_told_of_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now_s)
+    with TerminalProgress() as shown:
+        for now_s in (1.0, 16.0, 17.0):  # noqa: B007 (the clock reads it)
+            shown.training(training_event())
+    assert capsys.readouterr().err.splitlines() == [
+        "convoy: body, epoch 2 of 3, step 5 of 10: loss 0.5000, 250 images/s, 60 s left"
+    ]
+
+
+def test_many_short_epochs_do_not_flood_a_log(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = 100.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now_s)
+    with TerminalProgress() as shown:
+        for _ in range(10):
+            shown.training(training_event(result=RESULT))
+        shown.training(training_event(result=RESULT, steps_left=0))
+    assert len(capsys.readouterr().err.splitlines()) == 2  # the first, and the end
+
+
+def test_a_terminal_shows_phase_epoch_pace_and_keeps_a_line_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+
+    def terminal(*, stderr: bool) -> Console:
+        assert stderr
+        return Console(file=screen, force_terminal=True, width=160)
+
+    monkeypatch.setattr(progress, "Console", terminal)
+    with TerminalProgress() as shown:
+        shown.stage("starting the training workers")
+        shown.training(training_event())
+        shown.training(training_event(result=RESULT))
+    text = screen.getvalue()
+    assert "body, epoch 2 of 3" in text
+    assert "250 images/s, 60 s left" in text
+    assert LINE in text
