@@ -22,19 +22,19 @@ from convoy.vision.backbones import (
 )
 from convoy.vision.depth_axis import count_macs
 from convoy.vision.presets import EvalPreset
-from convoy.vision.weights import load_weights, read_state_dict, state_to_safetensors, weights_digest
+from convoy.vision.weights import (
+    load_weights,
+    read_state_dict,
+    require_digest,
+    state_to_safetensors,
+    weights_digest,
+)
 
 
 def load_backbone(store: ObjectStore, config: BackboneConfig) -> BackboneRecord:
     """Build a network, load its weights from where the config says, and put them into the workspace."""
     network, classes = _load(config)
-    found = weights_digest(network.state_dict())
-    if config.weights_digest not in (None, found):
-        raise ConfigError(
-            f"the weights have the digest {found}, not {config.weights_digest}",
-            where=config.weights,
-            next_step="someone replaced the weights: bring the old ones back, or change weights_digest",
-        )
+    require_digest(network.state_dict(), config.weights_digest)
     return keep_network(store, config, network, preset=default_preset(config), classes=classes)
 
 

@@ -17,8 +17,6 @@ from torch import Tensor, nn
 
 from convoy.core.errors import ChecksumMismatch, ConfigError, DataError
 from convoy.core.fingerprints import digest, digest_bytes
-from convoy.vision.backbone_config import BackboneConfig
-from convoy.vision.backbones import build_pretrained
 
 # Under these keys training programs keep the state dict, beside optimiser states and counters.
 _CONTAINERS = (
@@ -66,15 +64,12 @@ def load_weights(
     state: Mapping[str, Tensor],
     *,
     head: HeadMismatch = HeadMismatch.REFUSE,
-    pinned_digest: str | None = None,
 ) -> tuple[str, ...]:
     """Copy a state dict into a network; returns the names that kept their initial values, () if none did.
 
     All names and shapes are checked before anything is copied; a difference is a ConfigError that shows it.
-    With REPLACE the classifier may differ in its number of classes, and then keeps its initial values. A state
-    with another digest than the pinned one is a ChecksumMismatch.
+    With REPLACE the classifier may differ in its number of classes, and then keeps its initial values.
     """
-    _check_digest(state, pinned_digest)
     state, targets = _comparable(state), _comparable(network.state_dict())
     replaced = _head_names(targets, state) if head is HeadMismatch.REPLACE else ()
     if differences := _differences(targets, state, replaced):
@@ -87,14 +82,6 @@ def load_weights(
         for name in targets.keys() - set(replaced):
             targets[name].copy_(state[name])
     return replaced
-
-
-def named_state_dict(config: BackboneConfig) -> dict[str, Tensor]:
-    """The state dict that a library publishes under the name `config.weights`, with its own classes.
-
-    Raises ConfigError if there is no such name, and StoreUnavailable if the download fails.
-    """
-    return dict(build_pretrained(config).state_dict())
 
 
 def state_to_safetensors(state: Mapping[str, Tensor]) -> bytes:
@@ -120,6 +107,18 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
             for name, tensor in sorted(_comparable(state).items())
         ]
     )
+
+
+def require_digest(state: Mapping[str, Tensor], pinned: str | None) -> str:
+    """The digest of some weights; ChecksumMismatch if another one is pinned."""
+    found = weights_digest(state)
+    if pinned not in (None, found):
+        raise ChecksumMismatch(
+            f"the weights have the digest {found}, not the pinned {pinned}",
+            where="backbone.weights_digest",
+            next_step="find out who changed the weights; then correct the pin or the weights",
+        )
+    return found
 
 
 def _read(path: Path) -> bytes:
@@ -193,15 +192,6 @@ def _without_prefixes(tensors: Mapping[str, Tensor], prefixes: Sequence[str]) ->
     while names and (shared := next((p for p in prefixes if all(n.startswith(p) for n in names)), "")):
         names = [name.removeprefix(shared) for name in names]
     return dict(zip(names, tensors.values(), strict=True))
-
-
-def _check_digest(state: Mapping[str, Tensor], pinned_digest: str | None) -> None:
-    if pinned_digest is not None and (found := weights_digest(state)) != pinned_digest:
-        raise ChecksumMismatch(
-            f"the weights have the digest {found}, not the pinned {pinned_digest}",
-            where="backbone.weights_digest",
-            next_step="find out who changed the weights; then correct the pin or the weights",
-        )
 
 
 def _head_names(targets: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> tuple[str, ...]:

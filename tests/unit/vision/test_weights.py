@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from convoy.core.errors import ChecksumMismatch, ConfigError, DataError, StoreUnavailable
 from convoy.vision.architectures import CifarResNet, LeNet5
 from convoy.vision.backbone_config import BackboneConfig
+from convoy.vision.backbones import build_pretrained
 from convoy.vision.weights import (
     HeadMismatch,
     load_weights,
-    named_state_dict,
     read_state_dict,
+    require_digest,
     state_to_safetensors,
     weights_digest,
 )
@@ -208,12 +209,12 @@ def test_replacing_the_head_excuses_no_other_difference(state: State) -> None:
         load_weights(small_network(num_classes=7), state, head=HeadMismatch.REPLACE)
 
 
-def test_a_pinned_digest_is_checked_before_copying(state: State) -> None:
-    assert load_weights(small_network(), state, pinned_digest=weights_digest(state)) == ()
+def test_a_pinned_digest_refuses_changed_weights(state: State) -> None:
     pin = weights_digest(state)
+    assert require_digest(state, pin) == require_digest(state, None) == pin
     state["0.weight"][0, 0, 0, 0] += 1
     with pytest.raises(ChecksumMismatch, match=pin):
-        load_weights(small_network(), state, pinned_digest=pin)
+        require_digest(state, pin)
 
 
 def test_the_digest_is_one_for_every_format(state: State, tmp_path: Path) -> None:
@@ -279,4 +280,4 @@ def test_named_weights_of_an_unreachable_library_are_a_clear_error(
     for variable in ("https_proxy", "HTTPS_PROXY"):
         monkeypatch.setenv(variable, "http://127.0.0.1:9")
     with pytest.raises(StoreUnavailable, match="could not be downloaded"):
-        named_state_dict(BackboneConfig(arch="torchvision:squeezenet1_1"))
+        build_pretrained(BackboneConfig(arch="torchvision:squeezenet1_1"))
