@@ -16,6 +16,7 @@ import torch
 from convoy.cluster.batch_feed import EpochOrder, StepFeed, validation_batches
 from convoy.cluster.feed_opening import open_feed
 from convoy.cluster.image_loading import ImageLoader, RejectedRow
+from convoy.cluster.timetable import Timetable
 from convoy.cluster.training_board import BoardWriter
 from convoy.cluster.training_checkpoints import Position, TrainingCheckpoints
 from convoy.cluster.training_group import TrainingGroup
@@ -24,14 +25,13 @@ from convoy.cluster.training_results import TrainingOutcome, write_train_rejects
 from convoy.cluster.training_spec import TrainingSpec
 from convoy.core.crash_points import CrashPoint, crash_point
 from convoy.core.errors import DataError
-from convoy.core.training_events import EpochResult, TrainingEvent
+from convoy.core.training_events import EpochResult
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.stores import open_store
 from convoy.vision.averaging import build_keeper, measure_batchnorm, swapped_in
 from convoy.vision.backbones import build_network, depth_axis
 from convoy.vision.freezing import freeze, frozen_stages
 from convoy.vision.learner import Learner, validation_sums, with_group_batchnorm
-from convoy.vision.optimisation import schedule_factor
 from convoy.vision.presets import EvalPreset, at_resolution
 from convoy.vision.training_config import Averaging, Phase
 from convoy.vision.weights import load_weights, read_state_dict
@@ -63,6 +63,7 @@ class TrainingWorker:
         labels_N = self._train["label"].to_numpy()
         order = EpochOrder(spec, labels_N, rank=group.rank, num_workers=group.num_workers)
         self._plan = order.plan
+        self._times = Timetable(spec.phases, num_steps=order.plan.num_steps, num_rows=spec.train.num_rows)
         self._feed: StepFeed = open_feed(spec, self._train, order, group)
         self._val = None if spec.val is None else _read_rows(self._store, spec.val.key)
         self._val_loader = None if self._val is None else ImageLoader(spec, self._val)
@@ -97,7 +98,7 @@ class TrainingWorker:
         if self._spec.recipe.sync_batchnorm and self._group.device.type == "cuda":
             self._network = with_group_batchnorm(self._network)
         if resumed.notes:
-            self._board.post(self._event(0, 0, None, notes=resumed.notes))
+            self._board.post(self._times.event(self._position, notes=resumed.notes))
 
     def _train_phase(self, phase: Phase) -> None:
         freeze(self._network, self._axis, frozen_stages(phase))
@@ -125,10 +126,11 @@ class TrainingWorker:
             self._position = (
                 Position(phase=self._position.phase + 1) if is_last else self._position.next_epoch()
             )
-            left = self._num_epochs() - self._epochs_before() - self._position.epoch
             score = -result.train_loss if result.val_top1 is None else result.val_top1
+            left = self._times.epochs_left(self._position)
             self._keeper.after_epoch(self._network, score=score, epochs_left=left)
-            self._tell_epoch(result)
+            self._board.post(self._times.epoch_event(self._position, result))
+            self._group.report(result.model_dump(mode="json"))
             self._save_if_due(is_phase_end=is_last)
 
     def _train_epoch(self, phase: Phase) -> EpochResult:
@@ -138,7 +140,7 @@ class TrainingWorker:
         learner.sums_3 += self._sums.to(learner.device)
         self._sums = torch.zeros(3, dtype=torch.float64)
         meter = EpochMeter()
-        epoch = self._epochs_before() + position.epoch
+        epoch = self._times.epoch(position)
         steps = self._feed.steps(epoch, position.step, self._preset(phase))
         for step in range(position.step, num_steps):
             passes = meter.waiting_for(steps)
@@ -146,24 +148,25 @@ class TrainingWorker:
             learner.step(
                 [one.batch for one in passes],
                 num_group_rows=len(self._plan.batch(step)),
-                factor=schedule_factor(
-                    phase.schedule, position.epoch * num_steps + step, phase.epochs * num_steps
-                ),
-                step=epoch * num_steps + step,
+                factor=self._times.rate(self._position),
+                step=self._times.step(self._position),
             )
             meter.count(len(self._plan.batch(step)))
             self._keeper.after_step(self._network)
             self._position = position.at_step(step + 1)
             crash_point(CrashPoint.TRAINING_STEP)
             if step + 1 < num_steps:
-                self._between_steps(step, meter)
+                self._between_steps(meter)
         return self._measure_epoch(phase, epoch, meter)
 
-    def _between_steps(self, step: int, meter: EpochMeter) -> None:
-        if (step + 1) % _STEPS_BETWEEN_LOOKS == 0:
+    def _between_steps(self, meter: EpochMeter) -> None:
+        if self._position.step % _STEPS_BETWEEN_LOOKS == 0:
             sums = self._finite_sums()
             if self._board.is_due():
-                self._board.post(self._event(step + 1, meter.images_per_s, float(sums[0] / sums[2])))
+                event = self._times.event(
+                    self._position, images_per_s=meter.images_per_s, train_loss=float(sums[0] / sums[2])
+                )
+                self._board.post(event)
         self._save_if_due()
 
     def _measure_epoch(self, phase: Phase, epoch: int, meter: EpochMeter) -> EpochResult:
@@ -221,11 +224,11 @@ class TrainingWorker:
         return sums
 
     def _save_if_due(self, *, is_phase_end: bool = False) -> None:
-        if not self._checkpoints.is_due(self._global_step(), is_phase_end=is_phase_end):
+        if not self._checkpoints.is_due(self._times.step(self._position), is_phase_end=is_phase_end):
             return
         sums = self._finite_sums() if self._position.step else torch.zeros(3, dtype=torch.float64)
         saved = self._checkpoints.save(
-            self._global_step(),
+            self._times.step(self._position),
             self._network,
             self._learner,
             self._keeper,
@@ -281,49 +284,6 @@ class TrainingWorker:
 
     def _preset(self, phase: Phase) -> EvalPreset:
         return at_resolution(self._spec.preset, phase.resolution_px)
-
-    def _epochs_before(self) -> int:
-        return sum(phase.epochs for phase in self._spec.phases[: self._position.phase])
-
-    def _num_epochs(self) -> int:
-        return sum(phase.epochs for phase in self._spec.phases)
-
-    def _global_step(self) -> int:
-        """Steps from the start of the training, counting the epochs that an early stop left out."""
-        epochs = self._epochs_before() + self._position.epoch
-        return epochs * self._plan.num_steps + self._position.step
-
-    def _tell_epoch(self, result: EpochResult) -> None:
-        self._board.post(
-            self._event(self._plan.num_steps, result.images_per_s, result.train_loss, result=result)
-        )
-        self._group.report(result.model_dump(mode="json"))
-
-    def _event(
-        self,
-        step: int,
-        images_per_s: float,
-        train_loss: float | None,
-        *,
-        result: EpochResult | None = None,
-        notes: tuple[str, ...] = (),
-    ) -> TrainingEvent:
-        left = self._num_epochs() * self._plan.num_steps - self._global_step()
-        images_a_step = self._spec.train.num_rows / self._plan.num_steps
-        phase = self._spec.phases[min(self._position.phase, len(self._spec.phases) - 1)]
-        return TrainingEvent(
-            phase=result.phase if result else phase.name,
-            epoch=result.epoch if result else self._epochs_before() + self._position.epoch + 1,
-            num_epochs=self._num_epochs(),
-            step=step,
-            num_steps=self._plan.num_steps,
-            steps_left=left,
-            images_per_s=images_per_s,
-            seconds_left=left * images_a_step / images_per_s if images_per_s else None,
-            train_loss=train_loss,
-            result=result,
-            notes=notes,
-        )
 
 
 def _read_rows(store: ObjectStore, key: str) -> pa.Table:

@@ -90,6 +90,9 @@ class TrainConfig(StrictModel):
             raise ValueError("partial_reuse needs `reuse: {after: STAGE}`, and no other strategy takes it")
         if self.phases is not None and {self.epochs, self.freeze_depth, self.learning_rate} != {None}:
             raise ValueError("give either phases, or epochs, freeze_depth and learning_rate")
+        names = [phase.name for phase in self.phases or ()]
+        if len(set(names)) < len(names):
+            raise ValueError("every phase needs a name of its own")
         if self.strategy is Strategy.FINE_TUNE and self.head.kind is not HeadKind.SOFTMAX:
             raise ValueError("fine_tune begins with a softmax head: leave head.kind out")
         return self
