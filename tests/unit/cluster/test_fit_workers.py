@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import pytest
+
+from convoy.cluster.training import WorkerOptions, fit_workers
+from convoy.cluster.training_spec import Ingest
+
+
+def nodes(*sizes: tuple[float, float]) -> list[dict[str, float]]:
+    return [{"CPU": cpus, "GPU": gpus} for cpus, gpus in sizes]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "num_workers", "num_threads", "gpus_per_worker", "ingest"),
+    [
+        # Without GPUs one worker takes the largest node.
+        ([(8, 0)], 1, 8, 0, Ingest.FUSED),
+        ([(4, 0), (16, 0), (8, 0)], 1, 16, 0, Ingest.FUSED),
+        ([(1, 0)], 1, 1, 0, Ingest.FUSED),
+        # With GPUs one worker a GPU.
+        ([(16, 1)], 1, 16, 1, Ingest.FUSED),
+        ([(32, 4)], 4, 8, 1, Ingest.FUSED),
+        ([(32, 4), (32, 4)], 8, 8, 1, Ingest.FUSED),
+        # The node with the fewest CPUs a GPU decides.
+        ([(8, 8), (64, 1)], 9, 1, 1, Ingest.FUSED),
+        ([(64, 8), (4, 1)], 9, 4, 1, Ingest.FUSED),
+        # Nodes without GPUs prepare images; a head node without CPUs cannot.
+        ([(8, 1), (32, 0)], 1, 8, 1, Ingest.SPLIT),
+        ([(0, 0), (8, 1)], 1, 8, 1, Ingest.FUSED),
+        ([(0, 0), (8, 0)], 1, 8, 0, Ingest.FUSED),
+    ],
+)
+def test_defaults_follow_the_cluster(
+    sizes: list[tuple[float, float]], num_workers: int, num_threads: int, gpus_per_worker: int, ingest: Ingest
+) -> None:
+    plan = fit_workers(WorkerOptions(), nodes(*sizes))
+    assert plan is not None
+    assert (plan.num_workers, plan.num_threads) == (num_workers, num_threads)
+    assert (plan.gpus_per_worker, plan.ingest) == (gpus_per_worker, ingest)
+    # Something is left for Ray's own tasks.
+    assert 0 < plan.cpus_per_worker < num_threads
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes", "expected"),
+    [
+        ({"num_workers": 2}, [(8, 0)], (2, 4)),
+        ({"num_workers": 3}, [(8, 0), (4, 0)], (3, 4)),
+        ({"num_workers": 2, "cpus_per_worker": 3}, [(8, 0)], (2, 3)),
+        ({"num_workers": 1}, [(8, 1), (8, 1)], (1, 8)),
+        # Two threads share a CPU rather than not train.
+        ({"num_workers": 2}, [(1, 0)], (2, 1)),
+    ],
+)
+def test_explicit_numbers_are_taken(
+    options: dict[str, int], sizes: list[tuple[float, float]], expected: tuple[int, int]
+) -> None:
+    plan = fit_workers(WorkerOptions.model_validate(options), nodes(*sizes))
+    assert plan is not None
+    assert (plan.num_workers, plan.num_threads) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [
+        ({}, []),
+        ({}, [(0, 0)]),
+        ({"num_workers": 5}, [(2, 0)]),
+        ({"cpus_per_worker": 9}, [(8, 0), (8, 0)]),
+        ({"num_workers": 3}, [(64, 2)]),
+        ({"num_workers": 2, "cpus_per_worker": 8}, [(8, 2), (64, 0)]),
+    ],
+)
+def test_what_the_cluster_cannot_hold_is_no_plan(
+    options: dict[str, int], sizes: list[tuple[float, float]]
+) -> None:
+    assert fit_workers(WorkerOptions.model_validate(options), nodes(*sizes)) is None
+
+
+def test_an_explicit_ingest_is_taken() -> None:
+    for ingest in (Ingest.FUSED, Ingest.SPLIT):
+        plan = fit_workers(WorkerOptions(ingest=ingest, preparers_per_worker=3), nodes((8, 1), (8, 0)))
+        assert plan is not None
+        assert (plan.ingest, plan.preparers_per_worker) == (ingest, 3)

@@ -1,0 +1,375 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import Tensor
+
+from convoy.cluster import training_loop
+from convoy.cluster.training_loop import TrainingWorker
+from convoy.cluster.training_results import TrainingOutcome, read_outcome
+from convoy.cluster.training_spec import TrainingSpec
+from convoy.core.crash_points import CrashPoint
+from convoy.core.errors import DataError
+from convoy.core.training_events import TrainingEvent
+from convoy.storage.checkpoints import CheckpointFolder
+from convoy.storage.local_store import LocalStore
+from convoy.vision.averaging import BestEpochs
+from convoy.vision.backbone_config import BackboneConfig, NewLayers
+from convoy.vision.backbones import build_network, depth_axis
+from convoy.vision.training_config import Averaging, Balance, Optimiser, OptimiserKind, Phase
+from convoy.vision.training_state import PackedTraining, is_finite
+from convoy.vision.weights import read_state_dict
+from made_training import RUN_ID, GroupOfOne, digit_rows, frozen_rows, recipe, training_spec
+
+# 40 training rows in 5 steps an epoch, and 10 rows for validation.
+NUM_IMAGES = 50
+# Residual blocks, BatchNorm and dropout.
+REUSE = BackboneConfig(
+    arch="cifar_resnet20",
+    weights="random",
+    num_classes=10,
+    new_layers=NewLayers.model_validate(
+        {"after": "layer1.0", "convs": [{"width": 8, "stride": 2}], "hidden_widths": [16], "dropout": 0.3}
+    ),
+)
+TWO_PHASES = (
+    Phase(name="head", epochs=1, freeze_depth="body", learning_rate=0.05),
+    Phase(name="body", epochs=2, freeze_depth=1, learning_rate=0.02, body_rate=0.5, layer_decay=0.9),
+)
+
+
+class KilledError(Exception):
+    """Stands for the end of a process."""
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
+    return digit_rows(tmp_path_factory.mktemp("digits"), NUM_IMAGES)
+
+
+def resolved(phases: tuple[Phase, ...], backbone: BackboneConfig) -> tuple[Phase, ...]:
+    """The phases with the body's depth as a number, as a plan has it."""
+    most = len(depth_axis(backbone, build_network(backbone))) - 1
+    return tuple(
+        phase.model_copy(update={"freeze_depth": most}) if phase.freeze_depth == "body" else phase
+        for phase in phases
+    )
+
+
+def reuse_spec(workspace: Path, rows: pa.Table, **settings: Any) -> TrainingSpec:
+    fields = {"backbone": REUSE, "phases": resolved(TWO_PHASES, REUSE), **settings}
+    return training_spec(workspace, rows, **fields)
+
+
+def train(spec: TrainingSpec) -> TrainingOutcome:
+    return TrainingWorker(spec, GroupOfOne(), None).run()
+
+
+def train_until_killed(spec: TrainingSpec, at_step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train up to a step of the run, counted over its epochs from 1, and end there as a killed process does."""
+    arrivals = []
+
+    def die(point: CrashPoint) -> None:
+        arrivals.append(point)
+        if arrivals.count(CrashPoint.TRAINING_STEP) == at_step:
+            raise KilledError
+
+    worker = TrainingWorker(spec, GroupOfOne(), None)
+    with monkeypatch.context() as patched:
+        patched.setattr(training_loop, "crash_point", die)
+        with pytest.raises(KilledError):
+            worker.run()
+    # What was under way arrives before the next process looks; kills in between have tests of their own.
+    worker._checkpoints.close()
+
+
+def weights_of(spec: TrainingSpec, outcome: TrainingOutcome) -> dict[str, Tensor]:
+    assert outcome.weights_key is not None
+    return read_state_dict(LocalStore(spec.workspace).get(outcome.weights_key).data)
+
+
+def timeless(outcome: TrainingOutcome) -> list[dict[str, Any]]:
+    seconds = {"seconds", "wait_s", "images_per_s"}
+    return [one.model_dump(exclude=seconds) for one in outcome.history]
+
+
+def assert_same(
+    spec: TrainingSpec, found: TrainingOutcome, other: TrainingSpec, expected: TrainingOutcome
+) -> None:
+    first, second = weights_of(spec, found), weights_of(other, expected)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in second)
+    assert timeless(found) == timeless(expected)
+    assert (found.val_nll, found.val_top1) == (expected.val_nll, expected.val_top1)
+    assert found.reject_codes == expected.reject_codes
+
+
+RECIPES = {
+    "ema": {"averaging": "ema", "ema_decay": 0.9},
+    "soup": {"averaging": "soup", "average_epochs": 2},
+    "swa": {"averaging": "swa", "average_epochs": 2, "accumulate": 2},
+    "best": {"averaging": "best", "clip_norm": 0.5, "label_smoothing": 0.1},
+    "mixing": {"mixup_alpha": 0.4, "cutmix_alpha": 1.0},
+    "adamw": {"optimiser": Optimiser(kind=OptimiserKind.ADAMW, weight_decay=0.01)},
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_killed_training_ends_with_the_very_weights_of_one_that_was_not(
+    tmp_path: Path, rows: pa.Table, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    settings = {"recipe": recipe(**RECIPES[name]), "checkpoint_steps": 3}
+    whole = reuse_spec(tmp_path / "whole", rows, **settings)
+    expected = train(whole)
+    killed = reuse_spec(tmp_path / "killed", rows, **settings)
+    # In the middle of an epoch, each time: of the head's, and then of the first and the last of the body's.
+    for at_step in (4, 4, 7):
+        train_until_killed(killed, at_step, monkeypatch)
+    assert_same(killed, train(killed), whole, expected)
+    assert len(expected.history) == 3
+
+
+def test_a_training_killed_before_its_first_checkpoint_begins_anew(
+    tmp_path: Path, rows: pa.Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, killed = (training_spec(tmp_path / name, rows) for name in ("whole", "killed"))
+    train_until_killed(killed, 2, monkeypatch)
+    assert_same(killed, train(killed), whole, train(whole))
+
+
+def test_a_training_killed_while_it_writes_its_weights_writes_them_again(
+    tmp_path: Path, rows: pa.Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: object) -> None:
+        raise KilledError
+
+    settings = {"recipe": recipe(averaging="swa", average_epochs=2)}
+    whole, killed = (reuse_spec(tmp_path / name, rows, **settings) for name in ("whole", "killed"))
+    worker = TrainingWorker(killed, GroupOfOne(), None)
+    with monkeypatch.context() as patched:
+        patched.setattr(training_loop, "write_weights", die)
+        with pytest.raises(KilledError):
+            worker.run()
+    assert_same(killed, train(killed), whole, train(whole))
+    assert read_outcome(LocalStore(killed.workspace), RUN_ID) is not None
+
+
+def test_a_damaged_checkpoint_costs_steps_and_changes_nothing(
+    tmp_path: Path, rows: pa.Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, killed = (
+        reuse_spec(tmp_path / name, rows, recipe=recipe(averaging="ema")) for name in ("whole", "killed")
+    )
+    train_until_killed(killed, 9, monkeypatch)
+    newest, before = CheckpointFolder(LocalStore(killed.workspace), RUN_ID).records()
+    path = Path(killed.workspace) / newest.key
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    board = Notes()
+    worker = TrainingWorker(killed, GroupOfOne(), board)
+    assert board.notes[0].startswith(f"checkpoint of step {newest.step} cannot be used: ")
+    assert board.notes[1] == f"going on from the checkpoint of step {before.step}"
+    assert_same(killed, worker.run(), whole, train(whole))
+
+
+class Notes:
+    """Ray's handle of a board that keeps all events."""
+
+    def __init__(self) -> None:
+        self.events: list[TrainingEvent] = []
+        self.post = self
+
+    def remote(self, event: str) -> None:
+        self.events.append(TrainingEvent.model_validate_json(event))
+
+    @property
+    def notes(self) -> list[str]:
+        return [note for event in self.events for note in event.notes]
+
+
+@pytest.mark.parametrize("averaging", Averaging)
+def test_a_training_that_diverges_says_where_and_keeps_finite_checkpoints(
+    tmp_path: Path, rows: pa.Table, averaging: Averaging
+) -> None:
+    spec = training_spec(
+        tmp_path,
+        rows,
+        recipe=recipe(averaging=averaging),
+        checkpoint_steps=1,
+        phases=(
+            Phase(name="calm", epochs=1, learning_rate=0.01),
+            Phase(name="wild", epochs=3, learning_rate=1e30),
+        ),
+    )
+    outcome = train(spec)
+    assert outcome.weights_key is None
+    assert outcome.diverged is not None
+    assert outcome.diverged.phase == 1
+    assert [one.phase for one in outcome.history] == ["calm"]
+    outcome.model_dump_json()
+    store = LocalStore(spec.workspace)
+    assert read_outcome(store, RUN_ID) is None
+    records = CheckpointFolder(store, RUN_ID).records()
+    assert records
+    network = build_network(spec.backbone)
+    for record in records:
+        PackedTraining(CheckpointFolder(store, RUN_ID).read(record)).load_network(network)
+        assert is_finite(network)
+
+
+def test_an_update_that_only_validation_finds_to_be_too_large_ends_the_training(
+    tmp_path: Path, rows: pa.Table
+) -> None:
+    # One step an epoch, so that its loss is that of the weights before it.
+    phase = Phase(name="wild", epochs=2, learning_rate=1e22)
+    outcome = train(training_spec(tmp_path, rows, batch_size=40, phases=(phase,), checkpoint_steps=100))
+    assert outcome.diverged is not None
+    assert outcome.weights_key is None
+    assert all(one.val_nll is not None and one.val_nll < float("inf") for one in outcome.history)
+
+
+def test_a_phase_without_progress_ends_early_and_the_next_one_begins(tmp_path: Path, rows: pa.Table) -> None:
+    tiny = 1e-12
+    spec = training_spec(
+        tmp_path,
+        rows,
+        recipe=recipe(patience_epochs=2),
+        phases=(
+            Phase(name="first", epochs=9, learning_rate=tiny),
+            Phase(name="second", epochs=2, learning_rate=tiny),
+        ),
+    )
+    board = Notes()
+    outcome = TrainingWorker(spec, GroupOfOne(), board).run()
+    # The first epoch is the best; two without a rise follow.
+    assert [(one.phase, one.epoch, one.phase_epoch) for one in outcome.history] == [
+        ("first", 1, 1),
+        ("first", 2, 2),
+        ("first", 3, 3),
+        ("second", 10, 1),
+        ("second", 11, 2),
+    ]
+    results = [event for event in board.events if event.result]
+    assert [event.result for event in results] == list(outcome.history)
+    assert [event.steps_left for event in results] == [50, 45, 10, 5, 0]
+
+
+def test_the_frozen_body_stays_and_after_a_resume_in_the_second_phase_it_trains(
+    tmp_path: Path, rows: pa.Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = reuse_spec(tmp_path, rows, checkpoint_steps=2)
+    store = LocalStore(spec.workspace)
+    initial = read_state_dict(store.get(spec.initial_weights_key).data)
+
+    def moved() -> set[str]:
+        """The names of what differs from the initial weights in the newest checkpoint."""
+        network = build_network(spec.backbone)
+        loaded, _ = CheckpointFolder(store, RUN_ID).newest_intact()
+        assert loaded is not None
+        PackedTraining(loaded.data).load_network(network)
+        return {name for name, one in network.state_dict().items() if not torch.equal(one, initial[name])}
+
+    train_until_killed(spec, 6, monkeypatch)
+    # The newest checkpoint is the end of the head's phase: body, new convolution and hidden layer were frozen.
+    assert moved() == {"mlp.3.weight", "mlp.3.bias"}
+    train_until_killed(spec, 6, monkeypatch)
+    axis = depth_axis(spec.backbone, build_network(spec.backbone))
+    trainable = {name for stage in axis.stages[1:] for name in stage.parameter_names}
+    frozen = {name for stage in axis.stages[:1] for name in stage.parameter_names}
+    found = moved()
+    assert trainable <= found
+    assert not frozen & found
+    assert not any(name.startswith("body.bn1.") for name in found)
+    outcome = train(spec)
+    final = weights_of(spec, outcome)
+    assert all(torch.equal(final[name], initial[name]) for name in frozen)
+    assert [one.phase for one in outcome.history] == ["head", "body", "body"]
+
+
+def test_keepers_are_told_how_many_epochs_are_left_over_all_phases(
+    tmp_path: Path, rows: pa.Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+
+    class Watched(BestEpochs):
+        def after_epoch(self, network: torch.nn.Module, *, score: float, epochs_left: int) -> None:
+            told.append(epochs_left)
+
+    monkeypatch.setattr(training_loop, "build_keeper", lambda _: Watched(0))
+    train(reuse_spec(tmp_path, rows))
+    assert told == [2, 1, 0]
+
+
+def test_the_history_counts_every_image_and_its_losses_fall(tmp_path: Path, rows: pa.Table) -> None:
+    spec = training_spec(
+        tmp_path,
+        rows,
+        recipe=recipe(balance=Balance.WEIGHTS),
+        class_weights=tuple(0.5 + label / 10 for label in range(10)),
+        phases=(Phase(name="train", epochs=12, learning_rate=0.05),),
+    )
+    group = GroupOfOne()
+    outcome = TrainingWorker(spec, group, None).run()
+    assert [one.images for one in outcome.history] == [40] * 12
+    assert [one.rejects for one in outcome.history] == [0] * 12
+    assert outcome.history[-1].train_loss < 0.9 * outcome.history[0].train_loss
+    assert outcome.val_top1 == outcome.history[-1].val_top1
+    assert outcome.val_nll == outcome.history[-1].val_nll
+    assert [report["epoch"] for report in group.reports] == list(range(1, 13))
+    assert outcome == read_outcome(LocalStore(spec.workspace), RUN_ID)
+
+
+def test_without_validation_rows_the_training_loss_ranks_epochs(tmp_path: Path, rows: pa.Table) -> None:
+    spec = training_spec(tmp_path, rows, val=None, recipe=recipe(averaging="best"))
+    outcome = train(spec)
+    assert (outcome.val_nll, outcome.val_top1) == (None, None)
+    assert all(one.val_nll is None and one.val_top1 is None for one in outcome.history)
+    assert outcome.weights_key is not None
+
+
+def test_phases_may_have_their_own_resolution(tmp_path: Path, rows: pa.Table) -> None:
+    phases = (
+        Phase(name="small", epochs=1, learning_rate=0.01, resolution_px=24),
+        Phase(name="large", epochs=1, learning_rate=0.01),
+    )
+    outcome = train(reuse_spec(tmp_path, rows, phases=phases))
+    assert [one.phase for one in outcome.history] == ["small", "large"]
+
+
+def damage(rows: pa.Table, which: list[int], folder: Path, workspace: Path) -> pa.Table:
+    """The rows again, after the files of some of them were cut off."""
+    for row in which:
+        path = Path(rows["uri"][row].as_py())
+        path.write_bytes(path.read_bytes()[:150])
+    return frozen_rows(workspace, folder)
+
+
+def test_rejects_are_counted_once_and_named_by_the_outcome(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = digit_rows(tmp_path, NUM_IMAGES)
+    rows = damage(rows, [1, 17], tmp_path / "images", tmp_path / "second")
+    phase = Phase(name="train", epochs=1, learning_rate=0.01)
+    spec = training_spec(tmp_path / "training", rows, checkpoint_steps=1, phases=(phase,))
+    # What is left after the kill is the last step, so most rejects are known from the checkpoint alone.
+    train_until_killed(spec, 5, monkeypatch)
+    outcome = train(spec)
+    assert outcome.reject_codes == {"truncated": 2}
+    assert [(one.images, one.rejects) for one in outcome.history] == [(38, 2)]
+    assert outcome.rejects_key is not None
+    table = pq.read_table(Path(spec.workspace) / outcome.rejects_key)
+    assert table["sample_id"].to_pylist() == [rows["sample_id"][row].as_py() for row in (1, 17)]
+
+
+def test_a_training_without_a_single_usable_image_is_an_error(tmp_path: Path) -> None:
+    rows = digit_rows(tmp_path, 10)
+    rows = damage(rows, list(range(10)), tmp_path / "images", tmp_path / "second")
+    spec = training_spec(tmp_path / "training", rows, batch_size=4)
+    with pytest.raises(DataError, match="none of 8 training images could be used"):
+        train(spec)
