@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from convoy.core.config import StrictModel
+from convoy.core.epochs import EpochPlan
 from convoy.core.errors import ConfigError
 from convoy.pipelines.classifiers import Strategy
 from convoy.pipelines.train_config import TrainConfig
@@ -117,15 +118,10 @@ def _paper_phases(config: TrainConfig, batch_size: int) -> tuple[Phase, ...]:
 
 
 def _check_batch(batch_size: int, num_rows: int, num_workers: int) -> None:
-    if batch_size > num_rows:
+    smallest = EpochPlan(num_rows=num_rows, batch_size=batch_size).smallest_batch
+    if smallest < num_workers:
         raise ConfigError(
-            f"a batch of {batch_size} images is larger than the training split of {num_rows}",
-            where="recipe.batch_size",
-            next_step="lower the batch size (it counts over all workers), or add images",
-        )
-    if batch_size < num_workers:
-        raise ConfigError(
-            f"a batch of {batch_size} images leaves some of {num_workers} workers without any",
+            f"a batch of {smallest} images leaves some of {num_workers} workers without any",
             where="recipe.batch_size",
             next_step="raise the batch size, or lower workers.num_workers",
         )
