@@ -15,23 +15,30 @@ _BANDS = ("#f4f4f4", "#e6e6e6")
 
 
 def draw_learning_curves(history: Sequence[EpochResult]) -> bytes:
-    """A PNG of 1200x800: loss, top-1 and learning rate over the epochs, phases as bands behind them."""
+    """A PNG of 1200x800: loss, top-1 and learning rate over the epochs, phases as bands behind them.
+
+    The history has one epoch or more; without validation its lines are missing.
+    """
     # Imported here, because it takes a second and only trainings need it.
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
+    from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
 
     figure = Figure(figsize=_SIZE_INCHES, dpi=_DPI, layout="constrained")
-    FigureCanvasAgg(figure)
+    canvas: Any = FigureCanvasAgg(figure)
     loss, top1, rate = figure.subplots(3, 1, sharex=True, height_ratios=[3, 3, 1])
     _draw(loss, history, "loss", [("train", "train_loss", _TRAIN), ("val NLL", "val_nll", _VAL)])
     _draw(top1, history, "top-1", [("train", "train_top1", _TRAIN), ("val", "val_top1", _VAL)])
     _draw(rate, history, "rate", [("head's learning rate", "learning_rate", _RATE)])
-    rate.set_yscale("log")
+    if any(epoch.learning_rate > 0 for epoch in history):
+        rate.set_yscale("log")
     rate.set_xlabel("epoch")
-    rate.xaxis.get_major_locator().set_params(integer=True)
+    rate.set_xlim(history[0].epoch - 0.5, history[-1].epoch + 0.5)
+    rate.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     _name_phases(loss, history)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    # Not savefig: the size must not hang on the reader's matplotlibrc.
+    canvas.print_png(buffer)
     return buffer.getvalue()
 
 
@@ -60,7 +67,14 @@ def _spans(history: Sequence[EpochResult]) -> dict[str, tuple[int, int]]:
 
 
 def _name_phases(axes: Any, history: Sequence[EpochResult]) -> None:
-    for name, (first, last) in _spans(history).items():
-        axes.text(
-            (first + last) / 2, 1.02, name, transform=axes.get_xaxis_transform(), ha="center", color="#555555"
+    for number, (name, (first, last)) in enumerate(_spans(history).items()):
+        # Names of neighbours stand at two heights: a phase of one epoch is narrower than its name.
+        axes.annotate(
+            name,
+            ((first + last) / 2, 1),
+            xytext=(0, 4 + 14 * (number % 2)),
+            xycoords=axes.get_xaxis_transform(),
+            textcoords="offset points",
+            ha="center",
+            color="#555555",
         )

@@ -7,7 +7,7 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from convoy.core.training_events import EpochResult, TrainingEvent
 
@@ -26,7 +26,6 @@ class TerminalProgress:
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
-            TimeRemainingColumn(),
             console=console,
             transient=True,
             disable=not console.is_terminal,
@@ -35,6 +34,7 @@ class TerminalProgress:
         self._total = self._done = self._finished_now = self._rejects = 0
         self._started_s = self._last_line_s = time.monotonic()
         self._last_epoch_s = 0.0
+        self._last_val_top1: float | None = None
 
     def __enter__(self) -> TerminalProgress:
         self._bar.start()
@@ -49,10 +49,11 @@ class TerminalProgress:
         """The job enters a stage that has no known length."""
         if self._bar.disable:
             self._line(text)
-        elif self._task is None:
-            self._task = self._bar.add_task(text, total=None, note="")
-        else:
-            self._bar.update(self._task, description=text)
+            return
+        if self._task is not None:
+            # A bar cannot be told to forget its total, and the note of the stage before says nothing of this one.
+            self._bar.remove_task(self._task)
+        self._task = self._bar.add_task(text, total=None, note="")
 
     def start(self, total_samples: int, done_samples: int) -> None:
         """Work on samples begins."""
@@ -69,13 +70,13 @@ class TerminalProgress:
         self._rejects += rejects
         now_s = time.monotonic()
         rate = self._finished_now / max(now_s - self._started_s, 1e-9)
-        note = f"{rate:,.0f} images/s, {self._rejects:,} rejects"
+        remaining_s = (self._total - self._done) / max(rate, 1e-9)
+        note = f"{rate:,.0f} images/s, {self._rejects:,} rejects, {remaining_s:,.0f} s left"
         if self._task is not None:
             self._bar.update(self._task, completed=self._done, note=note)
         elif now_s - self._last_line_s >= _SECONDS_BETWEEN_LINES:
             self._last_line_s = now_s
-            remaining_s = (self._total - self._done) / max(rate, 1e-9)
-            self._line(f"{self._done:,} of {self._total:,} images, {note}, {remaining_s:,.0f} s left")
+            self._line(f"{self._done:,} of {self._total:,} images, {note}")
 
     def training(self, event: TrainingEvent) -> None:
         """A training went on: a line for an epoch, at most every other second, and a bar or sparse lines between."""
@@ -85,24 +86,30 @@ class TerminalProgress:
         if event.result is not None and (is_epoch_due or not event.steps_left):
             self._last_epoch_s = self._last_line_s = time.monotonic()
             self._note(_epoch_line(event.result, event.num_epochs))
-        total = event.num_epochs * event.num_steps
-        done = total - event.steps_left
-        if self._task is not None:
-            description = f"{event.phase}, epoch {event.epoch} of {event.num_epochs}"
-            self._bar.update(
-                self._task, description=description, total=total, completed=done, note=_pace(event)
-            )
+        if event.result is not None and event.result.val_top1 is not None:
+            self._last_val_top1 = event.result.val_top1
+        where = f"{event.phase}, epoch {event.epoch} of {event.num_epochs}"
+        pace = _pace(event, self._last_val_top1)
+        if not self._bar.disable:
+            self._draw_steps(event, where, pace)
         elif event.result is None and time.monotonic() - self._last_line_s >= _SECONDS_BETWEEN_LINES:
             self._last_line_s = time.monotonic()
-            step = f"step {event.step} of {event.num_steps}"
-            self._line(f"{event.phase}, epoch {event.epoch} of {event.num_epochs}, {step}: {_pace(event)}")
+            self._line(f"{where}, step {event.step} of {event.num_steps}: {pace}")
+
+    def _draw_steps(self, event: TrainingEvent, where: str, pace: str) -> None:
+        """The bar over the steps of all epochs."""
+        if self._task is None:
+            self._task = self._bar.add_task(where, total=None, note="")
+        total = event.num_epochs * event.num_steps
+        done = total - event.steps_left
+        self._bar.update(self._task, description=where, total=total, completed=done, note=pace)
 
     def _note(self, text: str) -> None:
         """A line that stays."""
         if self._bar.disable:
             self._line(text)
         else:
-            self._bar.console.print(f"convoy: {text}", highlight=False, markup=False)
+            self._bar.console.print(f"convoy: {text}", highlight=False, markup=False, soft_wrap=True)
 
     def _line(self, text: str) -> None:
         print(f"convoy: {text}", file=sys.stderr, flush=True)
@@ -118,7 +125,8 @@ def _epoch_line(result: EpochResult, num_epochs: int) -> str:
     )
 
 
-def _pace(event: TrainingEvent) -> str:
+def _pace(event: TrainingEvent, last_val_top1: float | None) -> str:
     loss = "" if event.train_loss is None else f"loss {event.train_loss:.4f}, "
+    val = "" if last_val_top1 is None else f"val top-1 {last_val_top1:.4f}, "
     left = "" if event.seconds_left is None else f", {event.seconds_left:,.0f} s left"
-    return f"{loss}{event.images_per_s:,.0f} images/s{left}"
+    return f"{loss}{val}{event.images_per_s:,.0f} images/s{left}"

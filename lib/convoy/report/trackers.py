@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from enum import Enum
 from typing import Any, Protocol
+
+from pydantic import BaseModel
 
 from convoy.core.errors import ConfigError
 from convoy.core.progress import Progress
@@ -14,9 +18,22 @@ from convoy.core.tracking import TrackingConfig
 from convoy.core.training_events import EpochResult, TrainingEvent
 
 _CURVES = ("train_loss", "train_top1", "val_nll", "val_top1", "learning_rate", "images_per_s")
-# MLflow's client waits for minutes by itself; a training must not.
-_MLFLOW_PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+# MLflow's client waits for minutes by itself; a training must not. What the user has set stays.
+_MLFLOW_PATIENCE = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "3",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+}
 _MAX_PARAM_CHARACTERS = 500
+_MAX_PARAMS_A_REQUEST = 100
+
+
+class Outcome(Enum):
+    """How a training ended, in MLflow's words."""
+
+    FINISHED = "FINISHED"
+    FAILED = "FAILED"
+    STOPPED = "KILLED"
 
 
 class Tracker(Protocol):
@@ -26,7 +43,11 @@ class Tracker(Protocol):
         """Keep the figures of one epoch."""
         ...
 
-    def close(self) -> None:
+    def finish(self, metrics: Mapping[str, float]) -> None:
+        """Keep the figures of the evaluation after the last epoch."""
+        ...
+
+    def close(self, outcome: Outcome) -> None:
         """The training has ended."""
         ...
 
@@ -35,31 +56,45 @@ class MlflowTracker:
     """One MLflow run of an experiment, with the resolved config as its parameters."""
 
     def __init__(self, config: TrackingConfig, *, name: str, params: Mapping[str, Any]) -> None:
-        for variable, value in _MLFLOW_PATIENCE.items():
-            os.environ.setdefault(variable, value)
         try:
+            from mlflow.entities import Metric, Param  # noqa: PLC0415
             from mlflow.tracking import MlflowClient  # noqa: PLC0415
         except ImportError:
             raise _missing("mlflow") from None
-        self._client = MlflowClient(tracking_uri=config.mlflow_uri)
-        experiment = self._client.get_experiment_by_name(config.mlflow_experiment)
-        experiment_id = (
-            experiment.experiment_id
-            if experiment is not None
-            else self._client.create_experiment(config.mlflow_experiment)
-        )
-        self._run_id = self._client.create_run(experiment_id, run_name=name).info.run_id
-        for key, value in _flat(params):
-            self._client.log_param(self._run_id, key, str(value)[:_MAX_PARAM_CHARACTERS])
+        self._metric = Metric
+        self._last_epoch = 0
+        with _mlflow_patience():
+            self._client = MlflowClient(tracking_uri=config.mlflow_uri)
+            experiment = self._client.get_experiment_by_name(config.mlflow_experiment)
+            experiment_id = (
+                experiment.experiment_id
+                if experiment is not None
+                else self._client.create_experiment(config.mlflow_experiment)
+            )
+            self._run_id = self._client.create_run(experiment_id, run_name=name).info.run_id
+            entries = [Param(key, str(value)[:_MAX_PARAM_CHARACTERS]) for key, value in _flat(params)]
+            for some in _batches(entries):
+                self._client.log_batch(self._run_id, params=some)
 
     def epoch(self, result: EpochResult) -> None:
         """Log each curve at the epoch."""
-        for key, value in _values(result):
-            self._client.log_metric(self._run_id, key, value, step=result.epoch)
+        self._last_epoch = result.epoch
+        self._log(_curve_values(result))
 
-    def close(self) -> None:
-        """End the run."""
-        self._client.set_terminated(self._run_id)
+    def finish(self, metrics: Mapping[str, float]) -> None:
+        """Log each figure as `final/<name>` at the last epoch."""
+        self._log(_final_values(metrics))
+
+    def close(self, outcome: Outcome) -> None:
+        """End the run with the status of the outcome."""
+        with _mlflow_patience():
+            self._client.set_terminated(self._run_id, status=outcome.value)
+
+    def _log(self, values: Mapping[str, float]) -> None:
+        now_ms = int(time.time() * 1000)
+        entries = [self._metric(key, value, now_ms, self._last_epoch) for key, value in values.items()]
+        with _mlflow_patience():
+            self._client.log_batch(self._run_id, metrics=entries)
 
 
 class TensorboardTracker:
@@ -71,15 +106,26 @@ class TensorboardTracker:
         except ImportError:
             raise _missing("tensorboard") from None
         self._writer = SummaryWriter(os.path.join(config.tensorboard or "", name))
+        self._last_epoch = 0
 
     def epoch(self, result: EpochResult) -> None:
         """Write each curve at the epoch."""
-        for key, value in _values(result):
-            self._writer.add_scalar(key, value, result.epoch)
+        self._last_epoch = result.epoch
+        self._write(_curve_values(result))
 
-    def close(self) -> None:
-        """Flush and close the file."""
+    def finish(self, metrics: Mapping[str, float]) -> None:
+        """Write each figure as `final/<name>` at the last epoch."""
+        self._write(_final_values(metrics))
+
+    def close(self, outcome: Outcome) -> None:
+        """Flush and close the file; it has no place for the outcome."""
         self._writer.close()
+
+    def _write(self, values: Mapping[str, float]) -> None:
+        for key, value in values.items():
+            self._writer.add_scalar(key, value, self._last_epoch)
+        # By itself it writes every two minutes, which a person who watches takes for a standstill.
+        self._writer.flush()
 
 
 class TrackedProgress:
@@ -108,9 +154,13 @@ class TrackedProgress:
         if result is not None:
             self._tell(lambda tracker: tracker.epoch(result))
 
-    def close(self) -> None:
+    def finish(self, metrics: Mapping[str, float]) -> None:
+        """Give the trackers the figures of the evaluation."""
+        self._tell(lambda tracker: tracker.finish(metrics))
+
+    def close(self, outcome: Outcome) -> None:
         """Close the trackers."""
-        self._tell(lambda tracker: tracker.close())
+        self._tell(lambda tracker: tracker.close(outcome))
 
     def _tell(self, say: Callable[[Tracker], None]) -> None:
         for tracker in list(self._trackers):
@@ -121,34 +171,64 @@ class TrackedProgress:
                 _report_failure(type(tracker).__name__, error)
 
 
+def open_trackers(config: TrackingConfig, *, name: str, params: Mapping[str, Any]) -> list[Tracker]:
+    """The trackers that the config asks for. One that cannot be reached is reported on stderr and left out.
+
+    Raises ConfigError if the library of a tracker is not installed.
+    """
+    opened: list[Tracker | None] = []
+    if config.mlflow_uri is not None:
+        opened.append(_opened("MlflowTracker", lambda: MlflowTracker(config, name=name, params=params)))
+    if config.tensorboard is not None:
+        opened.append(_opened("TensorboardTracker", lambda: TensorboardTracker(config, name=name)))
+    return [tracker for tracker in opened if tracker is not None]
+
+
 @contextmanager
 def tracked(
     progress: Progress, config: TrackingConfig, *, name: str, params: Mapping[str, Any]
 ) -> Iterator[TrackedProgress]:
-    """The progress with the config's trackers behind it; they are closed at the end.
+    """The progress with the config's trackers behind it; at the end they are told how it went.
 
-    Raises ConfigError if the library of a tracker is not installed; one that cannot be reached is left out.
+    Raises ConfigError if the library of a tracker is not installed.
     """
-    makers: list[Callable[[], Tracker]] = []
-    if config.mlflow_uri is not None:
-        makers.append(lambda: MlflowTracker(config, name=name, params=params))
-    if config.tensorboard is not None:
-        makers.append(lambda: TensorboardTracker(config, name=name))
-    watched = TrackedProgress(progress, [tracker for maker in makers if (tracker := _made(maker))])
+    watched = TrackedProgress(progress, open_trackers(config, name=name, params=params))
+    outcome = Outcome.STOPPED
     try:
         yield watched
+        outcome = Outcome.FINISHED
+    except Exception:
+        outcome = Outcome.FAILED
+        raise
     finally:
-        watched.close()
+        watched.close(outcome)
 
 
-def _made(maker: Callable[[], Tracker]) -> Tracker | None:
+def final_figures(report: BaseModel) -> dict[str, float]:
+    """The figures at the top of a report that are measured, such as `top1` and `nll`; for `finish`."""
+    return {key: value for key, value in report if isinstance(value, float)}
+
+
+def _opened(kind: str, make: Callable[[], Tracker]) -> Tracker | None:
     try:
-        return maker()
+        return make()
     except ConfigError:
         raise
     except Exception as error:  # an unreachable server, a full disk: nothing that a training depends on
-        _report_failure("tracker", error)
+        _report_failure(kind, error)
         return None
+
+
+@contextmanager
+def _mlflow_patience() -> Iterator[None]:
+    """MLflow reads its patience from the environment at each call; afterwards that is as it was."""
+    ours = {key: value for key, value in _MLFLOW_PATIENCE.items() if key not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for key in ours:
+            os.environ.pop(key, None)
 
 
 def _report_failure(name: str, error: Exception) -> None:
@@ -164,16 +244,24 @@ def _missing(package: str) -> ConfigError:
     )
 
 
-def _values(result: EpochResult) -> Iterator[tuple[str, float]]:
-    for key in _CURVES:
-        value = getattr(result, key)
-        if value is not None:
-            yield key, value
+def _curve_values(result: EpochResult) -> dict[str, float]:
+    values = {key: getattr(result, key) for key in _CURVES}
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _final_values(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {f"final/{key}": value for key, value in metrics.items()}
 
 
 def _flat(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Sections as dotted keys; a mapping of free words, such as a class map, stays one value."""
     for key, value in params.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and all(word.isidentifier() for word in value):
             yield from _flat(value, f"{prefix}{key}.")
         elif value is not None:
             yield f"{prefix}{key}", value
+
+
+def _batches(entries: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    for first in range(0, len(entries), _MAX_PARAMS_A_REQUEST):
+        yield entries[first : first + _MAX_PARAMS_A_REQUEST]

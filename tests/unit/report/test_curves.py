@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import warnings
 
+import matplotlib
 import numpy as np
 from PIL import Image
 
@@ -33,6 +35,17 @@ def test_another_history_is_another_picture_and_the_same_one_the_same() -> None:
     history = [epoch(1), epoch(2)]
     assert draw_learning_curves(history) == draw_learning_curves(history)
     assert draw_learning_curves(history) != draw_learning_curves([epoch(1), epoch(2, train_loss=1.9)])
+
+
+def test_a_rate_of_zero_is_drawn_without_a_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert pixels(draw_learning_curves([epoch(1, learning_rate=0.0)])).shape == (800, 1200, 3)
+
+
+def test_the_size_does_not_hang_on_the_matplotlibrc() -> None:
+    with matplotlib.rc_context({"savefig.dpi": 50, "savefig.bbox": "tight"}):
+        assert pixels(draw_learning_curves([epoch(1), epoch(2)])).shape == (800, 1200, 3)
 
 
 def test_a_single_epoch_without_validation_can_be_drawn() -> None:

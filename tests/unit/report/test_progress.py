@@ -52,19 +52,38 @@ def test_many_short_epochs_do_not_flood_a_log(
     assert len(capsys.readouterr().err.splitlines()) == 2  # the first, and the end
 
 
-def test_a_terminal_shows_phase_epoch_pace_and_keeps_a_line_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
-    screen = io.StringIO()
+@pytest.fixture
+def screen(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """What a terminal is sent."""
+    sent = io.StringIO()
 
     def terminal(*, stderr: bool) -> Console:
         assert stderr
-        return Console(file=screen, force_terminal=True, width=160)
+        return Console(file=sent, force_terminal=True, width=160)
 
     monkeypatch.setattr(progress, "Console", terminal)
+    return sent
+
+
+def test_a_terminal_shows_phase_epoch_pace_and_keeps_a_line_an_epoch(screen: io.StringIO) -> None:
     with TerminalProgress() as shown:
         shown.stage("starting the training workers")
         shown.training(training_event())
         shown.training(training_event(result=RESULT))
+        shown.training(training_event(epoch=3))
     text = screen.getvalue()
     assert "body, epoch 2 of 3" in text
-    assert "250 images/s, 60 s left" in text
-    assert LINE in text
+    assert "15/30" in text
+    assert "loss 0.5000, val top-1 0.7000, 250 images/s, 60 s left" in text
+    assert text.count(LINE) == 1
+
+
+def test_a_later_stage_does_not_keep_the_figures_of_the_training(screen: io.StringIO) -> None:
+    with TerminalProgress() as shown:
+        shown.stage("starting the training workers")
+        shown.training(training_event())
+        shown.stage("predicting")
+    last = screen.getvalue().rpartition("predicting")[2]
+    assert "0/?" in last
+    assert "loss" not in last
+    assert "15/30" not in last

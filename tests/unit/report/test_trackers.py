@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import sys
+import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from convoy.core.config import StrictModel, load_config
+from convoy.core.errors import ConfigError
 from convoy.core.progress import Silent
 from convoy.core.tracking import TrackingConfig
 from convoy.core.training_events import EpochResult, TrainingEvent
-from convoy.report.trackers import TrackedProgress, tracked
+from convoy.report.trackers import Outcome, TrackedProgress, final_figures, open_trackers, tracked
 from made_events import epoch_result, training_event
+
+# Words of a class map are no names that MLflow takes, and a config has more keys than one request may carry.
+PARAMS = {
+    "recipe": {"batch_size": 32},
+    "tap": None,
+    "class_map": {"dog (brown)": "dog"},
+    "many": {f"key_{number}": number for number in range(150)},
+}
 
 
 class Recorder(Silent):
@@ -31,18 +47,34 @@ class Breaking:
         self.calls += 1
         raise OSError("the disk of the tracker is full")
 
-    def close(self) -> None:
+    def finish(self, metrics: Mapping[str, float]) -> None:
+        raise AssertionError("it was left out")
+
+    def close(self, outcome: Outcome) -> None:
         raise AssertionError("it was left out")
 
 
 def train(config: TrackingConfig) -> list[TrainingEvent]:
     recorder = Recorder()
-    with tracked(
-        recorder, config, name="pets", params={"recipe": {"batch_size": 32}, "tap": None}
-    ) as watched:
+    with tracked(recorder, config, name="pets", params=PARAMS) as watched:
         watched.training(training_event())
         watched.training(training_event(result=epoch_result()))
+        watched.finish({"top1": 0.6875})
     return recorder.events
+
+
+def mlflow_run(uri: str) -> Run:
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name("tests")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    return run
+
+
+@pytest.fixture
+def local_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrackingConfig:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    return TrackingConfig(mlflow_uri=f"file://{tmp_path}/mlruns", mlflow_experiment="tests")
 
 
 def test_tensorboard_gets_every_curve(tmp_path: Path) -> None:
@@ -52,25 +84,89 @@ def test_tensorboard_gets_every_curve(tmp_path: Path) -> None:
     (point,) = events.Scalars("val_top1")
     assert (point.step, round(point.value, 6)) == (2, 0.7)
     assert "train_loss" in events.Tags()["scalars"]
+    (final,) = events.Scalars("final/top1")
+    assert (final.step, final.value) == (2, 0.6875)
 
 
-def test_mlflow_gets_curves_and_the_resolved_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    uri = f"file://{tmp_path}/mlruns"
-    train(TrackingConfig(mlflow_uri=uri, mlflow_experiment="tests"))
-    client = MlflowClient(tracking_uri=uri)
-    experiment = client.get_experiment_by_name("tests")
-    assert experiment is not None
-    (run,) = client.search_runs([experiment.experiment_id])
-    assert run.data.params == {"recipe.batch_size": "32"}
+def test_mlflow_gets_curves_final_figures_and_the_resolved_config(local_mlflow: TrackingConfig) -> None:
+    train(local_mlflow)
+    run = mlflow_run(local_mlflow.mlflow_uri or "")
+    assert run.data.params["recipe.batch_size"] == "32"
+    assert run.data.params["class_map"] == "{'dog (brown)': 'dog'}"
+    assert len(run.data.params) == 152
     assert run.data.metrics["val_nll"] == pytest.approx(0.625)
+    assert run.data.metrics["final/top1"] == pytest.approx(0.6875)
     assert run.info.status == "FINISHED"
 
 
-def test_a_server_that_does_not_answer_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+class Interrupted(BaseException):
+    pass
+
+
+@pytest.mark.parametrize(("error", "status"), [(RuntimeError, "FAILED"), (Interrupted, "KILLED")])
+def test_mlflow_is_told_how_a_training_ended(
+    local_mlflow: TrackingConfig, error: type[BaseException], status: str
+) -> None:
+    with pytest.raises(error), tracked(Silent(), local_mlflow, name="pets", params={}):
+        raise error
+    assert mlflow_run(local_mlflow.mlflow_uri or "").info.status == status
+
+
+def test_a_server_that_refuses_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
     # Port 9 of this machine has no listener, so the connection is refused.
     assert len(train(TrackingConfig(mlflow_uri="http://127.0.0.1:9"))) == 2
-    assert "is left out" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("is left out") == 1
+
+
+def test_a_server_that_never_answers_costs_seconds_and_leaves_no_setting(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # what a user sets is kept
+    before = dict(os.environ)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        started_s = time.monotonic()
+        events = train(TrackingConfig(mlflow_uri=f"http://127.0.0.1:{silent.getsockname()[1]}"))
+        took_s = time.monotonic() - started_s
+    assert len(events) == 2
+    assert capsys.readouterr().err.count("is left out") == 1
+    assert took_s < 8
+    # Libraries leave settings of their own there at their first import.
+    assert [key for key in os.environ if key.startswith("MLFLOW_HTTP")] == [
+        key for key in before if key.startswith("MLFLOW_HTTP")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("config", "module"),
+    [
+        (TrackingConfig(mlflow_uri="http://127.0.0.1:9"), "mlflow.tracking"),
+        (TrackingConfig(tensorboard="events"), "torch.utils.tensorboard"),
+    ],
+)
+def test_a_missing_library_is_a_config_error_that_names_the_extra(
+    config: TrackingConfig, module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)  # what the import system takes for "not there"
+    with pytest.raises(ConfigError, match=r"convoy-vision\[tracking\]"):
+        open_trackers(config, name="pets", params={})
+
+
+def test_credentials_in_the_uri_are_refused_and_not_repeated() -> None:
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_USERNAME") as refused:
+        load_config(TrackingConfig, None, ["mlflow_uri=https://me:s3cret@tracking.example.org"])
+    assert "s3cret" not in str(refused.value)
+
+
+def test_final_figures_are_the_measured_values_of_a_report() -> None:
+    class Report(StrictModel):
+        run: str = "run-1"
+        samples: int = 10
+        top1: float = 0.5
+        nll: float | None = None
+
+    assert final_figures(Report()) == {"top1": 0.5}
 
 
 def test_a_tracker_that_breaks_is_reported_once_and_left_out(capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,7 +174,8 @@ def test_a_tracker_that_breaks_is_reported_once_and_left_out(capsys: pytest.Capt
     watched = TrackedProgress(recorder, [breaking])
     for _ in range(3):
         watched.training(training_event(result=epoch_result()))
-    watched.close()
+    watched.finish({"top1": 0.5})
+    watched.close(Outcome.FINISHED)
     assert breaking.calls == 1
     assert len(recorder.events) == 3
     assert (
