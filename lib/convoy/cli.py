@@ -100,7 +100,7 @@ def train(
     from convoy.pipelines.train_config import TrainConfig  # noqa: PLC0415
     from convoy.pipelines.train_plan import plan_train  # noqa: PLC0415
     from convoy.report.curves import draw_learning_curves  # noqa: PLC0415
-    from convoy.report.trackers import tracked  # noqa: PLC0415
+    from convoy.report.trackers import final_figures, tracked  # noqa: PLC0415
 
     settings = _load(TrainConfig, config, overrides, workspace)
     if dry_run:
@@ -110,7 +110,9 @@ def train(
     def job(progress: TerminalProgress) -> TrainReport:
         params = settings.model_dump(mode="json")
         with tracked(progress, settings.tracking, name=settings.name, params=params) as watched:
-            return run_train(settings, progress=watched, draw_curves=draw_learning_curves, new_run=new_run)
+            report = run_train(settings, progress=watched, draw_curves=draw_learning_curves, new_run=new_run)
+            watched.finish(final_figures(report))
+            return report
 
     _run(job, as_json=as_json)
 
