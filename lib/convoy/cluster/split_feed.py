@@ -18,13 +18,11 @@ import torch
 from convoy.cluster.batch_feed import EpochOrder
 from convoy.cluster.image_loading import ImageLoader, PreparedBatch, RejectedRow
 from convoy.cluster.ray_data import quiet_ray_data
-from convoy.cluster.training_spec import TrainingSpec
+from convoy.cluster.training_spec import CPUS_A_PREPARER, TrainingSpec
 from convoy.storage.stores import open_store
 from convoy.vision.learner import TrainBatch
 from convoy.vision.presets import EvalPreset
 
-# What a preparing worker reserves: less than the CPUs that its threads use, so that it fits beside others.
-_CPUS_A_PREPARER = 0.5
 # Tasks that an epoch is cut into at most: more would only make Ray's plan longer.
 _MAX_BLOCKS = 1000
 
@@ -51,7 +49,9 @@ class SplitFeed:
         # A block goes out as soon as it holds a batch, not when all steps of its task are done.
         context.target_max_block_size = self._order.plan.batch_size * 3 * preset.crop_px**2
         with ray.data.DataContext.current(context):
-            numbers = ray.data.range(num_steps, override_num_blocks=min(num_steps, _MAX_BLOCKS))
+            # Not `range`: its tasks want a whole CPU, which training workers and preparers may not leave.
+            steps = [{"step": step} for step in range(first_step, self._order.plan.num_steps)]
+            numbers = ray.data.from_items(steps, override_num_blocks=min(num_steps, _MAX_BLOCKS))
             return numbers.map_batches(
                 _Preparer,
                 fn_constructor_args=(
@@ -59,30 +59,27 @@ class SplitFeed:
                     self._rank,
                     self._num_workers,
                     epoch,
-                    first_step,
                     preset.model_dump_json(),
                 ),
                 batch_size=1,
                 compute=ray.data.ActorPoolStrategy(size=min(self._spec.num_preparers, num_steps)),
-                num_cpus=_CPUS_A_PREPARER,
+                num_cpus=CPUS_A_PREPARER,
             )
 
 
 class _Preparer:
     """The actor that Ray Data makes for each place in the pool."""
 
-    def __init__(
-        self, spec_json: str, rank: int, num_workers: int, epoch: int, first_step: int, preset_json: str
-    ) -> None:
+    def __init__(self, spec_json: str, rank: int, num_workers: int, epoch: int, preset_json: str) -> None:
         spec = TrainingSpec.model_validate_json(spec_json)
         rows = open_store(spec.workspace).open_parquet(spec.train.key).read()
         self._order = EpochOrder(spec, rows["label"].to_numpy(), rank=rank, num_workers=num_workers)
         self._loader = ImageLoader(spec, rows)
-        self._epoch, self._first_step = epoch, first_step
+        self._epoch = epoch
         self._preset = EvalPreset.model_validate_json(preset_json)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
-        step = int(batch["id"][0]) + self._first_step
+        step = int(batch["step"][0])
         (requests,) = self._order.requests(self._epoch, [step], self._preset)
         prepared = [self._loader.prepare(request) for request in requests]
         return {

@@ -17,7 +17,7 @@ from pydantic import Field, PositiveInt
 
 from convoy.cluster.ray_data import first_cause
 from convoy.cluster.training_board import Board, BoardReader
-from convoy.cluster.training_spec import Ingest, TrainingSpec
+from convoy.cluster.training_spec import CPUS_A_PREPARER, Ingest, TrainingSpec
 from convoy.core.config import StrictModel
 from convoy.core.errors import ClusterError
 from convoy.core.training_events import TrainingEvent
@@ -32,8 +32,9 @@ _CPUS_LEFT = 0.5
 class WorkerOptions(StrictModel):
     """The training workers. Null means: one a GPU, or one for all CPUs of a cluster without GPUs.
 
-    `cpus_per_worker` are the threads of a worker; `preparers_per_worker` are its Ray Data workers under the
-    split ingest. `max_failures` is how often the group is restarted from the newest checkpoint.
+    `cpus_per_worker` are the threads of a worker; `preparers_per_worker` are at most its Ray Data workers under
+    the split ingest: fewer where the CPUs do not suffice for those of all workers. `max_failures` is how often
+    the group is restarted from the newest checkpoint.
     """
 
     num_workers: PositiveInt | None = None
@@ -68,6 +69,8 @@ def plan_workers(options: WorkerOptions, *, timeout_s: float = _RESOURCES_TIMEOU
             return plan
         if time.monotonic() > deadline_s:
             wanted = f"{options.num_workers or 1} workers of {options.cpus_per_worker or 1} CPUs"
+            if options.ingest is Ingest.SPLIT:
+                wanted += f" and a preparer of {CPUS_A_PREPARER} CPUs for each"
             shown = ", ".join(f"{node['CPU']:g} CPUs and {node['GPU']:g} GPUs" for node in nodes) or "no node"
             raise ClusterError(
                 f"the cluster cannot hold {wanted}: after {timeout_s:.0f} s it has {shown}",
@@ -173,13 +176,18 @@ def fit_workers(options: WorkerOptions, nodes: Sequence[Mapping[str, float]]) ->
     if ingest is Ingest.AUTO:
         has_helpers = any(node["CPU"] >= 1 and not node["GPU"] for node in nodes)
         ingest = Ingest.SPLIT if num_gpus and has_helpers else Ingest.FUSED
+    free_cpus = sum(node["CPU"] for node in nodes) - num_workers * asked
+    # Were there more, the preparers of one worker could keep those of another from starting, and it from going on.
+    num_preparers = min(options.preparers_per_worker, int(free_cpus / CPUS_A_PREPARER) // num_workers)
+    if ingest is Ingest.SPLIT and not num_preparers:
+        return None
     return WorkerPlan(
         num_workers=num_workers,
         num_threads=num_threads,
         cpus_per_worker=asked,
         gpus_per_worker=min(1, num_gpus),
         ingest=ingest,
-        preparers_per_worker=options.preparers_per_worker,
+        preparers_per_worker=max(1, num_preparers),
         max_failures=options.max_failures,
     )
 

@@ -13,6 +13,9 @@ from convoy.vision.decode_rule import DecodeRule
 from convoy.vision.presets import EvalPreset
 from convoy.vision.training_config import Phase, Recipe
 
+# What a preparing worker reserves: less than the CPUs that its threads use, so that it fits beside others.
+CPUS_A_PREPARER = 0.5
+
 
 class Ingest(StrEnum):
     """Where images become batches.

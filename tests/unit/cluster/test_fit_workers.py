@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from convoy.cluster.training import WorkerOptions, fit_workers
-from convoy.cluster.training_spec import Ingest
+from convoy.cluster.training_spec import CPUS_A_PREPARER, Ingest
 
 
 def nodes(*sizes: tuple[float, float]) -> list[dict[str, float]]:
@@ -82,3 +82,29 @@ def test_an_explicit_ingest_is_taken() -> None:
         plan = fit_workers(WorkerOptions(ingest=ingest, preparers_per_worker=3), nodes((8, 1), (8, 0)))
         assert plan is not None
         assert (plan.ingest, plan.preparers_per_worker) == (ingest, 3)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "num_workers", "num_preparers"),
+    [
+        # A worker takes half a CPU less than its threads, a preparer half a CPU.
+        ([(2, 0)], 1, 1),
+        ([(2, 0)], 2, 1),
+        ([(3, 0)], 2, 2),
+        ([(8, 2), (2, 0)], 2, 3),
+        ([(8, 2), (64, 0)], 2, 4),
+    ],
+)
+def test_the_preparers_of_all_workers_fit_beside_the_workers(
+    sizes: list[tuple[float, float]], num_workers: int, num_preparers: int
+) -> None:
+    """Otherwise those of one worker would wait for those of another, which waits for that worker."""
+    plan = fit_workers(WorkerOptions(ingest=Ingest.SPLIT, num_workers=num_workers), nodes(*sizes))
+    assert plan is not None
+    assert plan.preparers_per_worker == num_preparers
+    reserved = num_workers * (plan.cpus_per_worker + num_preparers * CPUS_A_PREPARER)
+    assert reserved <= sum(cpus for cpus, _ in sizes)
+
+
+def test_workers_that_leave_no_cpu_for_preparers_are_no_plan() -> None:
+    assert fit_workers(WorkerOptions(ingest=Ingest.SPLIT, num_workers=2), nodes((1, 0))) is None
