@@ -1,0 +1,86 @@
+"""`convoy train` of a network whose images and workspace lie on a real S3 server, with the image cache of the node."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+
+from cache_jobs import freeze
+from s3_server import S3Server
+from train_jobs import LENET, NUM_ROWS, TrainJob, timeless, write_splits
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def _s3_environment(s3_server: S3Server) -> Iterator[None]:
+    """Workers get their credentials from where Ray was started, as on a cluster."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in s3_server.environment().items():
+            patch.setenv(name, value)
+        yield
+
+
+@pytest.fixture(scope="module")
+def ray_on_s3(_s3_environment: None, ray_cluster: dict[str, str]) -> dict[str, str]:
+    return ray_cluster
+
+
+def put_images(folder: Path, bucket: str) -> list[str]:
+    """Upload the files of a folder below `images/`; their keys."""
+    client = boto3.session.Session().client("s3")
+    keys = []
+    for path in sorted(folder.rglob("*.jpg")):
+        keys.append(f"images/{path.relative_to(folder)}")
+        client.put_object(Bucket=bucket, Key=keys[-1], Body=path.read_bytes())
+    return keys
+
+
+def test_a_second_training_on_the_node_fetches_no_image(
+    ray_on_s3: dict[str, str], s3_bucket: str, tmp_path: Path
+) -> None:
+    """Proved by taking the images away: whoever still asked for one would reject it as gone."""
+    write_splits(tmp_path / "images")
+    keys = put_images(tmp_path / "images", s3_bucket)
+    workspace = f"s3://{s3_bucket}/workspace"
+    assert freeze(f"s3://{s3_bucket}/images", workspace)["splits"] == NUM_ROWS
+    settings = (
+        f"backbone={LENET}",
+        "strategy=from_scratch",
+        "epochs=2",
+        "learning_rate=0.02",
+        "recipe={batch_size: 16, precision: fp32}",
+        "extraction={precision: fp32}",
+        f"local_cache={{folder: {tmp_path / 'cache'}, max_gb: 0.1}}",
+        # The test server does not keep create-if-absent atomic.
+        "writers=single",
+        "name=first",
+    )
+    job = TrainJob(workspace, settings, ray_on_s3)
+    first = job.run_here()
+    assert first["history"][-1]["train_loss"] < first["history"][0]["train_loss"]
+    assert first["train_rejects"] == {}
+
+    client = boto3.session.Session().client("s3")
+    for key in keys:
+        client.delete_object(Bucket=s3_bucket, Key=key)
+    second = job.changed("name=second").run_here()
+    assert second["train_rejects"] == {}
+    assert timeless(second["history"]) == timeless(first["history"])
+    assert second["model_digest"] == first["model_digest"]
+
+    # Without the cache not one image is to be had, and the training says so.
+    finished = job.changed("name=third", "local_cache.max_gb=0", "workers.max_failures=0").start_here()
+    assert finished.returncode == 1
+    assert "none of 96 training images could be used" in finished.stderr
+    assert_no_bundle(workspace, "third")
+
+
+def assert_no_bundle(workspace: str, name: str) -> None:
+    bucket, _, prefix = workspace.removeprefix("s3://").partition("/")
+    client: Any = boto3.session.Session().client("s3")
+    assert client.list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/models/{name}/")["KeyCount"] == 0
