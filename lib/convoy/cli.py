@@ -180,7 +180,7 @@ def doctor(workspace: WorkspaceOption = None, as_json: JsonOption = False) -> No
 
 @app.command()
 def bench(
-    job: Annotated[str, typer.Argument(help="What to measure: cache.")],
+    job: Annotated[str, typer.Argument(help="What to measure: cache, layout, plan, strategies, train.")],
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:

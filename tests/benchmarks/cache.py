@@ -7,8 +7,6 @@ Progress goes to stderr; the last line on stdout is the report as JSON. The keys
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from enum import StrEnum
 from pathlib import Path
@@ -29,11 +27,10 @@ from comparison import (
 from equality import compare_features
 from images import IMAGENET_TAR, ImageSet, link_first, link_imagenet, make_images
 from machine import machine_facts
-from measuring import WayResult, run_script, say
+from measuring import BenchSettings, WayResult, run_benchmark, run_script, say
 from pydantic import Field
 from results import write_results
 
-from convoy.core.config import StrictModel, load_config
 from convoy.core.errors import ConvoyError
 
 
@@ -44,7 +41,7 @@ class ImageSource(StrEnum):
     IMAGENET = "imagenet"
 
 
-class CacheBench(StrictModel):
+class CacheBench(BenchSettings):
     """What is measured.
 
     Every way runs `repeats` times, in turn with the others, on `num_images` made images and on `num_imagenet`
@@ -65,7 +62,6 @@ class CacheBench(StrictModel):
     compiled: bool = False
     data: str | None = None
     seed: int = Field(default=0, ge=0)
-    results: str | None = None
 
 
 class CacheComparison:
@@ -164,18 +160,5 @@ def _open_images(source: ImageSource, settings: CacheBench, folder: Path) -> Ima
     return link_imagenet(folder / source, settings.num_imagenet, data=settings.data)
 
 
-def main() -> None:
-    """Measure, print the report, and write the results file if there is to be one."""
-    try:
-        settings = load_config(CacheBench, None, sys.argv[1:])
-        report = run_cache_bench(settings)
-    except ConvoyError as error:
-        say(f"error: {error}")
-        sys.exit(error.exit_code)
-    if settings.results:
-        write_results(Path(settings.results), report)
-    print(json.dumps(report))
-
-
 if __name__ == "__main__":
-    main()
+    run_benchmark(CacheBench, run_cache_bench, write_results)

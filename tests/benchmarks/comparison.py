@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -58,14 +58,12 @@ def _ratios(runs: Runs) -> dict[str, list[float]]:
     walls = {way: [result.wall_s for result in runs.ways[name]] for way, name in _peers(runs).items()}
     our_walls = [result.wall_s for result in runs.ways[OURS]]
     return {
-        "ratio_to_bound": _divide(ours, [bounds.forward(precision) for bounds, precision in paired]),
-        "ratio_to_combined_bound": _divide(
-            ours, [bounds.combined(precision) for bounds, precision in paired]
-        ),
-        **{f"ratio_to_{way}": _divide(ours, rates) for way, rates in peers.items()},
-        "fp32_ratio_to_bound": _divide(ours_fp32, [bounds.forward_fp32 for bounds in runs.bounds]),
-        **{f"fp32_ratio_to_{way}": _divide(ours_fp32, peers[way]) for way in (RAY_DOCS, DATALOADER)},
-        **{f"wall_ratio_to_{way}": _divide(peer_walls, our_walls) for way, peer_walls in walls.items()},
+        "ratio_to_bound": divide(ours, [bounds.forward(precision) for bounds, precision in paired]),
+        "ratio_to_combined_bound": divide(ours, [bounds.combined(precision) for bounds, precision in paired]),
+        **{f"ratio_to_{way}": divide(ours, rates) for way, rates in peers.items()},
+        "fp32_ratio_to_bound": divide(ours_fp32, [bounds.forward_fp32 for bounds in runs.bounds]),
+        **{f"fp32_ratio_to_{way}": divide(ours_fp32, peers[way]) for way in (RAY_DOCS, DATALOADER)},
+        **{f"wall_ratio_to_{way}": divide(peer_walls, our_walls) for way, peer_walls in walls.items()},
     }
 
 
@@ -74,17 +72,22 @@ def _peers(runs: Runs) -> dict[str, str]:
     return {RAY_DOCS: RAY_DOCS, **{way: _best(runs, way) for way in (DATALOADER, DATALOADER_TUNED)}}
 
 
-def _best(runs: Runs, way: str) -> str:
+def best_way(rates: Mapping[str, Sequence[float]], way: str) -> str:
     """The number of workers with the highest median rate, as the name of a way."""
-    names = [name for name in runs.ways if name.startswith(f"{way}_workers_")]
-    return max(names, key=lambda name: median(_rates(runs, name)))
+    names = [name for name in rates if name.startswith(f"{way}_workers_")]
+    return max(names, key=lambda name: median(rates[name]))
+
+
+def _best(runs: Runs, way: str) -> str:
+    return best_way({name: _rates(runs, name) for name in runs.ways}, way)
 
 
 def _rates(runs: Runs, way: str) -> list[float]:
     return [result.images_per_s for result in runs.ways[way]]
 
 
-def _divide(ones: Sequence[float], others: Sequence[float]) -> list[float]:
+def divide(ones: Sequence[float], others: Sequence[float]) -> list[float]:
+    """The quotient of each pair."""
     return [one / other for one, other in zip(ones, others, strict=True)]
 
 

@@ -10,9 +10,7 @@ Progress goes to stderr; the last line on stdout is the report as JSON. The keys
 from __future__ import annotations
 
 import io
-import json
 import statistics
-import sys
 import time
 import warnings
 from collections import defaultdict
@@ -32,10 +30,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from machine import machine_facts
-from measuring import say
+from measuring import BenchSettings, run_benchmark, say
 from pydantic import Field
 
-from convoy.core.config import StrictModel, load_config
 from convoy.core.errors import ConvoyError
 from convoy.storage.feature_reading import features_array
 from convoy.storage.local_store import LocalStore
@@ -73,7 +70,7 @@ _WRITE_OPTIONS: dict[Codec, dict[str, Any]] = {
 }
 
 
-class LayoutBench(StrictModel):
+class LayoutBench(BenchSettings):
     """What is measured: `rows` features of width `dim`, in parts of `part_rows`, `repeats` times, all in turn.
 
     `results` is a Markdown file to write.
@@ -84,7 +81,6 @@ class LayoutBench(StrictModel):
     part_rows: int = Field(default=MAX_SLICE_ROWS, gt=0)
     repeats: int = Field(default=5, gt=0)
     seed: int = Field(default=0, ge=0)
-    results: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,18 +334,5 @@ def _page(report: dict[str, Any]) -> Iterator[str]:
         yield f"| {' | '.join([*cells, *one['elsewhere'].values()])} |"
 
 
-def main() -> None:
-    """Measure, print the report, and write the results file if there is to be one."""
-    try:
-        settings = load_config(LayoutBench, None, sys.argv[1:])
-        report = run_layout_bench(settings)
-    except ConvoyError as error:
-        say(f"error: {error}")
-        sys.exit(error.exit_code)
-    if settings.results:
-        write_page(Path(settings.results), report)
-    print(json.dumps(report))
-
-
 if __name__ == "__main__":
-    main()
+    run_benchmark(LayoutBench, run_layout_bench, write_page)

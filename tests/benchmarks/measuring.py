@@ -7,18 +7,27 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from pydantic import Field
 
-from convoy.core.config import StrictModel
+from convoy.core.config import StrictModel, load_config
 from convoy.core.errors import ConfigError, ConvoyError
 
 _BENCHMARKS = Path(__file__).parent
 _LIB = _BENCHMARKS.parents[1] / "lib"
+
+
+class BenchSettings(StrictModel):
+    """What every benchmark takes: `results` is a Markdown file to write."""
+
+    results: str | None = None
+
+
+SettingsT = TypeVar("SettingsT", bound=BenchSettings)
 
 
 class WaySettings(StrictModel):
@@ -43,6 +52,15 @@ class WayResult(StrictModel):
     num_images: int
     images_per_s: float
     first_row_s: float
+    wall_s: float
+    details: dict[str, Any] = Field(default_factory=dict)
+
+
+class RateResult(StrictModel):
+    """One run of one way to train: its steady rate, and the seconds of all of it."""
+
+    num_images: int
+    images_per_s: float
     wall_s: float
     details: dict[str, Any] = Field(default_factory=dict)
 
@@ -94,6 +112,28 @@ def run_python(arguments: Sequence[str]) -> dict[str, Any]:
         raise ConvoyError(f"exit code {finished.returncode}\n{finished.stderr}", where=" ".join(arguments))
     result: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
     return result
+
+
+def convoy(*arguments: str) -> dict[str, Any]:
+    """The report of a `convoy` command, which runs in a process of its own."""
+    return run_python(["-m", "convoy.cli", *arguments, "--json"])
+
+
+def run_benchmark(
+    settings_type: type[SettingsT],
+    measure: Callable[[SettingsT], dict[str, Any]],
+    write_page: Callable[[Path, dict[str, Any]], None],
+) -> None:
+    """The `main` of a benchmark: measure by the command line's settings, write the page, print the report."""
+    try:
+        settings = load_config(settings_type, None, sys.argv[1:])
+        report = measure(settings)
+    except ConvoyError as error:
+        say(f"error: {error}")
+        sys.exit(error.exit_code)
+    if settings.results:
+        write_page(Path(settings.results), report)
+    print(json.dumps(report))
 
 
 def say(text: str) -> None:

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from measuring import WayResult, WaySettings, run_python, save_features
+from measuring import WayResult, WaySettings, convoy, save_features
 
 from convoy.core.config import load_config
 from convoy.pipelines.feature_plan import FeatureDtype, PrecisionChoice
@@ -39,9 +39,9 @@ def run_ours(settings: OursSettings) -> WayResult:
     """
     with TemporaryDirectory(prefix="convoy-bench-workspace-") as workspace:
         started_s = time.time()
-        _convoy("dataset", settings.images, "--name", "images", "--workspace", workspace)
+        convoy("dataset", settings.images, "--name", "images", "--workspace", workspace)
         launched_unix_s = time.time()
-        report = _convoy("cache", "--workspace", workspace, *_cache_overrides(settings))
+        report = convoy("cache", "--workspace", workspace, *_cache_overrides(settings))
         finished_s = time.time()
         store = open_store(workspace)
         _save_features(store, report, settings.features)
@@ -68,10 +68,6 @@ def _cache_overrides(settings: OursSettings) -> list[str]:
         "extraction.dtype": settings.dtype.value,
     }
     return [argument for key, value in overrides.items() for argument in ("--set", f"{key}={value}")]
-
-
-def _convoy(*arguments: str) -> dict[str, Any]:
-    return run_python(["-m", "convoy.cli", *arguments, "--json"])
 
 
 def _save_features(store: ObjectStore, report: dict[str, Any], path: str) -> None:

@@ -8,9 +8,7 @@ It needs Linux, which accounts for the memory of a process in /proc.
 
 from __future__ import annotations
 
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -23,10 +21,10 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 from machine import machine_facts
-from measuring import say
+from measuring import BenchSettings, run_benchmark, say
 from pydantic import Field
 
-from convoy.core.config import StrictModel, load_config
+from convoy.core.config import StrictModel
 from convoy.core.errors import ConvoyError
 from convoy.core.fingerprints import canonical_json, digest
 from convoy.storage.commits import SetCommit, feature_prefix, part_key
@@ -59,7 +57,7 @@ _EVERY_MISSING = 10
 ResultT = TypeVar("ResultT")
 
 
-class PlanBench(StrictModel):
+class PlanBench(BenchSettings):
     """What is measured: manifests of 10^3, 10^4, ... samples, and of `rows`; each `repeats` times, in turn.
 
     `results` is a Markdown file to write.
@@ -68,7 +66,6 @@ class PlanBench(StrictModel):
     rows: int = Field(default=1_000_000, gt=SLOPE_FROM_ROWS)
     repeats: int = Field(default=3, gt=0)
     seed: int = Field(default=0, ge=0)
-    results: str | None = None
 
     @property
     def sizes(self) -> list[int]:
@@ -305,18 +302,5 @@ def _table(rows: list[dict[str, Any]]) -> Iterator[str]:
         yield f"| {row['rows']} | {' | '.join(cells)} | {row['rows_per_s']:.0f} | {row['peak_mib']:.0f} |"
 
 
-def main() -> None:
-    """Measure, print the report, and write the results file if there is to be one."""
-    try:
-        settings = load_config(PlanBench, None, sys.argv[1:])
-        report = run_plan_bench(settings)
-    except ConvoyError as error:
-        say(f"error: {error}")
-        sys.exit(error.exit_code)
-    if settings.results:
-        write_page(Path(settings.results), report)
-    print(json.dumps(report))
-
-
 if __name__ == "__main__":
-    main()
+    run_benchmark(PlanBench, run_plan_bench, write_page)

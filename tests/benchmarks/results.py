@@ -28,12 +28,12 @@ def _page(report: dict[str, Any]) -> Iterator[str]:
 def _measured(measured: dict[str, Any]) -> Iterator[str]:
     images = measured["images"]
     yield f"{images['num_images']} images, {images['mean_bytes'] / 1000:.0f} kB each on average."
-    yield from _table("ratio", measured["ratios"], digits=2)
+    yield from spread_table("ratio", measured["ratios"], digits=2)
     rates = {name: way["images_per_s"] for name, way in measured["ways"].items()}
-    yield from _table("images per second, steady", rates, digits=1)
+    yield from spread_table("images per second, steady", rates, digits=1)
     for title, key in (("seconds to the first row", "first_row_s"), ("seconds in all", "wall_s")):
-        yield from _table(title, {name: way[key] for name, way in measured["ways"].items()}, digits=1)
-    yield from _table("bound, images per second", measured["bounds"], digits=1)
+        yield from spread_table(title, {name: way[key] for name, way in measured["ways"].items()}, digits=1)
+    yield from spread_table("bound, images per second", measured["bounds"], digits=1)
     yield ""
     for peer, equality in measured["equality"].items():
         yield (
@@ -42,7 +42,8 @@ def _measured(measured: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def _table(title: str, spreads: dict[str, Any], *, digits: int) -> Iterator[str]:
+def spread_table(title: str, spreads: dict[str, Any], *, digits: int) -> Iterator[str]:
+    """Lines of a Markdown table with one `spread` in each row."""
     yield ""
     yield f"| {title} | lowest | median | highest |"
     yield "| --- | --- | --- | --- |"

@@ -10,19 +10,17 @@ report as JSON. The keys are the fields of `StrategiesBench`.
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.dataset as pads
 from machine import machine_facts
-from measuring import say
+from measuring import BenchSettings, run_benchmark, say
 from pydantic import Field
 
 from convoy.cluster.session import ray_session
 from convoy.core.config import StrictModel, load_config
-from convoy.core.errors import ConvoyError
 from convoy.core.progress import Silent
 from convoy.core.statistics import Interval, bootstrap_mean
 from convoy.pipelines.train import TrainReport, run_train
@@ -32,7 +30,7 @@ _CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
 _STRATEGIES = ("linear_probe", "early_layer_probe", "partial_reuse", "fine_tune", "from_scratch")
 
 
-class StrategiesBench(StrictModel):
+class StrategiesBench(BenchSettings):
     """What is measured: `configs` are files of jobs/configs without `train.` and `.yaml`.
 
     `per_class` are the training images of each class, null stands for all of them. `overrides` go to every job.
@@ -45,7 +43,6 @@ class StrategiesBench(StrictModel):
     per_class: tuple[int | None, ...] = (20, 50, None)
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
     overrides: tuple[str, ...] = ()
-    results: str | None = None
 
 
 class Cell(StrictModel):
@@ -123,8 +120,12 @@ def _correct(workspace: str, run: str) -> np.ndarray:
     return rows["label"].to_numpy() == rows["pred"].to_numpy()
 
 
+def write_page(path: Path, report: dict[str, Any]) -> None:
+    """Write the report as Markdown."""
+    path.write_text(_page(report), encoding="utf-8")
+
+
 def _page(report: dict[str, Any]) -> str:
-    """The table as Markdown."""
     lines = [f"# Strategies on {report['settings']['dataset']}", ""]
     lines += [f"- {name}: {fact}" for name, fact in report["machine"].items()]
     lines += ["", "| images a class | strategy | top-1, mean of seeds | 95 % interval | by seed |"]
@@ -138,18 +139,5 @@ def _page(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Measure, print the report, and write the results file if there is to be one."""
-    try:
-        settings = load_config(StrategiesBench, None, sys.argv[1:])
-        report = run_strategies(settings)
-    except ConvoyError as error:
-        say(f"error: {error}")
-        sys.exit(error.exit_code)
-    if settings.results:
-        Path(settings.results).write_text(_page(report), encoding="utf-8")
-    print(json.dumps(report))
-
-
 if __name__ == "__main__":
-    main()
+    run_benchmark(StrategiesBench, run_strategies, write_page)
