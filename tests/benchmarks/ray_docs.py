@@ -49,7 +49,8 @@ class ResnetModel:
 
 
 def run_ray_docs(settings: WaySettings) -> WayResult:
-    ray.init(include_dashboard=False, log_to_driver=False)
+    # Without "local" it would join, and measure, a cluster that happens to run on this machine.
+    ray.init("local", include_dashboard=False, log_to_driver=False)
     with TemporaryDirectory(prefix="convoy-bench-ray-docs-") as folder:
         (
             ray.data.read_images(settings.images, mode="RGB", include_paths=True)
