@@ -25,11 +25,16 @@ def first_cause(error: BaseException) -> ConvoyError:
         if isinstance(cause, ConvoyError):
             return cause
         seen.add(id(cause))
-        # Ray Train keeps the errors of its workers by rank.
-        failures = getattr(cause, "worker_failures", {}).values()
+        # Ray Train keeps the errors of its workers by rank, and that of its controller.
+        failures = [
+            getattr(cause, "controller_failure", None),
+            *getattr(cause, "worker_failures", {}).values(),
+        ]
         inner = [getattr(cause, "cause", None), cause.__cause__, *failures]
         pending += [one for one in inner if isinstance(one, BaseException) and id(one) not in seen]
+    # Some of Ray's errors have no words, only a name.
+    words = str(error) + ("" if str(cause) else type(cause).__name__)
     return ClusterError(
-        f"a worker failed: {error}",
+        f"a worker failed: {words}",
         next_step="run the same command again to go on; Ray's logs are in /tmp/ray/session_latest/logs",
     )

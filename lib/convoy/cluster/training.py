@@ -19,7 +19,7 @@ from convoy.cluster.ray_data import first_cause
 from convoy.cluster.training_board import Board, BoardReader
 from convoy.cluster.training_spec import CPUS_A_PREPARER, Ingest, TrainingSpec
 from convoy.core.config import StrictModel
-from convoy.core.errors import ClusterError
+from convoy.core.errors import ClusterError, ConvoyError
 from convoy.core.training_events import TrainingEvent
 
 # How long the cluster may take to show the resources that are asked for.
@@ -71,9 +71,8 @@ def plan_workers(options: WorkerOptions, *, timeout_s: float = _RESOURCES_TIMEOU
             wanted = f"{options.num_workers or 1} workers of {options.cpus_per_worker or 1} CPUs"
             if options.ingest is Ingest.SPLIT:
                 wanted += f" and a preparer of {CPUS_A_PREPARER} CPUs for each"
-            shown = ", ".join(f"{node['CPU']:g} CPUs and {node['GPU']:g} GPUs" for node in nodes) or "no node"
             raise ClusterError(
-                f"the cluster cannot hold {wanted}: after {timeout_s:.0f} s it has {shown}",
+                f"the cluster cannot hold {wanted}: after {timeout_s:.0f} s it has {_shown(nodes)}",
                 next_step="lower workers.num_workers or workers.cpus_per_worker, or add nodes",
             )
         time.sleep(min(_POLL_S, timeout_s))
@@ -87,9 +86,7 @@ def run_training(
     The group is restarted from the newest checkpoint when a worker or a node is lost. `tell` hears how far it
     is, in the calling thread. Raises the ConvoyError of a worker, or a ClusterError.
     """
-    import ray  # noqa: PLC0415
-
-    board = ray.remote(num_cpus=0)(Board).remote()
+    board = _open_board()
     trainer = _trainer(spec, plan, board)
     ended: list[Any] = []
     thread = threading.Thread(target=_fit, args=(trainer, ended), name="train", daemon=True)
@@ -101,9 +98,31 @@ def run_training(
             tell(event)
     (result,) = ended
     if isinstance(result, BaseException):
-        raise first_cause(result) from result
+        raise _explained(result, plan) from result
     outcome: dict[str, Any] = result
     return outcome
+
+
+def _open_board() -> Any:
+    """A board on the driver's own node: the loss of any other must not take it away."""
+    import ray  # noqa: PLC0415
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: PLC0415
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
+
+
+def _explained(error: BaseException, plan: WorkerPlan) -> ConvoyError:
+    """Why the group failed for good: with numbers where the nodes that are left cannot hold it."""
+    cause, nodes = first_cause(error), _nodes()
+    num_slots = _num_slots(nodes, plan.cpus_per_worker, on_gpus=plan.gpus_per_worker > 0)
+    if type(cause) is not ClusterError or num_slots >= plan.num_workers:
+        return cause
+    return ClusterError(
+        f"the cluster cannot hold {plan.num_workers} workers of {plan.num_threads} CPUs any more:"
+        f" it has {_shown(nodes)}",
+        next_step="add nodes or lower workers.num_workers, and run the same command again to go on",
+    )
 
 
 def _fit(trainer: Any, ended: list[Any]) -> None:
@@ -163,6 +182,10 @@ def _nodes() -> list[dict[str, float]]:
     ]
 
 
+def _shown(nodes: Sequence[Mapping[str, float]]) -> str:
+    return ", ".join(f"{node['CPU']:g} CPUs and {node['GPU']:g} GPUs" for node in nodes) or "no node"
+
+
 def fit_workers(options: WorkerOptions, nodes: Sequence[Mapping[str, float]]) -> WorkerPlan | None:
     """The group on nodes with so many `CPU` and `GPU` each, or None if they cannot hold it."""
     num_gpus = int(sum(node["GPU"] for node in nodes))
@@ -170,7 +193,7 @@ def fit_workers(options: WorkerOptions, nodes: Sequence[Mapping[str, float]]) ->
     num_workers = options.num_workers or num_gpus or 1
     num_threads = options.cpus_per_worker or _threads(hosts, num_workers, on_gpus=num_gpus > 0)
     asked = num_threads - _CPUS_LEFT
-    if sum(_slots(node, asked, on_gpus=num_gpus > 0) for node in hosts) < num_workers:
+    if _num_slots(hosts, asked, on_gpus=num_gpus > 0) < num_workers:
         return None
     ingest = options.ingest
     if ingest is Ingest.AUTO:
@@ -196,11 +219,14 @@ def _threads(hosts: Sequence[Mapping[str, float]], num_workers: int, *, on_gpus:
     """The most threads that every worker can have without sharing a CPU; 1 where CPUs must be shared."""
     most = max((int(node["CPU"]) for node in hosts), default=1)
     for num_threads in range(most, 1, -1):
-        if sum(_slots(node, num_threads, on_gpus=on_gpus) for node in hosts) >= num_workers:
+        if _num_slots(hosts, num_threads, on_gpus=on_gpus) >= num_workers:
             return num_threads
     return 1
 
 
-def _slots(node: Mapping[str, float], cpus_per_worker: float, *, on_gpus: bool) -> int:
-    by_cpus = int(node["CPU"] / cpus_per_worker)
-    return min(by_cpus, int(node["GPU"])) if on_gpus else by_cpus
+def _num_slots(nodes: Sequence[Mapping[str, float]], cpus_per_worker: float, *, on_gpus: bool) -> int:
+    """How many workers of so many CPUs, and a GPU each, the nodes can hold."""
+    by_cpus = [int(node["CPU"] / cpus_per_worker) for node in nodes]
+    if not on_gpus:
+        return sum(by_cpus)
+    return sum(min(most, int(node["GPU"])) for most, node in zip(by_cpus, nodes, strict=True))
