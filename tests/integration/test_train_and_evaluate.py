@@ -317,7 +317,8 @@ def test_unlabelled_dataset_is_refused_before_anything_is_computed(unused: Digit
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        (["strategy=as_is"], "strategy must be one of linear_probe, early_layer_probe"),
+        (["strategy=distil"], "strategy: Input should be 'as_is', 'linear_probe'"),
+        (["strategy=as_is"], "do not say what their classes are"),
         (["strategy=early_layer_probe", "tap=null"], "early_layer_probe needs a tap"),
         (["name=No Name"], "a model's name is made of a-z"),
     ],

@@ -97,7 +97,7 @@ def as_is(
     if names is None:
         raise ConfigError(
             f"the weights of {backbone.arch} do not say what their classes are",
-            next_step="list them in the order of the network's outputs: model.classes=[...]",
+            next_step="list them under `classes`, in the order of the network's outputs",
         )
     if len(names) != backbone.num_classes:
         raise ConfigError(
