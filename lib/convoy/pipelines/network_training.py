@@ -34,14 +34,12 @@ from convoy.vision.training_config import Balance
 _VERB = "train"
 _TRAINED = "trained.json"
 # What of a config may change between a kill and the next call: where and how fast, not what is computed.
-_NOT_IDENTITY = {
-    "workspace",
-    "writers",
-    "workers",
-    "local_cache",
-    "tracking",
-    "checkpoint_steps",
-    "error_budget",
+_NOT_IDENTITY: dict[str, Any] = {
+    **dict.fromkeys(
+        ("workspace", "writers", "workers", "local_cache", "tracking", "checkpoint_steps", "error_budget"),
+        True,
+    ),
+    "extraction": {"num_workers": True, "num_fetch_threads": True},
 }
 
 CurveDrawer = Callable[[Sequence[EpochResult]], bytes]
