@@ -38,7 +38,7 @@ from training_faults import (
     wait_until_quiet,
 )
 
-pytestmark = [pytest.mark.integration, pytest.mark.chaos]
+pytestmark = [pytest.mark.integration, pytest.mark.chaos, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
