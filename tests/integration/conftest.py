@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import pytest
 import ray
 
+from s3_server import S3Server
+
 
 @pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[dict[str, str]]:
@@ -15,3 +17,17 @@ def ray_cluster() -> Iterator[dict[str, str]]:
     ray.init("local", include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     yield {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def _s3_environment(s3_server: S3Server) -> Iterator[None]:
+    """Workers get their credentials from where Ray was started, as on a cluster."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in s3_server.environment().items():
+            patch.setenv(name, value)
+        yield
+
+
+@pytest.fixture(scope="module")
+def ray_on_s3(_s3_environment: None, ray_cluster: dict[str, str]) -> dict[str, str]:
+    return ray_cluster

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,25 +19,10 @@ from cache_jobs import CacheJob, cached_features, freeze, made_job
 from convoy.storage.datasets import open_dataset
 from convoy.storage.stores import open_store
 from made_sources import tar_bytes
-from s3_server import S3Server
 
 pytestmark = pytest.mark.integration
 
 NUM_IMAGES = 40
-
-
-@pytest.fixture(scope="module")
-def _s3_environment(s3_server: S3Server) -> Iterator[None]:
-    """Workers get their credentials from where Ray was started, as on a cluster."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in s3_server.environment().items():
-            patch.setenv(name, value)
-        yield
-
-
-@pytest.fixture(scope="module")
-def ray_on_s3(_s3_environment: None, ray_cluster: dict[str, str]) -> dict[str, str]:
-    return ray_cluster
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +9,9 @@ import boto3
 import pytest
 
 from cache_jobs import freeze
-from s3_server import S3Server
 from train_jobs import LENET, NUM_ROWS, TrainJob, timeless, write_splits
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(scope="module")
-def _s3_environment(s3_server: S3Server) -> Iterator[None]:
-    """Workers get their credentials from where Ray was started, as on a cluster."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in s3_server.environment().items():
-            patch.setenv(name, value)
-        yield
-
-
-@pytest.fixture(scope="module")
-def ray_on_s3(_s3_environment: None, ray_cluster: dict[str, str]) -> dict[str, str]:
-    return ray_cluster
 
 
 def put_images(folder: Path, bucket: str) -> list[str]:
