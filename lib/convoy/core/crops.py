@@ -64,6 +64,14 @@ def ten_crop_boxes(height_px: int, width_px: int, crop_px: int) -> tuple[Box, ..
     return (*five, *(box.mirrored(width_px) for box in five))
 
 
+def square_boxes(height_px: int, width_px: int) -> tuple[Box, Box, Box]:
+    """The squares of the short side at the start, the centre and the end of the long side."""
+    side_px = min(height_px, width_px)
+    start = Box(top=0, left=0, height=side_px, width=side_px)
+    end = Box(top=height_px - side_px, left=width_px - side_px, height=side_px, width=side_px)
+    return start, center_crop_box(height_px, width_px, side_px), end
+
+
 def random_resized_crop_box(
     height_px: int,
     width_px: int,

@@ -7,7 +7,7 @@ from torch.nn.functional import interpolate
 
 from convoy.core.crops import Box, center_band_box, center_crop_box, resized_size
 from convoy.core.records import RejectCode, SampleRejected, Stage
-from convoy.vision.presets import EvalPreset, Interpolation
+from convoy.vision.presets import CropGeometry, Interpolation
 
 # A strip of 2 x 50,000 pixels, resized to a short side of 256, would take 5 GB and show its centre only.
 _MAX_ASPECT = 16
@@ -30,37 +30,37 @@ def resize(pixels_CHW: torch.Tensor, size_px: tuple[int, int], interpolation: In
     return interpolate(batch_BCHW, size=size_px, mode=interpolation.value, antialias=True)[0]
 
 
-def check_size(pixels_CHW: torch.Tensor, preset: EvalPreset) -> None:
+def check_size(pixels_CHW: torch.Tensor, geometry: CropGeometry) -> None:
     """Reject in every view what the eval view cannot show, so that a sample has all its views or none.
 
     Raises SampleRejected (too small).
     """
     height_px, width_px = pixels_CHW.shape[1:]
-    short_side_px = preset.resize_px or min(height_px, width_px)
-    if short_side_px < preset.crop_px:
-        reason = f"{width_px}x{height_px} pixels; the crop is {preset.crop_px}"
+    short_side_px = geometry.resize_px or min(height_px, width_px)
+    if short_side_px < geometry.crop_px:
+        reason = f"{width_px}x{height_px} pixels; the crop is {geometry.crop_px}"
         raise SampleRejected(RejectCode.TOO_SMALL, Stage.DECODE, reason)
 
 
-def eval_resized(pixels_CHW: torch.Tensor, preset: EvalPreset) -> torch.Tensor:
-    """The image at the preset's short side; one longer than 16 times that is first cut to its centre."""
-    if preset.resize_px is None:
+def eval_resized(pixels_CHW: torch.Tensor, geometry: CropGeometry) -> torch.Tensor:
+    """The image at the geometry's short side; one longer than 16 times that is first cut to its centre."""
+    if geometry.resize_px is None:
         return pixels_CHW
     height_px, width_px = pixels_CHW.shape[1:]
     band = center_band_box(height_px, width_px, _MAX_ASPECT)
-    size_px = resized_size(band.height, band.width, preset.resize_px)
-    return resize(cut(pixels_CHW, band), size_px, preset.interpolation)
+    size_px = resized_size(band.height, band.width, geometry.resize_px)
+    return resize(cut(pixels_CHW, band), size_px, geometry.interpolation)
 
 
-def eval_crop(pixels_CHW: torch.Tensor, preset: EvalPreset) -> torch.Tensor:
+def eval_crop(pixels_CHW: torch.Tensor, geometry: CropGeometry) -> torch.Tensor:
     """The pixels of the eval view, uint8 of shape (3, crop_px, crop_px). Raises SampleRejected (too small)."""
-    check_size(pixels_CHW, preset)
-    resized_CHW = eval_resized(pixels_CHW, preset)
+    check_size(pixels_CHW, geometry)
+    resized_CHW = eval_resized(pixels_CHW, geometry)
     height_px, width_px = resized_CHW.shape[1:]
-    return cut(resized_CHW, center_crop_box(height_px, width_px, preset.crop_px))
+    return cut(resized_CHW, center_crop_box(height_px, width_px, geometry.crop_px))
 
 
 def central_square(pixels_CHW: torch.Tensor, max_px: int) -> torch.Tensor:
     """The central square of an image, shrunk to a side of at most `max_px` and never enlarged."""
     side_px = min(max_px, *pixels_CHW.shape[1:])
-    return eval_crop(pixels_CHW, EvalPreset(resize_px=side_px, crop_px=side_px))
+    return eval_crop(pixels_CHW, CropGeometry(resize_px=side_px, crop_px=side_px))

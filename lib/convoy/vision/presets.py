@@ -20,18 +20,36 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-class EvalPreset(StrictModel):
-    """Resize so that the short side is `resize_px` (null: do not resize), then cut the centre `crop_px` square.
+class CropGeometry(StrictModel):
+    """The part of a preset that decides about pixels; networks that agree in it can share crops.
 
-    `mean` and `std` normalise pixels scaled to 0..1, channel by channel in RGB order. With `resize_px` null an
-    image smaller than the crop is rejected as too small.
+    Resize so that the short side is `resize_px` (null: do not resize), then cut a square of `crop_px`. With
+    `resize_px` null an image smaller than the crop is rejected as too small.
     """
 
     resize_px: int | None = Field(default=256, gt=0)
     crop_px: int = Field(default=224, gt=0)
     interpolation: Interpolation = Interpolation.BILINEAR
+
+
+class EvalPreset(CropGeometry):
+    """The central crop, and how its pixels are normalised.
+
+    `mean` and `std` normalise pixels scaled to 0..1, channel by channel in RGB order.
+    """
+
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+
+
+def geometry_of(preset: EvalPreset) -> CropGeometry:
+    """The geometry of a preset, equal for presets that differ in mean and deviation only."""
+    return CropGeometry(**preset.model_dump(include=set(CropGeometry.model_fields)))
+
+
+def dense_preset(preset: EvalPreset) -> EvalPreset:
+    """The preset whose crop is the whole resized square, for networks that take any size."""
+    return preset.model_copy(update={"crop_px": preset.resize_px or preset.crop_px})
 
 
 def at_resolution(preset: EvalPreset, crop_px: int | None) -> EvalPreset:
