@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,12 +28,17 @@ def load_config(model: type[ConfigT], path: str | None, overrides: Sequence[str]
     Values of overrides are read as YAML, so `views=3`, `taps=[pooled]` and `weights=null` mean what they say.
     Raises ConfigError for a missing file, bad YAML, an unknown key or a value that does not fit.
     """
+    return parse_config(model, _read_settings(path, overrides), where=path or "--set")
+
+
+def parse_config(model: type[ConfigT], settings: Mapping[str, Any], *, where: str) -> ConfigT:
+    """The config that a mapping of keys describes; ConfigError for an unknown key or a value that does not fit."""
     try:
-        return model.model_validate(_read_settings(path, overrides))
+        return model.model_validate(settings)
     except ValidationError as error:
         raise ConfigError(
             "\n".join(_explain(model, problem) for problem in error.errors()),
-            where=path or "--set",
+            where=where,
             next_step="correct the config, or see the examples in jobs/configs",
         ) from None
 

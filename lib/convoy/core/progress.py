@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from convoy.core.training_events import TrainingEvent
+from convoy.core.trial_events import TrialStatus
 
 
 class Progress(Protocol):
@@ -26,6 +28,10 @@ class Progress(Protocol):
         """A training went on; the results of its epochs come with it."""
         ...
 
+    def trials(self, statuses: Sequence[TrialStatus]) -> None:
+        """A trial of a search began, went on or ended: all of them as they stand, in the order of their start."""
+        ...
+
 
 class Silent:
     """Progress that nobody watches."""
@@ -40,4 +46,7 @@ class Silent:
         """Say nothing."""
 
     def training(self, event: TrainingEvent) -> None:
+        """Say nothing."""
+
+    def trials(self, statuses: Sequence[TrialStatus]) -> None:
         """Say nothing."""

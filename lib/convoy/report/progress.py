@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Table
 
 from convoy.core.training_events import EpochResult, TrainingEvent
+from convoy.core.trial_events import TrialStatus
+from convoy.report.trial_table import TrialLines, trial_table
 
 _SECONDS_BETWEEN_LINES = 15.0
 # Small datasets have several epochs a second.
 _SECONDS_BETWEEN_EPOCHS = 2.0
+
+
+class _Bars(Progress):
+    """Bars with room for a table above them."""
+
+    table: Table | None = None
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """The table, if there is one, and the bars."""
+        if self.table is not None:
+            yield self.table
+        yield self.make_tasks_table(self.tasks)
 
 
 class TerminalProgress:
@@ -21,7 +37,7 @@ class TerminalProgress:
 
     def __init__(self) -> None:
         console = Console(stderr=True)
-        self._bar = Progress(
+        self._bar = _Bars(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -35,6 +51,7 @@ class TerminalProgress:
         self._started_s = self._last_line_s = time.monotonic()
         self._last_epoch_s = 0.0
         self._last_val_top1: float | None = None
+        self._trial_lines = TrialLines()
 
     def __enter__(self) -> TerminalProgress:
         self._bar.start()
@@ -95,6 +112,14 @@ class TerminalProgress:
         elif event.result is None and time.monotonic() - self._last_line_s >= _SECONDS_BETWEEN_LINES:
             self._last_line_s = time.monotonic()
             self._line(f"{where}, step {event.step} of {event.num_steps}: {pace}")
+
+    def trials(self, statuses: Sequence[TrialStatus]) -> None:
+        """A trial of a search began, went on or ended: a table, or a line where there is no terminal."""
+        if not self._bar.disable:
+            self._bar.table = trial_table(statuses)
+            return
+        for line in self._trial_lines.news(statuses):
+            self._line(line)
 
     def _draw_steps(self, event: TrainingEvent, where: str, pace: str) -> None:
         """The bar over the steps of all epochs."""

@@ -16,6 +16,7 @@ from convoy.core.errors import ConfigError
 from convoy.core.progress import Progress
 from convoy.core.tracking import TrackingConfig
 from convoy.core.training_events import EpochResult, TrainingEvent
+from convoy.core.trial_events import TrialStatus
 
 _CURVES = ("train_loss", "train_top1", "val_nll", "val_top1", "learning_rate", "images_per_s")
 # MLflow's client waits for minutes by itself; a training must not. What the user has set stays.
@@ -153,6 +154,10 @@ class TrackedProgress:
         result = event.result
         if result is not None:
             self._tell(lambda tracker: tracker.epoch(result))
+
+    def trials(self, statuses: Sequence[TrialStatus]) -> None:
+        """Pass it on."""
+        self._progress.trials(statuses)
 
     def finish(self, metrics: Mapping[str, float]) -> None:
         """Give the trackers the figures of the evaluation."""
