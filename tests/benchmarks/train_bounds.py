@@ -64,7 +64,7 @@ def measure_bounds(job: TrainJob) -> TrainBounds:
 def _batches(training: Training, order: EpochOrder, epochs: int) -> Iterator[PreparedBatch]:
     """The batches of the training, from the loader of its worker."""
     loader = ImageLoader(training.spec, training.rows, pin_memory=training.device.type == "cuda")
-    feed = FusedFeed(order, loader)
+    feed = FusedFeed(order, loader, None)
     for epoch in range(epochs + 1):
         for passes in feed.steps(epoch, 0, training.spec.preset):
             yield from passes

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import numpy as np
-import pyarrow as pa
 
 from convoy.cluster.image_loading import BatchRequest, ImageLoader, PreparedBatch
 from convoy.cluster.training_spec import TrainingSpec
@@ -17,11 +16,18 @@ from convoy.vision.presets import EvalPreset
 _VALIDATION_BATCH_ROWS = 128
 
 
-class StepFeed(Protocol):
-    """Gives a worker its share of each step, in passes."""
+class BatchFeed(Protocol):
+    """Gives a worker its share of each step, in passes, and of the validation rows.
+
+    Fastest in the order of a training: the steps of an epoch, its validation, the next epoch.
+    """
 
     def steps(self, epoch: int, first_step: int, preset: EvalPreset) -> Iterator[list[PreparedBatch]]:
         """The worker's passes of each step of an epoch, from a step on."""
+        ...
+
+    def validation(self, epoch: int, preset: EvalPreset) -> Iterator[PreparedBatch]:
+        """The worker's part of the validation rows after an epoch; each row comes to exactly one worker."""
         ...
 
 
@@ -68,30 +74,33 @@ class EpochOrder:
                 for part in parts
             ]
 
+    def validation(self, num_rows: int, preset: EvalPreset) -> list[BatchRequest]:
+        """The worker's part of so many validation rows, as evaluation shows them."""
+        share = even_share(num_rows, self._num_workers, self._rank)
+        mine = np.arange(share.start, share.stop)
+        return [
+            BatchRequest(rows_B=mine[start : start + _VALIDATION_BATCH_ROWS], preset=preset)
+            for start in range(0, len(mine), _VALIDATION_BATCH_ROWS)
+        ]
+
 
 class FusedFeed:
     """Prepares batches in threads of the training worker itself, so that pixels never leave its process."""
 
-    def __init__(self, order: EpochOrder, loader: ImageLoader) -> None:
+    def __init__(self, order: EpochOrder, train: ImageLoader, val: ImageLoader | None) -> None:
         self._order = order
-        self._loader = loader
+        self._train, self._val = train, val
 
     def steps(self, epoch: int, first_step: int, preset: EvalPreset) -> Iterator[list[PreparedBatch]]:
         """The worker's passes of each step of an epoch, from a step on."""
         numbers = range(first_step, self._order.plan.num_steps)
         requests = list(self._order.requests(epoch, numbers, preset))
-        batches = self._loader.load(request for step in requests for request in step)
+        batches = self._train.load(request for step in requests for request in step)
         for step in requests:
             yield [next(batches) for _ in step]
 
-
-def validation_batches(
-    loader: ImageLoader, rows: pa.Table, preset: EvalPreset, *, rank: int, num_workers: int
-) -> Iterator[PreparedBatch]:
-    """A worker's part of the validation rows as evaluation shows them: every row on exactly one worker."""
-    share = even_share(rows.num_rows, num_workers, rank)
-    mine = np.arange(share.start, share.stop)
-    return loader.load(
-        BatchRequest(rows_B=mine[start : start + _VALIDATION_BATCH_ROWS], preset=preset)
-        for start in range(0, len(mine), _VALIDATION_BATCH_ROWS)
-    )
+    def validation(self, epoch: int, preset: EvalPreset) -> Iterator[PreparedBatch]:
+        """The worker's part of the validation rows, the same after every epoch."""
+        if self._val is None:
+            return iter(())
+        return self._val.load(self._order.validation(self._val.num_rows, preset))

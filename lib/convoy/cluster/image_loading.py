@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from convoy.cluster.running_ahead import ahead
 from convoy.cluster.training_spec import TrainingSpec
 from convoy.core.config import StrictModel
 from convoy.core.randomness import generator
@@ -65,7 +64,9 @@ class PreparedBatch:
 class ImageLoader:
     """Prepares batches of the rows of one table. `load` may be called again and again."""
 
-    def __init__(self, spec: TrainingSpec, rows: pa.Table, *, pin_memory: bool = False) -> None:
+    def __init__(
+        self, spec: TrainingSpec, rows: pa.Table, *, num_threads: int | None = None, pin_memory: bool = False
+    ) -> None:
         quiet_decoders()
         cache = spec.local_cache and LocalImageCache(spec.local_cache.folder, spec.local_cache.max_bytes)
         self._spec = spec
@@ -76,33 +77,17 @@ class ImageLoader:
         self._reader = SampleReader(
             num_threads=spec.num_fetch_threads, max_bytes=spec.decode_rule.max_bytes, cache=cache or None
         )
-        self._decoders = ThreadPoolExecutor(spec.num_threads, "decode")
+        self._decoders = ThreadPoolExecutor(num_threads or spec.num_threads, "decode")
         self._pin_memory = pin_memory
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the table."""
+        return len(self._labels_N)
 
     def load(self, requests: Iterable[BatchRequest]) -> Iterator[PreparedBatch]:
         """The batches in the order of the requests, prepared ahead by a thread. Closing it early stops the thread."""
-        ready: queue.Queue[PreparedBatch | BaseException | None] = queue.Queue(_BATCHES_AHEAD)
-        is_closed = threading.Event()
-
-        def produce() -> None:
-            try:
-                for batch in self._prepare_all(requests):
-                    if not _put(ready, batch, is_closed):
-                        return
-                _put(ready, None, is_closed)
-            except BaseException as error:
-                _put(ready, error, is_closed)
-
-        thread = threading.Thread(target=produce, name="batches", daemon=True)
-        thread.start()
-        try:
-            while (item := ready.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            is_closed.set()
-            thread.join()
+        return ahead(self._prepare_all(requests), _BATCHES_AHEAD)
 
     def prepare(self, request: BatchRequest) -> PreparedBatch:
         """One batch, in the calling thread."""
@@ -194,16 +179,3 @@ def _grouped(requests: Iterable[BatchRequest], num_rows: int) -> Iterator[list[B
             group = []
     if group:
         yield group
-
-
-def _put(
-    ready: queue.Queue[PreparedBatch | BaseException | None], item: object, is_closed: threading.Event
-) -> bool:
-    """Wait for room, but not for a consumer that has gone; whether the item was put."""
-    while not is_closed.is_set():
-        try:
-            ready.put(item, timeout=0.1)  # type: ignore[arg-type]
-            return True
-        except queue.Full:
-            continue
-    return False

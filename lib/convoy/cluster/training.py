@@ -27,20 +27,25 @@ _RESOURCES_TIMEOUT_S = 60.0
 _POLL_S = 0.5
 # What a worker asks for less than the CPUs that it uses, so that Ray's own tasks always find room.
 _CPUS_LEFT = 0.5
+# With fewer CPUs a GPU, processes of their own would gain little over threads.
+_CPUS_A_GPU_TO_SPLIT = 4
+# A worker on a GPU whose batches others prepare: one thread for its steps, one that takes the batches.
+_THREADS_BESIDE_PREPARERS = 2
+_MOST_PREPARERS = 16
 
 
 class WorkerOptions(StrictModel):
     """The training workers. Null means: one a GPU, or one for all CPUs of a cluster without GPUs.
 
     `cpus_per_worker` are the threads of a worker; `preparers_per_worker` are at most its Ray Data workers under
-    the split ingest: fewer where the CPUs do not suffice for those of all workers. `max_failures` is how often
-    the group is restarted from the newest checkpoint.
+    the split ingest: fewer where the CPUs do not suffice for those of all workers, null for one a free CPU.
+    `max_failures` is how often the group is restarted from the newest checkpoint.
     """
 
     num_workers: PositiveInt | None = None
     cpus_per_worker: PositiveInt | None = None
     ingest: Ingest = Ingest.AUTO
-    preparers_per_worker: PositiveInt = 4
+    preparers_per_worker: PositiveInt | None = None
     max_failures: int = Field(default=3, ge=0)
 
 
@@ -191,17 +196,19 @@ def fit_workers(options: WorkerOptions, nodes: Sequence[Mapping[str, float]]) ->
     num_gpus = int(sum(node["GPU"] for node in nodes))
     hosts = [node for node in nodes if node["CPU"] >= 1 and (node["GPU"] or not num_gpus)]
     num_workers = options.num_workers or num_gpus or 1
-    num_threads = options.cpus_per_worker or _threads(hosts, num_workers, on_gpus=num_gpus > 0)
+    ingest = _ingest(options.ingest, nodes, hosts, num_gpus)
+    if num_gpus and ingest is Ingest.SPLIT:
+        num_threads = options.cpus_per_worker or _THREADS_BESIDE_PREPARERS
+    else:
+        num_threads = options.cpus_per_worker or _threads(hosts, num_workers, on_gpus=num_gpus > 0)
     asked = num_threads - _CPUS_LEFT
     if _num_slots(hosts, asked, on_gpus=num_gpus > 0) < num_workers:
         return None
-    ingest = options.ingest
-    if ingest is Ingest.AUTO:
-        has_helpers = any(node["CPU"] >= 1 and not node["GPU"] for node in nodes)
-        ingest = Ingest.SPLIT if num_gpus and has_helpers else Ingest.FUSED
     free_cpus = sum(node["CPU"] for node in nodes) - num_workers * asked
     # Were there more, the preparers of one worker could keep those of another from starting, and it from going on.
-    num_preparers = min(options.preparers_per_worker, int(free_cpus / CPUS_A_PREPARER) // num_workers)
+    most = int(free_cpus / CPUS_A_PREPARER) // num_workers
+    wanted = options.preparers_per_worker or max(1, min(_MOST_PREPARERS, int(free_cpus / num_workers)))
+    num_preparers = min(wanted, most)
     if ingest is Ingest.SPLIT and not num_preparers:
         return None
     return WorkerPlan(
@@ -213,6 +220,17 @@ def fit_workers(options: WorkerOptions, nodes: Sequence[Mapping[str, float]]) ->
         preparers_per_worker=max(1, num_preparers),
         max_failures=options.max_failures,
     )
+
+
+def _ingest(
+    wanted: Ingest, nodes: Sequence[Mapping[str, float]], hosts: Sequence[Mapping[str, float]], num_gpus: int
+) -> Ingest:
+    """What `auto` means: a GPU takes more images a second than the threads of one process can prepare."""
+    if wanted is not Ingest.AUTO:
+        return wanted
+    has_helpers = any(node["CPU"] >= 1 and not node["GPU"] for node in nodes)
+    has_cpus = bool(hosts) and all(node["CPU"] >= _CPUS_A_GPU_TO_SPLIT * node["GPU"] for node in hosts)
+    return Ingest.SPLIT if num_gpus and (has_helpers or has_cpus) else Ingest.FUSED
 
 
 def _threads(hosts: Sequence[Mapping[str, float]], num_workers: int, *, on_gpus: bool) -> int:

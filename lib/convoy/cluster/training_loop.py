@@ -13,9 +13,9 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from convoy.cluster.batch_feed import EpochOrder, StepFeed, validation_batches
+from convoy.cluster.batch_feed import BatchFeed, EpochOrder
 from convoy.cluster.feed_opening import open_feed
-from convoy.cluster.image_loading import ImageLoader, RejectedRow
+from convoy.cluster.image_loading import RejectedRow
 from convoy.cluster.timetable import Timetable
 from convoy.cluster.training_board import BoardWriter
 from convoy.cluster.training_checkpoints import Position, TrainingCheckpoints
@@ -64,9 +64,8 @@ class TrainingWorker:
         order = EpochOrder(spec, labels_N, rank=group.rank, num_workers=group.num_workers)
         self._plan = order.plan
         self._times = Timetable(spec.phases, num_steps=order.plan.num_steps, num_rows=spec.train.num_rows)
-        self._feed: StepFeed = open_feed(spec, self._train, order, group)
-        self._val = None if spec.val is None else _read_rows(self._store, spec.val.key)
-        self._val_loader = None if self._val is None else ImageLoader(spec, self._val)
+        val = None if spec.val is None else _read_rows(self._store, spec.val.key)
+        self._feed: BatchFeed = open_feed(spec, self._train, val, order, group)
         self._checkpoints = TrainingCheckpoints(self._store, spec, group)
         self._resume()
 
@@ -181,7 +180,7 @@ class TrainingWorker:
             )
         averaged = self._spec.recipe.averaging is Averaging.EMA
         with swapped_in(self._network, self._keeper.kept() if averaged else None):
-            val_nll, val_top1 = self._validate(phase)
+            val_nll, val_top1 = self._validate(phase, epoch)
         return EpochResult(
             phase=phase.name,
             epoch=epoch + 1,
@@ -198,18 +197,15 @@ class TrainingWorker:
             images_per_s=meter.images_per_s,
         )
 
-    def _validate(self, phase: Phase) -> tuple[float | None, float | None]:
-        """Mean NLL and top-1 over the validation rows, each counted once over the group."""
-        if self._val is None or self._val_loader is None:
+    def _validate(self, phase: Phase, epoch: int) -> tuple[float | None, float | None]:
+        """Mean NLL and top-1 over the validation rows after an epoch, each row counted once over the group."""
+        if self._spec.val is None:
             return None, None
         group, sums = self._group, torch.zeros(3, dtype=torch.float64, device=self._group.device)
         preset = self._preset(phase)
         group.share_buffers(self._network)
         self._network.eval()
-        batches = validation_batches(
-            self._val_loader, self._val, preset, rank=group.rank, num_workers=group.num_workers
-        )
-        for one in batches:
+        for one in self._feed.validation(epoch, preset):
             if len(one.batch.labels_B):
                 sums += validation_sums(self._network, preset, one.batch, self._spec.recipe.precision)
         nll, correct, rows = group.total(sums).tolist()
@@ -247,7 +243,7 @@ class TrainingWorker:
             self._network.load_state_dict(kept)
             if self._spec.recipe.averaging in (Averaging.SWA, Averaging.SOUP):
                 self._measure_batchnorm(phase)
-        val_nll, val_top1 = self._validate(phase)
+        val_nll, val_top1 = self._validate(phase, self._times.num_epochs - 1)
         self._checkpoints.close()
         rejects = self._group_rejects()
         outcome = TrainingOutcome(

@@ -21,8 +21,8 @@ class Ingest(StrEnum):
     """Where images become batches.
 
     `fused`: in threads of the training worker, so that pixels never leave its process. `split`: in Ray Data
-    workers on the nodes without GPUs, which send final-size uint8 batches. `auto`: split where the cluster has
-    such nodes beside GPU nodes, else fused.
+    workers, on any node, which send final-size uint8 batches. `auto`: split where there are GPUs, and nodes
+    without GPUs beside them or four CPUs or more to each GPU; else fused.
     """
 
     AUTO = "auto"

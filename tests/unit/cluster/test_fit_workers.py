@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from convoy.cluster.training import WorkerOptions, fit_workers
@@ -17,16 +19,16 @@ def nodes(*sizes: tuple[float, float]) -> list[dict[str, float]]:
         ([(8, 0)], 1, 8, 0, Ingest.FUSED),
         ([(4, 0), (16, 0), (8, 0)], 1, 16, 0, Ingest.FUSED),
         ([(1, 0)], 1, 1, 0, Ingest.FUSED),
-        # With GPUs one worker a GPU.
-        ([(16, 1)], 1, 16, 1, Ingest.FUSED),
-        ([(32, 4)], 4, 8, 1, Ingest.FUSED),
-        ([(32, 4), (32, 4)], 8, 8, 1, Ingest.FUSED),
-        # The node with the fewest CPUs a GPU decides.
+        # With GPUs one worker a GPU; processes beside it prepare its images.
+        ([(16, 1)], 1, 2, 1, Ingest.SPLIT),
+        ([(32, 4), (32, 4)], 8, 2, 1, Ingest.SPLIT),
+        ([(64, 8), (4, 1)], 9, 2, 1, Ingest.SPLIT),
+        # Few CPUs a GPU: threads of the worker. The node with the fewest decides.
+        ([(8, 4)], 4, 2, 1, Ingest.FUSED),
         ([(8, 8), (64, 1)], 9, 1, 1, Ingest.FUSED),
-        ([(64, 8), (4, 1)], 9, 4, 1, Ingest.FUSED),
-        # Nodes without GPUs prepare images; a head node without CPUs cannot.
-        ([(8, 1), (32, 0)], 1, 8, 1, Ingest.SPLIT),
-        ([(0, 0), (8, 1)], 1, 8, 1, Ingest.FUSED),
+        # Nodes without GPUs prepare images too; a head node without CPUs cannot.
+        ([(2, 1), (32, 0)], 1, 2, 1, Ingest.SPLIT),
+        ([(0, 0), (2, 1)], 1, 2, 1, Ingest.FUSED),
         ([(0, 0), (8, 0)], 1, 8, 0, Ingest.FUSED),
     ],
 )
@@ -47,13 +49,13 @@ def test_defaults_follow_the_cluster(
         ({"num_workers": 2}, [(8, 0)], (2, 4)),
         ({"num_workers": 3}, [(8, 0), (4, 0)], (3, 4)),
         ({"num_workers": 2, "cpus_per_worker": 3}, [(8, 0)], (2, 3)),
-        ({"num_workers": 1}, [(8, 1), (8, 1)], (1, 8)),
+        ({"num_workers": 1, "ingest": "fused"}, [(8, 1), (8, 1)], (1, 8)),
         # Two threads share a CPU rather than not train.
         ({"num_workers": 2}, [(1, 0)], (2, 1)),
     ],
 )
 def test_explicit_numbers_are_taken(
-    options: dict[str, int], sizes: list[tuple[float, float]], expected: tuple[int, int]
+    options: dict[str, Any], sizes: list[tuple[float, float]], expected: tuple[int, int]
 ) -> None:
     plan = fit_workers(WorkerOptions.model_validate(options), nodes(*sizes))
     assert plan is not None
@@ -90,9 +92,9 @@ def test_an_explicit_ingest_is_taken() -> None:
         # A worker takes half a CPU less than its threads, a preparer half a CPU.
         ([(2, 0)], 1, 1),
         ([(2, 0)], 2, 1),
-        ([(3, 0)], 2, 2),
+        ([(3, 0)], 2, 1),
         ([(8, 2), (2, 0)], 2, 3),
-        ([(8, 2), (64, 0)], 2, 4),
+        ([(8, 2), (64, 0)], 2, 16),
     ],
 )
 def test_the_preparers_of_all_workers_fit_beside_the_workers(

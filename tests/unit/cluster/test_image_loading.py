@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from convoy.cluster.batch_feed import EpochOrder, FusedFeed, validation_batches
+from convoy.cluster.batch_feed import EpochOrder, FusedFeed
 from convoy.cluster.image_loading import BatchRequest, ImageLoader, PreparedBatch
 from convoy.cluster.training_spec import TrainingSpec
 from convoy.core.errors import ConfigError
@@ -131,8 +131,8 @@ def test_a_batch_may_be_empty(damaged: tuple[TrainingSpec, pa.Table]) -> None:
     assert len(prepared.rejects) == 3
 
 
-def batch_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "batches"]
+def threads_ahead() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "ahead"]
 
 
 def test_closing_early_stops_the_thread_and_the_loader_goes_on(spec: TrainingSpec, rows: pa.Table) -> None:
@@ -148,9 +148,9 @@ def test_closing_early_stops_the_thread_and_the_loader_goes_on(spec: TrainingSpe
         batches = loader.load(endless())
         for _ in range(limit):
             next(batches)
-        assert len(batch_threads()) == 1
+        assert len(threads_ahead()) == 1
         batches.close()  # type: ignore[attr-defined]
-        assert batch_threads() == []
+        assert threads_ahead() == []
         number = len(asked)
         time.sleep(0.05)
         assert len(asked) == number
@@ -167,7 +167,7 @@ def test_an_error_of_the_thread_reaches_the_consumer(spec: TrainingSpec, rows: p
     assert len(next(batches).batch.labels_B) == 10 * NUM_IMAGES
     with pytest.raises(OSError, match="on fire"):
         list(batches)
-    assert batch_threads() == []
+    assert threads_ahead() == []
 
 
 def order(spec: TrainingSpec, num_rows: int = 23, *, rank: int = 0, num_workers: int = 1) -> EpochOrder:
@@ -223,7 +223,7 @@ def test_a_worker_without_rows_is_an_error(spec: TrainingSpec) -> None:
 def test_the_fused_feed_gives_the_passes_of_every_step(spec: TrainingSpec, rows: pa.Table) -> None:
     spec = spec.model_copy(update={"recipe": recipe(accumulate=2)})
     made = EpochOrder(spec, rows["label"].to_numpy(), rank=0, num_workers=1)
-    feed = FusedFeed(made, ImageLoader(spec, rows))
+    feed = FusedFeed(made, ImageLoader(spec, rows), None)
     steps = list(feed.steps(1, 1, PRESET))
     loader = ImageLoader(spec, rows)
     expected = list(made.requests(1, range(1, made.plan.num_steps), PRESET))
@@ -238,7 +238,9 @@ def test_validation_has_every_row_on_one_worker_as_evaluation_shows_it(
 ) -> None:
     found: list[PreparedBatch] = []
     for rank in range(3):
-        found += validation_batches(ImageLoader(spec, rows), rows, PRESET, rank=rank, num_workers=3)
+        loader = ImageLoader(spec, rows)
+        feed = FusedFeed(order(spec, rows.num_rows, rank=rank, num_workers=3), loader, loader)
+        found += feed.validation(0, PRESET)
     assert torch.cat([one.batch.labels_B for one in found]).tolist() == rows["label"].to_pylist()
     images = torch.cat([one.batch.images_BCHW for one in found])
     assert torch.equal(images, images_by_row(spec, rows, 8, None))
