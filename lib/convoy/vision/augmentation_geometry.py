@@ -177,24 +177,29 @@ def draw_erasing(
 
 
 def _random_crop(image_CHW: torch.Tensor, crop_px: int, crop: Crop, rng: np.random.Generator) -> torch.Tensor:
-    """The square at a random place of the image in its padding; only the crop itself is ever padded."""
+    """The square at a random place of the image in its padding, of which only what is shown is ever made."""
     height_px, width_px = image_CHW.shape[1:]
     top = below(rng, height_px + 2 * crop.padding_px - crop_px + 1) - crop.padding_px
     left = below(rng, width_px + 2 * crop.padding_px - crop_px + 1) - crop.padding_px
     if 0 <= top <= height_px - crop_px and 0 <= left <= width_px - crop_px:
         return cut(image_CHW, Box(top=top, left=left, height=crop_px, width=crop_px))
-    rows = _source_indices(top, crop_px, height_px, crop)
-    columns = _source_indices(left, crop_px, width_px, crop)
-    inside_HW = torch.from_numpy((rows >= 0)[:, None] & (columns >= 0))
-    return image_CHW[:, torch.from_numpy(rows)[:, None], torch.from_numpy(columns)] * inside_HW
-
-
-def _source_indices(start: int, crop_px: int, side_px: int, crop: Crop) -> np.ndarray:
-    """Which row or column of the image each one of the crop shows; negative for black."""
-    inside = np.arange(side_px)
     if crop.padding is Padding.REFLECT:
-        padded = np.pad(inside, crop.padding_px, mode="reflect")
-    else:
-        padded = np.pad(inside, crop.padding_px, constant_values=-1)
-    first = start + crop.padding_px
-    return padded[first : first + crop_px]
+        rows, columns = _reflected(top, crop_px, height_px), _reflected(left, crop_px, width_px)
+        return image_CHW[:, rows[:, None], columns]
+    crop_CHW = torch.zeros((crop_px, crop_px, 3), dtype=torch.uint8).permute(2, 0, 1)
+    shown = Box(
+        top=max(top, 0),
+        left=max(left, 0),
+        height=min(top + crop_px, height_px) - max(top, 0),
+        width=min(left + crop_px, width_px) - max(left, 0),
+    )
+    if shown.height > 0 and shown.width > 0:
+        place = Box(top=shown.top - top, left=shown.left - left, height=shown.height, width=shown.width)
+        cut(crop_CHW, place).copy_(cut(image_CHW, shown))
+    return crop_CHW
+
+
+def _reflected(start: int, crop_px: int, side_px: int) -> torch.Tensor:
+    """Which row or column of the image each one of the crop shows, mirrored at the edges and again beyond."""
+    places = torch.arange(start, start + crop_px).abs_().remainder_(max(2 * (side_px - 1), 1))
+    return torch.minimum(places, 2 * (side_px - 1) - places).clamp_(min=0)
