@@ -200,15 +200,19 @@ class OpenRun:
 
 def refuse_changed_identity(record: RunRecord, identity: dict[str, Any]) -> None:
     """Raise RunMismatch, naming each difference, unless the unfinished run has this identity."""
-    now = json.loads(canonical_json(identity))
-    differences = [
-        f"  {key}: was {record.identity.get(key)!r}, is {now.get(key)!r}"
-        for key in sorted(record.identity.keys() | now.keys())
-        if record.identity.get(key) != now.get(key)
-    ]
+    differences = list(_differences(record.identity, json.loads(canonical_json(identity))))
     if differences:
         raise RunMismatch(
             "an unfinished run for the same target had other inputs or settings:\n" + "\n".join(differences),
             where=f"runs/{record.run_id}",
             next_step="restore them to finish that run, or add --new-run to leave it and start afresh",
         )
+
+
+def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    """A line for each value that differs, named by the keys that lead to it."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted(before.keys() | now.keys()):
+            yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif before != now:
+        yield f"  {name}: was {before!r}, is {now!r}"

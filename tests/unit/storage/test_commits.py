@@ -8,7 +8,7 @@ import pytest
 from convoy.core.errors import ConfigError, RunMismatch, StorageError
 from convoy.storage.commits import choose_attempts, finish, publish, read_commits, read_manifest, read_records
 from convoy.storage.local_store import LocalStore
-from convoy.storage.runs import OpenRun, RunFolder, require_run
+from convoy.storage.runs import OpenRun, RunFolder, refuse_changed_identity, require_run
 from made_runs import SET_ID, finish_slice, new_run
 
 NAMES = [f"s{index:02d}" for index in range(10)]
@@ -142,6 +142,18 @@ def test_resume_with_other_inputs_is_refused_and_names_them(store: LocalStore) -
     with pytest.raises(RunMismatch, match=r"names: was .*s09.*, is \['x'\]"):
         pointer.resume({"names": ["x"]}, new_run=False)
     assert pointer.resume({"names": ["x"]}, new_run=True) == (None, None)
+
+
+def test_only_the_keys_that_differ_are_shown(store: LocalStore) -> None:
+    record = new_run(store, NAMES)
+    was = {"config": {"epochs": 5, "recipe": {"seed": 0, "batch_size": 8}}, "names": ["a"]}
+    now = {"config": {"epochs": 5, "recipe": {"seed": 1, "batch_size": 8}, "tap": "x"}, "names": ["a"]}
+    with pytest.raises(RunMismatch) as mismatch:
+        refuse_changed_identity(record.model_copy(update={"identity": was}), now)
+    shown = [line.strip() for line in str(mismatch.value).splitlines() if " was " in line]
+    assert shown[0] == "config.recipe.seed: was 0, is 1"
+    assert shown[1].startswith("config.tap: was None, is 'x'")
+    assert len(shown) == 2
 
 
 def test_unknown_run_names_the_known_ones(store: LocalStore) -> None:
