@@ -14,6 +14,9 @@ from convoy.core.config import StrictModel
 from convoy.core.errors import ClusterError
 from convoy.storage.commits import SliceRecord
 
+_CPUS_AN_OPERATOR = 4
+_MOST_OPERATORS_A_GPU = 4
+
 
 class WorkerPool(StrictModel):
     """How many operators run, what each of them holds of the cluster, and the threads it may use."""
@@ -32,20 +35,38 @@ class SliceTask(StrictModel):
 
 
 def plan_pool(num_workers: int | None) -> WorkerPool:
-    """One operator a GPU; on a cluster without GPUs one a node. CPUs are shared out as threads."""
+    """The pool for the cluster as it is; ClusterError where no node offers a CPU."""
     import ray  # noqa: PLC0415
 
-    cpus_of_nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    usable = [cpus for cpus in cpus_of_nodes if cpus > 0]
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return fit_pool(num_workers, [(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in alive])
+
+
+def fit_pool(num_workers: int | None, nodes: Sequence[tuple[int, int]]) -> WorkerPool:
+    """Operators for nodes of so many (CPUs, GPUs); the CPUs are shared out as threads.
+
+    Without GPUs one a node. With GPUs one for every four CPUs beside a GPU, and at most four share it: one process
+    cannot decode as fast as a GPU computes, because its threads share Python's lock.
+    """
+    usable = [cpus for cpus, _ in nodes if cpus > 0]
     if not usable:
         raise ClusterError("no node offers a CPU", next_step="start workers, or look at `ray status`")
-    num_gpus = int(ray.cluster_resources().get("GPU", 0))
-    workers = num_workers or num_gpus or len(usable)
-    num_threads = max(sum(usable) // workers, 1)
-    # A fraction of a CPU too few is asked for, so that Ray Data's own tasks always find room.
-    num_cpus = max(min(num_threads, *usable) - 0.5, 0.1) if not num_gpus else 0.5
+    num_gpus = sum(gpus for _, gpus in nodes)
+    if not num_gpus:
+        workers = num_workers or len(usable)
+        num_threads = max(sum(usable) // workers, 1)
+        # A fraction of a CPU too few is asked for, so that Ray Data's own tasks always find room.
+        num_cpus = max(min(num_threads, *usable) - 0.5, 0.1)
+        return WorkerPool(num_workers=workers, num_cpus=num_cpus, num_gpus=0, num_threads=num_threads)
+    cpus_a_gpu = min(cpus // gpus for cpus, gpus in nodes if gpus)
+    share = min(max(cpus_a_gpu // _CPUS_AN_OPERATOR, 1), _MOST_OPERATORS_A_GPU)
+    workers = num_workers or num_gpus * share
+    on_one_gpu = -(-workers // num_gpus)
     return WorkerPool(
-        num_workers=workers, num_cpus=num_cpus, num_gpus=min(1, num_gpus), num_threads=num_threads
+        num_workers=workers,
+        num_cpus=0.25,
+        num_gpus=1 / on_one_gpu,
+        num_threads=max(cpus_a_gpu // on_one_gpu, 1),
     )
 
 

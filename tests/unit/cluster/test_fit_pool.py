@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import pytest
+
+from convoy.cluster.feature_extraction import fit_pool
+from convoy.core.errors import ClusterError
+
+
+@pytest.mark.parametrize(
+    ("nodes", "num_workers", "num_gpus", "num_threads"),
+    [
+        # Without GPUs one operator a node.
+        ([(2, 0)], 1, 0, 2),
+        ([(8, 0), (8, 0)], 2, 0, 8),
+        ([(0, 0), (8, 0)], 1, 0, 8),
+        # One for every four CPUs beside a GPU, at most four.
+        ([(16, 1)], 4, 0.25, 4),
+        ([(64, 1)], 4, 0.25, 16),
+        ([(32, 4)], 8, 0.5, 4),
+        # The node with the fewest CPUs a GPU decides; nodes without GPUs hold none.
+        ([(16, 4), (64, 4)], 8, 1, 4),
+        ([(2, 1), (64, 0)], 1, 1, 2),
+        ([(1, 2)], 2, 1, 1),
+    ],
+)
+def test_operators_follow_the_cluster(
+    nodes: list[tuple[int, int]], num_workers: int, num_gpus: float, num_threads: int
+) -> None:
+    pool = fit_pool(None, nodes)
+    assert (pool.num_workers, pool.num_gpus, pool.num_threads) == (num_workers, num_gpus, num_threads)
+    assert pool.num_cpus * pool.num_workers < sum(cpus for cpus, _ in nodes)
+
+
+def test_an_explicit_number_of_operators_shares_the_gpus() -> None:
+    assert fit_pool(3, [(16, 2)]).num_gpus == 0.5
+    assert fit_pool(2, [(16, 2)]).num_gpus == 1
+    assert fit_pool(1, [(16, 2)]).num_gpus == 1
+
+
+def test_a_cluster_without_cpus_is_an_error() -> None:
+    with pytest.raises(ClusterError, match="no node offers a CPU"):
+        fit_pool(None, [(0, 0), (0, 2)])
