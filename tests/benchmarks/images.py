@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import tarfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +35,14 @@ def make_images(folder: Path, num_images: int, *, seed: int) -> ImageSet:
     a decoder what photographs cost.
     """
     folder.mkdir()
-    for index in range(num_images):
-        rng = np.random.default_rng([seed, index])
-        _made_image(rng).save(folder / f"made_{index:06d}.jpg", quality=90)
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        list(pool.map(partial(_make_image, folder, seed), range(num_images), chunksize=16))
     return _describe(folder)
+
+
+def _make_image(folder: Path, seed: int, index: int) -> None:
+    rng = np.random.default_rng([seed, index])
+    _made_image(rng).save(folder / f"made_{index:06d}.jpg", quality=90)
 
 
 def link_imagenet(folder: Path, num_images: int, *, data: str | None) -> ImageSet | None:

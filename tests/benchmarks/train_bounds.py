@@ -18,9 +18,8 @@ _WARM_UP_STEPS = 3
 
 
 class TrainBounds(StrictModel):
-    """Images per second. `mock_loader`: `Learner.step` on one batch, over and over. `loader`: batches alone.
-
-    `num_threads` is what both had.
+    """Images per second. `mock_loader`: `Learner.step` on one batch, over and over. `loader`: batches alone,
+    prepared in threads of one process. `num_threads` is what both had.
     """
 
     mock_loader: float
@@ -31,9 +30,9 @@ class TrainBounds(StrictModel):
 
     @property
     def combined(self) -> float:
-        """The rate when step and loader share the cores; beside a GPU, that of the slower one."""
+        """The rate when step and loader share the cores; beside a GPU, whose images other processes prepare, the step's."""
         if self.device != "cpu":
-            return min(self.mock_loader, self.loader)
+            return self.mock_loader
         return 1 / (1 / self.mock_loader + 1 / self.loader)
 
 

@@ -53,6 +53,8 @@ def compare_losses(settings: EqualitySettings) -> LossEquality:
     job = settings.model_copy(update={"batch_size": min(settings.batch_size, _MAX_BATCH)})
     training = open_training(job, augmentation="none", **{"recipe.precision": "fp32"})
     torch.set_num_threads(training.spec.num_threads)
+    # Of the kernels of a GPU the fastest add in any order, and differ from themselves.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     # In float64, because in float32 no two ways agree for long: where a rounding error moves a value past zero in
     # a ReLU, or past its neighbour in a max-pool, a new ResNet-18 makes 1 % of it within three updates.
     training.network.double().register_forward_pre_hook(lambda _, images: (images[0].double(),))

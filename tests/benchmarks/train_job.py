@@ -56,7 +56,7 @@ class TrainJob(StrictModel):
             ),
             "epochs": str(self.epochs),
             "recipe.batch_size": str(self.batch_size),
-            "workers": '{"num_workers": 1, "ingest": "fused"}',
+            "workers": '{"num_workers": 1}',
             **changed,
         }
         return [f"{key}={value}" for key, value in keys.items()]
