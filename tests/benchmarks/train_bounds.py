@@ -30,7 +30,7 @@ class TrainBounds(StrictModel):
 
     @property
     def combined(self) -> float:
-        """The rate when step and loader share the cores; beside a GPU, whose images other processes prepare, the step's."""
+        """The rate when step and loader share the cores; beside a GPU that of the step: others prepare its images."""
         if self.device != "cpu":
             return self.mock_loader
         return 1 / (1 / self.mock_loader + 1 / self.loader)
