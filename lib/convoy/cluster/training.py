@@ -68,7 +68,7 @@ def plan_workers(options: WorkerOptions, *, timeout_s: float = _RESOURCES_TIMEOU
     """
     deadline_s = time.monotonic() + timeout_s
     while True:
-        nodes = _nodes()
+        nodes = alive_nodes()
         plan = fit_workers(options, nodes)
         if plan is not None:
             return plan
@@ -119,7 +119,7 @@ def _open_board() -> Any:
 
 def _explained(error: BaseException, plan: WorkerPlan) -> ConvoyError:
     """Why the group failed for good: with numbers where the nodes that are left cannot hold it."""
-    cause, nodes = first_cause(error), _nodes()
+    cause, nodes = first_cause(error), alive_nodes()
     num_slots = _num_slots(nodes, plan.cpus_per_worker, on_gpus=plan.gpus_per_worker > 0)
     if type(cause) is not ClusterError or num_slots >= plan.num_workers:
         return cause
@@ -177,7 +177,8 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     return TrainingWorker(spec, TrainingGroup(), config["board"]).run().model_dump(mode="json")
 
 
-def _nodes() -> list[dict[str, float]]:
+def alive_nodes() -> list[dict[str, float]]:
+    """The `CPU` and `GPU` of each node that is alive."""
     import ray  # noqa: PLC0415
 
     return [

@@ -1,0 +1,108 @@
+"""What a trial tells Ray Tune from inside, and what the driver makes of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ray import tune
+from ray.tune.experiment import Trial
+
+from convoy.cluster.ray_data import first_cause
+from convoy.cluster.search_plan import SearchJournal, TrialPoint
+from convoy.cluster.trial_queue import METRIC, POINT
+from convoy.core.progress import Silent
+from convoy.core.training_events import TrainingEvent
+from convoy.core.trial_events import TrialState, TrialStatus
+
+EPOCH = "epoch"
+_IMAGES_PER_S = "images_per_s"
+_STOPPED_EARLY = "its validation top-1 was not among the best at this epoch"
+_TIME_IS_UP = "the time budget was used up"
+
+
+class TrialReporter(Silent):
+    """A trial's progress: every epoch but the last goes to Ray Tune, which may then end the trial.
+
+    Not the last one: a training that is done shall not be thrown away before it is evaluated.
+    """
+
+    def training(self, event: TrainingEvent) -> None:
+        """Report a finished epoch, and wait for the scheduler's word."""
+        result = event.result
+        if result is None or result.val_top1 is None or not event.steps_left:
+            return
+        report = {EPOCH: result.epoch, METRIC: result.val_top1, _IMAGES_PER_S: result.images_per_s}
+        tune.report(report)
+
+    def finish(self, num_epochs: int, top1: float) -> None:
+        """Report the accuracy of the finished trial."""
+        tune.report({EPOCH: num_epochs, METRIC: top1})
+
+
+class TrialWatch(tune.Callback):  # type: ignore[misc] # Ray has no types
+    """Follows the trials in the driver: shows them, and sees to it that each ended one has its document."""
+
+    def __init__(
+        self,
+        journal: SearchJournal,
+        show: Callable[[Sequence[TrialStatus]], None],
+        *,
+        deadline_s: float,
+    ) -> None:
+        self._journal = journal
+        self._show = show
+        self._deadline_s = deadline_s
+        self._statuses: dict[str, TrialStatus] = {}
+        self._started_s: dict[str, float] = {}
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """A trial starts, or starts anew after its process was lost."""
+        point = _point(trial)
+        self._started_s.setdefault(point.trial, time.monotonic())
+        self._update(point)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        """A trial reported an epoch."""
+        known = {name: result[name] for name in (EPOCH, METRIC, _IMAGES_PER_S) if name in result}
+        self._update(_point(trial), **known)
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """A trial ended by itself, or was stopped."""
+        is_late = time.monotonic() >= self._deadline_s
+        self._end(_point(trial), TrialState.STOPPED, _TIME_IS_UP if is_late else _STOPPED_EARLY)
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """A trial's process was lost too often, or raised what may heal and did not."""
+        error = trial.get_pickled_error()
+        reason = "its process was lost" if error is None else str(first_cause(error))
+        self._end(_point(trial), TrialState.FAILED, reason)
+
+    def _end(self, point: TrialPoint, state: TrialState, reason: str) -> None:
+        """Take the trial's own document, or else leave one for it."""
+        ended = self._journal.ended(point)
+        if ended is None:
+            self._journal.give_up(point, state, reason, self._status(point))
+            ended = self._journal.ended(point)
+        if ended is not None:
+            self._statuses[point.trial] = ended
+        self._show(list(self._statuses.values()))
+
+    def _update(self, point: TrialPoint, **known: Any) -> None:
+        self._statuses[point.trial] = self._status(point).model_copy(update=known)
+        self._show(list(self._statuses.values()))
+
+    def _status(self, point: TrialPoint) -> TrialStatus:
+        now_s = time.monotonic()
+        status = self._statuses.get(
+            point.trial, TrialStatus(trial=point.trial, state=TrialState.RUNNING, values=point.values)
+        )
+        seconds = now_s - self._started_s.get(point.trial, now_s)
+        return status.model_copy(update={"seconds": seconds})
+
+
+def _point(trial: Trial) -> TrialPoint:
+    return TrialPoint.model_validate_json(trial.config[POINT])

@@ -1,0 +1,187 @@
+"""Searches without Ray's processes: how many trials fit, which comes next, and what a resumed search knows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
+
+from convoy.cluster.search_plan import (
+    PastTrial,
+    SchedulerConfig,
+    SchedulerKind,
+    SearchKind,
+    SearchPlan,
+    TrialPoint,
+    fit_trials,
+)
+from convoy.cluster.training import WorkerOptions
+from convoy.cluster.trial_queue import METRIC, POINT, TrialQueue
+from convoy.cluster.trial_reporting import EPOCH
+from convoy.cluster.tuning import _PastTuneTrial, _scheduler
+from convoy.core.search_space import Values, parse_space
+from convoy.core.trial_events import TrialState, TrialStatus
+
+LAPTOP = [{"CPU": 2.0, "GPU": 0.0}]
+GPU_NODE = {"CPU": 16.0, "GPU": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("options", "nodes", "wanted", "expected"),
+    [
+        # (trials at once, workers of each, threads of each worker)
+        ({}, LAPTOP, None, (1, 1, 2)),
+        ({"cpus_per_worker": 1}, LAPTOP, None, (2, 1, 1)),
+        ({}, LAPTOP, 2, (2, 1, 1)),
+        ({"num_workers": 2}, LAPTOP, None, (1, 2, 1)),
+        ({}, [{"CPU": 8.0, "GPU": 0.0}] * 4, None, (4, 1, 8)),
+        ({}, [GPU_NODE], None, (4, 1, 2)),
+        ({"num_workers": 2}, [GPU_NODE], None, (2, 2, 2)),
+        ({}, [GPU_NODE] * 2, 3, (3, 1, 2)),
+        ({"cpus_per_worker": 8}, [GPU_NODE], None, (2, 1, 8)),
+        # More than fit are not planned, however many are wanted.
+        ({"cpus_per_worker": 2}, LAPTOP, 5, (1, 1, 2)),
+    ],
+)
+def test_trials_share_the_cluster_without_waiting_for_each_other(
+    options: dict[str, Any], nodes: list[dict[str, float]], wanted: int | None, expected: tuple[int, int, int]
+) -> None:
+    fitting = fit_trials(WorkerOptions.model_validate(options), nodes, wanted)
+    assert fitting is not None
+    workers = fitting.workers
+    assert (fitting.max_concurrent, workers.num_workers, workers.cpus_per_worker) == expected
+
+
+def test_a_cluster_too_small_for_one_trial_gives_no_plan() -> None:
+    assert fit_trials(WorkerOptions(cpus_per_worker=8), LAPTOP, None) is None
+
+
+@dataclass
+class MemoryJournal:
+    points: list[TrialPoint] = field(default_factory=list)
+
+    def point(self, index: int, values: Values) -> TrialPoint:
+        return TrialPoint(trial=f"{index:03}", index=index, values=values)
+
+    def drawn(self, point: TrialPoint) -> None:
+        self.points.append(point)
+
+    def ended(self, point: TrialPoint) -> TrialStatus | None:
+        raise AssertionError("a queue does not ask")
+
+    def give_up(self, point: TrialPoint, state: TrialState, reason: str, progress: TrialStatus) -> None:
+        raise AssertionError("a queue gives nothing up")
+
+
+def plan(**fields: Any) -> SearchPlan:
+    values: dict[str, Any] = {
+        "name": "search",
+        "kind": SearchKind.RANDOM,
+        "space": parse_space({"x": {"uniform": [0, 1]}, "arch": {"choice": ["a", {"b": 1}]}}),
+        "seed": 0,
+        "scheduler": SchedulerConfig(),
+        "max_concurrent": 1,
+        "max_trials": 6,
+        "time_s": None,
+        "past": (),
+        "waiting": (),
+        "storage_uri": "",
+    }
+    return SearchPlan(**{**values, **fields})
+
+
+def taken(queue: TrialQueue, number: int = 100, top1: float | None = 0.5) -> list[TrialPoint]:
+    """The trials of a queue, each ended before the next is asked for."""
+    points = []
+    for _ in range(number):
+        suggested = queue.suggest(f"tune-{id(queue)}-{len(points)}")
+        if suggested == Searcher.FINISHED:
+            break
+        points.append(TrialPoint.model_validate_json(suggested[POINT]))
+        result = None if top1 is None else {METRIC: top1}
+        queue.on_trial_complete(f"tune-{id(queue)}-{len(points) - 1}", result, error=top1 is None)
+    return points
+
+
+def past(point: TrialPoint, top1: float | None = 0.5) -> PastTrial:
+    state = TrialState.FAILED if top1 is None else TrialState.FINISHED
+    return PastTrial(point=point, state=state, top1=top1, val_top1_E=())
+
+
+@pytest.mark.parametrize("kind", SearchKind)
+def test_a_queue_ends_with_the_budget_and_remembers_every_trial_first(kind: SearchKind) -> None:
+    journal = MemoryJournal()
+    points = taken(TrialQueue(plan(kind=kind), journal))
+    assert [point.index for point in points] == list(range(6))
+    assert journal.points == points
+    assert len({point.values["x"] for point in points}) == 6
+
+
+def test_a_resumed_random_search_draws_what_the_first_call_would_have_drawn() -> None:
+    whole = taken(TrialQueue(plan(), MemoryJournal()))
+    known = plan(past=(past(whole[0]), past(whole[2], None)), waiting=(whole[1], whole[3]))
+    assert taken(TrialQueue(known, MemoryJournal())) == [whole[1], whole[3], *whole[4:]]
+
+
+def test_a_resumed_estimating_search_repeats_nothing() -> None:
+    first = taken(TrialQueue(plan(kind=SearchKind.OPTUNA), MemoryJournal()), 3)
+    known = plan(kind=SearchKind.OPTUNA, past=tuple(past(point) for point in first[:2]), waiting=(first[2],))
+    rest = taken(TrialQueue(known, MemoryJournal()))
+    assert rest[0] == first[2]
+    assert [point.index for point in rest] == [2, 3, 4, 5]
+    drawn = [*first, *rest[1:]]
+    assert len({str(point.values) for point in drawn}) == len(drawn)
+
+
+def test_the_estimator_goes_where_accuracy_was_high() -> None:
+    """Also from trials of an earlier call, which it was told of and did not suggest itself."""
+    space = parse_space({"x": {"uniform": [0, 1]}, "arch": {"choice": ["bad", "good"]}})
+    points = [
+        TrialPoint(trial=f"{i:03}", index=i, values={"x": (i % 20) / 20, "arch": ("bad", "good")[i // 20]})
+        for i in range(40)
+    ]
+    told = tuple(past(one, 1 - abs(one.values["x"] - 0.8) - (one.values["arch"] == "bad")) for one in points)
+    queue = TrialQueue(plan(kind=SearchKind.OPTUNA, space=space, past=told, max_trials=60), MemoryJournal())
+    drawn = taken(queue, 20)
+    assert sum(abs(point.values["x"] - 0.8) < 0.2 for point in drawn) > 14
+    assert sum(point.values["arch"] == "good" for point in drawn) > 14
+
+
+def test_failed_trials_teach_the_estimator_nothing_and_do_not_stop_it() -> None:
+    assert len(taken(TrialQueue(plan(kind=SearchKind.OPTUNA), MemoryJournal()), top1=None)) == 6
+
+
+def test_a_finite_space_ends_before_its_budget() -> None:
+    space = parse_space({"arch": {"choice": ["a", "b"]}, "seed": {"int": [0, 1]}})
+    for kind in SearchKind:
+        points = taken(TrialQueue(plan(kind=kind, space=space, max_trials=50), MemoryJournal()))
+        assert len(points) == 4
+
+
+def test_asha_of_a_resumed_search_compares_with_the_past_and_lets_last_epochs_be() -> None:
+    config = SchedulerConfig(kind=SchedulerKind.ASHA, grace_period_epochs=2, reduction_factor=2)
+    points = [TrialPoint(trial=str(number), index=number, values={}) for number in range(4)]
+    history = tuple(
+        PastTrial(
+            point=point,
+            state=TrialState.FINISHED,
+            top1=0.5 + index / 10,
+            val_top1_E=((1, 0.1), (2, 0.5 + index / 10)),
+        )
+        for index, point in enumerate(points)
+    )
+    for known, expected in ((history, TrialScheduler.STOP), ((), TrialScheduler.CONTINUE)):
+        scheduler = _scheduler(config, known)
+        trial = _PastTuneTrial("new")
+        scheduler.on_trial_add(None, trial)
+        first = scheduler.on_trial_result(None, trial, {EPOCH: 1, METRIC: 0.0})
+        assert first == TrialScheduler.CONTINUE, "the grace period"
+        assert scheduler.on_trial_result(None, trial, {EPOCH: 2, METRIC: 0.55}) == expected
+    scheduler = _scheduler(config, ())
+    best = _PastTuneTrial("best")
+    scheduler.on_trial_add(None, best)
+    decisions = {scheduler.on_trial_result(None, best, {EPOCH: e, METRIC: 0.9}) for e in range(1, 200)}
+    assert decisions == {TrialScheduler.CONTINUE}
