@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from convoy.core.records import Split
 from convoy.pipelines.classifiers import Classifier, Strategy
 from convoy.pipelines.evaluation import Evaluation
 from convoy.pipelines.train_config import PROBES, TrainConfig
@@ -30,7 +31,9 @@ def training_card(
 ) -> ModelCard:
     """The card of a model of `convoy train`."""
     backbone = classifier.backbone
-    limits = ["Measured on the held-out split of the same dataset: other sources of images may differ."]
+    limits = [
+        f"Measured on {_kind_of_split(evaluation)} of the same dataset: other sources of images may differ."
+    ]
     if not classifier.gives_probabilities:
         limits.append("Scores are margins of a linear SVM, no probabilities.")
     return ModelCard(
@@ -58,6 +61,12 @@ def _summary(config: TrainConfig, classifier: Classifier) -> str:
     if config.strategy in PROBES:
         return f"A {config.head.kind.value} head on the `{classifier.tap}` features of {arch}."
     return f"{arch}, {len(classifier.classes)} classes."
+
+
+def _kind_of_split(evaluation: Evaluation) -> str:
+    if Split.TEST in evaluation.splits:
+        return "the held-out split"
+    return "validation rows, by which the model may have been chosen,"
 
 
 def _listed(notes: Sequence[str]) -> list[str]:

@@ -78,14 +78,21 @@ class _Job:
     progress: Progress
     draw_curves: CurveDrawer
     new_run: bool
+    evaluated: Split
 
 
 def run_train(
-    config: TrainConfig, *, progress: Progress, draw_curves: CurveDrawer, new_run: bool = False
+    config: TrainConfig,
+    *,
+    progress: Progress,
+    draw_curves: CurveDrawer,
+    new_run: bool = False,
+    evaluated: Split | None = None,
 ) -> TrainReport:
     """Train by the config's strategy; on one machine equal inputs give a bundle of equal digest.
 
-    `draw_curves` makes the picture of the learning curves that is kept in the run folder.
+    `draw_curves` makes the picture of the learning curves that is kept in the run folder. The model is measured on
+    the split `evaluated`, by default the held-out one: a search measures on val, and leaves test alone.
     """
     check_bundle_name(config.name)
     store = open_workspace(config.workspace, config.writers)
@@ -97,6 +104,7 @@ def run_train(
         progress=progress,
         draw_curves=draw_curves,
         new_run=new_run,
+        evaluated=evaluated or held_out_split(manifest),
     )
     if config.strategy not in NETWORKS:
         return _run(job)
@@ -111,7 +119,7 @@ def held_out_split(manifest: Manifest) -> Split:
 
 
 def _run(job: _Job) -> TrainReport:
-    """Train, evaluate on the held-out split, and write the bundle."""
+    """Train, evaluate on the split of the job, and write the bundle."""
     store, manifest, config = job.store, job.manifest, job.config
     trained = _train(job)
     classifier = trained.classifier
@@ -120,7 +128,7 @@ def _run(job: _Job) -> TrainReport:
         classifier=classifier,
         model_digest=bundle_digest(files),
         dataset=config.dataset,
-        splits=(held_out_split(manifest),),
+        splits=(job.evaluated,),
         extraction=classifier.extraction_like(config.extraction),
         config=config.model_dump(mode="json"),
     )
