@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cache_jobs import CacheJob, made_job
-from convoy.core.crash_points import TRAINING_CRASH_POINTS, CrashPoint
+from convoy.core.crash_points import SEARCH_CRASH_POINTS, TRAINING_CRASH_POINTS, CrashPoint
 
 pytestmark = [pytest.mark.integration, pytest.mark.chaos]
 
@@ -29,7 +29,7 @@ def clean_job(tmp_path_factory: pytest.TempPathFactory) -> CacheJob:
     return job
 
 
-@pytest.mark.parametrize("point", [point for point in CrashPoint if point not in TRAINING_CRASH_POINTS])
+@pytest.mark.parametrize("point", sorted(set(CrashPoint) - TRAINING_CRASH_POINTS - SEARCH_CRASH_POINTS))
 def test_killed_job_resumes_to_the_same_rows(point: CrashPoint, clean_job: CacheJob, tmp_path: Path) -> None:
     job = made_job(tmp_path)
     nth = ARRIVAL.get(point, 1)

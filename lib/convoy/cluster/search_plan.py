@@ -53,14 +53,27 @@ class TrialPoint(StrictModel):
     values: dict[str, Any]
 
 
+EpochAccuracies = tuple[tuple[int, float], ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PastTrial:
-    """A trial that an earlier call brought to its end. `val_top1_E` are its epochs' accuracies by epoch number."""
+    """A trial that an earlier call brought to its end; `epochs` are numbers of epochs and validation top-1."""
 
     point: TrialPoint
     state: TrialState
     top1: float | None
-    val_top1_E: tuple[tuple[int, float], ...]
+    epochs: EpochAccuracies
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GivenUp:
+    """How a trial ended that could not say so itself."""
+
+    state: TrialState
+    reason: str
+    epochs: EpochAccuracies
+    seconds: float
 
 
 class SearchJournal(Protocol):
@@ -78,8 +91,8 @@ class SearchJournal(Protocol):
         """How a trial ended, or None while it has not left its document."""
         ...
 
-    def give_up(self, point: TrialPoint, state: TrialState, reason: str, progress: TrialStatus) -> None:
-        """Leave the document of a trial that could not do it itself; `progress` is how far it was."""
+    def give_up(self, point: TrialPoint, end: GivenUp) -> None:
+        """Leave the document of a trial that could not do it itself."""
         ...
 
 

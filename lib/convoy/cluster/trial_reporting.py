@@ -10,7 +10,7 @@ from ray import tune
 from ray.tune.experiment import Trial
 
 from convoy.cluster.ray_data import first_cause
-from convoy.cluster.search_plan import SearchJournal, TrialPoint
+from convoy.cluster.search_plan import GivenUp, SearchJournal, TrialPoint
 from convoy.cluster.trial_queue import METRIC, POINT
 from convoy.core.progress import Silent
 from convoy.core.training_events import TrainingEvent
@@ -55,6 +55,7 @@ class TrialWatch(tune.Callback):  # type: ignore[misc] # Ray has no types
         self._show = show
         self._deadline_s = deadline_s
         self._statuses: dict[str, TrialStatus] = {}
+        self._epochs: dict[str, dict[int, float]] = {}
         self._started_s: dict[str, float] = {}
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
@@ -67,8 +68,11 @@ class TrialWatch(tune.Callback):  # type: ignore[misc] # Ray has no types
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
         """A trial reported an epoch."""
+        point = _point(trial)
+        if EPOCH in result:
+            self._epochs.setdefault(point.trial, {})[result[EPOCH]] = result[METRIC]
         known = {name: result[name] for name in (EPOCH, METRIC, _IMAGES_PER_S) if name in result}
-        self._update(_point(trial), **known)
+        self._update(point, **known)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial ended by itself, or was stopped."""
@@ -85,7 +89,9 @@ class TrialWatch(tune.Callback):  # type: ignore[misc] # Ray has no types
         """Take the trial's own document, or else leave one for it."""
         ended = self._journal.ended(point)
         if ended is None:
-            self._journal.give_up(point, state, reason, self._status(point))
+            epochs = tuple(sorted(self._epochs.get(point.trial, {}).items()))
+            seconds = self._status(point).seconds or 0.0
+            self._journal.give_up(point, GivenUp(state=state, reason=reason, epochs=epochs, seconds=seconds))
             ended = self._journal.ended(point)
         if ended is not None:
             self._statuses[point.trial] = ended

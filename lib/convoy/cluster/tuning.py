@@ -130,7 +130,7 @@ def _scheduler(config: SchedulerConfig, past: Sequence[PastTrial]) -> Any:
     for trial in past:
         stand_in = _PastTuneTrial(trial.point.trial)
         scheduler.on_trial_add(None, stand_in)
-        for epoch, top1 in trial.val_top1_E:
+        for epoch, top1 in trial.epochs:
             scheduler.on_trial_result(None, stand_in, {EPOCH: epoch, METRIC: top1})
     return scheduler
 

@@ -33,9 +33,13 @@ class CrashPoint(StrEnum):
     CHECKPOINT_RECORDED = "checkpoint_recorded"
     WEIGHTS_WRITTEN = "weights_written"
     TRAINING_RECORDED = "training_recorded"
+    TRIAL_DRAWN = "trial_drawn"
+    TRIAL_TRAINED = "trial_trained"
+    TRIAL_RECORDED = "trial_recorded"
 
 
-# The steps that only a training with checkpoints comes by; all others are those of any run that commits parts.
+# The steps that only a training with checkpoints comes by, and those of a search; all others are those of any run
+# that commits parts.
 TRAINING_CRASH_POINTS = frozenset(
     {
         CrashPoint.TRAINING_STEP,
@@ -45,6 +49,7 @@ TRAINING_CRASH_POINTS = frozenset(
         CrashPoint.TRAINING_RECORDED,
     }
 )
+SEARCH_CRASH_POINTS = frozenset({CrashPoint.TRIAL_DRAWN, CrashPoint.TRIAL_TRAINED, CrashPoint.TRIAL_RECORDED})
 
 
 def crash_point(point: CrashPoint) -> None:

@@ -10,6 +10,7 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from convoy.cluster.search_plan import (
+    GivenUp,
     PastTrial,
     SchedulerConfig,
     SchedulerKind,
@@ -72,7 +73,7 @@ class MemoryJournal:
     def ended(self, point: TrialPoint) -> TrialStatus | None:
         raise AssertionError("a queue does not ask")
 
-    def give_up(self, point: TrialPoint, state: TrialState, reason: str, progress: TrialStatus) -> None:
+    def give_up(self, point: TrialPoint, end: GivenUp) -> None:
         raise AssertionError("a queue gives nothing up")
 
 
@@ -108,7 +109,7 @@ def taken(queue: TrialQueue, number: int = 100, top1: float | None = 0.5) -> lis
 
 def past(point: TrialPoint, top1: float | None = 0.5) -> PastTrial:
     state = TrialState.FAILED if top1 is None else TrialState.FINISHED
-    return PastTrial(point=point, state=state, top1=top1, val_top1_E=())
+    return PastTrial(point=point, state=state, top1=top1, epochs=())
 
 
 @pytest.mark.parametrize("kind", SearchKind)
@@ -169,7 +170,7 @@ def test_asha_of_a_resumed_search_compares_with_the_past_and_lets_last_epochs_be
             point=point,
             state=TrialState.FINISHED,
             top1=0.5 + index / 10,
-            val_top1_E=((1, 0.1), (2, 0.5 + index / 10)),
+            epochs=((1, 0.1), (2, 0.5 + index / 10)),
         )
         for index, point in enumerate(points)
     )

@@ -1,0 +1,178 @@
+"""The documents of a search's trials in its run folder: the search's whole memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import Any
+
+from convoy.cluster.search_plan import GivenUp, PastTrial, TrialPoint
+from convoy.core.config import StrictModel
+from convoy.core.crash_points import CrashPoint, crash_point
+from convoy.core.errors import PreconditionFailed
+from convoy.core.fingerprints import canonical_json, digest
+from convoy.core.search_space import Values
+from convoy.core.statistics import Interval
+from convoy.core.trial_events import TrialState, TrialStatus
+from convoy.pipelines.train_config import TrainConfig
+from convoy.pipelines.tune_config import TuneConfig
+from convoy.storage.documents import read_json
+from convoy.storage.object_store import ObjectStore
+from convoy.storage.runs import RunFolder
+
+_DRAWN = "drawn/"
+_TRIALS = "trials/"
+
+
+class TrialCost(StrictModel):
+    """What a trial's network costs. `macs` are multiply-adds of one pass, `size_bytes` those of its weights.
+
+    `images_per_s` was measured while the validation rows were predicted, with `num_views` passes an image.
+    """
+
+    parameters: int
+    macs: int
+    size_bytes: int
+    num_views: int
+    images_per_s: float | None
+
+
+class TrialRecord(StrictModel):
+    """`trials/<trial>.json`: written once, as the last thing that a trial does. A trial that has one never runs again.
+
+    `config` is the training as `convoy train` takes it. `top1` and `nll` are of the validation rows: those of the
+    whole evaluation for a finished trial, else the last epoch's. `epochs` are numbers of epochs and their validation
+    top-1. `predictions_run` holds the validation logits of every view.
+    """
+
+    trial: str
+    index: int
+    values: dict[str, Any]
+    config: dict[str, Any]
+    state: TrialState
+    reason: str | None = None
+    details: str | None = None
+    top1: float | None = None
+    top1_interval: Interval | None = None
+    nll: float | None = None
+    epochs: tuple[tuple[int, float], ...] = ()
+    bundle: str | None = None
+    train_run: str | None = None
+    predictions_run: str | None = None
+    cost: TrialCost | None = None
+    started_unix_s: float
+    finished_unix_s: float
+
+    @property
+    def point(self) -> TrialPoint:
+        """What was drawn."""
+        return TrialPoint(trial=self.trial, index=self.index, values=self.values)
+
+    @property
+    def status(self) -> TrialStatus:
+        """The trial for people who watch the search."""
+        return TrialStatus(
+            trial=self.trial,
+            state=self.state,
+            values=self.values,
+            epoch=self.epochs[-1][0] if self.epochs else None,
+            top1=self.top1,
+            images_per_s=self.cost.images_per_s if self.cost else None,
+            seconds=self.finished_unix_s - self.started_unix_s,
+            reason=self.reason,
+        )
+
+    @property
+    def past(self) -> PastTrial:
+        """The trial for a search that goes on."""
+        return PastTrial(point=self.point, state=self.state, top1=self.top1, epochs=self.epochs)
+
+
+class TrialJournal:
+    """The points that were drawn, and the records of the trials that ended, below a run folder."""
+
+    def __init__(self, folder: RunFolder, config: TuneConfig) -> None:
+        self._folder = folder
+        self._store: ObjectStore = folder.store
+        self._config = config
+
+    def point(self, index: int, values: Values) -> TrialPoint:
+        """The trial of a point. No trial of another search has its name, so it joins nobody else's training."""
+        name = digest([self._folder.run_id, index, values])[:6]
+        return TrialPoint(trial=f"{index:03d}-{name}", index=index, values=values)
+
+    def train_config(self, point: TrialPoint) -> TrainConfig:
+        """The training of a trial."""
+        return self._config.trial_config(point.values, name=f"{self._config.name}-{point.trial}")
+
+    def drawn(self, point: TrialPoint) -> None:
+        """Remember a trial before it starts."""
+        self._put_once(f"{_DRAWN}{point.trial}.json", canonical_json(point))
+        crash_point(CrashPoint.TRIAL_DRAWN)
+
+    def ended(self, point: TrialPoint) -> TrialStatus | None:
+        """How a trial ended, or None while it has no record."""
+        record = self.record(point.trial)
+        return None if record is None else record.status
+
+    def give_up(self, point: TrialPoint, end: GivenUp) -> None:
+        """Record a trial that was stopped or lost."""
+        now_unix_s = time.time()
+        self.write(
+            TrialRecord(
+                trial=point.trial,
+                index=point.index,
+                values=point.values,
+                config=self.train_config(point).model_dump(mode="json"),
+                state=end.state,
+                reason=end.reason,
+                top1=end.epochs[-1][1] if end.epochs else None,
+                epochs=end.epochs,
+                started_unix_s=now_unix_s - end.seconds,
+                finished_unix_s=now_unix_s,
+            )
+        )
+
+    def record(self, trial: str) -> TrialRecord | None:
+        """The record of a trial that ended, or None."""
+        document = read_json(self._store, self._key(f"{_TRIALS}{trial}.json"))
+        return None if document is None else TrialRecord.model_validate(document)
+
+    def write(self, record: TrialRecord) -> TrialRecord:
+        """Record a trial, and return the record that counts: an earlier attempt's where that came first."""
+        self._put_once(f"{_TRIALS}{record.trial}.json", canonical_json(record))
+        crash_point(CrashPoint.TRIAL_RECORDED)
+        return self.record(record.trial) or record
+
+    def records(self) -> list[TrialRecord]:
+        """All trials that ended, in the order in which they were drawn."""
+        records = [TrialRecord.model_validate(one) for one in self._documents(_TRIALS)]
+        return sorted(records, key=lambda record: record.index)
+
+    def waiting(self, records: Iterable[TrialRecord]) -> list[TrialPoint]:
+        """Trials that were drawn and are not among the records."""
+        ended = {record.trial for record in records}
+        points = [TrialPoint.model_validate(one) for one in self._documents(_DRAWN)]
+        return sorted((point for point in points if point.trial not in ended), key=lambda point: point.index)
+
+    def _documents(self, prefix: str) -> list[Any]:
+        return [read_json(self._store, info.key) for info in self._store.list_objects(self._key(prefix))]
+
+    def _put_once(self, name: str, data: bytes) -> None:
+        # Another attempt of the same trial may have been first; then its document stays.
+        with suppress(PreconditionFailed):
+            self._store.put_if_absent(self._key(name), data)
+
+    def _key(self, name: str) -> str:
+        return self._folder.key(name)
+
+
+def seconds_spent(records: Sequence[TrialRecord]) -> float:
+    """Seconds in which at least one of the trials ran: what a search has used of its time so far."""
+    spent_s, covered_until_s = 0.0, 0.0
+    for record in sorted(records, key=lambda record: record.started_unix_s):
+        begin_s = max(record.started_unix_s, covered_until_s)
+        spent_s += max(0.0, record.finished_unix_s - begin_s)
+        covered_until_s = max(covered_until_s, record.finished_unix_s)
+    return spent_s
