@@ -16,7 +16,7 @@ _MAX_VALUE_CHARACTERS = 24
 def trial_table(statuses: Sequence[TrialStatus]) -> Table:
     """Running trials first, then the others from the best validation top-1 down; at most 20."""
     keys = list(dict.fromkeys(key for status in statuses for key in status.values))
-    names = _short_names(keys)
+    names = short_names(keys)
     ended = len([status for status in statuses if status.state is not TrialState.RUNNING])
     table = Table(title=f"{len(statuses)} trials, {ended} ended", title_justify="left")
     for column in ("trial", "state", *(names[key] for key in keys), "epoch", "val top-1", "images/s"):
@@ -25,7 +25,7 @@ def trial_table(statuses: Sequence[TrialStatus]) -> Table:
         table.add_row(
             status.trial,
             status.state.value,
-            *(_shown(status.values.get(key)) for key in keys),
+            *(shown_value(status.values.get(key)) for key in keys),
             "" if status.epoch is None else str(status.epoch),
             "" if status.top1 is None else f"{status.top1:.4f}",
             "" if status.images_per_s is None else f"{status.images_per_s:,.0f}",
@@ -53,8 +53,8 @@ class TrialLines:
 
 def describe_values(values: dict[str, Any]) -> str:
     """What a search chose for a trial, in one line: the keys by their shortest unmistakable ends."""
-    names = _short_names(list(values))
-    return ", ".join(f"{names[key]} {_shown(value)}" for key, value in values.items())
+    names = short_names(list(values))
+    return ", ".join(f"{names[key]} {shown_value(value)}" for key, value in values.items())
 
 
 def _line(status: TrialStatus, *, is_new: bool) -> str:
@@ -71,18 +71,19 @@ def _rank(status: TrialStatus) -> tuple[bool, float]:
     return status.state is not TrialState.RUNNING, -(status.top1 or 0.0)
 
 
-def _short_names(keys: Sequence[str]) -> dict[str, str]:
+def short_names(keys: Sequence[str]) -> dict[str, str]:
     """The last part of each dotted key, or the whole key where two end alike."""
     ends = [key.rpartition(".")[2] for key in keys]
     return {key: end if ends.count(end) == 1 else key for key, end in zip(keys, ends, strict=True)}
 
 
-def _shown(value: Any) -> str:
+def shown_value(value: Any) -> str:
+    """A value of a search space in few characters."""
     if isinstance(value, float):
         return f"{value:.3g}"
     if isinstance(value, dict):
         # A network is known by its architecture, anything else by its first setting.
-        return _shown(value.get("arch", next(iter(value.values()), "")))
+        return shown_value(value.get("arch", next(iter(value.values()), "")))
     text = str(value)
     if len(text) <= _MAX_VALUE_CHARACTERS:
         return text
