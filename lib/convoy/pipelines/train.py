@@ -88,15 +88,17 @@ def run_train(
     draw_curves: CurveDrawer,
     new_run: bool = False,
     evaluated: Split | None = None,
+    fingerprint: str | None = None,
 ) -> TrainReport:
     """Train by the config's strategy; on one machine equal inputs give a bundle of equal digest.
 
     `draw_curves` makes the picture of the learning curves that is kept in the run folder. The model is measured on
     the split `evaluated`, by default the held-out one: a search measures on val, and leaves test alone.
+    `fingerprint` names a version of the dataset, by default the current one.
     """
     check_bundle_name(config.name)
     store = open_workspace(config.workspace, config.writers)
-    manifest = open_dataset(store, config.dataset)
+    manifest = open_dataset(store, config.dataset, fingerprint)
     job = _Job(
         store=store,
         manifest=manifest,
