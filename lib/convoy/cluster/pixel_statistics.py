@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 
-from convoy.cluster.feature_extraction import WorkerPool
 from convoy.cluster.ray_data import first_cause, quiet_ray_data
+from convoy.cluster.slices import WorkerPool
 from convoy.vision.decode_rule import DecodeRule
 from convoy.vision.pixel_statistics import MeasuredImages
 

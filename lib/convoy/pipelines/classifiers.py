@@ -20,10 +20,17 @@ from convoy.pipelines.feature_plan import ExtractionConfig, FeatureDtype, Precis
 from convoy.storage.bundles import Bundle
 from convoy.storage.object_store import ObjectStore
 from convoy.vision.decode_rule import DecodeRule
-from convoy.vision.heads import Head, HeadKind, HeadSpec, OutputGroups, head_from_state, head_to_state
-from convoy.vision.weights import read_state_dict, state_to_safetensors
+from convoy.vision.heads import (
+    HEAD_PREFIX,
+    Head,
+    HeadKind,
+    HeadSpec,
+    OutputGroups,
+    head_from_state,
+    head_to_state,
+)
+from convoy.vision.weights import read_state_dict, state_below, state_to_safetensors
 
-_HEAD = "head."
 _BACKBONE = "backbone."
 CLASSIFIER_FORMAT_VERSION = 1
 
@@ -149,7 +156,7 @@ def classifier_files(store: ObjectStore, classifier: Classifier) -> dict[str, by
         _BACKBONE + name: tensor for name, tensor in read_backbone_state(store, classifier.backbone).items()
     }
     if classifier.head is not None:
-        state |= {_HEAD + name: tensor for name, tensor in head_to_state(classifier.head).items()}
+        state |= {HEAD_PREFIX + name: tensor for name, tensor in head_to_state(classifier.head).items()}
     preprocess = {
         "decode_rule": classifier.decode_rule.model_dump(mode="json"),
         "preset": classifier.backbone.preset.model_dump(mode="json"),
@@ -175,14 +182,14 @@ def read_classifier(store: ObjectStore, bundle: Bundle) -> Classifier:
         )
     state = read_state_dict(bundle.files["model.safetensors"])
     backbone = BackboneRecord.model_validate(config["backbone"])
-    restore_backbone(store, backbone, _below(state, _BACKBONE))
+    restore_backbone(store, backbone, state_below(state, _BACKBONE))
     preprocess = bundle.read_json("preprocess.json")
     spec = None if config["head"] is None else HeadSpec.model_validate(config["head"])
     return Classifier(
         strategy=Strategy(config["strategy"]),
         backbone=backbone,
         tap=config["tap"],
-        head=None if spec is None else head_from_state(spec, _below(state, _HEAD)),
+        head=None if spec is None else head_from_state(spec, state_below(state, HEAD_PREFIX)),
         output_groups=config.get("output_groups"),
         classes=tuple(bundle.read_json("classes.json")),
         decode_rule=DecodeRule.model_validate(preprocess["decode_rule"]),
@@ -206,7 +213,3 @@ def _config(classifier: Classifier) -> dict[str, Any]:
         )
     )
     return config
-
-
-def _below(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

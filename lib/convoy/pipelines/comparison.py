@@ -18,12 +18,11 @@ from convoy.core.metrics import EvaluationCounts
 from convoy.core.progress import Progress
 from convoy.core.statistics import Interval, McNemarResult, bootstrap_difference, mcnemar_test
 from convoy.pipelines.evaluate import EvaluateConfig, EvaluateReport, EvaluationSettings, run_evaluate
-from convoy.pipelines.predictions import PREDICTIONS
 from convoy.pipelines.workspace import open_workspace
 from convoy.storage.bundles import resolve_bundle
 from convoy.storage.commits import read_manifest
 from convoy.storage.object_store import ObjectStore
-from convoy.storage.predictions import list_array
+from convoy.storage.predictions import PREDICTIONS, list_array
 from convoy.storage.runs import RunFolder, require_run
 
 

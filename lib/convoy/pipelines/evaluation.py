@@ -18,11 +18,11 @@ from convoy.core.statistics import Interval, bootstrap_mean, wilson_interval
 from convoy.pipelines.classifiers import Classifier
 from convoy.pipelines.feature_plan import ExtractionConfig, FeatureRequest
 from convoy.pipelines.features import FeatureJob
-from convoy.pipelines.predictions import PREDICTIONS, PredictionJob
+from convoy.pipelines.predictions import PredictionJob
 from convoy.storage.commits import RunManifest, finish
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
-from convoy.storage.predictions import list_array
+from convoy.storage.predictions import PREDICTIONS, list_array
 
 
 class NamedClass(ClassMetrics):

@@ -11,8 +11,9 @@ import numpy as np
 import pyarrow as pa
 
 from convoy.cluster.extraction_spec import ExtractionSpec, FeatureOutput
-from convoy.cluster.feature_extraction import SliceTask, WorkerPool, extract_slices, plan_pool
+from convoy.cluster.feature_extraction import extract_slices
 from convoy.cluster.session import ray_session
+from convoy.cluster.slices import SliceTask, WorkerPool, plan_pool
 from convoy.core.crash_points import CrashPoint, crash_point
 from convoy.core.fingerprints import digest
 from convoy.core.progress import Progress
@@ -172,7 +173,7 @@ class FeatureJob:
             return []
         done = choose_attempts(folder, record, read_records(folder))
         tasks = [
-            SliceTask(slice=name, set_ids=record.outputs_of(name))
+            SliceTask(slice=name, outputs=record.outputs_of(name))
             for name in record.slice_names()
             if name not in done
         ]

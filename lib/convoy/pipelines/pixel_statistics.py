@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from convoy.cluster.feature_extraction import plan_pool
 from convoy.cluster.pixel_statistics import measure_slices
 from convoy.cluster.session import ray_session
+from convoy.cluster.slices import plan_pool
 from convoy.core.config import StrictModel
 from convoy.core.errors import DataError
 from convoy.core.fingerprints import canonical_json, digest

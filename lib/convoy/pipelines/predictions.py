@@ -31,12 +31,16 @@ from convoy.storage.feature_cache import FeatureCache, KnownContent, content_id_
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.parts import write_rejects
-from convoy.storage.predictions import PREDICTIONS_SCHEMA_VERSION, predictions_table, write_predictions
+from convoy.storage.predictions import (
+    PREDICTIONS,
+    PREDICTIONS_SCHEMA_VERSION,
+    predictions_table,
+    write_predictions,
+)
 from convoy.storage.run_input import freeze_input, missing_rows, slice_rows_for
 from convoy.storage.runs import OpenRun, RunFolder, RunRecord
 
 VERB = "evaluate"
-PREDICTIONS = "predictions"
 # Slices whose features are gathered in one pass over the cache: at most 64 x 2048 rows in memory.
 _SLICES_A_PASS = 64
 

@@ -12,6 +12,8 @@ from convoy.storage.commits import PartFile
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.parts import write_table
 
+# The id of this output among those of a run.
+PREDICTIONS = "predictions"
 PREDICTIONS_SCHEMA_VERSION = 1
 TOP_K = 5
 

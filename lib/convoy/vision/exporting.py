@@ -15,8 +15,8 @@ from torch.export import Dim, ExportedProgram
 
 from convoy.core.errors import ConfigError, DataError
 from convoy.vision.presets import EvalPreset
+from convoy.vision.readout import LogitsNetwork
 from convoy.vision.stages import DepthAxis
-from convoy.vision.tapping import TappedNetwork
 from convoy.vision.views import normalise
 
 INPUT_NAME = "images"
@@ -41,14 +41,12 @@ class ImageClassifier(nn.Module):
         self, network: nn.Module, axis: DepthAxis, preset: EvalPreset, *, tap: str, head: nn.Module | None
     ) -> None:
         super().__init__()
-        self._tapped = TappedNetwork(network.eval(), axis, [tap])
-        self._head = nn.Identity() if head is None else head.eval()
+        self._network = LogitsNetwork(network, axis, tap=tap, readout=head)
         self.preset = preset
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Float32 logits_BK of uint8 images at the preset's crop size; what softmax makes of them is up to you."""
-        (features_BD,) = self._tapped(normalise(images_BCHW, self.preset)).values()
-        logits_BK: Tensor = self._head(features_BD)
+        logits_BK: Tensor = self._network(normalise(images_BCHW, self.preset))
         return logits_BK
 
 

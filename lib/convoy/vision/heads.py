@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from convoy.core.config import StrictModel
 from convoy.core.errors import ConfigError, DataError
 
+# Where the tensors of a head lie in the file of a model.
+HEAD_PREFIX = "head."
+
 
 class HeadKind(StrEnum):
     """The families of heads."""

@@ -96,6 +96,11 @@ def state_to_safetensors(state: Mapping[str, Tensor]) -> bytes:
     return bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))
 
 
+def state_below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
 def weights_digest(state: Mapping[str, Tensor]) -> str:
     """32 hex digits over names, types, shapes and values: the same for every file format and order of names.
 

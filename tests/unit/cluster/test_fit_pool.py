@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from convoy.cluster.feature_extraction import fit_pool
+from convoy.cluster.slices import fit_pool
 from convoy.core.errors import ClusterError
 
 

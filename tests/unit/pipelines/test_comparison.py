@@ -12,10 +12,9 @@ from convoy.core.errors import DataError
 from convoy.core.fingerprints import canonical_json
 from convoy.core.statistics import bootstrap_difference, mcnemar_test
 from convoy.pipelines.comparison import PredictedRun, compare_runs
-from convoy.pipelines.predictions import PREDICTIONS
 from convoy.storage.commits import RunManifest, SliceRecord, part_key
 from convoy.storage.local_store import LocalStore
-from convoy.storage.predictions import predictions_table, write_predictions
+from convoy.storage.predictions import PREDICTIONS, predictions_table, write_predictions
 from convoy.storage.runs import RunFolder, RunRecord, SliceGroup, slice_name
 
 PETS = ("cat", "dog", "owl")

@@ -1,0 +1,194 @@
+"""Images of a slice in batches, fetched and decoded in threads ahead of the network: what fused operators share.
+
+Pixels go from the decoder into reused uint8 buffers, and never leave the worker.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+import numpy as np
+import pyarrow as pa
+from torch import Tensor
+
+from convoy.core.batching import batched
+from convoy.core.fingerprints import digest_bytes
+from convoy.core.records import Reject, SampleRejected
+from convoy.storage.commits import PartFile, SliceRecord, write_record
+from convoy.storage.parts import write_rejects
+from convoy.storage.runs import RunFolder
+from convoy.storage.samples import SampleReader
+from convoy.vision.decode_rule import DecodeFlag, DecodeRule
+from convoy.vision.decoding import decode_image, quiet_decoders
+
+_BATCHES_AHEAD = 2
+
+KeyT = TypeVar("KeyT", bound=Hashable)
+
+
+@dataclass(slots=True)
+class SliceImages:
+    """A slice in work: its rows and what is known of their images so far.
+
+    `content_digests[row]` is None until the row is usable.
+    """
+
+    rows: pa.Table
+    started_unix_s: float
+    content_digests: list[bytes | None] = field(init=False)
+    rejects: list[Reject] = field(default_factory=list)
+    flags: Counter[str] = field(default_factory=Counter)
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    first_row_unix_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Nothing is known yet."""
+        self.content_digests = [None] * self.rows.num_rows
+
+    @property
+    def usable_N(self) -> np.ndarray:
+        """For each row whether it has an image."""
+        return np.array([content is not None for content in self.content_digests], dtype=bool)
+
+    def through_network(self, started_s: float) -> None:
+        """Note the seconds of a batch in the network, by the clock of `time.perf_counter`."""
+        self.first_row_unix_s = self.first_row_unix_s or time.time()
+        self.seconds["forward"] += time.perf_counter() - started_s
+
+    def commit(
+        self,
+        folder: RunFolder,
+        slice_name: str,
+        write_parts: Callable[[str], dict[str, PartFile]],
+        *,
+        precision_effect: Mapping[str, float],
+    ) -> SliceRecord:
+        """Write the parts, by `write_parts(attempt)`, the rejects, and the record that makes both count."""
+        started_s = time.perf_counter()
+        attempt = secrets.token_hex(4)
+        parts = write_parts(attempt)
+        rejects = None
+        if self.rejects:
+            key = folder.key(f"rejects/{slice_name}-{attempt}.parquet")
+            metadata = {"convoy.run_id": folder.run_id}
+            rejects = write_rejects(folder.store, key, self.rejects, attempt, metadata)
+        self.seconds["write"] = time.perf_counter() - started_s
+        record = SliceRecord(
+            run_id=folder.run_id,
+            slice=slice_name,
+            attempt=attempt,
+            parts=parts,
+            rejects=rejects,
+            num_results=int(self.usable_N.sum()),
+            num_rejects=len(self.rejects),
+            reject_codes=Counter(reject.code.value for reject in self.rejects),
+            flags=self.flags,
+            seconds=self.seconds,
+            started_unix_s=self.started_unix_s,
+            first_row_unix_s=self.first_row_unix_s,
+            finished_unix_s=time.time(),
+            precision_effect=dict(precision_effect),
+        )
+        write_record(folder.store, record)
+        return record
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """What a decode thread says of one image."""
+
+    content_digest: bytes
+    flags: frozenset[DecodeFlag]
+    seconds: float
+
+
+@dataclass(slots=True)
+class ImageBatch(Generic[KeyT]):
+    """Consecutive rows of a slice; `images[key][place]` holds what was made of the image of `rows[place]`."""
+
+    rows: list[int]
+    images: dict[KeyT, Tensor]
+    prepared: list[Future[_Prepared]] = field(default_factory=list)
+
+
+class ImagePreparer(Generic[KeyT]):
+    """Makes batches of slices. `fill(pixels_CHW, content_id, places)` writes one image into its places.
+
+    It runs in decode threads, and may reject the image.
+    """
+
+    def __init__(
+        self,
+        rule: DecodeRule,
+        *,
+        num_fetch_threads: int,
+        num_decode_threads: int,
+        fill: Callable[[Tensor, bytes, Mapping[KeyT, Tensor]], None],
+    ) -> None:
+        quiet_decoders()
+        self._rule = rule
+        self._reader = SampleReader(num_threads=num_fetch_threads, max_bytes=rule.max_bytes)
+        self._decoders = ThreadPoolExecutor(num_decode_threads, "decode")
+        self._fill = fill
+
+    def batches(
+        self, known: SliceImages, new_buffers: Callable[[], dict[KeyT, Tensor]], batch_size: int
+    ) -> Iterator[ImageBatch[KeyT]]:
+        """Batches whose images are ready, while the next ones are being fetched and decoded.
+
+        What becomes of each row is noted in `known`. `new_buffers` gives empty batches; they are filled again as
+        soon as the next batch is asked for.
+        """
+        free = [new_buffers() for _ in range(_BATCHES_AHEAD + 1)]
+        content_ids = known.rows["content_id"].to_pylist()
+        waiting: deque[ImageBatch[KeyT]] = deque()
+        for rows in batched(self._reader.read(known.rows), batch_size):
+            if not free:
+                batch = waiting.popleft()
+                self._settle(batch, known)
+                yield batch
+                free.append(batch.images)
+            batch = ImageBatch([row for row, _ in rows], free.pop())
+            for place, (row, data) in enumerate(rows):
+                places = {key: buffer[place] for key, buffer in batch.images.items()}
+                batch.prepared.append(self._decoders.submit(self._prepare, data, content_ids[row], places))
+            waiting.append(batch)
+        for batch in waiting:
+            self._settle(batch, known)
+            yield batch
+
+    def _prepare(
+        self, data: bytes | SampleRejected, content_id: bytes, places: Mapping[KeyT, Tensor]
+    ) -> _Prepared:
+        """Decode one image into its places; runs in a decode thread."""
+        if isinstance(data, SampleRejected):
+            raise data
+        started_s = time.perf_counter()
+        decoded = decode_image(data, self._rule)
+        self._fill(decoded.pixels_CHW, content_id, places)
+        return _Prepared(digest_bytes(data), decoded.flags, time.perf_counter() - started_s)
+
+    def _settle(self, batch: ImageBatch[KeyT], known: SliceImages) -> None:
+        """Wait for the batch's images, and note which rows have one."""
+        started_s = time.perf_counter()
+        for row, future in zip(batch.rows, batch.prepared, strict=True):
+            try:
+                prepared = future.result()
+            except SampleRejected as rejected:
+                known.rejects.append(_reject(known.rows, row, rejected))
+                continue
+            known.content_digests[row] = prepared.content_digest
+            known.flags.update(prepared.flags)
+            known.seconds["decode"] += prepared.seconds
+        known.seconds["wait"] += time.perf_counter() - started_s
+
+
+def _reject(rows: pa.Table, row: int, rejected: SampleRejected) -> Reject:
+    sample = rows.slice(row, 1).select(["sample_id", "uri", "etag", "content_id"]).to_pylist()[0]
+    return Reject(**sample, stage=rejected.stage, code=rejected.code, reason=rejected.reason)

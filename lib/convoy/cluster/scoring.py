@@ -1,0 +1,213 @@
+"""The scoring operator: a slice of keys in, predictions of a committee out, one decode for all members and crops.
+
+It shares its readers and decoders' way with the feature operator; nothing but result rows leaves the worker.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from convoy.cluster.prepared_batches import ImageBatch, ImagePreparer, SliceImages
+from convoy.cluster.scoring_spec import MemberSpec, ScoringSpec
+from convoy.cluster.slices import SliceTask
+from convoy.core.crop_policies import MemberOutputs
+from convoy.core.errors import DataError
+from convoy.storage.commits import PartFile, SliceRecord, part_key
+from convoy.storage.member_predictions import member_output, write_member_predictions
+from convoy.storage.object_store import ObjectStore
+from convoy.storage.predictions import PREDICTIONS, predictions_table, write_predictions
+from convoy.storage.runs import RunFolder
+from convoy.storage.stores import open_store
+from convoy.vision.backbones import build_network, depth_axis
+from convoy.vision.committee import Committee, Member, TurnOutput
+from convoy.vision.gating import GatedCommittee, GatedRows
+from convoy.vision.heads import HEAD_PREFIX, OutputGroups, head_from_state
+from convoy.vision.multicrop import cut_slots
+from convoy.vision.presets import CropGeometry
+from convoy.vision.readout import LogitsNetwork
+from convoy.vision.weights import load_weights, read_state_dict, state_below
+
+# Of a GPU's free memory, what the weights of members may take; the rest is for activations.
+_SHARE_FOR_WEIGHTS = 0.5
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _SliceLogits:
+    """Joint float32 logits_NK of a slice's rows, and logits_MNVK of members where they are kept."""
+
+    joint_NK: NDArray[np.float32]
+    members_MNVK: NDArray[np.float32] | None
+
+
+class Scorer:
+    """A committee on a device, with its readers and decoders; a call turns one slice into parts."""
+
+    def __init__(self, spec: ScoringSpec) -> None:
+        self._spec = spec
+        self._store = open_store(spec.workspace)
+        self._folder = RunFolder(self._store, spec.run_id)
+        self._preparer: ImagePreparer[CropGeometry] = ImagePreparer(
+            spec.decode_rule,
+            num_fetch_threads=spec.num_fetch_threads,
+            num_decode_threads=spec.num_decode_threads,
+            fill=self._fill,
+        )
+        options = spec.committee
+        if options.max_resident_bytes is None and torch.cuda.is_available():
+            free_bytes, _ = torch.cuda.mem_get_info()
+            options = options.model_copy(update={"max_resident_bytes": int(_SHARE_FOR_WEIGHTS * free_bytes)})
+        members = [Member(_open_network(self._store, member), member.options) for member in spec.members]
+        self._committee = Committee(members, options)
+        self._gated = None if spec.gate is None else GatedCommittee(self._committee, spec.gate)
+        (self._gated or self._committee).warm_up()
+
+    def __call__(self, task: SliceTask) -> SliceRecord:
+        """Predict one slice, write its parts, its rejects, and the record that makes them count."""
+        images = SliceImages(self._folder.read_slice(task.slice), time.time())
+        logits = self._exact(images) if self._gated is None else self._behind_gate(images, self._gated)
+        if not np.isfinite(logits.joint_NK[images.usable_N]).all():
+            raise DataError(
+                "the committee gives outputs that are no finite numbers",
+                where=f"slice {task.slice}",
+                next_step="evaluate its members one by one to see which of them, and check its weights",
+            )
+        return images.commit(
+            self._folder, task.slice, partial(self._write_parts, task, images, logits), precision_effect={}
+        )
+
+    def _fill(self, pixels_CHW: Tensor, _content_id: bytes, places: Mapping[CropGeometry, Tensor]) -> None:
+        for geometry, slots_SCHW in places.items():
+            cut_slots(pixels_CHW, geometry, self._spec.committee.plan, slots_SCHW)
+
+    def _batches(self, images: SliceImages) -> Iterator[ImageBatch[CropGeometry]]:
+        return self._preparer.batches(images, self._committee.new_batch, self._spec.committee.batch_size)
+
+    def _exact(self, images: SliceImages) -> _SliceLogits:
+        """Every member on every view. Members that take turns see the slice once a turn, decoded anew."""
+        turns = [
+            # What becomes of the rows is the same in every turn, and counts once.
+            self._run_turn(turn, images if not place else SliceImages(images.rows, images.started_unix_s))
+            for place, turn in enumerate(self._committee.turns())
+        ]
+        output = self._committee.join(turns)
+        kept = {
+            MemberOutputs.NONE: None,
+            MemberOutputs.MEMBERS: output.member_logits_MBK,
+            MemberOutputs.VIEWS: output.view_logits_MVBK,
+        }[self._spec.keep]
+        if kept is not None:
+            kept = kept.unsqueeze(1) if kept.ndim == 3 else kept
+            return _SliceLogits(output.logits_BK.numpy(), kept.transpose(1, 2).numpy())
+        return _SliceLogits(output.logits_BK.numpy(), None)
+
+    def _run_turn(self, turn: tuple[int, ...], images: SliceImages) -> TurnOutput:
+        """The outputs of some members for all rows of a slice, on the host."""
+        parts = []
+        for batch in self._batches(images):
+            started_s = time.perf_counter()
+            parts.append(
+                _on_host(self._committee.run_turn(batch.images, turn, self._spec.keep), len(batch.rows))
+            )
+            images.through_network(started_s)
+        return _joined_rows(parts)
+
+    def _behind_gate(self, images: SliceImages, gated: GatedCommittee) -> _SliceLogits:
+        joint_NK = np.zeros((images.rows.num_rows, len(self._spec.classes)), np.float32)
+
+        def take(finished: Sequence[GatedRows]) -> None:
+            for rows in finished:
+                joint_NK[list(rows.rows)] = rows.logits_BK.cpu().numpy()
+                images.flags[rows.stage.value] += len(rows.rows)
+
+        for batch in self._batches(images):
+            started_s = time.perf_counter()
+            usable = [row if images.content_digests[row] is not None else None for row in batch.rows]
+            take(gated.run(batch.images, usable))
+            images.through_network(started_s)
+        take(gated.flush())
+        return _SliceLogits(joint_NK, None)
+
+    def _write_parts(
+        self, task: SliceTask, images: SliceImages, logits: _SliceLogits, attempt: str
+    ) -> dict[str, PartFile]:
+        spec, usable_N = self._spec, images.usable_N
+        samples = images.rows.filter(pa.array(usable_N))
+        labels = pa.array(spec.class_of_label, pa.int32()).take(samples["label"].combine_chunks())
+        joint_NK = logits.joint_NK[usable_N]
+        scores_NK = torch.softmax(torch.from_numpy(joint_NK), dim=1).numpy()
+        parts = {
+            PREDICTIONS: write_predictions(
+                self._store,
+                part_key(spec.outputs[PREDICTIONS], task.slice, attempt),
+                predictions_table(
+                    samples,
+                    labels=labels,
+                    logits_BK=joint_NK,
+                    scores_BK=scores_NK if spec.gives_probabilities else joint_NK,
+                    classes=spec.classes,
+                ),
+                model_digest=spec.model_digest,
+                run_id=spec.run_id,
+                metadata=spec.metadata,
+            )
+        }
+        for member, logits_NVK in enumerate(() if logits.members_MNVK is None else logits.members_MNVK):
+            output = member_output(member)
+            parts[output] = write_member_predictions(
+                self._store,
+                part_key(spec.outputs[output], task.slice, attempt),
+                samples,
+                labels=labels,
+                logits_NVK=logits_NVK[usable_N],
+                metadata={**spec.metadata, "convoy.member_digest": spec.members[member].digest},
+            )
+        return parts
+
+
+def _open_network(store: ObjectStore, spec: MemberSpec) -> LogitsNetwork:
+    """A member's network with its readout, from the workspace."""
+    network = build_network(spec.backbone)
+    axis = depth_axis(spec.backbone, network)
+    load_weights(network, read_state_dict(store.get(spec.weights_key).data))
+    head = None
+    if spec.head is not None and spec.head_key is not None:
+        state = read_state_dict(store.get(spec.head_key).data)
+        head = head_from_state(spec.head, state_below(state, HEAD_PREFIX))
+    groups = None if spec.output_groups is None else OutputGroups(spec.output_groups)
+    return LogitsNetwork(network, axis, tap=spec.tap, readout=head or groups, class_order=spec.class_order)
+
+
+def _on_host(output: TurnOutput, num_rows: int) -> TurnOutput:
+    """The rows of a batch that have an image place, off the device."""
+
+    def rows(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[..., :num_rows, :].cpu()
+
+    return TurnOutput(
+        sums_BK=output.sums_BK[:num_rows].cpu(),
+        member_logits_MBK=rows(output.member_logits_MBK),
+        view_logits_MVBK=rows(output.view_logits_MVBK),
+    )
+
+
+def _joined_rows(parts: list[TurnOutput]) -> TurnOutput:
+    """The outputs of consecutive batches as those of one."""
+
+    def joined(values: list[Tensor | None]) -> Tensor | None:
+        present = [value for value in values if value is not None]
+        return torch.cat(present, dim=-2) if present else None
+
+    return TurnOutput(
+        sums_BK=torch.cat([part.sums_BK for part in parts]),
+        member_logits_MBK=joined([part.member_logits_MBK for part in parts]),
+        view_logits_MVBK=joined([part.view_logits_MVBK for part in parts]),
+    )

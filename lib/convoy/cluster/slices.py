@@ -1,0 +1,125 @@
+"""Slices through Ray Data: one row a slice, one pool of fused operators, one record back for each.
+
+Ray is imported inside the functions: a job that finds nothing to do must not wait for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+from convoy.cluster.ray_data import first_cause, quiet_ray_data
+from convoy.core.config import StrictModel
+from convoy.core.errors import ClusterError
+from convoy.storage.commits import SliceRecord
+
+_CPUS_AN_OPERATOR = 4
+_MOST_OPERATORS_A_GPU = 4
+
+
+class WorkerPool(StrictModel):
+    """How many operators run, what each of them holds of the cluster, and the threads it may use."""
+
+    num_workers: int
+    num_cpus: float
+    num_gpus: float
+    num_threads: int
+
+
+class SliceTask(StrictModel):
+    """One row through Ray Data: which slice, and the ids of the outputs that it is to write."""
+
+    slice: str
+    outputs: tuple[str, ...]
+
+
+def plan_pool(num_workers: int | None) -> WorkerPool:
+    """The pool for the cluster as it is; ClusterError where no node offers a CPU."""
+    import ray  # noqa: PLC0415
+
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return fit_pool(num_workers, [(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in alive])
+
+
+def fit_pool(num_workers: int | None, nodes: Sequence[tuple[int, int]]) -> WorkerPool:
+    """Operators for nodes of so many (CPUs, GPUs); the CPUs are shared out as threads.
+
+    Without GPUs one a node. With GPUs one for every four CPUs beside a GPU, and at most four share it: one process
+    cannot decode as fast as a GPU computes, because its threads share Python's lock.
+    """
+    usable = [cpus for cpus, _ in nodes if cpus > 0]
+    if not usable:
+        raise ClusterError("no node offers a CPU", next_step="start workers, or look at `ray status`")
+    num_gpus = sum(gpus for _, gpus in nodes)
+    if not num_gpus:
+        workers = num_workers or len(usable)
+        num_threads = max(sum(usable) // workers, 1)
+        # A fraction of a CPU too few is asked for, so that Ray Data's own tasks always find room.
+        num_cpus = max(min(num_threads, *usable) - 0.5, 0.1)
+        return WorkerPool(num_workers=workers, num_cpus=num_cpus, num_gpus=0, num_threads=num_threads)
+    cpus_a_gpu = min(cpus // gpus for cpus, gpus in nodes if gpus)
+    share = min(max(cpus_a_gpu // _CPUS_AN_OPERATOR, 1), _MOST_OPERATORS_A_GPU)
+    workers = num_workers or num_gpus * share
+    on_one_gpu = -(-workers // num_gpus)
+    return WorkerPool(
+        num_workers=workers,
+        num_cpus=0.25,
+        num_gpus=1 / on_one_gpu,
+        num_threads=max(cpus_a_gpu // on_one_gpu, 1),
+    )
+
+
+class SliceOperator(Protocol):
+    """What runs in a worker: made once from its spec, then called for each slice."""
+
+    def __call__(self, task: SliceTask) -> SliceRecord:
+        """Do a slice, and write the record that makes it count."""
+        ...
+
+
+class OperatorFactory(Protocol):
+    """Makes an operator in a worker, where torch may be imported: the driver plans and counts without it."""
+
+    def __call__(self, spec_json: str) -> SliceOperator:
+        """The operator for a spec."""
+        ...
+
+
+def run_slices(
+    factory: OperatorFactory, spec: StrictModel, tasks: Sequence[SliceTask], pool: WorkerPool
+) -> Iterator[SliceRecord]:
+    """The records of the tasks' slices, in the order in which they finish.
+
+    A worker that dies is replaced and its slice redone; an error raised in a worker ends the run, and finished
+    slices stay.
+    """
+    import ray.data  # noqa: PLC0415
+    from ray.exceptions import RayError  # noqa: PLC0415
+
+    quiet_ray_data()
+    rows = [{"task": task.model_dump_json()} for task in tasks]
+    # A block a slice: slices are handed out one by one, and a record comes back as soon as its slice is done.
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        _SliceWorker,
+        fn_constructor_args=(factory, spec.model_dump_json()),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=min(pool.num_workers, len(rows))),
+        num_cpus=pool.num_cpus,
+        num_gpus=pool.num_gpus,
+    )
+    try:
+        for row in dataset.iter_rows():
+            yield SliceRecord.model_validate_json(row["record"])
+    except RayError as error:
+        raise first_cause(error) from error
+
+
+class _SliceWorker:
+    """The actor that Ray Data makes for each place in the pool."""
+
+    def __init__(self, factory: OperatorFactory, spec_json: str) -> None:
+        self._operator = factory(spec_json)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
+        tasks = [SliceTask.model_validate_json(str(text)) for text in batch["task"]]
+        return {"record": [self._operator(task).model_dump_json() for task in tasks]}

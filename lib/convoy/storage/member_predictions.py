@@ -1,0 +1,130 @@
+"""What each member of a committee says of each sample: one part a slice and member, one row a sample.
+
+From these rows ensembles are chosen, weighted and calibrated without running a network again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from convoy.core.errors import DataError
+from convoy.core.fingerprints import MultisetDigest
+from convoy.storage.commits import PartFile, RunManifest
+from convoy.storage.object_store import ObjectStore
+from convoy.storage.parts import write_table
+
+MEMBER_PREDICTIONS_SCHEMA_VERSION = 1
+
+# Logits of the committee's classes, a list for each view in the order of the crop plan; where views were not kept,
+# one list: the mean over the views by the averaging rule, at the member's temperature.
+MEMBER_PREDICTIONS_SCHEMA = pa.schema(
+    [
+        pa.field("sample_id", pa.string(), nullable=False),
+        # Index into the committee's classes; null for unlabelled samples.
+        pa.field("label", pa.int32()),
+        pa.field("logits", pa.list_(pa.list_(pa.float32())), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MemberLogits:
+    """Predictions of M members for N samples in V views of K classes, in the order of the run's slices.
+
+    `labels_N` is -1 for unlabelled samples.
+    """
+
+    sample_ids: Sequence[str]
+    labels_N: NDArray[np.int32]
+    logits_MVNK: NDArray[np.float32]
+
+
+def member_output(member: int) -> str:
+    """The id of the output that holds a member's predictions."""
+    return f"member_{member:02d}"
+
+
+def write_member_predictions(
+    store: ObjectStore,
+    key: str,
+    samples: pa.Table,
+    *,
+    labels: pa.Array,
+    logits_NVK: NDArray[np.float32],
+    metadata: Mapping[str, str],
+) -> PartFile:
+    """Write one member's part of a slice, for samples in the order of the logits, and return what proves it."""
+    table = pa.table(
+        {"sample_id": samples["sample_id"], "label": labels, "logits": _nested_lists(logits_NVK)},
+        schema=MEMBER_PREDICTIONS_SCHEMA,
+    )
+    digest = MultisetDigest()
+    for sample_id, logits_VK in zip(samples["sample_id"].to_pylist(), logits_NVK, strict=True):
+        digest.add_row(sample_id.encode(), np.ascontiguousarray(logits_VK).tobytes())
+    version = {"convoy.schema_version": str(MEMBER_PREDICTIONS_SCHEMA_VERSION)}
+    return write_table(store, key, table, {**metadata, **version}, digest.hexdigest())
+
+
+def read_member_logits(
+    store: ObjectStore, manifest: RunManifest, *, labelled_only: bool = True
+) -> MemberLogits:
+    """All members' predictions of a run, in memory: 4 bytes a member, view, sample and class.
+
+    Raises DataError for a run that kept none.
+    """
+    outputs = sorted(
+        {name for record in manifest.slices for name in record.parts if name.startswith("member_")}
+    )
+    if not outputs:
+        raise DataError(
+            "the run did not keep its members' predictions",
+            where=f"runs/{manifest.run_id}",
+            next_step="run it again with --set keep=views",
+        )
+    ids: list[str] = []
+    labels: list[NDArray[np.int32]] = []
+    logits: list[list[NDArray[np.float32]]] = [[] for _ in outputs]
+    for record in manifest.slices:
+        for place, output in enumerate(outputs):
+            table = store.open_parquet(record.parts[output].key).read()
+            if labelled_only:
+                table = table.filter(pc.is_valid(table["label"]))
+            if not table.num_rows:
+                break
+            logits[place].append(_nested_array(table["logits"]))
+            if not place:
+                ids += table["sample_id"].to_pylist()
+                labels.append(pc.fill_null(table["label"], -1).to_numpy())
+    if not ids:
+        raise DataError("the run has no labelled sample with predictions", where=f"runs/{manifest.run_id}")
+    return MemberLogits(
+        sample_ids=ids,
+        labels_N=np.concatenate(labels),
+        logits_MVNK=np.stack([np.concatenate(parts).transpose(1, 0, 2) for parts in logits]),
+    )
+
+
+def _nested_lists(logits_NVK: NDArray[np.float32]) -> pa.ListArray:
+    num_rows, num_views, num_classes = logits_NVK.shape
+    values = pa.array(np.ascontiguousarray(logits_NVK).reshape(-1), pa.float32())
+    views = pa.ListArray.from_arrays(pa.array(_offsets(num_rows * num_views, num_classes)), values)
+    return pa.ListArray.from_arrays(pa.array(_offsets(num_rows, num_views)), views)
+
+
+def _offsets(num_lists: int, length: int) -> NDArray[np.int32]:
+    return np.arange(num_lists + 1, dtype=np.int32) * np.int32(length)
+
+
+def _nested_array(column: pa.ChunkedArray) -> NDArray[np.float32]:
+    """The array logits_NVK of a column of lists of lists that all have the same lengths."""
+    rows = column.combine_chunks()
+    views = rows.flatten()
+    num_views = len(views) // len(rows)
+    values: NDArray[np.float32] = views.flatten().to_numpy()
+    return values.reshape(len(rows), num_views, -1)
