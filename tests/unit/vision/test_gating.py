@@ -6,8 +6,8 @@ import torch
 from convoy.core.crop_policies import Averaging, CropPlan, CropPolicy
 from convoy.core.errors import ConfigError
 from convoy.vision.committee import Committee
-from convoy.vision.committee_options import GateOptions
-from convoy.vision.gating import GatedCommittee, GatedRows, GateStage
+from convoy.vision.committee_options import GateLook, GateOptions, GateStage, gate_passes
+from convoy.vision.gating import GatedCommittee, GatedRows
 from made_committees import (
     fill,
     made_committee,
@@ -20,6 +20,8 @@ from made_committees import (
 NUM_IMAGES = 14
 TEN = CropPlan(policy=CropPolicy.TEN)
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+SECOND = GateLook(members=(0, 1), policy=CropPolicy.FLIP, threshold=2.0)
 
 
 def gate(
@@ -125,27 +127,70 @@ def test_places_without_an_image_are_left_out() -> None:
     assert rows.rows == (7, 9)
 
 
-def test_passes_are_those_that_run_and_none_is_repeated() -> None:
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (gate(2.0, policy=CropPolicy.FIVE, members=(0, 2)), [10, 30]),
+        (gate(2.0, policy=CropPolicy.FLIP).model_copy(update={"then": (SECOND,)}), [2, 4, 30]),
+    ],
+)
+def test_passes_are_those_that_run_and_none_is_repeated(options: GateOptions, expected: list[int]) -> None:
     members = three_members()
-    passes = [0, 0, 0]
-
-    def count(member: int, images_BCHW: torch.Tensor) -> None:
-        passes[member] += len(images_BCHW)
-
-    for index, member in enumerate(members):
-        member.network.register_forward_pre_hook(lambda _, inputs, index=index: count(index, inputs[0]))
-    gated = GatedCommittee(made_committee(members), gate(1.0, policy=CropPolicy.FIVE, members=(0, 2)))
+    seen: list[int] = []
+    for member in members:
+        member.network.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    gated = GatedCommittee(made_committee(members), options)
     batch = gated.new_batch()
     fill(batch, made_images(4), TEN)
     assert len(gated.run(batch, range(4))) == 1
-    assert (gated.first_look_passes, gated.committee_passes) == (10, 20)
-    assert passes == [40, 40, 40]
+    assert list(gate_passes(options, TEN, 3).values()) == expected
+    assert seen == [4] * 30
+
+
+@pytest.mark.parametrize("averaging", Averaging)
+def test_rows_go_from_look_to_look_until_one_is_sure(averaging: Averaging) -> None:
+    committee = made_committee(three_members(), averaging=averaging, temperature=1.4)
+    looks = [gate(0.0), GateOptions.model_validate(SECOND.model_dump()), *([gate(0.0, members=(0, 1, 2))])]
+    thresholds = [median_confidence(committee, look) for look in looks]
+    first, *then = (
+        look.model_copy(update={"threshold": threshold})
+        for look, threshold in zip(looks, thresholds, strict=True)
+    )
+    further = tuple(GateLook(**look.model_dump(exclude={"then"})) for look in then)
+    finished = run_all(GatedCommittee(committee, first.model_copy(update={"then": further})))
+    rows = {stage: by_row(finished, stage) for stage in GateStage}
+    assert sorted(row for of_stage in rows.values() for row in of_stage) == list(range(NUM_IMAGES))
+    assert all(rows[stage] for stage in (GateStage.FIRST_LOOK, GateStage.SECOND_LOOK, GateStage.COMMITTEE))
+    for look, stage in zip(looks, GateStage, strict=False):
+        alone = by_row(
+            run_all(GatedCommittee(committee, look.model_copy(update={"threshold": 0.0}))),
+            GateStage.FIRST_LOOK,
+        )
+        for row, logits_K in rows[stage].items():
+            assert torch.allclose(logits_K, alone[row], **CLOSE)
+    for row, logits_K in rows[GateStage.COMMITTEE].items():
+        image = made_images(NUM_IMAGES)[row]
+        exact_K = plain_joint_logits(three_members(), image, TEN, averaging, temperature=1.4)
+        assert torch.allclose(logits_K, exact_K, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "later",
+    [
+        GateLook(members=(1, 2), policy=CropPolicy.FLIP, threshold=0.5),
+        GateLook(members=(0, 1), policy=CropPolicy.CENTER, threshold=0.5),
+    ],
+)
+def test_a_look_that_forgets_what_was_seen_is_refused(later: GateLook) -> None:
+    with pytest.raises(ConfigError, match="leaves out"):
+        gate_passes(gate(0.5).model_copy(update={"then": (later,)}), TEN, 3)
 
 
 def test_a_gate_that_is_the_committee_itself_adds_no_pass() -> None:
     committee = made_committee([made_member(0, weight=1.0)])
-    gated = GatedCommittee(committee, gate(1.0, policy=CropPolicy.TEN))
-    assert gated.committee_passes == 0
+    options = gate(1.0, policy=CropPolicy.TEN)
+    gated = GatedCommittee(committee, options)
+    assert set(gate_passes(options, TEN, 1).values()) == {10}
     batch = gated.new_batch()
     fill(batch, made_images(4), TEN)
     (rows,) = gated.run(batch, range(4))
