@@ -118,6 +118,27 @@ def train(
 
 
 @app.command()
+def tune(
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    workspace: WorkspaceOption = None,
+    new_run: NewRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Search over trainings, and build the best ensemble of them under a budget. A killed search goes on."""
+    from convoy.pipelines.tune import TuneDrawers, run_tune  # noqa: PLC0415
+    from convoy.pipelines.tune_config import TuneConfig  # noqa: PLC0415
+    from convoy.report.curves import draw_learning_curves  # noqa: PLC0415
+    from convoy.report.trial_plots import draw_parallel_coordinates, draw_trial_curves  # noqa: PLC0415
+
+    settings = _load(TuneConfig, config, overrides, workspace)
+    draw = TuneDrawers(
+        training=draw_learning_curves, space=draw_parallel_coordinates, trials=draw_trial_curves
+    )
+    _run(lambda progress: run_tune(settings, progress=progress, draw=draw, new_run=new_run), as_json=as_json)
+
+
+@app.command()
 def evaluate(
     bundles: Annotated[
         list[str] | None,

@@ -11,6 +11,7 @@ from pydantic import Field, PositiveInt
 
 from convoy.cluster.training import WorkerOptions, fit_workers
 from convoy.core.config import StrictModel
+from convoy.core.progress import Progress
 from convoy.core.search_space import SearchSpace, Values
 from convoy.core.trial_events import TrialState, TrialStatus
 
@@ -93,6 +94,14 @@ class SearchJournal(Protocol):
 
     def give_up(self, point: TrialPoint, end: GivenUp) -> None:
         """Leave the document of a trial that could not do it itself."""
+        ...
+
+
+class TrialProgress(Progress, Protocol):
+    """What a trial tells the search while it runs. Each epoch may be its last: then `training` does not return."""
+
+    def finish(self, num_epochs: int, top1: float) -> None:
+        """The trial has its record, with this validation top-1."""
         ...
 
 

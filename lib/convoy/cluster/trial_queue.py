@@ -66,6 +66,10 @@ class TrialQueue(Searcher):  # type: ignore[misc] # Ray has no types
         top1 = None if error else (result or {}).get(METRIC)
         self._drawer.tell(trial_id, self._points[trial_id], top1)
 
+    def __reduce__(self) -> tuple[type[object], tuple[()]]:
+        # Tune pickles what it is given, for a restore that never happens: the journal is what is gone by.
+        return object, ()
+
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the journal is what a resumed search goes by."""
 

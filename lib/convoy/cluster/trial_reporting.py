@@ -58,6 +58,10 @@ class TrialWatch(tune.Callback):  # type: ignore[misc] # Ray has no types
         self._epochs: dict[str, dict[int, float]] = {}
         self._started_s: dict[str, float] = {}
 
+    def __reduce__(self) -> tuple[type[object], tuple[()]]:
+        # Tune pickles what it is given, for a restore that never happens.
+        return object, ()
+
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial starts, or starts anew after its process was lost."""
         point = _point(trial)

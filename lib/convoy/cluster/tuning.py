@@ -21,6 +21,7 @@ from convoy.cluster.search_plan import (
     SearchJournal,
     SearchPlan,
     TrialPoint,
+    TrialProgress,
     fit_trials,
 )
 from convoy.cluster.training import WorkerOptions, alive_nodes, plan_workers
@@ -43,7 +44,7 @@ _QUIET = {
 }
 
 # Runs one trial in its own process, to its document. What it raises makes Tune try again.
-TrialFunction = Callable[[TrialPoint, Any], None]
+TrialFunction = Callable[[TrialPoint, TrialProgress], None]
 
 
 def plan_trials(options: WorkerOptions, wanted: int | None) -> Concurrency:
@@ -65,7 +66,7 @@ def run_search(
 ) -> None:
     """Run trials until the space or the budget is used up; every one that started has its document then.
 
-    `run_trial` gets the trial's point and a TrialReporter, in a process of its own on any node. Raises the
+    `run_trial` gets the trial's point and a progress to tell, in a process of its own on any node. Raises the
     ConvoyError of the driver's side of a trial, or a ClusterError; errors inside a trial only end that trial.
     """
     for name, value in _QUIET.items():

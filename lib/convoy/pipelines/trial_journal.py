@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from convoy.cluster.search_plan import GivenUp, PastTrial, TrialPoint
 from convoy.core.config import StrictModel
@@ -21,6 +25,28 @@ from convoy.storage.documents import read_json
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import RunFolder
 
+_PLAIN_FIELDS = {"trial", "index", "state", "reason", "top1", "nll", "bundle", "train_run", "predictions_run"}
+_TRIALS_SCHEMA = pa.schema(
+    [
+        pa.field("trial", pa.string(), nullable=False),
+        pa.field("index", pa.int32(), nullable=False),
+        pa.field("state", pa.string(), nullable=False),
+        pa.field("reason", pa.string()),
+        pa.field("values", pa.string(), nullable=False),
+        pa.field("config", pa.string(), nullable=False),
+        pa.field("top1", pa.float64()),
+        pa.field("nll", pa.float64()),
+        pa.field("bundle", pa.string()),
+        pa.field("train_run", pa.string()),
+        pa.field("predictions_run", pa.string()),
+        pa.field("parameters", pa.int64()),
+        pa.field("macs", pa.int64()),
+        pa.field("size_bytes", pa.int64()),
+        pa.field("num_views", pa.int32()),
+        pa.field("images_per_s", pa.float64()),
+        pa.field("seconds", pa.float64(), nullable=False),
+    ]
+)
 _DRAWN = "drawn/"
 _TRIALS = "trials/"
 
@@ -176,3 +202,20 @@ def seconds_spent(records: Sequence[TrialRecord]) -> float:
         spent_s += max(0.0, record.finished_unix_s - begin_s)
         covered_until_s = max(covered_until_s, record.finished_unix_s)
     return spent_s
+
+
+def trials_parquet(records: Sequence[TrialRecord]) -> bytes:
+    """The trials as a table of plain types, one row each, for notebooks; what was drawn is JSON in `values`."""
+    rows = [
+        {
+            **record.model_dump(mode="json", include=_PLAIN_FIELDS),
+            "values": canonical_json(record.values).decode(),
+            "config": canonical_json(record.config).decode(),
+            "seconds": record.finished_unix_s - record.started_unix_s,
+            **(record.cost.model_dump() if record.cost else dict.fromkeys(TrialCost.model_fields)),
+        }
+        for record in records
+    ]
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=_TRIALS_SCHEMA), buffer, compression="zstd")
+    return buffer.getvalue()

@@ -99,8 +99,8 @@ class TuneConfig(StrictModel):
                 where="budget",
                 next_step="give budget.trials, budget.hours, or budget.cost_usd with price_per_hour",
             )
-        for values in self._points_to_check(space):
-            self.trial_config(values, name=f"{self.name}-{_A_TRIAL}")
+        for _ in self.examples():
+            pass
         return self
 
     @property
@@ -123,6 +123,11 @@ class TuneConfig(StrictModel):
             "dataset": self.dataset,
         }
         return parse_config(TrainConfig, settings, where=f"base with {values} of the space")
+
+    def examples(self) -> Iterator[TrainConfig]:
+        """Trainings that hold every listed value and the ends of every range, and the first that will be drawn."""
+        for values in self._points_to_check(self.search_space):
+            yield self.trial_config(values, name=f"{self.name}-{_A_TRIAL}")
 
     def _points_to_check(self, space: SearchSpace) -> Iterator[Values]:
         yield from space.spot_checks(_MAX_COMBINATIONS)

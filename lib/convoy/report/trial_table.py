@@ -59,7 +59,7 @@ def describe_values(values: dict[str, Any]) -> str:
 
 def _line(status: TrialStatus, *, is_new: bool) -> str:
     top1 = "" if status.top1 is None else f", val top-1 {status.top1:.4f}"
-    reason = f": {status.reason}" if status.reason else ""
+    reason = f": {status.reason.splitlines()[0]}" if status.reason else ""
     if status.state is not TrialState.RUNNING:
         return f"trial {status.trial} {status.state.value}{top1}{reason}"
     if status.epoch is None or is_new:

@@ -1,0 +1,182 @@
+"""`convoy tune`: search space → trials → validation predictions → the best ensemble → its worth on test."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from convoy.cluster.search_plan import GivenUp, SearchPlan
+from convoy.cluster.session import ray_session
+from convoy.cluster.training import alive_nodes
+from convoy.cluster.tuning import plan_trials, run_search
+from convoy.core.config import StrictModel
+from convoy.core.errors import ConfigError, TrainingError
+from convoy.core.fingerprints import canonical_json, digest
+from convoy.core.progress import Progress
+from convoy.core.records import Split
+from convoy.core.trial_events import TrialState
+from convoy.pipelines.network_training import CurveDrawer
+from convoy.pipelines.trial_journal import TrialJournal, TrialRecord, seconds_spent, trials_parquet
+from convoy.pipelines.trials import TrialJob, run_trial
+from convoy.pipelines.tune_config import TuneConfig
+from convoy.pipelines.tune_plan import check_budget, copied_weights, fetch_networks
+from convoy.pipelines.workspace import open_workspace
+from convoy.storage.commits import finish
+from convoy.storage.datasets import open_dataset
+from convoy.storage.manifests import Manifest
+from convoy.storage.object_store import ObjectStore
+from convoy.storage.runs import OpenRun, RunRecord
+
+_VERB = "tune"
+_RAY_TUNE = "ray_tune"
+_NO_TIME = "the budget was used up before it came to run"
+# What of a config may change between a kill and the next call: where, how fast and how long, not what is searched.
+_NOT_IDENTITY: dict[str, Any] = dict.fromkeys(("workspace", "writers", "budget", "max_concurrent"), True)
+
+TrialDrawer = Callable[[Sequence[TrialRecord]], bytes]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuneDrawers:
+    """What makes the pictures: of a training's curves, of the space, and of the curves of all trials."""
+
+    training: CurveDrawer
+    space: TrialDrawer
+    trials: TrialDrawer
+
+
+class TuneReport(StrictModel):
+    """The trials of a search."""
+
+    run: str
+    trials: list[TrialRecord]
+
+
+def run_tune(
+    config: TuneConfig, *, progress: Progress, draw: TuneDrawers, new_run: bool = False
+) -> TuneReport:
+    """Search, and build the ensemble of the trials; the same call again goes on where it was killed.
+
+    A trial that ended never runs again. Raises ConfigError for a dataset without validation rows and for a budget
+    that cannot suffice, TrainingError where no trial finished.
+    """
+    store = open_workspace(config.workspace, config.writers)
+    manifest = open_dataset(store, config.dataset)
+    _require_validation_rows(manifest)
+    search = _Search(store, manifest, config, progress, new_run=new_run)
+    with ray_session():
+        records = search.run(draw.training)
+    report = TuneReport(run=search.folder.run_id, trials=records)
+    search.finish(report.model_dump(mode="json"), draw, records)
+    return report
+
+
+class _Search:
+    """One search in its run folder."""
+
+    def __init__(
+        self, store: ObjectStore, manifest: Manifest, config: TuneConfig, progress: Progress, *, new_run: bool
+    ) -> None:
+        self._store, self._manifest, self._config, self._progress = store, manifest, config, progress
+        self._open_run = OpenRun(store, verb=_VERB, target=digest([config.name]))
+        identity = {
+            "dataset_fingerprint": manifest.fingerprint,
+            "config": config.model_dump(mode="json", exclude=_NOT_IDENTITY),
+        }
+        folder, record = self._open_run.resume(identity, new_run=new_run)
+        self.folder = folder or self._open_run.start()
+        if record is None and self.folder.record() is None:
+            self.folder.write_record(
+                RunRecord.new(
+                    self.folder.run_id,
+                    verb=_VERB,
+                    identity=json.loads(canonical_json(identity)),
+                    config=config.model_dump(mode="json"),
+                    outputs={},
+                    groups=(),
+                )
+            )
+        self._journal = TrialJournal(self.folder, config)
+
+    def run(self, draw_curves: CurveDrawer) -> list[TrialRecord]:
+        """All trials, ended; TrainingError if none finished."""
+        config, progress = self._config, self._progress
+        progress.stage("bringing the networks into the workspace")
+        examples = fetch_networks(self._store, self._manifest, config)
+        progress.stage("planning the search")
+        options = next(config.examples()).workers
+        share = plan_trials(options, None if config.max_concurrent == "auto" else config.max_concurrent)
+        check_budget(config, examples, self._manifest, alive_nodes())
+        job = TrialJob(
+            workspace=self._store.root_uri,
+            run_id=self.folder.run_id,
+            dataset_fingerprint=self._manifest.fingerprint,
+            config=config,
+            workers=share.workers,
+            weights=copied_weights(self._store, examples),
+        )
+        plan = self._plan(share.max_concurrent)
+        progress.stage("trials")
+        if plan.time_s is None or plan.time_s > 0:
+            run_search(plan, partial(run_trial, job, draw_curves), self._journal, progress.trials)
+        self._forget_ray_tune()
+        return self._ended()
+
+    def finish(self, report: dict[str, Any], draw: TuneDrawers, records: Sequence[TrialRecord]) -> None:
+        """Write the pictures, the table of trials and the report, and end the run."""
+        folder = self.folder
+        self._store.put(folder.key("parallel_coordinates.png"), draw.space(records))
+        self._store.put(folder.key("learning_curves.png"), draw.trials(records))
+        self._store.put(folder.key("trials.parquet"), trials_parquet(records))
+        finish(folder, report)
+        self._open_run.close()
+
+    def _plan(self, max_concurrent: int) -> SearchPlan:
+        config, records = self._config, self._journal.records()
+        allowed_s = config.budget.seconds
+        return SearchPlan(
+            name=self.folder.run_id,
+            kind=config.search,
+            space=config.search_space,
+            seed=config.seed,
+            scheduler=config.scheduler,
+            max_concurrent=max_concurrent,
+            max_trials=config.budget.trials,
+            time_s=None if allowed_s is None else allowed_s - seconds_spent(records),
+            past=tuple(record.past for record in records),
+            waiting=tuple(self._journal.waiting(records)),
+            storage_uri=self._store.uri(self.folder.key(_RAY_TUNE)),
+        )
+
+    def _ended(self) -> list[TrialRecord]:
+        """The records of all trials; those that were drawn and never came to run are given up."""
+        for point in self._journal.waiting(self._journal.records()):
+            self._journal.give_up(
+                point, GivenUp(state=TrialState.STOPPED, reason=_NO_TIME, epochs=(), seconds=0)
+            )
+        records = self._journal.records()
+        if any(record.state is TrialState.FINISHED for record in records):
+            return records
+        first = next((record for record in records if record.reason), None)
+        raise TrainingError(
+            f"none of {len(records)} trials finished" + (f"; the first: {first.reason}" if first else ""),
+            where=self._store.uri(self.folder.key("trials/")),
+            next_step="correct the space or raise the budget, and add --new-run",
+        )
+
+    def _forget_ray_tune(self) -> None:
+        """Delete what Ray Tune wrote: pickles, which nobody shall ever read back."""
+        keys = [info.key for info in self._store.list_objects(self.folder.key(f"{_RAY_TUNE}/"))]
+        self._store.delete(keys)
+
+
+def _require_validation_rows(manifest: Manifest) -> None:
+    if Split.VAL not in manifest.counts:
+        raise ConfigError(
+            "trials are compared on validation rows, and the dataset has none",
+            where=manifest.uri,
+            next_step="freeze it with --set splits.val_fraction=0.1, or name a folder `val`",
+        )

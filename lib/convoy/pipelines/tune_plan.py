@@ -1,0 +1,99 @@
+"""What a search needs before its first trial: networks in the workspace, and a budget that can suffice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from convoy.core.errors import ConfigError
+from convoy.core.fingerprints import digest
+from convoy.core.records import Split
+from convoy.pipelines.backbone_record import BackboneRecord
+from convoy.pipelines.classifiers import Strategy
+from convoy.pipelines.feature_plan import FeatureRequest, forecast_forward_s
+from convoy.pipelines.models import fetch_backbone
+from convoy.pipelines.train import random_weights
+from convoy.pipelines.train_config import PROBES, TrainConfig
+from convoy.pipelines.tune_config import TuneConfig
+from convoy.storage.manifests import Manifest
+from convoy.storage.object_store import ObjectStore
+from convoy.vision.backbone_config import BackboneConfig, WeightSource, weight_source
+
+# A pass backward costs about two passes forward.
+_PASSES_A_TRAINED_IMAGE = 3
+# The forecast is for two cores, and true to within a factor of two.
+_FORECAST_CPUS, _FORECAST_FACTOR = 2, 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """A training that the search may come to, and its network in the workspace."""
+
+    training: TrainConfig
+    network: BackboneRecord
+
+
+def fetch_networks(store: ObjectStore, manifest: Manifest, config: TuneConfig) -> list[Example]:
+    """Examples of the space, one for each network and number of epochs; the networks are in the workspace then.
+
+    Raises ConfigError for weights that do not fit their network, before any trial starts.
+    """
+    records: dict[str, BackboneRecord] = {}
+    examples: dict[str, Example] = {}
+    for training in config.examples():
+        is_new = training.strategy is Strategy.FROM_SCRATCH
+        wanted = random_weights(training, manifest) if is_new else training.backbone
+        name = digest(wanted)
+        if name not in records:
+            records[name] = fetch_backbone(store, wanted)
+        kind = digest([name, training.strategy, training.epochs, training.phases, training.rows])
+        examples.setdefault(kind, Example(training=training, network=records[name]))
+    return list(examples.values())
+
+
+def copied_weights(store: ObjectStore, examples: Sequence[Example]) -> dict[str, str]:
+    """For each network whose weights come from a file, by `network_key`: their copy in the workspace."""
+    return {
+        network_key(example.training.backbone): store.uri(example.network.weights_key)
+        for example in examples
+        if weight_source(example.training.backbone) is WeightSource.URI
+    }
+
+
+def network_key(backbone: BackboneConfig) -> str:
+    """A name of the network and its first weights, whatever images it is shown."""
+    return digest(backbone.model_dump(mode="json", exclude={"preset"}))
+
+
+def check_budget(
+    config: TuneConfig, examples: Sequence[Example], manifest: Manifest, nodes: Sequence[Mapping[str, float]]
+) -> None:
+    """Raise ConfigError if even the shortest trial takes longer than the budget, by a forecast that errs on its side.
+
+    On GPUs there is no forecast.
+    """
+    allowed_s = config.budget.seconds
+    if allowed_s is None or any(node["GPU"] for node in nodes):
+        return
+    speed = _FORECAST_FACTOR * max(1.0, sum(node["CPU"] for node in nodes) / _FORECAST_CPUS)
+    shortest_s = min(_forecast_s(example, manifest) for example in examples) / speed
+    if shortest_s > allowed_s:
+        raise ConfigError(
+            f"the budget of {allowed_s:,.0f} s is too small for one trial, which takes {shortest_s:,.0f} s or more",
+            where="budget",
+            next_step="raise budget.hours or budget.cost_usd, or search over fewer epochs or smaller networks",
+        )
+
+
+def _forecast_s(example: Example, manifest: Manifest) -> float:
+    """Seconds of a training on two cores, in the network alone."""
+    training, num_rows = example.training, manifest.counts[Split.TRAIN].num_samples
+    if training.rows.max_per_class is not None:
+        num_rows = min(num_rows, training.rows.max_per_class * len(manifest.classes))
+    if training.strategy is Strategy.AS_IS:
+        num_rows = 0
+    elif training.strategy not in PROBES:
+        phases = sum(phase.epochs for phase in training.phases or ())
+        num_rows *= _PASSES_A_TRAINED_IMAGE * (training.epochs or phases or 1)
+    request = FeatureRequest(dataset=training.dataset, backbone=training.backbone)
+    return forecast_forward_s(example.network, request, num_rows)
