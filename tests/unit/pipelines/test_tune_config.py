@@ -1,0 +1,150 @@
+"""The config of a search: every trial is a training before any starts, and a budget that cannot suffice is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cache_jobs import write_digits
+from convoy.core.config import load_config, parse_config
+from convoy.core.errors import ConfigError
+from convoy.core.splits import SplitOptions
+from convoy.pipelines.tune_config import TuneConfig
+from convoy.pipelines.tune_plan import check_budget, copied_weights, fetch_networks, network_key
+from convoy.storage.datasets import freeze_dataset, open_dataset
+from convoy.storage.local_store import LocalStore
+from convoy.storage.manifests import Manifest
+from convoy.vision.backbone_config import BackboneConfig
+from convoy.vision.backbones import build_network
+from convoy.vision.weights import state_to_safetensors
+
+LENET = {"arch": "lenet5", "weights": "random", "preset": {"resize_px": 32, "crop_px": 32}}
+CONFIG: dict[str, Any] = {
+    "name": "search",
+    "dataset": "digits",
+    "base": {"backbone": LENET, "strategy": "from_scratch", "epochs": 2},
+    "space": {"learning_rate": {"log_uniform": [0.01, 1.0]}, "recipe.seed": {"grid": [0, 1]}},
+    "budget": {"trials": 4},
+}
+
+
+def parsed(**changes: Any) -> TuneConfig:
+    return parse_config(TuneConfig, {**CONFIG, **changes}, where="test")
+
+
+def test_a_trial_is_the_training_of_base_with_its_values() -> None:
+    config = parsed()
+    (*_, values) = config.search_space.spot_checks(100)
+    training = config.trial_config(values, name="search-0")
+    assert (training.name, training.dataset, training.epochs) == ("search-0", "digits", 2)
+    assert training.learning_rate == values["learning_rate"]
+    assert training.recipe.seed == values["recipe.seed"]
+    assert {one.recipe.seed for one in config.examples()} == {0, 1}
+
+
+def test_a_scheduler_is_given_by_name_or_with_its_settings() -> None:
+    short, long = parsed(scheduler="asha"), parsed(scheduler={"kind": "asha", "reduction_factor": 4})
+    assert short.scheduler.kind is long.scheduler.kind
+    assert (short.scheduler.reduction_factor, long.scheduler.reduction_factor) == (3, 4)
+
+
+def test_money_is_time_at_a_price() -> None:
+    assert parsed(budget={"trials": 1}).budget.seconds is None
+    assert parsed(budget={"hours": 2}).budget.seconds == 7200
+    assert parsed(budget={"cost_usd": 3, "price_per_hour": 6}).budget.seconds == 1800
+    assert parsed(budget={"hours": 0.25, "cost_usd": 3, "price_per_hour": 6}).budget.seconds == 900
+
+
+def test_overrides_reach_into_base_and_space(tmp_path: Path) -> None:
+    path = tmp_path / "tune.yaml"
+    path.write_text(
+        "{name: a, dataset: d, base: {strategy: from_scratch, backbone: {arch: lenet5, weights: random}},"
+        " space: {learning_rate: {grid: [0.1]}}}"
+    )
+    overrides = ["base.epochs=7", "space.recipe.seed={grid: [0, 1]}", "base.recipe.batch_size=8"]
+    config = load_config(TuneConfig, str(path), overrides)
+    assert config.search_space.grid_size == 2
+    assert {(one.epochs, one.recipe.batch_size) for one in config.examples()} == {(7, 8)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"space": {}}, "search space is empty"),
+        ({"space": {"learning_rat": {"choice": [1]}}}, "did you mean 'learning_rate'"),
+        ({"space": {"recipe.sead": {"choice": [1]}}}, "recipe.sead: unknown key; did you mean 'seed'"),
+        ({"space": {"learning_rate": {"uniform": [-1, 1]}}}, "greater than 0"),
+        ({"space": {"strategy": {"choice": ["fine_tune", "guess"]}}}, "strategy"),
+        ({"space": {"strategy": {"grid": ["partial_reuse"]}}}, "partial_reuse needs `reuse"),
+        ({"space": {"name": {"grid": ["a"]}}}, "'name' is the same for all trials"),
+        ({"base": {**CONFIG["base"], "workspace": "/tmp"}}, "'workspace' is the same for all trials"),
+        ({"base": {**CONFIG["base"], "tracking.mlflow_uri": "x"}}, "tracked in the run folder"),
+        ({"base": {**CONFIG["base"], "epoch": 3}}, "did you mean 'epochs'"),
+        ({"budget": {}}, "needs a budget"),
+        ({"budget": {"trials": 0}}, "greater than 0"),
+        ({"budget": {"cost_usd": 3}}, "cost_usd needs price_per_hour"),
+        ({"search": "optuna"}, "goes through no grid"),
+        ({"search": "optunna"}, "'random' or 'optuna'"),
+        ({"name": "No Name"}, "a model's name"),
+        ({"budgett": {}}, "did you mean 'budget'"),
+    ],
+)
+def test_what_is_no_search_is_refused_before_anything_starts(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        parsed(**changes)
+
+
+def test_several_keys_may_be_chosen_together() -> None:
+    ways = [{"strategy": "fine_tune"}, {"strategy": "partial_reuse", "reuse": {"after": "c1"}}]
+    config = parsed(space={"config": {"grid": ways}}, budget={})
+    assert sorted(one.strategy.value for one in config.examples()) == ["fine_tune", "partial_reuse"]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> tuple[LocalStore, Manifest]:
+    folder = tmp_path_factory.mktemp("digits")
+    write_digits(folder / "images", 120)
+    store = LocalStore(str(folder / "workspace"))
+    freeze_dataset(store, "digits", str(folder / "images"), splits=SplitOptions(val_fraction=0.3))
+    return store, open_dataset(store, "digits")
+
+
+def test_weights_from_a_file_are_copied_to_where_every_node_can_read_them(
+    digits: tuple[LocalStore, Manifest], tmp_path: Path
+) -> None:
+    store, manifest = digits
+    network = build_network(BackboneConfig(arch="lenet5", weights="random", num_classes=10))
+    file = tmp_path / "lenet.safetensors"
+    file.write_bytes(state_to_safetensors(network.state_dict()))
+    backbone = {**LENET, "weights": str(file), "num_classes": 10}
+    space = {"backbone": {"grid": [LENET, backbone]}, "backbone.preset.resize_px": {"grid": [32, 40]}}
+    config = parsed(base={"strategy": "fine_tune", "epochs": 1}, space=space)
+    examples = fetch_networks(store, manifest, config)
+    copies = copied_weights(store, examples)
+    (copy,) = copies.values()
+    assert copies == {network_key(BackboneConfig.model_validate(backbone)): copy}
+    file.unlink()
+    moved = config.model_copy(update={"space": {"backbone": {"grid": [{**backbone, "weights": copy}]}}})
+    (again,) = fetch_networks(store, manifest, moved)
+    assert again.network.weights_digest in {example.network.weights_digest for example in examples}
+
+
+def test_a_budget_too_small_for_one_trial_is_refused_with_the_numbers(
+    digits: tuple[LocalStore, Manifest],
+) -> None:
+    store, manifest = digits
+    resnet = {"arch": "torchvision:resnet50", "weights": "random"}
+    config = parsed(
+        base={"backbone": resnet, "strategy": "from_scratch", "epochs": 50},
+        budget={"trials": 4, "hours": 0.001},
+    )
+    examples = fetch_networks(store, manifest, config)
+    laptop = [{"CPU": 2.0, "GPU": 0.0}]
+    with pytest.raises(ConfigError, match=r"the budget of 4 s is too small for one trial, which takes \d+ s"):
+        check_budget(config, examples, manifest, laptop)
+    check_budget(config, examples, manifest, [{"CPU": 2000.0, "GPU": 0.0}])
+    check_budget(config, examples, manifest, [{"CPU": 2.0, "GPU": 1.0}])
+    enough = config.model_copy(update={"budget": config.budget.model_copy(update={"hours": 10.0})})
+    check_budget(enough, examples, manifest, laptop)
