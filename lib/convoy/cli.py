@@ -139,7 +139,7 @@ def tune(
 
 
 @app.command()
-def evaluate(
+def evaluate(  # noqa: PLR0917 (an option of the command line is an argument)
     bundles: Annotated[
         list[str] | None,
         typer.Argument(
@@ -153,17 +153,28 @@ def evaluate(
         bool,
         typer.Option("--compare", help="Compare two bundles on the same rows: paired interval and test."),
     ] = False,
+    ensemble: Annotated[
+        list[str] | None,
+        typer.Option("--ensemble", help="A member of an ensemble of equal weights. Repeatable."),
+    ] = None,
+    crops: Annotated[
+        str | None,
+        typer.Option("--crops", help="center, flip, five, ten, multiscale. Default: an ensemble's own."),
+    ] = None,
+    mode: Annotated[
+        str | None, typer.Option("--mode", help="exact, gated or dense; the last two beside the exact one.")
+    ] = None,
     config: ConfigOption = None,
     overrides: SetOption = None,
     workspace: WorkspaceOption = None,
     new_run: NewRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure a bundle, or a pretrained network as it is, on a split: every row counted once."""
+    """Measure a bundle, an ensemble, or a pretrained network as it is, on a split: every row counted once."""
     if compare:
         from convoy.pipelines.comparison import CompareConfig, compare_bundles  # noqa: PLC0415
 
-        words = _words(bundles=bundles, dataset=dataset)
+        words = _words(bundles=bundles, dataset=dataset, crops=crops, mode=mode)
         comparison = _load(CompareConfig, config, [*(overrides or []), *words], workspace)
         _run(
             lambda progress: compare_bundles(comparison, progress=progress, new_run=new_run), as_json=as_json
@@ -171,7 +182,12 @@ def evaluate(
         return
     from convoy.pipelines.evaluate import EvaluateConfig, run_evaluate  # noqa: PLC0415
 
-    words = [*(_bundle_words(bundles) if bundles else []), *_words(dataset=dataset)]
+    words = _words(dataset=dataset, crops=crops, mode=mode)
+    if bundles:
+        words += _bundle_words(bundles)
+    if ensemble:
+        members = {"members": [{"bundle": bundle} for bundle in ensemble]}
+        words += [*_words(ensemble=members), "bundle=null", "model=null"]
     settings = _load(EvaluateConfig, config, [*(overrides or []), *words], workspace)
     _run(lambda progress: run_evaluate(settings, progress=progress, new_run=new_run), as_json=as_json)
 
@@ -322,7 +338,7 @@ def _bundle_words(bundles: Sequence[str]) -> list[str]:
             where=" ".join(bundles),
             next_step="add --compare to compare two of them on the same rows",
         )
-    return [*_words(bundle=bundles[0]), "model=null"]
+    return [*_words(bundle=bundles[0]), "model=null", "ensemble=null"]
 
 
 def _run(job: Callable[[TerminalProgress], ReportT], *, as_json: bool) -> None:

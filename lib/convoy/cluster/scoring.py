@@ -28,7 +28,7 @@ from convoy.storage.predictions import PREDICTIONS, predictions_table, write_pre
 from convoy.storage.runs import RunFolder
 from convoy.storage.stores import open_store
 from convoy.vision.backbones import build_network, depth_axis
-from convoy.vision.committee import Committee, Member, TurnOutput
+from convoy.vision.committee import Committee, Member, TurnOutput, check_input_size
 from convoy.vision.gating import GatedCommittee, GatedRows
 from convoy.vision.heads import HEAD_PREFIX, OutputGroups, head_from_state
 from convoy.vision.multicrop import cut_slots
@@ -66,6 +66,9 @@ class Scorer:
             free_bytes, _ = torch.cuda.mem_get_info()
             options = options.model_copy(update={"max_resident_bytes": int(_SHARE_FOR_WEIGHTS * free_bytes)})
         members = [Member(_open_network(self._store, member), member.options) for member in spec.members]
+        if spec.is_dense:
+            for member in members:
+                check_input_size(member.network, member.options.preset)
         self._committee = Committee(members, options)
         self._gated = None if spec.gate is None else GatedCommittee(self._committee, spec.gate)
         (self._gated or self._committee).warm_up()

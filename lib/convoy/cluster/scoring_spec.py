@@ -44,6 +44,7 @@ class ScoringSpec(StrictModel):
     model_digest: str
     committee: CommitteeOptions
     gate: GateOptions | None
+    is_dense: bool
     keep: MemberOutputs
     decode_rule: DecodeRule
     outputs: dict[str, str]

@@ -46,6 +46,19 @@ class MemberOutputs(StrEnum):
     VIEWS = "views"
 
 
+class EvaluationMode(StrEnum):
+    """How a committee looks at an image.
+
+    EXACT: every member at every view; the truth that the others are measured against. GATED: a cheap first look,
+    and the whole committee only where that is not sure. DENSE: the whole resized square and its mirror image in
+    place of crops, for networks that take any size (Sermanet et al. 2014, section 3.3).
+    """
+
+    EXACT = "exact"
+    GATED = "gated"
+    DENSE = "dense"
+
+
 class SquareCrops(StrEnum):
     """What is taken of a square. SIX: its corners, its centre, and the whole square, shrunk to the crop."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +74,7 @@ def evaluate_classifier(
     store: ObjectStore, manifest: Manifest, task: EvaluationTask, *, progress: Progress, new_run: bool = False
 ) -> Evaluation:
     """Features where they are missing, predictions of every sample, and the metrics of the labelled ones."""
-    _require_labels(manifest, task.splits)
+    require_labels(manifest, task.splits)
     classifier = task.classifier
     request = FeatureRequest(
         dataset=task.dataset,
@@ -94,13 +94,22 @@ def evaluate_classifier(
     summary = features.ensure(progress=progress, new_run=new_run)
     progress.stage("predicting")
     folder, run_manifest, open_run = job.commit(task.dataset, task.splits, task.config, new_run=new_run)
-    evaluation = _measure(store, run_manifest, task, summary.run)
+    evaluation = measure_predictions(
+        store,
+        run_manifest,
+        classes=classifier.classes,
+        gives_probabilities=classifier.gives_probabilities,
+        splits=task.splits,
+        model_digest=task.model_digest,
+        cache_run=summary.run,
+    )
     finish(folder, evaluation.model_dump(mode="json"))
     open_run.close()
     return evaluation
 
 
-def _require_labels(manifest: Manifest, splits: Collection[Split]) -> None:
+def require_labels(manifest: Manifest, splits: Collection[Split]) -> None:
+    """Raise DataError where no sample of the splits has a label."""
     counts = [manifest.counts[split] for split in splits if split in manifest.counts]
     if not any(sum(count.by_class) for count in counts):
         raise DataError(
@@ -110,16 +119,23 @@ def _require_labels(manifest: Manifest, splits: Collection[Split]) -> None:
         )
 
 
-def _measure(
-    store: ObjectStore, manifest: RunManifest, task: EvaluationTask, cache_run: str | None
+def measure_predictions(
+    store: ObjectStore,
+    manifest: RunManifest,
+    *,
+    classes: Sequence[str],
+    gives_probabilities: bool,
+    splits: Collection[Split],
+    model_digest: str,
+    cache_run: str | None = None,
 ) -> Evaluation:
-    classifier = task.classifier
-    counts = EvaluationCounts(len(classifier.classes))
+    """The metrics of a committed run's predictions, from its parts alone."""
+    counts = EvaluationCounts(len(classes))
     for table in _labelled_predictions(store, manifest):
         counts.add(list_array(table["logits"]), table["label"].to_numpy())
     metrics = counts.summary()
     rows = counts.row_outcomes()
-    honest = classifier.gives_probabilities
+    honest = gives_probabilities
     intervals = {
         "top1": bootstrap_mean(rows.correct1_N),
         "top1_wilson": wilson_interval(int(rows.correct1_N.sum()), len(rows.correct1_N)),
@@ -129,8 +145,8 @@ def _measure(
     return Evaluation(
         run=manifest.run_id,
         cache_run=cache_run,
-        splits=sorted(task.splits),
-        model_digest=task.model_digest,
+        splits=sorted(splits),
+        model_digest=model_digest,
         samples=manifest.num_results + manifest.num_rejects,
         results=manifest.num_results,
         rejects=manifest.num_rejects,
@@ -143,11 +159,11 @@ def _measure(
         intervals=intervals,
         per_class=[
             NamedClass(name=name, **row.model_dump())
-            for name, row in zip(classifier.classes, metrics.per_class, strict=True)
+            for name, row in zip(classes, metrics.per_class, strict=True)
             if row.support or row.num_predicted
         ],
         reliability=list(metrics.reliability) if honest else None,
-        classes=list(classifier.classes),
+        classes=list(classes),
         confusion=counts.confusion_KK.tolist(),
     )
 

@@ -115,13 +115,17 @@ def plan_compile(
     backbone: BackboneRecord, request: FeatureRequest, choice: CompileChoice, num_images: int
 ) -> tuple[bool, str]:
     """Whether to compile, and the reason in words. Decided once a run, so that a resumed run computes the same."""
+    return compile_decision(choice, forecast_forward_s(backbone, request, num_images))
+
+
+def compile_decision(choice: CompileChoice, forecast_s: float) -> tuple[bool, str]:
+    """The same for so many seconds in networks."""
     if choice is CompileChoice.NEVER:
         return False, "eager: compile is set to never"
     if not has_compiler():
         return False, "eager: no C++ compiler (g++ or clang++) on this machine"
     if choice is CompileChoice.ALWAYS:
         return True, "compiled: compile is set to always"
-    forecast_s = forecast_forward_s(backbone, request, num_images)
     pays = forecast_s >= COMPILE_PAYS_FROM_S
     relation = "at least" if pays else "less than"
     reason = f"forecast of {forecast_s:.0f} s forward is {relation} {COMPILE_PAYS_FROM_S:.0f} s"
@@ -130,7 +134,12 @@ def plan_compile(
 
 def forecast_forward_s(backbone: BackboneRecord, request: FeatureRequest, num_images: int) -> float:
     """Seconds in the network for so many images on two cores with native bf16, to within a factor of two."""
-    return num_images * request.views * backbone.macs / _MACS_PER_S
+    return forward_s(num_images * request.views * backbone.macs)
+
+
+def forward_s(macs: float) -> float:
+    """Seconds of so many multiply-adds on two such cores."""
+    return macs / _MACS_PER_S
 
 
 def run_identity(manifest: Manifest, request: FeatureRequest, sets: list[FeatureSetSpec]) -> dict[str, Any]:

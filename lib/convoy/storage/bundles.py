@@ -33,9 +33,10 @@ MODELS_PREFIX = "models/"
 DIGESTS_FILE = "digests.json"
 CARD_FILE = "README.md"
 METRICS_FILE = "metrics.json"
-REQUIRED_FILES = frozenset(
-    {"model.safetensors", "config.json", "preprocess.json", "classes.json", METRICS_FILE, CARD_FILE}
-)
+MODEL_FILE = "model.safetensors"
+# In place of tensors an ensemble names the bundles that it is made of.
+ENSEMBLE_FILE = "ensemble.json"
+REQUIRED_FILES = frozenset({"config.json", "preprocess.json", "classes.json", METRICS_FILE, CARD_FILE})
 
 # They describe a model and leave its predictions alone; every other file counts in the bundle's digest.
 _DESCRIPTIVE_FILES = frozenset({METRICS_FILE, CARD_FILE})
@@ -56,6 +57,11 @@ class BundleRef:
 
     def __str__(self) -> str:
         return f"{self.name}@{self.digest}"
+
+    @property
+    def folder(self) -> str:
+        """The prefix of the keys of its files."""
+        return f"{MODELS_PREFIX}{self.name}/{self.digest}/"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +109,7 @@ def write_bundle(store: ObjectStore, name: str, files: Mapping[str, bytes]) -> B
     check_bundle_name(name)
     _check_files(files)
     ref = _ref(store, name, bundle_digest(files))
-    if not exists(store, f"{_folder(ref)}{DIGESTS_FILE}"):
+    if not exists(store, f"{ref.folder}{DIGESTS_FILE}"):
         _write_files(store, ref, files)
     store.put(_latest_key(name), canonical_json({"digest": ref.digest}))
     return ref
@@ -119,7 +125,7 @@ def open_bundle(store: ObjectStore, reference: str) -> Bundle:
     files = {}
     for file, expected in _recorded_digests(store, ref).items():
         try:
-            data = store.get(_folder(ref) + file).data
+            data = store.get(ref.folder + file).data
         except ObjectNotFound:
             raise DataError(f"the bundle has lost {file}", where=ref.uri, next_step="train again") from None
         if digest_bytes(data).hex() != expected:
@@ -210,7 +216,7 @@ def _write_files(store: ObjectStore, ref: BundleRef, files: Mapping[str, bytes])
     """Each file once, then the record of what is really there: a racing writer finds and records the same."""
     stored = {}
     for file, data in sorted(files.items()):
-        stored[file] = _put_once(store, _folder(ref) + file, data)
+        stored[file] = _put_once(store, ref.folder + file, data)
         if file not in _DESCRIPTIVE_FILES and stored[file] != data:
             raise _mismatch(ref, file)
     record = {
@@ -224,7 +230,7 @@ def _write_files(store: ObjectStore, ref: BundleRef, files: Mapping[str, bytes])
         },
     }
     wanted = canonical_json(record)
-    if _put_once(store, _folder(ref) + DIGESTS_FILE, wanted) != wanted:
+    if _put_once(store, ref.folder + DIGESTS_FILE, wanted) != wanted:
         raise _mismatch(ref, DIGESTS_FILE)
 
 
@@ -240,7 +246,7 @@ def _put_once(store: ObjectStore, key: str, data: bytes) -> bytes:
 def _recorded_digests(store: ObjectStore, ref: BundleRef) -> dict[str, str]:
     """The digest of each file, from the record that makes a bundle complete."""
     try:
-        record = json.loads(store.get(_folder(ref) + DIGESTS_FILE).data)
+        record = json.loads(store.get(ref.folder + DIGESTS_FILE).data)
         version = record["format_version"]
         if version == BUNDLE_FORMAT_VERSION:
             return {file: entry["digest"] for file, entry in record["files"].items()}
@@ -278,10 +284,6 @@ def _ref(store: ObjectStore, name: str, wanted: str) -> BundleRef:
     return BundleRef(uri=store.uri(f"{MODELS_PREFIX}{name}/{wanted}"), name=name, digest=wanted)
 
 
-def _folder(ref: BundleRef) -> str:
-    return f"{MODELS_PREFIX}{ref.name}/{ref.digest}/"
-
-
 def _latest_key(name: str) -> str:
     return f"{MODELS_PREFIX}{name}/latest.json"
 
@@ -297,9 +299,11 @@ def _mismatch(ref: BundleRef, file: str) -> StorageError:
 
 def _check_files(files: Mapping[str, bytes]) -> None:
     missing = sorted(REQUIRED_FILES - files.keys())
+    if MODEL_FILE not in files and ENSEMBLE_FILE not in files:
+        missing.append(f"{MODEL_FILE} or {ENSEMBLE_FILE}")
     unusable = sorted(file for file in files if not _FILE.fullmatch(file) or file == DIGESTS_FILE)
     if missing or unusable:
         raise DataError(
             f"these files do not make a bundle: missing {missing}, unusable names {unusable}",
-            next_step=f"give {sorted(REQUIRED_FILES)}",
+            next_step=f"give {sorted(REQUIRED_FILES)}, and {MODEL_FILE} or {ENSEMBLE_FILE}",
         )

@@ -1,0 +1,205 @@
+"""What a committee is worth on labelled rows: the joint output, each member alone, and what the crops cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from convoy.core.config import StrictModel
+from convoy.core.crop_policies import Averaging, CropPolicy, EvaluationMode, MemberOutputs, crop_views
+from convoy.core.metrics import EvaluationCounts
+from convoy.core.progress import Progress
+from convoy.core.statistics import Interval, wilson_interval
+from convoy.core.view_averaging import mean_of_views
+from convoy.pipelines.committee_predictions import CommitteeJob, CommitteePredictions, PredictionRequest
+from convoy.pipelines.evaluation import Evaluation, measure_predictions, require_labels
+from convoy.storage.commits import RunManifest
+from convoy.storage.manifests import Manifest
+from convoy.storage.member_predictions import read_member_logits
+from convoy.storage.object_store import ObjectStore
+from convoy.storage.predictions import PREDICTIONS
+from convoy.vision.committee_options import gate_passes
+
+
+class MemberEvaluation(StrictModel):
+    """A member alone, over the same crops and rows as the committee; `top1_interval` is Wilson's, 95 %."""
+
+    name: str
+    digest: str
+    weight: float
+    temperature: float
+    top1: float
+    nll: float | None
+    top1_interval: Interval
+
+
+class CommitteeCost(StrictModel):
+    """What one image costs: passes through networks, multiply-adds, and what the members take in memory.
+
+    `images_per_s` is the steady rate at which the run was computed, with all of its workers.
+    """
+
+    passes_per_image: float
+    macs_per_image: int
+    num_parameters: int
+    parameter_bytes: int
+    images_per_s: float | None
+
+
+class ModeEffect(StrictModel):
+    """A cheaper mode against the exact one on the same rows.
+
+    `agreement` is the share of samples with the same predicted class; `top1_change` is the cheaper mode's top-1
+    less the exact one's; `speedup` is the ratio of network passes.
+    """
+
+    agreement: float
+    top1_change: float
+    exact_top1: float
+    exact_run: str
+    speedup: float
+
+
+class CommitteeEvaluation(Evaluation):
+    """The evaluation of a committee. `members` is empty in the gated mode, where not every member saw every image."""
+
+    crops: CropPolicy
+    averaging: Averaging
+    mode: EvaluationMode
+    members: list[MemberEvaluation]
+    cost: CommitteeCost
+    effect: ModeEffect | None
+
+
+def evaluate_committee(
+    store: ObjectStore,
+    manifest: Manifest,
+    request: PredictionRequest,
+    *,
+    progress: Progress,
+    config: dict[str, Any],
+    new_run: bool = False,
+) -> CommitteeEvaluation:
+    """Predictions where they are missing, and the metrics of the labelled ones; cheaper modes beside the exact one."""
+    require_labels(manifest, request.splits)
+    job = CommitteeJob(store, manifest, request)
+    predictions = job.ensure(progress=progress, config=config, new_run=new_run)
+    progress.stage("measuring")
+    evaluation = _measured(store, request, predictions.manifest)
+    effect = None
+    if request.mode is not EvaluationMode.EXACT:
+        exact_request = request.in_mode(EvaluationMode.EXACT)
+        exact = CommitteeJob(store, manifest, exact_request).ensure(
+            progress=progress, config=config, new_run=new_run
+        )
+        effect = ModeEffect(
+            agreement=_agreement(store, predictions.manifest, exact.manifest),
+            top1_change=evaluation.top1
+            - (exact_top1 := _measured(store, exact_request, exact.manifest).top1),
+            exact_top1=exact_top1,
+            exact_run=exact.run_id,
+            speedup=_passes(exact_request, exact) / _passes(request, predictions),
+        )
+    return CommitteeEvaluation(
+        **evaluation.model_dump(),
+        crops=request.plan.policy,
+        averaging=request.committee.averaging,
+        mode=request.mode,
+        members=_members(store, request, predictions.manifest),
+        cost=_cost(request, predictions),
+        effect=effect,
+    )
+
+
+def _measured(store: ObjectStore, request: PredictionRequest, manifest: RunManifest) -> Evaluation:
+    committee = request.committee
+    return measure_predictions(
+        store,
+        manifest,
+        classes=committee.classes,
+        gives_probabilities=committee.gives_probabilities,
+        splits=request.splits,
+        model_digest=committee.digest,
+    )
+
+
+def _members(store: ObjectStore, request: PredictionRequest, manifest: RunManifest) -> list[MemberEvaluation]:
+    """Each member alone, from what was kept of it."""
+    if request.keep is MemberOutputs.NONE or request.mode is EvaluationMode.GATED:
+        return []
+    committee = request.committee
+    kept = read_member_logits(store, manifest)
+    found = []
+    for member, logits_VNK in zip(committee.members, kept.logits_MVNK, strict=True):
+        if request.keep is MemberOutputs.VIEWS:
+            logits_NK = mean_of_views(logits_VNK, committee.averaging, member.temperature)
+        else:
+            logits_NK = logits_VNK[0]
+        counts = EvaluationCounts(len(committee.classes))
+        counts.add(logits_NK, kept.labels_N)
+        metrics = counts.summary()
+        num_correct = int(counts.confusion_KK.diagonal().sum())
+        found.append(
+            MemberEvaluation(
+                name=member.name,
+                digest=member.digest,
+                weight=member.weight,
+                temperature=member.temperature,
+                top1=metrics.top1,
+                nll=metrics.nll if member.classifier.gives_probabilities else None,
+                top1_interval=wilson_interval(num_correct, metrics.num_rows),
+            )
+        )
+    return found
+
+
+def _cost(request: PredictionRequest, predictions: CommitteePredictions) -> CommitteeCost:
+    backbones = [member.classifier.backbone for member in request.committee.members]
+    passes = _passes(request, predictions)
+    num_parameters = sum(backbone.num_parameters for backbone in backbones)
+    macs = [
+        round(backbone.macs * (request.preset(member).crop_px / backbone.preset.crop_px) ** 2)
+        for member, backbone in zip(request.committee.members, backbones, strict=True)
+    ]
+    return CommitteeCost(
+        passes_per_image=passes,
+        # In the gated mode as if all members cost the same.
+        macs_per_image=round(sum(macs) / len(macs) * passes),
+        num_parameters=num_parameters,
+        parameter_bytes=4 * num_parameters,
+        images_per_s=predictions.images_per_s,
+    )
+
+
+def _passes(request: PredictionRequest, predictions: CommitteePredictions) -> float:
+    """Network passes an image, on average."""
+    num_members, gate = len(request.committee.members), request.committee.gate
+    if request.mode is not EvaluationMode.GATED or gate is None:
+        return float(num_members * len(crop_views(request.plan)))
+    passes = gate_passes(gate, request.plan, num_members)
+    num_rows = {stage: predictions.flags.get(stage.value, 0) for stage in passes}
+    return sum(passes[stage] * num_rows[stage] for stage in passes) / max(sum(num_rows.values()), 1)
+
+
+def _agreement(store: ObjectStore, first: RunManifest, second: RunManifest) -> float:
+    """The share of samples with the same predicted class, among those that both predicted."""
+    ids, predicted_N = _predicted(store, first)
+    other_ids, other_predicted_N = _predicted(store, second)
+    places = pc.index_in(ids, value_set=other_ids)
+    is_paired_N = places.is_valid().to_numpy(zero_copy_only=False)
+    others_N = other_predicted_N[places.drop_null().to_numpy()]
+    return float((predicted_N[is_paired_N] == others_N).mean())
+
+
+def _predicted(store: ObjectStore, manifest: RunManifest) -> tuple[pa.Array, NDArray[np.int32]]:
+    tables: Sequence[pa.Table] = [
+        store.open_parquet(record.parts[PREDICTIONS].key).read(columns=["sample_id", "pred"])
+        for record in manifest.slices
+    ]
+    table = pa.concat_tables(tables)
+    return table["sample_id"].cast(pa.large_string()).combine_chunks(), table["pred"].to_numpy()
