@@ -127,10 +127,14 @@ class SearchPlan:
 
 
 class Concurrency(StrictModel):
-    """How many trials run side by side, and the workers of each."""
+    """How many trials run side by side, the workers of each, and the threads of its operators beside them.
+
+    `operator_cpus` is null where the operators sit on GPUs, of which each trial has its own.
+    """
 
     max_concurrent: int
     workers: WorkerOptions
+    operator_cpus: int | None = None
 
 
 def fit_trials(
@@ -154,7 +158,11 @@ def fit_trials(
                 "ingest": plan.ingest,
                 "preparers_per_worker": plan.preparers_per_worker,
             }
-            return Concurrency(max_concurrent=num_trials, workers=options.model_copy(update=share))
+            return Concurrency(
+                max_concurrent=num_trials,
+                workers=options.model_copy(update=share),
+                operator_cpus=None if plan.gpus_per_worker else plan.num_threads,
+            )
     return None
 
 

@@ -115,7 +115,7 @@ class _Search:
             run_id=self.folder.run_id,
             dataset_fingerprint=self._manifest.fingerprint,
             config=config,
-            workers=share.workers,
+            share=share,
             weights=copied_weights(self._store, examples),
         )
         plan = self._plan(share.max_concurrent)
