@@ -1,0 +1,253 @@
+"""Choosing and weighing the members of an ensemble, from stored predictions alone: pure functions over arrays.
+
+`logits_MVNK` are outputs of M members in V views of N rows for K classes. `values_MNK` are what the averaging rule
+averages: each member's mean over the views, of probabilities or of logits, at its own temperature. The joint
+output of weights w that sum to 1 is the sum of w_m values_m, as in `vision.committee`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize, minimize_scalar
+from scipy.special import log_softmax, softmax
+
+from convoy.core.crop_policies import Averaging
+from convoy.core.errors import DataError
+
+# Temperatures are looked for between exp(-3) and exp(3): a twentieth and twenty.
+_LOG_TEMPERATURES = (-3.0, 3.0)
+# Weights below this are those of members that do not help.
+_LEAST_WEIGHT = 1e-3
+
+Floats = NDArray[np.float64]
+
+
+class Objective(StrEnum):
+    """What a selection improves on the validation rows; the other one breaks ties."""
+
+    NLL = "nll"
+    TOP1 = "top1"
+
+
+def member_values(
+    logits_MVNK: NDArray[Any], views: Sequence[int], averaging: Averaging, temperatures_M: Sequence[float]
+) -> Floats:
+    """The values_MNK of some views."""
+    values = []
+    # One member at a time: the float64 copy of all of them may not fit.
+    for logits_VNK, temperature in zip(logits_MVNK, temperatures_M, strict=True):
+        wide_VNK = np.asarray(logits_VNK[list(views)], np.float64) / temperature
+        if averaging is Averaging.PROBABILITIES:
+            wide_VNK = softmax(wide_VNK, axis=2)
+        values.append(wide_VNK.mean(axis=0))
+    return np.stack(values)
+
+
+def joint_logits(
+    values_MNK: Floats, weights_M: Sequence[float] | Floats, averaging: Averaging, temperature: float = 1.0
+) -> Floats:
+    """The joint logits_NK: normalised log-probabilities before the temperature where probabilities are averaged."""
+    joint_NK = np.tensordot(np.asarray(weights_M, np.float64), values_MNK, axes=1)
+    if averaging is Averaging.PROBABILITIES:
+        joint_NK = np.log(np.maximum(joint_NK, np.finfo(np.float64).tiny))
+    return np.asarray(joint_NK / temperature)
+
+
+def mean_nll(logits_NK: NDArray[Any], labels_N: NDArray[Any]) -> float:
+    """The mean negative log-likelihood of the labels, in nats."""
+    log_probabilities_NK = log_softmax(np.asarray(logits_NK, np.float64), axis=1)
+    return float(-log_probabilities_NK[np.arange(len(labels_N)), labels_N].mean())
+
+
+def top1(logits_NK: NDArray[Any], labels_N: NDArray[Any]) -> float:
+    """The share of rows whose largest logit is the label's."""
+    return float((np.asarray(logits_NK).argmax(axis=1) == labels_N).mean())
+
+
+def fit_temperature(logits_NK: NDArray[Any], labels_N: NDArray[Any]) -> float:
+    """The temperature that makes the labels likeliest (Guo et al. 2017, section 4.2).
+
+    The NLL has one minimum in the inverse temperature, so a bounded search finds it.
+    """
+    wide_NK = np.asarray(logits_NK, np.float64)
+    found = minimize_scalar(
+        lambda log_temperature: mean_nll(wide_NK / np.exp(log_temperature), labels_N),
+        bounds=_LOG_TEMPERATURES,
+        method="bounded",
+        options={"xatol": 1e-4},
+    )
+    return float(np.exp(found.x))
+
+
+def greedy_selection(
+    values_MNK: Floats,
+    labels_N: NDArray[Any],
+    averaging: Averaging,
+    *,
+    objective: Objective = Objective.NLL,
+    num_rounds: int = 50,
+    num_bags: int = 20,
+    bag_share: float = 0.5,
+    seed: int = 0,
+) -> Floats:
+    """Weights_M by forward selection with replacement, averaged over bags of members; they sum to 1.
+
+    A member is added in every round, the one that helps most or harms least, and the best round is kept (Caruana
+    et al. 2004). Each bag sees a random `bag_share` of the members, so that one member which fits the validation
+    rows by chance cannot win everywhere (Caruana et al. 2006). With `num_bags` 1 there is one bag of all.
+    """
+    num_members = len(values_MNK)
+    if num_bags == 1 or num_members < 3:
+        return _one_bag(values_MNK, labels_N, averaging, objective, num_rounds)
+    rng = np.random.default_rng(seed)
+    bag_size = max(2, round(bag_share * num_members))
+    weights_M = np.zeros(num_members)
+    for _ in range(num_bags):
+        bag = np.sort(rng.permutation(num_members)[:bag_size])
+        weights_M[bag] += _one_bag(values_MNK[bag], labels_N, averaging, objective, num_rounds)
+    return _trimmed(weights_M / num_bags)
+
+
+def uniform_top_k(
+    values_MNK: Floats, labels_N: NDArray[Any], averaging: Averaging, *, objective: Objective = Objective.NLL
+) -> Floats:
+    """Equal weights_M for the best k members, with the k that is best on the rows."""
+    ranked = ranked_members(values_MNK, labels_N, averaging, objective)
+    candidates = []
+    for count in range(1, len(ranked) + 1):
+        weights_M = np.zeros(len(values_MNK))
+        weights_M[ranked[:count]] = 1 / count
+        candidates.append(weights_M)
+    return min(candidates, key=lambda one: _loss(values_MNK, one, labels_N, averaging, objective))
+
+
+def least_nll_weights(values_MNK: Floats, labels_N: NDArray[Any], averaging: Averaging) -> Floats:
+    """The weights_M >= 0 of sum 1 with the least NLL: convex for both averaging rules, so a local search finds it."""
+    num_members, rows_N = len(values_MNK), np.arange(len(labels_N))
+    own_MN = values_MNK[:, rows_N, labels_N]
+
+    def loss_and_gradient(weights_M: Floats) -> tuple[float, Floats]:
+        joint_NK = np.tensordot(weights_M, values_MNK, axes=1)
+        if averaging is Averaging.PROBABILITIES:
+            likelihood_N = np.maximum(joint_NK[rows_N, labels_N], 1e-300)
+            return float(-np.log(likelihood_N).mean()), np.asarray(-(own_MN / likelihood_N).mean(axis=1))
+        probabilities_NK = softmax(joint_NK, axis=1)
+        expected_MN = np.einsum("mnk,nk->mn", values_MNK, probabilities_NK)
+        return mean_nll(joint_NK, labels_N), np.asarray((expected_MN - own_MN).mean(axis=1))
+
+    found = minimize(
+        loss_and_gradient,
+        np.full(num_members, 1 / num_members),
+        jac=True,
+        method="SLSQP",
+        bounds=[(0.0, 1.0)] * num_members,
+        constraints={"type": "eq", "fun": lambda weights_M: weights_M.sum() - 1.0},
+        options={"maxiter": 200, "ftol": 1e-10},
+    )
+    return _trimmed(found.x)
+
+
+def ranked_members(
+    values_MNK: Floats, labels_N: NDArray[Any], averaging: Averaging, objective: Objective
+) -> list[int]:
+    """The members from the best one alone to the worst."""
+    alone = np.eye(len(values_MNK))
+    losses = [_loss(values_MNK, weights_M, labels_N, averaging, objective) for weights_M in alone]
+    return sorted(range(len(values_MNK)), key=lambda member: losses[member])
+
+
+def growing_sets(
+    values_MNK: Floats,
+    labels_N: NDArray[Any],
+    averaging: Averaging,
+    *,
+    objective: Objective,
+    costs_M: Sequence[float],
+) -> list[tuple[int, ...]]:
+    """Sets of 1, 2, ... members: to each the member is added that lowers the NLL most for its cost.
+
+    Begins with every single member in the order of its cost, so that a front over them has a cheap end.
+    """
+    singles = sorted(range(len(values_MNK)), key=lambda member: costs_M[member])
+    sets: list[tuple[int, ...]] = [(member,) for member in singles]
+    chosen = [ranked_members(values_MNK, labels_N, averaging, objective)[0]]
+    while len(chosen) < len(values_MNK):
+        before = _equal_loss(values_MNK, chosen, labels_N, averaging)
+        gains = {
+            member: (before - _equal_loss(values_MNK, [*chosen, member], labels_N, averaging))
+            for member in range(len(values_MNK))
+            if member not in chosen
+        }
+        # Where nothing helps any more, the least harm counts, whatever it costs.
+        best = max(
+            gains, key=lambda member: gains[member] / costs_M[member] if gains[member] > 0 else gains[member]
+        )
+        chosen.append(best)
+        sets.append(tuple(sorted(chosen)))
+    return sets
+
+
+def error_overlap(values_MNK: Floats, labels_N: NDArray[Any]) -> Floats:
+    """For each two members, the rows that both get wrong as a share of those that either does; 1 on the diagonal."""
+    wrong_MN = values_MNK.argmax(axis=2) != labels_N
+    both_MM = (wrong_MN[:, None] & wrong_MN[None]).sum(axis=2)
+    either_MM = (wrong_MN[:, None] | wrong_MN[None]).sum(axis=2)
+    overlap_MM: Floats = np.where(either_MM > 0, both_MM / np.maximum(either_MM, 1), 1.0)
+    return overlap_MM
+
+
+def _one_bag(
+    values_MNK: Floats, labels_N: NDArray[Any], averaging: Averaging, objective: Objective, num_rounds: int
+) -> Floats:
+    num_members = len(values_MNK)
+    counts_M, best_counts_M = np.zeros(num_members), np.zeros(num_members)
+    sums_NK, best_loss = np.zeros_like(values_MNK[0]), (np.inf, np.inf)
+    for size in range(1, num_rounds + 1):
+        losses = [
+            _loss_of((sums_NK + values_NK) / size, labels_N, averaging, objective) for values_NK in values_MNK
+        ]
+        member = min(range(num_members), key=lambda index: losses[index])
+        counts_M[member] += 1
+        sums_NK += values_MNK[member]
+        if losses[member] < best_loss:
+            best_loss, best_counts_M = losses[member], counts_M.copy()
+    return np.asarray(best_counts_M / best_counts_M.sum())
+
+
+def _equal_loss(
+    values_MNK: Floats, members: Sequence[int], labels_N: NDArray[Any], averaging: Averaging
+) -> float:
+    joint_NK = values_MNK[list(members)].mean(axis=0)
+    return _loss_of(joint_NK, labels_N, averaging, Objective.NLL)[0]
+
+
+def _loss(
+    values_MNK: Floats, weights_M: Floats, labels_N: NDArray[Any], averaging: Averaging, objective: Objective
+) -> tuple[float, float]:
+    return _loss_of(np.tensordot(weights_M, values_MNK, axes=1), labels_N, averaging, objective)
+
+
+def _loss_of(
+    joint_NK: Floats, labels_N: NDArray[Any], averaging: Averaging, objective: Objective
+) -> tuple[float, float]:
+    """What is to be small: by the objective, then by the other one."""
+    rows_N = np.arange(len(labels_N))
+    if averaging is Averaging.PROBABILITIES:
+        nll = float(-np.log(np.maximum(joint_NK[rows_N, labels_N], 1e-300)).mean())
+    else:
+        nll = mean_nll(joint_NK, labels_N)
+    errors = float((joint_NK.argmax(axis=1) != labels_N).mean())
+    return (nll, errors) if objective is Objective.NLL else (errors, nll)
+
+
+def _trimmed(weights_M: Floats) -> Floats:
+    """Without the members whose weight is next to nothing, and of sum 1 again."""
+    kept_M = np.where(weights_M >= _LEAST_WEIGHT, weights_M, 0.0)
+    if not kept_M.sum() > 0:
+        raise DataError("no weights could be found", next_step="look at the members' predictions")
+    return np.asarray(kept_M / kept_M.sum())
