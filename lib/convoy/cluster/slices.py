@@ -33,16 +33,19 @@ class SliceTask(StrictModel):
     outputs: tuple[str, ...]
 
 
-def plan_pool(num_workers: int | None) -> WorkerPool:
+def plan_pool(num_workers: int | None, cpus_per_worker: int | None = None) -> WorkerPool:
     """The pool for the cluster as it is; ClusterError where no node offers a CPU."""
     import ray  # noqa: PLC0415
 
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return fit_pool(num_workers, [(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in alive])
+    nodes = [(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in alive]
+    return fit_pool(num_workers, nodes, cpus_per_worker)
 
 
-def fit_pool(num_workers: int | None, nodes: Sequence[tuple[int, int]]) -> WorkerPool:
-    """Operators for nodes of so many (CPUs, GPUs); the CPUs are shared out as threads.
+def fit_pool(
+    num_workers: int | None, nodes: Sequence[tuple[int, int]], cpus_per_worker: int | None = None
+) -> WorkerPool:
+    """Operators for nodes of so many (CPUs, GPUs); unless their number is given, the CPUs are shared out as threads.
 
     Without GPUs one a node. With GPUs one for every four CPUs beside a GPU, and at most four share it: one process
     cannot decode as fast as a GPU computes, because its threads share Python's lock.
@@ -53,7 +56,7 @@ def fit_pool(num_workers: int | None, nodes: Sequence[tuple[int, int]]) -> Worke
     num_gpus = sum(gpus for _, gpus in nodes)
     if not num_gpus:
         workers = num_workers or len(usable)
-        num_threads = max(sum(usable) // workers, 1)
+        num_threads = cpus_per_worker or max(sum(usable) // workers, 1)
         # A fraction of a CPU too few is asked for, so that Ray Data's own tasks always find room.
         num_cpus = max(min(num_threads, *usable) - 0.5, 0.1)
         return WorkerPool(num_workers=workers, num_cpus=num_cpus, num_gpus=0, num_threads=num_threads)
@@ -65,7 +68,7 @@ def fit_pool(num_workers: int | None, nodes: Sequence[tuple[int, int]]) -> Worke
         num_workers=workers,
         num_cpus=0.25,
         num_gpus=1 / on_one_gpu,
-        num_threads=max(cpus_a_gpu // on_one_gpu, 1),
+        num_threads=cpus_per_worker or max(cpus_a_gpu // on_one_gpu, 1),
     )
 
 

@@ -230,7 +230,8 @@ class CommitteeJob:
             return ()
         finished = []
         with ray_session():
-            pool = plan_pool(self._request.extraction.num_workers)
+            extraction = self._request.extraction
+            pool = plan_pool(extraction.num_workers, extraction.cpus_per_worker)
             num_done = sum(slice_.num_results + slice_.num_rejects for slice_ in done.values())
             progress.start(record.num_inputs, num_done)
             for slice_record in score_slices(self._spec(record, pool), tasks, pool):

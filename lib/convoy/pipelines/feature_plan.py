@@ -48,7 +48,10 @@ class FeatureDtype(StrEnum):
 
 
 class ExtractionConfig(StrictModel):
-    """How features are computed and stored; shared by every job that needs features."""
+    """How features are computed and stored; shared by every job that needs features.
+
+    `cpus_per_worker` are the threads of each of `num_workers` operators; null shares out the CPUs of the cluster.
+    """
 
     decode: DecodeRule = DecodeRule()
     precision: PrecisionChoice = PrecisionChoice.AUTO
@@ -56,6 +59,7 @@ class ExtractionConfig(StrictModel):
     batch_size: int = Field(default=32, gt=0)
     compile: CompileChoice = CompileChoice.AUTO
     num_workers: int | None = Field(default=None, gt=0)
+    cpus_per_worker: int | None = Field(default=None, gt=0)
     slice_rows: int | None = Field(default=None, gt=0)
     num_fetch_threads: int = Field(default=16, gt=0)
 

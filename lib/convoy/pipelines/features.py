@@ -182,7 +182,7 @@ class FeatureJob:
         finished = []
         progress.stage("starting Ray and the workers")
         with ray_session():
-            pool = plan_pool(self._extraction.num_workers)
+            pool = plan_pool(self._extraction.num_workers, self._extraction.cpus_per_worker)
             spec = self._spec(record, pool)
             num_done = sum(slice_.num_results + slice_.num_rejects for slice_ in done.values())
             progress.start(record.num_inputs, num_done)

@@ -39,7 +39,7 @@ _NOT_IDENTITY: dict[str, Any] = {
         ("workspace", "writers", "workers", "local_cache", "tracking", "checkpoint_steps", "error_budget"),
         True,
     ),
-    "extraction": {"num_workers": True, "num_fetch_threads": True},
+    "extraction": dict.fromkeys(("num_workers", "cpus_per_worker", "num_fetch_threads"), True),
 }
 
 CurveDrawer = Callable[[Sequence[EpochResult]], bytes]

@@ -7,8 +7,7 @@ import traceback
 from collections.abc import Mapping
 from typing import Any
 
-from convoy.cluster.search_plan import TrialPoint, TrialProgress
-from convoy.cluster.training import WorkerOptions
+from convoy.cluster.search_plan import Concurrency, TrialPoint, TrialProgress
 from convoy.core.config import StrictModel
 from convoy.core.crash_points import CrashPoint, crash_point
 from convoy.core.crop_policies import CropPlan, CropPolicy, MemberOutputs, crop_views
@@ -42,7 +41,7 @@ class TrialJob(StrictModel):
     run_id: str
     dataset_fingerprint: str
     config: TuneConfig
-    workers: WorkerOptions
+    share: Concurrency
     weights: Mapping[str, str]
 
 
@@ -153,12 +152,13 @@ def _here(job: TrialJob, config: TrainConfig) -> TrainConfig:
     """The training as it runs in this process: its share of the cluster, and files that are on every node."""
     backbone = config.backbone
     weights = job.weights.get(network_key(backbone), backbone.weights)
+    operators = {"num_workers": job.share.workers.num_workers, "cpus_per_worker": job.share.operator_cpus}
     return config.model_copy(
         update={
             "workspace": job.workspace,
             "backbone": backbone.model_copy(update={"weights": weights}),
-            "workers": job.workers,
-            "extraction": config.extraction.model_copy(update={"num_workers": job.workers.num_workers}),
+            "workers": job.share.workers,
+            "extraction": config.extraction.model_copy(update=operators),
         }
     )
 

@@ -40,3 +40,10 @@ def test_an_explicit_number_of_operators_shares_the_gpus() -> None:
 def test_a_cluster_without_cpus_is_an_error() -> None:
     with pytest.raises(ClusterError, match="no node offers a CPU"):
         fit_pool(None, [(0, 0), (0, 2)])
+
+
+def test_an_operator_may_be_given_its_share_of_the_cpus() -> None:
+    """So that the trials of a search run side by side."""
+    pool = fit_pool(1, [(8, 0)], 2)
+    assert (pool.num_workers, pool.num_threads, pool.num_cpus) == (1, 2, 1.5)
+    assert fit_pool(1, [(16, 2)], 4).num_threads == 4
