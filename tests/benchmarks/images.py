@@ -66,9 +66,14 @@ def link_first(images: ImageSet, folder: Path, num_images: int) -> ImageSet:
 
 
 def imagenet_archive(data: str | None) -> Path | None:
-    """Where the real images are: in `data`, else in CONVOY_TEST_DATA, else beside the checkout; or None."""
-    archive = Path(data or os.environ.get("CONVOY_TEST_DATA") or _SHARED_DATA) / IMAGENET_TAR
-    return archive if archive.is_file() else None
+    """Where the real images of ImageNet are, or None."""
+    return real_data(IMAGENET_TAR, data)
+
+
+def real_data(name: str, data: str | None) -> Path | None:
+    """A file or folder in `data`, else in CONVOY_TEST_DATA, else beside the checkout; None where there is none."""
+    path = Path(data or os.environ.get("CONVOY_TEST_DATA") or _SHARED_DATA) / name
+    return path if path.exists() else None
 
 
 def _link(folder: Path, num_images: int, sources: list[Path]) -> None:

@@ -1,0 +1,108 @@
+"""What an evaluation could reach at most: nothing but forward passes, over one batch that is ready."""
+
+from __future__ import annotations
+
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from evaluate_job import NUM_VIEWS, PLAN, EvaluateJob, num_cores
+from pydantic import PositiveFloat
+
+from convoy.core.config import StrictModel, load_config
+from convoy.core.crop_policies import num_slots
+from convoy.vision.backbones import depth_axis
+from convoy.vision.decode_rule import DecodeRule
+from convoy.vision.decoding import decode_image
+from convoy.vision.engine import FeatureEngine
+from convoy.vision.engine_options import EngineOptions, Precision, best_precision
+from convoy.vision.forward import new_images
+from convoy.vision.multicrop import cut_slots
+from convoy.vision.presets import geometry_of
+
+_MAX_IMAGES = 64
+
+
+class BoundsSettings(EvaluateJob):
+    """How long each network is measured."""
+
+    probe_s: PositiveFloat = 2.0
+
+
+class EvaluateBounds(StrictModel):
+    """Images a second by the number of networks, and what they were measured in.
+
+    `forward`: 1 / (10 sum g), where g are the seconds that each network needs for one crop. `prepare`: reading,
+    decoding and cutting all crops, all cores busy. `combined`: both on the same cores; beside a GPU the slower one.
+    """
+
+    forward: dict[int, float]
+    prepare: float
+    combined: dict[int, float]
+    precision: Precision
+    device: str
+
+
+def measure_bounds(settings: BoundsSettings) -> EvaluateBounds:
+    """All rates, in one process."""
+    prepare = _prepare_rate(settings)
+    seconds = [_seconds_per_crop(settings, place) for place in range(len(settings.archs))]
+    forward = {size: 1 / (NUM_VIEWS * sum(seconds[:size])) for size in settings.sizes}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return EvaluateBounds(
+        forward=forward,
+        prepare=prepare,
+        combined={
+            size: min(rate, prepare) if device == "cuda" else 1 / (1 / rate + 1 / prepare)
+            for size, rate in forward.items()
+        },
+        precision=best_precision(),
+        device=device,
+    )
+
+
+def _seconds_per_crop(settings: BoundsSettings, place: int) -> float:
+    options = EngineOptions(
+        precision=best_precision(), batch_size=settings.batch_size, compiled=False, num_threads=num_cores()
+    )
+    network = settings.network(place)
+    axis = depth_axis(settings.backbone(place), network)
+    engine = FeatureEngine(network, axis, settings.preset, taps=["logits"], options=options)
+    batch_BCHW = engine.new_batch()
+
+    def run_rounds(num_rounds: int) -> None:
+        for _ in range(num_rounds):
+            logits_BK = engine.run(batch_BCHW)["logits"]
+        # Waits for the device.
+        logits_BK.cpu()
+
+    run_rounds(2)
+    num_rounds, started_s = 0, time.perf_counter()
+    while (elapsed_s := time.perf_counter() - started_s) < settings.probe_s:
+        run_rounds(NUM_VIEWS)
+        num_rounds += NUM_VIEWS
+    return elapsed_s / (num_rounds * settings.batch_size)
+
+
+def _prepare_rate(settings: BoundsSettings) -> float:
+    torch.set_num_threads(1)
+    paths = settings.paths[:_MAX_IMAGES]
+    shape = (num_slots(PLAN) * len(paths), 3, settings.crop_px, settings.crop_px)
+    slots = new_images(shape, torch.device("cpu"))
+    geometry = geometry_of(settings.preset)
+
+    def prepare(place: int) -> None:
+        pixels_CHW = decode_image(Path(paths[place]).read_bytes(), DecodeRule()).pixels_CHW
+        cut_slots(pixels_CHW, geometry, PLAN, slots[place :: len(paths)])
+
+    with ThreadPoolExecutor(num_cores()) as decoders:
+        list(decoders.map(prepare, range(len(paths))))
+        started_s = time.perf_counter()
+        list(decoders.map(prepare, range(len(paths))))
+        return len(paths) / (time.perf_counter() - started_s)
+
+
+if __name__ == "__main__":
+    print(measure_bounds(load_config(BoundsSettings, None, sys.argv[1:])).model_dump_json())

@@ -1,0 +1,60 @@
+"""The report of `convoy bench evaluate` as a page for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from results import spread_table
+
+
+def write_page(path: Path, report: dict[str, Any]) -> None:
+    """Write the report as Markdown."""
+    path.write_text("\n".join(_page(report)) + "\n", encoding="utf-8")
+
+
+def _page(report: dict[str, Any]) -> Iterator[str]:
+    settings = report["settings"]
+    yield "# `convoy bench evaluate`"
+    yield ""
+    yield (
+        f"Ten crops of {settings['crop_px']} pixels out of {report['images']['num_images']} made JPEGs of about "
+        f"500x375, {report['images']['mean_bytes'] / 1000:.0f} kB each on average; {settings['repeats']} repeats "
+        f"in turn, batches of {settings['batch_size']} images."
+    )
+    yield ""
+    for name, fact in report["machine"].items():
+        yield f"- {name}: {', '.join(fact) if isinstance(fact, list) else fact}"
+    for size, measured in report["committees"].items():
+        archs = ", ".join(arch.partition(":")[2] or arch for arch in settings["archs"][: int(size)])
+        yield from ("", f"## Networks: {size}", "")
+        yield f"{archs}; ours and the bounds in {measured['precision']} on {measured['device']}."
+        yield from spread_table("ratio", measured["ratios"], digits=3)
+        yield from spread_table("images per second", measured["images_per_s"], digits=2)
+        yield from spread_table("bound, images per second", measured["bounds"], digits=2)
+    yield ""
+    for way, equality in report["equality"].items():
+        yield (
+            f"Our float32 joint outputs against {way}: at most {equality['max_abs_difference']:.3g} apart, "
+            f"cosine at least {equality['min_cosine']:.6f}, {equality['min_centred_cosine']:.5f} about the mean."
+        )
+    yield from ("", "## Gated", "")
+    yield from [report["gated"]] if isinstance(report["gated"], str) else _gated(report["gated"])
+
+
+def _gated(gated: dict[str, Any]) -> Iterator[str]:
+    looks = [gated["gate"], *gated["gate"]["then"]]
+    words = [
+        f"members {', '.join(map(str, look['members']))} at {look['policy']} from {look['threshold']:.3f} on"
+        for look in looks
+    ]
+    yield (
+        f"Four ResNets on {gated['num_images']} images of CIFAR-10 that the gate was not calibrated on. "
+        f"What is believed: {'; then '.join(words)}; then all members at all crops."
+    )
+    yield ""
+    yield "| measure | value |"
+    yield "| --- | --- |"
+    for name in ("agreement", "speedup", "time_ratio", "top1", "exact_top1"):
+        yield f"| {name} | {gated[name]:.4f} |"
