@@ -1,0 +1,267 @@
+"""Which members, crops and weights make the ensemble: chosen on validation rows, under a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from convoy.core.config import StrictModel
+from convoy.core.crop_policies import Averaging, CropPlan, CropPolicy, crop_views, view_indices
+from convoy.core.errors import ConfigError
+from convoy.core.statistics import Interval, wilson_interval
+from convoy.vision.ensembling import (
+    Floats,
+    Objective,
+    fit_temperature,
+    greedy_selection,
+    growing_sets,
+    joint_logits,
+    least_nll_weights,
+    mean_nll,
+    member_values,
+    top1,
+    uniform_top_k,
+)
+
+
+class SelectionMethod(StrEnum):
+    """How members are weighed. See `vision.ensembling`."""
+
+    GREEDY = "greedy"
+    TOP_K = "top_k"
+    LEAST_NLL = "least_nll"
+
+
+class EnsembleBudget(StrictModel):
+    """What the ensemble may cost when it scores: at least so many images a second, or at most so much money.
+
+    Both are those of the machines that predicted the validation rows; money needs their price an hour.
+    """
+
+    min_images_per_s: PositiveFloat | None = None
+    max_usd_per_million: PositiveFloat | None = None
+    price_per_hour: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _money_has_a_price(self) -> Self:
+        if self.max_usd_per_million is not None and self.price_per_hour is None:
+            raise ValueError("max_usd_per_million needs price_per_hour: what the machines cost an hour")
+        return self
+
+    def allows(self, seconds_per_image: float) -> bool:
+        """Whether an ensemble that takes so long for an image is within the budget."""
+        usd = self.usd_per_million(seconds_per_image)
+        is_fast = self.min_images_per_s is None or seconds_per_image <= 1 / self.min_images_per_s
+        return is_fast and (
+            self.max_usd_per_million is None or usd is None or usd <= self.max_usd_per_million
+        )
+
+    def usd_per_million(self, seconds_per_image: float) -> float | None:
+        """The money for a million images, where the price of an hour is known."""
+        return None if self.price_per_hour is None else seconds_per_image * 1e6 / 3600 * self.price_per_hour
+
+
+class EnsembleSettings(StrictModel):
+    """How an ensemble is built of candidates.
+
+    `crops` are the policies to choose from; null: all that the candidates' kept predictions hold. `calibrate` fits a
+    temperature for each member and for the whole. `max_members` bounds the size. `gate` asks for the cheap first
+    looks of the mode `gated`, with the share of validation rows on which it must agree with the exact committee.
+    """
+
+    method: SelectionMethod = SelectionMethod.GREEDY
+    averaging: Averaging = Averaging.PROBABILITIES
+    objective: Objective = Objective.NLL
+    crops: tuple[CropPolicy, ...] | None = Field(default=None, min_length=1)
+    max_members: PositiveInt | None = None
+    rounds: PositiveInt = 50
+    bags: PositiveInt = 20
+    bag_share: float = Field(default=0.5, gt=0, le=1)
+    seed: int = Field(default=0, ge=0)
+    calibrate: bool = True
+    budget: EnsembleBudget = EnsembleBudget()
+    gate: float | None = Field(default=None, gt=0.5, le=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class CandidatePredictions:
+    """Outputs of M candidates for the same N labelled validation rows, in the views of `plan`.
+
+    `seconds_per_pass_M` is what one network pass of each takes.
+    """
+
+    logits_MVNK: NDArray[np.float32]
+    labels_N: NDArray[np.int32]
+    plan: CropPlan
+    seconds_per_pass_M: tuple[float, ...]
+    macs_M: tuple[int, ...]
+
+    def policies(self, wanted: Sequence[CropPolicy] | None) -> list[CropPolicy]:
+        """The policies whose views are kept, cheapest first; ConfigError for a wanted one that is not."""
+        kept = [policy for policy in CropPolicy if view_indices(policy, self.plan) is not None]
+        missing = [policy.value for policy in wanted or () if policy not in kept]
+        if missing:
+            raise ConfigError(
+                f"the candidates kept no views of {', '.join(missing)}: they hold {', '.join(kept)}",
+                where="ensemble.crops",
+                next_step="choose among these, or search again with other `crops`",
+            )
+        return [policy for policy in kept if wanted is None or policy in wanted]
+
+
+class FrontPoint(StrictModel):
+    """Some candidates, by their places, at some crops: what they are worth on validation rows, and what they cost.
+
+    `top1` and `nll` are of the rows that chose the weights. `is_best` marks points that no cheaper one equals.
+    """
+
+    members: tuple[int, ...]
+    weights: tuple[float, ...]
+    crops: CropPolicy
+    top1: float
+    top1_interval: Interval
+    nll: float
+    passes_per_image: int
+    macs_per_image: int
+    images_per_s: float
+    usd_per_million: float | None
+    is_best: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Choice:
+    """The chosen ensemble: places of the candidates, weights of sum 1, temperatures, and all that was compared."""
+
+    point: FrontPoint
+    temperatures_M: tuple[float, ...]
+    temperature: float
+    front: list[FrontPoint]
+    best_single: int
+
+
+class EnsembleChooser:
+    """Compares sets of candidates at crop policies on validation rows alone."""
+
+    def __init__(self, candidates: CandidatePredictions, settings: EnsembleSettings) -> None:
+        self._candidates, self._settings = candidates, settings
+        self._labels_N = candidates.labels_N
+        plan, averaging = candidates.plan, settings.averaging
+        self._policies = candidates.policies(settings.crops)
+        self.temperatures_M = tuple(
+            fit_temperature(logits_VNK.mean(axis=0), self._labels_N) if settings.calibrate else 1.0
+            for logits_VNK in candidates.logits_MVNK
+        )
+        self._values: dict[CropPolicy, Floats] = {
+            policy: member_values(
+                candidates.logits_MVNK, view_indices(policy, plan) or (), averaging, self.temperatures_M
+            )
+            for policy in self._policies
+        }
+
+    def choose(self) -> Choice:
+        """The best point within the budget, by the objective; ConfigError where nothing is cheap enough."""
+        points = self._points()
+        affordable = [point for point in points if self._settings.budget.allows(1 / point.images_per_s)]
+        if not affordable:
+            cheapest = max(points, key=lambda point: point.images_per_s)
+            raise ConfigError(
+                f"no candidate is within the budget: the cheapest gives {cheapest.images_per_s:.1f} images/s",
+                where="ensemble.budget",
+                next_step="raise the budget, or search among smaller networks",
+            )
+        best = min(affordable, key=self._loss)
+        chosen = list(best.members)
+        joint_NK = joint_logits(self._values[best.crops][chosen], best.weights, self._settings.averaging)
+        singles = [point for point in points if len(point.members) == 1 and point.crops is best.crops]
+        return Choice(
+            point=best,
+            temperatures_M=tuple(self.temperatures_M[member] for member in chosen),
+            temperature=fit_temperature(joint_NK, self._labels_N) if self._settings.calibrate else 1.0,
+            front=_marked(points),
+            best_single=min(singles, key=self._loss).members[0],
+        )
+
+    def values(self, policy: CropPolicy) -> Floats:
+        """The values_MNK of all candidates at a policy."""
+        return self._values[policy]
+
+    def weigh(self, values_MNK: Floats, labels_N: NDArray[Any]) -> Floats:
+        """The weights_M that the method gives to some candidates on some rows."""
+        settings = self._settings
+        if len(values_MNK) == 1:
+            return np.ones(1)
+        if settings.method is SelectionMethod.TOP_K:
+            return uniform_top_k(values_MNK, labels_N, settings.averaging, objective=settings.objective)
+        if settings.method is SelectionMethod.LEAST_NLL:
+            return least_nll_weights(values_MNK, labels_N, settings.averaging)
+        return greedy_selection(
+            values_MNK,
+            labels_N,
+            settings.averaging,
+            objective=settings.objective,
+            num_rounds=settings.rounds,
+            num_bags=settings.bags,
+            bag_share=settings.bag_share,
+            seed=settings.seed,
+        )
+
+    def _points(self) -> list[FrontPoint]:
+        """Every single candidate, and sets that grow by what helps most for its cost, at every policy."""
+        candidates, settings = self._candidates, self._settings
+        points: list[FrontPoint] = []
+        for policy in self._policies:
+            values_MNK = self._values[policy]
+            sets = growing_sets(
+                values_MNK,
+                self._labels_N,
+                settings.averaging,
+                objective=settings.objective,
+                costs_M=candidates.seconds_per_pass_M,
+            )
+            allowed = settings.max_members or len(values_MNK)
+            found = [self._point(members, policy) for members in sets if len(members) <= allowed]
+            # Different sets may be left with the same members when others get no weight.
+            points += {point.members: point for point in found}.values()
+        return points
+
+    def _point(self, members: tuple[int, ...], policy: CropPolicy) -> FrontPoint:
+        candidates, settings = self._candidates, self._settings
+        weights_M = self.weigh(self._values[policy][list(members)], self._labels_N)
+        kept = [(member, float(weight)) for member, weight in zip(members, weights_M, strict=True) if weight]
+        chosen, weights = tuple(member for member, _ in kept), tuple(weight for _, weight in kept)
+        joint_NK = joint_logits(self._values[policy][list(chosen)], weights, settings.averaging)
+        num_correct = int((joint_NK.argmax(axis=1) == self._labels_N).sum())
+        num_views = len(crop_views(CropPlan(policy=policy, multiscale=candidates.plan.multiscale)))
+        seconds = num_views * sum(candidates.seconds_per_pass_M[member] for member in chosen)
+        return FrontPoint(
+            members=chosen,
+            weights=weights,
+            crops=policy,
+            top1=top1(joint_NK, self._labels_N),
+            top1_interval=wilson_interval(num_correct, len(self._labels_N)),
+            nll=mean_nll(joint_NK, self._labels_N),
+            passes_per_image=num_views * len(chosen),
+            macs_per_image=num_views * sum(candidates.macs_M[member] for member in chosen),
+            images_per_s=1 / seconds,
+            usd_per_million=settings.budget.usd_per_million(seconds),
+        )
+
+    def _loss(self, point: FrontPoint) -> tuple[float, float]:
+        if self._settings.objective is Objective.NLL:
+            return point.nll, -point.top1
+        return -point.top1, point.nll
+
+
+def _marked(points: Sequence[FrontPoint]) -> list[FrontPoint]:
+    """From the cheapest point to the dearest; those are best that beat all cheaper ones in top-1."""
+    marked, best = [], -1.0
+    for point in sorted(points, key=lambda one: (-one.images_per_s, -one.top1)):
+        marked.append(point.model_copy(update={"is_best": point.top1 > best}))
+        best = max(best, point.top1)
+    return marked
