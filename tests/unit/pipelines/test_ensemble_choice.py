@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from convoy.core.crop_policies import CropPolicy
+from convoy.core.errors import ConfigError
+from convoy.pipelines.ensemble_choice import (
+    EnsembleBudget,
+    EnsembleChooser,
+    EnsembleSettings,
+    SelectionMethod,
+)
+from made_ensembles import LABELS_N, made_candidates
+
+NOISES = (1.2, 1.2, 1.5, 3.0)
+
+
+@pytest.mark.parametrize("method", list(SelectionMethod))
+def test_the_ensemble_beats_its_best_single_member(method: SelectionMethod) -> None:
+    choice = EnsembleChooser(made_candidates(*NOISES), EnsembleSettings(method=method)).choose()
+    single = next(
+        point
+        for point in choice.front
+        if point.members == (choice.best_single,) and point.crops is choice.point.crops
+    )
+    assert choice.point.top1 > single.top1 + 0.01
+    assert choice.point.nll < single.nll
+    assert sum(choice.point.weights) == pytest.approx(1)
+
+
+def test_two_views_are_better_than_one_and_cost_twice() -> None:
+    choice = EnsembleChooser(made_candidates(*NOISES), EnsembleSettings()).choose()
+    assert choice.point.crops is CropPolicy.FLIP
+    by_members = {(point.members, point.crops): point for point in choice.front}
+    center, flip = by_members[(0,), CropPolicy.CENTER], by_members[(0,), CropPolicy.FLIP]
+    assert flip.nll < center.nll
+    assert flip.passes_per_image == 2 * center.passes_per_image == 2
+    assert center.images_per_s == pytest.approx(100)
+    assert flip.images_per_s == pytest.approx(50)
+
+
+def test_the_best_points_rise_with_their_cost() -> None:
+    front = EnsembleChooser(made_candidates(*NOISES), EnsembleSettings()).choose().front
+    best = [point for point in front if point.is_best]
+    assert best[0] == front[0]
+    assert [point.top1 for point in best] == sorted({point.top1 for point in best})
+    assert [point.images_per_s for point in best] == sorted(
+        (point.images_per_s for point in best), reverse=True
+    )
+    assert max(point.top1 for point in front) == best[-1].top1
+
+
+def test_a_budget_is_kept() -> None:
+    settings = EnsembleSettings(budget=EnsembleBudget(min_images_per_s=40))
+    point = EnsembleChooser(made_candidates(*NOISES), settings).choose().point
+    assert point.images_per_s >= 40
+    assert point.passes_per_image <= 2
+    dear = EnsembleSettings(budget=EnsembleBudget(max_usd_per_million=30, price_per_hour=3.6))
+    point = EnsembleChooser(made_candidates(*NOISES), dear).choose().point
+    # A pass of 10 ms at 3.60 an hour is 10 a million.
+    assert point.usd_per_million == pytest.approx(10 * point.passes_per_image)
+    assert point.passes_per_image <= 3
+
+
+def test_a_budget_that_nothing_keeps_names_the_cheapest() -> None:
+    settings = EnsembleSettings(budget=EnsembleBudget(min_images_per_s=1000))
+    with pytest.raises(ConfigError, match=r"the cheapest gives 100\.0 images/s"):
+        EnsembleChooser(made_candidates(*NOISES), settings).choose()
+
+
+def test_at_most_so_many_members_are_taken() -> None:
+    settings = EnsembleSettings(max_members=2)
+    front = EnsembleChooser(made_candidates(*NOISES), settings).choose().front
+    assert max(len(point.members) for point in front) == 2
+
+
+def test_crops_that_were_not_kept_are_refused() -> None:
+    settings = EnsembleSettings(crops=(CropPolicy.TEN,))
+    with pytest.raises(ConfigError, match="kept no views of ten: they hold center, flip"):
+        EnsembleChooser(made_candidates(1.0, 1.0), settings)
+
+
+def test_ten_crops_hold_the_smaller_policies() -> None:
+    candidates = made_candidates(1.2, 1.5, policy=CropPolicy.TEN)
+    front = EnsembleChooser(candidates, EnsembleSettings()).choose().front
+    assert {point.crops for point in front} == {
+        CropPolicy.CENTER,
+        CropPolicy.FLIP,
+        CropPolicy.FIVE,
+        CropPolicy.TEN,
+    }
+
+
+def test_a_member_that_is_too_sure_gets_a_temperature_above_one() -> None:
+    candidates = made_candidates(1.2, 1.2)
+    candidates.logits_MVNK[1] *= 10
+    first, second = EnsembleChooser(candidates, EnsembleSettings()).temperatures_M
+    assert second == pytest.approx(10 * first, rel=0.05) or second > 5
+    assert EnsembleChooser(candidates, EnsembleSettings(calibrate=False)).temperatures_M == (1.0, 1.0)
+
+
+def test_a_single_candidate_is_an_ensemble_of_one() -> None:
+    choice = EnsembleChooser(made_candidates(1.0), EnsembleSettings()).choose()
+    assert choice.point.members == (0,)
+    assert choice.point.weights == (1.0,)
+    assert len(LABELS_N) == 500
+    assert np.isfinite(choice.temperature)
