@@ -129,11 +129,15 @@ def tune(
     from convoy.pipelines.tune import TuneDrawers, run_tune  # noqa: PLC0415
     from convoy.pipelines.tune_config import TuneConfig  # noqa: PLC0415
     from convoy.report.curves import draw_learning_curves  # noqa: PLC0415
+    from convoy.report.ensemble_report import draw_ensemble_report  # noqa: PLC0415
     from convoy.report.trial_plots import draw_parallel_coordinates, draw_trial_curves  # noqa: PLC0415
 
     settings = _load(TuneConfig, config, overrides, workspace)
     draw = TuneDrawers(
-        training=draw_learning_curves, space=draw_parallel_coordinates, trials=draw_trial_curves
+        training=draw_learning_curves,
+        space=draw_parallel_coordinates,
+        trials=draw_trial_curves,
+        ensemble=draw_ensemble_report,
     )
     _run(lambda progress: run_tune(settings, progress=progress, draw=draw, new_run=new_run), as_json=as_json)
 

@@ -12,12 +12,12 @@ from convoy.cluster.search_plan import GivenUp, SearchPlan
 from convoy.cluster.session import ray_session
 from convoy.cluster.training import alive_nodes
 from convoy.cluster.tuning import plan_trials, run_search
-from convoy.core.config import StrictModel
-from convoy.core.errors import ConfigError, TrainingError
+from convoy.core.errors import ConfigError, DataError, TrainingError
 from convoy.core.fingerprints import canonical_json, digest
 from convoy.core.progress import Progress
 from convoy.core.records import Split
 from convoy.core.trial_events import TrialState
+from convoy.pipelines.ensemble_building import Candidate, EnsembleReport, ReportDrawer, build_ensemble
 from convoy.pipelines.network_training import CurveDrawer
 from convoy.pipelines.trial_journal import TrialJournal, TrialRecord, seconds_spent, trials_parquet
 from convoy.pipelines.trials import TrialJob, run_trial
@@ -32,6 +32,7 @@ from convoy.storage.runs import OpenRun, RunRecord
 
 _VERB = "tune"
 _RAY_TUNE = "ray_tune"
+_PAGE = "ensemble.html"
 _NO_TIME = "the budget was used up before it came to run"
 # What of a config may change between a kill and the next call: where, how fast and how long, not what is searched.
 _NOT_IDENTITY: dict[str, Any] = dict.fromkeys(("workspace", "writers", "budget", "max_concurrent"), True)
@@ -46,13 +47,15 @@ class TuneDrawers:
     training: CurveDrawer
     space: TrialDrawer
     trials: TrialDrawer
+    ensemble: ReportDrawer
 
 
-class TuneReport(StrictModel):
-    """The trials of a search."""
+class TuneReport(EnsembleReport):
+    """The ensemble of a search's trials, and the trials. `page` is its report as one HTML file."""
 
     run: str
     trials: list[TrialRecord]
+    page: str
 
 
 def run_tune(
@@ -69,8 +72,14 @@ def run_tune(
     search = _Search(store, manifest, config, progress, new_run=new_run)
     with ray_session():
         records = search.run(draw.training)
-    report = TuneReport(run=search.folder.run_id, trials=records)
-    search.finish(report.model_dump(mode="json"), draw, records)
+        ensemble = search.build_ensemble(records)
+    report = TuneReport(
+        **ensemble.model_dump(),
+        run=search.folder.run_id,
+        trials=records,
+        page=store.uri(search.folder.key(_PAGE)),
+    )
+    search.finish(report, draw)
     return report
 
 
@@ -125,13 +134,28 @@ class _Search:
         self._forget_ray_tune()
         return self._ended()
 
-    def finish(self, report: dict[str, Any], draw: TuneDrawers, records: Sequence[TrialRecord]) -> None:
-        """Write the pictures, the table of trials and the report, and end the run."""
-        folder = self.folder
+    def build_ensemble(self, records: Sequence[TrialRecord]) -> EnsembleReport:
+        """The ensemble of the trials that finished."""
+        extraction = next(self._config.examples()).extraction
+        return build_ensemble(
+            self._store,
+            self._manifest,
+            [_candidate(record) for record in records if record.state is TrialState.FINISHED],
+            self._config.ensemble,
+            name=self._config.name,
+            dataset=self._config.dataset,
+            extraction=extraction,
+            progress=self._progress,
+        )
+
+    def finish(self, report: TuneReport, draw: TuneDrawers) -> None:
+        """Write the pictures, the page, the table of trials and the report, and end the run."""
+        folder, records = self.folder, report.trials
         self._store.put(folder.key("parallel_coordinates.png"), draw.space(records))
         self._store.put(folder.key("learning_curves.png"), draw.trials(records))
         self._store.put(folder.key("trials.parquet"), trials_parquet(records))
-        finish(folder, report)
+        self._store.put(folder.key(_PAGE), draw.ensemble(report))
+        finish(folder, report.model_dump(mode="json"))
         self._open_run.close()
 
     def _plan(self, max_concurrent: int) -> SearchPlan:
@@ -171,6 +195,18 @@ class _Search:
         """Delete what Ray Tune wrote: pickles, which nobody shall ever read back."""
         keys = [info.key for info in self._store.list_objects(self.folder.key(f"{_RAY_TUNE}/"))]
         self._store.delete(keys)
+
+
+def _candidate(record: TrialRecord) -> Candidate:
+    if record.bundle is None or record.predictions_run is None or record.cost is None:
+        raise DataError(f"the record of trial {record.trial} is not that of a finished one", where="trials/")
+    # A trial whose predictions were there already was not measured: then its multiply-adds must do.
+    rate = record.cost.images_per_s or 1e9 / max(record.cost.macs, 1)
+    return Candidate(
+        bundle=record.bundle,
+        predictions_run=record.predictions_run,
+        seconds_per_pass=1 / (rate * record.cost.num_views),
+    )
 
 
 def _require_validation_rows(manifest: Manifest) -> None:

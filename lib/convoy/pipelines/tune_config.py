@@ -13,6 +13,7 @@ from convoy.core.config import StrictModel, parse_config
 from convoy.core.crop_policies import CropPolicy
 from convoy.core.errors import ConfigError
 from convoy.core.search_space import Grid, SearchSpace, Values, parse_space, with_values
+from convoy.pipelines.ensemble_choice import EnsembleSettings
 from convoy.pipelines.train_config import TrainConfig
 from convoy.pipelines.workspace import WriterMode
 from convoy.storage.bundles import check_bundle_name
@@ -60,7 +61,7 @@ class TuneConfig(StrictModel):
     `{choice: [...]}`, `{grid: [...]}` (every value with every other grid's), `{uniform: [a, b]}`,
     `{log_uniform: [a, b]}`, or `{int: [a, b]}`; the key `config` stands for several keys at once. `crops` is what
     the trials' validation predictions keep, by default `ten`, or `flip` where the preset does not resize. `seed` is
-    that of the draws; a training's own is `recipe.seed`.
+    that of the draws; a training's own is `recipe.seed`. `ensemble` says how members are chosen among the trials.
     """
 
     workspace: str | None = None
@@ -75,6 +76,7 @@ class TuneConfig(StrictModel):
     budget: SearchBudget = SearchBudget()
     max_concurrent: PositiveInt | Literal["auto"] = "auto"
     crops: CropPolicy | None = None
+    ensemble: EnsembleSettings = EnsembleSettings()
 
     @field_validator("scheduler", mode="before")
     @classmethod
