@@ -40,7 +40,8 @@ class EvaluateBench(BenchSettings):
     Every way runs `repeats` times, in turn with the others, on made images; before that the joint outputs of the
     first `num_compared` must agree. `archs` are all networks, `sizes` the committees of the first of them; the
     headlines are those of the largest. `workers` are the counts that the DataLoaders are tried with (null: 0 and
-    all cores), `variants` how they run the networks. `num_gated` images of CIFAR-10 in `data` measure the gate.
+    all cores), `variants` how they run the networks; `compiled` is for ours. `num_gated` images of CIFAR-10 in
+    `data` measure the gate.
     """
 
     archs: tuple[str, ...] = Field(
@@ -62,6 +63,7 @@ class EvaluateBench(BenchSettings):
     workers: tuple[int, ...] | None = Field(default=None, min_length=1)
     variants: tuple[Variant, ...] = Field(default=(Variant.PLAIN,), min_length=1)
     probe_s: PositiveFloat = 2.0
+    compiled: bool = False
     num_gated: PositiveInt = 2000
     data: str | None = None
     seed: int = Field(default=0, ge=0)
@@ -146,7 +148,7 @@ class EvaluateComparison:
         return result
 
     def _job(self, images: ImageSet, name: str) -> EvaluateJob:
-        keys = {"archs", "sizes", "crop_px", "batch_size"}
+        keys = {"archs", "sizes", "crop_px", "batch_size", "compiled"}
         return EvaluateJob(
             images=images.folder, outputs=self._outputs_of(name), **self._settings.model_dump(include=keys)
         )
@@ -186,7 +188,8 @@ def _measure_gate(settings: EvaluateBench) -> GatedResult | None:
     if real_data(ARCHIVE, settings.data) is None or real_data(WEIGHTS, settings.data) is None:
         return None
     say("measuring the gate")
-    printed = run_script("evaluate_gated.py", data=settings.data, num_images=settings.num_gated)
+    sizes = {"num_images": settings.num_gated, "batch_size": max(1, min(64, settings.num_gated // 16))}
+    printed = run_script("evaluate_gated.py", data=settings.data, **sizes)
     gated = GatedResult.model_validate(printed)
     say(f"  {gated!r}")
     return gated

@@ -65,7 +65,10 @@ def measure_bounds(settings: BoundsSettings) -> EvaluateBounds:
 
 def _seconds_per_crop(settings: BoundsSettings, place: int) -> float:
     options = EngineOptions(
-        precision=best_precision(), batch_size=settings.batch_size, compiled=False, num_threads=num_cores()
+        precision=best_precision(),
+        batch_size=settings.batch_size,
+        compiled=settings.compiled,
+        num_threads=num_cores(),
     )
     network = settings.network(place)
     axis = depth_axis(settings.backbone(place), network)

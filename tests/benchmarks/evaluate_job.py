@@ -23,6 +23,7 @@ class EvaluateJob(StrictModel):
     """Ten crops of every image of a folder by committees of the first networks, all with equal weights.
 
     The seed of a network is its place. `outputs` is the file for the joint log-probabilities of all networks.
+    `compiled` is for Convoy, and its bounds.
     """
 
     images: str
@@ -31,6 +32,7 @@ class EvaluateJob(StrictModel):
     crop_px: PositiveInt
     batch_size: PositiveInt
     outputs: str
+    compiled: bool = False
 
     @property
     def preset(self) -> EvalPreset:

@@ -1,97 +1,95 @@
-"""Convoy: one decode an image, all crops cut at once, all networks of a committee in turn on every batch."""
+"""Convoy, as a user runs it: `convoy evaluate` of ensembles of random networks, exact, at ten crops."""
 
 from __future__ import annotations
 
+import os
 import sys
-import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
-import torch
-from evaluate_job import PLAN, CommitteeRates, EvaluateJob, num_cores, save_joint
-from torch import Tensor
+import pyarrow.dataset as pads
+from evaluate_job import PLAN, CommitteeRates, EvaluateJob, save_joint
+from measuring import convoy
 
-from convoy.core.batching import batched
+from convoy.cluster.session import ray_session
 from convoy.core.config import load_config
-from convoy.vision.committee import Committee, Member
-from convoy.vision.committee_options import CommitteeOptions, MemberOptions
-from convoy.vision.decode_rule import DecodeRule
-from convoy.vision.decoding import decode_image
-from convoy.vision.engine_options import Precision, best_precision
-from convoy.vision.multicrop import cut_slots
-from convoy.vision.presets import CropGeometry
+from convoy.core.crop_policies import MemberOutputs
+from convoy.core.errors import ConvoyError
+from convoy.core.progress import Silent
+from convoy.pipelines.committees import EnsembleConfig, MemberConfig
+from convoy.pipelines.evaluate import EvaluateConfig, EvaluateReport, run_evaluate
+from convoy.pipelines.feature_plan import CompileChoice, ExtractionConfig, PrecisionChoice
 
-_BATCHES_AHEAD = 2
-
-Batch = dict[CropGeometry, Tensor]
+_DATASET = "images"
+_NUM_OUTPUTS = 1000
 
 
 class OursSettings(EvaluateJob):
-    """What the networks compute in; null: the best of this machine."""
+    """What the networks compute in."""
 
-    precision: Precision | None = None
+    precision: PrecisionChoice = PrecisionChoice.AUTO
 
 
 def run_ours(settings: OursSettings) -> CommitteeRates:
-    """The rate of each committee from its first read to its last output; networks are warm before that."""
+    """The rate of each committee is the job's own: from the start of its first slice to the end of its last."""
     rates = {}
-    for size in settings.sizes:
-        committee = _committee(settings, size)
-        committee.warm_up()
-        started_s = time.perf_counter()
-        logits_NK = np.concatenate(list(_evaluate(committee, settings.paths)))
-        rates[size] = len(logits_NK) / (time.perf_counter() - started_s)
-        if size == len(settings.archs):
-            save_joint(settings, np.exp(logits_NK.astype(np.float64)))
+    with TemporaryDirectory(prefix="convoy-bench-evaluate-") as folder, ray_session():
+        workspace = str(Path(folder, "workspace"))
+        _freeze(settings, Path(folder, "images"), workspace)
+        for size in settings.sizes:
+            report = run_evaluate(_config(settings, size, workspace), progress=Silent())
+            if report.cost is None or report.cost.images_per_s is None:
+                raise ConvoyError("the evaluation has no rate", where=f"{size} networks")
+            rates[size] = report.cost.images_per_s
+            if size == len(settings.archs):
+                save_joint(settings, _probabilities(settings, workspace, report))
     return CommitteeRates(num_images=len(settings.paths), images_per_s=rates)
 
 
-def _committee(settings: OursSettings, size: int) -> Committee:
-    options = MemberOptions(
-        preset=settings.preset, precision=settings.precision or best_precision(), weight=1 / size
+def _freeze(settings: OursSettings, tree: Path, workspace: str) -> None:
+    """The images as the test split of a dataset; evaluations want a label, which here means nothing."""
+    for path in settings.paths:
+        link = tree / "test" / "class_0" / os.path.basename(path)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path)
+    convoy("dataset", str(tree), "--name", _DATASET, "--workspace", workspace)
+
+
+def _config(settings: OursSettings, size: int, workspace: str) -> EvaluateConfig:
+    classes = tuple(f"class_{index}" for index in range(_NUM_OUTPUTS))
+    backbones = [settings.backbone(place) for place in range(size)]
+    members = tuple(
+        MemberConfig(
+            backbone=backbone.model_copy(update={"preset": settings.preset}),
+            classes=classes,
+        )
+        for backbone in backbones
     )
-    members = [Member(settings.network(place), options) for place in range(size)]
-    return Committee(
-        members,
-        CommitteeOptions(batch_size=settings.batch_size, compiled=False, num_threads=num_cores(), plan=PLAN),
+    return EvaluateConfig(
+        workspace=workspace,
+        dataset=_DATASET,
+        ensemble=EnsembleConfig(members=members),
+        crops=PLAN.policy,
+        keep=MemberOutputs.NONE,
+        extraction=ExtractionConfig(
+            precision=settings.precision,
+            compile=CompileChoice.ALWAYS if settings.compiled else CompileChoice.NEVER,
+            batch_size=settings.batch_size,
+            # A slice is as large as slices of large jobs are, so that all images are in one.
+            slice_rows=len(settings.paths),
+        ),
     )
 
 
-def _evaluate(committee: Committee, paths: Sequence[str]) -> Iterator[np.ndarray]:
-    with ThreadPoolExecutor(num_cores(), "decode") as decoders:
-        for batch, num_images in _prepared(committee, paths, decoders):
-            yield committee.run(batch).logits_BK[:num_images].cpu().numpy()
-
-
-def _prepared(
-    committee: Committee, paths: Sequence[str], decoders: ThreadPoolExecutor
-) -> Iterator[tuple[Batch, int]]:
-    """Filled batches, while the next ones are being read and decoded."""
-    free = [committee.new_batch() for _ in range(_BATCHES_AHEAD + 1)]
-    waiting = deque()
-    for chosen in batched(paths, committee.options.batch_size):
-        if not free:
-            batch, futures = waiting.popleft()
-            wait(futures)
-            yield batch, len(futures)
-            free.append(batch)
-        batch = free.pop()
-        futures = [decoders.submit(_fill, path, batch, place) for place, path in enumerate(chosen)]
-        waiting.append((batch, futures))
-    for batch, futures in waiting:
-        wait(futures)
-        yield batch, len(futures)
-
-
-def _fill(path: str, batch: Batch, place: int) -> None:
-    pixels_CHW = decode_image(Path(path).read_bytes(), DecodeRule()).pixels_CHW
-    for geometry, images_BSCHW in batch.items():
-        cut_slots(pixels_CHW, geometry, PLAN, images_BSCHW[place])
+def _probabilities(settings: OursSettings, workspace: str, report: EvaluateReport) -> np.ndarray:
+    """The joint probabilities of all images, in the order of their names."""
+    rows = pads.dataset(f"{workspace}/runs/{report.run}/predictions").to_table(["sample_id", "logits"])
+    names = [os.path.basename(sample_id) for sample_id in rows["sample_id"].to_pylist()]
+    logits = dict(zip(names, rows["logits"].to_pylist(), strict=True))
+    logits_NK = np.array([logits[os.path.basename(path)] for path in settings.paths])
+    return np.exp(logits_NK)
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(num_cores())
     print(run_ours(load_config(OursSettings, None, sys.argv[1:])).model_dump_json())
