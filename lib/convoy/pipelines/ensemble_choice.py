@@ -15,12 +15,12 @@ from convoy.core.config import StrictModel
 from convoy.core.crop_policies import Averaging, CropPlan, CropPolicy, crop_views, view_indices
 from convoy.core.errors import ConfigError
 from convoy.core.statistics import Interval, wilson_interval
+from convoy.vision.ensemble_sets import growing_sets
 from convoy.vision.ensembling import (
     Floats,
     Objective,
     fit_temperature,
     greedy_selection,
-    growing_sets,
     joint_logits,
     least_nll_weights,
     mean_nll,
@@ -212,7 +212,7 @@ class EnsembleChooser:
         )
 
     def _points(self) -> list[FrontPoint]:
-        """Every single candidate, and sets that grow by what helps most for its cost, at every policy."""
+        """Every single candidate, and what is best under growing budgets, at every policy."""
         candidates, settings = self._candidates, self._settings
         points: list[FrontPoint] = []
         for policy in self._policies:
@@ -221,11 +221,10 @@ class EnsembleChooser:
                 values_MNK,
                 self._labels_N,
                 settings.averaging,
-                objective=settings.objective,
                 costs_M=candidates.seconds_per_pass_M,
+                max_members=settings.max_members,
             )
-            allowed = settings.max_members or len(values_MNK)
-            found = [self._point(members, policy) for members in sets if len(members) <= allowed]
+            found = [self._point(members, policy) for members in sets]
             # Different sets may be left with the same members when others get no weight.
             points += {point.members: point for point in found}.values()
         return points

@@ -12,7 +12,6 @@ from convoy.vision.ensembling import (
     error_overlap,
     fit_temperature,
     greedy_selection,
-    growing_sets,
     joint_logits,
     least_nll_weights,
     mean_nll,
@@ -130,7 +129,7 @@ def test_no_other_weights_have_a_smaller_nll(labels_N: NDArray[np.int64], averag
 
 
 def test_equal_seeds_give_equal_weights_and_bags_differ(labels_N: NDArray[np.int64]) -> None:
-    values_MNK = values(library(labels_N, 1.0, 1.2, 1.4, 1.6, 1.8), Averaging.PROBABILITIES)
+    values_MNK = values(library(labels_N, *np.linspace(1.0, 1.5, 12)), Averaging.PROBABILITIES)
     first = greedy_selection(values_MNK, labels_N, Averaging.PROBABILITIES, seed=1)
     np.testing.assert_array_equal(
         first, greedy_selection(values_MNK, labels_N, Averaging.PROBABILITIES, seed=1)
@@ -140,19 +139,29 @@ def test_equal_seeds_give_equal_weights_and_bags_differ(labels_N: NDArray[np.int
     )
 
 
-def test_sets_grow_by_what_helps_most_for_its_cost(labels_N: NDArray[np.int64]) -> None:
-    values_MNK = values(library(labels_N, 0.8, 1.0, 1.0, 3.0), Averaging.PROBABILITIES)
-    sets = growing_sets(
-        values_MNK,
-        labels_N,
-        Averaging.PROBABILITIES,
-        objective=Objective.NLL,
-        costs_M=[1.0, 1.0, 50.0, 1.0],
-    )
-    assert sorted(sets[:4]) == [(0,), (1,), (2,), (3,)]
-    # Members 1 and 2 help alike, and one of them costs fifty times as much.
-    assert sets[4] == (0, 1)
-    assert [len(one) for one in sets[4:]] == [2, 3, 4]
+def test_two_members_that_know_nothing_get_no_weight_from_any_bag(labels_N: NDArray[np.int64]) -> None:
+    nothing = [noisy(np.random.default_rng(seed).permutation(labels_N), 3.0, seed) for seed in range(20, 26)]
+    logits_MVNK = np.concatenate([library(labels_N, 0.8, 0.8, 0.9), np.stack(nothing)])
+    values_MNK = values(logits_MVNK, Averaging.PROBABILITIES)
+    for count in (5, 9):
+        weights_M = greedy_selection(values_MNK[:count], labels_N, Averaging.PROBABILITIES)
+        assert weights_M[3:].sum() < 0.05
+
+
+@BOTH
+def test_the_greedy_weights_are_at_least_as_good_as_the_best_member_and_the_best_mean(
+    labels_N: NDArray[np.int64], averaging: Averaging
+) -> None:
+    values_MNK = values(library(labels_N, 0.8, 1.0, 2.0, 3.0), averaging)
+
+    def loss(weights_M: NDArray[np.float64]) -> float:
+        return mean_nll(joint_logits(values_MNK, weights_M, averaging), labels_N)
+
+    greedy = loss(greedy_selection(values_MNK, labels_N, averaging))
+    assert greedy <= min(loss(one) for one in np.eye(4))
+    assert greedy <= loss(uniform_top_k(values_MNK, labels_N, averaging))
+    # The rows and rounds of greedy are coarse, but not by much.
+    assert greedy <= loss(least_nll_weights(values_MNK, labels_N, averaging)) + 0.01
 
 
 def test_errors_that_never_meet_do_not_overlap() -> None:
