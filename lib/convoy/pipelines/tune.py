@@ -12,14 +12,18 @@ from convoy.cluster.search_plan import GivenUp, SearchPlan
 from convoy.cluster.session import ray_session
 from convoy.cluster.training import alive_nodes
 from convoy.cluster.tuning import plan_trials, run_search
+from convoy.core.config import StrictModel
 from convoy.core.errors import ConfigError, DataError, TrainingError
 from convoy.core.fingerprints import canonical_json, digest
 from convoy.core.progress import Progress
 from convoy.core.records import Split
+from convoy.core.statistics import Interval
 from convoy.core.trial_events import TrialState
 from convoy.pipelines.ensemble_building import Candidate, EnsembleReport, ReportDrawer, build_ensemble
+from convoy.pipelines.feature_plan import forward_s
 from convoy.pipelines.network_training import CurveDrawer
-from convoy.pipelines.trial_journal import TrialJournal, TrialRecord, seconds_spent, trials_parquet
+from convoy.pipelines.train_config import PROBES, TrainConfig
+from convoy.pipelines.trial_journal import TrialCost, TrialJournal, TrialRecord, seconds_spent, trials_parquet
 from convoy.pipelines.trials import TrialJob, run_trial
 from convoy.pipelines.tune_config import TuneConfig
 from convoy.pipelines.tune_plan import check_budget, copied_weights, fetch_networks
@@ -29,6 +33,7 @@ from convoy.storage.datasets import open_dataset
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import OpenRun, RunRecord
+from convoy.vision.heads import HeadKind
 
 _VERB = "tune"
 _RAY_TUNE = "ray_tune"
@@ -50,12 +55,37 @@ class TuneDrawers:
     ensemble: ReportDrawer
 
 
+class TrialSummary(StrictModel):
+    """A trial in the report of its search; `trials/<trial>.json` in the run folder says more."""
+
+    trial: str
+    state: TrialState
+    values: dict[str, Any]
+    top1: float | None
+    top1_interval: Interval | None
+    nll: float | None
+    num_epochs: int
+    seconds: float
+    bundle: str | None
+    predictions_run: str | None
+    cost: TrialCost | None
+    reason: str | None
+
+    @classmethod
+    def of(cls, record: TrialRecord) -> TrialSummary:
+        """What of a record belongs into the report."""
+        shared = record.model_dump(include=cls.model_fields.keys() & TrialRecord.model_fields.keys())
+        seconds = record.finished_unix_s - record.started_unix_s
+        return cls(**shared, num_epochs=len(record.epochs), seconds=seconds)
+
+
 class TuneReport(EnsembleReport):
     """The ensemble of a search's trials, and the trials. `page` is its report as one HTML file."""
 
     run: str
-    trials: list[TrialRecord]
+    trials: list[TrialSummary]
     page: str
+    notes: list[str]
 
 
 def run_tune(
@@ -76,10 +106,11 @@ def run_tune(
     report = TuneReport(
         **ensemble.model_dump(),
         run=search.folder.run_id,
-        trials=records,
+        trials=[TrialSummary.of(record) for record in records],
         page=store.uri(search.folder.key(_PAGE)),
+        notes=search.notes,
     )
-    search.finish(report, draw)
+    search.finish(report, draw, records)
     return report
 
 
@@ -109,6 +140,7 @@ class _Search:
                 )
             )
         self._journal = TrialJournal(self.folder, config)
+        self.notes: list[str] = []
 
     def run(self, draw_curves: CurveDrawer) -> list[TrialRecord]:
         """All trials, ended; TrainingError if none finished."""
@@ -140,7 +172,7 @@ class _Search:
         return build_ensemble(
             self._store,
             self._manifest,
-            [_candidate(record) for record in records if record.state is TrialState.FINISHED],
+            self._candidates(records),
             self._config.ensemble,
             name=self._config.name,
             dataset=self._config.dataset,
@@ -148,9 +180,26 @@ class _Search:
             progress=self._progress,
         )
 
-    def finish(self, report: TuneReport, draw: TuneDrawers) -> None:
+    def _candidates(self, records: Sequence[TrialRecord]) -> list[Candidate]:
+        """The finished trials whose outputs are probabilities; ConfigError where there is none."""
+        finished = [record for record in records if record.state is TrialState.FINISHED]
+        candidates = [_candidate(record) for record in finished if not _gives_margins(record)]
+        if len(candidates) < len(finished):
+            self.notes.append(
+                f"{len(finished) - len(candidates)} trials with a linear SVM cannot be members: margins are no"
+                " probabilities"
+            )
+        if not candidates:
+            raise ConfigError(
+                "every finished trial has a linear SVM for a head: its margins cannot be averaged with others",
+                where="space",
+                next_step="search among softmax or mlp heads too, and add --new-run",
+            )
+        return candidates
+
+    def finish(self, report: TuneReport, draw: TuneDrawers, records: Sequence[TrialRecord]) -> None:
         """Write the pictures, the page, the table of trials and the report, and end the run."""
-        folder, records = self.folder, report.trials
+        folder = self.folder
         self._store.put(folder.key("parallel_coordinates.png"), draw.space(records))
         self._store.put(folder.key("learning_curves.png"), draw.trials(records))
         self._store.put(folder.key("trials.parquet"), trials_parquet(records))
@@ -197,16 +246,22 @@ class _Search:
         self._store.delete(keys)
 
 
+def _gives_margins(record: TrialRecord) -> bool:
+    config = TrainConfig.model_validate(record.config)
+    return config.strategy in PROBES and config.head.kind is HeadKind.LINEAR_SVM
+
+
 def _candidate(record: TrialRecord) -> Candidate:
     if record.bundle is None or record.predictions_run is None or record.cost is None:
-        raise DataError(f"the record of trial {record.trial} is not that of a finished one", where="trials/")
-    # A trial whose predictions were there already was not measured: then its multiply-adds must do.
-    rate = record.cost.images_per_s or 1e9 / max(record.cost.macs, 1)
-    return Candidate(
-        bundle=record.bundle,
-        predictions_run=record.predictions_run,
-        seconds_per_pass=1 / (rate * record.cost.num_views),
-    )
+        raise DataError(
+            "the record is not that of a finished trial",
+            where=f"trials/{record.trial}.json",
+            next_step="delete it, and run the same command again",
+        )
+    cost = record.cost
+    # Without a measured rate the forecast must do.
+    seconds = forward_s(cost.macs) if cost.images_per_s is None else 1 / (cost.images_per_s * cost.num_views)
+    return Candidate(bundle=record.bundle, predictions_run=record.predictions_run, seconds_per_pass=seconds)
 
 
 def _require_validation_rows(manifest: Manifest) -> None:
