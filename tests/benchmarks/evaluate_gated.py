@@ -18,7 +18,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from convoy.core.config import StrictModel, load_config
-from convoy.core.crop_policies import CropPlan, CropPolicy, MemberOutputs
+from convoy.core.crop_policies import CropPlan, CropPolicy, MemberOutputs, crop_views
 from convoy.core.errors import ConfigError
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.backbones import build_network, default_preset
@@ -40,6 +40,7 @@ from convoy.vision.weights import load_weights, read_state_dict
 
 ARCHIVE, WEIGHTS = "cifar10-jpeg.tar.gz", "cifar10-resnets"
 _DEPTHS = (20, 32, 44, 56)
+_CURVE = (0.97, 0.98, 0.99, 0.995, 0.998)
 _PLAN = CropPlan(policy=CropPolicy.FLIP)
 
 
@@ -56,11 +57,20 @@ class GatedSettings(StrictModel):
     confidence: float = 0.9
 
 
+class GatePoint(StrictModel):
+    """What a gate that was calibrated for a target does on the other images."""
+
+    target_agreement: float
+    agreement: float
+    speedup: float
+    top1: float
+
+
 class GatedResult(StrictModel):
     """On the images that the gate was not calibrated on.
 
     `agreement` is the share with the same top-1 class as the exact committee; `speedup` is in network passes,
-    `time_ratio` in seconds of the networks.
+    `time_ratio` in seconds of the networks. `curve` shows other targets.
     """
 
     num_images: int
@@ -70,6 +80,7 @@ class GatedResult(StrictModel):
     time_ratio: float
     top1: float
     exact_top1: float
+    curve: list[GatePoint]
 
 
 def measure_gate(settings: GatedSettings) -> GatedResult:
@@ -80,7 +91,8 @@ def measure_gate(settings: GatedSettings) -> GatedResult:
     committee = _committee(settings)
     images, labels_N = _read_images(settings)
     even, odd = slice(0, None, 2), slice(1, None, 2)
-    gate = _calibrate(committee, list(_batches(committee, images[even])), settings)
+    calibration = _calibration(committee, list(_batches(committee, images[even])))
+    gate = calibration.best_gate(settings.target_agreement, confidence=settings.confidence).gate
     gated = GatedCommittee(committee, gate)
     batches = list(_batches(committee, images[odd]))
     exact_N, exact_s = _timed(lambda: _exact_classes(committee, batches))
@@ -96,6 +108,7 @@ def measure_gate(settings: GatedSettings) -> GatedResult:
         time_ratio=exact_s / gated_s,
         top1=float((gated_N == labels_N).mean()),
         exact_top1=float((exact_N == labels_N).mean()),
+        curve=list(_curve(calibration, _calibration(committee, batches), labels_N, settings)),
     )
 
 
@@ -166,21 +179,33 @@ def _gated_classes(
     return classes_N, num_rows
 
 
-def _calibrate(
-    committee: Committee, batches: Sequence[tuple[Any, range]], settings: GatedSettings
-) -> GateOptions:
+def _calibration(committee: Committee, batches: Sequence[tuple[Any, range]]) -> GateCalibration:
     outputs = [
         committee.run(batch, MemberOutputs.VIEWS).view_logits_MVBK[:, :, : len(rows)]
         for batch, rows in batches
     ]
-    calibration = GateCalibration(
+    return GateCalibration(
         torch.cat(outputs, dim=2).cpu().numpy(),
         weights_M=committee.weights,
         temperatures_M=[1.0] * len(committee.weights),
         averaging=committee.options.averaging,
         plan=_PLAN,
     )
-    return calibration.best_gate(settings.target_agreement, confidence=settings.confidence).gate
+
+
+def _curve(
+    calibration: GateCalibration, unseen: GateCalibration, labels_N: np.ndarray, settings: GatedSettings
+) -> Iterator[GatePoint]:
+    num_passes = len(_DEPTHS) * len(crop_views(_PLAN))
+    for target in _CURVE:
+        gate = calibration.best_gate(target, confidence=settings.confidence).gate
+        found = unseen.measured(gate)
+        yield GatePoint(
+            target_agreement=target,
+            agreement=found.agreement,
+            speedup=num_passes / found.mean_passes,
+            top1=float((found.class_N == labels_N).mean()),
+        )
 
 
 def _timed(work: Callable[[], Any]) -> tuple[Any, float]:

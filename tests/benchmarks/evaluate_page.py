@@ -58,3 +58,14 @@ def _gated(gated: dict[str, Any]) -> Iterator[str]:
     yield "| --- | --- |"
     for name in ("agreement", "speedup", "time_ratio", "top1", "exact_top1"):
         yield f"| {name} | {gated[name]:.4f} |"
+    yield from ("", "| target agreement | agreement | speedup | top1 |", "| --- | --- | --- | --- |")
+    for point in gated["curve"]:
+        yield (
+            " | ".join(
+                [
+                    f"| {point['target_agreement']}",
+                    *(f"{point[key]:.4f}" for key in ("agreement", "speedup", "top1")),
+                ]
+            )
+            + " |"
+        )

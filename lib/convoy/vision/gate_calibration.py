@@ -24,15 +24,18 @@ _NEVER = 2.0
 _NUM_SHARES = 8
 
 _Looks = tuple[tuple[tuple[int, ...], CropPolicy], ...]
+# The top-1 class of each row, and its probability.
+_LookOutput = tuple[NDArray[np.int64], NDArray[np.float64]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class CalibratedGate:
-    """A gate, its agreement with the exact committee and its passes an image, both on the rows it was fitted to."""
+    """A gate on some rows: its agreement with the exact committee, its passes an image, and its top-1 classes."""
 
     gate: GateOptions
     agreement: float
     mean_passes: float
+    class_N: NDArray[np.int64]
 
 
 class GateCalibration:
@@ -58,13 +61,14 @@ class GateCalibration:
         every_view = range(values_MVNK.shape[1])
         self._exact_N, _ = self._look(tuple(range(len(weights_M))), every_view)
 
-    def best_gate(self, target_agreement: float, *, confidence: float = 0.5) -> CalibratedGate:
+    def best_gate(self, target_agreement: float, *, confidence: float = 0.9) -> CalibratedGate:
         """The gate with the fewest expected passes that agrees with the exact committee on the rows.
 
-        The share of equal top-1 classes, or for a one-sided `confidence` above 0.5 its Wilson lower bound, is at
-        least the target. Tried are one look, two looks, and the best two with a third, each adding a member at the
-        centre crop; and one look of a member at both crops of `flip`. Raises ConfigError where the plan has no
-        centre crop.
+        The Wilson lower bound of the share of equal top-1 classes, at the one-sided `confidence`, is at least the
+        target; at 0.5 it is the share itself, which rows that chose the gate flatter. Where the rows are too few
+        to prove the target, no look is believed. Tried are one look, two looks, and the best two with a third,
+        each adding a member at the centre crop; and one look of a member at both crops of `flip`. Raises
+        ConfigError where the plan has no centre crop.
         """
         if view_indices(CropPolicy.CENTER, self._plan) is None:
             raise ConfigError(
@@ -84,6 +88,10 @@ class GateCalibration:
             best = min((best, *fitted), key=lambda one: one.mean_passes)
         return best
 
+    def measured(self, gate: GateOptions) -> CalibratedGate:
+        """A gate that was calibrated on other rows, on these."""
+        return self._outcome(gate, self._outputs(tuple((look.members, look.policy) for look in gate.looks)))
+
     def _short_chains(self) -> Iterator[_Looks]:
         num_members = len(self._weights_M)
         for member in range(num_members):
@@ -95,7 +103,7 @@ class GateCalibration:
 
     def _fitted(self, looks: _Looks, allowed: int) -> CalibratedGate:
         """The thresholds that leave the least to do, over the ways to share the allowed disagreements out."""
-        outputs = [self._look(members, view_indices(policy, self._plan) or ()) for members, policy in looks]
+        outputs = self._outputs(looks)
         # Shares of -1 are -1 each: then no row may be believed.
         shares = _compositions(_NUM_SHARES, len(looks)) if allowed >= 0 else [(_NUM_SHARES,) * len(looks)]
         candidates = (
@@ -104,36 +112,40 @@ class GateCalibration:
         return min(candidates, key=lambda one: one.mean_passes)
 
     def _gate(
-        self,
-        looks: _Looks,
-        outputs: Sequence[tuple[NDArray[np.int64], NDArray[np.float64]]],
-        allowed: Sequence[float],
+        self, looks: _Looks, outputs: Sequence[_LookOutput], allowed: Sequence[float]
     ) -> CalibratedGate:
+        """The lowest thresholds, look by look; what one look does not use up is left to the next."""
         is_open_N = np.ones(len(self._exact_N), dtype=bool)
-        thresholds, believed, num_wrong, left = [], [], 0, 0.0
+        thresholds, left = [], 0.0
         for (class_N, confidence_N), share in zip(outputs, allowed, strict=True):
             left += share
             is_wrong_N = class_N != self._exact_N
             threshold = _threshold(confidence_N[is_open_N], is_wrong_N[is_open_N], left)
             is_final_N = is_open_N & (confidence_N >= threshold)
             left -= int(is_wrong_N[is_final_N].sum())
-            num_wrong += int(is_wrong_N[is_final_N].sum())
             is_open_N &= ~is_final_N
             thresholds.append(threshold)
-            believed.append(int(is_final_N.sum()))
         first, *then = (
             GateLook(members=members, policy=policy, threshold=threshold)
             for (members, policy), threshold in zip(looks, thresholds, strict=True)
         )
-        gate = GateOptions(**first.model_dump(), then=tuple(then))
-        passes = gate_passes(gate, self._plan, len(self._weights_M)).values()
-        num_rows = len(self._exact_N)
-        total = np.dot([*believed, num_rows - sum(believed)], list(passes))
-        return CalibratedGate(gate, 1 - num_wrong / num_rows, float(total) / num_rows)
+        return self._outcome(GateOptions(**first.model_dump(), then=tuple(then)), outputs)
 
-    def _look(
-        self, members: Sequence[int], views: Sequence[int]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    def _outcome(self, gate: GateOptions, outputs: Sequence[_LookOutput]) -> CalibratedGate:
+        passes = list(gate_passes(gate, self._plan, len(self._weights_M)).values())
+        passes_N, class_N = np.full(len(self._exact_N), passes[-1]), self._exact_N.copy()
+        # From the last look to the first, as the first that is sure decides.
+        for look, (seen_N, confidence_N), cost in reversed(
+            list(zip(gate.looks, outputs, passes[:-1], strict=True))
+        ):
+            is_sure_N = confidence_N >= look.threshold
+            passes_N[is_sure_N], class_N[is_sure_N] = cost, seen_N[is_sure_N]
+        return CalibratedGate(gate, float((class_N == self._exact_N).mean()), float(passes_N.mean()), class_N)
+
+    def _outputs(self, looks: _Looks) -> list[_LookOutput]:
+        return [self._look(members, view_indices(policy, self._plan) or ()) for members, policy in looks]
+
+    def _look(self, members: Sequence[int], views: Sequence[int]) -> _LookOutput:
         """The top-1 class of each row and its probability, from some members and views."""
         means_MNK = self._values_MVNK[list(members)][:, list(views)].mean(axis=1)
         joint_NK = np.average(means_MNK, axis=0, weights=self._weights_M[list(members)])

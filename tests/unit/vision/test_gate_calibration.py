@@ -65,7 +65,7 @@ def outcome(found: CalibratedGate, logits_MVNK: NDArray[np.float32]) -> tuple[fl
 @pytest.mark.parametrize("target", [0.95, 0.99, 1.0])
 def test_the_target_holds_on_the_rows_and_the_figures_are_those_of_the_gate(target: float) -> None:
     logits = made_logits()
-    found = calibration(logits).best_gate(target)
+    found = calibration(logits).best_gate(target, confidence=0.5)
     agreement, mean_passes = outcome(found, logits)
     assert found.agreement == pytest.approx(agreement, abs=1e-12)
     assert found.mean_passes == pytest.approx(mean_passes, abs=1e-9)
@@ -77,20 +77,22 @@ def test_a_confident_gate_holds_its_target_on_rows_it_has_not_seen() -> None:
     logits = made_logits(8000)
     found = calibration(logits[:, :, :4000]).best_gate(0.98, confidence=0.99)
     agreement, mean_passes = outcome(found, logits[:, :, 4000:])
+    unseen = calibration(logits[:, :, 4000:]).measured(found.gate)
+    assert (unseen.agreement, unseen.mean_passes) == pytest.approx((agreement, mean_passes), abs=1e-9)
     assert agreement >= 0.98
     assert mean_passes < 5
 
 
 def test_more_agreement_costs_more_passes() -> None:
     fitted = calibration(made_logits())
-    passes = [fitted.best_gate(target).mean_passes for target in (0.9, 0.97, 0.99, 1.0)]
+    passes = [fitted.best_gate(target, confidence=0.5).mean_passes for target in (0.9, 0.97, 0.99, 1.0)]
     assert passes == sorted(passes)
     assert passes[0] < passes[-1]
 
 
 def test_several_looks_leave_less_to_do_than_the_best_single_one() -> None:
     logits = made_logits()
-    found = calibration(logits).best_gate(0.99)
+    found = calibration(logits).best_gate(0.99, confidence=0.5)
     assert len(found.gate.looks) > 1
     p_MVNK = softmax(logits.astype(np.float64), axis=-1)
     exact_N = p_MVNK.mean(axis=(0, 1)).argmax(axis=-1)
@@ -105,13 +107,13 @@ def test_a_member_that_is_always_right_is_looked_at_first_and_alone() -> None:
     logits = made_logits()
     logits[1] = logits.mean(axis=(0, 1)) * 50
     logits[[0, 2]] *= 0.01
-    found = calibration(logits, Averaging.LOGITS).best_gate(1.0)
+    found = calibration(logits, Averaging.LOGITS).best_gate(1.0, confidence=0.5)
     assert found.gate.members == (1,)
     assert found.mean_passes == pytest.approx(1.0)
 
 
 def test_without_enough_rows_nothing_is_believed() -> None:
-    found = calibration(made_logits(20)).best_gate(0.995, confidence=0.95)
+    found = calibration(made_logits(20)).best_gate(0.995)
     assert all(look.threshold > 1 for look in found.gate.looks)
     assert (found.agreement, found.mean_passes) == (1.0, 6.0)
 
