@@ -7,8 +7,9 @@ from numpy.typing import NDArray
 
 from convoy.core.crop_policies import CropPlan, CropPolicy, crop_views
 from convoy.core.statistics import bootstrap_difference, mcnemar_test
-from convoy.pipelines.ensemble_building import CropWorth, EnsembleReport, Gain
+from convoy.pipelines.ensemble_building import EnsembleReport
 from convoy.pipelines.ensemble_choice import CandidatePredictions, EnsembleChooser, EnsembleSettings
+from convoy.pipelines.ensemble_measuring import CropWorth, Gain, SizeWorth
 from convoy.vision.ensembling import error_overlap
 
 NUM_ROWS, NUM_CLASSES = 500, 3
@@ -64,6 +65,7 @@ def made_report(candidates: CandidatePredictions, settings: EnsembleSettings | N
         candidates=[f"candidate-{place}@{place}" for place in range(len(candidates.macs_M))],
         overlap=error_overlap(chooser.values(choice.point.crops), LABELS_N).tolist(),
         by_crops=[CropWorth(crops=choice.point.crops, top1=0.9, best_single_top1=0.88, passes_per_image=2)],
+        by_size=[SizeWorth(num_members=1, top1=0.87, passes_per_image=2)],
         gate=None,
         evaluation=None,
         reliability_before=[],

@@ -72,7 +72,8 @@ class EnsembleSettings(StrictModel):
 
     `crops` are the policies to choose from; null: all that the candidates' kept predictions hold. `calibrate` fits a
     temperature for each member and for the whole. `max_members` bounds the size. `gate` asks for the cheap first
-    looks of the mode `gated`, with the share of validation rows on which it must agree with the exact committee.
+    looks of the mode `gated`, with the share of validation rows on which it must agree with the exact committee;
+    they begin at the centre crop, so only crops that hold it are chosen from then.
     """
 
     method: SelectionMethod = SelectionMethod.GREEDY
@@ -102,7 +103,7 @@ class CandidatePredictions:
     seconds_per_pass_M: tuple[float, ...]
     macs_M: tuple[int, ...]
 
-    def policies(self, wanted: Sequence[CropPolicy] | None) -> list[CropPolicy]:
+    def policies(self, wanted: Sequence[CropPolicy] | None, *, with_centre: bool) -> list[CropPolicy]:
         """The policies whose views are kept, cheapest first; ConfigError for a wanted one that is not."""
         kept = [policy for policy in CropPolicy if view_indices(policy, self.plan) is not None]
         missing = [policy.value for policy in wanted or () if policy not in kept]
@@ -112,7 +113,17 @@ class CandidatePredictions:
                 where="ensemble.crops",
                 next_step="choose among these, or search again with other `crops`",
             )
-        return [policy for policy in kept if wanted is None or policy in wanted]
+        chosen = [policy for policy in kept if wanted is None or policy in wanted]
+        if not with_centre:
+            return chosen
+        with_it = [policy for policy in chosen if view_indices(CropPolicy.CENTER, CropPlan(policy=policy))]
+        if not with_it:
+            raise ConfigError(
+                f"a gate begins at the centre crop, which {', '.join(chosen)} has not",
+                where="ensemble.gate",
+                next_step="leave `gate` out, or keep the crops ten",
+            )
+        return with_it
 
 
 class FrontPoint(StrictModel):
@@ -152,7 +163,7 @@ class EnsembleChooser:
         self._candidates, self._settings = candidates, settings
         self._labels_N = candidates.labels_N
         plan, averaging = candidates.plan, settings.averaging
-        self._policies = candidates.policies(settings.crops)
+        self._policies = candidates.policies(settings.crops, with_centre=settings.gate is not None)
         self.temperatures_M = tuple(
             fit_temperature(logits_VNK.mean(axis=0), self._labels_N) if settings.calibrate else 1.0
             for logits_VNK in candidates.logits_MVNK

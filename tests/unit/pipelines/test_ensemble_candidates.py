@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from convoy.core.crop_policies import Averaging, CropPlan, CropPolicy, crop_views
+from convoy.core.errors import ConfigError, DataError
+from convoy.core.fingerprints import canonical_json
+from convoy.core.progress import Silent
+from convoy.pipelines.dataset import DatasetConfig, freeze
+from convoy.pipelines.ensemble_candidates import Candidate, paired_rows, read_candidates
+from convoy.storage.commits import RunManifest, SliceRecord
+from convoy.storage.datasets import open_dataset
+from convoy.storage.local_store import LocalStore
+from convoy.storage.manifests import Manifest
+from convoy.storage.member_predictions import member_output, write_member_predictions
+from convoy.storage.runs import RunFolder, RunRecord, SliceGroup
+from made_classifiers import DIGITS, made_bundle
+
+ROWS = ("a", "b", "c", "d")
+LABELS = (0, 1, 2, 9)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LocalStore:
+    return LocalStore(str(tmp_path / "workspace"))
+
+
+@pytest.fixture
+def manifest(store: LocalStore, tmp_path: Path) -> Manifest:
+    for split in ("train", "val"):
+        path = tmp_path / "images" / split / "0" / "image.png"
+        path.parent.mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(path)
+    source = str(tmp_path / "images")
+    freeze(DatasetConfig(workspace=store.root_uri, source=source, name="made"), progress=Silent())
+    return open_dataset(store, "made")
+
+
+def candidate(
+    store: LocalStore,
+    manifest: Manifest,
+    name: str,
+    *,
+    rows: Sequence[str] = ROWS,
+    classes: tuple[str, ...] = DIGITS,
+    policy: CropPolicy = CropPolicy.FLIP,
+    **identity: object,
+) -> Candidate:
+    """A bundle, and a published run with predictions: the logit of class k in view v of row n is 100 v + 10 n + k."""
+    bundle = made_bundle(store, name, seed=len(name), classes=classes)
+    plan, output = CropPlan(policy=policy), member_output(0)
+    folder = RunFolder(store, f"run-{name}")
+    folder.write_record(
+        RunRecord.new(
+            folder.run_id,
+            verb="evaluate",
+            identity={
+                "dataset_fingerprint": manifest.fingerprint,
+                "splits": ["val"],
+                "crops": plan.model_dump(mode="json"),
+                **identity,
+            },
+            config={},
+            outputs={output: folder.key(f"{output}/")},
+            groups=(SliceGroup(outputs=(output,), num_rows=len(rows), num_slices=1),),
+        )
+    )
+    places = np.array([ROWS.index(row) for row in rows])
+    class_K = np.array([DIGITS.index(name) for name in classes])
+    views_V11 = 100 * np.arange(len(crop_views(plan)))[:, None, None]
+    logits_VNK = (views_V11 + 10 * places[None, :, None] + class_K).astype(np.float32)
+    labels = [classes.index(DIGITS[LABELS[place]]) for place in places]
+    part = write_member_predictions(
+        store,
+        folder.key(f"{output}/0-000000-a0.parquet"),
+        pa.table({"sample_id": list(rows)}),
+        labels=pa.array(labels, pa.int32()),
+        logits_NVK=logits_VNK.transpose(1, 0, 2),
+        metadata={},
+    )
+    record = SliceRecord(
+        run_id=folder.run_id,
+        slice="0-000000",
+        attempt="a0",
+        parts={output: part},
+        rejects=None,
+        num_results=len(rows),
+        num_rejects=0,
+        reject_codes={},
+        flags={},
+        seconds={},
+        started_unix_s=0.0,
+        first_row_unix_s=0.0,
+        finished_unix_s=0.0,
+        precision_effect={},
+    )
+    published = RunManifest(run_id=folder.run_id, slices=(record,))
+    store.put(folder.key("manifest.json"), canonical_json(published))
+    return Candidate(bundle=str(bundle), predictions_run=folder.run_id, seconds_per_pass=0.5)
+
+
+def test_rows_that_all_predicted_are_joined_by_id_and_classes_by_name(
+    store: LocalStore, manifest: Manifest
+) -> None:
+    candidates = [
+        candidate(store, manifest, "one", rows=("d", "b", "a")),
+        candidate(store, manifest, "other", rows=("a", "c", "d"), classes=DIGITS[::-1]),
+    ]
+    predictions, members = read_candidates(store, manifest, candidates, Averaging.PROBABILITIES)
+    assert [member.name for member in members] == [one.bundle for one in candidates]
+    assert predictions.labels_N.tolist() == [0, 9]
+    expected_NK = np.array([[0], [30]]) + np.arange(10)
+    for member in range(2):
+        for view in range(2):
+            np.testing.assert_array_equal(predictions.logits_MVNK[member, view], 100 * view + expected_NK)
+    assert predictions.seconds_per_pass_M == (0.5, 0.5)
+    assert predictions.macs_M[0] > 0
+
+
+def test_crops_are_the_largest_that_all_kept(store: LocalStore, manifest: Manifest) -> None:
+    candidates = [
+        candidate(store, manifest, "ten", policy=CropPolicy.TEN),
+        candidate(store, manifest, "flipped", policy=CropPolicy.FLIP),
+    ]
+    predictions, _ = read_candidates(store, manifest, candidates, Averaging.LOGITS)
+    assert predictions.plan == CropPlan(policy=CropPolicy.FLIP)
+    # The centre crop and its mirror image are the fifth and the tenth of ten.
+    assert predictions.logits_MVNK[0, :, 0, 0].tolist() == [400, 900]
+    assert predictions.logits_MVNK[1, :, 0, 0].tolist() == [0, 100]
+
+
+def test_crops_that_no_two_share_are_refused(store: LocalStore, manifest: Manifest) -> None:
+    candidates = [
+        candidate(store, manifest, "ten", policy=CropPolicy.TEN),
+        candidate(store, manifest, "multiscale", policy=CropPolicy.MULTISCALE),
+    ]
+    with pytest.raises(ConfigError, match="no crops in common"):
+        read_candidates(store, manifest, candidates, Averaging.PROBABILITIES)
+
+
+def test_predictions_of_another_version_of_the_dataset_are_refused(
+    store: LocalStore, manifest: Manifest
+) -> None:
+    candidates = [
+        candidate(store, manifest, "new"),
+        candidate(store, manifest, "former", dataset_fingerprint="0" * 32),
+    ]
+    with pytest.raises(DataError, match="another version of the dataset"):
+        read_candidates(store, manifest, candidates, Averaging.PROBABILITIES)
+
+
+def test_test_rows_choose_nothing(store: LocalStore, manifest: Manifest) -> None:
+    tempting = candidate(store, manifest, "tempting", splits=["test", "val"])
+    with pytest.raises(DataError, match="test rows, which must choose nothing"):
+        read_candidates(store, manifest, [tempting], Averaging.PROBABILITIES)
+
+
+def test_candidates_of_other_classes_are_refused(store: LocalStore, manifest: Manifest) -> None:
+    candidates = [
+        candidate(store, manifest, "digits"),
+        made_stranger(store, manifest),
+    ]
+    with pytest.raises(ConfigError, match="the same classes"):
+        read_candidates(store, manifest, candidates, Averaging.PROBABILITIES)
+
+
+def made_stranger(store: LocalStore, manifest: Manifest) -> Candidate:
+    known = candidate(store, manifest, "known")
+    stranger = made_bundle(store, "stranger", seed=3, classes=(*DIGITS[:-1], "ten"))
+    return Candidate(bundle=str(stranger), predictions_run=known.predictions_run, seconds_per_pass=0.5)
+
+
+def test_rows_that_nobody_shares_are_no_validation_set(store: LocalStore, manifest: Manifest) -> None:
+    candidates = [
+        candidate(store, manifest, "left", rows=("a", "b")),
+        candidate(store, manifest, "right", rows=("c", "d")),
+    ]
+    with pytest.raises(DataError, match="no validation row was predicted by all"):
+        read_candidates(store, manifest, candidates, Averaging.PROBABILITIES)
+
+
+def test_no_candidate_is_an_error_that_says_so(store: LocalStore, manifest: Manifest) -> None:
+    with pytest.raises(ConfigError, match="needs a candidate"):
+        read_candidates(store, manifest, [], Averaging.PROBABILITIES)
+
+
+def test_paired_rows_are_those_of_every_list_in_one_order() -> None:
+    ids, places = paired_rows([["c", "a", "b"], ["b", "c", "z"]])
+    assert ids.tolist() == ["b", "c"]
+    assert [one.tolist() for one in places] == [[2, 0], [0, 1]]

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from convoy.core.crop_policies import CropPolicy
+from convoy.core.errors import ConfigError
+from convoy.pipelines.ensemble_choice import EnsembleBudget, EnsembleChooser, EnsembleSettings
+from convoy.pipelines.ensemble_measuring import cross_fitted
+from made_ensembles import LABELS_N, NUM_CLASSES, NUM_ROWS, made_candidates
+
+
+def test_each_validation_row_is_measured_once_by_an_ensemble_that_did_not_see_it() -> None:
+    candidates = made_candidates(1.2, 1.2, 1.5)
+    measured = cross_fitted(candidates, EnsembleSettings())
+    assert measured.gain.rows == "val, cross-fitted"
+    assert measured.gain.num_rows == NUM_ROWS
+    assert measured.gain.difference.low > 0
+    assert measured.gain.mcnemar.mid_p < 0.05
+    for bins in (measured.reliability_before, measured.reliability_after):
+        assert sum(one.num_rows for one in bins) == NUM_ROWS
+
+
+def test_members_that_only_guess_are_not_praised_for_what_fits_by_chance() -> None:
+    """On the rows that choose among 30 guessers the best looks better than chance; on the others it is not."""
+    candidates = made_candidates(*[1.0] * 30, policy=CropPolicy.CENTER)
+    random = np.random.default_rng(3)
+    guesses = replace(
+        candidates, logits_MVNK=random.normal(size=candidates.logits_MVNK.shape).astype(np.float32)
+    )
+    settings = EnsembleSettings(objective="top1", calibrate=False, rounds=10, bags=1)
+    seen = EnsembleChooser(guesses, settings).choose().point
+    gain = cross_fitted(guesses, settings).gain
+    three_errors = 3 * np.sqrt(1 / NUM_CLASSES * (1 - 1 / NUM_CLASSES) / NUM_ROWS)
+    assert seen.top1 > 1 / NUM_CLASSES + three_errors
+    assert abs(gain.top1 - 1 / NUM_CLASSES) < three_errors
+    assert gain.difference.low < 0 < gain.difference.high
+
+
+def test_a_temperature_mends_the_confidence_of_rows_that_did_not_fit_it() -> None:
+    candidates = made_candidates(1.2, 1.2, 1.5)
+    candidates.logits_MVNK[:] *= 4
+    measured = cross_fitted(candidates, EnsembleSettings())
+
+    def gap(bins: list) -> float:
+        known = [one for one in bins if one.num_rows]
+        return sum(one.num_rows * abs(one.accuracy - one.mean_confidence) for one in known) / NUM_ROWS
+
+    raw = cross_fitted(candidates, EnsembleSettings(calibrate=False))
+    assert gap(measured.reliability_after) < gap(raw.reliability_after)
+    assert len(LABELS_N) == NUM_ROWS
+
+
+def test_a_budget_counts_for_every_fold() -> None:
+    with pytest.raises(ConfigError, match="within the budget"):
+        cross_fitted(
+            made_candidates(1.0, 1.0), EnsembleSettings(budget=EnsembleBudget(min_images_per_s=1000))
+        )
