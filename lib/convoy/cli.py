@@ -159,7 +159,7 @@ def evaluate(  # noqa: PLR0917 (an option of the command line is an argument)
     ] = False,
     ensemble: Annotated[
         list[str] | None,
-        typer.Option("--ensemble", help="A member of an ensemble of equal weights. Repeatable."),
+        typer.Option("--ensemble", help="A bundle to average with equal weights. Repeatable."),
     ] = None,
     crops: Annotated[
         str | None,
@@ -175,10 +175,11 @@ def evaluate(  # noqa: PLR0917 (an option of the command line is an argument)
     as_json: JsonOption = False,
 ) -> None:
     """Measure a bundle, an ensemble, or a pretrained network as it is, on a split: every row counted once."""
+    words = _words(dataset=dataset, crops=crops, mode=mode)
     if compare:
         from convoy.pipelines.comparison import CompareConfig, compare_bundles  # noqa: PLC0415
 
-        words = _words(bundles=bundles, dataset=dataset, crops=crops, mode=mode)
+        words += _words(bundles=[*(bundles or []), *(ensemble or [])] or None)
         comparison = _load(CompareConfig, config, [*(overrides or []), *words], workspace)
         _run(
             lambda progress: compare_bundles(comparison, progress=progress, new_run=new_run), as_json=as_json
@@ -186,12 +187,7 @@ def evaluate(  # noqa: PLR0917 (an option of the command line is an argument)
         return
     from convoy.pipelines.evaluate import EvaluateConfig, run_evaluate  # noqa: PLC0415
 
-    words = _words(dataset=dataset, crops=crops, mode=mode)
-    if bundles:
-        words += _bundle_words(bundles)
-    if ensemble:
-        members = {"members": [{"bundle": bundle} for bundle in ensemble]}
-        words += [*_words(ensemble=members), "bundle=null", "model=null"]
+    words += _evaluated_words(bundles, ensemble)
     settings = _load(EvaluateConfig, config, [*(overrides or []), *words], workspace)
     _run(lambda progress: run_evaluate(settings, progress=progress, new_run=new_run), as_json=as_json)
 
@@ -229,6 +225,26 @@ def bench(
     from convoy.pipelines.bench import run_bench  # noqa: PLC0415
 
     _run(lambda _: run_bench(job, overrides or []), as_json=as_json)
+
+
+@models_app.command("list")
+def models_list(workspace: WorkspaceOption = None, as_json: JsonOption = False) -> None:
+    """List the bundles of the workspace: what they are made of, and what they are worth."""
+    from convoy.pipelines.model_listing import list_models  # noqa: PLC0415
+
+    _run(lambda _: list_models(workspace), as_json=as_json)
+
+
+@models_app.command("show")
+def models_show(
+    bundle: Annotated[str, typer.Argument(help="A bundle: name, name@digest or its URI.")],
+    workspace: WorkspaceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a bundle is; of an ensemble, its members, their weights, crops and gate."""
+    from convoy.pipelines.model_listing import show_model  # noqa: PLC0415
+
+    _run(lambda _: show_model(workspace, bundle), as_json=as_json)
 
 
 @models_app.command("fetch")
@@ -334,15 +350,19 @@ def _words(**values: object) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
 
 
-def _bundle_words(bundles: Sequence[str]) -> list[str]:
-    """The one bundle to evaluate, which takes the place of a config's bundle or model."""
-    if len(bundles) > 1:
+def _evaluated_words(bundles: Sequence[str] | None, members: Sequence[str] | None) -> list[str]:
+    """The one model to evaluate, which takes the place of the one that a config names."""
+    named = [*(bundles or []), *(members or [])]
+    if len(named) > 1 and not bundles:
+        ensemble = {"members": [{"bundle": member} for member in named]}
+        return [*_words(ensemble=ensemble), "bundle=null", "model=null"]
+    if len(named) > 1:
         raise ConfigError(
             "one evaluation measures one bundle",
-            where=" ".join(bundles),
-            next_step="add --compare to compare two of them on the same rows",
+            where=" ".join(named),
+            next_step="add --compare to compare two on the same rows, or name all by --ensemble to average them",
         )
-    return [*_words(bundle=bundles[0]), "model=null", "ensemble=null"]
+    return [*_words(bundle=named[0]), "model=null", "ensemble=null"] if named else []
 
 
 def _run(job: Callable[[TerminalProgress], ReportT], *, as_json: bool) -> None:

@@ -17,7 +17,7 @@ from convoy.core.fingerprints import canonical_json, digest
 from convoy.pipelines.backbone_loading import read_backbone_state, restore_backbone
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.feature_plan import ExtractionConfig, FeatureDtype, PrecisionChoice
-from convoy.storage.bundles import Bundle
+from convoy.storage.bundles import ENSEMBLE_FILE, Bundle
 from convoy.storage.object_store import ObjectStore
 from convoy.vision.decode_rule import DecodeRule
 from convoy.vision.heads import (
@@ -172,7 +172,16 @@ def classifier_files(store: ObjectStore, classifier: Classifier) -> dict[str, by
 
 
 def read_classifier(store: ObjectStore, bundle: Bundle) -> Classifier:
-    """The classifier of a bundle; its network's weights are put back into the workspace if they left it."""
+    """The classifier of a bundle; its network's weights are put back into the workspace if they left it.
+
+    Raises ConfigError for an ensemble.
+    """
+    if ENSEMBLE_FILE in bundle.files:
+        raise ConfigError(
+            "this is an ensemble, where a single model is needed",
+            where=str(bundle.ref),
+            next_step=f"name one of its members: see `convoy models show {bundle.ref.name}`",
+        )
     config = bundle.read_json("config.json")
     if config.get("format_version") != CLASSIFIER_FORMAT_VERSION:
         raise DataError(

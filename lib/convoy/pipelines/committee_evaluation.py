@@ -17,6 +17,7 @@ from convoy.core.progress import Progress
 from convoy.core.statistics import Interval, wilson_interval
 from convoy.core.view_averaging import mean_of_views
 from convoy.pipelines.committee_predictions import CommitteeJob, CommitteePredictions, PredictionRequest
+from convoy.pipelines.committees import CommitteeRecord
 from convoy.pipelines.evaluation import Evaluation, measure_predictions, require_labels
 from convoy.storage.commits import RunManifest
 from convoy.storage.manifests import Manifest
@@ -97,10 +98,10 @@ def evaluate_committee(
         exact = CommitteeJob(store, manifest, exact_request).ensure(
             progress=progress, config=config, new_run=new_run
         )
+        exact_top1 = _measured(store, exact_request, exact.manifest).top1
         effect = ModeEffect(
             agreement=_agreement(store, predictions.manifest, exact.manifest),
-            top1_change=evaluation.top1
-            - (exact_top1 := _measured(store, exact_request, exact.manifest).top1),
+            top1_change=evaluation.top1 - exact_top1,
             exact_top1=exact_top1,
             exact_run=exact.run_id,
             speedup=_passes(exact_request, exact) / _passes(request, predictions),
@@ -110,7 +111,7 @@ def evaluate_committee(
         crops=request.plan.policy,
         averaging=request.committee.averaging,
         mode=request.mode,
-        members=_members(store, request, predictions.manifest),
+        members=_members(store, request.committee, predictions),
         cost=_cost(request, predictions),
         effect=effect,
     )
@@ -128,15 +129,16 @@ def _measured(store: ObjectStore, request: PredictionRequest, manifest: RunManif
     )
 
 
-def _members(store: ObjectStore, request: PredictionRequest, manifest: RunManifest) -> list[MemberEvaluation]:
+def _members(
+    store: ObjectStore, committee: CommitteeRecord, predictions: CommitteePredictions
+) -> list[MemberEvaluation]:
     """Each member alone, from what was kept of it."""
-    if request.keep is MemberOutputs.NONE or request.mode is EvaluationMode.GATED:
+    if predictions.keep is MemberOutputs.NONE:
         return []
-    committee = request.committee
-    kept = read_member_logits(store, manifest)
+    kept = read_member_logits(store, predictions.manifest)
     found = []
     for member, logits_VNK in zip(committee.members, kept.logits_MVNK, strict=True):
-        if request.keep is MemberOutputs.VIEWS:
+        if predictions.keep is MemberOutputs.VIEWS:
             logits_NK = mean_of_views(logits_VNK, committee.averaging, member.temperature)
         else:
             logits_NK = logits_VNK[0]

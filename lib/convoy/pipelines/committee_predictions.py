@@ -50,18 +50,14 @@ from convoy.storage.object_store import ObjectStore
 from convoy.storage.predictions import PREDICTIONS, PREDICTIONS_SCHEMA_VERSION
 from convoy.storage.run_input import freeze_input, missing_rows, slice_rows_for
 from convoy.storage.runs import OpenRun, RunFolder, RunRecord
-from convoy.vision.committee_options import CommitteeOptions, GateOptions, MemberOptions
+from convoy.vision.committee_options import CommitteeOptions, GateOptions, MemberOptions, gate_passes
 from convoy.vision.engine_options import Precision
 from convoy.vision.presets import EvalPreset, dense_preset
 
 _VERB = "evaluate"
 _POINTERS = "predictions/"
-# What answers a request, the request's own way first.
-_ANSWERS = {
-    MemberOutputs.NONE: (MemberOutputs.NONE, MemberOutputs.MEMBERS, MemberOutputs.VIEWS),
-    MemberOutputs.MEMBERS: (MemberOutputs.MEMBERS,),
-    MemberOutputs.VIEWS: (MemberOutputs.VIEWS,),
-}
+# Runs that kept as much answer a request, or more: of views the means can be taken.
+_BY_MUCH_KEPT = (MemberOutputs.NONE, MemberOutputs.MEMBERS, MemberOutputs.VIEWS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,9 +90,10 @@ class PredictionRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommitteePredictions:
-    """A committed run: its steady rate, seconds by stage, and what was counted, whenever it was computed."""
+    """A committed run: what it kept, its steady rate, seconds by stage, and what was counted, whenever it ran."""
 
     run_id: str
+    keep: MemberOutputs
     manifest: RunManifest
     images_per_s: float | None
     seconds: dict[str, float]
@@ -109,15 +106,10 @@ class CommitteeJob:
     def __init__(self, store: ObjectStore, manifest: Manifest, request: PredictionRequest) -> None:
         self._store, self._manifest, self._request = store, manifest, request
         committee = request.committee
-        if request.mode is EvaluationMode.GATED and committee.gate is None:
-            raise ConfigError(
-                "the committee has no gate that was calibrated for its crops",
-                where="mode gated",
-                next_step="set gate, or let convoy tune build an ensemble with ensemble.gate",
-            )
         self._class_of_label = class_indices(manifest.classes, committee.classes)
         self._outputs = [PREDICTIONS]
         if request.mode is EvaluationMode.GATED:
+            _require_gate(committee)
             # Not every member sees every image.
             self._request = request = replace(request, keep=MemberOutputs.NONE)
         if request.keep is not MemberOutputs.NONE:
@@ -138,23 +130,23 @@ class CommitteeJob:
         record = record or folder.record() or self._freeze(folder, identity, config)
         finished = self._compute(folder, record, progress)
         manifest = publish(folder, record, read_records(folder))
-        found = self._found(folder, manifest, finished)
-        finish(folder, {"run": folder.run_id, "images_per_s": found.images_per_s, "seconds": found.seconds})
+        found = self._found(folder, manifest, finished, self._request.keep)
+        # Before the marker, without which it does not count: a run that is killed behind that is found again.
         self._store.put(self._pointer(self._request.keep), canonical_json({"run_id": folder.run_id}))
+        finish(folder, {"run": folder.run_id, "images_per_s": found.images_per_s, "seconds": found.seconds})
         open_run.close()
         return found
 
     def _known(self) -> CommitteePredictions | None:
         """A finished run that answers the request."""
-        for keep in _ANSWERS[self._request.keep]:
+        for keep in _BY_MUCH_KEPT[_BY_MUCH_KEPT.index(self._request.keep) :]:
             document = read_json(self._store, self._pointer(keep))
-            folder = None if document is None else RunFolder(self._store, document["run_id"])
-            if (
-                folder is not None
-                and folder.is_finished()
-                and (manifest := read_manifest(folder)) is not None
-            ):
-                return self._found(folder, manifest, ())
+            if document is None:
+                continue
+            folder = RunFolder(self._store, document["run_id"])
+            manifest = read_manifest(folder) if folder.is_finished() else None
+            if manifest is not None:
+                return self._found(folder, manifest, (), keep)
         return None
 
     def _pointer(self, keep: MemberOutputs) -> str:
@@ -308,13 +300,29 @@ class CommitteeJob:
         return Precision(resolve_precision(extraction).value)
 
     def _found(
-        self, folder: RunFolder, manifest: RunManifest, finished: Sequence[SliceRecord]
+        self,
+        folder: RunFolder,
+        manifest: RunManifest,
+        finished: Sequence[SliceRecord],
+        keep: MemberOutputs,
     ) -> CommitteePredictions:
         measured = timings(finished or manifest.slices, 0.0)
         return CommitteePredictions(
             run_id=folder.run_id,
+            keep=keep,
             manifest=manifest,
             images_per_s=measured["images_per_s"],
             seconds=measured["seconds"],
             flags=slice_totals(manifest.slices)["flags"],
         )
+
+
+def _require_gate(committee: CommitteeRecord) -> None:
+    """Raise ConfigError unless the committee has a gate that fits its members and crops."""
+    if committee.gate is None:
+        raise ConfigError(
+            "the committee has no gate that was calibrated for its crops",
+            where="mode gated",
+            next_step="set gate, or let convoy tune build an ensemble with ensemble.gate",
+        )
+    gate_passes(committee.gate, committee.plan, len(committee.members))

@@ -157,9 +157,10 @@ def configured_committee(
 def single_committee(
     classifier: Classifier, *, name: str, digest: str, bundle: BundleRef | None = None
 ) -> CommitteeRecord:
-    """A committee of one."""
+    """A committee of one, whose crops are averaged as probabilities, or its margins as they are."""
     member = CommitteeMember(name=name, digest=digest, bundle=bundle, classifier=classifier, weight=1.0)
-    return committee_of([member])
+    averaging = Averaging.PROBABILITIES if classifier.gives_probabilities else Averaging.LOGITS
+    return committee_of([member], averaging=averaging)
 
 
 def open_committee(store: ObjectStore, reference: str) -> CommitteeRecord:

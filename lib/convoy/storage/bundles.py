@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,18 +122,12 @@ def open_bundle(store: ObjectStore, reference: str) -> Bundle:
     is incomplete, ChecksumMismatch that names the file whose bytes differ.
     """
     ref = resolve_bundle(store, reference)
-    files = {}
-    for file, expected in _recorded_digests(store, ref).items():
-        try:
-            data = store.get(ref.folder + file).data
-        except ObjectNotFound:
-            raise DataError(f"the bundle has lost {file}", where=ref.uri, next_step="train again") from None
-        if digest_bytes(data).hex() != expected:
-            raise _mismatch(ref, file)
-        files[file] = data
-    if bundle_digest(files) != ref.digest:
-        raise _mismatch(ref, DIGESTS_FILE)
-    return Bundle(ref=ref, files=files)
+    return Bundle(ref=ref, files=_read_verified(store, ref))
+
+
+def peek_bundle(store: ObjectStore, ref: BundleRef) -> Bundle:
+    """A bundle but for its tensors, for those who look at many. The errors are those of `open_bundle`."""
+    return Bundle(ref=ref, files=_read_verified(store, ref, leave_out=frozenset({MODEL_FILE})))
 
 
 def resolve_bundle(store: ObjectStore, reference: str) -> BundleRef:
@@ -148,7 +142,7 @@ def resolve_bundle(store: ObjectStore, reference: str) -> BundleRef:
         raise ConfigError(
             "this is no reference to a model of the workspace",
             where=reference,
-            next_step=f"give name, name@digest, or {root}<name>/<digest>; see `convoy models`",
+            next_step=f"give name, name@digest, or {root}<name>/<digest>; see `convoy models list`",
         )
     return _ref(store, name, wanted)
 
@@ -175,9 +169,7 @@ def list_bundles(store: ObjectStore) -> list[BundleRef]:
 
 def bundle_digest(files: Mapping[str, bytes]) -> str:
     """The digest, 32 hex digits, over the names and bytes of all files that determine predictions."""
-    return digest(
-        {file: digest_bytes(data).hex() for file, data in files.items() if file not in _DESCRIPTIVE_FILES}
-    )
+    return _digest_of_digests({file: digest_bytes(data).hex() for file, data in files.items()})
 
 
 def model_card(card: ModelCard) -> str:
@@ -212,6 +204,10 @@ def model_card(card: ModelCard) -> str:
     return f"{front_matter}\n{body}\n"
 
 
+def _digest_of_digests(digests: Mapping[str, str]) -> str:
+    return digest({file: one for file, one in digests.items() if file not in _DESCRIPTIVE_FILES})
+
+
 def _write_files(store: ObjectStore, ref: BundleRef, files: Mapping[str, bytes]) -> None:
     """Each file once, then the record of what is really there: a racing writer finds and records the same."""
     stored = {}
@@ -243,6 +239,26 @@ def _put_once(store: ObjectStore, key: str, data: bytes) -> bytes:
     return data
 
 
+def _read_verified(
+    store: ObjectStore, ref: BundleRef, leave_out: Collection[str] = frozenset()
+) -> dict[str, bytes]:
+    digests = _recorded_digests(store, ref)
+    files = {}
+    for file, expected in digests.items():
+        if file in leave_out:
+            continue
+        try:
+            data = store.get(ref.folder + file).data
+        except ObjectNotFound:
+            raise DataError(f"the bundle has lost {file}", where=ref.uri, next_step="train again") from None
+        if digest_bytes(data).hex() != expected:
+            raise _mismatch(ref, file)
+        files[file] = data
+    if _digest_of_digests(digests) != ref.digest:
+        raise _mismatch(ref, DIGESTS_FILE)
+    return files
+
+
 def _recorded_digests(store: ObjectStore, ref: BundleRef) -> dict[str, str]:
     """The digest of each file, from the record that makes a bundle complete."""
     try:
@@ -254,7 +270,7 @@ def _recorded_digests(store: ObjectStore, ref: BundleRef) -> dict[str, str]:
         raise DataError(
             "the bundle is incomplete or does not exist",
             where=ref.uri,
-            next_step="run the job that writes it again, or see `convoy models`",
+            next_step="run the job that writes it again, or see `convoy models list`",
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise _mismatch(ref, DIGESTS_FILE) from None
@@ -270,7 +286,7 @@ def _latest_digest(store: ObjectStore, name: str) -> str:
         return str(json.loads(store.get(_latest_key(name)).data)["digest"])
     except ObjectNotFound:
         nearest = difflib.get_close_matches(name, store.list_folders(MODELS_PREFIX), n=1)
-        hint = f"did you mean '{nearest[0]}'?" if nearest else "see `convoy models` for those that exist"
+        hint = f"did you mean '{nearest[0]}'?" if nearest else "see `convoy models list` for those that exist"
         raise DataError(f"there is no model '{name}'", where=store.root_uri, next_step=hint) from None
     except (ValueError, KeyError, TypeError):
         raise DataError(

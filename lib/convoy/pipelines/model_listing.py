@@ -1,0 +1,131 @@
+"""`convoy models list` and `convoy models show`: what the bundles of a workspace are, without reading a tensor."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from convoy.core.config import StrictModel
+from convoy.core.crop_policies import Averaging, CropPlan
+from convoy.core.errors import DataError
+from convoy.pipelines.workspace import workspace_uri
+from convoy.storage.bundles import (
+    ENSEMBLE_FILE,
+    METRICS_FILE,
+    Bundle,
+    BundleRef,
+    list_bundles,
+    peek_bundle,
+    resolve_bundle,
+)
+from convoy.storage.object_store import ObjectStore
+from convoy.storage.stores import open_store
+from convoy.vision.committee_options import GateOptions
+
+ENSEMBLE = "ensemble"
+
+
+class ListedModel(StrictModel):
+    """A bundle in a line. `strategy` is `ensemble` for a bundle of bundles; `top1` was measured on `rows`."""
+
+    model: str
+    is_latest: bool
+    strategy: str
+    networks: list[str]
+    num_classes: int
+    top1: float | None
+    rows: str
+
+
+class ModelList(StrictModel):
+    """All complete bundles of a workspace, by name, then digest."""
+
+    models: list[ListedModel]
+
+
+class ListedMember(StrictModel):
+    """A member of an ensemble; `network` is null where its bundle has left the workspace."""
+
+    bundle: str
+    network: str | None
+    weight: float
+    temperature: float
+
+
+class ModelDescription(ListedModel):
+    """A bundle in full. The last fields are those of an ensemble."""
+
+    uri: str
+    classes: list[str]
+    members: list[ListedMember] = Field(default_factory=list)
+    crops: CropPlan | None = None
+    averaging: Averaging | None = None
+    temperature: float | None = None
+    gate: GateOptions | None = None
+
+
+def list_models(workspace: str | None) -> ModelList:
+    """The bundles of a workspace; their small files are read and verified."""
+    store = open_store(workspace_uri(workspace))
+    refs = list_bundles(store)
+    latest = {_latest(store, name) for name in {ref.name for ref in refs}}
+    return ModelList(
+        models=[_listed(store, peek_bundle(store, ref), is_latest=ref in latest) for ref in refs]
+    )
+
+
+def show_model(workspace: str | None, reference: str) -> ModelDescription:
+    """What one bundle is; the errors are those of `open_bundle`."""
+    store = open_store(workspace_uri(workspace))
+    ref = resolve_bundle(store, reference)
+    bundle = peek_bundle(store, ref)
+    described = {
+        **_listed(store, bundle, is_latest=_latest(store, ref.name) == ref).model_dump(),
+        "uri": ref.uri,
+        "classes": bundle.read_json("classes.json"),
+    }
+    if ENSEMBLE_FILE in bundle.files:
+        written = bundle.read_json(ENSEMBLE_FILE)
+        described |= {name: written[name] for name in ("crops", "averaging", "temperature", "gate")}
+        described["members"] = [
+            {**member, "network": _network_of(store, member["bundle"])} for member in written["members"]
+        ]
+    return ModelDescription.model_validate(described)
+
+
+def _listed(store: ObjectStore, bundle: Bundle, *, is_latest: bool) -> ListedModel:
+    metrics = bundle.read_json(METRICS_FILE)
+    if ENSEMBLE_FILE in bundle.files:
+        members = bundle.read_json(ENSEMBLE_FILE)["members"]
+        strategy = ENSEMBLE
+        networks = [_network_of(store, member["bundle"]) or member["bundle"] for member in members]
+        measured = metrics.get("measured", {})
+    else:
+        config = bundle.read_json("config.json")
+        strategy, networks = config["strategy"], [config["backbone"]["arch"]]
+        measured = {**metrics, "rows": ", ".join(metrics.get("splits", ()))}
+    return ListedModel(
+        model=str(bundle.ref),
+        is_latest=is_latest,
+        strategy=strategy,
+        networks=networks,
+        num_classes=len(bundle.read_json("classes.json")),
+        top1=measured.get("top1"),
+        rows=measured.get("rows", ""),
+    )
+
+
+def _network_of(store: ObjectStore, reference: str) -> str | None:
+    try:
+        bundle = peek_bundle(store, resolve_bundle(store, reference))
+    except DataError:
+        return None
+    arch: str = bundle.read_json("config.json")["backbone"]["arch"]
+    return arch
+
+
+def _latest(store: ObjectStore, name: str) -> BundleRef | None:
+    """The bundle of a name that was written last; None where its writer died before it said so."""
+    try:
+        return resolve_bundle(store, name)
+    except DataError:
+        return None
