@@ -1,0 +1,56 @@
+"""Bundles of small random networks, as trainings would leave them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from convoy.pipelines.classifiers import Classifier, Strategy, as_is, classifier_files
+from convoy.pipelines.feature_plan import ExtractionConfig, PrecisionChoice
+from convoy.pipelines.models import fetch_backbone
+from convoy.storage.bundles import BundleRef, write_bundle
+from convoy.storage.object_store import ObjectStore
+from convoy.vision.backbone_config import BackboneConfig
+from convoy.vision.heads import Head, HeadKind, HeadSpec
+from convoy.vision.presets import EvalPreset
+
+DIGITS = tuple(str(digit) for digit in range(10))
+FP32 = ExtractionConfig(precision=PrecisionChoice.FP32)
+LENET_FEATURES = 84
+
+
+def made_classifier(
+    store: ObjectStore,
+    seed: int,
+    *,
+    classes: Sequence[str] = DIGITS,
+    head: HeadKind | None = None,
+    extraction: ExtractionConfig = FP32,
+) -> Classifier:
+    """A LeNet-5 of random weights as it is, or under a head of random weights."""
+    preset = EvalPreset(resize_px=None, crop_px=32)
+    config = BackboneConfig(
+        arch="lenet5", weights="random", seed=seed, num_classes=len(classes), preset=preset
+    )
+    backbone = fetch_backbone(store, config)
+    if head is None:
+        return as_is(backbone, tuple(classes), extraction)
+    torch.manual_seed(seed)
+    spec = HeadSpec(kind=head, num_features=LENET_FEATURES, num_classes=len(classes))
+    return Classifier(
+        strategy=Strategy.LINEAR_PROBE,
+        backbone=backbone,
+        tap=backbone.resolve_tap("f6"),
+        head=Head(spec),
+        classes=tuple(classes),
+        decode_rule=extraction.decode,
+        precision=extraction.precision,
+        dtype=extraction.dtype,
+    )
+
+
+def write_classifier(store: ObjectStore, name: str, classifier: Classifier) -> BundleRef:
+    """The classifier as a bundle, with metrics that nobody measured."""
+    described = {"metrics.json": b'{"top1":0.5,"splits":["test"]}', "README.md": b"# made\n"}
+    return write_bundle(store, name, {**classifier_files(store, classifier), **described})
