@@ -129,11 +129,13 @@ class CandidatePredictions:
 class FrontPoint(StrictModel):
     """Some candidates, by their places, at some crops: what they are worth on validation rows, and what they cost.
 
-    `top1` and `nll` are of the rows that chose the weights. `is_best` marks points that no cheaper one equals.
+    `top1` and `nll`, the latter at the `temperature` of the whole, are of the rows that chose the weights. `is_best`
+    marks points that no cheaper one equals.
     """
 
     members: tuple[int, ...]
     weights: tuple[float, ...]
+    temperature: float
     crops: CropPolicy
     top1: float
     top1_interval: Interval
@@ -177,7 +179,7 @@ class EnsembleChooser:
 
     def choose(self) -> Choice:
         """The best point within the budget, by the objective; ConfigError where nothing is cheap enough."""
-        points = self._points()
+        points = _marked(self._points())
         affordable = [point for point in points if self._settings.budget.allows(1 / point.images_per_s)]
         if not affordable:
             cheapest = max(points, key=lambda point: point.images_per_s)
@@ -187,14 +189,12 @@ class EnsembleChooser:
                 next_step="raise the budget, or search among smaller networks",
             )
         best = min(affordable, key=self._loss)
-        chosen = list(best.members)
-        joint_NK = joint_logits(self._values[best.crops][chosen], best.weights, self._settings.averaging)
         singles = [point for point in points if len(point.members) == 1 and point.crops is best.crops]
         return Choice(
             point=best,
-            temperatures_M=tuple(self.temperatures_M[member] for member in chosen),
-            temperature=fit_temperature(joint_NK, self._labels_N) if self._settings.calibrate else 1.0,
-            front=_marked(points),
+            temperatures_M=tuple(self.temperatures_M[member] for member in best.members),
+            temperature=best.temperature,
+            front=points,
             best_single=min(singles, key=self._loss).members[0],
         )
 
@@ -246,16 +246,20 @@ class EnsembleChooser:
         kept = [(member, float(weight)) for member, weight in zip(members, weights_M, strict=True) if weight]
         chosen, weights = tuple(member for member, _ in kept), tuple(weight for _, weight in kept)
         joint_NK = joint_logits(self._values[policy][list(chosen)], weights, settings.averaging)
+        # A mean of calibrated members is too modest, the more so the more there are: without a temperature of its
+        # own a large ensemble would seem worse than it is.
+        temperature = fit_temperature(joint_NK, self._labels_N) if settings.calibrate else 1.0
         num_correct = int((joint_NK.argmax(axis=1) == self._labels_N).sum())
         num_views = len(crop_views(CropPlan(policy=policy, multiscale=candidates.plan.multiscale)))
         seconds = num_views * sum(candidates.seconds_per_pass_M[member] for member in chosen)
         return FrontPoint(
             members=chosen,
             weights=weights,
+            temperature=temperature,
             crops=policy,
             top1=top1(joint_NK, self._labels_N),
             top1_interval=wilson_interval(num_correct, len(self._labels_N)),
-            nll=mean_nll(joint_NK, self._labels_N),
+            nll=mean_nll(joint_NK / temperature, self._labels_N),
             passes_per_image=num_views * len(chosen),
             macs_per_image=num_views * sum(candidates.macs_M[member] for member in chosen),
             images_per_s=1 / seconds,

@@ -31,7 +31,7 @@ def draw_ensemble_report(report: EnsembleReport) -> bytes:
     page = environment.get_template("ensemble.html.j2").render(
         report=report,
         members=_member_rows(report, names),
-        best=[point for point in report.front if point.is_best],
+        shown=[point for point in report.front if point.is_best or point == report.chosen],
         has_money=any(point.usd_per_million is not None for point in report.front),
         pictures={
             "front": _picture(lambda axes: _draw_front(axes, report)),
@@ -65,6 +65,8 @@ def _member_rows(report: EnsembleReport, names: Sequence[str]) -> list[dict[str,
 
 def _draw_front(axes: Any, report: EnsembleReport) -> None:
     """Milliseconds an image against validation top-1; points that no cheaper one equals are joined."""
+    from matplotlib.ticker import LogLocator  # noqa: PLC0415
+
     for colour, policy in zip(_COLOURS, dict.fromkeys(point.crops for point in report.front), strict=False):
         points = [point for point in report.front if point.crops is policy]
         axes.plot(
@@ -97,6 +99,10 @@ def _draw_front(axes: Any, report: EnsembleReport) -> None:
         label="chosen",
     )
     axes.set_xscale("log")
+    # Plain numbers, and enough of them where all points lie within one power of ten.
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
     axes.set_xlabel("milliseconds of network an image")
     axes.set_ylabel("validation top-1, %")
     axes.legend(frameon=False, ncols=2)
@@ -136,6 +142,7 @@ def _draw_reliabilities(left: Any, right: Any, report: EnsembleReport) -> None:
     ):
         _draw_reliability(axes, bins)
         axes.set_title(title, fontsize=11)
+    left.set_ylabel("accuracy, and share of rows")
 
 
 def _draw_reliability(axes: Any, bins: Sequence[ReliabilityBin]) -> None:

@@ -86,7 +86,7 @@ def fit_temperature(logits_NK: NDArray[Any], labels_N: NDArray[Any]) -> float:
         lambda log_temperature: mean_nll(wide_NK / np.exp(log_temperature), labels_N),
         bounds=_LOG_TEMPERATURES,
         method="bounded",
-        options={"xatol": 1e-4},
+        options={"xatol": 1e-3},
     )
     return float(np.exp(found.x))
 

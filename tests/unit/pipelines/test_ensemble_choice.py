@@ -100,6 +100,17 @@ def test_a_member_that_is_too_sure_gets_a_temperature_above_one() -> None:
     assert EnsembleChooser(candidates, EnsembleSettings(calibrate=False)).temperatures_M == (1.0, 1.0)
 
 
+def test_more_crops_are_not_held_back_by_the_modesty_of_a_mean() -> None:
+    """Averages of calibrated outputs are less sure than they are right: a temperature makes up for that."""
+    choice = EnsembleChooser(
+        made_candidates(1.2, 1.2, 1.3, policy=CropPolicy.TEN), EnsembleSettings()
+    ).choose()
+    assert choice.temperature < 0.9
+    assert choice.point.crops is CropPolicy.TEN
+    assert choice.point.nll == min(point.nll for point in choice.front)
+    assert choice.point in choice.front
+
+
 def test_a_single_candidate_is_an_ensemble_of_one() -> None:
     choice = EnsembleChooser(made_candidates(1.0), EnsembleSettings()).choose()
     assert choice.point.members == (0,)
