@@ -26,7 +26,7 @@ app = typer.Typer(
 )
 models_app = typer.Typer(help="Look after networks and bundles in the workspace.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
-report_app = typer.Typer(help="Look at what jobs do to the images.", no_args_is_help=True)
+report_app = typer.Typer(help="Look at what jobs do to images, and at what they built.", no_args_is_help=True)
 app.add_typer(report_app, name="report")
 
 ConfigOption = Annotated[str | None, typer.Option("--config", "-c", help="YAML file of the job.")]
@@ -312,6 +312,20 @@ def report_augmentation(
     size = load_config(SheetSize, None, [f"num_images={images}", f"num_views={views}"])
     job = read_augmented_job(config, overrides or [], workspace)
     _run(lambda progress: draw_augmentation(job, output, size, progress=progress), as_json=as_json)
+
+
+@report_app.command("ensemble")
+def report_ensemble(
+    ensemble: Annotated[str, typer.Argument(help="An ensemble's bundle, or the run of its search.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="The HTML file to write.")] = "ensemble.html",
+    workspace: WorkspaceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the page of an ensemble: members, gain, accuracy against cost, error overlap, calibration, gate."""
+    from convoy.pipelines.report_ensemble import write_ensemble_page  # noqa: PLC0415
+    from convoy.report.ensemble_report import draw_ensemble_report  # noqa: PLC0415
+
+    _run(lambda _: write_ensemble_page(workspace, ensemble, output, draw_ensemble_report), as_json=as_json)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
