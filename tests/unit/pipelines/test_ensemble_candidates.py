@@ -20,7 +20,7 @@ from convoy.storage.local_store import LocalStore
 from convoy.storage.manifests import Manifest
 from convoy.storage.member_predictions import member_output, write_member_predictions
 from convoy.storage.runs import RunFolder, RunRecord, SliceGroup
-from made_classifiers import DIGITS, made_bundle
+from made_bundles import DIGITS, made_classifier, write_classifier
 
 ROWS = ("a", "b", "c", "d")
 LABELS = (0, 1, 2, 9)
@@ -53,7 +53,7 @@ def candidate(
     **identity: object,
 ) -> Candidate:
     """A bundle, and a published run with predictions: the logit of class k in view v of row n is 100 v + 10 n + k."""
-    bundle = made_bundle(store, name, seed=len(name), classes=classes)
+    bundle = write_classifier(store, name, made_classifier(store, len(name), classes=classes))
     plan, output = CropPlan(policy=policy), member_output(0)
     folder = RunFolder(store, f"run-{name}")
     folder.write_record(
@@ -172,7 +172,8 @@ def test_candidates_of_other_classes_are_refused(store: LocalStore, manifest: Ma
 
 def made_stranger(store: LocalStore, manifest: Manifest) -> Candidate:
     known = candidate(store, manifest, "known")
-    stranger = made_bundle(store, "stranger", seed=3, classes=(*DIGITS[:-1], "ten"))
+    classifier = made_classifier(store, 3, classes=(*DIGITS[:-1], "ten"))
+    stranger = write_classifier(store, "stranger", classifier)
     return Candidate(bundle=str(stranger), predictions_run=known.predictions_run, seconds_per_pass=0.5)
 
 

@@ -11,7 +11,7 @@ from convoy.pipelines.committees import CommitteeMember, CommitteeRecord, commit
 from convoy.pipelines.ensemble_gate import calibrate_gate, measure_gate
 from convoy.storage.local_store import LocalStore
 from convoy.vision.ensembling import joint_logits, member_values
-from made_classifiers import made_classifier
+from made_bundles import made_classifier
 
 NUM_CLASSES, NUM_ROWS = 10, 3000
 
@@ -25,7 +25,7 @@ def committee(tmp_path: Path) -> CommitteeRecord:
             name=f"member {seed}",
             digest=f"{seed}" * 32,
             bundle=None,
-            classifier=made_classifier(store, seed=seed),
+            classifier=made_classifier(store, seed),
             weight=1.0,
         )
         for seed in range(3)
