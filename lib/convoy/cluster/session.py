@@ -21,6 +21,8 @@ def ray_session() -> Iterator[None]:
     A session that is already open in this process (a test, a notebook) is used as it is.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # A thread that still asks for Ray when the session has ended must not join whatever cluster it finds.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     # Imported here, because a job that finds nothing to do must not wait for Ray.
     import ray  # noqa: PLC0415
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -33,6 +34,7 @@ _CPUS_A_TRIAL = 0.1
 _MAX_FAILURES = 2
 # ASHA ends every trial that reaches this epoch, so no trial must: it would not be evaluated.
 _NEVER_REACHED = 10**6
+_POLL_S = 0.5
 _QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
     # No files of Tune's own beside the trials' documents.
@@ -95,10 +97,23 @@ def run_search(
             verbose=0,
         ),
     )
+    ended: list[BaseException | None] = []
+    thread = threading.Thread(target=_fit, args=(tuner, ended), name="search", daemon=True)
+    thread.start()
+    # Here the signal to stop is heard; inside Ray's own code it would become an error of Ray's.
+    while thread.is_alive():
+        thread.join(_POLL_S)
+    (error,) = ended
+    if error is not None:
+        raise first_cause(error) from error
+
+
+def _fit(tuner: Any, ended: list[BaseException | None]) -> None:
     try:
         tuner.fit()
-    except Exception as error:
-        raise first_cause(error) from error
+        ended.append(None)
+    except BaseException as error:
+        ended.append(error)
 
 
 def _trainable(run_trial: TrialFunction) -> Callable[[dict[str, Any]], None]:

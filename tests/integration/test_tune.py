@@ -1,0 +1,255 @@
+"""`convoy tune` on a real Ray: what trials leave, failures, early stopping, and kills in the middle of a search."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from cache_jobs import convoy, convoy_json, last_json, settings_arguments
+from convoy.core.crash_points import CrashPoint
+from convoy.storage.commits import read_manifest
+from convoy.storage.member_predictions import read_member_logits
+from convoy.storage.runs import RunFolder
+from convoy.storage.stores import open_store
+from train_jobs import LENET, NUM_ROWS, convoy_here, frozen_digits
+
+pytestmark = pytest.mark.integration
+
+PROBE = "{strategy: linear_probe, tap: f6}"
+EARLY = "{strategy: early_layer_probe, tap: c3}"
+NETWORK = "{strategy: from_scratch, epochs: 3, learning_rate: 0.05}"
+# A training by its form, but the network has no such stage, which only the trial finds out.
+IMPOSSIBLE = "{strategy: from_scratch, epochs: 1, freeze_depth: nowhere}"
+
+
+@dataclass(frozen=True, slots=True)
+class TuneJob:
+    """A `convoy tune` command on a workspace with the dataset `digits`."""
+
+    workspace: str
+    settings: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def changed(self, *settings: str) -> TuneJob:
+        return replace(self, settings=(*self.settings, *settings))
+
+    def arguments(self) -> list[str]:
+        return ["tune", "--workspace", self.workspace, *settings_arguments(*self.settings), "--json"]
+
+    def run_here(self) -> dict[str, Any]:
+        finished = convoy_here(*self.arguments())
+        assert finished.returncode == 0, finished.stderr
+        return last_json(finished)
+
+    def start(self, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+        return convoy(*self.arguments(), environment={**self.environment, **environment})
+
+    def search_folder(self) -> Path:
+        (record,) = (
+            path
+            for path in Path(self.workspace, "runs").glob("*/run.json")
+            if json.loads(path.read_text())["verb"] == "tune"
+        )
+        return record.parent
+
+    def records(self) -> dict[str, dict[str, Any]]:
+        """The documents of the trials that ended."""
+        return {
+            path.stem: json.loads(path.read_text())
+            for path in sorted((self.search_folder() / "trials").glob("*.json"))
+        }
+
+    def drawn(self) -> list[str]:
+        return sorted(path.stem for path in (self.search_folder() / "drawn").glob("*.json"))
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory, ray_cluster: Mapping[str, str]) -> TuneJob:
+    workspace = frozen_digits(tmp_path_factory.mktemp("digits"))
+    settings = (
+        "dataset=digits",
+        f"base.backbone={LENET}",
+        "base.recipe={batch_size: 16, precision: fp32}",
+        "base.extraction={precision: fp32}",
+        "base.workers={cpus_per_worker: 1}",
+    )
+    return TuneJob(workspace, settings, ray_cluster)
+
+
+@pytest.fixture
+def job(digits: TuneJob, tmp_path: Path) -> TuneJob:
+    """On a copy of the workspace that has only the dataset."""
+    copy = shutil.copytree(Path(digits.workspace, "datasets"), tmp_path / "workspace" / "datasets")
+    return replace(digits, workspace=str(copy.parent))
+
+
+def assert_each_trial_ran_once(job: TuneJob) -> None:
+    """As many trials began as ended, each with one record, and each network was trained in one run."""
+    records = job.records()
+    assert job.drawn() == sorted(records)
+    assert [record["index"] for record in records.values()] == list(range(len(records)))
+    trained = [
+        json.loads(path.read_text())["config"]["name"]
+        for path in Path(job.workspace, "runs").glob("*/run.json")
+        if json.loads(path.read_text())["verb"] == "train"
+    ]
+    assert len(set(trained)) == len(trained)
+
+
+def test_a_search_keeps_what_its_trials_are_worth_and_survives_one_that_fails(job: TuneJob) -> None:
+    ways = f"space.config={{grid: [{PROBE}, {IMPOSSIBLE}, {NETWORK}, {EARLY}]}}"
+    report = job.changed("name=search", ways, "max_concurrent=2").run_here()
+    assert_each_trial_ran_once(job)
+    states = [trial["state"] for trial in report["trials"]]
+    assert states == ["finished", "failed", "finished", "finished"]
+    failed = report["trials"][1]
+    assert "nowhere" in failed["reason"]
+    assert failed["bundle"] is None
+    for trial in report["trials"]:
+        if trial["state"] == "finished":
+            assert_kept(job, trial)
+
+    assert report["best_single"] in {trial["bundle"] for trial in report["trials"]}
+    assert report["gain_interval"]["estimate"] == report["gain"]
+    assert report["front"]
+    evaluated = convoy_here(
+        "evaluate", report["ensemble"], "--dataset", "digits", "--workspace", job.workspace, "--json"
+    )
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert last_json(evaluated)["top1"] == report["evaluation"]["top1"]
+
+    folder = job.search_folder()
+    assert "<html" in (folder / "ensemble.html").read_text()
+    for name in ("parallel_coordinates.png", "learning_curves.png"):
+        with Image.open(folder / name) as picture:
+            assert picture.size == (1200, 800)
+    table = pq.read_table(folder / "trials.parquet").to_pylist()
+    assert [row["state"] for row in table] == states
+    assert (folder / "_SUCCESS").exists()
+    assert not [path for path in (folder / "ray_tune").rglob("*") if path.is_file()], "pickles stay behind"
+
+
+def assert_kept(job: TuneJob, trial: dict[str, Any]) -> None:
+    """A finished trial has a bundle measured on val alone, and logits of each validation row and view."""
+    card = Path(job.workspace, "models", *trial["bundle"].split("@"), "README.md").read_text()
+    assert "On the val split" in card
+    assert "validation rows, by which the model may have been chosen" in card
+    run = Path(job.workspace, "runs", trial["predictions_run"])
+    assert json.loads((run / "run.json").read_text())["identity"]["splits"] == ["val"]
+    store = open_store(job.workspace)
+    manifest = read_manifest(RunFolder(store, trial["predictions_run"]))
+    assert manifest is not None
+    logits = read_member_logits(store, manifest)
+    num_classes = 10
+    assert logits.logits_MVNK.shape == (1, 10, NUM_ROWS["val"], num_classes)
+    assert len(set(logits.sample_ids)) == NUM_ROWS["val"]
+    cost = trial["cost"]
+    assert cost["num_views"] == 10
+    assert min(cost["parameters"], cost["macs"], cost["size_bytes"], cost["images_per_s"]) > 0
+
+
+def test_asha_stops_a_trial_that_lags_behind(job: TuneJob) -> None:
+    lr = "space.learning_rate={grid: [0.05, 1.0e-9]}"
+    report = job.changed(
+        "name=search",
+        "base.strategy=from_scratch",
+        "base.epochs=4",
+        lr,
+        "scheduler={kind: asha, reduction_factor: 2}",
+    ).run_here()
+    good, lagging = report["trials"]
+    assert good["state"] == "finished"
+    assert len(good["epochs"]) == 4
+    assert lagging["state"] == "stopped"
+    assert "not among the best" in lagging["reason"]
+    assert len(lagging["epochs"]) < 4
+    assert lagging["bundle"] is None
+
+
+def test_optuna_searches_without_repeating_itself(job: TuneJob) -> None:
+    space = "space={tap: {choice: [c1, c3, f6]}, head.gradient_tolerance: {log_uniform: [1.0e-6, 1.0e-4]}}"
+    report = job.changed(
+        "name=search", "base.strategy=early_layer_probe", space, "search=optuna", "budget.trials=3"
+    ).run_here()
+    assert [trial["state"] for trial in report["trials"]] == ["finished"] * 3
+    assert len({str(trial["values"]) for trial in report["trials"]}) == 3
+
+
+PROBES = ("name=search", "max_concurrent=1", f"space.config={{grid: [{PROBE}, {EARLY}]}}")
+SEARCH = ("name=search", "max_concurrent=1", f"space.config={{grid: [{PROBE}, {EARLY}, {NETWORK}]}}")
+
+
+def test_a_killed_driver_goes_on_with_the_trials_that_have_not_ended(job: TuneJob, tmp_path: Path) -> None:
+    job = job.changed(*SEARCH)
+    arrivals = tmp_path / "arrivals"
+    fault = {"CONVOY_CRASH_POINT": f"{CrashPoint.TRIAL_DRAWN}:3:{arrivals}"}
+    killed = job.start(fault)
+    assert arrivals.stat().st_size == 3, "the fault did not fire"
+    assert killed.returncode == -signal.SIGKILL
+    before = job.records()
+    assert (len(before), len(job.drawn())) == (2, 3)
+    assert not (job.search_folder() / "_SUCCESS").exists()
+
+    resumed = job.start(fault)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_each_trial_ran_once(job)
+    after = job.records()
+    assert {trial: after[trial] for trial in before} == before, "a finished trial ran again"
+    assert [record["state"] for record in after.values()] == ["finished"] * 3
+
+
+@pytest.mark.parametrize("point", [CrashPoint.TRIAL_TRAINED, CrashPoint.TRIAL_RECORDED])
+def test_a_killed_trial_goes_on_in_another_process(point: CrashPoint, job: TuneJob, tmp_path: Path) -> None:
+    job = job.changed(*PROBES)
+    arrivals = tmp_path / "arrivals"
+    # For the workers only: the driver records no trial here.
+    workers = {"env_vars": {"CONVOY_CRASH_POINT": f"{point}:1:{arrivals}"}}
+    finished = job.start({"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": workers})})
+    assert finished.returncode == 0, finished.stderr
+    # A trial that was killed after its training came by there once more; a recorded one did not.
+    assert arrivals.stat().st_size == (3 if point is CrashPoint.TRIAL_TRAINED else 2), (
+        "the fault did not fire"
+    )
+    assert_each_trial_ran_once(job)
+    assert [record["state"] for record in job.records().values()] == ["finished"] * 2
+
+
+def test_a_driver_killed_while_it_measures_the_ensemble_trains_nothing_again(
+    job: TuneJob, tmp_path: Path
+) -> None:
+    job = job.changed(*PROBES)
+    arrivals = tmp_path / "arrivals"
+    # The only run that the driver itself publishes: the predictions of the test rows.
+    fault = {"CONVOY_CRASH_POINT": f"{CrashPoint.MANIFEST_PUBLISHED}:1:{arrivals}"}
+    killed = job.start(fault)
+    assert arrivals.stat().st_size == 1, "the fault did not fire"
+    assert killed.returncode == -signal.SIGKILL
+    before = job.records()
+    assert len(before) == 2
+
+    resumed = job.start(fault)
+    assert resumed.returncode == 0, resumed.stderr
+    assert job.records() == before
+    report = last_json(resumed)
+    assert report["measured"]["rows"] == "test"
+    assert report["measured"]["num_rows"] == NUM_ROWS["test"]
+
+
+def test_a_dataset_without_validation_rows_is_refused(digits: TuneJob, tmp_path: Path) -> None:
+    workspace = str(tmp_path / "workspace")
+    images = Path(digits.workspace).parent / "images"
+    no_val = ("--set", "splits.val_fraction=0", "--set", "splits.test_fraction=0")
+    convoy_json("dataset", str(images / "train"), "--name", "digits", "--workspace", workspace, *no_val)
+    refused = convoy_here(*replace(digits, workspace=workspace).changed(*SEARCH).arguments())
+    assert refused.returncode == 2
+    assert "validation rows, and the dataset has none" in refused.stderr
