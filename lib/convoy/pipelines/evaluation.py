@@ -60,7 +60,10 @@ class Evaluation(StrictModel):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationTask:
-    """A classifier and the samples to measure it on. `config` is kept in the run record, for people."""
+    """A classifier and the samples to measure it on. `config` is kept in the run record, for people.
+
+    `rows` are labelled rows of the manifest that are measured instead of whole splits.
+    """
 
     classifier: Classifier
     model_digest: str
@@ -68,6 +71,7 @@ class EvaluationTask:
     splits: tuple[Split, ...]
     extraction: ExtractionConfig
     config: dict[str, Any]
+    rows: pa.Table | None = None
 
 
 def evaluate_classifier(
@@ -82,7 +86,7 @@ def evaluate_classifier(
         backbone=classifier.backbone.config,
         taps=(classifier.tap,),
     )
-    features = FeatureJob(store, manifest, classifier.backbone, request, task.extraction)
+    features = FeatureJob(store, manifest, classifier.backbone, request, task.extraction, rows=task.rows)
     # Made before the features are computed: it refuses classes that do not match.
     job = PredictionJob(
         store,
@@ -90,6 +94,7 @@ def evaluate_classifier(
         classifier,
         model_digest=task.model_digest,
         set_id=features.set_id(classifier.tap),
+        rows=task.rows,
     )
     summary = features.ensure(progress=progress, new_run=new_run)
     progress.stage("predicting")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,10 +10,8 @@ import pyarrow as pa
 import torch
 
 from convoy.core.errors import DataError
-from convoy.core.records import Split
 from convoy.storage.feature_cache import FeatureCache, content_id_array
 from convoy.storage.feature_reading import FeatureChunk, iter_wanted
-from convoy.storage.manifests import Manifest
 from convoy.vision.heads import FeatureBatch, FeatureSource, TensorFeatures
 
 # Features are widened to float32 in memory; above this they are read from the cache in every pass.
@@ -40,21 +38,6 @@ class LabelledRows:
             labels_N=rows["label"].to_numpy().astype(np.int64),
             weights_N=rows["weight"].to_numpy().astype(np.float32),
         )
-
-
-def read_labelled_rows(manifest: Manifest, splits: Collection[Split]) -> LabelledRows:
-    """The labelled samples of some splits: 24 bytes of memory a sample."""
-    tables = [
-        pa.table(batch).filter(pa.compute.is_valid(batch["label"]))
-        for batch in manifest.iter_batches(columns=["content_id", "label", "weight"], splits=splits)
-    ]
-    if not tables or not sum(table.num_rows for table in tables):
-        raise DataError(
-            f"no labelled sample in split {', '.join(sorted(splits))}",
-            where=manifest.uri,
-            next_step="label the dataset, or choose another split",
-        )
-    return LabelledRows.of(pa.concat_tables(tables))
 
 
 def open_features(

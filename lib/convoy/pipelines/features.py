@@ -27,6 +27,7 @@ from convoy.pipelines.feature_plan import (
     run_identity,
 )
 from convoy.pipelines.feature_summary import FeaturePlan, FeatureSummary, slice_totals, timings
+from convoy.pipelines.training_rows import rows_digest
 from convoy.storage.commits import (
     SliceRecord,
     choose_attempts,
@@ -51,7 +52,7 @@ _COUNTED = ("content_id",)
 
 
 class FeatureJob:
-    """One request for features against one workspace."""
+    """One request for features against one workspace. `rows` are rows of the manifest instead of whole splits."""
 
     def __init__(
         self,
@@ -60,8 +61,11 @@ class FeatureJob:
         backbone: BackboneRecord,
         request: FeatureRequest,
         extraction: ExtractionConfig,
+        *,
+        rows: pa.Table | None = None,
     ) -> None:
         self._store = store
+        self._rows = rows
         self._manifest = manifest
         self._backbone = backbone
         self._request = request
@@ -116,6 +120,8 @@ class FeatureJob:
     def _resume_or_start(self, *, new_run: bool) -> tuple[RunFolder, RunRecord] | None:
         """The unfinished run of this target, or a new one with a frozen input, or None if nothing is missing."""
         identity = run_identity(self._manifest, self._request, self.sets)
+        if self._rows is not None:
+            identity["rows"] = rows_digest(self._rows)
         folder, record = self._open_run.resume(identity, new_run=new_run)
         if folder is not None and record is not None:
             return folder, record
@@ -134,7 +140,12 @@ class FeatureJob:
     def _missing(
         self, known: Mapping[str, KnownContent], columns: Sequence[str] | None = None
     ) -> Iterator[tuple[tuple[str, ...], pa.Table]]:
-        return missing_rows(self._manifest.iter_batches(columns, splits=self._request.splits), known)
+        return missing_rows(self._batches(columns), known)
+
+    def _batches(self, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch | pa.Table]:
+        if self._rows is not None:
+            return iter([self._rows if columns is None else self._rows.select(columns)])
+        return self._manifest.iter_batches(columns, splits=self._request.splits)
 
     def _freeze(
         self,
@@ -258,7 +269,7 @@ class FeatureJob:
         """Samples of the request, and those that have rows in every set."""
         known = self._known().values()
         samples = rows = 0
-        for batch in self._manifest.iter_batches(_COUNTED, splits=self._request.splits):
+        for batch in self._batches(_COUNTED):
             samples += batch.num_rows
             rows += int(np.logical_and.reduce([one.has_rows(batch["content_id"]) for one in known]).sum())
         return samples, rows

@@ -8,6 +8,7 @@ from convoy.core.records import Split
 from convoy.pipelines.classifiers import Classifier, Strategy
 from convoy.pipelines.evaluation import Evaluation
 from convoy.pipelines.train_config import PROBES, TrainConfig
+from convoy.pipelines.training_rows import Fold
 from convoy.storage.bundles import ModelCard
 from convoy.storage.manifests import Manifest
 
@@ -27,13 +28,13 @@ def training_card(
     classifier: Classifier,
     evaluation: Evaluation,
     *,
+    measured_fold: Fold | None,
     notes: Sequence[str],
 ) -> ModelCard:
-    """The card of a model of `convoy train`."""
+    """The card of a model of `convoy train`; `measured_fold` is the fold that it was measured on, if it was one."""
     backbone = classifier.backbone
-    limits = [
-        f"Measured on {_kind_of_split(evaluation)} of the same dataset: other sources of images may differ."
-    ]
+    kind = _kind_of_rows(evaluation, measured_fold)
+    limits = [f"Measured on {kind} of the same dataset: other sources of images may differ."]
     if not classifier.gives_probabilities:
         limits.append("Scores are margins of a linear SVM, no probabilities.")
     return ModelCard(
@@ -44,7 +45,7 @@ def training_card(
         dataset_fingerprint=manifest.fingerprint,
         split_rows={split.value: counts.num_samples for split, counts in manifest.counts.items()},
         classes=classifier.classes,
-        split=", ".join(evaluation.splits),
+        split=_split_name(evaluation, measured_fold),
         metrics=evaluation.intervals,
         intended_use="Images like those of the dataset above, prepared by `preprocess.json`.",
         limits=limits,
@@ -63,7 +64,14 @@ def _summary(config: TrainConfig, classifier: Classifier) -> str:
     return f"{arch}, {len(classifier.classes)} classes."
 
 
-def _kind_of_split(evaluation: Evaluation) -> str:
+def _split_name(evaluation: Evaluation, fold: Fold | None) -> str:
+    splits = ", ".join(evaluation.splits)
+    return splits if fold is None else f"{splits} (fold {fold.index + 1} of {fold.count})"
+
+
+def _kind_of_rows(evaluation: Evaluation, fold: Fold | None) -> str:
+    if fold is not None:
+        return "the training rows that were left out, by which the model may have been chosen,"
     if Split.TEST in evaluation.splits:
         return "the held-out split"
     return "validation rows, by which the model may have been chosen,"

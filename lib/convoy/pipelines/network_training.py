@@ -23,7 +23,7 @@ from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.network_plan import trained_backbone_config
 from convoy.pipelines.network_setup import TrainingSetup, set_up_training
 from convoy.pipelines.train_config import TrainConfig
-from convoy.pipelines.training_rows import count_classes, read_split
+from convoy.pipelines.training_rows import count_classes, read_split, validation_rows
 from convoy.storage.commits import finish
 from convoy.storage.documents import read_json
 from convoy.storage.manifests import Manifest
@@ -34,7 +34,7 @@ from convoy.vision.training_config import Balance
 _VERB = "train"
 _TRAINED = "trained.json"
 # What of a config may change between a kill and the next call: where and how fast, not what is computed.
-_NOT_IDENTITY: dict[str, Any] = {
+NOT_IDENTITY: dict[str, Any] = {
     **dict.fromkeys(
         ("workspace", "writers", "workers", "local_cache", "tracking", "checkpoint_steps", "error_budget"),
         True,
@@ -78,7 +78,7 @@ class NetworkTraining:
         self._identity = {
             "dataset_fingerprint": manifest.fingerprint,
             "weights_digest": pretrained.weights_digest,
-            "config": config.model_dump(mode="json", exclude=_NOT_IDENTITY),
+            "config": config.model_dump(mode="json", exclude=NOT_IDENTITY),
         }
         folder, self._record = self._open_run.resume(self._identity, new_run=new_run)
         self.folder = folder or self._open_run.start()
@@ -159,9 +159,8 @@ class NetworkTraining:
         )
         weights_key = self.folder.key("initial.safetensors")
         self._store.put(weights_key, weights)
-        val = None
-        if Split.VAL in self._manifest.counts:
-            val = self._freeze_rows("val", read_split(self._manifest, Split.VAL))
+        watched = validation_rows(self._manifest, self._config.rows)
+        val = None if watched is None else self._freeze_rows("val", watched)
         settings = {
             "setup": setup,
             "initial_weights_key": weights_key,

@@ -18,6 +18,7 @@ from convoy.core.fingerprints import digest
 from convoy.core.records import Reject, RejectCode, Split, Stage
 from convoy.pipelines.classifiers import Classifier
 from convoy.pipelines.feature_source import gather_features
+from convoy.pipelines.training_rows import rows_digest
 from convoy.storage.commits import (
     RunManifest,
     SliceRecord,
@@ -46,7 +47,10 @@ _SLICES_A_PASS = 64
 
 
 class PredictionJob:
-    """One classifier on some splits of one dataset, given features that are cached already."""
+    """One classifier on some splits of one dataset, given features that are cached already.
+
+    `rows` are rows of the manifest instead of whole splits.
+    """
 
     def __init__(
         self,
@@ -56,8 +60,10 @@ class PredictionJob:
         *,
         model_digest: str,
         set_id: str,
+        rows: pa.Table | None = None,
     ) -> None:
         self._store = store
+        self._rows = rows
         self._manifest = manifest
         self._classifier = classifier
         self._model_digest = model_digest
@@ -69,16 +75,18 @@ class PredictionJob:
         self, dataset: str, splits: Collection[Split], config: dict[str, Any], *, new_run: bool
     ) -> tuple[RunFolder, RunManifest, OpenRun]:
         """Predict what is not yet predicted and publish the run; the caller finishes and closes it."""
-        identity = {
+        identity: dict[str, Any] = {
             "dataset": dataset,
             "dataset_fingerprint": self._manifest.fingerprint,
             "splits": sorted(splits),
             "model_digest": self._model_digest,
             "features": self._set_id,
         }
-        open_run = OpenRun(
-            self._store, verb=VERB, target=digest([dataset, sorted(splits), self._model_digest])
-        )
+        target = [dataset, sorted(splits), self._model_digest]
+        if self._rows is not None:
+            identity["rows"] = rows_digest(self._rows)
+            target.append(identity["rows"])
+        open_run = OpenRun(self._store, verb=VERB, target=digest(target))
         folder, record = open_run.resume(identity, new_run=new_run)
         folder = folder or open_run.start()
         record = record or folder.record() or self._freeze(folder, splits, identity, config)
@@ -93,12 +101,13 @@ class PredictionJob:
         self, folder: RunFolder, splits: Collection[Split], identity: dict[str, Any], config: dict[str, Any]
     ) -> RunRecord:
         nothing = np.empty(0, "S16")
-        rows = missing_rows(
-            self._manifest.iter_batches(splits=splits), {PREDICTIONS: KnownContent(nothing, nothing)}
-        )
+        batches = self._manifest.iter_batches(splits=splits) if self._rows is None else [self._rows]
+        rows = missing_rows(batches, {PREDICTIONS: KnownContent(nothing, nothing)})
         num_rows = sum(
             self._manifest.counts[split].num_samples for split in splits if split in self._manifest.counts
         )
+        if self._rows is not None:
+            num_rows = self._rows.num_rows
         record = RunRecord.new(
             folder.run_id,
             verb=VERB,

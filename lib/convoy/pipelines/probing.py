@@ -10,11 +10,11 @@ from convoy.core.progress import Progress
 from convoy.core.records import Split
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.feature_plan import FeatureRequest
-from convoy.pipelines.feature_source import LabelledRows, open_features, read_labelled_rows
+from convoy.pipelines.feature_source import LabelledRows, open_features
 from convoy.pipelines.features import FeatureJob
 from convoy.pipelines.pixel_statistics import resolve_augmentation
 from convoy.pipelines.train_config import TrainConfig
-from convoy.pipelines.training_rows import read_split
+from convoy.pipelines.training_rows import read_split, validation_rows
 from convoy.storage.commits import read_manifest
 from convoy.storage.feature_cache import FeatureCache
 from convoy.storage.manifests import Manifest
@@ -85,9 +85,8 @@ def fit_probe(
     cache = FeatureCache(store)
     rows = LabelledRows.of(read_split(manifest, Split.TRAIN, config.rows))
     train = open_features(cache, train_sets, rows)
-    val = None
-    if Split.VAL in manifest.counts:
-        val = open_features(cache, [plain.set_id(tap)], read_labelled_rows(manifest, [Split.VAL]))
+    watched = validation_rows(manifest, config.rows)
+    val = None if watched is None else open_features(cache, [plain.set_id(tap)], LabelledRows.of(watched))
     fitted = fit_head(head, train, val, num_classes=len(manifest.classes))
     return Probe(fitted=fitted, summary=_summarise(store, fitted, summary.run))
 

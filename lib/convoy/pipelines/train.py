@@ -23,7 +23,7 @@ from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.network_training import CurveDrawer, NetworkTraining
 from convoy.pipelines.probing import HeadSummary, TrialSummary, fit_probe
 from convoy.pipelines.train_config import NETWORKS, TrainConfig
-from convoy.pipelines.training_rows import count_classes, read_split
+from convoy.pipelines.training_rows import Fold, count_classes, fold_rows, read_split
 from convoy.pipelines.workspace import open_workspace
 from convoy.storage.bundles import bundle_digest, check_bundle_name, model_card, write_bundle
 from convoy.storage.datasets import open_dataset
@@ -34,7 +34,7 @@ from convoy.vision.training_config import Phase
 
 
 class TrainReport(Evaluation):
-    """The bundle, how it was trained, and what it is worth on the evaluated split.
+    """The bundle, how it was trained, and what it is worth on the evaluated split, or on the fold that was left out.
 
     Which fields are filled depends on the strategy: `trials` and `head` tell of heads on cached features,
     `phases`, `history` and `learning_curves` of networks; `train_run` is the folder under `runs/`.
@@ -78,7 +78,12 @@ class _Job:
     progress: Progress
     draw_curves: CurveDrawer
     new_run: bool
-    evaluated: Split
+    evaluated: Split | None
+
+    @property
+    def measured_fold(self) -> Fold | None:
+        """The fold of the training rows that the model is measured on, if it is one."""
+        return self.config.rows.fold if self.evaluated is None else None
 
 
 def run_train(
@@ -93,8 +98,8 @@ def run_train(
     """Train by the config's strategy; on one machine equal inputs give a bundle of equal digest.
 
     `draw_curves` makes the picture of the learning curves that is kept in the run folder. The model is measured on
-    the split `evaluated`, by default the held-out one: a search measures on val, and leaves test alone.
-    `fingerprint` names a version of the dataset, by default the current one.
+    the split `evaluated`, by default on its own fold, or else on the held-out split: a search measures on val, and
+    leaves test alone. `fingerprint` names a version of the dataset, by default the current one.
     """
     check_bundle_name(config.name)
     store = open_workspace(config.workspace, config.writers)
@@ -106,7 +111,7 @@ def run_train(
         progress=progress,
         draw_curves=draw_curves,
         new_run=new_run,
-        evaluated=evaluated or held_out_split(manifest),
+        evaluated=evaluated,
     )
     if config.strategy not in NETWORKS:
         return _run(job)
@@ -126,17 +131,16 @@ def _run(job: _Job) -> TrainReport:
     trained = _train(job)
     classifier = trained.classifier
     files = classifier_files(store, classifier)
-    task = EvaluationTask(
-        classifier=classifier,
-        model_digest=bundle_digest(files),
-        dataset=config.dataset,
-        splits=(job.evaluated,),
-        extraction=classifier.extraction_like(config.extraction),
-        config=config.model_dump(mode="json"),
-    )
-    evaluation = evaluate_classifier(store, manifest, task, progress=job.progress, new_run=job.new_run)
+    evaluation = _evaluate(job, classifier, bundle_digest(files))
     files["metrics.json"] = canonical_json(evaluation)
-    card = training_card(config, manifest, classifier, evaluation, notes=trained.report.get("notes", ()))
+    card = training_card(
+        config,
+        manifest,
+        classifier,
+        evaluation,
+        measured_fold=job.measured_fold,
+        notes=trained.report.get("notes", ()),
+    )
     files["README.md"] = model_card(card).encode()
     reference = write_bundle(store, config.name, files)
     num_rejects = sum(trained.report.get("train_rejects", {}).values())
@@ -153,6 +157,21 @@ def _run(job: _Job) -> TrainReport:
     )
     trained.finish(report.model_dump(mode="json"))
     return report
+
+
+def _evaluate(job: _Job, classifier: Classifier, model_digest: str) -> Evaluation:
+    """What the classifier is worth on the rows that the job says."""
+    config, fold = job.config, job.measured_fold
+    task = EvaluationTask(
+        classifier=classifier,
+        model_digest=model_digest,
+        dataset=config.dataset,
+        splits=(Split.TRAIN if fold else job.evaluated or held_out_split(job.manifest),),
+        extraction=classifier.extraction_like(config.extraction),
+        config=config.model_dump(mode="json"),
+        rows=fold_rows(job.manifest, config.rows) if fold else None,
+    )
+    return evaluate_classifier(job.store, job.manifest, task, progress=job.progress, new_run=job.new_run)
 
 
 def _train(job: _Job) -> _Trained:

@@ -1,35 +1,59 @@
-"""The labelled rows that a training sees."""
+"""The labelled rows that a training sees, and those by which it is watched."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import NonNegativeInt, PositiveInt
+from numpy.typing import NDArray
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from convoy.core.config import StrictModel
-from convoy.core.errors import DataError
+from convoy.core.errors import ConfigError, DataError
+from convoy.core.fingerprints import digest
 from convoy.core.randomness import unit_interval
 from convoy.core.records import Split
 from convoy.storage.manifests import Manifest
 
 
-class RowLimit(StrictModel):
-    """At most so many training images of each class, drawn by a hash of sample id and seed.
+class Fold(StrictModel):
+    """One of `count` parts of the training rows; `index` counts from 0."""
 
-    For learning curves and few-shot measurements. A larger limit with the same seed only adds images.
+    index: NonNegativeInt
+    count: Annotated[int, Field(ge=2)]
+
+    @model_validator(mode="after")
+    def _is_one_of_them(self) -> Self:
+        if self.index >= self.count:
+            raise ValueError(f"folds count from 0, so the last of {self.count} is {self.count - 1}")
+        return self
+
+
+class RowLimit(StrictModel):
+    """Which rows of the split `train` a training learns from: all of them, or fewer.
+
+    `max_per_class`: at most so many images of each class, drawn by a hash of sample id and seed. For learning curves
+    and few-shot measurements; a larger limit with the same seed only adds images. `fold` leaves one of several parts
+    out, which takes the place of the validation rows (k-fold cross-validation).
     """
 
     max_per_class: PositiveInt | None = None
+    fold: Fold | None = None
     seed: NonNegativeInt = 0
+
+    @property
+    def without_fold(self) -> RowLimit:
+        """The rows of all folds together."""
+        return self.model_copy(update={"fold": None})
 
 
 def read_split(manifest: Manifest, split: Split, limit: RowLimit | None = None) -> pa.Table:
     """The labelled rows of a split with all columns of the manifest, in its order: about 250 bytes a row.
 
-    Raises DataError where there is none.
+    With a limit those that it leaves, without the rows of its fold. Raises DataError where there is none.
     """
     rows = manifest.read_table(splits=[split])
     rows = rows.filter(pc.is_valid(rows["label"]))
@@ -39,7 +63,73 @@ def read_split(manifest: Manifest, split: Split, limit: RowLimit | None = None) 
             where=manifest.uri,
             next_step="label the dataset, or choose another split",
         )
-    return rows if limit is None or limit.max_per_class is None else _limited(rows, limit)
+    if limit is None:
+        return rows
+    rows = rows if limit.max_per_class is None else _limited(rows, limit)
+    return rows if limit.fold is None else rows.filter(pa.array(~_is_in_fold(manifest, rows, limit)))
+
+
+def fold_rows(manifest: Manifest, limit: RowLimit) -> pa.Table:
+    """The rows of the limit's fold, in the order of the manifest: those that `read_split` leaves out.
+
+    The folds of one count and seed are disjoint and hold every training row. Each class is dealt out to them evenly,
+    in the order of a hash of sample id and seed; rows of equal content stay together. Raises DataError for a class
+    that is too small to be in a fold and outside of it.
+    """
+    if limit.fold is None:
+        raise ConfigError("the rows are in no fold", where="rows.fold", next_step="name a fold")
+    rows = read_split(manifest, Split.TRAIN, limit.without_fold)
+    return rows.filter(pa.array(_is_in_fold(manifest, rows, limit)))
+
+
+def validation_rows(manifest: Manifest, limit: RowLimit) -> pa.Table | None:
+    """The labelled rows by which a training is watched: its fold, or the split `val`, or None without such a split."""
+    if limit.fold is not None:
+        return fold_rows(manifest, limit)
+    return read_split(manifest, Split.VAL) if Split.VAL in manifest.counts else None
+
+
+def _is_in_fold(manifest: Manifest, rows: pa.Table, limit: RowLimit) -> NDArray[np.bool_]:
+    fold = limit.fold
+    if fold is None:
+        return np.zeros(rows.num_rows, dtype=bool)
+    draws_N = np.array([unit_interval(limit.seed, "fold", name) for name in rows["sample_id"].to_pylist()])
+    labels_N = rows["label"].to_numpy()
+    contents_N = rows["content_id"].combine_chunks().dictionary_encode().indices.to_numpy()
+    folds_N = np.empty(rows.num_rows, np.int64)
+    num_dealt = 0
+    for label in np.unique(labels_N):
+        members = np.flatnonzero(labels_N == label)
+        places, num_contents = _places(draws_N[members], contents_N[members])
+        if num_contents < 2:
+            raise DataError(
+                f"class {manifest.classes[label]} has one training image: it cannot be in a fold and outside of it",
+                where=manifest.uri,
+                next_step="add images of it, or freeze the dataset without it",
+            )
+        # Each class goes on where the one before it ended, so that folds are equally large.
+        folds_N[members] = (num_dealt + places) % fold.count
+        num_dealt += num_contents
+    if num_dealt < fold.count:
+        raise DataError(
+            f"{num_dealt} training images cannot fill {fold.count} folds",
+            where=manifest.uri,
+            next_step="make fewer folds, or add images",
+        )
+    is_in_fold: NDArray[np.bool_] = folds_N == fold.index
+    return is_in_fold
+
+
+def _places(draws_N: NDArray[np.float64], contents_N: NDArray[np.int32]) -> tuple[NDArray[np.int64], int]:
+    """Each row's place in the order of the draws, and how many there are; rows of equal content share one.
+
+    In two folds they would be learnt by heart in one and asked for in the other.
+    """
+    order = np.argsort(draws_N, kind="stable")
+    _, first, group = np.unique(contents_N[order], return_index=True, return_inverse=True)
+    places_N = np.empty(len(order), np.int64)
+    places_N[order] = np.argsort(np.argsort(first))[group]
+    return places_N, len(first)
 
 
 def _limited(rows: pa.Table, limit: RowLimit) -> pa.Table:
@@ -50,6 +140,11 @@ def _limited(rows: pa.Table, limit: RowLimit) -> pa.Table:
         for label in np.unique(labels_N)
     ]
     return rows.take(pa.array(np.sort(np.concatenate(kept))))
+
+
+def rows_digest(rows: pa.Table) -> str:
+    """A digest of which rows these are, in their order."""
+    return digest(rows["sample_id"].to_pylist())
 
 
 def count_classes(rows: pa.Table, classes: Sequence[str]) -> list[int]:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from convoy.core.crash_points import CrashPoint, crash_point
 from convoy.core.fingerprints import MultisetDigest, digest_bytes
 from convoy.core.records import Reject
-from convoy.storage.commits import PartFile
+from convoy.storage.commits import PartFile, RunManifest
 from convoy.storage.object_store import ObjectStore
 
 FEATURES_SCHEMA_VERSION = 1
@@ -123,6 +123,13 @@ def write_rejects(
     part = write_table(store, key, pa.Table.from_pylist(rows, REJECTS_SCHEMA), metadata, digest.hexdigest())
     crash_point(CrashPoint.REJECTS_WRITTEN)
     return part
+
+
+def read_rejects(store: ObjectStore, manifest: RunManifest) -> pa.Table:
+    """All rejects of a published run, in columns of REJECTS_SCHEMA."""
+    files = [record.rejects.key for record in manifest.slices if record.rejects]
+    tables = [store.open_parquet(key).read().cast(REJECTS_SCHEMA) for key in files]
+    return pa.concat_tables([REJECTS_SCHEMA.empty_table(), *tables])
 
 
 def _digest_features(rows: FeatureRows) -> str:

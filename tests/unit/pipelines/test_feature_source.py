@@ -17,8 +17,8 @@ from convoy.pipelines.feature_source import (
     StreamedFeatures,
     gather_features,
     open_features,
-    read_labelled_rows,
 )
+from convoy.pipelines.training_rows import read_split
 from convoy.storage.commits import SetCommit, feature_prefix, part_key, publish, read_records
 from convoy.storage.feature_cache import FeatureCache
 from convoy.storage.local_store import LocalStore
@@ -96,7 +96,8 @@ def labelled(store: LocalStore, samples: pa.Table, splits: Sequence[Split] = (Sp
         source="/data",
     )
     write_manifest(store, "manifest.parquet", samples, header)
-    return read_labelled_rows(Manifest.open(store, "manifest.parquet"), splits)
+    manifest = Manifest.open(store, "manifest.parquet")
+    return LabelledRows.of(pa.concat_tables([read_split(manifest, split) for split in splits]))
 
 
 def opened(
@@ -251,7 +252,7 @@ def test_gathered_features_stand_at_the_rows_that_asked_for_them(store: LocalSto
 
 
 def test_a_split_without_labels_is_refused_by_name(store: LocalStore) -> None:
-    with pytest.raises(DataError, match=r"no labelled sample in split test, val"):
+    with pytest.raises(DataError, match=r"no labelled sample in split val"):
         labelled(store, samples_of(NAMES), [Split.VAL, Split.TEST])
     with pytest.raises(DataError, match=r"no labelled sample in split train"):
         labelled(store, samples_of(NAMES, label=[None] * len(NAMES)))
