@@ -74,11 +74,12 @@ def write_digits(folder: Path, num_images: int, *, start: int = 0) -> None:
 
 @dataclass(frozen=True, slots=True)
 class CacheJob:
-    """A frozen dataset of digits, one of them damaged, and the command that caches its features."""
+    """A frozen dataset of digits, one of them damaged, and the command that caches its features, or another one."""
 
     workspace: str
     num_images: int
     settings: tuple[str, ...]
+    verb: str = "cache"
 
     def changed(self, *settings: str) -> CacheJob:
         """The same job with other settings."""
@@ -118,7 +119,7 @@ class CacheJob:
 
     def arguments(self) -> list[str]:
         """The command line behind `convoy`."""
-        return ["cache", "--workspace", self.workspace, *settings_arguments(*self.settings)]
+        return [self.verb, "--workspace", self.workspace, *settings_arguments(*self.settings)]
 
 
 def cached_features(workspace: str, set_id: str) -> dict[str, np.ndarray]:

@@ -1,16 +1,20 @@
-"""Bundles of small random networks, as trainings would leave them."""
+"""Bundles of small random networks, as trainings would leave them, and a job that evaluates them together."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
+from cache_jobs import CacheJob, made_job
 from convoy.pipelines.classifiers import Classifier, Strategy, as_is, classifier_files
 from convoy.pipelines.feature_plan import ExtractionConfig, PrecisionChoice
 from convoy.pipelines.models import fetch_backbone
 from convoy.storage.bundles import BundleRef, write_bundle
 from convoy.storage.object_store import ObjectStore
+from convoy.storage.stores import open_store
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.heads import Head, HeadKind, HeadSpec
 from convoy.vision.presets import EvalPreset
@@ -54,3 +58,19 @@ def write_classifier(store: ObjectStore, name: str, classifier: Classifier) -> B
     """The classifier as a bundle, with metrics that nobody measured."""
     described = {"metrics.json": b'{"top1":0.5,"splits":["test"]}', "README.md": b"# made\n"}
     return write_bundle(store, name, {**classifier_files(store, classifier), **described})
+
+
+def made_committee_job(folder: Path) -> CacheJob:
+    """The evaluation of two networks over two crops of 96 digits in 6 slices, one of which is a reject."""
+    job = made_job(folder)
+    store = open_store(job.workspace)
+    for seed, name in enumerate(("one", "two")):
+        write_classifier(store, name, made_classifier(store, seed))
+    settings = (
+        "dataset=digits",
+        "splits=[train]",
+        "ensemble={members: [{bundle: one}, {bundle: two, weight: 2}]}",
+        "crops=flip",
+        "extraction={batch_size: 16, slice_rows: 16}",
+    )
+    return replace(job, verb="evaluate", settings=settings)

@@ -8,6 +8,7 @@ import pytest
 
 from cache_jobs import CacheJob, made_job
 from convoy.core.crash_points import SEARCH_CRASH_POINTS, TRAINING_CRASH_POINTS, CrashPoint
+from made_bundles import made_committee_job
 
 pytestmark = [pytest.mark.integration, pytest.mark.chaos]
 
@@ -52,3 +53,40 @@ def test_killed_job_resumes_to_the_same_rows(point: CrashPoint, clean_job: Cache
     assert proof["rows_digest"] == clean_job.verify()["rows_digest"]
     for slice_name, attempts in attempts_before.items():
         assert job.attempts()[slice_name] == attempts, f"finished slice {slice_name} was computed again"
+
+
+@pytest.fixture(scope="module")
+def clean_committee(tmp_path_factory: pytest.TempPathFactory) -> CacheJob:
+    job = made_committee_job(tmp_path_factory.mktemp("clean_committee"))
+    job.run()
+    return job
+
+
+# Of the steps of any run those at which a committee's differs from that of features: what its workers write, and
+# how its finished run is found again.
+@pytest.mark.parametrize(
+    "point",
+    [
+        CrashPoint.REJECTS_WRITTEN,
+        CrashPoint.RECORD_WRITTEN,
+        CrashPoint.MANIFEST_PUBLISHED,
+        CrashPoint.SUCCESS_WRITTEN,
+    ],
+)
+def test_killed_evaluation_of_a_committee_resumes_to_the_same_rows(
+    point: CrashPoint, clean_committee: CacheJob, tmp_path: Path
+) -> None:
+    job = made_committee_job(tmp_path)
+    counter = tmp_path / "arrivals"
+    environment = {"CONVOY_CRASH_POINT": f"{point}:{ARRIVAL.get(point, 1)}:{counter}"}
+
+    killed = job.start(environment)
+    assert counter.exists(), "the fault did not fire"
+    assert killed.returncode == (0 if point in WORKER_STEPS else -9), killed.stderr
+
+    report = job.run(environment)
+    assert (report["samples"], report["results"], report["rejects"]) == (96, 95, 1)
+    # The proof of the workspace's only run: a second one would have computed everything again.
+    proof = job.verify()
+    assert proof["ok"], proof["problems"]
+    assert proof["rows_digest"] == clean_committee.verify()["rows_digest"]

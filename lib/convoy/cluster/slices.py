@@ -5,12 +5,13 @@ Ray is imported inside the functions: a job that finds nothing to do must not wa
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from convoy.cluster.ray_data import first_cause, quiet_ray_data
 from convoy.core.config import StrictModel
-from convoy.core.errors import ClusterError
+from convoy.core.errors import ClusterError, ConvoyError
 from convoy.storage.commits import SliceRecord
 
 _CPUS_AN_OPERATOR = 4
@@ -112,17 +113,37 @@ def run_slices(
     )
     try:
         for row in dataset.iter_rows():
+            if row["error"]:
+                raise pickle.loads(row["error"])
             yield SliceRecord.model_validate_json(row["record"])
     except RayError as error:
         raise first_cause(error) from error
 
 
 class _SliceWorker:
-    """The actor that Ray Data makes for each place in the pool."""
+    """The actor that Ray Data makes for each place in the pool.
+
+    Our own errors come back as rows: of what a worker raises, Ray Data passes on no more than the text.
+    """
 
     def __init__(self, factory: OperatorFactory, spec_json: str) -> None:
-        self._operator = factory(spec_json)
+        self._operator: SliceOperator | ConvoyError
+        try:
+            self._operator = factory(spec_json)
+        except ConvoyError as error:
+            self._operator = error
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        tasks = [SliceTask.model_validate_json(str(text)) for text in batch["task"]]
-        return {"record": [self._operator(task).model_dump_json() for task in tasks]}
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        try:
+            records = [self._do(SliceTask.model_validate_json(str(text))) for text in batch["task"]]
+        except ConvoyError as error:
+            return {"record": [""], "error": [pickle.dumps(error)]}
+        return {
+            "record": [record.model_dump_json() for record in records],
+            "error": [b""] * len(records),
+        }
+
+    def _do(self, task: SliceTask) -> SliceRecord:
+        if isinstance(self._operator, ConvoyError):
+            raise self._operator
+        return self._operator(task)
