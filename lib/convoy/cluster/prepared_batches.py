@@ -56,6 +56,15 @@ class SliceImages:
         """For each row whether it has an image."""
         return np.array([content is not None for content in self.content_digests], dtype=bool)
 
+    def reject_too(self, later: SliceImages) -> None:
+        """Reject the rows too that only a later pass over them could not use."""
+        place_of = {sample_id: row for row, sample_id in enumerate(self.rows["sample_id"].to_pylist())}
+        for reject in later.rejects:
+            row = place_of[reject.sample_id]
+            if self.content_digests[row] is not None:
+                self.content_digests[row] = None
+                self.rejects.append(reject)
+
     def through_network(self, started_s: float) -> None:
         """Note the seconds of a batch in the network, by the clock of `time.perf_counter`."""
         self.first_row_unix_s = self.first_row_unix_s or time.time()

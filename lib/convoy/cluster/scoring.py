@@ -96,11 +96,13 @@ class Scorer:
 
     def _exact(self, images: SliceImages) -> _SliceLogits:
         """Every member on every view. Members that take turns see the slice once a turn, decoded anew."""
-        turns = [
-            # What becomes of the rows is the same in every turn, and counts once.
-            self._run_turn(turn, images if not place else SliceImages(images.rows, images.started_unix_s))
-            for place, turn in enumerate(self._committee.turns())
-        ]
+        first, *others = self._committee.turns()
+        turns = [self._run_turn(first, images)]
+        for turn in others:
+            again = SliceImages(images.rows, images.started_unix_s)
+            turns.append(self._run_turn(turn, again))
+            # An image that is lost between two turns has no joint output.
+            images.reject_too(again)
         output = self._committee.join(turns)
         kept = {
             MemberOutputs.NONE: None,
