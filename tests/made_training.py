@@ -7,23 +7,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cache_jobs import write_digits
 from convoy.cluster.training_group import TrainingGroup
-from convoy.cluster.training_spec import Ingest, TrainingRows, TrainingSpec
+from convoy.cluster.training_spec import Ingest, TeacherRows, TrainingRows, TrainingSpec
 from convoy.core.splits import SplitOptions
 from convoy.storage.datasets import freeze_dataset, open_dataset
 from convoy.storage.local_store import LocalStore
+from convoy.storage.teacher_logits import write_teacher_logits
 from convoy.vision.augmentation_policy import AugmentationPolicy
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.backbones import build_network
 from convoy.vision.decode_rule import DecodeRule
 from convoy.vision.presets import EvalPreset
-from convoy.vision.training_config import Optimiser, Phase, Precision, Recipe
+from convoy.vision.training_config import Distillation, Optimiser, Phase, Precision, Recipe
 from convoy.vision.weights import state_to_safetensors
 
 RUN_ID = "train-0001"
@@ -92,6 +95,16 @@ def store_rows(store: LocalStore, name: str, rows: pa.Table) -> TrainingRows:
     key = f"runs/{RUN_ID}/input/{name}.parquet"
     store.put(key, buffer.getvalue())
     return TrainingRows(key=key, num_rows=rows.num_rows)
+
+
+def store_teacher(
+    store: LocalStore, logits_NK: NDArray[np.float16], distillation: Distillation | None = None
+) -> TeacherRows:
+    """Write what a teacher says of the training rows as a training reads it."""
+    key = f"runs/{RUN_ID}/input/teacher.parquet"
+    names = [f"row{row}" for row in range(len(logits_NK))]
+    write_teacher_logits(store, key, names, logits_NK)
+    return TeacherRows(key=key, distillation=distillation or Distillation())
 
 
 def store_initial_weights(store: LocalStore, backbone: BackboneConfig) -> str:

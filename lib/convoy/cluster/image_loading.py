@@ -55,9 +55,10 @@ class RejectedRow(StrictModel):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PreparedBatch:
-    """The usable images of a request, and the rows that could not be used."""
+    """The usable images of a request and their rows, and the rows that could not be used."""
 
     batch: TrainBatch
+    rows_B: np.ndarray
     rejects: list[RejectedRow]
 
 
@@ -157,7 +158,7 @@ class ImageLoader:
             labels_B=torch.from_numpy(self._labels_N[rows_B]),
             weights_B=torch.from_numpy(self._weights_N[rows_B]),
         )
-        return PreparedBatch(batch=batch, rejects=rejects)
+        return PreparedBatch(batch=batch, rows_B=rows_B, rejects=rejects)
 
 
 @dataclass(frozen=True, slots=True)

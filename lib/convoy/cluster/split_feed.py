@@ -167,6 +167,7 @@ class _Preparer:
             "task": [task] * len(prepared),
             # Channels last, as they lie in memory.
             "images": [_channels_last(one.batch.images_BCHW).tobytes() for one in prepared],
+            "rows": [one.rows_B.tobytes() for one in prepared],
             "labels": [one.batch.labels_B.numpy().tobytes() for one in prepared],
             "weights": [one.batch.weights_B.numpy().tobytes() for one in prepared],
             "rejects": [[reject.model_dump_json() for reject in one.rejects] for one in prepared],
@@ -195,7 +196,7 @@ def _rows(block: pa.Table) -> Iterator[dict[str, Any]]:
         }
 
 
-_BINARY = ("images", "labels", "weights")
+_BINARY = ("images", "rows", "labels", "weights")
 
 
 def _unpack(row: dict[str, Any], preset: EvalPreset, *, pin_memory: bool) -> PreparedBatch:
@@ -209,5 +210,6 @@ def _unpack(row: dict[str, Any], preset: EvalPreset, *, pin_memory: bool) -> Pre
             labels_B=labels_B,
             weights_B=torch.from_numpy(np.frombuffer(row["weights"], np.float32).copy()),
         ),
+        rows_B=np.frombuffer(row["rows"], np.int64).copy(),
         rejects=[RejectedRow.model_validate_json(str(one)) for one in row["rejects"]],
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -15,23 +16,25 @@ import torch
 
 from convoy.cluster.batch_feed import BatchFeed, EpochOrder
 from convoy.cluster.feed_opening import open_feed
-from convoy.cluster.image_loading import RejectedRow
+from convoy.cluster.image_loading import PreparedBatch, RejectedRow
 from convoy.cluster.timetable import Timetable
 from convoy.cluster.training_board import BoardWriter
 from convoy.cluster.training_checkpoints import Position, TrainingCheckpoints
 from convoy.cluster.training_group import TrainingGroup
 from convoy.cluster.training_meter import EpochMeter
 from convoy.cluster.training_results import TrainingOutcome, write_train_rejects, write_weights
-from convoy.cluster.training_spec import TrainingSpec
+from convoy.cluster.training_spec import TeacherRows, TrainingSpec
 from convoy.core.crash_points import CrashPoint, crash_point
 from convoy.core.errors import DataError
 from convoy.core.training_events import EpochResult
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.stores import open_store
+from convoy.storage.teacher_logits import read_teacher_logits
 from convoy.vision.averaging import build_keeper, measure_batchnorm, swapped_in
 from convoy.vision.backbones import build_network, depth_axis
+from convoy.vision.distillation import Teacher
 from convoy.vision.freezing import freeze, frozen_stages
-from convoy.vision.learner import Learner, validation_sums, with_group_batchnorm
+from convoy.vision.learner import Learner, TrainBatch, validation_sums, with_group_batchnorm
 from convoy.vision.presets import EvalPreset, at_resolution
 from convoy.vision.training_config import Averaging, Phase
 from convoy.vision.weights import load_weights, read_state_dict
@@ -65,6 +68,7 @@ class TrainingWorker:
         self._plan = order.plan
         self._times = Timetable(spec.phases, num_steps=order.plan.num_steps, num_rows=spec.train.num_rows)
         val = None if spec.val is None else _read_rows(self._store, spec.val.key)
+        self._teacher = None if spec.teacher is None else _read_teacher(self._store, spec.teacher)
         self._feed: BatchFeed = open_feed(spec, self._train, val, order, group)
         self._checkpoints = TrainingCheckpoints(self._store, spec, group)
         self._resume()
@@ -145,7 +149,7 @@ class TrainingWorker:
             passes = meter.waiting_for(steps)
             self._rejects |= {reject.row: reject for one in passes for reject in one.rejects}
             learner.step(
-                [one.batch for one in passes],
+                [self._taught(one) for one in passes],
                 num_group_rows=len(self._plan.batch(step)),
                 factor=self._times.rate(self._position),
                 step=self._times.step(self._position),
@@ -157,6 +161,12 @@ class TrainingWorker:
             if step + 1 < num_steps:
                 self._between_steps(meter)
         return self._measure_epoch(phase, epoch, meter)
+
+    def _taught(self, prepared: PreparedBatch) -> TrainBatch:
+        """The batch with what the teacher says of its images, if there is one."""
+        if self._teacher is None:
+            return prepared.batch
+        return replace(prepared.batch, soft=self._teacher.targets(prepared.rows_B))
 
     def _between_steps(self, meter: EpochMeter) -> None:
         if self._position.step % _STEPS_BETWEEN_LOOKS == 0:
@@ -280,6 +290,10 @@ class TrainingWorker:
 
     def _preset(self, phase: Phase) -> EvalPreset:
         return at_resolution(self._spec.preset, phase.resolution_px)
+
+
+def _read_teacher(store: ObjectStore, teacher: TeacherRows) -> Teacher:
+    return Teacher(read_teacher_logits(store, teacher.key), teacher.distillation)
 
 
 def _read_rows(store: ObjectStore, key: str) -> pa.Table:

@@ -11,7 +11,7 @@ from convoy.vision.augmentation_policy import AugmentationPolicy
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.decode_rule import DecodeRule
 from convoy.vision.presets import EvalPreset
-from convoy.vision.training_config import Phase, Recipe
+from convoy.vision.training_config import Distillation, Phase, Recipe
 
 # What a preparing worker reserves: less than the CPUs that its threads use, so that it fits beside others.
 CPUS_A_PREPARER = 0.5
@@ -35,6 +35,13 @@ class TrainingRows(StrictModel):
 
     key: str
     num_rows: int
+
+
+class TeacherRows(StrictModel):
+    """What a teacher says of the training rows, in their order, in a parquet file; and how much that counts."""
+
+    key: str
+    distillation: Distillation
 
 
 class LocalCacheOptions(StrictModel):
@@ -64,6 +71,7 @@ class TrainingSpec(StrictModel):
     balanced_sampling: bool
     train: TrainingRows
     val: TrainingRows | None
+    teacher: TeacherRows | None = None
     batch_size: PositiveInt
     checkpoint_steps: PositiveInt
     ingest: Ingest

@@ -12,6 +12,7 @@ import torch
 from convoy.core.errors import DataError
 from convoy.storage.feature_cache import FeatureCache, content_id_array
 from convoy.storage.feature_reading import FeatureChunk, iter_wanted
+from convoy.vision.distillation import Teacher
 from convoy.vision.heads import FeatureBatch, FeatureSource, TensorFeatures
 
 # Features are widened to float32 in memory; above this they are read from the cache in every pass.
@@ -20,23 +21,25 @@ MEMORY_LIMIT_BYTES = 4 * 2**30
 
 @dataclass(frozen=True, slots=True)
 class LabelledRows:
-    """The labelled samples of some splits, in manifest order."""
+    """Labelled samples in manifest order, and what a teacher says of them."""
 
     content_ids_N: np.ndarray
     labels_N: np.ndarray
     weights_N: np.ndarray
+    teacher: Teacher | None = None
 
     def __len__(self) -> int:
         return len(self.labels_N)
 
     @classmethod
-    def of(cls, rows: pa.Table) -> LabelledRows:
+    def of(cls, rows: pa.Table, teacher: Teacher | None = None) -> LabelledRows:
         """The rows of a table that has the columns content_id, label and weight, all of them labelled."""
         rows = rows.combine_chunks()
         return cls(
             content_ids_N=content_id_array(rows["content_id"]),
             labels_N=rows["label"].to_numpy().astype(np.int64),
             weights_N=rows["weight"].to_numpy().astype(np.float32),
+            teacher=teacher,
         )
 
 
@@ -83,12 +86,14 @@ class StreamedFeatures:
         return self._num_features
 
     def __iter__(self) -> Iterator[FeatureBatch]:
+        teacher = self._rows.teacher
         for set_id in self._set_ids:
             for chunk in self._chunks(set_id):
                 yield FeatureBatch(
                     features_BD=torch.from_numpy(chunk.features_BD).float(),
                     labels_B=torch.from_numpy(self._rows.labels_N[chunk.rows_B]),
                     weights_B=torch.from_numpy(self._rows.weights_N[chunk.rows_B]),
+                    soft=None if teacher is None else teacher.targets(chunk.rows_B),
                 )
 
     def _chunks(self, set_id: str) -> Iterator[FeatureChunk]:
@@ -97,16 +102,18 @@ class StreamedFeatures:
 
 def _in_memory(cache: FeatureCache, set_ids: Sequence[str], rows: LabelledRows) -> TensorFeatures:
     """All rows in manifest order, view by view, so that equal caches give equal fits to the last bit."""
-    features, labels, weights = [], [], []
+    features, labels, weights, found_rows = [], [], [], []
     for set_id in set_ids:
         features_ND, found_N = gather_features(cache, set_id, rows.content_ids_N)
         features.append(features_ND[found_N])
         labels.append(rows.labels_N[found_N])
         weights.append(rows.weights_N[found_N])
+        found_rows.append(np.flatnonzero(found_N))
     return TensorFeatures(
         torch.from_numpy(np.concatenate(features)),
         torch.from_numpy(np.concatenate(labels)),
         torch.from_numpy(np.concatenate(weights)),
+        teacher=None if rows.teacher is None else rows.teacher.take(np.concatenate(found_rows)),
     )
 
 

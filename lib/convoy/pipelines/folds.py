@@ -21,6 +21,7 @@ from convoy.core.records import Split
 from convoy.pipelines.classifiers import Strategy
 from convoy.pipelines.committee_predictions import CommitteeJob, PredictionRequest
 from convoy.pipelines.committees import open_committee
+from convoy.pipelines.distillation import with_pinned_teacher
 from convoy.pipelines.feature_plan import ExtractionConfig
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.network_training import NOT_IDENTITY, CurveDrawer
@@ -76,9 +77,10 @@ def train_folds(
     """
     if config.rows.fold is not None:
         raise ConfigError("the config is that of one fold", where="rows.fold", next_step="leave it out")
-    trainings = [_of_fold(config, Fold(index=index, count=count)) for index in range(count)]
     store = open_workspace(config.workspace, config.writers)
     manifest = open_dataset(store, config.dataset, fingerprint)
+    config = with_pinned_teacher(store, manifest, config)
+    trainings = [_of_fold(config, Fold(index=index, count=count)) for index in range(count)]
     for training, fold in trainings:
         check_bundle_name(training.name)
         fold_rows(manifest, training.rows.model_copy(update={"fold": fold}))

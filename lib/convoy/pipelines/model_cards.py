@@ -52,6 +52,7 @@ def training_card(
         lineage={
             "initial weights": config.backbone.weights,
             "backbone weights": backbone.weights_digest,
+            **({} if config.distill is None else {"teacher": config.distill.teacher}),
             "evaluation run": evaluation.run,
         },
     )

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from convoy.core.config import StrictModel
 from convoy.core.errors import ConfigError
 from convoy.core.progress import Progress
 from convoy.pipelines.backbone_record import BackboneRecord
+from convoy.pipelines.distillation import TaughtRows
 from convoy.pipelines.network_building import NewNetwork
 from convoy.pipelines.network_plan import NetworkPlan, plan_network, trained_backbone_config
 from convoy.pipelines.pixel_statistics import resolve_augmentation
 from convoy.pipelines.probing import HeadSummary, fit_probe
 from convoy.pipelines.train_config import HeadSource, TrainConfig
+from convoy.pipelines.training_rows import count_classes
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.vision.augmentation_policy import AugmentationPolicy
@@ -31,7 +31,7 @@ def set_up_training(
     manifest: Manifest,
     pretrained: BackboneRecord,
     config: TrainConfig,
-    counts: Sequence[int],
+    taught: TaughtRows,
     *,
     num_workers: int,
     progress: Progress,
@@ -44,7 +44,9 @@ def set_up_training(
     """
     new = NewNetwork(trained_backbone_config(config, len(manifest.classes)))
     new.take_weights(store, pretrained)
+    counts = count_classes(taught.rows, manifest.classes)
     plan = plan_network(config, new.axis, counts, num_workers=num_workers)
+    plan = plan.model_copy(update={"notes": (*plan.notes, *taught.notes)})
     policy = resolve_augmentation(
         store, manifest, config.dataset, config.augmentation, config.extraction.decode, progress
     )
@@ -56,7 +58,7 @@ def set_up_training(
             pretrained,
             config,
             tap=new.head_tap or "",
-            head=config.head,
+            taught=taught,
             progress=progress,
             new_run=new_run,
         )

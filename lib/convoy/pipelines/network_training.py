@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,23 +14,24 @@ import pyarrow.parquet as pq
 
 from convoy.cluster.session import ray_session
 from convoy.cluster.training import WorkerPlan, plan_workers, run_training
-from convoy.cluster.training_spec import LocalCacheOptions, TrainingRows, TrainingSpec
+from convoy.cluster.training_spec import LocalCacheOptions, TeacherRows, TrainingRows, TrainingSpec
 from convoy.core.errors import TrainingError
 from convoy.core.fingerprints import canonical_json, digest
 from convoy.core.progress import Progress
-from convoy.core.records import Split
 from convoy.core.training_events import EpochResult
 from convoy.pipelines.backbone_record import BackboneRecord
+from convoy.pipelines.distillation import TaughtRows, taught_rows
 from convoy.pipelines.network_plan import trained_backbone_config
 from convoy.pipelines.network_setup import TrainingSetup, set_up_training
 from convoy.pipelines.train_config import TrainConfig
-from convoy.pipelines.training_rows import count_classes, read_split, validation_rows
+from convoy.pipelines.training_rows import count_classes, validation_rows
 from convoy.storage.commits import finish
 from convoy.storage.documents import read_json
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import OpenRun, RunRecord
-from convoy.vision.training_config import Balance
+from convoy.storage.teacher_logits import write_teacher_logits
+from convoy.vision.training_config import Balance, Distillation
 
 _VERB = "train"
 _TRAINED = "trained.json"
@@ -72,8 +74,6 @@ class NetworkTraining:
         self._store, self._manifest = store, manifest
         self._pretrained, self._config, self._progress = pretrained, config, progress
         self._new_run = new_run
-        self._train = read_split(manifest, Split.TRAIN, config.rows)
-        self._counts = count_classes(self._train, manifest.classes)
         self._open_run = OpenRun(store, verb=_VERB, target=digest([config.name]))
         self._identity = {
             "dataset_fingerprint": manifest.fingerprint,
@@ -105,9 +105,9 @@ class NetworkTraining:
         return TrainedNetwork(
             backbone=backbone,
             setup=TrainingSetup.model_validate(self._settings["setup"]),
-            num_train_rows=self._train.num_rows,
+            num_train_rows=self._settings["train"]["num_rows"],
             history=tuple(EpochResult.model_validate(one) for one in outcome["history"]),
-            reject_codes=outcome["reject_codes"],
+            reject_codes=dict(Counter(outcome["reject_codes"]) + Counter(self._settings["left_out"])),
         )
 
     def finish(self, network: TrainedNetwork, report: dict[str, Any], draw_curves: CurveDrawer) -> None:
@@ -147,12 +147,13 @@ class NetworkTraining:
 
     def _freeze(self, workers: WorkerPlan) -> RunRecord:
         """Decide everything once, so that a resumed run trains the very same network."""
+        taught = taught_rows(self._store, self._manifest, self._config, progress=self._progress)
         setup, weights = set_up_training(
             self._store,
             self._manifest,
             self._pretrained,
             self._config,
-            self._counts,
+            taught,
             num_workers=workers.num_workers,
             progress=self._progress,
             new_run=self._new_run,
@@ -164,8 +165,11 @@ class NetworkTraining:
         settings = {
             "setup": setup,
             "initial_weights_key": weights_key,
-            "train": self._freeze_rows("train", self._train),
+            "train": self._freeze_rows("train", taught.rows),
             "val": val,
+            "teacher": self._freeze_teacher(taught),
+            "class_counts": count_classes(taught.rows, self._manifest.classes),
+            "left_out": taught.reject_codes,
         }
         record = RunRecord.new(
             self.folder.run_id,
@@ -186,6 +190,15 @@ class NetworkTraining:
         self._store.put(key, buffer.getvalue())
         return TrainingRows(key=key, num_rows=rows.num_rows)
 
+    def _freeze_teacher(self, taught: TaughtRows) -> TeacherRows | None:
+        if taught.teacher_logits_NK is None or self._config.distill is None:
+            return None
+        key = self.folder.key("input/teacher.parquet")
+        ids = taught.rows["sample_id"].to_pylist()
+        write_teacher_logits(self._store, key, ids, taught.teacher_logits_NK)
+        how = self._config.distill.model_dump(include=set(Distillation.model_fields))
+        return TeacherRows(key=key, distillation=Distillation(**how))
+
     def _spec(self, record: RunRecord, setup: TrainingSetup, workers: WorkerPlan) -> TrainingSpec:
         config, settings, cache = self._config, record.settings, self._config.local_cache
         balance = setup.plan.balance
@@ -199,10 +212,11 @@ class NetworkTraining:
             augmentation=setup.augmentation,
             recipe=setup.plan.recipe,
             phases=setup.plan.phases,
-            class_weights=self._class_weights() if balance is Balance.WEIGHTS else None,
+            class_weights=_class_weights(settings["class_counts"]) if balance is Balance.WEIGHTS else None,
             balanced_sampling=balance is Balance.SAMPLING,
             train=settings["train"],
             val=settings["val"],
+            teacher=settings["teacher"],
             batch_size=setup.plan.batch_size,
             checkpoint_steps=config.checkpoint_steps,
             ingest=workers.ingest,
@@ -214,7 +228,8 @@ class NetworkTraining:
             else None,
         )
 
-    def _class_weights(self) -> tuple[float, ...]:
-        """Inverse to the images of each class, with a mean of 1 over the images, as in scikit-learn."""
-        total = sum(self._counts)
-        return tuple(total / (len(self._counts) * count) for count in self._counts)
+
+def _class_weights(counts: Sequence[int]) -> tuple[float, ...]:
+    """Inverse to the images of each class, with a mean of 1 over the images, as in scikit-learn."""
+    total = sum(counts)
+    return tuple(total / (len(counts) * count) for count in counts)

@@ -9,19 +9,20 @@ from convoy.core.config import StrictModel
 from convoy.core.progress import Progress
 from convoy.core.records import Split
 from convoy.pipelines.backbone_record import BackboneRecord
+from convoy.pipelines.distillation import TaughtRows
 from convoy.pipelines.feature_plan import FeatureRequest
 from convoy.pipelines.feature_source import LabelledRows, open_features
 from convoy.pipelines.features import FeatureJob
 from convoy.pipelines.pixel_statistics import resolve_augmentation
 from convoy.pipelines.train_config import TrainConfig
-from convoy.pipelines.training_rows import read_split, validation_rows
+from convoy.pipelines.training_rows import validation_rows
 from convoy.storage.commits import read_manifest
 from convoy.storage.feature_cache import FeatureCache
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import RunFolder
+from convoy.vision.distillation import Teacher
 from convoy.vision.head_fitting import FittedHead, fit_head
-from convoy.vision.heads import HeadConfig
 
 # What happens to an image on its way to a feature, in a slice's record of seconds.
 _THROUGH_BODY = ("wait", "forward")
@@ -68,11 +69,14 @@ def fit_probe(
     config: TrainConfig,
     *,
     tap: str,
-    head: HeadConfig,
+    taught: TaughtRows,
     progress: Progress,
     new_run: bool,
 ) -> Probe:
-    """Cache what is missing, then fit: view 0 of all splits, and the other views of the train split only."""
+    """Cache what is missing, then fit: view 0 of all splits, and the other views of the train split only.
+
+    The head learns from the rows of `taught`, and from what a teacher says of them.
+    """
     request = FeatureRequest(dataset=config.dataset, backbone=backbone.config, taps=(tap,))
     plain = FeatureJob(store, manifest, backbone, request, config.extraction)
     summary = plain.ensure(progress=progress, new_run=new_run)
@@ -83,12 +87,17 @@ def fit_probe(
         train_sets = [augmented.set_id(tap, view) for view in range(config.views)]
     progress.stage("fitting the head")
     cache = FeatureCache(store)
-    rows = LabelledRows.of(read_split(manifest, Split.TRAIN, config.rows))
-    train = open_features(cache, train_sets, rows)
+    train = open_features(cache, train_sets, LabelledRows.of(taught.rows, _teacher(taught, config)))
     watched = validation_rows(manifest, config.rows)
     val = None if watched is None else open_features(cache, [plain.set_id(tap)], LabelledRows.of(watched))
-    fitted = fit_head(head, train, val, num_classes=len(manifest.classes))
+    fitted = fit_head(config.head, train, val, num_classes=len(manifest.classes))
     return Probe(fitted=fitted, summary=_summarise(store, fitted, summary.run))
+
+
+def _teacher(taught: TaughtRows, config: TrainConfig) -> Teacher | None:
+    if taught.teacher_logits_NK is None or config.distill is None:
+        return None
+    return Teacher(taught.teacher_logits_NK, config.distill)
 
 
 def _augmented_job(

@@ -16,6 +16,7 @@ from convoy.core.records import Split
 from convoy.core.training_events import EpochResult
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.classifiers import Classifier, Strategy, as_is, classifier_files
+from convoy.pipelines.distillation import taught_rows, with_pinned_teacher
 from convoy.pipelines.evaluation import Evaluation, EvaluationTask, evaluate_classifier
 from convoy.pipelines.feature_plan import FeatureDtype, resolve_precision
 from convoy.pipelines.model_cards import training_card
@@ -104,6 +105,10 @@ def run_train(
     check_bundle_name(config.name)
     store = open_workspace(config.workspace, config.writers)
     manifest = open_dataset(store, config.dataset, fingerprint)
+    if config.strategy is not Strategy.AS_IS:
+        # Before any network is fetched or Ray is there: a class without images can be learnt by no strategy.
+        count_classes(read_split(manifest, Split.TRAIN, config.rows), manifest.classes)
+        config = with_pinned_teacher(store, manifest, config)
     job = _Job(
         store=store,
         manifest=manifest,
@@ -178,8 +183,6 @@ def _train(job: _Job) -> _Trained:
     config = job.config
     if config.strategy is Strategy.AS_IS:
         return _use_as_is(job, fetch_backbone(job.store, config.backbone))
-    # Before any network is fetched: a class without images can be learnt by no strategy.
-    count_classes(read_split(job.manifest, Split.TRAIN, config.rows), job.manifest.classes)
     if config.strategy is Strategy.FROM_SCRATCH:
         return _train_network(job, fetch_backbone(job.store, random_weights(config, job.manifest)))
     backbone = fetch_backbone(job.store, config.backbone)
@@ -206,13 +209,14 @@ def random_weights(config: TrainConfig, manifest: Manifest) -> BackboneConfig:
 def _train_probe(job: _Job, backbone: BackboneRecord) -> _Trained:
     config = job.config
     tap = backbone.resolve_tap("pooled" if config.tap is None else config.tap)
+    taught = taught_rows(job.store, job.manifest, config, progress=job.progress)
     probe = fit_probe(
         job.store,
         job.manifest,
         backbone,
         config,
         tap=tap,
-        head=config.head,
+        taught=taught,
         progress=job.progress,
         new_run=job.new_run,
     )
@@ -233,6 +237,8 @@ def _train_probe(job: _Job, backbone: BackboneRecord) -> _Trained:
         "fit_seconds": summary.fit_seconds,
         "trials": summary.trials,
         "head": summary,
+        "train_rejects": taught.reject_codes,
+        "notes": list(taught.notes),
     }
     return _Trained(classifier=classifier, num_train_rows=summary.num_rows, report=report)
 

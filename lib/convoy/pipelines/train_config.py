@@ -18,7 +18,7 @@ from convoy.pipelines.workspace import WriterMode
 from convoy.vision.augmentation_policy import AugmentationPolicy
 from convoy.vision.backbone_config import BackboneConfig, NewLayers
 from convoy.vision.heads import HeadConfig, HeadKind
-from convoy.vision.training_config import AUTO, Phase, Recipe
+from convoy.vision.training_config import AUTO, Distillation, Phase, Recipe
 
 PROBES = (Strategy.LINEAR_PROBE, Strategy.EARLY_LAYER_PROBE)
 NETWORKS = (Strategy.PARTIAL_REUSE, Strategy.FINE_TUNE, Strategy.FROM_SCRATCH)
@@ -46,13 +46,23 @@ class LocalCacheConfig(StrictModel):
     max_gb: float = Field(default=16.0, ge=0)
 
 
+class DistillConfig(Distillation):
+    """Learn from what another model says of the training images, as well as from their labels.
+
+    `teacher` is a bundle, of one model or an ensemble, that knows the dataset's classes.
+    """
+
+    teacher: str
+
+
 class TrainConfig(StrictModel):
     """A way to use a network on a dataset. `name` is that of the bundle.
 
     Which keys matter depends on `strategy`. `as_is`: `classes` names the outputs in order where the weights do
     not, `class_map` gives dataset classes for outputs. Probes: `tap`, `views`, `head`. Networks: `epochs`,
     `freeze_depth` and `learning_rate`, or else `phases`; `recipe` (what is set there replaces the default's),
-    `head` for a head that is fitted from the cache; `reuse` is for `partial_reuse` only.
+    `head` for a head that is fitted from the cache; `reuse` is for `partial_reuse` only. `distill` names a teacher
+    for networks and softmax heads.
     """
 
     workspace: str | None = None
@@ -69,6 +79,7 @@ class TrainConfig(StrictModel):
     augmentation: AugmentationPolicy = AugmentationPolicy()
     head: HeadConfig = HeadConfig()
     reuse: NewLayers | None = None
+    distill: DistillConfig | None = None
     epochs: PositiveInt | None = None
     freeze_depth: int | str | None = None
     learning_rate: PositiveFloat | None = None
@@ -93,9 +104,15 @@ class TrainConfig(StrictModel):
         names = [phase.name for phase in self.phases or ()]
         if len(set(names)) < len(names):
             raise ValueError("every phase needs a name of its own")
+        if self.distill is not None and not self._can_be_taught:
+            raise ValueError("distill teaches networks and softmax heads: change strategy or head.kind")
         if self.strategy is Strategy.FINE_TUNE and self.head.kind is not HeadKind.SOFTMAX:
             raise ValueError("fine_tune begins with a softmax head: leave head.kind out")
         return self
+
+    @property
+    def _can_be_taught(self) -> bool:
+        return self.strategy in NETWORKS or (self.strategy in PROBES and self.head.kind is HeadKind.SOFTMAX)
 
     @property
     def wanted_freeze_depth(self) -> int | str:

@@ -8,6 +8,7 @@ from convoy.core.config import StrictModel
 from convoy.core.fingerprints import digest
 from convoy.core.records import Split
 from convoy.pipelines.classifiers import Strategy
+from convoy.pipelines.distillation import with_pinned_teacher
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.network_plan import plan_network, trained_backbone_config
 from convoy.pipelines.train import random_weights
@@ -53,6 +54,7 @@ def plan_train(config: TrainConfig) -> TrainPlan:
     check_bundle_name(config.name)
     store = open_workspace(config.workspace, config.writers)
     manifest = open_dataset(store, config.dataset)
+    config = with_pinned_teacher(store, manifest, config)
     rows = read_split(manifest, Split.TRAIN, config.rows)
     counts = count_classes(rows, manifest.classes)
     folder = OpenRun(store, verb="train", target=digest([config.name])).current()

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from convoy.core.errors import DataError
+from convoy.vision.distillation import distilled_losses, distilled_slopes
 from convoy.vision.heads import FeatureBatch, FeatureSource, Standardisation
 
 # A float32 feature that varies at all has a spread far above this fraction of its mean; rounding stays below.
@@ -108,9 +109,12 @@ class LinearObjective:
         raw_gradient_KD, gradient_K = torch.zeros_like(raw_KD), torch.zeros_like(raw_K)
         for batch in self._source:
             features_BD = batch.features_BD.to(raw_KD.device).double()
-            loss_B, slope_BK = self._row_loss(
-                torch.addmm(raw_K, features_BD, raw_KD.T), batch.labels_B.to(raw_KD.device)
-            )
+            logits_BK = torch.addmm(raw_K, features_BD, raw_KD.T)
+            loss_B, slope_BK = self._row_loss(logits_BK, batch.labels_B.to(raw_KD.device))
+            if batch.soft is not None:
+                soft = batch.soft.to(raw_KD.device)
+                loss_B = distilled_losses(loss_B, logits_BK, soft)
+                slope_BK = distilled_slopes(slope_BK, logits_BK, soft)
             row_weights_B = batch.weights_B.to(raw_KD.device).double()
             loss_sum += row_weights_B @ loss_B
             slope_BK *= row_weights_B[:, None]

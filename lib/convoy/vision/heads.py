@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from convoy.core.config import StrictModel
 from convoy.core.errors import ConfigError, DataError
+from convoy.vision.distillation import SoftTargets, Teacher
 
 # Where the tensors of a head lie in the file of a model.
 HEAD_PREFIX = "head."
@@ -140,11 +141,12 @@ class OutputGroups(nn.Module):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class FeatureBatch:
-    """Some rows of a feature cache: float32 features, int64 labels, float32 weights >= 0."""
+    """Some rows of a feature cache: float32 features, int64 labels, float32 weights >= 0; `soft` is a teacher's."""
 
     features_BD: Tensor
     labels_B: Tensor
     weights_B: Tensor
+    soft: SoftTargets | None = None
 
 
 class FeatureSource(Protocol):
@@ -167,7 +169,7 @@ class FeatureSource(Protocol):
 
 
 class TensorFeatures:
-    """A feature source in memory. Weights are 1 unless given.
+    """A feature source in memory. Weights are 1 unless given; a `teacher` speaks of the rows in their order.
 
     Small batches widened to float64 stay in a processor's cache: 512 rows of 512 features are fitted twice as
     fast as 4096. On a GPU take thousands.
@@ -179,6 +181,7 @@ class TensorFeatures:
         labels_N: Tensor,
         weights_N: Tensor | None = None,
         *,
+        teacher: Teacher | None = None,
         batch_rows: int = 512,
     ) -> None:
         if features_ND.ndim != 2 or labels_N.shape != features_ND.shape[:1]:
@@ -191,6 +194,7 @@ class TensorFeatures:
         self._features_ND = features_ND
         self._labels_N = labels_N
         self._weights_N = torch.ones(len(labels_N)) if weights_N is None else weights_N
+        self._teacher = teacher
         self._batch_rows = batch_rows
 
     @property
@@ -210,6 +214,7 @@ class TensorFeatures:
                 features_BD=self._features_ND[rows],
                 labels_B=self._labels_N[rows],
                 weights_B=self._weights_N[rows],
+                soft=None if self._teacher is None else self._teacher.targets(rows),
             )
 
 

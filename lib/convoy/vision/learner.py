@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, one_hot
 from torchvision.transforms import v2
 
 from convoy.core.randomness import position_digest
+from convoy.vision.distillation import SoftTargets, distilled_losses
 from convoy.vision.freezing import frozen_stages, set_train_mode
 from convoy.vision.optimisation import build_optimiser, set_rate
 from convoy.vision.presets import EvalPreset
@@ -24,11 +25,12 @@ from convoy.vision.views import normalise
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TrainBatch:
-    """Usable images of one pass: uint8 images_BCHW, int64 labels_B, float32 weights_B."""
+    """Usable images of one pass: uint8 images_BCHW, int64 labels_B, float32 weights_B; `soft` is a teacher's."""
 
     images_BCHW: Tensor
     labels_B: Tensor
     weights_B: Tensor
+    soft: SoftTargets | None = None
 
 
 class Learner:
@@ -59,7 +61,8 @@ class Learner:
         self.optimiser = build_optimiser(network, axis, phase, recipe.optimiser)
         needs_scaling = recipe.precision is Precision.FP16 and self.device.type == "cuda"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=needs_scaling)
-        self._mixers = _mixers(recipe, axis[len(axis) - 1].channels)
+        self._num_classes = axis[len(axis) - 1].channels
+        self._mixers = _mixers(recipe)
         # Loss and correct predictions summed over images, and images; on the device, so that no step waits.
         self.sums_3 = torch.zeros(3, device=self.device, dtype=torch.float64)
 
@@ -95,16 +98,11 @@ class Learner:
         images = normalise(batch.images_BCHW.to(self.device, non_blocking=True), self._preset)
         labels_B = batch.labels_B.to(self.device, non_blocking=True)
         weights_B = batch.weights_B.to(self.device, non_blocking=True)
-        images, targets = self._mixed(images, labels_B)
+        soft = None if batch.soft is None else batch.soft.to(self.device)
+        images, targets, soft = self._mixed(images, labels_B, soft)
         with autocast(self.device, self._recipe.precision):
             logits_BK = self._model(images)
-        losses_B = cross_entropy(
-            logits_BK.float(),
-            targets,
-            weight=self._class_weights_K,
-            label_smoothing=self._recipe.label_smoothing,
-            reduction="none",
-        )
+        losses_B = self._losses(logits_BK.float(), targets, soft)
         # DistributedDataParallel divides the sum of the workers' gradients by their number.
         loss = (losses_B * weights_B).sum() * (self._num_workers / num_group_rows)
         torch.autograd.backward(self.scaler.scale(loss))
@@ -112,6 +110,16 @@ class Learner:
             correct = (logits_BK.argmax(1) == labels_B).sum()
             rows = torch.tensor(len(labels_B), device=self.device)
             self.sums_3 += torch.stack([(losses_B * weights_B).sum(), correct, rows])
+
+    def _losses(self, logits_BK: Tensor, targets: Tensor, soft: SoftTargets | None) -> Tensor:
+        losses_B = cross_entropy(
+            logits_BK,
+            targets,
+            weight=self._class_weights_K,
+            label_smoothing=self._recipe.label_smoothing,
+            reduction="none",
+        )
+        return losses_B if soft is None else distilled_losses(losses_B, logits_BK, soft)
 
     def _backward_nothing(self, batch: TrainBatch) -> None:
         """Gradients of zero for a pass without usable images: the other workers wait for this one's."""
@@ -125,12 +133,20 @@ class Learner:
         torch.autograd.backward(self.scaler.scale(logits_BK.float().sum() * 0))
         set_train_mode(self._network, self._axis, self._freeze_depth)
 
-    def _mixed(self, images_BCHW: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
+    def _mixed(
+        self, images_BCHW: Tensor, labels_B: Tensor, soft: SoftTargets | None
+    ) -> tuple[Tensor, Tensor, SoftTargets | None]:
+        """Images and both kinds of targets, mixed by the same shares."""
         if not self._mixers or len(labels_B) < 2:
-            return images_BCHW, labels_B
+            return images_BCHW, labels_B, soft
         mixer = self._mixers[int(torch.randint(len(self._mixers), ()))]
-        images, targets_BK = mixer(images_BCHW, labels_B)
-        return images, targets_BK
+        targets_BK = one_hot(labels_B, self._num_classes).float()
+        if soft is None:
+            images, targets_BK = mixer(images_BCHW, targets_BK)
+            return images, targets_BK, None
+        images, both = mixer(images_BCHW, torch.cat([targets_BK, soft.probabilities_BK], dim=1))
+        targets_BK, soft_BK = both.split(self._num_classes, dim=1)
+        return images, targets_BK, soft.with_probabilities(soft_BK)
 
     def _without_sync(self, is_wanted: bool) -> AbstractContextManager[Any]:
         """Gradients are exchanged once an update, with the last pass."""
@@ -175,10 +191,10 @@ def balanced_class_weights(counts_K: Sequence[int]) -> Tensor:
     return (counts.sum() / (len(counts_K) * counts)).float()
 
 
-def _mixers(recipe: Recipe, num_classes: int) -> list[nn.Module]:
+def _mixers(recipe: Recipe) -> list[nn.Module]:
     mixers: list[nn.Module] = []
     if recipe.mixup_alpha:
-        mixers.append(v2.MixUp(alpha=recipe.mixup_alpha, num_classes=num_classes))
+        mixers.append(v2.MixUp(alpha=recipe.mixup_alpha))
     if recipe.cutmix_alpha:
-        mixers.append(v2.CutMix(alpha=recipe.cutmix_alpha, num_classes=num_classes))
+        mixers.append(v2.CutMix(alpha=recipe.cutmix_alpha))
     return mixers

@@ -162,6 +162,18 @@ class Recipe(StrictModel):
         return self
 
 
+class Distillation(StrictModel):
+    """How a student learns from the soft targets of a teacher (Hinton et al. 2015, arXiv:1503.02531, section 2).
+
+    The loss of an image is `weight` * T^2 * KL(teacher || student), both softened by the `temperature` T, plus
+    (1 - `weight`) * the loss against its label. Class weights and label smoothing belong to the labels. Mixup and
+    cutmix mix both kinds of targets by the same shares.
+    """
+
+    temperature: PositiveFloat = 4.0
+    weight: Annotated[float, Field(gt=0, le=1)] = 0.9
+
+
 def rate_factor(recipe: Recipe, num_workers: int) -> float:
     """By how much learning rates are multiplied; 1 where the batch of the whole group is fixed."""
     if recipe.batch_unit is BatchUnit.GROUP:

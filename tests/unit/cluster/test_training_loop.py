@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -24,7 +25,15 @@ from convoy.vision.backbones import build_network, depth_axis
 from convoy.vision.training_config import Averaging, Balance, Optimiser, OptimiserKind, Phase
 from convoy.vision.training_state import PackedTraining, is_finite
 from convoy.vision.weights import read_state_dict
-from made_training import RUN_ID, GroupOfOne, digit_rows, frozen_rows, recipe, training_spec
+from made_training import (
+    RUN_ID,
+    GroupOfOne,
+    digit_rows,
+    frozen_rows,
+    recipe,
+    store_teacher,
+    training_spec,
+)
 
 # 40 training rows in 5 steps an epoch, and 10 rows for validation.
 NUM_IMAGES = 50
@@ -132,6 +141,19 @@ def test_a_killed_training_ends_with_the_very_weights_of_one_that_was_not(
         train_until_killed(killed, at_step, monkeypatch)
     assert_same(killed, train(killed), whole, expected)
     assert len(expected.history) == 3
+
+
+def test_a_killed_distillation_ends_with_the_very_weights_of_one_that_was_not(
+    tmp_path: Path, rows: pa.Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits_NK = np.random.default_rng(0).normal(size=(40, 10)).astype(np.float16)
+    specs = []
+    for name in ("whole", "killed"):
+        teacher = store_teacher(LocalStore(str(tmp_path / name)), logits_NK)
+        specs.append(reuse_spec(tmp_path / name, rows, recipe=recipe(mixup_alpha=0.4), teacher=teacher))
+    whole, killed = specs
+    train_until_killed(killed, 8, monkeypatch)
+    assert_same(killed, train(killed), whole, train(whole))
 
 
 def test_a_training_killed_before_its_first_checkpoint_begins_anew(

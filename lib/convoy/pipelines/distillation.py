@@ -1,0 +1,144 @@
+"""The teacher of a training: which bundle, and what it says of the training rows.
+
+The teacher, a model or an ensemble, sees each image once, as in evaluation; its predictions are a committed run,
+which every training of the same rows shares. The student sees the image augmented and learns what was said of it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from convoy.core.errors import ConfigError, DataError
+from convoy.core.progress import Progress
+from convoy.core.records import Split
+from convoy.pipelines.committee_predictions import CommitteeJob, CommitteePredictions, PredictionRequest
+from convoy.pipelines.committees import open_committee
+from convoy.pipelines.predictions import class_indices
+from convoy.pipelines.train_config import TrainConfig
+from convoy.pipelines.training_rows import read_split
+from convoy.storage.bundles import peek_bundle, resolve_bundle
+from convoy.storage.manifests import Manifest
+from convoy.storage.object_store import ObjectStore
+from convoy.storage.parts import read_rejects
+from convoy.storage.predictions import PREDICTIONS, list_array
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaughtRows:
+    """The rows that a training learns from, and what its teacher says of each, if it has one.
+
+    `teacher_logits_NK` are over the dataset's classes, in the order of the rows, and 0 for the likeliest class.
+    `reject_codes` count the training rows that the teacher could not use, which are left out.
+    """
+
+    rows: pa.Table
+    teacher_logits_NK: NDArray[np.float16] | None = None
+    reject_codes: dict[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def with_pinned_teacher(store: ObjectStore, manifest: Manifest, config: TrainConfig) -> TrainConfig:
+    """The config with its teacher named by digest, so that a newer bundle of the name makes it another training.
+
+    Raises DataError for a teacher that does not exist, ConfigError for one that lacks a class of the dataset.
+    """
+    if config.distill is None:
+        return config
+    ref = resolve_bundle(store, config.distill.teacher)
+    known = peek_bundle(store, ref).read_json("classes.json")
+    missing = [name for name in manifest.classes if name not in known]
+    if missing:
+        raise ConfigError(
+            f"the teacher does not know {len(missing)} classes of the dataset: {', '.join(missing[:5])}",
+            where="distill.teacher",
+            next_step="choose a teacher that was trained on a dataset with these classes",
+        )
+    return config.model_copy(update={"distill": config.distill.model_copy(update={"teacher": str(ref)})})
+
+
+def taught_rows(
+    store: ObjectStore, manifest: Manifest, config: TrainConfig, *, progress: Progress
+) -> TaughtRows:
+    """The rows of the config, with the teacher's logits; what the teacher has not predicted yet, it predicts now.
+
+    Memory: 2 bytes a row and class beside the rows. Raises ConfigError for a teacher whose scores are no
+    probabilities, DataError where it could use none of the rows.
+    """
+    rows = read_split(manifest, Split.TRAIN, config.rows)
+    if config.distill is None:
+        return TaughtRows(rows=rows)
+    progress.stage("asking the teacher")
+    committee = open_committee(store, config.distill.teacher)
+    if not committee.gives_probabilities:
+        raise ConfigError(
+            "the scores of the teacher are margins of a linear SVM, no probabilities",
+            where="distill.teacher",
+            next_step="choose a teacher with a softmax head",
+        )
+    request = PredictionRequest(
+        committee=committee,
+        dataset=config.dataset,
+        splits=(Split.TRAIN,),
+        extraction=config.extraction,
+        # Those of all folds, so that their trainings share one run.
+        rows=read_split(manifest, Split.TRAIN, config.rows.without_fold),
+    )
+    job = CommitteeJob(store, manifest, request)
+    predictions = job.ensure(progress=progress, config=config.model_dump(mode="json"))
+    ids, logits_NK = _read_logits(store, predictions, class_indices(manifest.classes, committee.classes))
+    places = pc.index_in(rows["sample_id"].cast(pa.large_string()).combine_chunks(), value_set=ids)
+    taught = rows.filter(places.is_valid())
+    if not taught.num_rows:
+        raise DataError(
+            f"the teacher could use none of {rows.num_rows} training images",
+            where=f"runs/{predictions.run_id}",
+            next_step="see the rejects of that run",
+        )
+    return TaughtRows(
+        rows=taught,
+        teacher_logits_NK=logits_NK[places.drop_null().to_numpy()],
+        reject_codes=_reject_codes(store, predictions, rows.filter(places.is_null())),
+        notes=_notes(config, predictions, rows.num_rows - taught.num_rows),
+    )
+
+
+def _read_logits(
+    store: ObjectStore, predictions: CommitteePredictions, class_of_label: list[int]
+) -> tuple[pa.Array, NDArray[np.float16]]:
+    """The ids of all predicted rows, and their logits over the dataset's classes."""
+    ids: list[pa.ChunkedArray] = []
+    logits = [np.empty((0, len(class_of_label)), np.float16)]
+    for record in predictions.manifest.slices:
+        table = store.open_parquet(record.parts[PREDICTIONS].key).read(columns=["sample_id", "logits"])
+        if table.num_rows:
+            ids += table["sample_id"].cast(pa.large_string()).chunks
+            logits_BK = list_array(table["logits"])[:, class_of_label]
+            # Near 0, where a softmax is decided, float16 is finest.
+            logits.append((logits_BK - logits_BK.max(axis=1, keepdims=True)).astype(np.float16))
+    return pa.chunked_array(ids, pa.large_string()).combine_chunks(), np.concatenate(logits)
+
+
+def _reject_codes(
+    store: ObjectStore, predictions: CommitteePredictions, left_out: pa.Table
+) -> dict[str, int]:
+    rejects = read_rejects(store, predictions.manifest)
+    mine = pc.is_in(rejects["sample_id"], value_set=left_out["sample_id"].combine_chunks())
+    return dict(Counter(rejects.filter(mine)["code"].to_pylist()))
+
+
+def _notes(config: TrainConfig, predictions: CommitteePredictions, num_left_out: int) -> tuple[str, ...]:
+    if config.distill is None:
+        return ()
+    distill = config.distill
+    how = (
+        f"distilled from {distill.teacher} at temperature {distill.temperature:g}, weight {distill.weight:g}"
+    )
+    run = f"runs/{predictions.run_id}"
+    left_out = f"{num_left_out} training images are left out: the teacher could not use them ({run})"
+    return (how, left_out) if num_left_out else (how,)
