@@ -35,6 +35,7 @@ def made_candidates(
         plan=plan,
         seconds_per_pass_M=seconds or (0.01,) * len(noises),
         macs_M=(1000,) * len(noises),
+        num_networks_M=(1,) * len(noises),
     )
 
 

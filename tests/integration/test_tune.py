@@ -18,7 +18,7 @@ from PIL import Image
 from cache_jobs import convoy, convoy_json, last_json, settings_arguments
 from convoy.core.crash_points import CrashPoint
 from convoy.storage.commits import read_manifest
-from convoy.storage.member_predictions import read_member_logits
+from convoy.storage.member_predictions import MemberLogits, read_member_logits
 from convoy.storage.runs import RunFolder
 from convoy.storage.stores import open_store
 from train_jobs import LENET, NUM_ROWS, convoy_here, frozen_digits
@@ -114,12 +114,12 @@ def test_a_search_keeps_what_its_trials_are_worth_and_survives_one_that_fails(jo
     assert states == ["finished", "failed", "finished", "finished"]
     failed = report["trials"][1]
     assert "nowhere" in failed["reason"]
-    assert failed["bundle"] is None
+    assert failed["bundles"] == []
     for trial in report["trials"]:
         if trial["state"] == "finished":
             assert_kept(job, trial)
 
-    assert report["best_single"] in {trial["bundle"] for trial in report["trials"]}
+    assert report["best_single"] in [name for trial in report["trials"] for name in trial["bundles"]]
     assert report["gain_interval"]["estimate"] == report["gain"]
     assert report["front"]
     evaluated = convoy_here(
@@ -141,21 +141,33 @@ def test_a_search_keeps_what_its_trials_are_worth_and_survives_one_that_fails(jo
 
 def assert_kept(job: TuneJob, trial: dict[str, Any]) -> None:
     """A finished trial has a bundle measured on val alone, and logits of each validation row and view."""
-    card = Path(job.workspace, "models", *trial["bundle"].split("@"), "README.md").read_text()
+    (bundle,), (predictions_run,) = trial["bundles"], trial["predictions_runs"]
+    card = Path(job.workspace, "models", *bundle.split("@"), "README.md").read_text()
     assert "On the val split" in card
     assert "validation rows, by which the model may have been chosen" in card
-    run = Path(job.workspace, "runs", trial["predictions_run"])
+    run = Path(job.workspace, "runs", predictions_run)
     assert json.loads((run / "run.json").read_text())["identity"]["splits"] == ["val"]
-    store = open_store(job.workspace)
-    manifest = read_manifest(RunFolder(store, trial["predictions_run"]))
-    assert manifest is not None
-    logits = read_member_logits(store, manifest)
+    logits = kept_logits(job, predictions_run)
     num_classes = 10
     assert logits.logits_MVNK.shape == (1, 10, NUM_ROWS["val"], num_classes)
     assert len(set(logits.sample_ids)) == NUM_ROWS["val"]
     cost = trial["cost"]
     assert cost["num_views"] == 10
     assert min(cost["parameters"], cost["macs"], cost["size_bytes"], cost["images_per_s"]) > 0
+
+
+def kept_logits(job: TuneJob, run: str) -> MemberLogits:
+    store = open_store(job.workspace)
+    manifest = read_manifest(RunFolder(store, run))
+    assert manifest is not None
+    return read_member_logits(store, manifest)
+
+
+def freeze_without_val(digits: TuneJob, workspace: str) -> None:
+    """The training images alone, as a dataset that has no other split."""
+    images = Path(digits.workspace).parent / "images" / "train"
+    fractions = settings_arguments("splits={val_fraction: 0, test_fraction: 0}")
+    convoy_json("dataset", str(images), "--name", "digits", "--workspace", workspace, *fractions)
 
 
 def test_asha_stops_a_trial_that_lags_behind(job: TuneJob) -> None:
@@ -169,11 +181,11 @@ def test_asha_stops_a_trial_that_lags_behind(job: TuneJob) -> None:
     ).run_here()
     good, lagging = report["trials"]
     assert good["state"] == "finished"
-    assert len(good["epochs"]) == 4
+    assert good["num_epochs"] == 4
     assert lagging["state"] == "stopped"
     assert "not among the best" in lagging["reason"]
-    assert len(lagging["epochs"]) < 4
-    assert lagging["bundle"] is None
+    assert lagging["num_epochs"] < 4
+    assert lagging["bundles"] == []
 
 
 def test_optuna_searches_without_repeating_itself(job: TuneJob) -> None:
@@ -245,11 +257,27 @@ def test_a_driver_killed_while_it_measures_the_ensemble_trains_nothing_again(
     assert report["measured"]["num_rows"] == NUM_ROWS["test"]
 
 
+def test_folds_choose_by_every_training_row_and_need_no_validation_rows(
+    digits: TuneJob, tmp_path: Path
+) -> None:
+    workspace = str(tmp_path / "workspace")
+    freeze_without_val(digits, workspace)
+    job = replace(digits, workspace=workspace).changed(*PROBES, "folds=2")
+    report = job.run_here()
+    num_rows = NUM_ROWS["train"]
+    for trial in report["trials"]:
+        assert trial["state"] == "finished"
+        assert len(set(trial["bundles"])) == len(set(trial["predictions_runs"])) == 2
+        ids = [name for run in trial["predictions_runs"] for name in kept_logits(job, run).sample_ids]
+        assert len(set(ids)) == len(ids) == num_rows
+        assert 0.5 < trial["top1"] < 1
+    # Without a test split either: five parts of the training rows, each chosen for by the others.
+    assert report["measured"]["num_rows"] == num_rows
+
+
 def test_a_dataset_without_validation_rows_is_refused(digits: TuneJob, tmp_path: Path) -> None:
     workspace = str(tmp_path / "workspace")
-    images = Path(digits.workspace).parent / "images"
-    no_val = ("--set", "splits.val_fraction=0", "--set", "splits.test_fraction=0")
-    convoy_json("dataset", str(images / "train"), "--name", "digits", "--workspace", workspace, *no_val)
+    freeze_without_val(digits, workspace)
     refused = convoy_here(*replace(digits, workspace=workspace).changed(*SEARCH).arguments())
     assert refused.returncode == 2
     assert "validation rows, and the dataset has none" in refused.stderr

@@ -15,8 +15,8 @@ from convoy.core.metrics import ReliabilityBin
 from convoy.core.progress import Progress
 from convoy.core.statistics import Interval
 from convoy.pipelines.committee_evaluation import CommitteeEvaluation, MemberEvaluation
-from convoy.pipelines.committees import CommitteeMember, CommitteeRecord, committee_of, write_ensemble
-from convoy.pipelines.ensemble_candidates import Candidate, read_candidates
+from convoy.pipelines.committees import CommitteeRecord, committee_of, write_ensemble
+from convoy.pipelines.ensemble_candidates import Candidate, Networks, read_candidates
 from convoy.pipelines.ensemble_choice import (
     CandidatePredictions,
     Choice,
@@ -90,8 +90,8 @@ def build_ensemble(
     not even the cheapest candidate keeps.
     """
     progress.stage("choosing the ensemble")
-    predictions, members = read_candidates(store, manifest, candidates, settings.averaging)
-    chosen = _choose(predictions, members, settings)
+    predictions, networks = read_candidates(store, manifest, candidates, settings.averaging)
+    chosen = _choose(predictions, networks, settings)
     if has_labelled_test(manifest):
         rows = UntouchedRows(
             store,
@@ -111,7 +111,7 @@ def build_ensemble(
     else:
         progress.stage("measuring by cross-fitting")
         measured, gate = cross_fitted(predictions, settings), chosen.gate
-    report = _report(chosen, measured, gate, [member.name for member in members])
+    report = _report(chosen, measured, gate, [_name(members) for members in networks])
     reference = write_ensemble(
         store,
         name,
@@ -134,22 +134,23 @@ class _Chosen:
 
 
 def _choose(
-    predictions: CandidatePredictions, members: Sequence[CommitteeMember], settings: EnsembleSettings
+    predictions: CandidatePredictions, networks: Sequence[Networks], settings: EnsembleSettings
 ) -> _Chosen:
     chooser = EnsembleChooser(predictions, settings)
     choice = chooser.choose()
-    committee = _committee(choice, members, predictions, settings)
+    committee = _committee(choice, networks, predictions, settings)
     gate = None
     if settings.gate is not None:
         views = list(view_indices(committee.plan.policy, predictions.plan) or ())
         logits_MVNK = predictions.logits_MVNK[list(choice.point.members)][:, views]
         gate = calibrate_gate(committee, logits_MVNK, settings.gate)
         committee = committee.with_gate(gate.gate)
-    best = replace(members[choice.best_single], temperature=chooser.temperatures_M[choice.best_single])
+    temperature = chooser.temperatures_M[choice.best_single]
+    best = [replace(member, temperature=temperature) for member in networks[choice.best_single]]
     return _Chosen(
         choice=choice,
         committee=committee,
-        single=committee_of([best], plan=committee.plan, averaging=committee.averaging),
+        single=committee_of(best, plan=committee.plan, averaging=committee.averaging),
         gate=gate,
         overlap=error_overlap(chooser.values(choice.point.crops), predictions.labels_N).tolist(),
     )
@@ -157,22 +158,29 @@ def _choose(
 
 def _committee(
     choice: Choice,
-    members: Sequence[CommitteeMember],
+    networks: Sequence[Networks],
     predictions: CandidatePredictions,
     settings: EnsembleSettings,
 ) -> CommitteeRecord:
     point = choice.point
     return committee_of(
         [
-            replace(members[place], weight=weight, temperature=temperature)
+            replace(member, weight=weight / len(networks[place]), temperature=temperature)
             for place, weight, temperature in zip(
                 point.members, point.weights, choice.temperatures_M, strict=True
             )
+            for member in networks[place]
         ],
         plan=CropPlan(policy=point.crops, multiscale=predictions.plan.multiscale),
         averaging=settings.averaging,
         temperature=choice.temperature,
     )
+
+
+def _name(networks: Networks) -> str:
+    """A candidate's name in the report: its bundle, or the first of its folds."""
+    more = f" and {len(networks) - 1} more folds" if networks[1:] else ""
+    return f"{networks[0].name}{more}"
 
 
 def _report(

@@ -26,34 +26,44 @@ from convoy.storage.runs import RunFolder, RunRecord, require_run
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A bundle that may become a member, the run with its validation predictions, and what a pass of it takes."""
+    """A bundle that may become a member, the run with its validation predictions, and what a pass of it takes.
+
+    `other_folds` are bundles and runs of the other models of a k-fold training: each predicted the rows that it did not
+    see. They become members together, with equal shares of one weight, and a pass is one of each.
+    """
 
     bundle: str
     predictions_run: str
     seconds_per_pass: float
+    other_folds: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def parts(self) -> tuple[tuple[str, str], ...]:
+        """Its bundles, each with its run."""
+        return ((self.bundle, self.predictions_run), *self.other_folds)
+
+
+# The networks of a candidate, which vote together.
+Networks = tuple[CommitteeMember, ...]
 
 
 def read_candidates(
     store: ObjectStore, manifest: Manifest, candidates: Sequence[Candidate], averaging: Averaging
-) -> tuple[CandidatePredictions, list[CommitteeMember]]:
-    """The predictions of all candidates for the rows that all of them predicted, and the candidates as members.
+) -> tuple[CandidatePredictions, list[Networks]]:
+    """The predictions of all candidates for the rows that all of them predicted, and the networks of each.
 
     All are in memory: 4 bytes a candidate, view, row and class. Raises DataError for predictions of other rows than
     the dataset's validation rows, ConfigError for candidates that cannot vote together.
     """
     if not candidates:
         raise ConfigError("an ensemble needs a candidate", next_step="let a trial finish, or name bundles")
-    members, kept, plans = [], [], []
-    for candidate in candidates:
-        (member,) = open_committee(store, candidate.bundle).members
-        folder, record = require_run(store, candidate.predictions_run)
-        _require_validation_rows(record, manifest, candidate)
-        members.append(member)
-        plans.append(CropPlan.model_validate(record.identity["crops"]))
-        kept.append(read_predictions(folder))
-    committee_of(members, averaging=averaging)
-    first, plan = members[0], _common_plan(plans)
-    kept = [_in_order(one, member, first) for one, member in zip(kept, members, strict=True)]
+    opened = [[_open_part(store, manifest, *part) for part in candidate.parts] for candidate in candidates]
+    networks = [tuple(member for member, _, _ in parts) for parts in opened]
+    committee_of([member for members in networks for member in members], averaging=averaging)
+    first = networks[0][0]
+    kept = [_joined([_in_order(logits, member, first) for member, _, logits in parts]) for parts in opened]
+    plans = [_common_plan([plan for _, plan, _ in parts]) for parts in opened]
+    plan = _common_plan(plans)
     ids, places = paired_rows([one.sample_ids for one in kept])
     if not len(ids):
         raise DataError(
@@ -70,9 +80,10 @@ def read_candidates(
         labels_N=kept[0].labels_N[places[0]],
         plan=plan,
         seconds_per_pass_M=tuple(candidate.seconds_per_pass for candidate in candidates),
-        macs_M=tuple(member.classifier.backbone.macs for member in members),
+        macs_M=tuple(sum(member.classifier.backbone.macs for member in members) for members in networks),
+        num_networks_M=tuple(len(members) for members in networks),
     )
-    return predictions, members
+    return predictions, networks
 
 
 def read_predictions(folder: RunFolder) -> MemberLogits:
@@ -94,8 +105,28 @@ def paired_rows(ids: Sequence[Sequence[str]]) -> tuple[NDArray[Any], list[NDArra
     return common, [np.asarray(one.to_numpy(zero_copy_only=False), np.int64) for one in found]
 
 
-def _require_validation_rows(record: RunRecord, manifest: Manifest, candidate: Candidate) -> None:
-    where = f"run {candidate.predictions_run} of {candidate.bundle}"
+def _open_part(
+    store: ObjectStore, manifest: Manifest, bundle: str, run: str
+) -> tuple[CommitteeMember, CropPlan, MemberLogits]:
+    """A network, the crops of its run, and what it says of the run's rows."""
+    (member,) = open_committee(store, bundle).members
+    folder, record = require_run(store, run)
+    _require_validation_rows(record, manifest, where=f"run {run} of {bundle}")
+    return member, CropPlan.model_validate(record.identity["crops"]), read_predictions(folder)
+
+
+def _joined(parts: Sequence[MemberLogits]) -> MemberLogits:
+    """The rows of all folds, each predicted by one model."""
+    if len(parts) == 1:
+        return parts[0]
+    return MemberLogits(
+        sample_ids=[name for part in parts for name in part.sample_ids],
+        labels_N=np.concatenate([part.labels_N for part in parts]),
+        logits_MVNK=np.concatenate([part.logits_MVNK for part in parts], axis=2),
+    )
+
+
+def _require_validation_rows(record: RunRecord, manifest: Manifest, *, where: str) -> None:
     if record.identity["dataset_fingerprint"] != manifest.fingerprint:
         raise DataError(
             "predictions of another version of the dataset cannot be compared",

@@ -94,7 +94,7 @@ class EnsembleSettings(StrictModel):
 class CandidatePredictions:
     """Outputs of M candidates for the same N labelled validation rows, in the views of `plan`.
 
-    `seconds_per_pass_M` is what one network pass of each takes.
+    `seconds_per_pass_M` is what one pass through all of the `num_networks_M` of each takes.
     """
 
     logits_MVNK: NDArray[np.float32]
@@ -102,6 +102,7 @@ class CandidatePredictions:
     plan: CropPlan
     seconds_per_pass_M: tuple[float, ...]
     macs_M: tuple[int, ...]
+    num_networks_M: tuple[int, ...]
 
     def policies(self, wanted: Sequence[CropPolicy] | None, *, with_centre: bool) -> list[CropPolicy]:
         """The policies whose views are kept, cheapest first; ConfigError for a wanted one that is not."""
@@ -260,7 +261,7 @@ class EnsembleChooser:
             top1=top1(joint_NK, self._labels_N),
             top1_interval=wilson_interval(num_correct, len(self._labels_N)),
             nll=mean_nll(joint_NK / temperature, self._labels_N),
-            passes_per_image=num_views * len(chosen),
+            passes_per_image=num_views * sum(candidates.num_networks_M[member] for member in chosen),
             macs_per_image=num_views * sum(candidates.macs_M[member] for member in chosen),
             images_per_s=1 / seconds,
             usd_per_million=settings.budget.usd_per_million(seconds),

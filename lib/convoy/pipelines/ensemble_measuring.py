@@ -96,9 +96,9 @@ class UntouchedRows:
         self._evaluation = self._evaluate(committee)
         ensemble = self._kept(self._evaluation)
         digests = [member.digest for member in committee.members]
-        if (wanted := single.members[0].digest) in digests:
-            place = digests.index(wanted)
-            alone = replace(ensemble, logits_MVNK=ensemble.logits_MVNK[place : place + 1])
+        if all(member.digest in digests for member in single.members):
+            places = [digests.index(member.digest) for member in single.members]
+            alone = replace(ensemble, logits_MVNK=ensemble.logits_MVNK[places])
         else:
             alone = self._kept(self._evaluate(single))
         _, (rows, rows_alone) = paired_rows([ensemble.sample_ids, alone.sample_ids])

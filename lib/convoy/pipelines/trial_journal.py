@@ -25,7 +25,17 @@ from convoy.storage.documents import read_json
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import RunFolder
 
-_PLAIN_FIELDS = {"trial", "index", "state", "reason", "top1", "nll", "bundle", "train_run", "predictions_run"}
+_PLAIN_FIELDS = {
+    "trial",
+    "index",
+    "state",
+    "reason",
+    "top1",
+    "nll",
+    "bundles",
+    "train_run",
+    "predictions_runs",
+}
 _TRIALS_SCHEMA = pa.schema(
     [
         pa.field("trial", pa.string(), nullable=False),
@@ -36,9 +46,9 @@ _TRIALS_SCHEMA = pa.schema(
         pa.field("config", pa.string(), nullable=False),
         pa.field("top1", pa.float64()),
         pa.field("nll", pa.float64()),
-        pa.field("bundle", pa.string()),
+        pa.field("bundles", pa.list_(pa.string()), nullable=False),
         pa.field("train_run", pa.string()),
-        pa.field("predictions_run", pa.string()),
+        pa.field("predictions_runs", pa.list_(pa.string()), nullable=False),
         pa.field("parameters", pa.int64()),
         pa.field("macs", pa.int64()),
         pa.field("size_bytes", pa.int64()),
@@ -52,9 +62,10 @@ _TRIALS = "trials/"
 
 
 class TrialCost(StrictModel):
-    """What a trial's network costs. `macs` are multiply-adds of one pass, `size_bytes` those of its weights.
+    """What a trial's network costs, or its networks of all folds together.
 
-    `images_per_s` was measured while the validation rows were predicted, with `num_views` passes an image.
+    `macs` are multiply-adds of one pass, `size_bytes` those of the weights. `images_per_s` was measured while the
+    validation rows were predicted, with `num_views` passes an image.
     """
 
     parameters: int
@@ -69,7 +80,8 @@ class TrialRecord(StrictModel):
 
     `config` is the training as `convoy train` takes it. `top1` and `nll` are of the validation rows: those of the
     whole evaluation for a finished trial, else the last epoch's. `epochs` are numbers of epochs and their validation
-    top-1. `predictions_run` holds the validation logits of every view.
+    top-1. Each of `predictions_runs` holds the validation logits of the bundle at its place, for every view. With folds
+    there is a bundle for each, its validation rows are its fold, and `top1` is of all training rows.
     """
 
     trial: str
@@ -83,9 +95,9 @@ class TrialRecord(StrictModel):
     top1_interval: Interval | None = None
     nll: float | None = None
     epochs: tuple[tuple[int, float], ...] = ()
-    bundle: str | None = None
+    bundles: tuple[str, ...] = ()
     train_run: str | None = None
-    predictions_run: str | None = None
+    predictions_runs: tuple[str, ...] = ()
     cost: TrialCost | None = None
     started_unix_s: float
     finished_unix_s: float

@@ -4,30 +4,27 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from convoy.cluster.search_plan import Concurrency, TrialPoint, TrialProgress
 from convoy.core.config import StrictModel
 from convoy.core.crash_points import CrashPoint, crash_point
-from convoy.core.crop_policies import CropPlan, CropPolicy, MemberOutputs, crop_views
 from convoy.core.errors import ConvoyError
-from convoy.core.progress import Silent
 from convoy.core.records import Split
 from convoy.core.trial_events import TrialState
-from convoy.pipelines.committee_predictions import CommitteeJob, PredictionRequest
-from convoy.pipelines.committees import open_committee
+from convoy.pipelines.folds import train_folds
 from convoy.pipelines.network_training import CurveDrawer
-from convoy.pipelines.train import TrainReport, run_train
+from convoy.pipelines.train import run_train
 from convoy.pipelines.train_config import TrainConfig
-from convoy.pipelines.trial_journal import TrialCost, TrialJournal, TrialRecord
+from convoy.pipelines.trial_journal import TrialJournal, TrialRecord
+from convoy.pipelines.trial_outcomes import TrialSetting, outcome_of_folds, outcome_of_training
 from convoy.pipelines.tune_config import TuneConfig
 from convoy.pipelines.tune_plan import network_key
-from convoy.storage.bundles import MODEL_FILE, resolve_bundle
 from convoy.storage.datasets import open_dataset
 from convoy.storage.runs import RunFolder
 from convoy.storage.stores import open_store
-from convoy.vision.presets import EvalPreset
 
 
 class TrialJob(StrictModel):
@@ -92,60 +89,22 @@ def _train_and_predict(
     job: TrialJob, config: TrainConfig, progress: TrialProgress, draw_curves: CurveDrawer
 ) -> dict[str, Any]:
     """The fields of a finished trial's record."""
-    report = run_train(
-        _here(job, config),
-        progress=progress,
-        draw_curves=draw_curves,
-        evaluated=Split.VAL,
-        fingerprint=job.dataset_fingerprint,
-    )
-    crash_point(CrashPoint.TRIAL_TRAINED)
-    predictions_run, cost = _keep_predictions(job, config, report.bundle)
-    return {
-        "state": TrialState.FINISHED,
-        "top1": report.top1,
-        "top1_interval": report.intervals["top1_wilson"],
-        "nll": report.nll,
-        "epochs": _epochs(report),
-        "bundle": report.bundle,
-        "train_run": report.train_run,
-        "predictions_run": predictions_run,
-        "cost": cost,
-    }
-
-
-def _keep_predictions(job: TrialJob, config: TrainConfig, bundle: str) -> tuple[str, TrialCost]:
-    """Validation logits of every view, and what the network cost while they were computed."""
-    store = open_store(job.workspace)
-    committee = open_committee(store, bundle)
-    (member,) = committee.members
-    backbone = member.classifier.backbone
-    plan = CropPlan(policy=kept_crops(job.config, backbone.preset))
-    request = PredictionRequest(
-        committee=committee.with_plan(plan),
-        dataset=config.dataset,
-        splits=(Split.VAL,),
-        extraction=_here(job, config).extraction,
-        keep=MemberOutputs.VIEWS,
-    )
+    store, here = open_store(job.workspace), _here(job, config)
     manifest = open_dataset(store, config.dataset, job.dataset_fingerprint)
-    predictions = CommitteeJob(store, manifest, request).ensure(
-        progress=Silent(), config=config.model_dump(mode="json")
-    )
-    return predictions.run_id, TrialCost(
-        parameters=backbone.num_parameters,
-        macs=backbone.macs,
-        size_bytes=store.head(f"{resolve_bundle(store, bundle).folder}{MODEL_FILE}").size_bytes,
-        num_views=len(crop_views(plan)),
-        images_per_s=predictions.images_per_s,
-    )
-
-
-def kept_crops(config: TuneConfig, preset: EvalPreset) -> CropPolicy:
-    """Which crops the validation predictions keep: where nothing is resized, all ten crops would be two."""
-    if config.crops is not None:
-        return config.crops
-    return CropPolicy.TEN if preset.resize_px is not None else CropPolicy.FLIP
+    setting = TrialSetting(store=store, manifest=manifest, training=here, crops=job.config.crops)
+    given: dict[str, Any] = {
+        "progress": progress,
+        "draw_curves": draw_curves,
+        "fingerprint": manifest.fingerprint,
+    }
+    if job.config.folds is None:
+        outcome: Callable[[], dict[str, Any]] = partial(
+            outcome_of_training, setting, run_train(here, evaluated=Split.VAL, **given)
+        )
+    else:
+        outcome = partial(outcome_of_folds, setting, train_folds(here, job.config.folds, **given))
+    crash_point(CrashPoint.TRIAL_TRAINED)
+    return outcome()
 
 
 def _here(job: TrialJob, config: TrainConfig) -> TrainConfig:
@@ -161,7 +120,3 @@ def _here(job: TrialJob, config: TrainConfig) -> TrainConfig:
             "extraction": config.extraction.model_copy(update=operators),
         }
     )
-
-
-def _epochs(report: TrainReport) -> tuple[tuple[int, float], ...]:
-    return tuple((one.epoch, one.val_top1) for one in report.history if one.val_top1 is not None)

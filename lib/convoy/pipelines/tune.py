@@ -19,7 +19,8 @@ from convoy.core.progress import Progress
 from convoy.core.records import Split
 from convoy.core.statistics import Interval
 from convoy.core.trial_events import TrialState
-from convoy.pipelines.ensemble_building import Candidate, EnsembleReport, ReportDrawer, build_ensemble
+from convoy.pipelines.ensemble_building import EnsembleReport, ReportDrawer, build_ensemble
+from convoy.pipelines.ensemble_candidates import Candidate
 from convoy.pipelines.feature_plan import forward_s
 from convoy.pipelines.network_training import CurveDrawer
 from convoy.pipelines.train_config import PROBES, TrainConfig
@@ -66,8 +67,8 @@ class TrialSummary(StrictModel):
     nll: float | None
     num_epochs: int
     seconds: float
-    bundle: str | None
-    predictions_run: str | None
+    bundles: list[str]
+    predictions_runs: list[str]
     cost: TrialCost | None
     reason: str | None
 
@@ -98,7 +99,8 @@ def run_tune(
     """
     store = open_workspace(config.workspace, config.writers)
     manifest = open_dataset(store, config.dataset)
-    _require_validation_rows(manifest)
+    if config.folds is None:
+        _require_validation_rows(manifest)
     search = _Search(store, manifest, config, progress, new_run=new_run)
     with ray_session():
         records = search.run(draw.training)
@@ -252,7 +254,7 @@ def _gives_margins(record: TrialRecord) -> bool:
 
 
 def _candidate(record: TrialRecord) -> Candidate:
-    if record.bundle is None or record.predictions_run is None or record.cost is None:
+    if not record.bundles or len(record.bundles) != len(record.predictions_runs) or record.cost is None:
         raise DataError(
             "the record is not that of a finished trial",
             where=f"trials/{record.trial}.json",
@@ -261,7 +263,8 @@ def _candidate(record: TrialRecord) -> Candidate:
     cost = record.cost
     # Without a measured rate the forecast must do.
     seconds = forward_s(cost.macs) if cost.images_per_s is None else 1 / (cost.images_per_s * cost.num_views)
-    return Candidate(bundle=record.bundle, predictions_run=record.predictions_run, seconds_per_pass=seconds)
+    (bundle, run), *others = zip(record.bundles, record.predictions_runs, strict=True)
+    return Candidate(bundle=bundle, predictions_run=run, seconds_per_pass=seconds, other_folds=tuple(others))
 
 
 def _require_validation_rows(manifest: Manifest) -> None:
@@ -269,5 +272,5 @@ def _require_validation_rows(manifest: Manifest) -> None:
         raise ConfigError(
             "trials are compared on validation rows, and the dataset has none",
             where=manifest.uri,
-            next_step="freeze it with --set splits.val_fraction=0.1, or name a folder `val`",
+            next_step="freeze it with --set splits.val_fraction=0.1, name a folder `val`, or set folds",
         )

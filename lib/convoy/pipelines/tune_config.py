@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
@@ -24,7 +24,7 @@ _OF_THE_SEARCH = frozenset({"workspace", "writers", "name", "dataset"})
 _MAX_COMBINATIONS = 512
 _MAX_CHECKED_DRAWS = 256
 # As long as the longest that a search gives out.
-_A_TRIAL = "0000-000000"
+_A_TRIAL = "0000-000000-fold00"
 
 
 class SearchBudget(StrictModel):
@@ -62,6 +62,9 @@ class TuneConfig(StrictModel):
     `{log_uniform: [a, b]}`, or `{int: [a, b]}`; the key `config` stands for several keys at once. `crops` is what
     the trials' validation predictions keep, by default `ten`, or `flip` where the preset does not resize. `seed` is
     that of the draws; a training's own is `recipe.seed`. `ensemble` says how members are chosen among the trials.
+
+    With `folds` a trial trains so many models, each without one part of the training rows, which it then predicts: so
+    all training rows choose, and a split `val` is not needed.
     """
 
     workspace: str | None = None
@@ -76,6 +79,7 @@ class TuneConfig(StrictModel):
     budget: SearchBudget = SearchBudget()
     max_concurrent: PositiveInt | Literal["auto"] = "auto"
     crops: CropPolicy | None = None
+    folds: Annotated[int, Field(ge=2)] | None = None
     ensemble: EnsembleSettings = EnsembleSettings()
 
     @field_validator("scheduler", mode="before")
@@ -87,6 +91,12 @@ class TuneConfig(StrictModel):
     @model_validator(mode="after")
     def _every_trial_is_a_training(self) -> Self:
         check_bundle_name(f"{self.name}-{_A_TRIAL}")
+        if self.folds is not None and self.ensemble.gate is not None:
+            raise ConfigError(
+                "a gate cannot be calibrated on folds: no row was predicted by all models",
+                where="ensemble.gate",
+                next_step="leave out ensemble.gate, or folds",
+            )
         self._check_keys()
         space = self.search_space
         if self.search is SearchKind.OPTUNA and any(isinstance(one, Grid) for one in space.domains.values()):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -112,8 +113,10 @@ def test_rows_that_all_predicted_are_joined_by_id_and_classes_by_name(
         candidate(store, manifest, "one", rows=("d", "b", "a")),
         candidate(store, manifest, "other", rows=("a", "c", "d"), classes=DIGITS[::-1]),
     ]
-    predictions, members = read_candidates(store, manifest, candidates, Averaging.PROBABILITIES)
-    assert [member.name for member in members] == [one.bundle for one in candidates]
+    predictions, networks = read_candidates(store, manifest, candidates, Averaging.PROBABILITIES)
+    assert [[member.name for member in members] for members in networks] == [
+        [one.bundle] for one in candidates
+    ]
     assert predictions.labels_N.tolist() == [0, 9]
     expected_NK = np.array([[0], [30]]) + np.arange(10)
     for member in range(2):
@@ -121,6 +124,24 @@ def test_rows_that_all_predicted_are_joined_by_id_and_classes_by_name(
             np.testing.assert_array_equal(predictions.logits_MVNK[member, view], 100 * view + expected_NK)
     assert predictions.seconds_per_pass_M == (0.5, 0.5)
     assert predictions.macs_M[0] > 0
+
+
+def test_the_models_of_all_folds_are_one_candidate_whose_rows_each_predicted_one(
+    store: LocalStore, manifest: Manifest
+) -> None:
+    left = candidate(store, manifest, "left", rows=("a", "c"))
+    right = candidate(store, manifest, "right", rows=("b", "d"), classes=DIGITS[::-1])
+    folds = replace(left, other_folds=((right.bundle, right.predictions_run),))
+    single = candidate(store, manifest, "single")
+    predictions, networks = read_candidates(store, manifest, [folds, single], Averaging.PROBABILITIES)
+    assert [[member.name for member in members] for members in networks] == [
+        [left.bundle, right.bundle],
+        [single.bundle],
+    ]
+    np.testing.assert_array_equal(predictions.logits_MVNK[0], predictions.logits_MVNK[1])
+    assert predictions.labels_N.tolist() == list(LABELS)
+    assert predictions.num_networks_M == (2, 1)
+    assert predictions.macs_M[0] == 2 * predictions.macs_M[1]
 
 
 def test_crops_are_the_largest_that_all_kept(store: LocalStore, manifest: Manifest) -> None:

@@ -1,0 +1,143 @@
+"""What a trial's training is worth on rows that it did not learn from, what it costs, and where its logits are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from convoy.core.crop_policies import CropPlan, CropPolicy, MemberOutputs, crop_views, view_indices
+from convoy.core.metrics import EvaluationCounts
+from convoy.core.progress import Silent
+from convoy.core.records import Split
+from convoy.core.statistics import wilson_interval
+from convoy.core.trial_events import TrialState
+from convoy.pipelines.committee_predictions import CommitteeJob, PredictionRequest
+from convoy.pipelines.committees import CommitteeMember, open_committee
+from convoy.pipelines.feature_summary import timings
+from convoy.pipelines.folds import FoldModel, OutOfFold, out_of_fold
+from convoy.pipelines.train import TrainReport
+from convoy.pipelines.train_config import TrainConfig
+from convoy.pipelines.trial_journal import TrialCost
+from convoy.storage.bundles import MODEL_FILE
+from convoy.storage.commits import read_manifest
+from convoy.storage.manifests import Manifest
+from convoy.storage.object_store import ObjectStore
+from convoy.storage.runs import RunFolder
+from convoy.vision.presets import EvalPreset
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialSetting:
+    """Where a trial is at home: its training as it runs there, and the crops that its predictions keep, if named."""
+
+    store: ObjectStore
+    manifest: Manifest
+    training: TrainConfig
+    crops: CropPolicy | None
+
+
+def outcome_of_training(setting: TrialSetting, report: TrainReport) -> dict[str, Any]:
+    """The fields of the record of a trial with one training; predicts the validation rows."""
+    member = _member(setting, report.bundle)
+    plan = CropPlan(policy=kept_crops(setting.crops, member.classifier.backbone.preset))
+    run = _predict_validation_rows(setting, report.bundle, plan)
+    return {
+        "state": TrialState.FINISHED,
+        "top1": report.top1,
+        "top1_interval": report.intervals["top1_wilson"],
+        "nll": report.nll,
+        "epochs": tuple((one.epoch, one.val_top1) for one in report.history if one.val_top1 is not None),
+        "train_run": report.train_run,
+        "bundles": (report.bundle,),
+        "predictions_runs": (run,),
+        "cost": _cost(setting.store, [member], [run], plan),
+    }
+
+
+def outcome_of_folds(setting: TrialSetting, models: Sequence[FoldModel]) -> dict[str, Any]:
+    """The fields of the record of a trial with a training a fold; predicts each fold by the model without it."""
+    members = [_member(setting, model.bundle) for model in models]
+    plan = CropPlan(policy=kept_crops(setting.crops, members[0].classifier.backbone.preset))
+    rows = out_of_fold(
+        setting.store,
+        setting.manifest,
+        models,
+        dataset=setting.training.dataset,
+        limit=setting.training.rows,
+        extraction=setting.training.extraction,
+        plan=plan,
+        progress=Silent(),
+    )
+    return {
+        "state": TrialState.FINISHED,
+        **_worth(rows, plan),
+        "bundles": tuple(model.bundle for model in models),
+        "predictions_runs": rows.runs,
+        "cost": _cost(setting.store, members, rows.runs, plan),
+    }
+
+
+def kept_crops(wanted: CropPolicy | None, preset: EvalPreset) -> CropPolicy:
+    """Which crops are kept: where nothing is resized, all ten crops of a small image would be two."""
+    if wanted is not None:
+        return wanted
+    return CropPolicy.FLIP if preset.resize_px is None else CropPolicy.TEN
+
+
+def _member(setting: TrialSetting, bundle: str) -> CommitteeMember:
+    (member,) = open_committee(setting.store, bundle).members
+    return member
+
+
+def _predict_validation_rows(setting: TrialSetting, bundle: str, plan: CropPlan) -> str:
+    training = setting.training
+    request = PredictionRequest(
+        committee=open_committee(setting.store, bundle).with_plan(plan),
+        dataset=training.dataset,
+        splits=(Split.VAL,),
+        extraction=training.extraction,
+        keep=MemberOutputs.VIEWS,
+    )
+    job = CommitteeJob(setting.store, setting.manifest, request)
+    return job.ensure(progress=Silent(), config=training.model_dump(mode="json")).run_id
+
+
+def _worth(rows: OutOfFold, plan: CropPlan) -> dict[str, Any]:
+    """Of all training rows, each by the model that did not see it, at the preset's own crop."""
+    logits_VNK, labels_N = rows.logits.logits_MVNK[0], rows.logits.labels_N
+    (center,) = view_indices(CropPolicy.CENTER, plan) or (0,)
+    counts = EvaluationCounts(logits_VNK.shape[2])
+    counts.add(logits_VNK[center], labels_N)
+    metrics = counts.summary()
+    num_correct = round(metrics.top1 * metrics.num_rows)
+    return {
+        "top1": metrics.top1,
+        "top1_interval": wilson_interval(num_correct, metrics.num_rows),
+        "nll": metrics.nll,
+    }
+
+
+def _cost(
+    store: ObjectStore, members: Sequence[CommitteeMember], runs: Sequence[str], plan: CropPlan
+) -> TrialCost:
+    """What the networks cost together: one image goes through all of them."""
+    backbones = [member.classifier.backbone for member in members]
+    files = [f"{member.bundle.folder}{MODEL_FILE}" for member in members if member.bundle is not None]
+    seconds = [_seconds_an_image(store, run) for run in runs]
+    known = [one for one in seconds if one is not None]
+    return TrialCost(
+        parameters=sum(backbone.num_parameters for backbone in backbones),
+        macs=sum(backbone.macs for backbone in backbones),
+        size_bytes=sum(store.head(file).size_bytes for file in files),
+        num_views=len(crop_views(plan)),
+        images_per_s=1 / sum(known) if len(known) == len(runs) else None,
+    )
+
+
+def _seconds_an_image(store: ObjectStore, run: str) -> float | None:
+    """What an image took in a run, or None where it has no image."""
+    manifest = read_manifest(RunFolder(store, run))
+    if manifest is None or not manifest.num_results:
+        return None
+    return 1 / float(timings(manifest.slices, 0.0)["images_per_s"])
