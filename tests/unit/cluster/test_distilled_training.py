@@ -26,7 +26,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
 
 def trained(workspace: Path, rows: pa.Table, **settings: Any) -> TrainingOutcome:
     fields = {
-        "phases": (Phase(name="train", epochs=16, learning_rate=0.05),),
+        "phases": (Phase(name="train", epochs=16, learning_rate=0.02),),
         "recipe": recipe(batch_size=16),
         "batch_size": 16,
         "checkpoint_steps": 1000,
@@ -56,7 +56,7 @@ def test_what_the_teacher_says_arrives_at_its_images(tmp_path: Path, rows: pa.Ta
     alone = trained(tmp_path / "alone", shuffled)
     assert taught.val_top1 is not None
     assert alone.val_top1 is not None
-    assert taught.val_top1 > 0.75
+    assert taught.val_top1 > 0.7
     assert alone.val_top1 < 0.3
 
 
