@@ -68,7 +68,7 @@ def made_committee_job(folder: Path) -> CacheJob:
         write_classifier(store, name, made_classifier(store, seed))
     settings = (
         "dataset=digits",
-        "splits=[train]",
+        "splits=[train, val, test]",
         "ensemble={members: [{bundle: one}, {bundle: two, weight: 2}]}",
         "crops=flip",
         "extraction={batch_size: 16, slice_rows: 16}",
