@@ -2,7 +2,7 @@
 
 The images are scikit-learn's handwritten digits, written as JPEG files at some place, size and tilt in the frame, as
 photographs are. A small network learns the digits 0-4 from scratch; then its weights serve to tell 5-9 apart from
-20 labelled images a class: frozen under a new head, fine-tuned, and not at all.
+20 labelled images a class: frozen under a new head, fine-tuned, and not at all. In the end a search builds an ensemble.
 """
 
 from __future__ import annotations
@@ -69,28 +69,21 @@ def main() -> None:
     backbone = {"arch": ARCH, "weights": weights, "num_classes": 5, "preset": PRESET}
 
     say("3  Cache its features of 5-9 with Ray Data: convoy cache")
-    config = write_yaml(
-        folder / "cache.yaml", {"dataset": "digits-5-9", "backbone": backbone, "taps": ["c3", "f6"]}
-    )
-    cache = ["cache", "--config", config, "--workspace", workspace]
-    first, second = convoy(*cache), convoy(*cache)
-    print(
-        f"   {first['recomputed']} images computed, {first['rejects']} rejects; again: {second['recomputed']}"
-    )
-    proof = convoy("verify", first["run"], "--workspace", workspace)
-    print(
-        f"   {proof['inputs']} in = {proof['results']} results + {proof['rejects']} rejects: ok {proof['ok']}"
-    )
+    cache(folder, {"dataset": "digits-5-9", "backbone": backbone, "taps": ["c3", "f6"]}, workspace)
 
     say(f"4  Use it on 5-9, {TRAIN_PER_CLASS} images a class, in three ways: convoy train")
-    base = {"dataset": "digits-5-9", "augmentation": AUGMENTATION, "recipe": {"batch_size": 20}}
+    shared = {"augmentation": AUGMENTATION, "recipe": {"batch_size": 20}}
     ways = {
         "frozen features, new head": {"strategy": "linear_probe", "backbone": backbone, "tap": "f6"},
         "fine-tuned": {"strategy": "fine_tune", "backbone": backbone, "epochs": 30, "freeze_depth": 0},
         "from scratch": {"strategy": "from_scratch", "backbone": learnt["backbone"], "epochs": 30},
     }
     reports = {
-        way: train(folder, {**base, **settings, "name": settings["strategy"].replace("_", "-")}, workspace)
+        way: train(
+            folder,
+            {**shared, **settings, "dataset": "digits-5-9", "name": settings["strategy"].replace("_", "-")},
+            workspace,
+        )
         for way, settings in ways.items()
     }
 
@@ -101,6 +94,9 @@ def main() -> None:
     print(
         f"   difference {difference['estimate']:+.1%} (95 %: {difference['low']:+.1%} to {difference['high']:+.1%})"
     )
+
+    say("6  Search a few ways, and average those that help each other: convoy tune")
+    tuned = tune(folder, {"base": {**shared, "backbone": backbone}, "name": "digits-5-9-tuned"}, workspace)
     ray.shutdown()
 
     say(f"Done in {time.monotonic() - started_s:.0f} s")
@@ -111,13 +107,52 @@ def main() -> None:
     print(
         f"   {'the same head on raw pixels':27} top-1 {pixel_baseline(folder / 'images' / 'digits-5-9'):.1%}"
     )
+    print_ensemble(tuned)
     print(f"   images     {folder / 'images'}")
     print(f"   workspace  {workspace}")
+
+
+def cache(folder: Path, settings: dict[str, object], workspace: str) -> None:
+    """Compute features, show that nothing is computed twice, and prove that no image was lost."""
+    command = ["cache", "--config", write_yaml(folder / "cache.yaml", settings), "--workspace", workspace]
+    first, second = convoy(*command), convoy(*command)
+    print(
+        f"   {first['recomputed']} images computed, {first['rejects']} rejects; again: {second['recomputed']}"
+    )
+    proof = convoy("verify", first["run"], "--workspace", workspace)
+    print(
+        f"   {proof['inputs']} in = {proof['results']} results + {proof['rejects']} rejects: ok {proof['ok']}"
+    )
 
 
 def train(folder: Path, settings: dict[str, object], workspace: str) -> dict[str, object]:
     config = write_yaml(folder / f"train.{settings['name']}.yaml", settings)
     return convoy("train", "--config", config, "--workspace", workspace)
+
+
+def tune(folder: Path, settings: dict[str, object], workspace: str) -> dict[str, object]:
+    """A search over three ways to use the network. A mirrored digit is another shape: only the centre is shown."""
+    ways = [
+        {"strategy": "linear_probe", "tap": "f6"},
+        {"strategy": "early_layer_probe", "tap": "c3"},
+        {"strategy": "fine_tune", "epochs": 20, "freeze_depth": 0},
+    ]
+    settings |= {"dataset": "digits-5-9", "space": {"config": {"grid": ways}}, "crops": "center"}
+    return convoy("tune", "--config", write_yaml(folder / "tune.yaml", settings), "--workspace", workspace)
+
+
+def print_ensemble(tuned: dict[str, object]) -> None:
+    low, high = (tuned["gain_interval"][end] for end in ("low", "high"))
+    print(
+        f"   {'ensemble':27} top-1 {tuned['measured']['top1']:.1%}"
+        f" (gain over its best member {tuned['gain']:+.1%}, 95 %: {low:+.1%} to {high:+.1%})"
+    )
+    print("   accuracy against cost, on validation images:")
+    for point in tuned["front"]:
+        if point["is_best"]:
+            names = ", ".join(tuned["candidates"][member].partition("@")[0] for member in point["members"])
+            print(f"      {point['images_per_s']:7.0f} images/s  top-1 {point['top1']:.1%}  {names}")
+    print(f"   report     {tuned['page']}")
 
 
 def write_yaml(path: Path, settings: dict[str, object]) -> str:
