@@ -112,7 +112,7 @@ def _read_logits(
     store: ObjectStore, predictions: CommitteePredictions, class_of_label: list[int]
 ) -> tuple[pa.Array, NDArray[np.float16]]:
     """The ids of all predicted rows, and their logits over the dataset's classes."""
-    ids: list[pa.ChunkedArray] = []
+    ids: list[pa.Array] = []
     logits = [np.empty((0, len(class_of_label)), np.float16)]
     for record in predictions.manifest.slices:
         table = store.open_parquet(record.parts[PREDICTIONS].key).read(columns=["sample_id", "logits"])
