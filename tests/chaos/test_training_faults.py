@@ -6,6 +6,7 @@ One job is disturbed in every way: a fine-tuning with a moving average, in a pha
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -23,13 +24,14 @@ from convoy.core.crash_points import TRAINING_CRASH_POINTS, CrashPoint
 from convoy.storage.bundles import open_bundle
 from convoy.storage.stores import open_store
 from convoy.vision.weights import read_state_dict
-from train_jobs import TrainJob, frozen_digits, timeless
+from train_jobs import NUM_ROWS, TrainJob, frozen_digits, timeless
 from training_faults import (
     CHECKPOINT_STEPS,
     FROZEN,
     IN_BODY_PHASE,
     IN_HEAD_PHASE,
     NUM_STEPS,
+    STEPS_AN_EPOCH,
     begun,
     connected,
     made_training,
@@ -250,3 +252,18 @@ def test_a_store_that_fails_in_the_middle_keeps_the_last_good_checkpoint(
     assert finished.returncode == 0, finished.stderr
     assert f"going on from the checkpoint of step {good.step}" in finished.stderr
     assert_same_training(last_json(finished), undisturbed)
+
+
+def test_what_is_wrong_with_the_data_is_not_tried_again(cluster: Cluster, tmp_path: Path) -> None:
+    """A restart heals no image: the second group of workers only says what the first one found."""
+    workspace = frozen_digits(tmp_path / "digits")
+    shutil.rmtree(tmp_path / "digits" / "images" / "train")
+    job = made_training(workspace, tmp_path / "job", cluster.address)
+    arrivals = tmp_path / "arrivals"
+    # Nobody comes so far: the crash point only counts.
+    counted = {"CONVOY_CRASH_POINT": f"{CrashPoint.TRAINING_STEP}:1000:{arrivals}"}
+    with connected(cluster.address, counted):
+        finished = job.start_here()
+    assert finished.returncode == 1
+    assert f"none of {NUM_ROWS['train']} training images could be used" in finished.stderr
+    assert arrivals.stat().st_size == STEPS_AN_EPOCH

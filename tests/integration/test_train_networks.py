@@ -287,6 +287,11 @@ REFUSALS = {
         2,
         ["a freeze depth of 6 is impossible: the network has 6 stages", "0 (nothing frozen) to 5"],
     ),
+    "fp16 without a GPU": (
+        ["recipe={batch_size: 16, precision: fp16}"],
+        2,
+        ["fp16 needs a GPU, and the workers have none", "recipe.precision"],
+    ),
     "an unknown stage": ([*TUNE, "freeze_depth=c4"], 2, ["c4", "c3"]),
     "an unknown stage to reuse": ([*REUSE, "reuse={after: conv1}"], 2, ["conv1", "c1"]),
     "foreign weights": (

@@ -19,7 +19,7 @@ from convoy.cluster.ray_data import first_cause
 from convoy.cluster.training_board import Board, BoardReader
 from convoy.cluster.training_spec import CPUS_A_PREPARER, Ingest, TrainingSpec
 from convoy.core.config import StrictModel
-from convoy.core.errors import ClusterError, ConvoyError
+from convoy.core.errors import ClusterError, ConfigError, ConvoyError, DataError
 from convoy.core.training_events import TrainingEvent
 
 # How long the cluster may take to show the resources that are asked for.
@@ -32,6 +32,8 @@ _CPUS_A_GPU_TO_SPLIT = 4
 # A worker on a GPU whose batches others prepare: one thread for its steps, one that takes the batches.
 _THREADS_BESIDE_PREPARERS = 2
 _MOST_PREPARERS = 16
+# What a group returns in place of an outcome where an earlier one met an error that stays.
+_FAILURE = "failure"
 
 
 class WorkerOptions(StrictModel):
@@ -88,8 +90,9 @@ def run_training(
 ) -> dict[str, Any]:
     """Train in a group of workers, and return the first worker's TrainingOutcome as JSON-like values.
 
-    The group is restarted from the newest checkpoint when a worker or a node is lost. `tell` hears how far it
-    is, in the calling thread. Raises the ConvoyError of a worker, or a ClusterError.
+    The group is restarted from the newest checkpoint when a worker or a node is lost, but not for what is wrong
+    with data or config. `tell` hears how far it is, in the calling thread. Raises the ConvoyError of a worker, or a
+    ClusterError.
     """
     board = _open_board()
     trainer = _trainer(spec, plan, board)
@@ -104,6 +107,8 @@ def run_training(
     (result,) = ended
     if isinstance(result, BaseException):
         raise _explained(result, plan) from result
+    if isinstance(failure := result.get(_FAILURE), ConvoyError):
+        raise failure
     outcome: dict[str, Any] = result
     return outcome
 
@@ -169,12 +174,24 @@ def _trainer(spec: TrainingSpec, plan: WorkerPlan, board: Any) -> Any:
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:
-    """What Ray Train runs on every worker."""
+    """What Ray Train runs on every worker.
+
+    Ray Train restarts a group after any error. One that another attempt would meet again is left on the board, and
+    the restarted group, whose workers all see it there, ends with it at once.
+    """
+    import ray  # noqa: PLC0415
+
     from convoy.cluster.training_group import TrainingGroup  # noqa: PLC0415
     from convoy.cluster.training_loop import TrainingWorker  # noqa: PLC0415
 
-    spec = TrainingSpec.model_validate_json(config["spec"])
-    return TrainingWorker(spec, TrainingGroup(), config["board"]).run().model_dump(mode="json")
+    spec, board = TrainingSpec.model_validate_json(config["spec"]), config["board"]
+    if (failure := ray.get(board.failure.remote())) is not None:
+        return {_FAILURE: failure}
+    try:
+        return TrainingWorker(spec, TrainingGroup(), board).run().model_dump(mode="json")
+    except (ConfigError, DataError) as error:
+        ray.get(board.give_up.remote(error))
+        raise
 
 
 def alive_nodes() -> list[dict[str, float]]:

@@ -1,10 +1,14 @@
-"""A small actor between the training workers and the driver: the first worker posts, the driver takes."""
+"""A small actor between the training workers and the driver: the first worker posts, the driver takes.
+
+It outlives a group of workers, and so can tell the next one why there is no point in trying again.
+"""
 
 from __future__ import annotations
 
 import time
 from typing import Any
 
+from convoy.core.errors import ConvoyError
 from convoy.core.training_events import TrainingEvent
 
 _SECONDS_BETWEEN_EVENTS = 1.0
@@ -15,6 +19,15 @@ class Board:
 
     def __init__(self) -> None:
         self._events: list[str] = []
+        self._failure: ConvoyError | None = None
+
+    def give_up(self, failure: ConvoyError) -> None:
+        """Keep an error that another attempt would only meet again."""
+        self._failure = failure
+
+    def failure(self) -> ConvoyError | None:
+        """That error, if there is one."""
+        return self._failure
 
     def post(self, event: str) -> None:
         """Keep an event."""

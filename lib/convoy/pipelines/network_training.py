@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from convoy.cluster.session import ray_session
 from convoy.cluster.training import WorkerPlan, plan_workers, run_training
 from convoy.cluster.training_spec import LocalCacheOptions, TeacherRows, TrainingRows, TrainingSpec
-from convoy.core.errors import TrainingError
+from convoy.core.errors import ConfigError, TrainingError
 from convoy.core.fingerprints import canonical_json, digest
 from convoy.core.progress import Progress
 from convoy.core.training_events import EpochResult
@@ -31,7 +31,7 @@ from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import OpenRun, RunRecord
 from convoy.storage.teacher_logits import write_teacher_logits
-from convoy.vision.training_config import Balance, Distillation
+from convoy.vision.training_config import Balance, Distillation, Precision
 
 _VERB = "train"
 _TRAINED = "trained.json"
@@ -127,6 +127,7 @@ class NetworkTraining:
         self._progress.stage("starting Ray")
         with ray_session():
             workers = plan_workers(self._config.workers)
+            _check_precision(self._config, workers)
             record = self._record = self._record or self._freeze(workers)
             setup = TrainingSetup.model_validate(record.settings["setup"])
             if not setup.plan.phases:
@@ -226,6 +227,15 @@ class NetworkTraining:
             local_cache=LocalCacheOptions(folder=cache.folder, max_bytes=int(cache.max_gb * 1e9))
             if cache.max_gb
             else None,
+        )
+
+
+def _check_precision(config: TrainConfig, workers: WorkerPlan) -> None:
+    if config.recipe.precision is Precision.FP16 and not workers.gpus_per_worker:
+        raise ConfigError(
+            "fp16 needs a GPU, and the workers have none",
+            where="recipe.precision",
+            next_step="take bf16 or fp32, or auto for what is best here",
         )
 
 

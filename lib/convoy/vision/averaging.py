@@ -56,7 +56,29 @@ def build_keeper(recipe: Recipe) -> WeightKeeper:
     return BestEpochs(recipe.average_epochs if recipe.averaging is Averaging.SOUP else 1)
 
 
-class MovingAverage:
+class _RunningAverage:
+    """An average of weights that moves with what is averaged, and how much that was."""
+
+    def __init__(self) -> None:
+        self.scores: list[float] = []
+        self._num_averaged = 0
+        self._average: _State = {}
+
+    def kept(self) -> _State | None:
+        """The average, once something is in it."""
+        return self._average or None
+
+    def tensors(self) -> _State:
+        """The average, and how much is in it."""
+        return {**self._average, "num_averaged": torch.tensor(self._num_averaged)}
+
+    def load(self, tensors: Mapping[str, Tensor], scores: list[float]) -> None:
+        """Go on from a checkpoint."""
+        self._average = dict(tensors)
+        self._num_averaged = int(self._average.pop("num_averaged"))
+
+
+class MovingAverage(_RunningAverage):
     """Exponential moving average of weights and buffers over steps.
 
     The decay of the first steps is lower, (1 + n) / (10 + n), so that short trainings forget their start (the
@@ -64,18 +86,16 @@ class MovingAverage:
     """
 
     def __init__(self, decay: float) -> None:
-        self.scores: list[float] = []
+        super().__init__()
         self._decay = decay
-        self._num_steps = 0
-        self._average: _State = {}
 
     def after_step(self, network: nn.Module) -> None:
         """Move the average towards the new weights."""
         state = network.state_dict()
         if not self._average:
             self._average = {name: tensor.clone() for name, tensor in state.items()}
-        self._num_steps += 1
-        decay = min(self._decay, (1 + self._num_steps) / (10 + self._num_steps))
+        self._num_averaged += 1
+        decay = min(self._decay, (1 + self._num_averaged) / (10 + self._num_averaged))
         with torch.no_grad():
             for name, tensor in state.items():
                 if tensor.is_floating_point():
@@ -86,28 +106,13 @@ class MovingAverage:
     def after_epoch(self, network: nn.Module, *, score: float, epochs_left: int) -> None:
         """Nothing: the average moves with steps."""
 
-    def kept(self) -> _State | None:
-        """The average."""
-        return self._average or None
 
-    def tensors(self) -> _State:
-        """The average, and the number of steps in it."""
-        return {**self._average, "num_steps": torch.tensor(self._num_steps)}
-
-    def load(self, tensors: Mapping[str, Tensor], scores: list[float]) -> None:
-        """Go on from a checkpoint."""
-        self._average = dict(tensors)
-        self._num_steps = int(self._average.pop("num_steps"))
-
-
-class TailAverage:
+class TailAverage(_RunningAverage):
     """The mean of the weights at the ends of the last epochs (SWA)."""
 
     def __init__(self, num_epochs: int) -> None:
-        self.scores: list[float] = []
+        super().__init__()
         self._num_epochs = num_epochs
-        self._num_averaged = 0
-        self._average: _State = {}
 
     def after_step(self, network: nn.Module) -> None:
         """Nothing: the mean moves with epochs."""
@@ -118,19 +123,6 @@ class TailAverage:
             return
         self._num_averaged += 1
         self._average = _moved(self._average, network.state_dict(), 1 / self._num_averaged)
-
-    def kept(self) -> _State | None:
-        """The mean, once the first epoch is in it."""
-        return self._average or None
-
-    def tensors(self) -> _State:
-        """The mean, and the number of epochs in it."""
-        return {**self._average, "num_averaged": torch.tensor(self._num_averaged)}
-
-    def load(self, tensors: Mapping[str, Tensor], scores: list[float]) -> None:
-        """Go on from a checkpoint."""
-        self._average = dict(tensors)
-        self._num_averaged = int(self._average.pop("num_averaged"))
 
 
 class BestEpochs:
