@@ -15,9 +15,7 @@ import pyarrow as pa
 
 from convoy.cluster.committee_scoring import score_slices
 from convoy.cluster.scoring_spec import MemberSpec, ScoringSpec
-from convoy.cluster.session import ray_session
-from convoy.cluster.slices import SliceTask, WorkerPool, plan_pool
-from convoy.core.crash_points import CrashPoint, crash_point
+from convoy.cluster.slices import SliceTask, WorkerPool
 from convoy.core.crop_policies import CropPlan, CropPolicy, EvaluationMode, MemberOutputs, crop_views
 from convoy.core.errors import ConfigError
 from convoy.core.fingerprints import canonical_json, digest
@@ -32,11 +30,11 @@ from convoy.pipelines.feature_plan import (
 )
 from convoy.pipelines.feature_summary import slice_totals, timings
 from convoy.pipelines.predictions import class_indices
+from convoy.pipelines.slice_work import do_slices
 from convoy.storage.bundles import MODEL_FILE
 from convoy.storage.commits import (
     RunManifest,
     SliceRecord,
-    choose_attempts,
     finish,
     publish,
     read_manifest,
@@ -208,29 +206,13 @@ class CommitteeJob:
         folder.write_record(record)
         return record
 
-    def _compute(self, folder: RunFolder, record: RunRecord, progress: Progress) -> Sequence[SliceRecord]:
-        """Run the slices that have no verified attempt; the records of those that were finished now."""
-        if read_manifest(folder) is not None:
-            return ()
-        done = choose_attempts(folder, record, read_records(folder))
-        tasks = [
-            SliceTask(slice=name, outputs=record.outputs_of(name))
-            for name in record.slice_names()
-            if name not in done
-        ]
-        if not tasks:
-            return ()
-        finished = []
-        with ray_session():
-            extraction = self._request.extraction
-            pool = plan_pool(extraction.num_workers, extraction.cpus_per_worker)
-            num_done = sum(slice_.num_results + slice_.num_rejects for slice_ in done.values())
-            progress.start(record.num_inputs, num_done)
-            for slice_record in score_slices(self._spec(record, pool), tasks, pool):
-                progress.advance(slice_record.num_results, slice_record.num_rejects)
-                finished.append(slice_record)
-                crash_point(CrashPoint.SLICE_COLLECTED)
-        return finished
+    def _compute(self, folder: RunFolder, record: RunRecord, progress: Progress) -> list[SliceRecord]:
+        """Run what is left to do; the records of the slices that were finished now."""
+
+        def run(tasks: Sequence[SliceTask], pool: WorkerPool) -> Iterator[SliceRecord]:
+            return score_slices(self._spec(record, pool), tasks, pool)
+
+        return do_slices(folder, record, run, extraction=self._request.extraction, progress=progress)
 
     def _spec(self, record: RunRecord, pool: WorkerPool) -> ScoringSpec:
         request, committee = self._request, self._request.committee

@@ -12,9 +12,7 @@ import pyarrow as pa
 
 from convoy.cluster.extraction_spec import ExtractionSpec, FeatureOutput
 from convoy.cluster.feature_extraction import extract_slices
-from convoy.cluster.session import ray_session
-from convoy.cluster.slices import SliceTask, WorkerPool, plan_pool
-from convoy.core.crash_points import CrashPoint, crash_point
+from convoy.cluster.slices import SliceTask, WorkerPool
 from convoy.core.fingerprints import digest
 from convoy.core.progress import Progress
 from convoy.pipelines.backbone_record import BackboneRecord
@@ -27,15 +25,14 @@ from convoy.pipelines.feature_plan import (
     run_identity,
 )
 from convoy.pipelines.feature_summary import FeaturePlan, FeatureSummary, slice_totals, timings
+from convoy.pipelines.slice_work import do_slices
 from convoy.pipelines.training_rows import rows_digest
 from convoy.storage.commits import (
     SliceRecord,
-    choose_attempts,
     feature_prefix,
     finish,
     publish,
     read_commits,
-    read_manifest,
     read_records,
 )
 from convoy.storage.feature_cache import FeatureCache, FeatureSetSpec, KnownContent
@@ -179,29 +176,12 @@ class FeatureJob:
         return record
 
     def _compute(self, folder: RunFolder, record: RunRecord, progress: Progress) -> list[SliceRecord]:
-        """Run the slices that have no verified attempt; the records of those that were finished now."""
-        if read_manifest(folder) is not None:
-            return []
-        done = choose_attempts(folder, record, read_records(folder))
-        tasks = [
-            SliceTask(slice=name, outputs=record.outputs_of(name))
-            for name in record.slice_names()
-            if name not in done
-        ]
-        if not tasks:
-            return []
-        finished = []
-        progress.stage("starting Ray and the workers")
-        with ray_session():
-            pool = plan_pool(self._extraction.num_workers, self._extraction.cpus_per_worker)
-            spec = self._spec(record, pool)
-            num_done = sum(slice_.num_results + slice_.num_rejects for slice_ in done.values())
-            progress.start(record.num_inputs, num_done)
-            for slice_record in extract_slices(spec, tasks, pool):
-                progress.advance(slice_record.num_results, slice_record.num_rejects)
-                finished.append(slice_record)
-                crash_point(CrashPoint.SLICE_COLLECTED)
-        return finished
+        """Run what is left to do; the records of the slices that were finished now."""
+
+        def run(tasks: Sequence[SliceTask], pool: WorkerPool) -> Iterator[SliceRecord]:
+            return extract_slices(self._spec(record, pool), tasks, pool)
+
+        return do_slices(folder, record, run, extraction=self._extraction, progress=progress)
 
     def _spec(self, record: RunRecord, pool: WorkerPool) -> ExtractionSpec:
         return ExtractionSpec(

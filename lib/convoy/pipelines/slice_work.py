@@ -1,0 +1,48 @@
+"""The slices of a run that are still to do, and how they are done: what every job on slices shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from convoy.cluster.session import ray_session
+from convoy.cluster.slices import SliceTask, WorkerPool, plan_pool
+from convoy.core.crash_points import CrashPoint, crash_point
+from convoy.core.progress import Progress
+from convoy.pipelines.feature_plan import ExtractionConfig
+from convoy.storage.commits import SliceRecord, choose_attempts, read_manifest, read_records
+from convoy.storage.runs import RunFolder, RunRecord
+
+# Starts the operators of a pool on some slices; their records come as they are done.
+SliceRunner = Callable[[Sequence[SliceTask], WorkerPool], Iterator[SliceRecord]]
+
+
+def do_slices(
+    folder: RunFolder,
+    record: RunRecord,
+    run: SliceRunner,
+    *,
+    extraction: ExtractionConfig,
+    progress: Progress,
+) -> list[SliceRecord]:
+    """Run the slices that have no verified attempt; the records of those that were finished now."""
+    if read_manifest(folder) is not None:
+        return []
+    done = choose_attempts(folder, record, read_records(folder))
+    tasks = [
+        SliceTask(slice=name, outputs=record.outputs_of(name))
+        for name in record.slice_names()
+        if name not in done
+    ]
+    if not tasks:
+        return []
+    finished = []
+    progress.stage("starting Ray and the workers")
+    with ray_session():
+        pool = plan_pool(extraction.num_workers, extraction.cpus_per_worker)
+        num_done = sum(slice_.num_results + slice_.num_rejects for slice_ in done.values())
+        progress.start(record.num_inputs, num_done)
+        for slice_record in run(tasks, pool):
+            progress.advance(slice_record.num_results, slice_record.num_rejects)
+            finished.append(slice_record)
+            crash_point(CrashPoint.SLICE_COLLECTED)
+    return finished
