@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import boto3
+
 from cache_jobs import CONVOY, convoy, freeze, last_json, settings_arguments, write_digits
 from convoy.cli import main
 from convoy.storage.checkpoints import CheckpointFolder, CheckpointRecord
@@ -30,6 +32,16 @@ def write_splits(folder: Path) -> None:
     for split, num_rows in NUM_ROWS.items():
         write_digits(folder / split, num_rows, start=start)
         start += num_rows
+
+
+def put_images(folder: Path, bucket: str) -> list[str]:
+    """Upload the files of a folder below `images/`; their keys."""
+    client = boto3.session.Session().client("s3")
+    keys = []
+    for path in sorted(folder.rglob("*.jpg")):
+        keys.append(f"images/{path.relative_to(folder)}")
+        client.put_object(Bucket=bucket, Key=keys[-1], Body=path.read_bytes())
+    return keys
 
 
 def frozen_digits(folder: Path) -> str:

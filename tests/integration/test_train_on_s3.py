@@ -9,19 +9,9 @@ import boto3
 import pytest
 
 from cache_jobs import freeze
-from train_jobs import LENET, NUM_ROWS, TrainJob, timeless, write_splits
+from train_jobs import LENET, NUM_ROWS, TrainJob, put_images, timeless, write_splits
 
 pytestmark = pytest.mark.integration
-
-
-def put_images(folder: Path, bucket: str) -> list[str]:
-    """Upload the files of a folder below `images/`; their keys."""
-    client = boto3.session.Session().client("s3")
-    keys = []
-    for path in sorted(folder.rglob("*.jpg")):
-        keys.append(f"images/{path.relative_to(folder)}")
-        client.put_object(Bucket=bucket, Key=keys[-1], Body=path.read_bytes())
-    return keys
 
 
 def test_a_second_training_on_the_node_fetches_no_image(

@@ -11,7 +11,7 @@ from typing import Any
 from convoy.cluster.search_plan import Concurrency, TrialPoint, TrialProgress
 from convoy.core.config import StrictModel
 from convoy.core.crash_points import CrashPoint, crash_point
-from convoy.core.errors import ConvoyError
+from convoy.core.errors import ClusterError, ConvoyError
 from convoy.core.records import Split
 from convoy.core.trial_events import TrialState
 from convoy.pipelines.folds import train_folds
@@ -67,7 +67,8 @@ def _attempt(
     try:
         outcome = _train_and_predict(job, config, progress, draw_curves)
     except Exception as error:
-        if isinstance(error, ConvoyError) and error.retryable:
+        if isinstance(error, ClusterError) or (isinstance(error, ConvoyError) and error.retryable):
+            # Not the trial's fault: another attempt goes on from its checkpoint.
             raise
         is_ours = isinstance(error, ConvoyError)
         outcome = {
