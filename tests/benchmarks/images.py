@@ -17,6 +17,7 @@ from convoy.core.config import StrictModel
 
 IMAGENET_TAR = "imagenet-250.tar"
 _SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
+_IMAGES_WORTH_A_PROCESS = 256
 _SIZES_HW = ((375, 500), (500, 375), (333, 500))
 
 
@@ -35,8 +36,15 @@ def make_images(folder: Path, num_images: int, *, seed: int) -> ImageSet:
     a decoder what photographs cost.
     """
     folder.mkdir()
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        list(pool.map(partial(_make_image, folder, seed), range(num_images), chunksize=16))
+    make = partial(_make_image, folder, seed)
+    # A process takes seconds to start, an image some hundredths of one to make.
+    workers = min(os.cpu_count() or 1, num_images // _IMAGES_WORTH_A_PROCESS)
+    if workers < 2:
+        for index in range(num_images):
+            make(index)
+        return _describe(folder)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        list(pool.map(make, range(num_images), chunksize=16))
     return _describe(folder)
 
 
