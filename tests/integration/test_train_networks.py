@@ -374,8 +374,7 @@ def test_an_unfinished_training_of_the_same_name_is_not_mixed_with_another(digit
     tame = wild.changed("learning_rate=0.02")
     refused = tame.start_here()
     assert (refused.returncode, refused.stdout) == (2, "")
-    assert "'learning_rate': 1e+38" in refused.stderr
-    assert "'learning_rate': 0.02" in refused.stderr
+    assert "config.learning_rate: was 1e+38, is 0.02" in refused.stderr
     assert "--new-run" in refused.stderr
     fresh = convoy_here(*tame.arguments(), "--new-run")
     assert fresh.returncode == 0, fresh.stderr
