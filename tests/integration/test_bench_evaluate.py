@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.integration
+# A loaded machine may take several times as long.
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(1500)]
 
 _BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 _NUM_IMAGES = 4

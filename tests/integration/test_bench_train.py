@@ -16,7 +16,8 @@ from PIL import Image, ImageOps
 
 from cache_jobs import freeze, write_digits
 
-pytestmark = pytest.mark.integration
+# A loaded machine may take several times as long.
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(1500)]
 
 _BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 _NUM_IMAGES = 16
