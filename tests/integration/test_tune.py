@@ -220,7 +220,9 @@ def test_a_killed_driver_goes_on_with_the_trials_that_have_not_ended(job: TuneJo
     assert [record["state"] for record in after.values()] == ["finished"] * 3
 
 
-@pytest.mark.parametrize("point", [CrashPoint.TRIAL_TRAINED, CrashPoint.TRIAL_RECORDED])
+@pytest.mark.parametrize(
+    "point", [CrashPoint.TRIAL_TRAINED, pytest.param(CrashPoint.TRIAL_RECORDED, marks=pytest.mark.slow)]
+)
 def test_a_killed_trial_goes_on_in_another_process(point: CrashPoint, job: TuneJob, tmp_path: Path) -> None:
     job = job.changed(*PROBES)
     arrivals = tmp_path / "arrivals"
@@ -236,6 +238,7 @@ def test_a_killed_trial_goes_on_in_another_process(point: CrashPoint, job: TuneJ
     assert [record["state"] for record in job.records().values()] == ["finished"] * 2
 
 
+@pytest.mark.slow
 def test_a_driver_killed_while_it_measures_the_ensemble_trains_nothing_again(
     job: TuneJob, tmp_path: Path
 ) -> None:
