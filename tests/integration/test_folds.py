@@ -21,7 +21,6 @@ from convoy.core.crop_policies import Averaging, CropPlan, CropPolicy
 from convoy.core.progress import Silent
 from convoy.core.records import Split
 from convoy.core.splits import SplitOptions
-from convoy.core.view_averaging import mean_of_views
 from convoy.pipelines.folds import FoldModel, OutOfFold, out_of_fold, train_folds
 from convoy.pipelines.train_config import TrainConfig
 from convoy.pipelines.training_rows import RowLimit, fold_rows, read_split
@@ -29,6 +28,7 @@ from convoy.storage.datasets import freeze_dataset, open_dataset
 from convoy.storage.manifests import Manifest
 from convoy.storage.runs import RunFolder
 from convoy.storage.stores import open_store
+from convoy.vision.ensembling import mean_of_views
 
 pytestmark = pytest.mark.integration
 

@@ -15,7 +15,6 @@ from convoy.core.crop_policies import Averaging, CropPolicy, EvaluationMode, Mem
 from convoy.core.metrics import EvaluationCounts
 from convoy.core.progress import Progress
 from convoy.core.statistics import Interval, wilson_interval
-from convoy.core.view_averaging import mean_of_views
 from convoy.pipelines.committee_predictions import CommitteeJob, CommitteePredictions, PredictionRequest
 from convoy.pipelines.committees import CommitteeRecord
 from convoy.pipelines.evaluation import Evaluation, measure_predictions, require_labels
@@ -25,6 +24,7 @@ from convoy.storage.member_predictions import read_member_logits
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.predictions import PREDICTIONS
 from convoy.vision.committee_options import gate_passes
+from convoy.vision.ensembling import mean_of_views
 
 
 class MemberEvaluation(StrictModel):

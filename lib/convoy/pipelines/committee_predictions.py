@@ -31,6 +31,7 @@ from convoy.pipelines.feature_plan import (
 from convoy.pipelines.feature_summary import slice_totals, timings
 from convoy.pipelines.predictions import class_indices
 from convoy.pipelines.slice_work import do_slices
+from convoy.pipelines.training_rows import rows_digest
 from convoy.storage.bundles import MODEL_FILE
 from convoy.storage.commits import (
     RunManifest,
@@ -157,7 +158,7 @@ class CommitteeJob:
             "dataset": request.dataset,
             "dataset_fingerprint": self._manifest.fingerprint,
             "splits": sorted(request.splits),
-            "rows": None if rows is None else digest(rows["sample_id"].to_pylist()),
+            "rows": None if rows is None else rows_digest(rows),
             "committee": committee.digest,
             "precision": [self._precision(member).value for member in committee.members],
             "crops": request.plan.model_dump(mode="json"),

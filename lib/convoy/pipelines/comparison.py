@@ -22,7 +22,7 @@ from convoy.pipelines.workspace import open_workspace
 from convoy.storage.bundles import resolve_bundle
 from convoy.storage.commits import read_manifest
 from convoy.storage.object_store import ObjectStore
-from convoy.storage.predictions import PREDICTIONS, list_array
+from convoy.storage.predictions import list_array, read_labelled
 from convoy.storage.runs import RunFolder, require_run
 
 
@@ -187,12 +187,7 @@ def _labelled_parts(store: ObjectStore, run_id: str) -> Iterator[pa.Table]:
             where=run_id,
             next_step="finish it: the same evaluation again",
         )
-    for record in manifest.slices:
-        part = store.open_parquet(record.parts[PREDICTIONS].key)
-        table = part.read(columns=["sample_id", "label", "pred", "logits"])
-        labelled = table.filter(pc.is_valid(table["label"]))
-        if labelled.num_rows:
-            yield labelled
+    return read_labelled(store, manifest, ["sample_id", "label", "pred", "logits"])
 
 
 def _require_same_rows(store: ObjectStore, first: PredictedRun, second: PredictedRun) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from convoy.core.config import StrictModel
 from convoy.core.errors import DataError
@@ -22,7 +21,7 @@ from convoy.pipelines.predictions import PredictionJob
 from convoy.storage.commits import RunManifest, finish
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
-from convoy.storage.predictions import PREDICTIONS, list_array
+from convoy.storage.predictions import list_array, read_labelled
 
 
 class NamedClass(ClassMetrics):
@@ -136,7 +135,7 @@ def measure_predictions(
 ) -> Evaluation:
     """The metrics of a committed run's predictions, from its parts alone."""
     counts = EvaluationCounts(len(classes))
-    for table in _labelled_predictions(store, manifest):
+    for table in read_labelled(store, manifest, ["label", "logits"]):
         counts.add(list_array(table["logits"]), table["label"].to_numpy())
     metrics = counts.summary()
     rows = counts.row_outcomes()
@@ -171,11 +170,3 @@ def measure_predictions(
         classes=list(classes),
         confusion=counts.confusion_KK.tolist(),
     )
-
-
-def _labelled_predictions(store: ObjectStore, manifest: RunManifest) -> Iterator[pa.Table]:
-    for record in manifest.slices:
-        table = store.open_parquet(record.parts[PREDICTIONS].key).read(columns=["label", "logits"])
-        labelled = table.filter(pc.is_valid(table["label"]))
-        if labelled.num_rows:
-            yield labelled

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from convoy.core.fingerprints import MultisetDigest
-from convoy.storage.commits import PartFile
+from convoy.storage.commits import PartFile, RunManifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.parts import write_table
 
@@ -84,6 +85,15 @@ def write_predictions(
     for sample_id, logits in zip(table["sample_id"].to_pylist(), logits_BK, strict=True):
         digest.add_row(sample_id.encode(), logits.tobytes())
     return write_table(store, key, table.cast(PREDICTIONS_SCHEMA), metadata, digest.hexdigest())
+
+
+def read_labelled(store: ObjectStore, manifest: RunManifest, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """The predictions of the labelled samples of a run, a part at a time; parts without any are left out."""
+    for record in manifest.slices:
+        table = store.open_parquet(record.parts[PREDICTIONS].key).read(columns=list(columns))
+        labelled = table.filter(pc.is_valid(table["label"]))
+        if labelled.num_rows:
+            yield labelled
 
 
 def list_array(column: pa.ChunkedArray) -> np.ndarray:

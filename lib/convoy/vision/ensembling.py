@@ -65,6 +65,14 @@ def joint_logits(
     return np.asarray(joint_NK / temperature)
 
 
+def mean_of_views(logits_VNK: NDArray[Any], averaging: Averaging, temperature: float = 1.0) -> Floats:
+    """The logits_NK of one member over all of its views, at its temperature."""
+    every_view = range(len(logits_VNK))
+    return joint_logits(
+        member_values(logits_VNK[None], every_view, averaging, [temperature]), [1.0], averaging
+    )
+
+
 def mean_nll(logits_NK: NDArray[Any], labels_N: NDArray[Any]) -> float:
     """The mean negative log-likelihood of the labels, in nats."""
     log_probabilities_NK = log_softmax(np.asarray(logits_NK, np.float64), axis=1)

@@ -6,7 +6,6 @@ from numpy.typing import NDArray
 from scipy.special import log_softmax, softmax
 
 from convoy.core.crop_policies import Averaging
-from convoy.core.view_averaging import mean_of_views
 from convoy.vision.ensembling import (
     Objective,
     error_overlap,
@@ -15,6 +14,7 @@ from convoy.vision.ensembling import (
     joint_logits,
     least_nll_weights,
     mean_nll,
+    mean_of_views,
     member_values,
     ranked_members,
     top1,

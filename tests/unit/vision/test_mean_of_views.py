@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from convoy.core.crop_policies import Averaging
-from convoy.core.view_averaging import mean_of_views
+from convoy.vision.ensembling import mean_of_views
 
 LOGITS_VNK = np.random.default_rng(0).normal(0, 3, (5, 7, 4)).astype(np.float32)
 
