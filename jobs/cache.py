@@ -2,7 +2,7 @@
 
 import sys
 
-from convoy.cli import main
+from convoy.cli.main import main
 
 if __name__ == "__main__":
     main(["cache", *sys.argv[1:]])

@@ -14,7 +14,7 @@ from typing import Any
 import boto3
 
 from cache_jobs import CONVOY, convoy, freeze, last_json, settings_arguments, write_digits
-from convoy.cli import main
+from convoy.cli.main import main
 from convoy.storage.checkpoints import CheckpointFolder, CheckpointRecord
 from convoy.storage.runs import RunFolder
 from convoy.storage.stores import open_store

@@ -1,0 +1,1 @@
+"""`convoy`: the door for people. stdout is the result, stderr is progress."""

@@ -1,0 +1,166 @@
+"""The jobs: what does work, here or on a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from convoy.cli.options import (
+    ConfigOption,
+    DryRunOption,
+    JsonOption,
+    NewRunOption,
+    SetOption,
+    WorkspaceOption,
+    load,
+    run_job,
+    words,
+)
+from convoy.core.errors import ConfigError
+from convoy.report.progress import TerminalProgress
+
+jobs_app = typer.Typer()
+
+
+@jobs_app.command()
+def cache(
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    workspace: WorkspaceOption = None,
+    new_run: NewRunOption = False,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compute features of a dataset and keep them: only what the workspace does not have yet."""
+    from convoy.pipelines.cache import CacheConfig, plan_cache, run_cache  # noqa: PLC0415
+
+    settings = load(CacheConfig, config, overrides, workspace)
+    if dry_run:
+        run_job(lambda _: plan_cache(settings), as_json=as_json)
+        return
+    run_job(lambda progress: run_cache(settings, progress=progress, new_run=new_run), as_json=as_json)
+
+
+@jobs_app.command()
+def train(
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    workspace: WorkspaceOption = None,
+    new_run: NewRunOption = False,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Use a network by a strategy: as it is, under a new head, fine-tuned, or from scratch. Writes a bundle."""
+    from convoy.pipelines.train import TrainReport, run_train  # noqa: PLC0415
+    from convoy.pipelines.train_config import TrainConfig  # noqa: PLC0415
+    from convoy.pipelines.train_plan import plan_train  # noqa: PLC0415
+    from convoy.report.curves import draw_learning_curves  # noqa: PLC0415
+    from convoy.report.trackers import final_figures, tracked  # noqa: PLC0415
+
+    settings = load(TrainConfig, config, overrides, workspace)
+    if dry_run:
+        run_job(lambda _: plan_train(settings), as_json=as_json)
+        return
+
+    def job(progress: TerminalProgress) -> TrainReport:
+        params = settings.model_dump(mode="json")
+        with tracked(progress, settings.tracking, name=settings.name, params=params) as watched:
+            report = run_train(settings, progress=watched, draw_curves=draw_learning_curves, new_run=new_run)
+            watched.finish(final_figures(report))
+            return report
+
+    run_job(job, as_json=as_json)
+
+
+@jobs_app.command()
+def tune(
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    workspace: WorkspaceOption = None,
+    new_run: NewRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Search over trainings, and build the best ensemble of them under a budget. A killed search goes on."""
+    from convoy.pipelines.tune import TuneDrawers, run_tune  # noqa: PLC0415
+    from convoy.pipelines.tune_config import TuneConfig  # noqa: PLC0415
+    from convoy.report.curves import draw_learning_curves  # noqa: PLC0415
+    from convoy.report.ensemble_report import draw_ensemble_report  # noqa: PLC0415
+    from convoy.report.trial_plots import draw_parallel_coordinates, draw_trial_curves  # noqa: PLC0415
+
+    settings = load(TuneConfig, config, overrides, workspace)
+    draw = TuneDrawers(
+        training=draw_learning_curves,
+        space=draw_parallel_coordinates,
+        trials=draw_trial_curves,
+        ensemble=draw_ensemble_report,
+    )
+    run_job(
+        lambda progress: run_tune(settings, progress=progress, draw=draw, new_run=new_run), as_json=as_json
+    )
+
+
+@jobs_app.command()
+def evaluate(  # noqa: PLR0917 (an option of the command line is an argument)
+    bundles: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[BUNDLE]...", help="A bundle: name, name@digest or its URI. Two with --compare."
+        ),
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option("--dataset", "-d", help="Name of the dataset in the workspace.")
+    ] = None,
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Compare two bundles on the same rows: paired interval and test."),
+    ] = False,
+    ensemble: Annotated[
+        list[str] | None,
+        typer.Option("--ensemble", help="A bundle to average with equal weights. Repeatable."),
+    ] = None,
+    crops: Annotated[
+        str | None,
+        typer.Option("--crops", help="center, flip, five, ten, multiscale. Default: an ensemble's own."),
+    ] = None,
+    mode: Annotated[
+        str | None, typer.Option("--mode", help="exact, gated or dense; the last two beside the exact one.")
+    ] = None,
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    workspace: WorkspaceOption = None,
+    new_run: NewRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a bundle, an ensemble, or a pretrained network as it is, on a split: every row counted once."""
+    given = words(dataset=dataset, crops=crops, mode=mode)
+    if compare:
+        from convoy.pipelines.comparison import CompareConfig, compare_bundles  # noqa: PLC0415
+
+        given += words(bundles=[*(bundles or []), *(ensemble or [])] or None)
+        comparison = load(CompareConfig, config, [*(overrides or []), *given], workspace)
+        run_job(
+            lambda progress: compare_bundles(comparison, progress=progress, new_run=new_run), as_json=as_json
+        )
+        return
+    from convoy.pipelines.evaluate import EvaluateConfig, run_evaluate  # noqa: PLC0415
+
+    given += _evaluated_words(bundles, ensemble)
+    settings = load(EvaluateConfig, config, [*(overrides or []), *given], workspace)
+    run_job(lambda progress: run_evaluate(settings, progress=progress, new_run=new_run), as_json=as_json)
+
+
+def _evaluated_words(bundles: Sequence[str] | None, members: Sequence[str] | None) -> list[str]:
+    """The one model to evaluate, which takes the place of the one that a config names."""
+    named = [*(bundles or []), *(members or [])]
+    if len(named) > 1 and not bundles:
+        ensemble = {"members": [{"bundle": member} for member in named]}
+        return [*words(ensemble=ensemble), "bundle=null", "model=null"]
+    if len(named) > 1:
+        raise ConfigError(
+            "one evaluation measures one bundle",
+            where=" ".join(named),
+            next_step="add --compare to compare two on the same rows, or name all by --ensemble to average them",
+        )
+    return [*words(bundle=named[0]), "model=null", "ensemble=null"] if named else []

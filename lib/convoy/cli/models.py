@@ -1,0 +1,78 @@
+"""`convoy models`: networks and bundles of the workspace."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from convoy.cli.options import JsonOption, SetOption, WorkspaceOption, load, run_job, words
+from convoy.core.config import load_config
+
+models_app = typer.Typer(help="Look after networks and bundles in the workspace.", no_args_is_help=True)
+
+
+@models_app.command("list")
+def models_list(workspace: WorkspaceOption = None, as_json: JsonOption = False) -> None:
+    """List the bundles of the workspace: what they are made of, and what they are worth."""
+    from convoy.pipelines.model_listing import list_models  # noqa: PLC0415
+
+    run_job(lambda _: list_models(workspace), as_json=as_json)
+
+
+@models_app.command("show")
+def models_show(
+    bundle: Annotated[str, typer.Argument(help="A bundle: name, name@digest or its URI.")],
+    workspace: WorkspaceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a bundle is; of an ensemble, its members, their weights, crops and gate."""
+    from convoy.pipelines.model_listing import show_model  # noqa: PLC0415
+
+    run_job(lambda _: show_model(workspace, bundle), as_json=as_json)
+
+
+@models_app.command("fetch")
+def models_fetch(
+    arch: Annotated[
+        str, typer.Argument(help="torchvision:<name>, timm:<name>, a built-in, or module:factory.")
+    ],
+    weights: Annotated[str, typer.Option(help="Weight name, URI of a state dict, or 'random'.")] = "DEFAULT",
+    workspace: WorkspaceOption = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Bring a weight set into the workspace once; workers only read the workspace."""
+    from convoy.pipelines.models import fetch_backbone  # noqa: PLC0415
+    from convoy.pipelines.workspace import workspace_uri  # noqa: PLC0415
+    from convoy.storage.stores import open_store  # noqa: PLC0415
+    from convoy.vision.backbone_config import BackboneConfig  # noqa: PLC0415
+
+    settings = [f"arch={json.dumps(arch)}", f"weights={json.dumps(weights)}", *(overrides or [])]
+    config = load_config(BackboneConfig, None, settings)
+    run_job(lambda _: fetch_backbone(open_store(workspace_uri(workspace)), config), as_json=as_json)
+
+
+@models_app.command("export")
+def models_export(
+    bundle: Annotated[str, typer.Argument(help="A bundle: name, name@digest or its URI.")],
+    to: Annotated[str, typer.Option("--to", help="onnx, or torch (a .pt2 file of torch.export).")],
+    output: Annotated[str, typer.Option("--output", "-o", help="The file to write: a path or s3:// URI.")],
+    dataset: Annotated[
+        str | None,
+        typer.Option("--dataset", "-d", help="Check on held-out images of it, not on random ones."),
+    ] = None,
+    images: Annotated[
+        int | None, typer.Option("--images", help="How many images the file is checked on.")
+    ] = None,
+    workspace: WorkspaceOption = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a bundle as one graph, uint8 images to float32 logits, and prove that the file computes the same."""
+    from convoy.pipelines.export import ExportConfig, run_export  # noqa: PLC0415
+
+    given = words(bundle=bundle, to=to, output=output, dataset=dataset, images=images)
+    config = load(ExportConfig, None, [*(overrides or []), *given], workspace)
+    run_job(lambda progress: run_export(config, progress=progress), as_json=as_json)

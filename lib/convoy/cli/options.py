@@ -1,0 +1,67 @@
+"""What the commands share: their options, and how a job is run and its report printed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, TypeVar
+
+import typer
+from pydantic import BaseModel
+
+from convoy.core.config import load_config
+from convoy.core.errors import ErrorBudgetExceeded, ExitCode
+from convoy.report.progress import TerminalProgress
+from convoy.report.tables import print_report
+
+ConfigOption = Annotated[str | None, typer.Option("--config", "-c", help="YAML file of the job.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", "-s", help="Override a key: section.key=value. Repeatable.")
+]
+WorkspaceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--workspace", "-w", help="Folder or s3:// URI. Default: the config, CONVOY_WORKSPACE, ./workspace."
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object last on stdout.")]
+NewRunOption = Annotated[
+    bool, typer.Option("--new-run", help="Leave an unfinished run of the same target and start afresh.")
+]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
+
+ReportT = TypeVar("ReportT", bound=BaseModel)
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+
+def load(
+    model: type[ConfigT], path: str | None, overrides: Sequence[str] | None, workspace: str | None
+) -> ConfigT:
+    """The settings of a job: its file, what was `--set`, and the workspace that was named, which wins."""
+    settings = list(overrides or [])
+    if workspace is not None:
+        settings.append(f"workspace={json.dumps(workspace)}")
+    return load_config(model, path, settings)
+
+
+def words(**values: object) -> list[str]:
+    """What was said on the command line, as overrides that come last and so win."""
+    return [f"{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
+
+
+def run_job(job: Callable[[TerminalProgress], ReportT], *, as_json: bool) -> None:
+    """Run a job, print its report, and turn a broken promise of the report into the exit code."""
+    with TerminalProgress() as progress:
+        report = job(progress)
+    if as_json:
+        print(json.dumps(report.model_dump(mode="json")), flush=True)
+    else:
+        print_report(report)
+    if not getattr(report, "within_error_budget", True):
+        raise ErrorBudgetExceeded(
+            "more samples were rejected than the error budget allows; the results are kept",
+            next_step="look at the rejects of the run, then mend the data or raise error_budget",
+        )
+    if not getattr(report, "ok", True):
+        sys.exit(ExitCode.ERROR)
