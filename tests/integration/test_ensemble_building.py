@@ -13,7 +13,8 @@ from convoy.core.crop_policies import CropPlan, CropPolicy, MemberOutputs
 from convoy.core.errors import DataError
 from convoy.core.progress import Silent
 from convoy.core.records import Split
-from convoy.pipelines.committee_predictions import CommitteeJob, PredictionRequest
+from convoy.pipelines.committee_predictions import CommitteeJob
+from convoy.pipelines.prediction_request import PredictionRequest
 from convoy.pipelines.committees import open_committee
 from convoy.pipelines.ensemble_building import EnsembleReport, build_ensemble
 from convoy.pipelines.ensemble_candidates import Candidate

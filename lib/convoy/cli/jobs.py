@@ -151,6 +151,42 @@ def evaluate(  # noqa: PLR0917 (an option of the command line is an argument)
     run_job(lambda progress: run_evaluate(settings, progress=progress, new_run=new_run), as_json=as_json)
 
 
+@jobs_app.command()
+def score(  # noqa: PLR0917 (an option of the command line is an argument)
+    bundle: Annotated[
+        str | None, typer.Argument(metavar="[BUNDLE]", help="A bundle: name, name@digest or its URI.")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option("--dataset", "-d", help="Name of the dataset in the workspace.")
+    ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option("--source", help="Or what to freeze as dataset --name: folder, list, tars, inventory."),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", "-n", help="Name of the scoring, and of the dataset of --source.")
+    ] = None,
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    workspace: WorkspaceOption = None,
+    new_run: NewRunOption = False,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Score every image of a dataset exactly once, whatever fails meanwhile. --dry-run times a sample of it."""
+    from convoy.pipelines.score import plan_score, run_score  # noqa: PLC0415
+    from convoy.pipelines.score_config import ScoreConfig  # noqa: PLC0415
+
+    given = words(dataset=dataset, source=source, name=name) + _evaluated_words(
+        [bundle] if bundle else [], []
+    )
+    settings = load(ScoreConfig, config, [*(overrides or []), *given], workspace)
+    if dry_run:
+        run_job(lambda progress: plan_score(settings, progress=progress), as_json=as_json)
+        return
+    run_job(lambda progress: run_score(settings, progress=progress, new_run=new_run), as_json=as_json)
+
+
 def _evaluated_words(bundles: Sequence[str] | None, members: Sequence[str] | None) -> list[str]:
     """The one model to evaluate, which takes the place of the one that a config names."""
     named = [*(bundles or []), *(members or [])]

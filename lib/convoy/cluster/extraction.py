@@ -16,6 +16,7 @@ import pyarrow as pa
 from torch import Tensor
 
 from convoy.cluster.extraction_spec import ExtractionSpec, FeatureOutput
+from convoy.cluster.kept_weights import read_kept_weights
 from convoy.cluster.prepared_batches import ImageBatch, ImagePreparer, SliceImages
 from convoy.cluster.slices import SliceTask
 from convoy.core.errors import DataError
@@ -27,7 +28,7 @@ from convoy.vision.backbones import build_network, depth_axis
 from convoy.vision.engine import FeatureEngine
 from convoy.vision.engine_options import Precision
 from convoy.vision.views import prepare_view
-from convoy.vision.weights import load_weights, read_state_dict
+from convoy.vision.weights import load_weights
 
 
 @dataclass(slots=True)
@@ -55,7 +56,7 @@ class FeatureExtractor:
         )
         network = build_network(spec.backbone)
         axis = depth_axis(spec.backbone, network)
-        load_weights(network, read_state_dict(self._store.get(spec.weights_key).data))
+        load_weights(network, read_kept_weights(self._store, spec.weights_key))
         taps = tuple(dict.fromkeys(output.tap for output in spec.outputs))
         self._engine = FeatureEngine(network, axis, spec.preset, taps=taps, options=spec.engine)
         self._widths = {tap: features.shape[1] for tap, features in self._engine.warm_up().items()}

@@ -36,13 +36,16 @@ KeyT = TypeVar("KeyT", bound=Hashable)
 class SliceImages:
     """A slice in work: its rows and what is known of their images so far.
 
-    `content_digests[row]` is None until the row is usable.
+    `content_digests[row]` is None until the row is usable; `converted` are rows whose image had to be changed to
+    be used; `bytes_read` counts the bytes of usable images.
     """
 
     rows: pa.Table
     started_unix_s: float
     content_digests: list[bytes | None] = field(init=False)
     rejects: list[Reject] = field(default_factory=list)
+    bytes_read: int = 0
+    converted: set[int] = field(default_factory=set)
     flags: Counter[str] = field(default_factory=Counter)
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     first_row_unix_s: float = 0.0
@@ -103,6 +106,7 @@ class SliceImages:
             first_row_unix_s=self.first_row_unix_s,
             finished_unix_s=time.time(),
             precision_effect=dict(precision_effect),
+            bytes_read=self.bytes_read,
         )
         write_record(folder.store, record)
         return record
@@ -113,6 +117,7 @@ class _Prepared:
     """What a decode thread says of one image."""
 
     content_digest: bytes
+    size_bytes: int
     flags: frozenset[DecodeFlag]
     seconds: float
 
@@ -181,7 +186,7 @@ class ImagePreparer(Generic[KeyT]):
         started_s = time.perf_counter()
         decoded = decode_image(data, self._rule)
         self._fill(decoded.pixels_CHW, content_id, places)
-        return _Prepared(digest_bytes(data), decoded.flags, time.perf_counter() - started_s)
+        return _Prepared(digest_bytes(data), len(data), decoded.flags, time.perf_counter() - started_s)
 
     def _settle(self, batch: ImageBatch[KeyT], known: SliceImages) -> None:
         """Wait for the batch's images, and note which rows have one."""
@@ -193,7 +198,10 @@ class ImagePreparer(Generic[KeyT]):
                 known.rejects.append(_reject(known.rows, row, rejected))
                 continue
             known.content_digests[row] = prepared.content_digest
+            known.bytes_read += prepared.size_bytes
             known.flags.update(prepared.flags)
+            if prepared.flags:
+                known.converted.add(row)
             known.seconds["decode"] += prepared.seconds
         known.seconds["wait"] += time.perf_counter() - started_s
 

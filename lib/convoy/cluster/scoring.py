@@ -7,24 +7,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from convoy.cluster.kept_weights import read_kept_weights
 from convoy.cluster.prepared_batches import ImageBatch, ImagePreparer, SliceImages
+from convoy.cluster.scored_parts import SliceLogits, write_parts
 from convoy.cluster.scoring_spec import MemberSpec, ScoringSpec
 from convoy.cluster.slices import SliceTask
 from convoy.core.crop_policies import MemberOutputs
 from convoy.core.errors import DataError
-from convoy.storage.commits import PartFile, SliceRecord, part_key
-from convoy.storage.member_predictions import member_output, write_member_predictions
+from convoy.storage.commits import SliceRecord
 from convoy.storage.object_store import ObjectStore
-from convoy.storage.predictions import PREDICTIONS, predictions_table, write_predictions
 from convoy.storage.runs import RunFolder
 from convoy.storage.stores import open_store
 from convoy.vision.backbones import build_network, depth_axis
@@ -38,14 +36,6 @@ from convoy.vision.weights import load_weights, read_state_dict, state_below
 
 # Of a GPU's free memory, what the weights of members may take; the rest is for activations.
 _SHARE_FOR_WEIGHTS = 0.5
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _SliceLogits:
-    """Joint float32 logits_NK of a slice's rows, and logits_MNVK of members where they are kept."""
-
-    joint_NK: NDArray[np.float32]
-    members_MNVK: NDArray[np.float32] | None
 
 
 class Scorer:
@@ -65,7 +55,8 @@ class Scorer:
         if options.max_resident_bytes is None and torch.cuda.is_available():
             free_bytes, _ = torch.cuda.mem_get_info()
             options = options.model_copy(update={"max_resident_bytes": int(_SHARE_FOR_WEIGHTS * free_bytes)})
-        members = [Member(_open_network(self._store, member), member.options) for member in spec.members]
+        tap = None if spec.table is None else spec.table.features_tap
+        members = [Member(_open_network(self._store, member, tap), member.options) for member in spec.members]
         if spec.is_dense:
             for member in members:
                 check_input_size(member.network, member.options.preset)
@@ -77,14 +68,12 @@ class Scorer:
         """Predict one slice, write its parts, its rejects, and the record that makes them count."""
         images = SliceImages(self._folder.read_slice(task.slice), time.time())
         logits = self._exact(images) if self._gated is None else self._behind_gate(images, self._gated)
-        if not np.isfinite(logits.joint_NK[images.usable_N]).all():
-            raise DataError(
-                "the committee gives outputs that are no finite numbers",
-                where=f"slice {task.slice}",
-                next_step="evaluate its members one by one to see which of them, and check its weights",
-            )
+        self._refuse_non_finite(task, logits, images.usable_N)
         return images.commit(
-            self._folder, task.slice, partial(self._write_parts, task, images, logits), precision_effect={}
+            self._folder,
+            task.slice,
+            partial(write_parts, self._store, self._spec, task, images, logits),
+            precision_effect={},
         )
 
     def _fill(self, pixels_CHW: Tensor, _content_id: bytes, places: Mapping[CropGeometry, Tensor]) -> None:
@@ -94,7 +83,7 @@ class Scorer:
     def _batches(self, images: SliceImages) -> Iterator[ImageBatch[CropGeometry]]:
         return self._preparer.batches(images, self._committee.new_batch, self._spec.committee.batch_size)
 
-    def _exact(self, images: SliceImages) -> _SliceLogits:
+    def _exact(self, images: SliceImages) -> SliceLogits:
         """Every member on every view. Members that take turns see the slice once a turn, decoded anew."""
         first, *others = self._committee.turns()
         turns = [self._run_turn(first, images)]
@@ -111,8 +100,8 @@ class Scorer:
         }[self._spec.keep]
         if kept is not None:
             kept = kept.unsqueeze(1) if kept.ndim == 3 else kept
-            return _SliceLogits(output.logits_BK.numpy(), kept.transpose(1, 2).numpy())
-        return _SliceLogits(output.logits_BK.numpy(), None)
+            return SliceLogits(output.logits_BK.numpy(), kept.transpose(1, 2).numpy())
+        return SliceLogits(output.logits_BK.numpy(), features_ND=self._stored(output.features_BD))
 
     def _run_turn(self, turn: tuple[int, ...], images: SliceImages) -> TurnOutput:
         """The outputs of some members for all rows of a slice, on the host."""
@@ -125,7 +114,7 @@ class Scorer:
             images.through_network(started_s)
         return _joined_rows(parts)
 
-    def _behind_gate(self, images: SliceImages, gated: GatedCommittee) -> _SliceLogits:
+    def _behind_gate(self, images: SliceImages, gated: GatedCommittee) -> SliceLogits:
         joint_NK = np.zeros((images.rows.num_rows, len(self._spec.classes)), np.float32)
 
         def take(finished: Sequence[GatedRows]) -> None:
@@ -139,56 +128,50 @@ class Scorer:
             take(gated.run(batch.images, usable))
             images.through_network(started_s)
         take(gated.flush())
-        return _SliceLogits(joint_NK, None)
+        return SliceLogits(joint_NK)
 
-    def _write_parts(
-        self, task: SliceTask, images: SliceImages, logits: _SliceLogits, attempt: str
-    ) -> dict[str, PartFile]:
-        spec, usable_N = self._spec, images.usable_N
-        samples = images.rows.filter(pa.array(usable_N))
-        labels = pa.array(spec.class_of_label, pa.int32()).take(samples["label"].combine_chunks())
-        joint_NK = logits.joint_NK[usable_N]
-        scores_NK = torch.softmax(torch.from_numpy(joint_NK), dim=1).numpy()
-        parts = {
-            PREDICTIONS: write_predictions(
-                self._store,
-                part_key(spec.outputs[PREDICTIONS], task.slice, attempt),
-                predictions_table(
-                    samples,
-                    labels=labels,
-                    logits_BK=joint_NK,
-                    scores_BK=scores_NK if spec.gives_probabilities else joint_NK,
-                    classes=spec.classes,
-                ),
-                model_digest=spec.model_digest,
-                run_id=spec.run_id,
-                metadata=spec.metadata,
+    def _stored(self, features_BD: Tensor | None) -> NDArray[np.floating] | None:
+        table = self._spec.table
+        if features_BD is None or table is None:
+            return None
+        # A value above the range of float16 becomes infinite, and is refused with the others.
+        with np.errstate(over="ignore"):
+            stored_BD: NDArray[np.floating] = features_BD.numpy().astype(table.features_dtype)
+        return stored_BD
+
+    def _refuse_non_finite(self, task: SliceTask, logits: SliceLogits, usable_N: NDArray[np.bool_]) -> None:
+        if not np.isfinite(logits.joint_NK[usable_N]).all():
+            raise DataError(
+                "the committee gives outputs that are no finite numbers",
+                where=f"slice {task.slice}",
+                next_step="evaluate its members one by one to see which of them, and check its weights",
             )
-        }
-        for member, logits_NVK in enumerate(() if logits.members_MNVK is None else logits.members_MNVK):
-            output = member_output(member)
-            parts[output] = write_member_predictions(
-                self._store,
-                part_key(spec.outputs[output], task.slice, attempt),
-                samples,
-                labels=labels,
-                logits_NVK=logits_NVK[usable_N],
-                metadata={**spec.metadata, "convoy.member_digest": spec.members[member].digest},
+        if logits.features_ND is not None and not np.isfinite(logits.features_ND[usable_N]).all():
+            raise DataError(
+                f"the network gives features that {logits.features_ND.dtype} cannot hold",
+                where=f"slice {task.slice}",
+                next_step="store them with --set extraction.dtype=float32; if that fails too, check the weights",
             )
-        return parts
 
 
-def _open_network(store: ObjectStore, spec: MemberSpec) -> LogitsNetwork:
+def _open_network(store: ObjectStore, spec: MemberSpec, features_tap: str | None) -> LogitsNetwork:
     """A member's network with its readout, from the workspace."""
     network = build_network(spec.backbone)
     axis = depth_axis(spec.backbone, network)
-    load_weights(network, read_state_dict(store.get(spec.weights_key).data))
+    load_weights(network, read_kept_weights(store, spec.weights_key))
     head = None
     if spec.head is not None and spec.head_key is not None:
         state = read_state_dict(store.get(spec.head_key).data)
         head = head_from_state(spec.head, state_below(state, HEAD_PREFIX))
     groups = None if spec.output_groups is None else OutputGroups(spec.output_groups)
-    return LogitsNetwork(network, axis, tap=spec.tap, readout=head or groups, class_order=spec.class_order)
+    return LogitsNetwork(
+        network,
+        axis,
+        tap=spec.tap,
+        readout=head or groups,
+        class_order=spec.class_order,
+        features_tap=features_tap,
+    )
 
 
 def _on_host(output: TurnOutput, num_rows: int) -> TurnOutput:
@@ -201,6 +184,7 @@ def _on_host(output: TurnOutput, num_rows: int) -> TurnOutput:
         sums_BK=output.sums_BK[:num_rows].cpu(),
         member_logits_MBK=rows(output.member_logits_MBK),
         view_logits_MVBK=rows(output.view_logits_MVBK),
+        features_BD=rows(output.features_BD),
     )
 
 
@@ -215,4 +199,5 @@ def _joined_rows(parts: list[TurnOutput]) -> TurnOutput:
         sums_BK=torch.cat([part.sums_BK for part in parts]),
         member_logits_MBK=joined([part.member_logits_MBK for part in parts]),
         view_logits_MVBK=joined([part.view_logits_MVBK for part in parts]),
+        features_BD=joined([part.features_BD for part in parts]),
     )

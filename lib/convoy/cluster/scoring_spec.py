@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from convoy.core.config import StrictModel
 from convoy.core.crop_policies import MemberOutputs
+from convoy.core.result_columns import ClassOutputs, PartitionBy
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.committee_options import CommitteeOptions, GateOptions, MemberOptions
 from convoy.vision.decode_rule import DecodeRule
@@ -28,24 +29,39 @@ class MemberSpec(StrictModel):
     options: MemberOptions
 
 
+class ScoreTable(StrictModel):
+    """How the parts of `convoy score` look. `label_names` are the classes of the dataset.
+
+    `features_tap` and `features_dtype` (float16 or float32) are those of the column of features, null for none.
+    """
+
+    outputs: ClassOutputs
+    partition_by: PartitionBy
+    label_names: tuple[str, ...]
+    features_tap: str | None
+    features_dtype: str
+
+
 class ScoringSpec(StrictModel):
     """Everything that a worker needs, as JSON; the rest it reads from the workspace.
 
-    `class_of_label` gives for each class of the dataset its index among `classes`. `outputs` maps the id of each
-    output to the prefix of its parts; `metadata` goes into all of their files.
+    `class_of_label` gives for each class of the dataset its index among `classes`, null where it is none of them.
+    `outputs` maps the id of each output to the prefix of its parts; `metadata` goes into all of their files. Without
+    a `table` the parts are those of evaluations.
     """
 
     workspace: str
     run_id: str
     members: tuple[MemberSpec, ...]
     classes: tuple[str, ...]
-    class_of_label: tuple[int, ...]
+    class_of_label: tuple[int | None, ...]
     gives_probabilities: bool
     model_digest: str
     committee: CommitteeOptions
     gate: GateOptions | None
     is_dense: bool
     keep: MemberOutputs
+    table: ScoreTable | None
     decode_rule: DecodeRule
     outputs: dict[str, str]
     metadata: dict[str, str]

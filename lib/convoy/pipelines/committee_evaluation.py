@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,12 @@ from convoy.core.config import StrictModel
 from convoy.core.crop_policies import Averaging, CropPolicy, EvaluationMode, MemberOutputs, crop_views
 from convoy.core.metrics import EvaluationCounts
 from convoy.core.progress import Progress
+from convoy.core.records import Split
 from convoy.core.statistics import Interval, wilson_interval
-from convoy.pipelines.committee_predictions import CommitteeJob, CommitteePredictions, PredictionRequest
+from convoy.pipelines.committee_predictions import CommitteeJob, CommitteePredictions
 from convoy.pipelines.committees import CommitteeRecord
 from convoy.pipelines.evaluation import Evaluation, measure_predictions, require_labels
+from convoy.pipelines.prediction_request import PredictionRequest
 from convoy.storage.commits import RunManifest
 from convoy.storage.manifests import Manifest
 from convoy.storage.member_predictions import read_member_logits
@@ -87,18 +89,19 @@ def evaluate_committee(
     new_run: bool = False,
 ) -> CommitteeEvaluation:
     """Predictions where they are missing, and the metrics of the labelled ones; cheaper modes beside the exact one."""
-    require_labels(manifest, request.splits)
+    splits = request.split_names(manifest)
+    require_labels(manifest, splits)
     job = CommitteeJob(store, manifest, request)
     predictions = job.ensure(progress=progress, config=config, new_run=new_run)
     progress.stage("measuring")
-    evaluation = _measured(store, request, predictions.manifest)
+    evaluation = _measured(store, request, splits, predictions.manifest)
     effect = None
     if request.mode is not EvaluationMode.EXACT:
         exact_request = request.in_mode(EvaluationMode.EXACT)
         exact = CommitteeJob(store, manifest, exact_request).ensure(
             progress=progress, config=config, new_run=new_run
         )
-        exact_top1 = _measured(store, exact_request, exact.manifest).top1
+        exact_top1 = _measured(store, exact_request, splits, exact.manifest).top1
         effect = ModeEffect(
             agreement=_agreement(store, predictions.manifest, exact.manifest),
             top1_change=evaluation.top1 - exact_top1,
@@ -117,14 +120,16 @@ def evaluate_committee(
     )
 
 
-def _measured(store: ObjectStore, request: PredictionRequest, manifest: RunManifest) -> Evaluation:
+def _measured(
+    store: ObjectStore, request: PredictionRequest, splits: Collection[Split], manifest: RunManifest
+) -> Evaluation:
     committee = request.committee
     return measure_predictions(
         store,
         manifest,
         classes=committee.classes,
         gives_probabilities=committee.gives_probabilities,
-        splits=request.splits,
+        splits=splits,
         model_digest=committee.digest,
     )
 

@@ -17,12 +17,14 @@ from numpy.typing import NDArray
 from convoy.core.errors import ConfigError, DataError
 from convoy.core.progress import Progress
 from convoy.core.records import Split
-from convoy.pipelines.committee_predictions import CommitteeJob, CommitteePredictions, PredictionRequest
+from convoy.pipelines.committee_predictions import CommitteeJob, CommitteePredictions
 from convoy.pipelines.committees import open_committee
+from convoy.pipelines.prediction_request import PredictionRequest
 from convoy.pipelines.predictions import class_indices
 from convoy.pipelines.train_config import TrainConfig
 from convoy.pipelines.training_rows import read_split
 from convoy.storage.bundles import peek_bundle, resolve_bundle
+from convoy.storage.leases import WhenHeld
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.parts import read_rejects
@@ -90,7 +92,10 @@ def taught_rows(
         rows=read_split(manifest, Split.TRAIN, config.rows.without_fold),
     )
     job = CommitteeJob(store, manifest, request)
-    predictions = job.ensure(progress=progress, config=config.model_dump(mode="json"))
+    # A training beside this one may be asking the same.
+    predictions = job.ensure(
+        progress=progress, config=config.model_dump(mode="json"), when_held=WhenHeld.WAIT
+    )
     ids, logits_NK = _read_logits(store, predictions, class_indices(manifest.classes, committee.classes))
     places = pc.index_in(rows["sample_id"].cast(pa.large_string()).combine_chunks(), value_set=ids)
     taught = rows.filter(places.is_valid())

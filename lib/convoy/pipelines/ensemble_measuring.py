@@ -15,11 +15,11 @@ from convoy.core.progress import Progress
 from convoy.core.records import Split
 from convoy.core.statistics import Interval, McNemarResult, bootstrap_difference, mcnemar_test
 from convoy.pipelines.committee_evaluation import CommitteeEvaluation, evaluate_committee
-from convoy.pipelines.committee_predictions import PredictionRequest
 from convoy.pipelines.committees import CommitteeRecord
 from convoy.pipelines.ensemble_candidates import paired_rows, read_predictions
 from convoy.pipelines.ensemble_choice import CandidatePredictions, EnsembleChooser, EnsembleSettings
 from convoy.pipelines.feature_plan import ExtractionConfig
+from convoy.pipelines.prediction_request import PredictionRequest
 from convoy.storage.manifests import Manifest
 from convoy.storage.member_predictions import MemberLogits
 from convoy.storage.object_store import ObjectStore

@@ -19,12 +19,13 @@ from convoy.core.fingerprints import canonical_json, digest
 from convoy.core.progress import Progress
 from convoy.core.records import Split
 from convoy.pipelines.classifiers import Strategy
-from convoy.pipelines.committee_predictions import CommitteeJob, PredictionRequest
+from convoy.pipelines.committee_predictions import CommitteeJob
 from convoy.pipelines.committees import open_committee
 from convoy.pipelines.distillation import with_pinned_teacher
 from convoy.pipelines.feature_plan import ExtractionConfig
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.network_training import NOT_IDENTITY, CurveDrawer
+from convoy.pipelines.prediction_request import PredictionRequest
 from convoy.pipelines.train import random_weights, run_train
 from convoy.pipelines.train_config import NETWORKS, TrainConfig
 from convoy.pipelines.training_rows import Fold, RowLimit, fold_rows, read_split
@@ -32,6 +33,7 @@ from convoy.pipelines.workspace import open_workspace
 from convoy.storage.bundles import check_bundle_name, peek_bundle, resolve_bundle
 from convoy.storage.datasets import open_dataset
 from convoy.storage.documents import read_json
+from convoy.storage.leases import WhenHeld
 from convoy.storage.manifests import Manifest
 from convoy.storage.member_predictions import MemberLogits, read_member_logits
 from convoy.storage.object_store import ObjectStore
@@ -139,7 +141,9 @@ def out_of_fold(
             rows=fold_rows(manifest, limit.model_copy(update={"fold": model.fold})),
         )
         predictions = CommitteeJob(store, manifest, request).ensure(
-            progress=progress, config={"bundle": model.bundle, "fold": model.fold.model_dump()}
+            progress=progress,
+            config={"bundle": model.bundle, "fold": model.fold.model_dump()},
+            when_held=WhenHeld.WAIT,
         )
         runs.append(predictions.run_id)
         if predictions.manifest.num_results:

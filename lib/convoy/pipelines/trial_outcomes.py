@@ -12,15 +12,17 @@ from convoy.core.progress import Silent
 from convoy.core.records import Split
 from convoy.core.statistics import wilson_interval
 from convoy.core.trial_events import TrialState
-from convoy.pipelines.committee_predictions import CommitteeJob, PredictionRequest
+from convoy.pipelines.committee_predictions import CommitteeJob
 from convoy.pipelines.committees import CommitteeMember, open_committee
 from convoy.pipelines.feature_summary import timings
 from convoy.pipelines.folds import FoldModel, OutOfFold, out_of_fold
+from convoy.pipelines.prediction_request import PredictionRequest
 from convoy.pipelines.train import TrainReport
 from convoy.pipelines.train_config import TrainConfig
 from convoy.pipelines.trial_journal import TrialCost
 from convoy.storage.bundles import MODEL_FILE
 from convoy.storage.commits import read_manifest
+from convoy.storage.leases import WhenHeld
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import RunFolder
@@ -100,7 +102,11 @@ def _predict_validation_rows(setting: TrialSetting, bundle: str, plan: CropPlan)
         keep=MemberOutputs.VIEWS,
     )
     job = CommitteeJob(setting.store, setting.manifest, request)
-    return job.ensure(progress=Silent(), config=training.model_dump(mode="json")).run_id
+    # Two trials can have come to the same model.
+    predictions = job.ensure(
+        progress=Silent(), config=training.model_dump(mode="json"), when_held=WhenHeld.WAIT
+    )
+    return predictions.run_id
 
 
 def _worth(rows: OutOfFold, plan: CropPlan) -> dict[str, Any]:

@@ -47,25 +47,36 @@ def predictions_table(
     classes: Sequence[str],
 ) -> pa.Table:
     """The prediction columns, but for model and run, of samples in the same order as the logits."""
+    ranking = ranking_table(samples, labels=labels, logits_BK=logits_BK, scores_BK=scores_BK, classes=classes)
+    return ranking.append_column(PREDICTIONS_SCHEMA.field("logits"), float_lists(logits_BK))
+
+
+def ranking_table(
+    samples: pa.Table,
+    *,
+    labels: pa.Array,
+    logits_BK: np.ndarray,
+    scores_BK: np.ndarray,
+    classes: Sequence[str],
+) -> pa.Table:
+    """The same without the logits: what is predicted of each sample, and the best TOP_K classes."""
     num_top = min(TOP_K, len(classes))
     # A stable sort of the negated scores ranks equal scores by class index, as the metrics do.
     top_BK = np.argsort(-logits_BK, axis=1, kind="stable")[:, :num_top].astype(np.int32)
     top_scores_BK = np.take_along_axis(scores_BK, top_BK, axis=1).astype(np.float32)
     names = pa.array(list(classes), pa.string())
-    return pa.table(
-        {
-            "sample_id": samples["sample_id"],
-            "uri": samples["uri"],
-            "etag": samples["etag"],
-            "label": labels,
-            "pred": pa.array(top_BK[:, 0]),
-            "pred_name": names.take(pa.array(top_BK[:, 0])),
-            "score": pa.array(top_scores_BK[:, 0]),
-            "topk_ids": _lists(top_BK, pa.int32()),
-            "topk_scores": _lists(top_scores_BK, pa.float32()),
-            "logits": _lists(logits_BK.astype(np.float32), pa.float32()),
-        }
-    )
+    columns = {
+        "sample_id": samples["sample_id"],
+        "uri": samples["uri"],
+        "etag": samples["etag"],
+        "label": labels,
+        "pred": pa.array(top_BK[:, 0]),
+        "pred_name": names.take(pa.array(top_BK[:, 0])),
+        "score": pa.array(top_scores_BK[:, 0]),
+        "topk_ids": _lists(top_BK, pa.int32()),
+        "topk_scores": float_lists(top_scores_BK),
+    }
+    return pa.table(columns, schema=pa.schema([PREDICTIONS_SCHEMA.field(name) for name in columns]))
 
 
 def write_predictions(
@@ -101,6 +112,11 @@ def list_array(column: pa.ChunkedArray) -> np.ndarray:
     values = column.combine_chunks()
     flat: np.ndarray = values.flatten().to_numpy()
     return flat.reshape(len(values), -1) if len(values) else np.empty((0, 0), flat.dtype)
+
+
+def float_lists(values_BK: np.ndarray) -> pa.ListArray:
+    """The rows of an array as lists of float32."""
+    return _lists(values_BK.astype(np.float32), pa.float32())
 
 
 def _lists(values_BK: np.ndarray, value_type: pa.DataType) -> pa.ListArray:

@@ -17,13 +17,17 @@ from convoy.core.errors import ConfigError
 from convoy.vision.committee_options import CommitteeOptions, MemberOptions
 from convoy.vision.forward import NormalisedNetwork, autocast, best_device, compile_network, new_images, place
 from convoy.vision.presets import CropGeometry, EvalPreset, geometry_of
+from convoy.vision.readout import LogitsAndFeatures
 
 _WEIGHT_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Member:
-    """A network that turns normalised images_BCHW into logits_BK of the committee's classes, and its options."""
+    """A network that turns normalised images_BCHW into logits_BK of the committee's classes, and its options.
+
+    One that gives LogitsAndFeatures has its features kept too, if it is the only member.
+    """
 
     network: nn.Module
     options: MemberOptions
@@ -39,6 +43,7 @@ class TurnOutput:
     sums_BK: Tensor
     member_logits_MBK: Tensor | None = None
     view_logits_MVBK: Tensor | None = None
+    features_BD: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -46,12 +51,14 @@ class CommitteeOutput:
     """Float32 outputs on the committee's device.
 
     `logits_BK`: the joint ones; log-probabilities where probabilities are averaged. `member_logits_MBK`: the same
-    for each member alone at its own temperature. `view_logits_MVBK`: as the networks gave them.
+    for each member alone at its own temperature. `view_logits_MVBK`: as the networks gave them. `features_BD`: the
+    mean over the views of what a single member gives beside its logits.
     """
 
     logits_BK: Tensor
     member_logits_MBK: Tensor | None = None
     view_logits_MVBK: Tensor | None = None
+    features_BD: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -136,9 +143,10 @@ class Committee:
         every_view = range(len(self.views))
         sums_BK: Tensor | None = None
         member_logits, view_logits = [], []
+        features: list[Tensor] = []
         for index in turn:
             kept: list[Tensor] | None = [] if keep is MemberOutputs.VIEWS else None
-            means_BK = self.sum_views(index, images, every_view, kept) / len(self.views)
+            means_BK = self.sum_views(index, images, every_view, kept, features) / len(self.views)
             share_BK = means_BK * self._seats[index].options.weight
             sums_BK = share_BK if sums_BK is None else sums_BK.add_(share_BK)
             if keep is not MemberOutputs.NONE:
@@ -150,6 +158,7 @@ class Committee:
             sums_BK=sums_BK,
             member_logits_MBK=torch.stack(member_logits) if member_logits else None,
             view_logits_MVBK=torch.stack(view_logits) if view_logits else None,
+            features_BD=torch.stack(features).mean(dim=0) if features else None,
         )
 
     def join(self, outputs: Sequence[TurnOutput]) -> CommitteeOutput:
@@ -159,6 +168,7 @@ class Committee:
             logits_BK=as_logits(sums_BK, self.options.averaging, self.options.temperature),
             member_logits_MBK=_concatenate([output.member_logits_MBK for output in outputs]),
             view_logits_MVBK=_concatenate([output.view_logits_MVBK for output in outputs]),
+            features_BD=outputs[0].features_BD if len(self._seats) == 1 else None,
         )
 
     def upload(
@@ -176,17 +186,24 @@ class Committee:
         images: Mapping[CropGeometry, Tensor],
         views: Sequence[int],
         kept: list[Tensor] | None = None,
+        kept_features: list[Tensor] | None = None,
     ) -> Tensor:
         """The sum over some views of a member's softmax or logits at its temperature: float64 sums_BK.
 
-        `images` are those of `upload`. The float32 logits_BK of each view are added to `kept`.
+        `images` are those of `upload`. The float32 logits_BK of each view are added to `kept`, the features that
+        the network gives beside them, if it does, to `kept_features`.
         """
         seat = self._seats[member]
         sums_BK: Tensor | None = None
         # One context for all views: the weights are cast once.
         with autocast(self.device, seat.options.precision):
             for view in views:
-                logits_BK = seat.forward(_view_images(images[seat.geometry], self.views[view])).float()
+                output = seat.forward(_view_images(images[seat.geometry], self.views[view]))
+                if isinstance(output, LogitsAndFeatures):
+                    output, features_BD = output
+                    if kept_features is not None:
+                        kept_features.append(features_BD)
+                logits_BK = output.float()
                 if kept is not None:
                     kept.append(logits_BK)
                 values_BK = logits_BK.double() / seat.options.temperature

@@ -1,0 +1,165 @@
+"""What a scoring will take, by a measured sample, and what it took, by its records: the same figures side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from pydantic import Field, NonNegativeFloat
+
+from convoy.core.config import StrictModel
+from convoy.storage.commits import RunManifest, SliceRecord
+
+_BYTES_A_GB = 10**9
+# What a slice costs beside its images: the footer and the row group of its input.
+_GETS_A_SLICE = 2
+# Slices whose workers have just started say little of the steady state.
+_MIN_STEADY_SLICES = 2
+
+
+class Prices(StrictModel):
+    """Prices in any currency: of an hour of the whole cluster, of traffic, and of requests."""
+
+    per_hour: NonNegativeFloat = 0.0
+    per_gb_read: NonNegativeFloat = 0.0
+    per_gb_written: NonNegativeFloat = 0.0
+    per_1000_gets: NonNegativeFloat = 0.0
+    per_1000_puts: NonNegativeFloat = 0.0
+
+
+class Cost(StrictModel):
+    """Money by position, in the currency of the prices."""
+
+    compute: float
+    read: float
+    written: float
+    requests: float
+    total: float
+
+
+class Work(StrictModel):
+    """How much there is to do, and how fast it is done.
+
+    `hours` is the time in which a worker was busy with a slice, without start-up and pauses. Requests are those of
+    workers to object storage; images in tars and parquet files need fewer than one each.
+    """
+
+    images: int
+    images_per_s: float
+    hours: float
+    bytes_read: int
+    bytes_written: int
+    get_requests: int
+    put_requests: int
+    cost: Cost
+
+
+class Forecast(Work):
+    """From a sample: `images_per_s_range` are its slowest and fastest slice, at the same number of workers.
+
+    `startup_s` is from the call to the first batch through the network.
+    """
+
+    images_per_s_range: tuple[float, float]
+    startup_s: float
+    sampled_images: int
+    notes: list[str] = Field(default_factory=list)
+
+
+class Actual(Work):
+    """What a finished run took, over all its attempts that count."""
+
+
+def actual_of(manifest: RunManifest, prices: Prices) -> Actual:
+    """What the published slices of a run took."""
+    slices = manifest.slices
+    images = manifest.num_results + manifest.num_rejects
+    hours = busy_s(slices) / 3600
+    files = [file for one in slices for file in one.files]
+    amounts = {
+        "bytes_read": sum(one.bytes_read for one in slices),
+        "bytes_written": sum(file.size_bytes for file in files),
+        "get_requests": images + _GETS_A_SLICE * len(slices),
+        "put_requests": len(files) + len(slices),
+    }
+    return Actual(
+        images=images,
+        images_per_s=_rate(images, hours),
+        hours=hours,
+        cost=_cost(prices, hours, **amounts),
+        **amounts,
+    )
+
+
+def extrapolate(
+    sample: Sequence[SliceRecord],
+    *,
+    num_images: int,
+    num_slices: int,
+    startup_s: float,
+    prices: Prices,
+    notes: Iterable[str],
+) -> Forecast:
+    """The forecast for so many images in so many slices. The first slice of each worker is left out of the rate."""
+    steady = steady_slices(sample)
+    concurrency = sum(_duration_s(one) for one in steady) / max(busy_s(steady), 1e-9)
+    rates = [concurrency * _num_rows(one) / max(_duration_s(one), 1e-9) for one in steady]
+    sampled = sum(_num_rows(one) for one in sample)
+    hours = num_images / max(_rate(sum(map(_num_rows, steady)), busy_s(steady) / 3600), 1e-9) / 3600
+    files = [file for one in sample for file in one.parts.values()]
+    share = num_images / max(sampled, 1)
+    amounts = {
+        "bytes_read": round(share * sum(one.bytes_read for one in sample)),
+        "bytes_written": round(share * sum(file.size_bytes for file in files)),
+        "get_requests": num_images + _GETS_A_SLICE * num_slices,
+        "put_requests": 2 * num_slices,
+    }
+    return Forecast(
+        images=num_images,
+        images_per_s=_rate(num_images, hours),
+        images_per_s_range=(min(rates), max(rates)),
+        hours=hours,
+        cost=_cost(prices, hours, **amounts),
+        startup_s=startup_s,
+        sampled_images=sampled,
+        notes=list(notes),
+        **amounts,
+    )
+
+
+def steady_slices(sample: Sequence[SliceRecord]) -> Sequence[SliceRecord]:
+    """The slices that began when another had ended, if there are enough of them, else all."""
+    first_end_s = min((one.finished_unix_s for one in sample), default=0.0)
+    later = [one for one in sample if one.started_unix_s >= first_end_s]
+    return later if len(later) >= _MIN_STEADY_SLICES else sample
+
+
+def busy_s(slices: Iterable[SliceRecord]) -> float:
+    """Seconds in which at least one of the slices was in work."""
+    total_s = end_s = 0.0
+    for started_s, finished_s in sorted((one.started_unix_s, one.finished_unix_s) for one in slices):
+        total_s += max(finished_s - max(started_s, end_s), 0.0)
+        end_s = max(end_s, finished_s)
+    return total_s
+
+
+def _cost(
+    prices: Prices, hours: float, *, bytes_read: int, bytes_written: int, get_requests: int, put_requests: int
+) -> Cost:
+    compute = hours * prices.per_hour
+    read = bytes_read / _BYTES_A_GB * prices.per_gb_read
+    written = bytes_written / _BYTES_A_GB * prices.per_gb_written
+    requests = get_requests / 1000 * prices.per_1000_gets + put_requests / 1000 * prices.per_1000_puts
+    total = compute + read + written + requests
+    return Cost(compute=compute, read=read, written=written, requests=requests, total=total)
+
+
+def _rate(num_images: int, hours: float) -> float:
+    return num_images / max(hours * 3600, 1e-9)
+
+
+def _duration_s(one: SliceRecord) -> float:
+    return one.finished_unix_s - one.started_unix_s
+
+
+def _num_rows(one: SliceRecord) -> int:
+    return one.num_results + one.num_rejects

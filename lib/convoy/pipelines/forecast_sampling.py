@@ -1,0 +1,90 @@
+"""`convoy score --dry-run`: score a sample for real, by the same operator through Ray, and throw the scores away."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+
+from convoy.core.progress import Progress
+from convoy.pipelines.committee_predictions import CommitteeJob
+from convoy.pipelines.feature_plan import CompileChoice, ExtractionConfig
+from convoy.pipelines.forecast import Forecast, Prices, extrapolate
+from convoy.pipelines.prediction_request import PredictionRequest
+from convoy.pipelines.scoring_plan import scoring_settings
+from convoy.storage.manifests import Manifest
+from convoy.storage.object_store import ObjectStore
+from convoy.storage.run_input import slice_rows_for
+
+_SAMPLED_ROWS = 512
+_SAMPLED_SLICES = 4
+
+
+def forecast_scoring(
+    store: ObjectStore,
+    manifest: Manifest,
+    request: PredictionRequest,
+    *,
+    prices: Prices,
+    progress: Progress,
+) -> Forecast:
+    """What this scoring would take on the cluster as it is, from rows that are spread evenly over it.
+
+    The sample is computed as the whole would be: with a compiled network if that pays for the whole. Its run is
+    deleted afterwards; one that is killed is gone on with by the next dry run.
+    """
+    started_unix_s = time.time()
+    num_images = request.num_rows(manifest)
+    rows = _spread_rows(manifest, request, num_images)
+    settings = scoring_settings(manifest, request)
+    job = CommitteeJob(store, manifest, _sample_request(request, rows, compiled=settings["compiled"]))
+    found = job.ensure(progress=progress, config={"forecast_of": request.target(manifest)}, new_run=False)
+    try:
+        slices = found.manifest.slices
+        first_row_s = min(
+            (one.first_row_unix_s for one in slices if one.first_row_unix_s), default=time.time()
+        )
+        slice_rows = request.extraction.slice_rows or slice_rows_for(
+            num_images, request.extraction.batch_size
+        )
+        return extrapolate(
+            slices,
+            num_images=num_images,
+            num_slices=-(-num_images // slice_rows),
+            startup_s=max(first_row_s - started_unix_s, 0.0),
+            prices=prices,
+            notes=[settings["compile_reason"]],
+        )
+    finally:
+        job.discard(found)
+
+
+def _sample_request(request: PredictionRequest, rows: pa.Table, *, compiled: bool) -> PredictionRequest:
+    assert request.scores is not None, "only scorings are forecast"
+    extraction: ExtractionConfig = request.extraction
+    batches = max(rows.num_rows // (_SAMPLED_SLICES * extraction.batch_size), 1)
+    sampled = extraction.model_copy(
+        update={
+            "slice_rows": batches * extraction.batch_size,
+            "compile": CompileChoice.ALWAYS if compiled else CompileChoice.NEVER,
+        }
+    )
+    scores = replace(request.scores, name=f"forecast of {request.scores.name}", forecast=None)
+    return replace(request, rows=rows, extraction=sampled, scores=scores)
+
+
+def _spread_rows(manifest: Manifest, request: PredictionRequest, num_images: int) -> pa.Table:
+    """At most _SAMPLED_ROWS rows, at even distances in the order of the manifest."""
+    wanted = np.unique(
+        np.linspace(0, num_images - 1, min(num_images, _SAMPLED_ROWS)).round().astype(np.int64)
+    )
+    taken, start = [], 0
+    for batch in request.batches(manifest):
+        table = pa.Table.from_batches([batch]) if isinstance(batch, pa.RecordBatch) else batch
+        here = wanted[(wanted >= start) & (wanted < start + table.num_rows)] - start
+        if len(here):
+            taken.append(table.take(pa.array(here)))
+        start += table.num_rows
+    return pa.concat_tables(taken)

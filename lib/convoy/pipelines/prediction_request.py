@@ -1,0 +1,141 @@
+"""What a committee is asked to predict: which samples, in which mode, and what is kept of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+
+from convoy.core.crop_policies import CropPlan, CropPolicy, EvaluationMode, MemberOutputs
+from convoy.core.fingerprints import digest
+from convoy.core.records import Split
+from convoy.core.result_columns import PartitionBy, ScoreColumns
+from convoy.pipelines.committees import CommitteeMember, CommitteeRecord
+from convoy.pipelines.feature_plan import ExtractionConfig, resolve_precision
+from convoy.pipelines.training_rows import rows_digest
+from convoy.storage.manifests import Manifest
+from convoy.vision.committee_options import GateOptions
+from convoy.vision.engine_options import Precision
+from convoy.vision.presets import EvalPreset, dense_preset
+
+EVALUATE, SCORE = "evaluate", "score"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreRequest:
+    """How `convoy score` wants its rows. An unfinished run of the same `name` is gone on with, or refused.
+
+    `forecast` is what a dry run said of this scoring, for the run's record.
+    """
+
+    name: str
+    columns: ScoreColumns
+    partition_by: PartitionBy
+    forecast: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PredictionRequest:
+    """Which samples a committee predicts, and how. `rows` are rows of the manifest instead of whole splits.
+
+    `splits` of None are all. With `scores` the result is the table of `convoy score`, else that of an evaluation.
+    """
+
+    committee: CommitteeRecord
+    dataset: str
+    splits: tuple[Split, ...] | None
+    extraction: ExtractionConfig
+    keep: MemberOutputs = MemberOutputs.NONE
+    mode: EvaluationMode = EvaluationMode.EXACT
+    rows: pa.Table | None = None
+    scores: ScoreRequest | None = None
+
+    @property
+    def verb(self) -> str:
+        """The job that asks."""
+        return EVALUATE if self.scores is None else SCORE
+
+    @property
+    def plan(self) -> CropPlan:
+        """The crops that networks see: in the dense mode the whole square and its mirror image."""
+        is_dense = self.mode is EvaluationMode.DENSE
+        return CropPlan(policy=CropPolicy.FLIP) if is_dense else self.committee.plan
+
+    @property
+    def gate(self) -> GateOptions | None:
+        """What decides in the gated mode."""
+        return self.committee.gate if self.mode is EvaluationMode.GATED else None
+
+    @property
+    def features_tap(self) -> str | None:
+        """The tap whose features are a column of the scores."""
+        if self.scores is None or self.scores.columns.features is None:
+            return None
+        (member,) = self.committee.members
+        return member.classifier.backbone.resolve_tap(self.scores.columns.features)
+
+    def preset(self, member: CommitteeMember) -> EvalPreset:
+        """How a member's images are prepared."""
+        preset = member.classifier.backbone.preset
+        return dense_preset(preset) if self.mode is EvaluationMode.DENSE else preset
+
+    def precision(self, member: CommitteeMember) -> Precision:
+        """What a member computes in."""
+        extraction = member.classifier.extraction_like(self.extraction)
+        return Precision(resolve_precision(extraction).value)
+
+    def in_mode(self, mode: EvaluationMode) -> PredictionRequest:
+        """The same request in another mode."""
+        return replace(self, mode=mode)
+
+    def keeping(self, keep: MemberOutputs) -> PredictionRequest:
+        """The same request, but for what is kept of members."""
+        return replace(self, keep=keep)
+
+    def with_forecast(self, forecast: dict[str, Any] | None) -> PredictionRequest:
+        """The same scoring, with what a dry run said of it."""
+        return self if self.scores is None else replace(self, scores=replace(self.scores, forecast=forecast))
+
+    def batches(self, manifest: Manifest) -> Iterable[pa.Table | pa.RecordBatch]:
+        """The rows to predict, in the order of the manifest."""
+        return [self.rows] if self.rows is not None else manifest.iter_batches(splits=self.splits)
+
+    def split_names(self, manifest: Manifest) -> tuple[Split, ...]:
+        """The splits that are asked for, or all that there are."""
+        return tuple(manifest.counts) if self.splits is None else self.splits
+
+    def num_rows(self, manifest: Manifest) -> int:
+        """How many these are."""
+        if self.rows is not None:
+            return int(self.rows.num_rows)
+        counts = manifest.counts
+        return sum(counts[split].num_samples for split in self.split_names(manifest) if split in counts)
+
+    def identity(self, manifest: Manifest) -> dict[str, Any]:
+        """What determines the predictions, and which of them are kept."""
+        committee = self.committee
+        return {
+            "dataset": self.dataset,
+            "dataset_fingerprint": manifest.fingerprint,
+            "splits": "all" if self.splits is None else sorted(self.splits),
+            "rows": None if self.rows is None else rows_digest(self.rows),
+            "committee": committee.digest,
+            "precision": [self.precision(member).value for member in committee.members],
+            "crops": self.plan.model_dump(mode="json"),
+            "mode": self.mode.value,
+            "gate": None if (gate := self.gate) is None else gate.model_dump(mode="json"),
+            "keep": self.keep.value,
+            **dict(self._score_identity()),
+        }
+
+    def target(self, manifest: Manifest) -> str:
+        """What an unfinished run is found by: the name of a scoring, whatever its settings were."""
+        return digest(self.identity(manifest)) if self.scores is None else self.scores.name
+
+    def _score_identity(self) -> Iterator[tuple[str, Any]]:
+        if self.scores is not None:
+            yield "columns", self.scores.columns.model_dump(mode="json")
+            yield "partition_by", self.scores.partition_by.value
+            yield "features", [self.features_tap, self.extraction.dtype.value] if self.features_tap else None

@@ -1,0 +1,188 @@
+"""`convoy score`: manifest − finished slices → one decode, all members and crops → parts → commit → reconcile."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from convoy.core.config import StrictModel
+from convoy.core.crop_policies import EvaluationMode
+from convoy.core.errors import ConfigError, StorageError
+from convoy.core.fingerprints import canonical_json, digest
+from convoy.core.progress import Progress
+from convoy.core.result_columns import PartitionBy
+from convoy.pipelines.committee_predictions import CommitteeJob, CommitteePredictions
+from convoy.pipelines.dataset import DatasetConfig, freeze
+from convoy.pipelines.feature_summary import slice_totals, timings
+from convoy.pipelines.forecast import Actual, Forecast, actual_of
+from convoy.pipelines.forecast_sampling import forecast_scoring
+from convoy.pipelines.model_choice import chosen_committee
+from convoy.pipelines.prediction_request import PredictionRequest, ScoreRequest
+from convoy.pipelines.score_config import ScoreConfig
+from convoy.pipelines.workspace import open_workspace
+from convoy.storage.commits import SliceRecord
+from convoy.storage.datasets import open_dataset
+from convoy.storage.documents import read_json
+from convoy.storage.manifests import Manifest
+from convoy.storage.object_store import ObjectStore
+from convoy.storage.predictions import PREDICTIONS
+from convoy.storage.runs import RunFolder
+
+_FORECASTS = "predictions/forecasts/"
+
+
+class ScoreReport(StrictModel):
+    """Every input row of a scoring ended once: `results + rejects == inputs`.
+
+    `recomputed` samples were scored by this call, the others by earlier ones. `predictions` is the glob of the
+    parquet parts, `reject_parts` that of the rejected rows. `images_per_s` is the steady rate of this call, from the
+    start of its first slice to the end of its last, or that of the run where nothing was left to do; `first_row_s` is
+    when its first batch was through the network, `seconds` sums over workers. `forecast` is that of an earlier
+    dry run, `actual` what came of it.
+    """
+
+    run: str
+    dataset: str
+    fingerprint: str
+    model_digest: str
+    inputs: int
+    results: int
+    rejects: int
+    recomputed: int
+    reject_codes: dict[str, int]
+    flags: dict[str, int]
+    predictions: str
+    reject_parts: str
+    images_per_s: float
+    first_row_s: float | None
+    job_s: float
+    seconds: dict[str, float]
+    forecast: Forecast | None
+    actual: Actual
+    notes: list[str]
+    within_error_budget: bool
+
+
+def run_score(config: ScoreConfig, *, progress: Progress, new_run: bool = False) -> ScoreReport:
+    """Score every row of the dataset that has no score yet, and prove that none was lost or doubled."""
+    started_unix_s = time.time()
+    store, manifest, request = _open_request(config, progress)
+    job = CommitteeJob(store, manifest, request)
+
+    def report(found: CommitteePredictions) -> ScoreReport:
+        return _report(store, manifest, config, request, found, started_unix_s)
+
+    def describe(found: CommitteePredictions) -> dict[str, Any]:
+        return report(found).model_dump(mode="json")
+
+    settings = config.model_dump(mode="json")
+    return report(job.ensure(progress=progress, config=settings, new_run=new_run, describe=describe))
+
+
+def plan_score(config: ScoreConfig, *, progress: Progress) -> Forecast:
+    """What `run_score` would take, from the scores of a sample, which are thrown away; kept for the run's record."""
+    store, manifest, request = _open_request(config, progress)
+    forecast = forecast_scoring(store, manifest, request, prices=config.prices, progress=progress)
+    store.put(_forecast_key(manifest, request), canonical_json(forecast))
+    return forecast
+
+
+def _open_request(config: ScoreConfig, progress: Progress) -> tuple[ObjectStore, Manifest, PredictionRequest]:
+    store = open_workspace(config.workspace, config.writers)
+    if config.source is not None:
+        source = DatasetConfig(
+            workspace=config.workspace,
+            name=config.dataset_name,
+            source=config.source,
+            reading=config.reading,
+            splits=config.split_options,
+        )
+        freeze(source, progress=progress)
+    manifest = open_dataset(store, config.dataset_name)
+    committee = chosen_committee(store, config, config, config.extraction)
+    _require_features(config, len(committee.members))
+    request = PredictionRequest(
+        committee=committee,
+        dataset=config.dataset_name,
+        splits=config.splits,
+        extraction=config.extraction,
+        mode=config.mode,
+        scores=ScoreRequest(name=config.run_name, columns=config.columns, partition_by=config.partition_by),
+    )
+    forecast = read_json(store, _forecast_key(manifest, request))
+    return store, manifest, request.with_forecast(forecast)
+
+
+def _forecast_key(manifest: Manifest, request: PredictionRequest) -> str:
+    return f"{_FORECASTS}{digest(request.identity(manifest))}.json"
+
+
+def _require_features(config: ScoreConfig, num_members: int) -> None:
+    """Raise ConfigError where a column of features is asked for that nothing gives."""
+    if config.columns.features is None:
+        return
+    if num_members > 1:
+        raise ConfigError(
+            f"{num_members} networks have no features in common",
+            where="columns.features",
+            next_step="score with one of them, or cache each one's features with convoy cache",
+        )
+    if config.mode is EvaluationMode.GATED:
+        raise ConfigError(
+            "behind a gate not every image is seen whole, so features would differ from row to row",
+            where="columns.features",
+            next_step="score in mode exact",
+        )
+
+
+def _report(
+    store: ObjectStore,
+    manifest: Manifest,
+    config: ScoreConfig,
+    request: PredictionRequest,
+    found: CommitteePredictions,
+    started_unix_s: float,
+) -> ScoreReport:
+    folder, published = RunFolder(store, found.run_id), found.manifest
+    record = folder.record()
+    assert record is not None, "a published run has a record"
+    _reconcile(record.num_inputs, published.slices, folder)
+    levels = "" if config.partition_by is PartitionBy.NONE else "*/"
+    measured = timings(found.finished or published.slices, started_unix_s)
+    forecast = record.settings.get("forecast")
+    return ScoreReport(
+        run=found.run_id,
+        dataset=config.dataset_name,
+        fingerprint=manifest.fingerprint,
+        model_digest=request.committee.digest,
+        inputs=record.num_inputs,
+        results=published.num_results,
+        rejects=published.num_rejects,
+        recomputed=sum(one.num_results + one.num_rejects for one in found.finished),
+        reject_codes=slice_totals(published.slices)["reject_codes"],
+        flags=found.flags,
+        predictions=store.uri(folder.key(f"{PREDICTIONS}/{levels}*.parquet")),
+        reject_parts=store.uri(folder.key("rejects/*.parquet")),
+        images_per_s=measured["images_per_s"],
+        first_row_s=measured["first_row_s"] if found.finished else None,
+        job_s=time.time() - started_unix_s,
+        seconds=measured["seconds"],
+        forecast=None if forecast is None else Forecast.model_validate(forecast),
+        actual=actual_of(published, config.prices),
+        notes=[record.settings["compile_reason"]] if found.finished else ["every row was scored already"],
+        within_error_budget=config.error_budget.allows(published.num_rejects, record.num_inputs),
+    )
+
+
+def _reconcile(num_inputs: int, slices: Sequence[SliceRecord], folder: RunFolder) -> None:
+    """Raise StorageError unless every input is accounted for, each slice once; `verify` proves it row by row."""
+    names = Counter(one.slice for one in slices)
+    num_rows = sum(one.num_results + one.num_rejects for one in slices)
+    if num_rows != num_inputs or max(names.values(), default=1) > 1:
+        raise StorageError(
+            f"{num_inputs} inputs, but {num_rows} results and rejects in {len(slices)} slices",
+            where=folder.prefix,
+            next_step=f"look at it with convoy verify {folder.run_id}, and mend it with convoy runs repair",
+        )

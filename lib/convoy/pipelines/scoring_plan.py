@@ -1,0 +1,128 @@
+"""What the workers of a committee's predictions are told, and how the run is computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from convoy.cluster.scoring_spec import MemberSpec, ScoreTable, ScoringSpec
+from convoy.cluster.slices import WorkerPool
+from convoy.core.crop_policies import EvaluationMode, crop_views
+from convoy.core.errors import ConfigError
+from convoy.pipelines.committees import CommitteeMember
+from convoy.pipelines.feature_plan import compile_decision, forward_s
+from convoy.pipelines.prediction_request import PredictionRequest
+from convoy.pipelines.predictions import class_indices
+from convoy.storage.bundles import MODEL_FILE
+from convoy.storage.manifests import Manifest
+from convoy.storage.object_store import ObjectStore
+from convoy.storage.predictions import PREDICTIONS_SCHEMA_VERSION
+from convoy.storage.runs import RunRecord
+from convoy.vision.committee_options import CommitteeOptions, MemberOptions
+
+
+def scoring_settings(manifest: Manifest, request: PredictionRequest) -> dict[str, Any]:
+    """What is decided once, so that a resumed run computes the very same numbers."""
+    macs = sum(member.classifier.backbone.macs for member in request.committee.members)
+    forecast_s = forward_s(request.num_rows(manifest) * len(crop_views(request.plan)) * macs)
+    compiled, reason = compile_decision(request.extraction.compile, forecast_s)
+    settings = {
+        "compiled": compiled,
+        "compile_reason": reason,
+        "batch_size": request.extraction.batch_size,
+    }
+    if request.scores is not None:
+        settings["forecast"] = request.scores.forecast
+    return settings
+
+
+def labels_in_committee(manifest: Manifest, request: PredictionRequest) -> tuple[int | None, ...]:
+    """For each class of the dataset its index among the committee's.
+
+    An evaluation refuses classes that the committee does not know, by a ConfigError; for scores they are null.
+    """
+    classes = request.committee.classes
+    if request.scores is None:
+        return tuple(class_indices(manifest.classes, classes))
+    index_of = {name: index for index, name in enumerate(classes)}
+    return tuple(index_of.get(name) for name in manifest.classes)
+
+
+def scoring_spec(
+    store: ObjectStore, manifest: Manifest, request: PredictionRequest, record: RunRecord, pool: WorkerPool
+) -> ScoringSpec:
+    """Everything that a worker of this run needs."""
+    committee = request.committee
+    return ScoringSpec(
+        workspace=store.root_uri,
+        run_id=record.run_id,
+        members=tuple(_member_spec(request, member) for member in committee.members),
+        classes=committee.classes,
+        class_of_label=labels_in_committee(manifest, request),
+        gives_probabilities=committee.gives_probabilities,
+        model_digest=committee.digest,
+        committee=CommitteeOptions(
+            batch_size=record.settings["batch_size"],
+            compiled=record.settings["compiled"],
+            num_threads=pool.num_threads,
+            plan=request.plan,
+            averaging=committee.averaging,
+            temperature=committee.temperature,
+        ),
+        gate=request.gate,
+        is_dense=request.mode is EvaluationMode.DENSE,
+        keep=request.keep,
+        table=_score_table(manifest, request),
+        decode_rule=committee.members[0].classifier.decode_rule,
+        outputs=record.outputs,
+        metadata={
+            "convoy.schema_version": str(PREDICTIONS_SCHEMA_VERSION),
+            "convoy.run_id": record.run_id,
+            "convoy.model_digest": committee.digest,
+            "convoy.dataset_fingerprint": manifest.fingerprint,
+            "convoy.classes": "\n".join(committee.classes),
+            "convoy.crops": request.plan.model_dump_json(),
+            "convoy.averaging": committee.averaging.value,
+        },
+        num_decode_threads=pool.num_threads,
+        num_fetch_threads=request.extraction.num_fetch_threads,
+    )
+
+
+def _score_table(manifest: Manifest, request: PredictionRequest) -> ScoreTable | None:
+    if request.scores is None:
+        return None
+    return ScoreTable(
+        outputs=request.scores.columns.outputs,
+        partition_by=request.scores.partition_by,
+        label_names=manifest.classes,
+        features_tap=request.features_tap,
+        features_dtype=request.extraction.dtype.value,
+    )
+
+
+def _member_spec(request: PredictionRequest, member: CommitteeMember) -> MemberSpec:
+    classifier, classes = member.classifier, request.committee.classes
+    order = tuple(classifier.classes.index(name) for name in classes)
+    head_key = None
+    if classifier.head is not None:
+        if member.bundle is None:
+            raise ConfigError(
+                f"the head of {member.name} lies in no bundle", next_step="write its bundle first"
+            )
+        head_key = f"{member.bundle.folder}{MODEL_FILE}"
+    return MemberSpec(
+        digest=member.digest,
+        backbone=classifier.backbone.config,
+        weights_key=classifier.backbone.weights_key,
+        tap=classifier.tap,
+        head=None if classifier.head is None else classifier.head.spec,
+        head_key=head_key,
+        output_groups=classifier.output_groups,
+        class_order=None if order == tuple(range(len(order))) else order,
+        options=MemberOptions(
+            preset=request.preset(member),
+            precision=request.precision(member),
+            weight=member.weight,
+            temperature=member.temperature,
+        ),
+    )

@@ -1,0 +1,120 @@
+"""Parts of scores: the public parquet contract of `convoy score`, one row a sample that could be scored.
+
+Rows that could not be are in the reject table, under the same ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from urllib.parse import quote
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from convoy.core.fingerprints import MultisetDigest
+from convoy.core.result_columns import ClassOutputs, PartitionBy
+from convoy.storage.commits import PartFile
+from convoy.storage.object_store import ObjectStore
+from convoy.storage.parts import write_table
+from convoy.storage.predictions import PREDICTIONS, float_lists, ranking_table
+
+SCORES_SCHEMA_VERSION = 1
+# What Hive, Spark and DuckDB call the folder of rows that have no value.
+_NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
+
+
+class RowStatus(StrEnum):
+    """Whether an image was used as it is, or had to be converted: turned upright, made RGB, cut to a frame."""
+
+    OK = "ok"
+    CONVERTED = "converted"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ScoredRows:
+    """What a committee says of some samples. `scores_NK` are what ranks classes: probabilities, or margins.
+
+    `labels` are indices into `classes`, null where a sample has no label or one that the model does not know;
+    `label_names` are those of the dataset.
+    """
+
+    samples: pa.Table
+    labels: pa.Array
+    label_names: pa.Array
+    statuses: Sequence[RowStatus]
+    logits_NK: NDArray[np.float32]
+    scores_NK: NDArray[np.float32]
+    features_ND: NDArray[np.floating] | None
+    classes: Sequence[str]
+
+
+def scores_table(rows: ScoredRows, *, outputs: ClassOutputs, partition_by: PartitionBy) -> pa.Table:
+    """The columns of a part, but for model and run; one by which files are partitioned is in their path only."""
+    table = ranking_table(
+        rows.samples,
+        labels=rows.labels,
+        logits_BK=rows.logits_NK,
+        scores_BK=rows.scores_NK,
+        classes=rows.classes,
+    )
+    if partition_by is not PartitionBy.LABEL:
+        table = table.append_column("label_name", rows.label_names)
+    table = table.append_column(
+        pa.field("status", pa.string(), nullable=False), pa.array([status.value for status in rows.statuses])
+    )
+    if outputs is not ClassOutputs.NONE:
+        values_NK = rows.logits_NK if outputs is ClassOutputs.LOGITS else rows.scores_NK
+        table = table.append_column(outputs.value, float_lists(values_NK))
+    if rows.features_ND is not None:
+        width = rows.features_ND.shape[1]
+        values = pa.array(np.ascontiguousarray(rows.features_ND).reshape(-1))
+        table = table.append_column("features", pa.FixedSizeListArray.from_arrays(values, width))
+    return table
+
+
+def write_scores(
+    store: ObjectStore,
+    key: str,
+    table: pa.Table,
+    logits_NK: NDArray[np.float32],
+    *,
+    model_digest: str,
+    run_id: str,
+    metadata: Mapping[str, str],
+) -> PartFile:
+    """Write one part and return what proves it. The digest is of ids and logits, whether these are kept or not."""
+    for name, value in (("model_digest", model_digest), ("run_id", run_id)):
+        field = pa.field(name, pa.string(), nullable=False)
+        table = table.append_column(field, pa.repeat(value, table.num_rows))
+    digest = MultisetDigest()
+    for sample_id, logits_K in zip(table["sample_id"].to_pylist(), logits_NK, strict=True):
+        digest.add_row(sample_id.encode(), np.ascontiguousarray(logits_K).tobytes())
+    version = {"convoy.schema_version": str(SCORES_SCHEMA_VERSION)}
+    return write_table(store, key, table, {**metadata, **version}, digest.hexdigest())
+
+
+def partitioned(
+    batches: Iterable[pa.RecordBatch | pa.Table], by: PartitionBy, classes: Sequence[str]
+) -> Iterator[tuple[tuple[str, ...], pa.Table]]:
+    """Rows of a manifest by the output that they go into: `predictions`, or `predictions/<column>=<value>`."""
+    for batch in batches:
+        table = pa.Table.from_batches([batch]) if isinstance(batch, pa.RecordBatch) else batch
+        if by is PartitionBy.NONE:
+            yield (PREDICTIONS,), table
+            continue
+        column = "split" if by is PartitionBy.SPLIT else "label"
+        for value in sorted(pc.unique(table[column]).to_pylist(), key=lambda value: (value is None, value)):
+            chosen = pc.is_null(table[column]) if value is None else pc.equal(table[column], value)
+            yield (_partition(by, value, classes),), table.filter(chosen)
+
+
+def _partition(by: PartitionBy, value: str | int | None, classes: Sequence[str]) -> str:
+    if by is PartitionBy.SPLIT:
+        return f"{PREDICTIONS}/split={value}"
+    # Percent signs, as Hive writes them: a class may be called a/b, or x=y.
+    name = _NULL_PARTITION if value is None else quote(classes[int(value)], safe="")
+    return f"{PREDICTIONS}/label_name={name}"
