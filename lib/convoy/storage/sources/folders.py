@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import pyarrow as pa
 
@@ -12,8 +13,9 @@ from convoy.core.splits import parse_split
 from convoy.storage.object_store import ObjectInfo, ObjectStore
 from convoy.storage.sources.listing import is_hidden, map_listing, visible_folders
 from convoy.storage.sources.rows import (
+    SOURCE_SCHEMA,
+    LabelRule,
     Skips,
-    SourceKind,
     SourceRow,
     SourceScan,
     describe_examples,
@@ -27,82 +29,95 @@ _HIDDEN, _SIDE_FILE, _NO_CLASS = "hidden", "side_file", "no_class"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FolderLayout:
-    """Which folders of a key mean what: (split/)(class/)file. Folders below a class belong to the class."""
+    """Which folders of a key mean what: (split/)(class/)file. Folders below a class belong to the class.
+
+    Without classes, samples have no label.
+    """
 
     splits_on_top: bool
     classes: frozenset[str]
     warnings: tuple[str, ...] = ()
 
+    @property
+    def num_folders(self) -> int:
+        """The folders that every sample is in."""
+        return self.splits_on_top + bool(self.classes)
 
-def find_layout(store: ObjectStore) -> FolderLayout:
-    """The layout of a root, from the names of the folders on its first one or two levels.
+
+def find_layout(folders_in: Callable[[str], list[str]], labels: LabelRule, *, where: str) -> FolderLayout:
+    """The layout of a root, from the names of its visible folders, and of those in each "<split>/".
 
     Split names are split folders only if all folders have one: a class may be called "train". Two of them
     beside other folders could mean both, and are a DataError.
     """
-    folders = visible_folders(store)
+    folders = folders_in("")
     named = [name for name in folders if parse_split(name)]
-    if folders and len(named) == len(folders):
-        classes = (name for split in folders for name in visible_folders(store, f"{split}/"))
-        return FolderLayout(splits_on_top=True, classes=frozenset(classes))
-    if len(named) > 1:
+    are_splits = bool(folders) and len(named) == len(folders)
+    if len(named) > 1 and not are_splits:
         others = [name for name in folders if name not in named]
         raise DataError(
             f"the folders {', '.join(named)} look like splits, but beside them lie "
             f"{describe_examples(len(others), others)}: splits or classes?",
-            where=store.root_uri,
+            where=where,
             next_step="move the other folders away, or freeze a list with a `split` column",
         )
-    warnings = tuple(f"the folder '{name}' was taken for a class, not for a split" for name in named)
-    return FolderLayout(splits_on_top=False, classes=frozenset(folders), warnings=warnings)
+    classes: Iterable[str] = ()
+    if labels is LabelRule.FOLDERS:
+        classes = (name for split in folders for name in folders_in(f"{split}/")) if are_splits else folders
+    warnings = [f"the folder '{name}' was taken for a class, not for a split" for name in named]
+    return FolderLayout(
+        splits_on_top=are_splits, classes=frozenset(classes), warnings=() if are_splits else tuple(warnings)
+    )
 
 
-def read_folders(uri: str, kind: SourceKind) -> SourceScan:
+def read_folders(uri: str, labels: LabelRule) -> SourceScan:
     """All samples below a root. A sample's id is its key; any file in a class folder is a sample.
 
-    With `kind` images, or without any class folder, the samples have no label.
+    With `labels` none, or without any class folder, the samples have no label.
     """
     store = open_store(uri)
-    layout = find_layout(store)
-    labelled = kind is SourceKind.FOLDERS and bool(layout.classes)
+    layout = find_layout(partial(visible_folders, store), labels, where=store.root_uri)
+    return join_parts(map_listing(store, lambda objects: read_objects(store, objects, layout)), layout)
+
+
+def read_objects(
+    store: ObjectStore, objects: Iterable[ObjectInfo], layout: FolderLayout
+) -> tuple[pa.Table, Skips]:
+    """The samples among some objects below a root, and what is no sample."""
     skips = Skips()
-    tables = []
-    for table, skipped in map_listing(store, lambda objects: _read_range(store, objects, layout, labelled)):
+    samples = _samples_only(objects, layout, skips)
+    return tabulate(_to_row(store, info, layout) for info in samples), skips
+
+
+def join_parts(parts: Iterable[tuple[pa.Table, Skips]], layout: FolderLayout) -> SourceScan:
+    """What `read_objects` said of all objects below a root, with warnings about what looks wrong."""
+    skips = Skips()
+    tables = [SOURCE_SCHEMA.empty_table()]
+    for table, skipped in parts:
         tables.append(table)
         skips.update(skipped)
     samples = pa.concat_tables(tables)
     return SourceScan(
         samples=samples,
         skipped=dict(skips.counts),
-        warnings=layout.warnings + _explain(samples, skips, layout.classes if labelled else frozenset()),
+        warnings=layout.warnings + _explain(samples, skips, layout.classes),
     )
 
 
-def _read_range(
-    store: ObjectStore, objects: Iterator[ObjectInfo], layout: FolderLayout, labelled: bool
-) -> tuple[pa.Table, Skips]:
-    skips = Skips()
-    samples = _samples_only(objects, layout, labelled, skips)
-    return tabulate(_to_row(store, info, layout, labelled) for info in samples), skips
-
-
-def _samples_only(
-    objects: Iterator[ObjectInfo], layout: FolderLayout, labelled: bool, skips: Skips
-) -> Iterator[ObjectInfo]:
-    depth_needed = layout.splits_on_top + labelled
+def _samples_only(objects: Iterable[ObjectInfo], layout: FolderLayout, skips: Skips) -> Iterator[ObjectInfo]:
     for info in objects:
         depth = info.key.count("/")
         if is_hidden(info.key):
             skips.add(_HIDDEN, info.key)
         elif depth == 0 and _is_side_file(info.key):
             skips.add(_SIDE_FILE, info.key)
-        elif depth < depth_needed:
+        elif depth < layout.num_folders:
             skips.add(_NO_CLASS, info.key)
         else:
             yield info
 
 
-def _to_row(store: ObjectStore, info: ObjectInfo, layout: FolderLayout, labelled: bool) -> SourceRow:
+def _to_row(store: ObjectStore, info: ObjectInfo, layout: FolderLayout) -> SourceRow:
     folders = info.key.split("/")
     uri = store.uri(info.key)
     return SourceRow(
@@ -112,7 +127,7 @@ def _to_row(store: ObjectStore, info: ObjectInfo, layout: FolderLayout, labelled
         size_bytes=info.size_bytes,
         content_id=object_content_id(uri, info),
         checksum=info.checksum or None,
-        label=folders[int(layout.splits_on_top)] if labelled else None,
+        label=folders[int(layout.splits_on_top)] if layout.classes else None,
         split=parse_split(folders[0]) if layout.splits_on_top else None,
     )
 

@@ -8,11 +8,13 @@ from convoy.core.errors import ConfigError, DataError, ObjectNotFound
 from convoy.storage.manifests import Manifest
 from convoy.storage.sources.containers import KnownContainers
 from convoy.storage.sources.folders import read_folders
+from convoy.storage.sources.inventory import read_inventory
+from convoy.storage.sources.inventory_files import is_report, may_hold_report
 from convoy.storage.sources.list_files import LIST_SUFFIXES
 from convoy.storage.sources.listing import is_hidden
 from convoy.storage.sources.lists import read_list
 from convoy.storage.sources.parquets import image_columns, read_parquets
-from convoy.storage.sources.rows import ReadingOptions, SourceKind, SourceScan
+from convoy.storage.sources.rows import LabelRule, ReadingOptions, SourceKind, SourceScan
 from convoy.storage.sources.tars import read_tars
 from convoy.storage.stores import open_object, open_store
 
@@ -34,17 +36,20 @@ def read_source(
     read. Raises DataError for what cannot be used, ConfigError for options that do not fit the kind.
     """
     kind = options.kind or find_kind(uri)
-    if options.images_root and kind is not SourceKind.LIST:
-        raise ConfigError(f"images_root belongs to a list, but this source is {kind.value}", where=uri)
+    _refuse_unused(options, kind, uri)
     match kind:
-        case SourceKind.FOLDERS | SourceKind.IMAGES:
-            return kind, read_folders(uri, kind)
+        case SourceKind.FOLDERS:
+            return kind, read_folders(uri, options.labels)
+        case SourceKind.IMAGES:
+            return kind, read_folders(uri, LabelRule.NONE)
         case SourceKind.LIST:
             return kind, read_list(uri, options)
         case SourceKind.PARQUET:
             return kind, read_parquets(uri, options, KnownContainers(previous))
         case SourceKind.TARS:
             return kind, read_tars(uri, options, KnownContainers(previous))
+        case SourceKind.INVENTORY:
+            return kind, read_inventory(uri, options)
 
 
 def find_kind(uri: str) -> SourceKind:
@@ -60,8 +65,24 @@ def find_kind(uri: str) -> SourceKind:
         return SourceKind.LIST
     if name.endswith(".tar") and _is_object(uri):
         return SourceKind.TARS
-    listing = (info.key.lower() for info in open_store(uri).list_objects() if not is_hidden(info.key))
-    return _kind_of_keys(list(islice(listing, _OBJECTS_LOOKED_AT)), uri)
+    if name.endswith(".json") and _is_object(uri):
+        return SourceKind.INVENTORY
+    listing = (info.key for info in open_store(uri).list_objects() if not is_hidden(info.key))
+    keys = list(islice(listing, _OBJECTS_LOOKED_AT))
+    if may_hold_report(keys) and is_report(uri):
+        return SourceKind.INVENTORY
+    return _kind_of_keys([key.lower() for key in keys], uri)
+
+
+def _refuse_unused(options: ReadingOptions, kind: SourceKind, uri: str) -> None:
+    """Raise ConfigError for an option that this kind of source does not have."""
+    if options.images_root and kind not in (SourceKind.LIST, SourceKind.INVENTORY):
+        raise ConfigError(
+            f"images_root belongs to a list or an inventory, but this source is {kind.value}", where=uri
+        )
+    by_folder = (SourceKind.FOLDERS, SourceKind.IMAGES, SourceKind.INVENTORY)
+    if options.labels is LabelRule.NONE and kind not in by_folder:
+        raise ConfigError(f"labels belongs to folders, but this source is {kind.value}", where=uri)
 
 
 def _kind_of_keys(keys: list[str], uri: str) -> SourceKind:

@@ -30,19 +30,30 @@ class SourceKind(StrEnum):
     LIST = "list"
     PARQUET = "parquet"
     TARS = "tars"
+    INVENTORY = "inventory"
+
+
+class LabelRule(StrEnum):
+    """Where the labels of single objects come from."""
+
+    FOLDERS = "folders"
+    NONE = "none"
 
 
 class ReadingOptions(StrictModel):
     """How a source is read; what is null is found by looking at the source.
 
     `kind`: `folders` (one folder a class), `images` (any folder, unlabelled), `list` (CSV, JSONL or parquet
-    with paths), `parquet` (with image bytes), `tars` (WebDataset). A list's relative paths begin at
-    `images_root`, else at the folder of the list. `image_column` chooses among several columns of a parquet
-    file or several images of a tar's samples; `label_column` chooses the label of a parquet file or a list.
+    with paths), `parquet` (with image bytes), `tars` (WebDataset), `inventory` (a report of S3 Inventory). A
+    list's relative paths begin at `images_root`, else at the folder of the list; of an inventory's objects those
+    below `images_root` are samples, else all of the bucket. With `labels` none, folders and inventories are
+    unlabelled. `image_column` chooses among several columns of a parquet file or several images of a tar's
+    samples; `label_column` chooses the label of a parquet file or a list.
     """
 
     kind: SourceKind | None = None
     images_root: str | None = None
+    labels: LabelRule = LabelRule.FOLDERS
     image_column: str | None = None
     label_column: str | None = None
 
@@ -131,6 +142,13 @@ class Skips:
         examples = self.examples.setdefault(reason, [])
         if len(examples) < NUM_EXAMPLES:
             examples.append(key)
+
+    def add_all(self, reason: str, keys: pa.Array) -> None:
+        """Count objects, if there are any."""
+        for key in keys[:NUM_EXAMPLES].to_pylist():
+            self.add(reason, key)
+        if len(keys) > NUM_EXAMPLES:
+            self.counts[reason] += len(keys) - NUM_EXAMPLES
 
     def update(self, other: Skips) -> None:
         """Add the counts and examples of another."""
