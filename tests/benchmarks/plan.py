@@ -9,223 +9,135 @@ It needs Linux, which accounts for the memory of a process in /proc.
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from enum import StrEnum
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-import numpy as np
-import pyarrow as pa
 from machine import machine_facts
 from measuring import BenchSettings, run_benchmark, say
-from pydantic import Field
-
-from convoy.core.config import StrictModel
-from convoy.core.errors import ConvoyError
-from convoy.core.fingerprints import canonical_json, digest
-from convoy.storage.commits import SetCommit, feature_prefix, part_key
-from convoy.storage.feature_cache import FeatureCache
-from convoy.storage.local_store import LocalStore
-from convoy.storage.manifests import (
-    MANIFEST_SCHEMA,
-    Manifest,
-    ManifestHeader,
-    count_samples,
-    fingerprint_samples,
-    write_manifest,
+from plan_steps import (
+    Measured,
+    StepCost,
+    plan_missing_features,
+    plan_new_features,
+    plan_scoring,
+    resume_scoring,
 )
-from convoy.storage.parts import FeatureRows, write_features
-from convoy.storage.run_input import MAX_SLICE_ROWS, freeze_input, missing_rows, slice_rows_for
-from convoy.storage.runs import RunFolder, slice_name
+from plan_workspace import EVERY_MISSING, commit_features, describe_stored, make_manifest, record_half
+from pydantic import Field
 
 # From here on a slope is taken: below, fixed costs hide what a row costs.
 SLOPE_FROM_ROWS = 10_000
 
-# A run over a set without rows, and a run over a set that has most of them.
-NEW, GROWN = "new", "grown"
-
-_MANIFEST = "datasets/made/manifest.parquet"
-_CLASSES = tuple(f"class_{index:04d}" for index in range(1000))
-_BATCH_SIZE = 32
-_NUM_FEATURES = 4
-_EVERY_MISSING = 10
-
+# The steps of a case by their names.
+Steps = dict[str, StepCost]
 ResultT = TypeVar("ResultT")
 
 
-class PlanBench(BenchSettings):
-    """What is measured: manifests of 10^3, 10^4, ... samples, and of `rows`; each `repeats` times, in turn.
+class Job(StrEnum):
+    """Whose planning is measured."""
 
-    `results` is a Markdown file to write.
+    SCORE = "score"
+    CACHE = "cache"
+
+
+class Case(StrEnum):
+    """A new scoring, one that goes on with half of its slices; features where none are cached, or most."""
+
+    SCORE = "score"
+    RESUME = "resume"
+    NEW = "new"
+    GROWN = "grown"
+
+
+_CASES = {Job.SCORE: (Case.SCORE, Case.RESUME), Job.CACHE: (Case.NEW, Case.GROWN)}
+_PLAN: dict[Case, Callable[[str, str], Measured]] = {
+    Case.SCORE: plan_scoring,
+    Case.RESUME: resume_scoring,
+    Case.NEW: plan_new_features,
+    Case.GROWN: plan_missing_features,
+}
+_TITLES = {
+    Case.SCORE: "`convoy score` of a dataset, from its name to the tasks for Ray",
+    Case.RESUME: "the same command again, when half of the slices are done",
+    Case.NEW: "`convoy cache` where nothing is cached, from the dataset's name to a frozen input",
+    Case.GROWN: f"the same where all but one of {EVERY_MISSING} rows are cached",
+}
+
+
+class PlanBench(BenchSettings):
+    """What is measured: manifests of 10^4, 10^5, ... samples, and of `rows`; each `repeats` times, in turn.
+
+    `jobs` are those whose planning is measured; `results` is a Markdown file to write.
     """
 
     rows: int = Field(default=1_000_000, gt=SLOPE_FROM_ROWS)
     repeats: int = Field(default=3, gt=0)
     seed: int = Field(default=0, ge=0)
+    jobs: tuple[Job, ...] = (Job.SCORE,)
 
     @property
     def sizes(self) -> list[int]:
         """The numbers of samples, from small to large."""
-        powers = (10**exponent for exponent in range(3, len(str(self.rows))))
+        first_exponent = len(str(SLOPE_FROM_ROWS)) - 1
+        powers = (10**exponent for exponent in range(first_exponent, len(str(self.rows))))
         return [*(size for size in powers if size < self.rows), self.rows]
 
-
-class StepCost(StrictModel):
-    """One step of planning: its time, that of the processor, and its peak of resident memory.
-
-    The peak counts from the process after its imports, so all that earlier steps left behind is in it.
-    """
-
-    seconds: float
-    cpu_s: float
-    peak_mib: float
-
-
-class StepMeter:
-    """Measures the steps of this process one after another, by Linux' own account of its resident memory."""
-
-    def __init__(self) -> None:
-        self.costs: dict[str, StepCost] = {}
-        self._baseline_kib = _status_kib("VmRSS")
-
-    @contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        """Measure what runs inside; in Linux, 5 in clear_refs sets the highest size back to the current one."""
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        started_s, started_cpu_s = time.perf_counter(), time.process_time()
-        yield
-        self.costs[name] = StepCost(
-            seconds=time.perf_counter() - started_s,
-            cpu_s=time.process_time() - started_cpu_s,
-            peak_mib=(_status_kib("VmHWM") - self._baseline_kib) / 1024,
-        )
-
-
-def _status_kib(name: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
-
-
-def measure_planning(root: str, case: str, repeat: int) -> dict[str, StepCost]:
-    """The steps of `FeatureJob` from the dataset's name to a frozen input, in the same order.
-
-    Raises ConvoyError where another number of rows is missing than was left out of the cache.
-    """
-    store, set_id, meter = LocalStore(root), digest(case), StepMeter()
-    with meter.step("open"):
-        manifest = Manifest.open(store, _MANIFEST)
-    with meter.step("known"):
-        known = {set_id: FeatureCache(store).known_content(set_id)}
-    with meter.step("count"):
-        num_missing = sum(
-            rows.num_rows for _, rows in missing_rows(manifest.iter_batches(("content_id",)), known)
-        )
-    with meter.step("freeze"):
-        groups = freeze_input(
-            RunFolder(store, f"{case}-{repeat}"),
-            missing_rows(manifest.iter_batches(), known),
-            slice_rows=slice_rows_for(num_missing, _BATCH_SIZE),
-        )
-    num_expected = len(_missing_indices(manifest.num_samples)) if case == GROWN else manifest.num_samples
-    num_frozen = sum(group.num_rows for group in groups)
-    if not num_missing == num_frozen == num_expected:
-        raise ConvoyError(
-            f"{num_missing} missing and {num_frozen} frozen rows, not {num_expected}", where=case
-        )
-    return meter.costs
-
-
-def make_workspace(root: str, num_rows: int, seed: int) -> None:
-    """A manifest of made samples, and a feature set that has rows for nine of ten of them."""
-    store, samples = LocalStore(root), made_samples(num_rows, seed)
-    header = ManifestHeader(
-        fingerprint=fingerprint_samples(samples, _CLASSES),
-        num_samples=num_rows,
-        classes=_CLASSES,
-        counts=count_samples(samples, len(_CLASSES)),
-        source="s3://images",
-    )
-    write_manifest(store, _MANIFEST, samples, header)
-    is_cached = np.ones(num_rows, dtype=bool)
-    is_cached[_missing_indices(num_rows)] = False
-    commit_features(store, samples.filter(pa.array(is_cached)))
-
-
-def made_samples(num_rows: int, seed: int) -> pa.Table:
-    """Rows of a manifest as a bucket of JPEG files gives them: no column but the empty ones compresses to nothing."""
-    random = np.random.default_rng(seed)
-    labels = np.arange(num_rows) * len(_CLASSES) // num_rows
-    names = [f"train/{_CLASSES[label]}/image_{index:08d}.jpg" for index, label in enumerate(labels)]
-    md5s = [random.bytes(16).hex() for _ in names]
-    content_ids = pa.py_buffer(random.bytes(16 * num_rows))
-    columns = {
-        "sample_id": pa.array(names),
-        "uri": pa.array([f"s3://images/{name}" for name in names]),
-        "etag": pa.array(md5s),
-        "size_bytes": pa.array(random.integers(20_000, 200_000, num_rows)),
-        "offset_bytes": pa.nulls(num_rows, pa.int64()),
-        "row_index": pa.nulls(num_rows, pa.int64()),
-        "container_field": pa.nulls(num_rows, pa.string()),
-        "checksum": pa.array([f"md5:{md5}" for md5 in md5s]),
-        "content_id": pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), num_rows, [None, content_ids]),
-        "label": pa.array(labels.astype(np.int32)),
-        "split": pa.array(np.where(random.random(num_rows) < 0.1, "val", "train")),
-        "weight": pa.array(np.ones(num_rows, np.float32)),
-    }
-    return pa.table(columns, schema=MANIFEST_SCHEMA)
-
-
-def commit_features(store: LocalStore, samples: pa.Table) -> None:
-    """One finished run's parts for the samples, in slices of the usual size; planning never reads the features."""
-    set_id, run_id, parts = digest(GROWN), "made", []
-    for number, batch in enumerate(samples.combine_chunks().to_batches(MAX_SLICE_ROWS)):
-        content_ids = batch["content_id"].to_pylist()
-        rows = FeatureRows(
-            sample_ids=batch["sample_id"].to_pylist(),
-            content_ids=content_ids,
-            content_digests=content_ids,
-            view=0,
-            features_BD=np.zeros((batch.num_rows, _NUM_FEATURES), np.float16),
-        )
-        key = part_key(feature_prefix(set_id, run_id), slice_name(0, number), "a0")
-        parts.append(write_features(store, key, rows, {}))
-    commit = SetCommit(run_id=run_id, committed_unix_s=0.0, parts=tuple(parts), rejects=())
-    store.put(f"features/{set_id}/commits/{run_id}.json", canonical_json(commit))
-
-
-def _missing_indices(num_rows: int) -> range:
-    return range(0, num_rows, _EVERY_MISSING)
+    @property
+    def cases(self) -> list[Case]:
+        """The cases of the jobs."""
+        return [case for job in self.jobs for case in _CASES[job]]
 
 
 def run_plan_bench(settings: PlanBench) -> dict[str, Any]:
-    """How memory grows with a row in each case; then the steps for every size, medians of the repeats."""
+    """Time and memory at the largest size, and what a row adds; then the steps for every size, as medians."""
     machine = machine_facts()
-    cases: dict[str, dict[int, dict[str, StepCost]]] = {NEW: {}, GROWN: {}}
+    cases: dict[Case, dict[int, Steps]] = {case: {} for case in settings.cases}
+    stored = []
     for size in settings.sizes:
         say(f"{size} rows")
-        for case, steps in _measure_size(size, settings).items():
+        by_case, on_disk = _measure_size(size, settings)
+        for case, steps in by_case.items():
             cases[case][size] = steps
+        stored.append({"rows": size, **on_disk})
+    rows = {case: [_row(*item) for item in by_size.items()] for case, by_size in cases.items()}
     return {
-        **{f"{case}_bytes_per_row": _slope(by_size) for case, by_size in cases.items()},
-        "cases": {case: [_row(*item) for item in by_size.items()] for case, by_size in cases.items()},
+        **dict(_headlines(rows)),
+        **{
+            f"{case}_bytes_per_row": _bytes_per_row(by_case[0], by_case[-1]) for case, by_case in rows.items()
+        },
+        "cases": rows,
+        "slopes": {case: [_slope(*pair) for pair in pairwise(by_case)] for case, by_case in rows.items()},
+        "stored": stored if Job.SCORE in settings.jobs else [],
         "machine": machine,
         "settings": settings.model_dump(mode="json"),
     }
 
 
-def _measure_size(num_rows: int, settings: PlanBench) -> dict[str, dict[str, StepCost]]:
-    runs: dict[str, list[dict[str, StepCost]]] = {NEW: [], GROWN: []}
+def _measure_size(num_rows: int, settings: PlanBench) -> tuple[dict[Case, Steps], dict[str, Any]]:
+    """The medians of the steps of each case, and what a run of half of the slices has on disk."""
+    runs: dict[Case, list[Steps]] = {case: [] for case in settings.cases}
+    on_disk: dict[str, Any] = {}
     with TemporaryDirectory(prefix="convoy-bench-plan-") as root:
-        _in_fresh_process(make_workspace, root, num_rows, settings.seed)
+        _in_fresh_process(make_manifest, root, num_rows, settings.seed)
+        if Case.GROWN in runs:
+            _in_fresh_process(commit_features, root)
         for repeat in range(settings.repeats):
             for case, costs in runs.items():
-                costs.append(_in_fresh_process(measure_planning, root, case, repeat))
-                say(f"  {case}: {costs[-1]!r}")
-    return {case: _medians(costs) for case, costs in runs.items()}
+                # All repeats go on with the run that the first one planned.
+                target = f"{Case.SCORE}-0" if case is Case.RESUME else f"{case}-{repeat}"
+                measured = _in_fresh_process(_PLAN[case], root, target)
+                costs.append(measured.costs)
+                say(f"  {case}: {measured.costs!r}")
+                if case is Case.SCORE and not on_disk:
+                    _in_fresh_process(record_half, root, measured.run_id)
+                    on_disk = describe_stored(root, measured.run_id)
+    return {case: _medians(costs) for case, costs in runs.items()}, on_disk
 
 
 def _in_fresh_process(function: Callable[..., ResultT], *arguments: Any) -> ResultT:
@@ -234,7 +146,7 @@ def _in_fresh_process(function: Callable[..., ResultT], *arguments: Any) -> Resu
         return pool.submit(function, *arguments).result()
 
 
-def _medians(runs: list[dict[str, StepCost]]) -> dict[str, StepCost]:
+def _medians(runs: Sequence[Steps]) -> Steps:
     return {
         step: StepCost(
             **{
@@ -246,26 +158,39 @@ def _medians(runs: list[dict[str, StepCost]]) -> dict[str, StepCost]:
     }
 
 
-def _slope(by_size: dict[int, dict[str, StepCost]]) -> float:
-    """Bytes by which the peak of planning grows with a row, from SLOPE_FROM_ROWS to the largest manifest."""
-    largest = max(by_size)
-    grown_mib = _peak_mib(by_size[largest]) - _peak_mib(by_size[SLOPE_FROM_ROWS])
-    return grown_mib * 2**20 / (largest - SLOPE_FROM_ROWS)
+def _headlines(rows: dict[Case, list[dict[str, Any]]]) -> Iterator[tuple[str, float]]:
+    """Seconds and memory of a scoring at the largest size."""
+    for case, prefix in ((Case.SCORE, ""), (Case.RESUME, "resume_")):
+        if case in rows:
+            yield f"{prefix}seconds", rows[case][-1]["seconds"]
+            yield f"{prefix}peak_rss_mib", rows[case][-1]["peak_rss_mib"]
 
 
-def _peak_mib(steps: dict[str, StepCost]) -> float:
-    return max(cost.peak_mib for cost in steps.values())
-
-
-def _row(num_rows: int, steps: dict[str, StepCost]) -> dict[str, Any]:
+def _row(num_rows: int, steps: Steps) -> dict[str, Any]:
     seconds = sum(cost.seconds for cost in steps.values())
     return {
         "rows": num_rows,
         "seconds": seconds,
         "rows_per_s": num_rows / seconds,
-        "peak_mib": _peak_mib(steps),
+        "peak_mib": max(cost.peak_mib for cost in steps.values()),
+        "peak_rss_mib": max(cost.rss_mib for cost in steps.values()),
         "steps": {name: cost.model_dump() for name, cost in steps.items()},
     }
+
+
+def _slope(small: dict[str, Any], large: dict[str, Any]) -> dict[str, float]:
+    """What a row adds from one size to the next."""
+    num_rows = large["rows"] - small["rows"]
+    return {
+        "from_rows": small["rows"],
+        "to_rows": large["rows"],
+        "us_per_row": (large["seconds"] - small["seconds"]) * 1e6 / num_rows,
+        "bytes_per_row": _bytes_per_row(small, large),
+    }
+
+
+def _bytes_per_row(small: dict[str, Any], large: dict[str, Any]) -> float:
+    return float((large["peak_mib"] - small["peak_mib"]) * 2**20 / (large["rows"] - small["rows"]))
 
 
 def write_page(path: Path, report: dict[str, Any]) -> None:
@@ -277,29 +202,40 @@ def _page(report: dict[str, Any]) -> Iterator[str]:
     yield "# `convoy bench plan`"
     yield ""
     yield (
-        "Planning a run in a fresh process, from the dataset's name to a frozen input. Each step: wall seconds / CPU "
-        f"seconds / peak MiB over the process after its imports; medians of {report['settings']['repeats']} repeats."
+        "Planning a run in a fresh process. Each step: wall seconds / CPU seconds / peak MiB over the process after "
+        f"its imports; `peak RSS` is the whole process. Medians of {report['settings']['repeats']} repeats."
     )
     yield ""
     for name, fact in report["machine"].items():
         yield f"- {name}: {', '.join(fact) if isinstance(fact, list) else fact}"
-    titles = {NEW: "nothing is cached", GROWN: f"all but one of {_EVERY_MISSING} rows are cached"}
-    for case, title in titles.items():
-        grows = f"{report[f'{case}_bytes_per_row']:.1f} bytes a row from {SLOPE_FROM_ROWS} rows on"
-        yield from ("", f"## {case}: {title}", "", f"Memory grows by {grows}.", "")
-        yield from _table(report["cases"][case])
+    for case, rows in report["cases"].items():
+        yield from ("", f"## {case}: {_TITLES[Case(case)]}", "")
+        yield from _steps_table(rows)
+        yield ""
+        yield from _plain_table(report["slopes"][case])
+    if report["stored"]:
+        yield from ("", "## On disk, with half of the slices recorded", "")
+        yield from _plain_table(report["stored"])
 
 
-def _table(rows: list[dict[str, Any]]) -> Iterator[str]:
+def _steps_table(rows: list[dict[str, Any]]) -> Iterator[str]:
     steps = rows[0]["steps"]
-    yield f"| rows | {' | '.join(steps)} | rows/s | peak MiB |"
-    yield f"| ---: |{' ---: |' * (len(steps) + 2)}"
+    yield f"| rows | {' | '.join(steps)} | seconds | rows/s | peak MiB | peak RSS MiB |"
+    yield f"| ---: |{' ---: |' * (len(steps) + 4)}"
     for row in rows:
         cells = [
             f"{cost['seconds']:.3f} / {cost['cpu_s']:.3f} / {cost['peak_mib']:.0f}"
             for cost in row["steps"].values()
         ]
-        yield f"| {row['rows']} | {' | '.join(cells)} | {row['rows_per_s']:.0f} | {row['peak_mib']:.0f} |"
+        totals = f"{row['seconds']:.1f} | {row['rows_per_s']:.0f} | {row['peak_mib']:.0f} | {row['peak_rss_mib']:.0f}"
+        yield f"| {row['rows']} | {' | '.join(cells)} | {totals} |"
+
+
+def _plain_table(rows: list[dict[str, Any]]) -> Iterator[str]:
+    yield f"| {' | '.join(name.replace('_', ' ') for name in rows[0])} |"
+    yield f"|{' ---: |' * len(rows[0])}"
+    for row in rows:
+        yield f"| {' | '.join(f'{value:.2f}' if isinstance(value, float) else str(value) for value in row.values())} |"
 
 
 if __name__ == "__main__":

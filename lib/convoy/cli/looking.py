@@ -15,7 +15,8 @@ looking_app = typer.Typer()
 @looking_app.command()
 def dataset(
     source: Annotated[
-        str, typer.Argument(help="Folder, list (.csv .jsonl .parquet), tar shards; local or s3://")
+        str,
+        typer.Argument(help="Folder, list (.csv .jsonl .parquet), tar shards, S3 Inventory; local or s3://"),
     ],
     name: Annotated[str, typer.Option("--name", "-n", help="Name of the dataset in the workspace.")],
     workspace: WorkspaceOption = None,
@@ -56,10 +57,12 @@ def doctor(workspace: WorkspaceOption = None, as_json: JsonOption = False) -> No
 @looking_app.command()
 def bench(
     job: Annotated[str, typer.Argument(help="What to measure: cache, layout, plan, strategies, train.")],
+    rows: Annotated[int | None, typer.Option("--rows", help="Short for --set rows=N.")] = None,
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure a job against its physical bounds and against the usual ways, on the same images, in one run."""
     from convoy.pipelines.bench import run_bench  # noqa: PLC0415
 
-    run_job(lambda _: run_bench(job, overrides or []), as_json=as_json)
+    settings = [*(overrides or []), *([] if rows is None else [f"rows={rows}"])]
+    run_job(lambda _: run_bench(job, settings), as_json=as_json)

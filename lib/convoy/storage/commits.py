@@ -15,9 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from convoy.core.config import StrictModel
 from convoy.core.crash_points import CrashPoint, crash_point
-from convoy.core.errors import PreconditionFailed, StorageError
+from convoy.core.errors import ObjectNotFound, PreconditionFailed, StorageError
 from convoy.core.fingerprints import MultisetDigest, canonical_json
-from convoy.storage.documents import read_json
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import RunFolder, RunRecord
 
@@ -57,6 +56,7 @@ class SliceRecord(StrictModel):
     first_row_unix_s: float
     finished_unix_s: float
     precision_effect: dict[str, float]
+    bytes_read: int = 0
 
     @property
     def files(self) -> list[PartFile]:
@@ -109,10 +109,14 @@ def part_key(prefix: str, slice_name: str, attempt: str) -> str:
     return f"{prefix}part-{slice_name}-{attempt}.parquet"
 
 
+def record_key(record: SliceRecord) -> str:
+    """The key of an attempt's record."""
+    return f"runs/{record.run_id}/records/{record.slice}-{record.attempt}.json"
+
+
 def write_record(store: ObjectStore, record: SliceRecord) -> None:
     """Write an attempt's record: from here on the attempt counts."""
-    folder = RunFolder(store, record.run_id)
-    store.put(folder.key(f"records/{record.slice}-{record.attempt}.json"), canonical_json(record))
+    store.put(record_key(record), canonical_json(record))
     crash_point(CrashPoint.RECORD_WRITTEN)
 
 
@@ -146,7 +150,7 @@ def publish(folder: RunFolder, run: RunRecord, records: Iterable[SliceRecord]) -
     crash_point(CrashPoint.LOSERS_DELETED)
     for set_id, prefix in sorted(run.outputs.items()):
         if prefix.startswith(FEATURES):
-            _commit_set(folder.store, set_id, manifest)
+            commit_set(folder.store, set_id, manifest)
             crash_point(CrashPoint.SET_COMMITTED)
     return manifest
 
@@ -160,8 +164,11 @@ def finish(folder: RunFolder, report: dict[str, object]) -> None:
 
 def read_manifest(folder: RunFolder) -> RunManifest | None:
     """The published manifest of a run, or None before it was published."""
-    document = read_json(folder.store, folder.key("manifest.json"))
-    return None if document is None else RunManifest.model_validate(document)
+    try:
+        blob = folder.store.get(folder.key("manifest.json"))
+    except ObjectNotFound:
+        return None
+    return RunManifest.model_validate_json(blob.data)
 
 
 def read_commits(store: ObjectStore, set_id: str) -> list[SetCommit]:
@@ -169,6 +176,18 @@ def read_commits(store: ObjectStore, set_id: str) -> list[SetCommit]:
     keys = [info.key for info in store.list_objects(f"{FEATURES}{set_id}/commits/")]
     with ThreadPoolExecutor(_LISTING_THREADS) as pool:
         return [SetCommit.model_validate_json(blob.data) for blob in pool.map(store.get, keys)]
+
+
+def commit_set(store: ObjectStore, set_id: str, manifest: RunManifest) -> None:
+    """Make the rows of a run visible in a set, or only those of the slices that the manifest still has."""
+    records = [record for record in manifest.slices if set_id in record.parts]
+    commit = SetCommit(
+        run_id=manifest.run_id,
+        committed_unix_s=time.time(),
+        parts=tuple(record.parts[set_id] for record in records),
+        rejects=tuple(record.rejects for record in records if record.rejects),
+    )
+    store.put(f"{FEATURES}{set_id}/commits/{manifest.run_id}.json", canonical_json(commit))
 
 
 def _publish_choice(folder: RunFolder, run: RunRecord, records: Iterable[SliceRecord]) -> RunManifest:
@@ -193,24 +212,22 @@ def _publish_choice(folder: RunFolder, run: RunRecord, records: Iterable[SliceRe
 
 
 def _listing(folder: RunFolder, run: RunRecord) -> dict[str, tuple[int, str]]:
+    """Size and etag, by key, of everything that lies where the run writes."""
+    prefixes = {folder.key("rejects/"), *(_listed_prefix(folder, prefix) for prefix in run.outputs.values())}
     return {
         info.key: (info.size_bytes, info.etag)
-        for prefix in (folder.key("rejects/"), *run.outputs.values())
+        for prefix in sorted(prefixes)
         for info in folder.store.list_objects(prefix)
     }
+
+
+def _listed_prefix(folder: RunFolder, prefix: str) -> str:
+    """What is listed for an output: inside the run its top folder, as partitions of one may be thousands."""
+    if not prefix.startswith(folder.prefix):
+        return prefix
+    return folder.key(prefix.removeprefix(folder.prefix).partition("/")[0] + "/")
 
 
 def _delete_losers(folder: RunFolder, run: RunRecord, manifest: RunManifest) -> None:
     chosen = {file.key for record in manifest.slices for file in record.files}
     folder.store.delete(key for key in _listing(folder, run) if key not in chosen)
-
-
-def _commit_set(store: ObjectStore, set_id: str, manifest: RunManifest) -> None:
-    records = [record for record in manifest.slices if set_id in record.parts]
-    commit = SetCommit(
-        run_id=manifest.run_id,
-        committed_unix_s=time.time(),
-        parts=tuple(record.parts[set_id] for record in records),
-        rejects=tuple(record.rejects for record in records if record.rejects),
-    )
-    store.put(f"{FEATURES}{set_id}/commits/{manifest.run_id}.json", canonical_json(commit))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,7 @@ from convoy.storage.object_store import ObjectStore
 MANIFEST_SCHEMA_VERSION = 1
 # Also the rows that a fingerprint hashes at once, so another number makes other fingerprints of large datasets.
 ROWS_PER_GROUP = 16_384
+_GROUPS_AHEAD = 2
 
 # A sample is a whole object, a byte range of a tar shard (offset_bytes), or a parquet file's row (row_index).
 MANIFEST_SCHEMA = pa.schema(
@@ -132,17 +135,17 @@ class Manifest:
     def iter_batches(
         self, columns: Sequence[str] | None = None, *, splits: Collection[Split] | None = None
     ) -> Iterator[pa.RecordBatch]:
-        """The rows in order, in batches of at most ROWS_PER_GROUP; one row group is in memory at a time.
+        """The rows in order, in batches of at most ROWS_PER_GROUP; few row groups are in memory at a time.
 
-        None stands for all columns or all splits.
+        None stands for all columns or all splits. A thread reads ahead.
         """
         wanted = list(MANIFEST_SCHEMA.names if columns is None else columns)
         needed = wanted if splits is None else list({*wanted, "split"})
         file = self.store.open_parquet(self.key)
-        for group in range(file.num_row_groups):
-            rows = file.read_row_group(group, columns=needed)
+        for group in _read_ahead(file, needed):
+            rows = group
             if splits is not None:
-                rows = rows.filter(pc.is_in(rows["split"], pa.array(splits, pa.string())))
+                rows = group.filter(pc.is_in(group["split"], pa.array(splits, pa.string())))
             yield from rows.select(wanted).combine_chunks().to_batches()
 
     def read_table(
@@ -161,12 +164,35 @@ def write_manifest(store: ObjectStore, key: str, samples: pa.Table, header: Mani
     Besides the table itself, one row group and the compressed file are in memory.
     Raises DataError for a sample_id that occurs twice.
     """
+    return write_groups(store, key, iter_sorted(samples), header)
+
+
+def write_groups(store: ObjectStore, key: str, groups: Iterable[pa.Table], header: ManifestHeader) -> str:
+    """Write rows that come sorted by sample_id as a manifest; returns its etag.
+
+    `groups` are tables of ROWS_PER_GROUP rows, the last of fewer.
+    """
     buffer = io.BytesIO()
     schema = MANIFEST_SCHEMA.with_metadata({_METADATA_KEY: canonical_json(header)})
-    with pq.ParquetWriter(buffer, schema, compression="zstd", write_page_index=True) as writer:
-        for group in iter_sorted(samples):
+    with pq.ParquetWriter(
+        buffer, schema, compression="zstd", write_page_index=True, write_page_checksum=True
+    ) as writer:
+        for group in groups:
             writer.write_table(group, row_group_size=ROWS_PER_GROUP)
     return store.put(key, buffer.getvalue())
+
+
+def _read_ahead(file: Any, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """The row groups of a parquet file in order; the next one is read while one is in use."""
+    # One thread: a ParquetFile may not be read by two at a time.
+    with ThreadPoolExecutor(1, thread_name_prefix="manifest") as reader:
+        pending = deque[Future[pa.Table]]()
+        for group in range(file.num_row_groups):
+            pending.append(reader.submit(file.read_row_group, group, columns=columns))
+            if len(pending) > _GROUPS_AHEAD:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 def fingerprint_samples(samples: pa.Table, classes: Sequence[str]) -> str:

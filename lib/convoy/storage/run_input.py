@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,15 +14,23 @@ import pyarrow.parquet as pq
 from convoy.core.crash_points import CrashPoint, crash_point
 from convoy.storage.feature_cache import KnownContent
 from convoy.storage.manifests import MANIFEST_SCHEMA
+from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import SLICES_PER_INPUT_SHARD, RunFolder, SliceGroup
 
 MIN_SLICES = 8
+# From this many on slices grow instead, as the driver holds a record of each.
+MAX_SLICES = 32_768
 MAX_SLICE_ROWS = 2048
+# The others differ from row to row, so a dictionary of them is only work.
+_DICTIONARY_COLUMNS = ["container_field", "split"]
 
 
 def slice_rows_for(num_rows: int, batch_size: int) -> int:
-    """Rows a slice: enough slices to share out and to resume by, few enough to cost nothing; whole batches."""
-    wanted = min(-(-num_rows // MIN_SLICES), MAX_SLICE_ROWS)
+    """Rows a slice: enough slices to share out and to resume by, few enough to cost nothing; whole batches.
+
+    At most MAX_SLICE_ROWS, until that would be more than MAX_SLICES slices.
+    """
+    wanted = max(min(-(-num_rows // MIN_SLICES), MAX_SLICE_ROWS), -(-num_rows // MAX_SLICES))
     return max(-(-wanted // batch_size), 1) * batch_size
 
 
@@ -45,11 +54,15 @@ def freeze_input(
 ) -> tuple[SliceGroup, ...]:
     """Write the input of a run in slices, one parquet row group each, and return the groups."""
     writers: dict[tuple[str, ...], _GroupWriter] = {}
-    for outputs, table in rows:
-        writer = writers.setdefault(outputs, _GroupWriter(folder, len(writers), slice_rows))
-        writer.add(table)
-    for writer in writers.values():
-        writer.close()
+    with ThreadPoolExecutor(1, thread_name_prefix="input") as pool:
+        uploads = _Uploads(folder.store, pool)
+        for outputs, table in rows:
+            if outputs not in writers:
+                writers[outputs] = _GroupWriter(folder, uploads, len(writers), slice_rows)
+            writers[outputs].add(table)
+        for writer in writers.values():
+            writer.close()
+        uploads.wait()
     crash_point(CrashPoint.INPUT_FROZEN)
     return tuple(
         SliceGroup(outputs=outputs, num_rows=writer.num_rows, num_slices=writer.num_slices)
@@ -58,10 +71,28 @@ def freeze_input(
 
 
 @dataclass(slots=True)
+class _Uploads:
+    """Puts one object after the other, each while the next one is made."""
+
+    store: ObjectStore
+    pool: ThreadPoolExecutor
+    _pending: Future[str] | None = None
+
+    def put(self, key: str, data: bytes) -> None:
+        self.wait()
+        self._pending = self.pool.submit(self.store.put, key, data)
+
+    def wait(self) -> None:
+        if self._pending is not None:
+            self._pending.result()
+
+
+@dataclass(slots=True)
 class _GroupWriter:
     """Cuts the rows of one group into slices and puts each shard of slices when it is full."""
 
     folder: RunFolder
+    uploads: _Uploads
     group: int
     slice_rows: int
     num_rows: int = 0
@@ -85,7 +116,14 @@ class _GroupWriter:
     def _write_slice(self, table: pa.Table) -> None:
         if self._writer is None:
             self._shard = io.BytesIO()
-            self._writer = pq.ParquetWriter(self._shard, MANIFEST_SCHEMA, compression="zstd")
+            self._writer = pq.ParquetWriter(
+                self._shard,
+                MANIFEST_SCHEMA,
+                compression="zstd",
+                use_dictionary=_DICTIONARY_COLUMNS,
+                write_statistics=False,
+                write_page_checksum=True,
+            )
         self._writer.write_table(table, row_group_size=table.num_rows)
         self.num_rows += table.num_rows
         self.num_slices += 1
@@ -98,4 +136,4 @@ class _GroupWriter:
         self._writer.close()
         self._writer = None
         shard = (self.num_slices - 1) // SLICES_PER_INPUT_SHARD
-        self.folder.store.put(self.folder.input_key(self.group, shard), self._shard.getvalue())
+        self.uploads.put(self.folder.input_key(self.group, shard), self._shard.getvalue())

@@ -65,6 +65,23 @@ def test_orphan_of_a_killed_worker_is_deleted(store: LocalStore) -> None:
     assert orphan not in {info.key for info in store.list_objects("features/")}
 
 
+def test_orphans_in_partitions_of_the_run_are_deleted_and_its_input_is_not(store: LocalStore) -> None:
+    run = new_run(store, NAMES)
+    folder = RunFolder(store, run.run_id)
+    for name in run.slice_names():
+        finish_slice(store, run, name)
+    orphans = [folder.key(f"predictions/label_name={name}/part-0-000000-dead.parquet") for name in "ab"]
+    for orphan in orphans:
+        store.put(orphan, b"half a file")
+    partitions = {orphan: orphan.rpartition("/")[0] + "/" for orphan in orphans}
+    manifest = publish(
+        folder, run.model_copy(update={"outputs": {**run.outputs, **partitions}}), read_records(folder)
+    )
+    assert not list(store.list_objects(folder.key("predictions/")))
+    assert len(list(store.list_objects(folder.key("input/")))) == 1
+    assert all(store.head(file.key) for record in manifest.slices for file in record.files)
+
+
 @pytest.mark.parametrize("damage", ["deleted", "shortened", "replaced"])
 def test_record_without_its_file_does_not_count(store: LocalStore, damage: str) -> None:
     run = new_run(store, NAMES)

@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 
 from convoy.storage.feature_cache import KnownContent
 from convoy.storage.local_store import LocalStore
-from convoy.storage.run_input import MAX_SLICE_ROWS, freeze_input, missing_rows, slice_rows_for
+from convoy.storage.run_input import (
+    MAX_SLICE_ROWS,
+    MAX_SLICES,
+    freeze_input,
+    missing_rows,
+    slice_rows_for,
+)
 from convoy.storage.runs import SLICES_PER_INPUT_SHARD, RunFolder, RunRecord
 from made_runs import NOTHING, content_id, made_manifest
 
@@ -68,3 +74,11 @@ def test_slices_are_whole_batches_and_bounded(num_rows: int, batch_size: int) ->
     rows = slice_rows_for(num_rows, batch_size)
     assert rows % batch_size == 0
     assert batch_size <= rows < MAX_SLICE_ROWS + batch_size
+
+
+@given(num_rows=st.integers(10**7, 10**10), batch_size=st.integers(1, 512))
+def test_slices_of_huge_inputs_grow_and_do_not_become_more(num_rows: int, batch_size: int) -> None:
+    rows = slice_rows_for(num_rows, batch_size)
+    assert rows % batch_size == 0
+    assert -(-num_rows // rows) <= MAX_SLICES
+    assert rows < max(MAX_SLICE_ROWS, -(-num_rows // MAX_SLICES)) + batch_size
