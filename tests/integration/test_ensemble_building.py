@@ -14,12 +14,12 @@ from convoy.core.errors import DataError
 from convoy.core.progress import Silent
 from convoy.core.records import Split
 from convoy.pipelines.committee_predictions import CommitteeJob
-from convoy.pipelines.prediction_request import PredictionRequest
 from convoy.pipelines.committees import open_committee
 from convoy.pipelines.ensemble_building import EnsembleReport, build_ensemble
 from convoy.pipelines.ensemble_candidates import Candidate
 from convoy.pipelines.ensemble_choice import EnsembleSettings
 from convoy.pipelines.feature_plan import ExtractionConfig
+from convoy.pipelines.prediction_request import PredictionRequest
 from convoy.storage.datasets import open_dataset
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.stores import open_store

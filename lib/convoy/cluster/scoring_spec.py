@@ -61,7 +61,7 @@ class ScoringSpec(StrictModel):
     gate: GateOptions | None
     is_dense: bool
     keep: MemberOutputs
-    table: ScoreTable | None
+    table: ScoreTable | None = None
     decode_rule: DecodeRule
     outputs: dict[str, str]
     metadata: dict[str, str]
