@@ -11,7 +11,7 @@ from convoy.storage.commits import SliceRecord
 
 def score_slices(spec: ScoringSpec, tasks: Sequence[SliceTask], pool: WorkerPool) -> Iterator[SliceRecord]:
     """The records of the tasks' slices, in the order in which they finish; see `run_slices`."""
-    return run_slices(_scorer, spec, tasks, pool)
+    return run_slices(_scorer, spec, tasks, pool, verb="evaluate" if spec.table is None else "score")
 
 
 def _scorer(spec_json: str) -> SliceOperator:

@@ -13,7 +13,7 @@ def extract_slices(
     spec: ExtractionSpec, tasks: Sequence[SliceTask], pool: WorkerPool
 ) -> Iterator[SliceRecord]:
     """The records of the tasks' slices, in the order in which they finish; see `run_slices`."""
-    return run_slices(_extractor, spec, tasks, pool)
+    return run_slices(_extractor, spec, tasks, pool, verb="cache")
 
 
 def _extractor(spec_json: str) -> SliceOperator:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from convoy.cluster.ray_data import first_cause, quiet_ray_data
+from convoy.cluster.slice_metrics import SliceMetrics
 from convoy.core.config import StrictModel
 from convoy.core.errors import ClusterError, ConvoyError
 from convoy.storage.commits import SliceRecord
@@ -90,9 +91,9 @@ class OperatorFactory(Protocol):
 
 
 def run_slices(
-    factory: OperatorFactory, spec: StrictModel, tasks: Sequence[SliceTask], pool: WorkerPool
+    factory: OperatorFactory, spec: StrictModel, tasks: Sequence[SliceTask], pool: WorkerPool, *, verb: str
 ) -> Iterator[SliceRecord]:
-    """The records of the tasks' slices, in the order in which they finish.
+    """The records of the tasks' slices, in the order in which they finish; metrics count them under the verb.
 
     A worker that dies is replaced and its slice redone; an error raised in a worker ends the run, and finished
     slices stay.
@@ -101,6 +102,7 @@ def run_slices(
     from ray.exceptions import RayError  # noqa: PLC0415
 
     quiet_ray_data()
+    metrics = SliceMetrics(verb, num_slices=len(tasks))
     rows = [{"task": task.model_dump_json()} for task in tasks]
     # A block a slice: slices are handed out one by one, and a record comes back as soon as its slice is done.
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
@@ -115,7 +117,9 @@ def run_slices(
         for row in dataset.iter_rows():
             if row["error"]:
                 raise pickle.loads(row["error"])
-            yield SliceRecord.model_validate_json(row["record"])
+            record = SliceRecord.model_validate_json(row["record"])
+            metrics.add(record)
+            yield record
     except RayError as error:
         raise first_cause(error) from error
 
