@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import pytest
+
+from convoy.pipelines.forecast import Prices, actual_of, busy_s, extrapolate, steady_slices
+from convoy.storage.commits import PartFile, RunManifest, SliceRecord
+
+PRICES = Prices(per_hour=36.0, per_gb_read=2.0, per_gb_written=3.0, per_1000_gets=5.0, per_1000_puts=7.0)
+
+
+def made_file(size_bytes: int, num_rows: int = 1) -> PartFile:
+    return PartFile(
+        key=f"part-{size_bytes}",
+        size_bytes=size_bytes,
+        etag="",
+        checksum="",
+        num_rows=num_rows,
+        rows_digest="",
+    )
+
+
+def made_slice(
+    name: str, started_s: float, finished_s: float, *, num_results: int = 100, num_rejects: int = 0
+) -> SliceRecord:
+    """A slice that read a megabyte an image and wrote a kilobyte a result."""
+    return SliceRecord(
+        run_id="r1",
+        slice=name,
+        attempt="a",
+        parts={"predictions": made_file(1000 * num_results, num_results)},
+        rejects=made_file(500, num_rejects) if num_rejects else None,
+        num_results=num_results,
+        num_rejects=num_rejects,
+        reject_codes={"truncated": num_rejects} if num_rejects else {},
+        flags={},
+        seconds={},
+        started_unix_s=started_s,
+        first_row_unix_s=started_s + 1,
+        finished_unix_s=finished_s,
+        precision_effect={},
+        bytes_read=10**6 * num_results,
+    )
+
+
+# Two workers: their first slices take 10 s, all later ones 5 s.
+SAMPLE = [
+    made_slice("0-0", 0, 10),
+    made_slice("0-1", 0, 10),
+    made_slice("0-2", 10, 15),
+    made_slice("0-3", 10, 15),
+    made_slice("0-4", 15, 20),
+    made_slice("0-5", 15, 20),
+]
+
+
+def test_time_in_which_slices_overlap_or_nobody_works_counts_once_or_not_at_all() -> None:
+    slices = [
+        made_slice("0-0", 0, 10),
+        made_slice("0-1", 5, 12),
+        made_slice("0-2", 6, 7),
+        made_slice("0-3", 50, 51),
+    ]
+    assert busy_s(slices) == 13
+    assert busy_s([]) == 0
+
+
+def test_the_first_slice_of_each_worker_is_not_the_steady_state() -> None:
+    assert [one.slice for one in steady_slices(SAMPLE)] == ["0-2", "0-3", "0-4", "0-5"]
+
+
+def test_a_sample_of_first_slices_alone_is_better_than_none() -> None:
+    assert steady_slices(SAMPLE[:2]) == SAMPLE[:2]
+
+
+def test_the_forecast_scales_the_steady_rate_and_the_bytes_of_the_sample() -> None:
+    forecast = extrapolate(
+        SAMPLE, num_images=144_000, num_slices=100, startup_s=9.0, prices=PRICES, notes=["why"]
+    )
+    assert forecast.images_per_s == pytest.approx(40)
+    assert forecast.images_per_s_range == pytest.approx((40, 40))
+    assert forecast.hours == pytest.approx(1)
+    assert (forecast.bytes_read, forecast.bytes_written) == (144 * 10**9, 144 * 10**6)
+    assert (forecast.get_requests, forecast.put_requests) == (144_200, 200)
+    assert (forecast.sampled_images, forecast.startup_s, forecast.notes) == (600, 9.0, ["why"])
+    cost = forecast.cost
+    assert (cost.compute, cost.read, cost.written) == pytest.approx((36, 288, 0.432))
+    assert cost.requests == pytest.approx(144.2 * 5 + 0.2 * 7)
+    assert cost.total == pytest.approx(cost.compute + cost.read + cost.written + cost.requests)
+
+
+def test_the_range_is_that_of_the_slowest_and_the_fastest_slice() -> None:
+    slices = [*SAMPLE[:2], made_slice("0-2", 10, 14), made_slice("0-3", 14, 22)]
+    forecast = extrapolate(slices, num_images=100, num_slices=1, startup_s=0, prices=Prices(), notes=[])
+    assert forecast.images_per_s == pytest.approx(200 / 12)
+    assert forecast.images_per_s_range == pytest.approx((12.5, 25))
+    assert forecast.cost.total == 0
+
+
+def test_a_finished_run_is_told_by_the_same_figures_rejects_included() -> None:
+    slices = (made_slice("0-0", 0, 20, num_results=90, num_rejects=10), made_slice("0-1", 10, 40))
+    actual = actual_of(RunManifest(run_id="r1", slices=slices), PRICES)
+    assert actual.images == 200
+    assert actual.hours == pytest.approx(40 / 3600)
+    assert actual.images_per_s == pytest.approx(5)
+    assert (actual.bytes_read, actual.bytes_written) == (190 * 10**6, 190_500)
+    # Three files and two records.
+    assert (actual.get_requests, actual.put_requests) == (204, 5)
+
+
+def test_a_run_over_nothing_cost_nothing() -> None:
+    actual = actual_of(RunManifest(run_id="r1", slices=()), PRICES)
+    assert (actual.images, actual.images_per_s, actual.cost.total) == (0, 0, 0)
