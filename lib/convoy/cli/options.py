@@ -65,3 +65,6 @@ def run_job(job: Callable[[TerminalProgress], ReportT], *, as_json: bool) -> Non
         )
     if not getattr(report, "ok", True):
         sys.exit(ExitCode.ERROR)
+    exit_code = getattr(report, "process_exit_code", ExitCode.OK)
+    if exit_code != ExitCode.OK:
+        sys.exit(exit_code)

@@ -28,7 +28,7 @@ def load_config(model: type[ConfigT], path: str | None, overrides: Sequence[str]
     Values of overrides are read as YAML, so `views=3`, `taps=[pooled]` and `weights=null` mean what they say.
     Raises ConfigError for a missing file, bad YAML, an unknown key or a value that does not fit.
     """
-    return parse_config(model, _read_settings(path, overrides), where=path or "--set")
+    return parse_config(model, read_settings(path, overrides), where=path or "--set")
 
 
 def parse_config(model: type[ConfigT], settings: Mapping[str, Any], *, where: str) -> ConfigT:
@@ -48,10 +48,11 @@ def config_keys(path: str | None, overrides: Sequence[str] = ()) -> frozenset[st
 
     Raises ConfigError for a missing file, bad YAML or an override that cannot be read.
     """
-    return frozenset(_read_settings(path, overrides))
+    return frozenset(read_settings(path, overrides))
 
 
-def _read_settings(path: str | None, overrides: Sequence[str]) -> dict[str, Any]:
+def read_settings(path: str | None, overrides: Sequence[str]) -> dict[str, Any]:
+    """What a config (may be None) and its overrides say, unchecked; raises ConfigError like `config_keys`."""
     settings = _read_yaml(path) if path else {}
     for override in overrides:
         _apply_override(settings, override)

@@ -1,0 +1,276 @@
+"""Ray's Jobs API: a submission is sent once, however often asked for, and the driver's own exit code comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from convoy.core.errors import ClusterError, ConfigError, ExitCode
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobDetails, JobSubmissionClient
+
+_POLL_S = 1.0
+# A tail that breaks (a proxy's time limit, a restarted dashboard) is taken up again where it broke.
+_TAIL_ATTEMPTS = 5
+_SUCCEEDED, _STOPPED = "SUCCEEDED", "STOPPED"
+_TERMINAL = frozenset({_SUCCEEDED, _STOPPED, "FAILED"})
+_TALKATIVE_LOGGERS = ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk")
+# Ray prefers these variables to the address that it is given.
+_ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submission:
+    """What is sent: a command, the package it needs, files beside it by name, and what is known about it.
+
+    Nothing here may be a secret: Ray keeps all of it and shows it on its dashboard. Credentials of drivers and
+    workers come from where the cluster's nodes were started.
+    """
+
+    submission_id: str
+    entrypoint: str
+    package: Path
+    files: Mapping[str, str]
+    metadata: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubmittedJob:
+    """A job as the cluster knows it; `exit_code` is None while it is at work."""
+
+    submission_id: str
+    status: str
+    exit_code: int | None
+    message: str
+    metadata: Mapping[str, str]
+    started_ms: int | None
+    ended_ms: int | None
+
+    @property
+    def ended(self) -> bool:
+        """Whether the job will change no more."""
+        return self.status in _TERMINAL
+
+
+class JobService:
+    """The Jobs API of one cluster. Raises ClusterError where the cluster cannot be reached or refuses."""
+
+    def __init__(self, address: str) -> None:
+        """Connect to an address like http://127.0.0.1:8265, with the token of the environment if there is one.
+
+        Raises ClusterError if nobody answers there or the token is missing or wrong.
+        """
+        self.address = address
+        _prepare_environment(address)
+        with _reported(address):
+            self._client = _connect(address)
+
+    def find(self, submission_id: str) -> SubmittedJob | None:
+        """The job of that submission id, or None if the cluster has none."""
+        with _reported(self.address):
+            try:
+                return _job(self._client.get_job_info(submission_id))
+            except RuntimeError as error:
+                if "status code 404" in str(error):
+                    return None
+                raise
+
+    def get(self, submission_id: str) -> SubmittedJob:
+        """The job of that submission id; ClusterError if the cluster has none."""
+        job = self.find(submission_id)
+        if job is None:
+            raise ClusterError(
+                "the cluster knows no such submission",
+                where=f"{submission_id} at {self.address}",
+                next_step="convoy submit list",
+            )
+        return job
+
+    def submit(self, submission: Submission) -> bool:
+        """Send a submission. False if the cluster has it already: then nothing is sent and nothing changes."""
+        if self.find(submission.submission_id) is not None:
+            return False
+        with _reported(self.address), tempfile.TemporaryDirectory() as folder:
+            for name, text in submission.files.items():
+                Path(folder, name).write_text(text, encoding="utf-8")
+            try:
+                self._send(submission, folder)
+            except RuntimeError:
+                # Ray answers a second submission of the same id, sent at the same moment, with an error of its own.
+                if self.find(submission.submission_id) is None:
+                    raise
+                return False
+        return True
+
+    def _send(self, submission: Submission, folder: str) -> None:
+        self._client.submit_job(
+            entrypoint=submission.entrypoint,
+            submission_id=submission.submission_id,
+            runtime_env=runtime_environment(folder, submission.package),
+            metadata=dict(submission.metadata),
+        )
+
+    def follow_logs(self, submission_id: str, write: Callable[[str], None]) -> None:
+        """Hand on what the job prints until it ends. Returns early where its log cannot be had any more."""
+        tail = _Tail(write)
+        for _ in range(_TAIL_ATTEMPTS):
+            try:
+                asyncio.run(tail.follow(self._client, submission_id))
+            except (
+                Exception
+            ):  # any fault of the connection; that the log is lost must not fail the job's status
+                if self.get(submission_id).ended:
+                    tail.finish(self.logs(submission_id))
+                    return
+                time.sleep(_POLL_S)
+            else:
+                return
+
+    def wait(self, submission_id: str) -> SubmittedJob:
+        """The job when it has ended, however long that takes."""
+        while not (job := self.get(submission_id)).ended:
+            time.sleep(_POLL_S)
+        return job
+
+    def logs(self, submission_id: str) -> str:
+        """What the job has printed so far."""
+        self.get(submission_id)
+        with _reported(self.address):
+            return str(self._client.get_job_logs(submission_id))
+
+    def cancel(self, submission_id: str) -> bool:
+        """Ask a job to stop: SIGTERM to its driver, which leaves a run that can go on. False if it had ended."""
+        if self.get(submission_id).ended:
+            return False
+        with _reported(self.address):
+            return bool(self._client.stop_job(submission_id))
+
+    def jobs(self) -> list[SubmittedJob]:
+        """All submitted jobs that the cluster remembers, the newest first."""
+        with _reported(self.address):
+            found = [_job(details) for details in self._client.list_jobs() if details.submission_id]
+        return sorted(found, key=lambda job: job.started_ms or 0, reverse=True)
+
+
+def runtime_environment(folder: str, package: Path) -> dict[str, Any]:
+    """The runtime environment of a submission: a folder of files, and a package that goes before an installed one.
+
+    It has no variables: Ray would keep and show them.
+    """
+    return {"working_dir": folder, "py_modules": [str(package)], "excludes": ["**/__pycache__/"]}
+
+
+class _Tail:
+    """Writes a log that may have to be asked for again from its beginning, every character once."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self._write = write
+        self._written = 0
+
+    async def follow(self, client: JobSubmissionClient, submission_id: str) -> None:
+        seen = 0
+        async for text in client.tail_job_logs(submission_id):
+            self._pass_on(text, seen)
+            seen += len(text)
+
+    def finish(self, log: str) -> None:
+        self._pass_on(log, 0)
+
+    def _pass_on(self, text: str, start: int) -> None:
+        new = text[max(0, self._written - start) :]
+        if new:
+            self._write(new)
+            self._written += len(new)
+
+
+def _prepare_environment(address: str) -> None:
+    if not address.startswith(("http://", "https://")):
+        raise ConfigError(
+            "a submission goes to the address of a dashboard, like http://127.0.0.1:8265",
+            where=address,
+            next_step="name it by --address or RAY_ADDRESS",
+        )
+    # Ray takes a token only where the mode says so, and looks at that when it is imported.
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
+def _connect(address: str) -> JobSubmissionClient:
+    # Imported here, because a command that is refused must not wait for Ray.
+    from ray.job_submission import JobSubmissionClient  # noqa: PLC0415
+
+    for name in _TALKATIVE_LOGGERS:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    with _no_other_address():
+        return JobSubmissionClient(address)
+
+
+@contextmanager
+def _no_other_address() -> Iterator[None]:
+    kept = {name: os.environ.pop(name) for name in _ADDRESS_VARIABLES if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
+
+
+@contextmanager
+def _reported(address: str) -> Iterator[None]:
+    """Faults of Ray's client as errors that say what to do."""
+    from ray.exceptions import AuthenticationError  # noqa: PLC0415
+
+    try:
+        yield
+    except AuthenticationError:
+        raise ClusterError(
+            "the cluster asks for a token, and was given none or another one",
+            where=address,
+            next_step="export RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH as the cluster has it",
+        ) from None
+    except OSError:  # the errors of requests are of that kind
+        raise ClusterError(
+            "no dashboard of Ray answers there",
+            where=address,
+            next_step="check --address, the tunnel or port-forward to the head node, and that ray[default] runs there",
+        ) from None
+    except (RuntimeError, ValueError) as error:
+        raise ClusterError(
+            f"the cluster refused the request: {str(error).strip().splitlines()[-1]}",
+            where=address,
+            next_step="see the dashboard's log on the head node",
+        ) from None
+
+
+def _job(details: JobDetails) -> SubmittedJob:
+    status = str(details.status.value)
+    return SubmittedJob(
+        submission_id=details.submission_id,
+        status=status,
+        exit_code=_exit_code(status, details.driver_exit_code),
+        message=details.message or "",
+        metadata=dict(details.metadata or {}),
+        started_ms=details.start_time,
+        ended_ms=details.end_time,
+    )
+
+
+def _exit_code(status: str, of_driver: int | None) -> int | None:
+    """The driver's exit code; where there is none, the one that says the same."""
+    if status not in _TERMINAL:
+        return None
+    if status == _STOPPED:
+        return int(ExitCode.STOPPED_RESUMABLE)
+    if of_driver is not None and 0 <= of_driver <= 255:
+        return of_driver
+    # Killed by a signal, or never started.
+    return int(ExitCode.OK if status == _SUCCEEDED else ExitCode.ERROR)

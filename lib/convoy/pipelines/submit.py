@@ -1,0 +1,280 @@
+"""Submitting a job to a cluster: its settings checked here, its id made of what it is, its end told truly."""
+
+from __future__ import annotations
+
+import importlib
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, Field
+
+import convoy
+from convoy.cluster.submission import JobService, Submission, SubmittedJob
+from convoy.core.config import StrictModel, parse_config
+from convoy.core.errors import ConfigError
+from convoy.core.fingerprints import digest, digest_bytes
+from convoy.core.secrets import find_secrets
+from convoy.pipelines.workspace import workspace_uri
+
+CONFIG_FILE = "job.yaml"
+_ID_DIGITS = 16
+
+
+class Verb(StrEnum):
+    """The jobs that can be submitted."""
+
+    CACHE = "cache"
+    TRAIN = "train"
+    TUNE = "tune"
+    EVALUATE = "evaluate"
+    SCORE = "score"
+
+
+class Waiting(StrEnum):
+    """What a submission waits for: nothing, or the end of the job while its log is shown."""
+
+    NOT = "not"
+    FOLLOW = "follow"
+
+
+# Where the config of each job lives; imported only for the one that is submitted.
+_CONFIGS = {
+    Verb.CACHE: ("convoy.pipelines.cache", "CacheConfig"),
+    Verb.TRAIN: ("convoy.pipelines.train_config", "TrainConfig"),
+    Verb.TUNE: ("convoy.pipelines.tune_config", "TuneConfig"),
+    Verb.EVALUATE: ("convoy.pipelines.evaluate", "EvaluateConfig"),
+    Verb.SCORE: ("convoy.pipelines.score_config", "ScoreConfig"),
+}
+
+
+class JobRequest(StrictModel):
+    """A job to submit: its settings as its config file and overrides say them, and which attempt at it this is."""
+
+    verb: Verb
+    settings: Mapping[str, Any] = Field(default_factory=dict)
+    arguments: tuple[str, ...] = ()
+    attempt: str = "1"
+
+
+class JobStatus(BaseModel):
+    """A submitted job. `exit_code` is the driver's own, null while it is at work."""
+
+    submission_id: str
+    status: str
+    exit_code: int | None
+    verb: str = ""
+    attempt: str = ""
+    started: datetime | None = None
+    ended: datetime | None = None
+
+
+class SubmitReport(JobStatus):
+    """What became of a submission, and whether this command sent it or found it there."""
+
+    address: str
+    submitted: bool
+    note: str = ""
+
+    @property
+    def process_exit_code(self) -> int:
+        """What the submitting command ends with: the driver's exit code; 0 where nobody waited for it."""
+        return self.exit_code or 0
+
+
+class LogReport(BaseModel):
+    """What a job has printed so far."""
+
+    submission_id: str
+    logs: str
+
+
+class CancelReport(JobStatus):
+    """A job that was asked to stop."""
+
+    asked: bool
+    note: str = ""
+
+
+class JobList(BaseModel):
+    """All submissions that the cluster remembers."""
+
+    address: str
+    jobs: list[JobStatus]
+
+
+def run_submit(
+    address: str, request: JobRequest, *, waiting: Waiting, write_log: Callable[[str], None]
+) -> SubmitReport:
+    """Submit a job, unless the cluster has it already, and report its end.
+
+    The submission id is a digest of verb, settings, arguments, code and attempt. So the same command again finds the
+    job of the first one: it shows its log to the end, or just its end, and changes nothing. Raises ConfigError for
+    settings that do not fit or hold what looks like a secret, ClusterError if the cluster refuses.
+    """
+    submission = plan_submission(request)
+    service = JobService(address)
+    submitted = service.submit(submission)
+    if waiting is Waiting.FOLLOW:
+        service.follow_logs(submission.submission_id, write_log)
+        job = service.wait(submission.submission_id)
+    else:
+        job = service.get(submission.submission_id)
+    return SubmitReport(
+        **_status(job).model_dump(),
+        address=address,
+        submitted=submitted,
+        note="" if submitted else _repeat_note(job),
+    )
+
+
+def plan_submission(request: JobRequest) -> Submission:
+    """The submission of a job, with an id that is a function of what it is. Sends nothing.
+
+    Raises ConfigError for settings that do not fit the job, or that hold what looks like a secret.
+    """
+    _refuse_secrets(request)
+    settings = {**request.settings, "workspace": _place(request.settings.get("workspace"))}
+    module, name = _CONFIGS[request.verb]
+    config = parse_config(
+        getattr(importlib.import_module(module), name), settings, where=f"submit {request.verb}"
+    )
+    package = Path(convoy.__file__).parent
+    parts = {
+        "verb": request.verb.value,
+        "config": config.model_dump(mode="json"),
+        "arguments": list(request.arguments),
+        "code": code_digest(package),
+        "attempt": request.attempt,
+    }
+    command = ["python", "-m", "convoy.cli", request.verb.value, "--config", CONFIG_FILE, "--json"]
+    return Submission(
+        submission_id=f"convoy-{request.verb.value}-{digest(parts)[:_ID_DIGITS]}",
+        entrypoint=shlex.join([*command, *request.arguments]),
+        package=package,
+        files={CONFIG_FILE: yaml.safe_dump(settings, sort_keys=True)},
+        metadata={
+            "verb": request.verb.value,
+            "attempt": request.attempt,
+            "config": digest(parts["config"]),
+            "code": parts["code"],
+        },
+    )
+
+
+def code_digest(package: Path) -> str:
+    """The digest of all files of a package that travel, by name and content; the revision of code that runs.
+
+    Raises ConfigError if the folder is not the whole package.
+    """
+    files = sorted(path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    names = [path.relative_to(package).as_posix() for path in files]
+    if "cli/__main__.py" not in names:
+        raise ConfigError(
+            "the code to send is not the whole package",
+            where=str(package),
+            next_step="submit from an installation or a checkout of Convoy",
+        )
+    return digest(
+        [[name, digest_bytes(path.read_bytes()).hex()] for name, path in zip(names, files, strict=True)]
+    )
+
+
+def job_status(address: str, submission_id: str) -> JobStatus:
+    """How a submitted job stands. ClusterError if the cluster does not know it."""
+    return _status(JobService(address).get(submission_id))
+
+
+def job_logs(
+    address: str, submission_id: str, *, waiting: Waiting, write_log: Callable[[str], None]
+) -> LogReport:
+    """What a job has printed; with FOLLOW, everything up to its end, handed to `write_log` as it comes."""
+    service = JobService(address)
+    if waiting is Waiting.FOLLOW:
+        service.get(submission_id)
+        service.follow_logs(submission_id, write_log)
+    return LogReport(submission_id=submission_id, logs=service.logs(submission_id))
+
+
+def cancel_job(address: str, submission_id: str) -> CancelReport:
+    """Ask a job to stop. Its run stays, and the same settings under another attempt go on with it."""
+    service = JobService(address)
+    asked = service.cancel(submission_id)
+    job = service.wait(submission_id)
+    return CancelReport(
+        **_status(job).model_dump(),
+        asked=asked,
+        note="its run can go on: submit it with another --attempt" if asked else "it had ended before",
+    )
+
+
+def list_jobs(address: str) -> JobList:
+    """All submissions that the cluster remembers, the newest first."""
+    return JobList(address=address, jobs=[_status(job) for job in JobService(address).jobs()])
+
+
+def _refuse_secrets(request: JobRequest) -> None:
+    found = find_secrets(
+        {**request.settings, "arguments": list(request.arguments), "attempt": request.attempt}
+    )
+    if found:
+        raise ConfigError(
+            "a submission may hold no secret: Ray keeps settings and shows them on its dashboard",
+            where="; ".join(found),
+            next_step="give the cluster's nodes a role, or credentials where they are started",
+        )
+
+
+def _place(workspace: Any) -> str:
+    """The workspace as the driver must be told: a path of this machine means nothing relative to its folder."""
+    uri = workspace_uri(None if workspace is None else str(workspace))
+    return uri if "://" in uri else str(Path(uri).absolute())
+
+
+def _status(job: SubmittedJob) -> JobStatus:
+    return JobStatus(
+        submission_id=job.submission_id,
+        status=job.status,
+        exit_code=job.exit_code,
+        verb=job.metadata.get("verb", ""),
+        attempt=job.metadata.get("attempt", ""),
+        started=_time(job.started_ms),
+        ended=_time(job.ended_ms),
+    )
+
+
+def _time(milliseconds: int | None) -> datetime | None:
+    return None if milliseconds is None else datetime.fromtimestamp(milliseconds / 1000, UTC)
+
+
+def _repeat_note(job: SubmittedJob) -> str:
+    if not job.ended:
+        return "submitted before, and still at work; nothing was sent"
+    return (
+        f"submitted before, and ended with exit code {job.exit_code}; nothing was sent. To run it again, name another "
+        "--attempt: what its run has finished is kept"
+    )
+
+
+def address_of(configured: str | None, environment: Mapping[str, str]) -> str:
+    """The dashboard's address: what was named, else RAY_API_SERVER_ADDRESS, else RAY_ADDRESS if it is one.
+
+    Raises ConfigError if there is none, or if it holds a password.
+    """
+    named: Sequence[str | None] = (
+        configured,
+        environment.get("RAY_API_SERVER_ADDRESS"),
+        environment.get("RAY_ADDRESS"),
+    )
+    address = next((candidate for candidate in named if candidate), None)
+    if address is None or "@" in address:
+        raise ConfigError(
+            "no cluster is named" if address is None else "an address must hold no password",
+            where="--address",
+            next_step="add --address http://HOST:8265 or set RAY_ADDRESS; a token goes into RAY_AUTH_TOKEN",
+        )
+    return address.rstrip("/")

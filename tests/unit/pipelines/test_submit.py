@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+import convoy
+from convoy.core.errors import ConfigError
+from convoy.pipelines.submit import JobRequest, Verb, address_of, code_digest, plan_submission
+
+SETTINGS = {
+    "workspace": "s3://bucket/workspace",
+    "dataset": "photos",
+    "backbone": {"arch": "lenet5", "weights": "random"},
+}
+CACHE = JobRequest(verb=Verb.CACHE, settings=SETTINGS)
+
+
+def test_the_same_job_has_the_same_id_and_any_change_another_one() -> None:
+    name = plan_submission(CACHE).submission_id
+    assert name == plan_submission(CACHE).submission_id
+    changes = [
+        {"settings": {**SETTINGS, "dataset": "others"}},
+        {"settings": {**SETTINGS, "workspace": "s3://bucket/elsewhere"}},
+        {"attempt": "2"},
+        {"arguments": ("--new-run",)},
+    ]
+    others = {plan_submission(CACHE.model_copy(update=change)).submission_id for change in changes}
+    assert len(others | {name}) == len(changes) + 1
+
+
+def test_a_default_that_is_spelled_out_is_the_same_job() -> None:
+    told = CACHE.model_copy(update={"settings": {**SETTINGS, "writers": "many"}})
+    assert plan_submission(told).submission_id == plan_submission(CACHE).submission_id
+
+
+def test_the_code_is_part_of_the_id(tmp_path: Path) -> None:
+    package = Path(shutil.copytree(Path(convoy.__file__).parent, tmp_path / "convoy"))
+    before = code_digest(package)
+    (package / "__pycache__").mkdir(exist_ok=True)
+    (package / "__pycache__" / "made.pyc").write_bytes(b"not code that travels")
+    assert code_digest(package) == before == code_digest(Path(convoy.__file__).parent)
+    (package / "core" / "errors.py").write_text("# changed\n")
+    assert code_digest(package) != before
+
+
+def test_half_a_package_is_not_sent(tmp_path: Path) -> None:
+    (tmp_path / "core").mkdir()
+    with pytest.raises(ConfigError, match="not the whole package"):
+        code_digest(tmp_path)
+
+
+def test_what_travels_is_the_package_and_the_settings_and_no_variables() -> None:
+    submission = plan_submission(CACHE)
+    assert submission.package == Path(convoy.__file__).parent
+    assert list(submission.files) == ["job.yaml"]
+    assert yaml.safe_load(submission.files["job.yaml"]) == SETTINGS
+    assert submission.entrypoint == "python -m convoy.cli cache --config job.yaml --json"
+
+
+def test_a_workspace_that_is_a_path_is_told_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CONVOY_WORKSPACE", "somewhere")
+    settings = {key: value for key, value in SETTINGS.items() if key != "workspace"}
+    submission = plan_submission(JobRequest(verb=Verb.CACHE, settings=settings))
+    assert yaml.safe_load(submission.files["job.yaml"])["workspace"] == str(tmp_path / "somewhere")
+
+
+def test_a_setting_that_does_not_fit_is_refused_here_and_not_on_the_cluster() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'dataset'"):
+        plan_submission(JobRequest(verb=Verb.CACHE, settings={**SETTINGS, "dataste": "photos"}))
+
+
+def test_a_secret_is_refused_without_being_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "c0ffee-c0ffee-c0ffee")
+    for request in (
+        JobRequest(verb=Verb.CACHE, settings={**SETTINGS, "dataset": "c0ffee-c0ffee-c0ffee"}),
+        JobRequest(verb=Verb.CACHE, settings=SETTINGS, attempt="c0ffee-c0ffee-c0ffee"),
+    ):
+        with pytest.raises(ConfigError, match="RAY_AUTH_TOKEN") as refused:
+            plan_submission(request)
+        assert "c0ffee" not in str(refused.value)
+
+
+def test_the_address_is_named_or_found_in_the_environment() -> None:
+    environment = {"RAY_ADDRESS": "http://head:8265/", "RAY_API_SERVER_ADDRESS": ""}
+    assert address_of(None, environment) == "http://head:8265"
+    assert address_of("http://127.0.0.1:8265", environment) == "http://127.0.0.1:8265"
+    with pytest.raises(ConfigError, match="no cluster is named"):
+        address_of(None, {})
+    with pytest.raises(ConfigError, match="no password"):
+        address_of("http://me:word@head:8265", {})
