@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
 _POLL_S = 1.0
+_POLL_FAILURES = 30
 # A tail that breaks (a proxy's time limit, a restarted dashboard) is taken up again where it broke.
 _TAIL_ATTEMPTS = 5
 _SUCCEEDED, _STOPPED = "SUCCEEDED", "STOPPED"
@@ -125,21 +126,26 @@ class JobService:
         for _ in range(_TAIL_ATTEMPTS):
             try:
                 asyncio.run(tail.follow(self._client, submission_id))
-            except (
-                Exception
-            ):  # any fault of the connection; that the log is lost must not fail the job's status
-                if self.get(submission_id).ended:
-                    tail.finish(self.logs(submission_id))
-                    return
+            except Exception:  # any fault of the connection: a lost log must not fail a job that goes on
                 time.sleep(_POLL_S)
             else:
                 return
 
     def wait(self, submission_id: str) -> SubmittedJob:
-        """The job when it has ended, however long that takes."""
-        while not (job := self.get(submission_id)).ended:
+        """The job when it has ended, however long that takes; a dashboard that is away for a moment is waited for."""
+        failures = 0
+        while True:
+            try:
+                job = self.get(submission_id)
+            except ClusterError:
+                failures += 1
+                if failures == _POLL_FAILURES:
+                    raise
+            else:
+                failures = 0
+                if job.ended:
+                    return job
             time.sleep(_POLL_S)
-        return job
 
     def logs(self, submission_id: str) -> str:
         """What the job has printed so far."""
@@ -179,17 +185,11 @@ class _Tail:
     async def follow(self, client: JobSubmissionClient, submission_id: str) -> None:
         seen = 0
         async for text in client.tail_job_logs(submission_id):
-            self._pass_on(text, seen)
+            new = text[max(0, self._written - seen) :]
             seen += len(text)
-
-    def finish(self, log: str) -> None:
-        self._pass_on(log, 0)
-
-    def _pass_on(self, text: str, start: int) -> None:
-        new = text[max(0, self._written - start) :]
-        if new:
-            self._write(new)
-            self._written += len(new)
+            if new:
+                self._write(new)
+                self._written += len(new)
 
 
 def _prepare_environment(address: str) -> None:

@@ -33,6 +33,7 @@ class Verb(StrEnum):
     TUNE = "tune"
     EVALUATE = "evaluate"
     SCORE = "score"
+    RETRAIN = "retrain"
 
 
 class Waiting(StrEnum):
@@ -49,6 +50,7 @@ _CONFIGS = {
     Verb.TUNE: ("convoy.pipelines.tune_config", "TuneConfig"),
     Verb.EVALUATE: ("convoy.pipelines.evaluate", "EvaluateConfig"),
     Verb.SCORE: ("convoy.pipelines.score_config", "ScoreConfig"),
+    Verb.RETRAIN: ("convoy.pipelines.retrain_config", "RetrainConfig"),
 }
 
 

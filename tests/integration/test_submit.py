@@ -1,0 +1,214 @@
+"""`convoy submit` to a head that asks for a token: one job, its true end, and no secret anywhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import convoy as convoy_package
+from cache_jobs import CacheJob, convoy, last_json, made_job, settings_arguments
+from ray_head import TOKEN, RayHead, running_head
+
+pytestmark = pytest.mark.integration
+
+# In the environment of head and submitter, as credentials are.
+PLANTED = "planted/9fT3qLr0ZsVw7YxPb2Kd+secretkey"
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[RayHead]:
+    with running_head({"AWS_SECRET_ACCESS_KEY": PLANTED, "AWS_ACCESS_KEY_ID": "planted-id-0001"}) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> CacheJob:
+    return made_job(tmp_path_factory.mktemp("submit"), num_images=32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def code(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The submitter's own copy of the code, which is part of a submission's id."""
+    folder = tmp_path_factory.mktemp("code")
+    package = Path(convoy_package.__file__).parent
+    shutil.copytree(package, folder / "convoy", ignore=shutil.ignore_patterns("__pycache__"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder))
+        yield
+
+
+def submitted(head: RayHead, job: CacheJob, *more: str) -> Any:
+    arguments = ["submit", *job.arguments(), "--address", head.address, "--json", *more]
+    # Nothing but the address decides where it goes.
+    environment = {**head.environment, "RAY_ADDRESS": "http://127.0.0.1:1"}
+    return convoy(*arguments, environment=environment)
+
+
+@pytest.fixture(scope="module")
+def command_lines() -> Iterator[set[str]]:
+    """The command lines of all processes of the machine that were seen meanwhile."""
+    seen: set[str] = set()
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.2):
+            for path in Path("/proc").glob("[0-9]*/cmdline"):
+                try:
+                    seen.add(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+                except OSError:
+                    continue
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    yield seen
+    ended.set()
+    watcher.join()
+
+
+@pytest.fixture(scope="module")
+def first(head: RayHead, job: CacheJob, command_lines: set[str]) -> Any:
+    finished = submitted(head, job)
+    assert finished.returncode == 0, finished.stderr
+    return finished
+
+
+def test_a_submitted_job_ends_with_its_log_and_exit_code(first: Any, job: CacheJob) -> None:
+    report = last_json(first)
+    assert (report["status"], report["exit_code"], report["submitted"]) == ("SUCCEEDED", 0, True)
+    assert report["submission_id"].startswith("convoy-cache-")
+    assert len(first.stdout.splitlines()) == 1
+    inner = json.loads(next(line for line in first.stderr.splitlines() if line.startswith('{"run"')))
+    assert (inner["recomputed"], inner["rejects"]) == (32, 1)
+    assert job.verify()["ok"] is True
+
+
+def test_the_same_command_again_changes_nothing_and_says_so(first: Any, head: RayHead, job: CacheJob) -> None:
+    files = {path: path.stat().st_mtime_ns for path in Path(job.workspace).rglob("*") if path.is_file()}
+    again = submitted(head, job)
+    assert again.returncode == 0, again.stderr
+    report, before = last_json(again), last_json(first)
+    assert (report["submission_id"], report["submitted"]) == (before["submission_id"], False)
+    assert (report["started"], report["ended"]) == (before["started"], before["ended"])
+    assert "nothing was sent" in report["note"]
+    assert {
+        path: path.stat().st_mtime_ns for path in Path(job.workspace).rglob("*") if path.is_file()
+    } == files
+
+
+def test_another_attempt_is_another_job_that_finds_nothing_to_do(
+    first: Any, head: RayHead, job: CacheJob
+) -> None:
+    report = last_json(submitted(head, job, "--attempt", "2026-11-26"))
+    assert report["submission_id"] != last_json(first)["submission_id"]
+    assert (report["exit_code"], report["attempt"]) == (0, "2026-11-26")
+    logs = convoy("submit", "logs", report["submission_id"], "-a", head.address, environment=head.environment)
+    inner = json.loads(next(line for line in logs.stdout.splitlines() if line.startswith('{"run"')))
+    assert inner["recomputed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "exit_code"),
+    [("dataset=nobody-has-frozen-it", 1), ("error_budget={rate: 0, rows: 0}", 3)],
+    ids=["no such dataset", "more rejects than the budget"],
+)
+def test_the_exit_code_of_the_driver_comes_back(
+    first: Any, head: RayHead, job: CacheJob, setting: str, exit_code: int
+) -> None:
+    finished = submitted(head, job.changed(setting))
+    assert (finished.returncode, last_json(finished)["exit_code"]) == (exit_code, exit_code)
+    assert last_json(finished)["status"] == "FAILED"
+
+
+def test_status_list_and_cancel(first: Any, head: RayHead) -> None:
+    name = last_json(first)["submission_id"]
+
+    def asked(*words: str) -> Any:
+        return last_json(convoy("submit", *words, "-a", head.address, "--json", environment=head.environment))
+
+    assert asked("status", name)["exit_code"] == 0
+    assert name in [entry["submission_id"] for entry in asked("list")["jobs"]]
+    assert asked("cancel", name)["asked"] is False
+    missing = convoy("submit", "status", "convoy-cache-0", "-a", head.address, environment=head.environment)
+    assert (missing.returncode, "no such submission" in missing.stderr) == (1, True)
+
+
+@pytest.mark.parametrize("token", [None, "another-token-than-that-of-the-cluster"])
+def test_without_the_token_nothing_is_submitted(head: RayHead, job: CacheJob, token: str | None) -> None:
+    arguments = ["submit", *job.arguments(), "--address", head.address, "--attempt", "intruder", "--json"]
+    # An empty variable is as good as none.
+    environment = {"HOME": str(head.folder / "stranger"), "RAY_AUTH_TOKEN": token or ""}
+    environment["RAY_AUTH_MODE"] = "token" if token else "disabled"
+    refused = convoy(*arguments, environment=environment)
+    assert refused.returncode == 1
+    assert "RAY_AUTH_MODE=token" in refused.stderr
+    assert "intruder" not in json.dumps(_api(head, "/api/jobs/"))
+
+
+def test_the_code_that_was_sent_goes_before_the_code_that_is_installed(head: RayHead) -> None:
+    script = """
+import sys
+from pathlib import Path
+from convoy.cluster.submission import JobService, Submission
+import convoy
+service = JobService(sys.argv[1])
+package = Path(convoy.__file__).parent
+service.submit(Submission(submission_id="where", entrypoint="python -c 'import convoy; print(convoy.__file__)'",
+                          package=package, files={"job.yaml": ""}, metadata={}))
+service.wait("where")
+print(service.logs("where"))
+"""
+    printed = subprocess.run(
+        [sys.executable, "-c", script, head.address],
+        env=dict(head.environment),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    ).stdout
+    assert str(head.folder) in printed
+    assert "py_modules_files" in printed
+
+
+def test_no_secret_is_in_any_log_record_report_payload_or_process(
+    first: Any, head: RayHead, job: CacheJob, command_lines: set[str]
+) -> None:
+    texts = {str(path): path.read_bytes() for path in _files(head.folder) + _files(Path(job.workspace))}
+    assert any("job-driver-" in name for name in texts)
+    assert any(name.endswith("run.json") for name in texts)
+    texts["submitter"] = (first.stdout + first.stderr).encode()
+    for path in ("/api/jobs/", f"/api/jobs/{last_json(first)['submission_id']}/logs", "/nodes?view=summary"):
+        texts[path] = json.dumps(_api(head, path)).encode()
+    texts["processes"] = "\n".join(command_lines).encode()
+    assert b"convoy.cli cache" in texts["processes"]
+    held = [name for name, text in texts.items() for secret in (PLANTED, TOKEN) if secret.encode() in text]
+    assert held == []
+
+
+def test_a_secret_in_the_settings_is_refused_before_anything_is_sent(head: RayHead, job: CacheJob) -> None:
+    key = "AKIA" + "ABCDEFGHIJKLMNOP"
+    refused = submitted(head, job.changed(f"dataset={key}"))
+    assert refused.returncode == 2
+    assert "dataset: has the form of a secret" in refused.stderr
+    assert key not in refused.stderr + refused.stdout
+    planted = submitted(head, job, *settings_arguments(f"dataset={PLANTED}"))
+    assert (planted.returncode, PLANTED in planted.stderr) == (2, False)
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file() and os.access(path, os.R_OK)]
+
+
+def _api(head: RayHead, path: str) -> Any:
+    request = urllib.request.Request(head.address + path, headers={"Authorization": f"Bearer {TOKEN}"})
+    with urllib.request.urlopen(request, timeout=30) as response:
+        return json.loads(response.read())

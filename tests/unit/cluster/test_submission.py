@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import http.server
+import json
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from convoy.cluster import submission
+from convoy.cluster.submission import JobService, runtime_environment
+from convoy.core.errors import ClusterError, ConfigError, ExitCode
+
+
+class Dashboard(http.server.ThreadingHTTPServer):
+    """A server that speaks as much of Ray's Jobs API as a client needs to wait: its answers, one a question."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Answering)
+        self.answers: list[dict[str, Any] | None] = []
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class _Answering(http.server.BaseHTTPRequestHandler):
+    server: Dashboard
+
+    def do_GET(self) -> None:
+        version = {"version": "4", "ray_version": "2.60.0", "ray_commit": "", "session_name": ""}
+        answer = version if self.path == "/api/version" else self.server.answers.pop(0)
+        self.send_response(200 if answer else 503)
+        self.end_headers()
+        self.wfile.write(json.dumps(answer or "away").encode())
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def dashboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[Dashboard]:
+    monkeypatch.setattr(submission, "_POLL_S", 0.01)
+    # An address in the environment must not win against the one that is named.
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
+    with Dashboard() as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def told(status: str, exit_code: int | None = None) -> dict[str, Any]:
+    return {
+        "type": "SUBMISSION",
+        "submission_id": "one",
+        "status": status,
+        "entrypoint": "python",
+        "metadata": {"verb": "cache"},
+        "driver_exit_code": exit_code,
+    }
+
+
+@pytest.mark.parametrize(
+    ("status", "of_driver", "exit_code"),
+    [
+        ("SUCCEEDED", 0, ExitCode.OK),
+        ("FAILED", 3, ExitCode.ERROR_BUDGET_EXCEEDED),
+        ("FAILED", 5, ExitCode.REFUSED_BY_GATE),
+        ("FAILED", -9, ExitCode.ERROR),
+        ("FAILED", None, ExitCode.ERROR),
+        ("STOPPED", None, ExitCode.STOPPED_RESUMABLE),
+        ("RUNNING", None, None),
+        ("PENDING", None, None),
+    ],
+)
+def test_an_ended_job_has_the_exit_code_of_its_driver_or_one_that_says_the_same(
+    dashboard: Dashboard, status: str, of_driver: int | None, exit_code: int | None
+) -> None:
+    dashboard.answers = [told(status, of_driver)]
+    job = JobService(dashboard.address).get("one")
+    assert (job.exit_code, job.ended) == (exit_code, exit_code is not None)
+
+
+def test_waiting_outlasts_a_dashboard_that_is_away_for_a_moment(dashboard: Dashboard) -> None:
+    dashboard.answers = [told("RUNNING"), None, None, told("RUNNING"), None, told("SUCCEEDED", 0)]
+    assert JobService(dashboard.address).wait("one").exit_code == 0
+    assert dashboard.answers == []
+
+
+def test_waiting_ends_when_the_dashboard_stays_away(dashboard: Dashboard) -> None:
+    dashboard.answers = [None] * submission._POLL_FAILURES
+    with pytest.raises(ClusterError, match="refused the request"):
+        JobService(dashboard.address).wait("one")
+    assert dashboard.answers == []
+
+
+def test_an_address_where_nobody_answers_is_told_within_seconds() -> None:
+    started_s = time.monotonic()
+    with pytest.raises(ClusterError, match="no dashboard of Ray answers"):
+        JobService("http://127.0.0.1:1")
+    assert time.monotonic() - started_s < 20
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:6379", "ray://127.0.0.1:10001", "auto"])
+def test_addresses_of_other_kinds_are_refused(address: str) -> None:
+    with pytest.raises(ConfigError, match="address of a dashboard"):
+        JobService(address)
+
+
+def test_the_runtime_environment_has_no_variables(tmp_path: Any) -> None:
+    assert set(runtime_environment(str(tmp_path), tmp_path)) == {"working_dir", "py_modules", "excludes"}
