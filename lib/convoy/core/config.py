@@ -59,6 +59,11 @@ def read_settings(path: str | None, overrides: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
+def write_settings(settings: Mapping[str, Any]) -> str:
+    """Settings as the text of a config file, which `read_settings` reads to the same values."""
+    return yaml.safe_dump(dict(settings), sort_keys=True, allow_unicode=True)
+
+
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
         loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))

@@ -10,18 +10,18 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, Field
 
-import convoy
 from convoy.cluster.submission import JobService, Submission, SubmittedJob
-from convoy.core.config import StrictModel, parse_config
+from convoy.core.config import StrictModel, parse_config, write_settings
 from convoy.core.errors import ConfigError
 from convoy.core.fingerprints import digest, digest_bytes
 from convoy.core.secrets import find_secrets
 from convoy.pipelines.workspace import workspace_uri
 
 CONFIG_FILE = "job.yaml"
+# The code that runs here is the code that is sent.
+PACKAGE = Path(__file__).parents[1]
 _ID_DIGITS = 16
 
 
@@ -145,7 +145,7 @@ def plan_submission(request: JobRequest) -> Submission:
     config = parse_config(
         getattr(importlib.import_module(module), name), settings, where=f"submit {request.verb}"
     )
-    package = Path(convoy.__file__).parent
+    package = PACKAGE
     parts = {
         "verb": request.verb.value,
         "config": config.model_dump(mode="json"),
@@ -158,7 +158,7 @@ def plan_submission(request: JobRequest) -> Submission:
         submission_id=f"convoy-{request.verb.value}-{digest(parts)[:_ID_DIGITS]}",
         entrypoint=shlex.join([*command, *request.arguments]),
         package=package,
-        files={CONFIG_FILE: yaml.safe_dump(settings, sort_keys=True)},
+        files={CONFIG_FILE: write_settings(settings)},
         metadata={
             "verb": request.verb.value,
             "attempt": request.attempt,

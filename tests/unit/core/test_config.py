@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from convoy.core.config import StrictModel, config_keys, load_config
+from convoy.core.config import StrictModel, config_keys, load_config, read_settings, write_settings
 from convoy.core.errors import ConfigError
 
 
@@ -69,3 +69,17 @@ def test_keys_of_a_config_are_known_without_its_model(tmp_path: Path) -> None:
     path.write_text("name: probe\nhead: {C: [1]}\n")
     assert config_keys(str(path), ["extraction.batch_size=8"]) == {"name", "head", "extraction"}
     assert config_keys(None) == frozenset()
+
+
+def test_settings_that_were_written_are_read_to_the_same_values(tmp_path: Path) -> None:
+    settings = {
+        "rate": 1e-05,
+        "text": "1e-05",
+        "yes": "on",
+        "none": None,
+        "list": [1, 2.5, "ü"],
+        "inner": {"flag": False},
+    }
+    path = tmp_path / "written.yaml"
+    path.write_text(write_settings(settings), encoding="utf-8")
+    assert read_settings(str(path), []) == settings
