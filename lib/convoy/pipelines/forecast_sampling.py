@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 
+from convoy.core.errors import DataError
 from convoy.core.progress import Progress
 from convoy.pipelines.committee_predictions import CommitteeJob
 from convoy.pipelines.feature_plan import CompileChoice, ExtractionConfig
@@ -33,10 +34,12 @@ def forecast_scoring(
     """What this scoring would take on the cluster as it is, from rows that are spread evenly over it.
 
     The sample is computed as the whole would be: with a compiled network if that pays for the whole. Its run is
-    deleted afterwards; one that is killed is gone on with by the next dry run.
+    deleted afterwards; one that is killed is gone on with by the next dry run. Raises DataError for no rows.
     """
     started_unix_s = time.time()
     num_images = request.num_rows(manifest)
+    if not num_images:
+        raise DataError("there is no image to score", where=request.dataset, next_step="choose other splits")
     rows = _spread_rows(manifest, request, num_images)
     settings = scoring_settings(manifest, request)
     job = CommitteeJob(store, manifest, _sample_request(request, rows, compiled=settings["compiled"]))
