@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from measuring import list_images
 from pydantic import Field
+from score_network import ScoredNetwork
 from torch import Tensor
 
 from convoy.core.config import StrictModel, load_config
@@ -38,12 +39,13 @@ _NUM_FEATURES = 512
 
 
 class BoundsSettings(StrictModel):
-    """Which images, and for how long each stage is measured after its warm-up."""
+    """Which images, and for how long each stage is measured after its warm-up; null is ResNet-18 up to its pooling."""
 
     images: str
     batch_size: int = Field(default=32, gt=0)
     probe_s: float = Field(default=4.0, gt=0)
     compiled: bool = False
+    network: ScoredNetwork | None = None
 
 
 class Bounds(StrictModel):
@@ -123,7 +125,8 @@ class _Stages:
 def measure_bounds(settings: BoundsSettings) -> Bounds:
     """All rates, in one process. Takes about seven times `probe_s`, and the time to compile."""
     num_cores = os.cpu_count() or 1
-    preset = default_preset(_BACKBONE)
+    backbone = _BACKBONE if settings.network is None else settings.network.backbone
+    preset = default_preset(backbone)
     # Threads that prepare images share the cores already.
     torch.set_num_threads(1)
     with TemporaryDirectory(prefix="convoy-bench-bounds-") as folder:
@@ -139,7 +142,7 @@ def measure_bounds(settings: BoundsSettings) -> Bounds:
     batch_BCHW = _empty_batch(settings.batch_size, preset)
     batch_BCHW.copy_(stages.images_BCHW[torch.arange(settings.batch_size) % len(paths)])
     for name, options in _engines(settings, num_cores):
-        engine = _engine(preset, options)
+        engine = _engine(backbone, options, tap="pooled" if settings.network is None else "logits")
         rates[name] = _rate(lambda run=engine.run: _forward(run, batch_BCHW), settings.probe_s)
     return Bounds(**rates)
 
@@ -162,10 +165,10 @@ def _engines(settings: BoundsSettings, num_threads: int) -> Iterator[tuple[str, 
         )
 
 
-def _engine(preset: EvalPreset, options: EngineOptions) -> FeatureEngine:
-    network = build_network(_BACKBONE)
+def _engine(backbone: BackboneConfig, options: EngineOptions, *, tap: str) -> FeatureEngine:
+    network, preset = build_network(backbone), default_preset(backbone)
     axis = derive_depth_axis(network, input_px=preset.crop_px)
-    return FeatureEngine(network, axis, preset, taps=[resolve_tap(axis, "pooled").name], options=options)
+    return FeatureEngine(network, axis, preset, taps=[resolve_tap(axis, tap).name], options=options)
 
 
 def _forward(run: Callable[[Tensor], dict[str, Tensor]], batch_BCHW: Tensor) -> int:

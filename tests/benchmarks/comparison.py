@@ -35,7 +35,7 @@ def describe_runs(runs: Runs) -> dict[str, Any]:
     return {
         "ratios": {name: spread(values) for name, values in _ratios(runs).items()},
         "best_workers": {way: _best(runs, way) for way in (DATALOADER, DATALOADER_TUNED)},
-        "ways": {way: _describe_way(results) for way, results in runs.ways.items()},
+        "ways": {way: describe_way(results) for way, results in runs.ways.items()},
         "bounds": {
             name: spread([getattr(bounds, name) for bounds in runs.bounds])
             for name, rate in runs.bounds[0]
@@ -91,7 +91,8 @@ def divide(ones: Sequence[float], others: Sequence[float]) -> list[float]:
     return [one / other for one, other in zip(ones, others, strict=True)]
 
 
-def _describe_way(results: Sequence[WayResult]) -> dict[str, Any]:
+def describe_way(results: Sequence[WayResult]) -> dict[str, Any]:
+    """Lowest, median and highest of what the runs of a way measured, and their details."""
     described: dict[str, Any] = {
         name: spread([getattr(result, name) for result in results])
         for name in ("images_per_s", "first_row_s", "wall_s")

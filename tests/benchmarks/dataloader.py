@@ -17,6 +17,8 @@ import torchvision
 from measuring import WayResult, WaySettings, list_images, peer_result, save_features
 from PIL import Image
 from pydantic import Field
+from score_network import RESNET_18, ScoredNetwork
+from timm.data import create_loader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -30,11 +32,23 @@ class Variant(StrEnum):
     TUNED = "tuned"
 
 
+class Library(StrEnum):
+    """Whose loader. TIMM: `create_loader`, with its own transform, as timm's inference.py does."""
+
+    TORCH = "torch"
+    TIMM = "timm"
+
+
 class DataLoaderSettings(WaySettings):
-    """Worker processes of the loader (0: in the main process), and how the network is run."""
+    """Worker processes of the loader (0: in the main process), and how the network is run.
+
+    Without `network` it gives the pooled features of ResNet-18, else its logits.
+    """
 
     workers: int = Field(default=0, ge=0)
     variant: Variant = Variant.PLAIN
+    library: Library = Library.TORCH
+    network: ScoredNetwork | None = None
 
 
 class ImageFiles(Dataset[Tensor]):
@@ -52,13 +66,12 @@ class ImageFiles(Dataset[Tensor]):
 
 def run_dataloader(settings: DataLoaderSettings) -> WayResult:
     paths = list_images(settings.images)
-    transform = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.transforms()
-    loader = DataLoader(ImageFiles(paths, transform), settings.batch_size, num_workers=settings.workers)
+    loader, model = _loader(settings, paths), _model(settings.network)
     batches, features = [], []
     schema = pa.schema([("path", pa.string()), ("features", pa.list_(pa.float32()))])
     with TemporaryDirectory(prefix="convoy-bench-dataloader-") as folder:
         with pq.ParquetWriter(Path(folder) / "features.parquet", schema) as writer:
-            for features_BD in _extract(loader, settings.variant):
+            for features_BD in _extract(loader, model, settings.variant):
                 first = sum(len(one) for one in features)
                 batches.append((time.time(), len(features_BD)))
                 features.append(features_BD)
@@ -69,17 +82,37 @@ def run_dataloader(settings: DataLoaderSettings) -> WayResult:
     return peer_result(settings, batches, finished_unix_s)
 
 
-def _extract(loader: DataLoader[Tensor], variant: Variant) -> Iterator[np.ndarray]:
-    """The float32 features_BD of each batch."""
+def _loader(settings: DataLoaderSettings, paths: Sequence[str]) -> DataLoader[Tensor]:
+    network = settings.network or RESNET_18
+    images = ImageFiles(paths, network.transform())
+    if settings.library is Library.TORCH:
+        return DataLoader(images, settings.batch_size, num_workers=settings.workers)
+    loader: DataLoader[Tensor] = create_loader(
+        images,
+        input_size=(3, network.crop_px, network.crop_px),
+        batch_size=settings.batch_size,
+        use_prefetcher=False,
+        interpolation="bilinear",
+        crop_pct=network.crop_px / network.resize_px,
+        num_workers=settings.workers,
+        persistent_workers=settings.workers > 0,
+    )
+    return loader
+
+
+def _extract(loader: DataLoader[Tensor], model: nn.Module, variant: Variant) -> Iterator[np.ndarray]:
+    """The float32 outputs_BD of each batch."""
     memory_format = torch.channels_last if variant is Variant.TUNED else torch.contiguous_format
-    model = _model().to(memory_format=memory_format)
+    model = model.to(memory_format=memory_format)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=variant is Variant.TUNED)
     for images_BCHW in loader:
         with torch.inference_mode(), autocast:
             yield model(images_BCHW.contiguous(memory_format=memory_format)).float().numpy()
 
 
-def _model() -> nn.Module:
+def _model(network: ScoredNetwork | None) -> nn.Module:
+    if network is not None:
+        return network.build()
     torch.manual_seed(0)
     model = torchvision.models.resnet18()
     model.fc = nn.Identity()

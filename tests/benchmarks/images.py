@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -19,6 +19,7 @@ IMAGENET_TAR = "imagenet-250.tar"
 _SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
 _IMAGES_WORTH_A_PROCESS = 256
 _SIZES_HW = ((375, 500), (500, 375), (333, 500))
+_LARGE_HW = (3000, 4000)
 
 
 class ImageSet(StrictModel):
@@ -27,6 +28,15 @@ class ImageSet(StrictModel):
     folder: str
     num_images: int
     mean_bytes: float
+
+
+def make_large_images(folder: Path, num_images: int, *, seed: int) -> ImageSet:
+    """The same of 4000x3000 pixels, as cameras write them; takes seconds an image."""
+    folder.mkdir()
+    for index in range(num_images):
+        rng = np.random.default_rng([seed, index])
+        _made_image(rng, (_LARGE_HW,)).save(folder / f"large_{index:06d}.jpg", quality=90)
+    return _describe(folder)
 
 
 def make_images(folder: Path, num_images: int, *, seed: int) -> ImageSet:
@@ -50,7 +60,7 @@ def make_images(folder: Path, num_images: int, *, seed: int) -> ImageSet:
 
 def _make_image(folder: Path, seed: int, index: int) -> None:
     rng = np.random.default_rng([seed, index])
-    _made_image(rng).save(folder / f"made_{index:06d}.jpg", quality=90)
+    _made_image(rng, _SIZES_HW).save(folder / f"made_{index:06d}.jpg", quality=90)
 
 
 def link_imagenet(folder: Path, num_images: int, *, data: str | None) -> ImageSet | None:
@@ -70,6 +80,12 @@ def link_first(images: ImageSet, folder: Path, num_images: int) -> ImageSet:
     """The first images of a set as a set of their own."""
     sources = sorted(Path(images.folder).iterdir())
     _link(folder, min(num_images, len(sources)), sources)
+    return _describe(folder)
+
+
+def repeat_images(images: ImageSet, folder: Path, num_images: int) -> ImageSet:
+    """The images of a set under so many distinct names."""
+    _link(folder, num_images, sorted(Path(images.folder).iterdir()))
     return _describe(folder)
 
 
@@ -96,13 +112,13 @@ def _describe(folder: Path) -> ImageSet:
     return ImageSet(folder=str(folder), num_images=len(sizes), mean_bytes=sum(sizes) / len(sizes))
 
 
-def _made_image(rng: np.random.Generator) -> Image.Image:
-    return Image.fromarray(np.stack(list(_planes_HW(rng)), axis=-1), "YCbCr")
+def _made_image(rng: np.random.Generator, sizes_HW: Sequence[tuple[int, int]]) -> Image.Image:
+    return Image.fromarray(np.stack(list(_planes_HW(rng, sizes_HW)), axis=-1), "YCbCr")
 
 
-def _planes_HW(rng: np.random.Generator) -> Iterator[np.ndarray]:
+def _planes_HW(rng: np.random.Generator, sizes_HW: Sequence[tuple[int, int]]) -> Iterator[np.ndarray]:
     """Luminance and two smoother, weaker planes of colour; steepness and contrast differ between images."""
-    size_HW = _SIZES_HW[rng.integers(len(_SIZES_HW))]
+    size_HW = sizes_HW[rng.integers(len(sizes_HW))]
     slope, contrast = rng.uniform(1.2, 1.7), rng.uniform(30, 60)
     for plane_slope, plane_contrast in ((slope, contrast), (slope + 0.3, 15), (slope + 0.3, 15)):
         field_HW = _noise(rng, size_HW, plane_slope) * plane_contrast + 128

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,23 +24,25 @@ import torchvision
 from measuring import WayResult, WaySettings, peer_result, save_features
 from PIL import Image
 from ray.data import ActorPoolStrategy
+from score_network import RESNET_18, ScoredNetwork
 
 from convoy.core.config import load_config
 
-_TRANSFORM = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.transforms()
+
+class RayDocsSettings(WaySettings):
+    """Without `network` it gives the pooled features of ResNet-18, else its logits."""
+
+    network: ScoredNetwork | None = None
 
 
-def transform_image(row: dict[str, Any]) -> dict[str, Any]:
-    return {"path": row["path"], "image": _TRANSFORM(Image.fromarray(row["image"])).numpy()}
+def transform_image(row: dict[str, Any], transform: Callable[[Image.Image], torch.Tensor]) -> dict[str, Any]:
+    return {"path": row["path"], "image": transform(Image.fromarray(row["image"])).numpy()}
 
 
-class ResnetModel:
-    def __init__(self, num_threads: int) -> None:
+class Model:
+    def __init__(self, network: ScoredNetwork | None, num_threads: int) -> None:
         torch.set_num_threads(num_threads)
-        torch.manual_seed(0)
-        self.model = torchvision.models.resnet18()
-        self.model.fc = torch.nn.Identity()
-        self.model.eval()
+        self.model = _resnet_features() if network is None else network.build()
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         with torch.inference_mode():
@@ -48,16 +51,23 @@ class ResnetModel:
         return {"path": batch["path"], "features": features_BD, "finished_unix_s": finished_unix_s}
 
 
-def run_ray_docs(settings: WaySettings) -> WayResult:
+def _resnet_features() -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18()
+    model.fc = torch.nn.Identity()
+    return model.eval()
+
+
+def run_ray_docs(settings: RayDocsSettings) -> WayResult:
     # Without "local" it would join, and measure, a cluster that happens to run on this machine.
     ray.init("local", include_dashboard=False, log_to_driver=False)
     with TemporaryDirectory(prefix="convoy-bench-ray-docs-") as folder:
         (
             ray.data.read_images(settings.images, mode="RGB", include_paths=True)
-            .map(transform_image)
+            .map(transform_image, fn_args=((settings.network or RESNET_18).transform(),))
             .map_batches(
-                ResnetModel,
-                fn_constructor_args=(os.cpu_count(),),
+                Model,
+                fn_constructor_args=(settings.network, os.cpu_count()),
                 batch_size=settings.batch_size,
                 compute=ActorPoolStrategy(size=1),
                 num_cpus=1,
@@ -77,4 +87,4 @@ def run_ray_docs(settings: WaySettings) -> WayResult:
 
 
 if __name__ == "__main__":
-    print(run_ray_docs(load_config(WaySettings, None, sys.argv[1:])).model_dump_json())
+    print(run_ray_docs(load_config(RayDocsSettings, None, sys.argv[1:])).model_dump_json())

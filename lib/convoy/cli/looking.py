@@ -56,7 +56,9 @@ def doctor(workspace: WorkspaceOption = None, as_json: JsonOption = False) -> No
 
 @looking_app.command()
 def bench(
-    job: Annotated[str, typer.Argument(help="What to measure: cache, layout, plan, strategies, train.")],
+    job: Annotated[
+        str, typer.Argument(help="What to measure: cache, evaluate, layout, plan, score, strategies, train.")
+    ],
     rows: Annotated[int | None, typer.Option("--rows", help="Short for --set rows=N.")] = None,
     overrides: SetOption = None,
     as_json: JsonOption = False,

@@ -16,7 +16,7 @@ from convoy.core.errors import ConfigError, ConvoyError
 _FOLDER = Path(__file__).parents[3] / "tests" / "benchmarks"
 
 
-BENCHMARKS = ("cache", "evaluate", "layout", "plan", "strategies", "train")
+BENCHMARKS = ("cache", "evaluate", "layout", "plan", "score", "strategies", "train")
 
 
 class BenchReport(RootModel[dict[str, Any]]):
