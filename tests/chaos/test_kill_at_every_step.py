@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 
 from cache_jobs import CacheJob, made_job
-from convoy.core.crash_points import SEARCH_CRASH_POINTS, TRAINING_CRASH_POINTS, CrashPoint
+from convoy.core.crash_points import (
+    RETRAIN_CRASH_POINTS,
+    SEARCH_CRASH_POINTS,
+    TRAINING_CRASH_POINTS,
+    CrashPoint,
+)
 from made_bundles import made_committee_job
 
 pytestmark = [pytest.mark.integration, pytest.mark.chaos]
@@ -30,7 +35,10 @@ def clean_job(tmp_path_factory: pytest.TempPathFactory) -> CacheJob:
     return job
 
 
-@pytest.mark.parametrize("point", sorted(set(CrashPoint) - TRAINING_CRASH_POINTS - SEARCH_CRASH_POINTS))
+@pytest.mark.parametrize(
+    "point",
+    sorted(set(CrashPoint) - TRAINING_CRASH_POINTS - SEARCH_CRASH_POINTS - RETRAIN_CRASH_POINTS),
+)
 def test_killed_job_resumes_to_the_same_rows(point: CrashPoint, clean_job: CacheJob, tmp_path: Path) -> None:
     job = made_job(tmp_path)
     nth = ARRIVAL.get(point, 1)

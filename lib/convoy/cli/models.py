@@ -9,6 +9,11 @@ import typer
 
 from convoy.cli.options import JsonOption, SetOption, WorkspaceOption, load, run_job, words
 from convoy.core.config import load_config
+from convoy.pipelines.workspace import WriterMode
+
+WritersOption = Annotated[
+    WriterMode, typer.Option("--writers", help="single: where the store has no conditional writes.")
+]
 
 models_app = typer.Typer(help="Look after networks and bundles in the workspace.", no_args_is_help=True)
 
@@ -31,6 +36,55 @@ def models_show(
     from convoy.pipelines.model_listing import show_model  # noqa: PLC0415
 
     run_job(lambda _: show_model(workspace, bundle), as_json=as_json)
+
+
+@models_app.command("promote")
+def models_promote(
+    name: Annotated[str, typer.Argument(help="Name of the model.")],
+    reason: Annotated[str, typer.Option("--reason", help="Why; it is kept in the history.")],
+    digest: Annotated[
+        str | None, typer.Option("--digest", help="The version to promote. Default: the candidate.")
+    ] = None,
+    writers: WritersOption = WriterMode.MANY,
+    workspace: WorkspaceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a version the champion; the champion so far becomes the previous one."""
+    from convoy.pipelines.model_registry import promote_model  # noqa: PLC0415
+
+    run_job(
+        lambda _: promote_model(workspace, name, digest=digest, reason=reason, writers=writers),
+        as_json=as_json,
+    )
+
+
+@models_app.command("rollback")
+def models_rollback(
+    name: Annotated[str, typer.Argument(help="Name of the model.")],
+    reason: Annotated[
+        str, typer.Option("--reason", help="Why; it is kept in the history.")
+    ] = "rolled back by hand",
+    writers: WritersOption = WriterMode.MANY,
+    workspace: WorkspaceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make the previous version the champion again; the two change places."""
+    from convoy.pipelines.model_registry import rollback_model  # noqa: PLC0415
+
+    run_job(lambda _: rollback_model(workspace, name, reason=reason, writers=writers), as_json=as_json)
+
+
+@models_app.command("diff")
+def models_diff(
+    first: Annotated[str, typer.Argument(help="A bundle: name, name@digest, name@champion or its URI.")],
+    second: Annotated[str, typer.Argument(help="Another one.")],
+    workspace: WorkspaceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say in what two bundles differ: config, classes, preparation of images, metrics."""
+    from convoy.pipelines.model_registry import diff_models  # noqa: PLC0415
+
+    run_job(lambda _: diff_models(workspace, first, second), as_json=as_json)
 
 
 @models_app.command("fetch")

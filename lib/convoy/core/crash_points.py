@@ -36,10 +36,14 @@ class CrashPoint(StrEnum):
     TRIAL_DRAWN = "trial_drawn"
     TRIAL_TRAINED = "trial_trained"
     TRIAL_RECORDED = "trial_recorded"
+    RETRAIN_PLANNED = "retrain_planned"
+    ALIASES_CHOSEN = "aliases_chosen"
+    ALIASES_MOVED = "aliases_moved"
+    RETRAIN_DECIDED = "retrain_decided"
 
 
-# The steps that only a training with checkpoints comes by, and those of a search; all others are those of any run
-# that commits parts.
+# The steps that only a training with checkpoints comes by, those of a search, and those of a retraining; all others
+# are those of any run that commits parts.
 TRAINING_CRASH_POINTS = frozenset(
     {
         CrashPoint.TRAINING_STEP,
@@ -50,6 +54,14 @@ TRAINING_CRASH_POINTS = frozenset(
     }
 )
 SEARCH_CRASH_POINTS = frozenset({CrashPoint.TRIAL_DRAWN, CrashPoint.TRIAL_TRAINED, CrashPoint.TRIAL_RECORDED})
+RETRAIN_CRASH_POINTS = frozenset(
+    {
+        CrashPoint.RETRAIN_PLANNED,
+        CrashPoint.ALIASES_CHOSEN,
+        CrashPoint.ALIASES_MOVED,
+        CrashPoint.RETRAIN_DECIDED,
+    }
+)
 
 
 def crash_point(point: CrashPoint) -> None:

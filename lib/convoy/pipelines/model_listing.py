@@ -18,6 +18,7 @@ from convoy.storage.bundles import (
     resolve_bundle,
 )
 from convoy.storage.object_store import ObjectStore
+from convoy.storage.registry import AliasRecord, HistoryEntry, read_aliases
 from convoy.storage.stores import open_store
 from convoy.vision.committee_options import GateOptions
 
@@ -29,6 +30,7 @@ class ListedModel(StrictModel):
 
     model: str
     is_latest: bool
+    aliases: list[str]
     strategy: str
     networks: list[str]
     num_classes: int
@@ -52,10 +54,11 @@ class ListedMember(StrictModel):
 
 
 class ModelDescription(ListedModel):
-    """A bundle in full. The last fields are those of an ensemble."""
+    """A bundle in full, and the moves of aliases that named it. The last fields are those of an ensemble."""
 
     uri: str
     classes: list[str]
+    history: list[HistoryEntry]
     members: list[ListedMember] = Field(default_factory=list)
     crops: CropPlan | None = None
     averaging: Averaging | None = None
@@ -67,9 +70,14 @@ def list_models(workspace: str | None) -> ModelList:
     """The bundles of a workspace; their small files are read and verified."""
     store = open_store(workspace_uri(workspace))
     refs = list_bundles(store)
-    latest = {_latest(store, name) for name in {ref.name for ref in refs}}
+    names = {ref.name for ref in refs}
+    latest = {_latest(store, name) for name in names}
+    aliases = {name: read_aliases(store, name) for name in names}
     return ModelList(
-        models=[_listed(store, peek_bundle(store, ref), is_latest=ref in latest) for ref in refs]
+        models=[
+            _listed(store, peek_bundle(store, ref), aliases[ref.name], is_latest=ref in latest)
+            for ref in refs
+        ]
     )
 
 
@@ -78,9 +86,11 @@ def show_model(workspace: str | None, reference: str) -> ModelDescription:
     store = open_store(workspace_uri(workspace))
     ref = resolve_bundle(store, reference)
     bundle = peek_bundle(store, ref)
+    aliases = read_aliases(store, ref.name)
     described = {
-        **_listed(store, bundle, is_latest=_latest(store, ref.name) == ref).model_dump(),
+        **_listed(store, bundle, aliases, is_latest=_latest(store, ref.name) == ref).model_dump(),
         "uri": ref.uri,
+        "history": [entry for entry in aliases.history if ref.digest in entry.moves.values()],
         "classes": bundle.read_json("classes.json"),
     }
     if ENSEMBLE_FILE in bundle.files:
@@ -92,7 +102,7 @@ def show_model(workspace: str | None, reference: str) -> ModelDescription:
     return ModelDescription.model_validate(described)
 
 
-def _listed(store: ObjectStore, bundle: Bundle, *, is_latest: bool) -> ListedModel:
+def _listed(store: ObjectStore, bundle: Bundle, aliases: AliasRecord, *, is_latest: bool) -> ListedModel:
     metrics = bundle.read_json(METRICS_FILE)
     if ENSEMBLE_FILE in bundle.files:
         members = bundle.read_json(ENSEMBLE_FILE)["members"]
@@ -106,6 +116,7 @@ def _listed(store: ObjectStore, bundle: Bundle, *, is_latest: bool) -> ListedMod
     return ListedModel(
         model=str(bundle.ref),
         is_latest=is_latest,
+        aliases=aliases.aliases_of(bundle.ref.digest),
         strategy=strategy,
         networks=networks,
         num_classes=len(bundle.read_json("classes.json")),

@@ -3,7 +3,7 @@
 The digest in the path is over the files that determine predictions, so equal models share one folder.
 `digests.json` is written last: a folder without it is unfinished, and writing the same model again completes
 it. `models/<name>/latest.json` names the digest written last; it is a plain put, so of two writers at once
-the later wins. Scheduled jobs that must not race name a digest or an alias instead.
+the later wins. Scheduled jobs that must not race name a digest or an alias instead (see `registry`).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from convoy.core.fingerprints import canonical_json, digest, digest_bytes
 from convoy.core.statistics import Interval
 from convoy.storage.documents import exists
 from convoy.storage.object_store import ObjectStore
+from convoy.storage.registry import ALIASES, aliased_digest
 
 BUNDLE_FORMAT_VERSION = 1
 MODELS_PREFIX = "models/"
@@ -116,7 +117,7 @@ def write_bundle(store: ObjectStore, name: str, files: Mapping[str, bytes]) -> B
 
 
 def open_bundle(store: ObjectStore, reference: str) -> Bundle:
-    """Read and verify a bundle given as `name` (the one written last), `name@digest`, or its URI.
+    """Read and verify a bundle given as `name` (the one written last), `name@digest`, `name@alias`, or its URI.
 
     Raises ConfigError for a reference that is none of these, DataError for a bundle that does not exist or
     is incomplete, ChecksumMismatch that names the file whose bytes differ.
@@ -138,11 +139,13 @@ def resolve_bundle(store: ObjectStore, reference: str) -> BundleRef:
     if not found:
         check_bundle_name(name)
         wanted = _latest_digest(store, name)
+    elif separator == "@" and wanted in ALIASES and _NAME.fullmatch(name):
+        wanted = aliased_digest(store, name, wanted)
     if not _NAME.fullmatch(name) or not _DIGEST.fullmatch(wanted):
         raise ConfigError(
             "this is no reference to a model of the workspace",
             where=reference,
-            next_step=f"give name, name@digest, or {root}<name>/<digest>; see `convoy models list`",
+            next_step=f"give name, name@digest, name@champion, or {root}<name>/<digest>; see `convoy models list`",
         )
     return _ref(store, name, wanted)
 
