@@ -187,6 +187,28 @@ def score(  # noqa: PLR0917 (an option of the command line is an argument)
     run_job(lambda progress: run_score(settings, progress=progress, new_run=new_run), as_json=as_json)
 
 
+@jobs_app.command()
+def retrain(
+    config: ConfigOption = None,
+    date: Annotated[
+        str | None, typer.Option("--date", help="Logical date, YYYY-MM-DD. Default: today in UTC.")
+    ] = None,
+    overrides: SetOption = None,
+    workspace: WorkspaceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Bring a model up to date, once a date: promote a better one, hold a worse one (exit code 5), or do nothing."""
+    from convoy.pipelines.retrain import run_retrain  # noqa: PLC0415
+    from convoy.pipelines.retrain_config import RetrainConfig  # noqa: PLC0415
+    from convoy.report.curves import draw_learning_curves  # noqa: PLC0415
+
+    settings = load(RetrainConfig, config, [*(overrides or []), *words(date=date)], workspace)
+    run_job(
+        lambda progress: run_retrain(settings, progress=progress, draw_curves=draw_learning_curves),
+        as_json=as_json,
+    )
+
+
 def _evaluated_words(bundles: Sequence[str] | None, members: Sequence[str] | None) -> list[str]:
     """The one model to evaluate, which takes the place of the one that a config names."""
     named = [*(bundles or []), *(members or [])]

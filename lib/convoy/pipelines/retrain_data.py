@@ -1,0 +1,270 @@
+"""The rows of a retraining: what was held out for good, what is new, and whether the new data can be trusted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from convoy.core.drift import EmbeddingShift, class_shift, embedding_shift
+from convoy.core.errors import DataError
+from convoy.core.records import Split
+from convoy.pipelines.committees import CommitteeRecord
+from convoy.pipelines.feature_source import gather_features
+from convoy.pipelines.retrain_config import DataChecks, NewData, WhenFound
+from convoy.pipelines.retrain_gate import ModelScores
+from convoy.pipelines.retrain_scoring import CachedScorer, NamedRows
+from convoy.storage.feature_cache import content_id_array
+from convoy.storage.manifests import Manifest, label_names
+from convoy.storage.retrains import HOLDOUT_SCHEMA, RetrainFolder
+
+_COLUMNS = ("sample_id", "content_id", "label", "split", "weight")
+# Embeddings of each side of a shift: its noise is far below any limit then.
+_EMBEDDINGS = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RetrainRows:
+    """A version of a dataset as a retraining sees it; some 80 bytes a row.
+
+    `table` has the columns of the manifest that count here and `class`, the class name or null. `is_new_N` marks rows
+    whose content and class the version before did not have. `holdout` are rows of the frozen holdout that the version
+    still has, with the classes that were frozen.
+    """
+
+    manifest: Manifest
+    table: pa.Table
+    is_new_N: NDArray[np.bool_]
+    is_held_out_N: NDArray[np.bool_]
+    holdout: NamedRows
+    num_removed: int
+    shared_classes: tuple[str, ...]
+
+    def training(self, split: Split) -> pa.Table:
+        """The labelled rows of a split that are no rows of the holdout, nor equal to one."""
+        wanted = pc.and_(pc.equal(self.table["split"], split.value), pc.is_valid(self.table["label"]))
+        return self.table.filter(pc.and_(wanted, pa.array(~self.is_held_out_N)))
+
+    @property
+    def num_leaks(self) -> int:
+        """Rows of the train split that are, or equal, rows of the holdout."""
+        in_train_N = _mask(pc.equal(self.table["split"], Split.TRAIN.value))
+        return int((in_train_N & self.is_held_out_N).sum())
+
+    @property
+    def newest(self) -> NamedRows:
+        """New labelled rows that no training ever sees: those of the held-out split that are not in the holdout."""
+        split = held_out_split(self.table)
+        wanted = pc.and_(pc.equal(self.table["split"], split.value), pc.is_valid(self.table["label"]))
+        return _named(self.table.filter(pa.array(_mask(wanted) & self.is_new_N & ~self.is_held_out_N)))
+
+    @property
+    def new_labelled(self) -> NamedRows:
+        """New labelled rows of all splits."""
+        return _named(self.table.filter(pa.array(_mask(pc.is_valid(self.table["label"])) & self.is_new_N)))
+
+
+def open_rows(manifest: Manifest, previous: Manifest | None, folder: RetrainFolder) -> RetrainRows:
+    """The rows of a version. The first time, its labelled held-out rows become the holdout for good.
+
+    Raises DataError where nothing labelled is held out, or nothing of the holdout is left.
+    """
+    table = _read(manifest)
+    holdout = folder.holdout()
+    if holdout is None:
+        holdout = folder.freeze_holdout(_first_holdout(table, manifest))
+    held_ids = pc.is_in(table["sample_id"], holdout["sample_id"])
+    held_content = np.isin(content_id_array(table["content_id"]), content_id_array(holdout["content_id"]))
+    kept = _still_there(table, holdout)
+    if not kept.num_rows:
+        raise DataError(
+            "nothing of the model's frozen holdout is left in the dataset",
+            where=manifest.uri,
+            next_step="bring those images back, or retrain under another name",
+        )
+    is_new_N, num_removed = _compare(table, previous)
+    return RetrainRows(
+        manifest=manifest,
+        table=table,
+        is_new_N=is_new_N,
+        is_held_out_N=_mask(held_ids) | held_content,
+        holdout=NamedRows.of(kept["content_id"], kept["class"].to_pylist()),
+        num_removed=num_removed,
+        shared_classes=tuple(dict.fromkeys([*manifest.classes, *holdout["class"].to_pylist()])),
+    )
+
+
+def held_out_split(table: pa.Table) -> Split:
+    """Where models are measured: test, or val where nothing is in test."""
+    has_test = pc.any(pc.equal(table["split"], Split.TEST.value)).as_py()
+    return Split.TEST if has_test else Split.VAL
+
+
+@dataclass(slots=True)
+class _Findings:
+    """What checks found, sorted by what it does."""
+
+    notes: list[str] = field(default_factory=list)
+    objections: list[str] = field(default_factory=list)
+
+    def add(self, found: bool, text: str, when: WhenFound) -> None:
+        """Keep a text if it was found."""
+        if found:
+            (self.objections if when is WhenFound.HOLD else self.notes).append(text)
+
+
+def examine_new_data(
+    rows: RetrainRows,
+    scorer: CachedScorer,
+    checks: DataChecks,
+    *,
+    set_id: str,
+    champion: CommitteeRecord | None,
+    on_holdout: ModelScores | None,
+) -> NewData:
+    """Whether the new rows look like data to learn from; `set_id` holds the embeddings that are compared."""
+    findings = _Findings()
+    new = rows.table.filter(pa.array(rows.is_new_N))
+    old = rows.table.filter(pa.array(~rows.is_new_N))
+    is_usable_N = scorer.known_content(set_id).has_rows(new["content_id"].combine_chunks())
+    num_usable = int(is_usable_N.sum())
+    new_classes = sorted({*new["class"].drop_null().to_pylist()} - {*champion.classes} if champion else ())
+    shift = class_shift(_counts(new), _counts(old))
+    if new.num_rows >= checks.min_rows:
+        rate = 1 - num_usable / new.num_rows
+        text = f"{rate:.1%} of the {new.num_rows} new rows cannot be used"
+        findings.add(rate > checks.max_reject_rate, text, checks.when_rejects)
+        text = f"the classes of the new rows are {shift:.2f} away from those before"
+        findings.add(shift > checks.max_class_shift, text, checks.when_classes_shift)
+    text = f"{len(new_classes)} new classes: {', '.join(new_classes[:5])}"
+    findings.add(bool(new_classes), text, checks.when_new_classes)
+    embeddings = _embedding_shift(scorer, set_id, new, old, checks, findings)
+    top1 = _label_agreement(rows, scorer, champion, on_holdout, checks, findings)
+    empty = _empty_classes(rows)
+    findings.add(bool(empty), f"no training image can be used of: {', '.join(empty[:5])}", WhenFound.HOLD)
+    return NewData(
+        rows=new.num_rows,
+        removed=rows.num_removed,
+        usable=num_usable,
+        by_class=dict(sorted(_counts(new).items())),
+        new_classes=new_classes,
+        class_shift=shift,
+        embedding_shift=embeddings,
+        champion_top1=top1,
+        notes=findings.notes,
+        objections=findings.objections,
+    )
+
+
+def _embedding_shift(
+    scorer: CachedScorer,
+    set_id: str,
+    new: pa.Table,
+    old: pa.Table,
+    checks: DataChecks,
+    findings: _Findings,
+) -> EmbeddingShift | None:
+    """The shift of the new rows' embeddings, by evenly spaced rows of both sides; None for too few of them."""
+    sides = []
+    for table in (new, old):
+        ids_N = content_id_array(table["content_id"])
+        chosen_N = (
+            ids_N[np.unique(np.linspace(0, len(ids_N) - 1, _EMBEDDINGS).astype(int))] if len(ids_N) else ids_N
+        )
+        features_ND, found_N = gather_features(scorer.cache, set_id, chosen_N)
+        sides.append(features_ND[found_N])
+    if min(len(side) for side in sides) < checks.min_rows:
+        return None
+    found = embedding_shift(sides[0], sides[1])
+    text = f"the new images lie {found.shift:.2f} spreads away from those before (by chance {found.by_chance:.2f})"
+    is_shifted = found.shift > checks.max_embedding_shift + found.by_chance
+    findings.add(is_shifted, text, checks.when_embeddings_shift)
+    return found
+
+
+def _label_agreement(
+    rows: RetrainRows,
+    scorer: CachedScorer,
+    champion: CommitteeRecord | None,
+    on_holdout: ModelScores | None,
+    checks: DataChecks,
+    findings: _Findings,
+) -> float | None:
+    """How often the champion agrees with new labels of classes that it knows."""
+    labelled = rows.new_labelled
+    if champion is None or on_holdout is None or not len(labelled):
+        return None
+    scores = scorer.scores(champion, labelled, rows.shared_classes)
+    known = [rows.shared_classes.index(name) for name in champion.classes if name in rows.shared_classes]
+    judged_N = scores.found_N & np.isin(scores.labels_N, known)
+    if judged_N.sum() < checks.min_rows or not on_holdout.found_N.any():
+        return None
+    agreement = float(scores.correct_N[judged_N].mean())
+    usual = float(on_holdout.correct_N[on_holdout.found_N].mean())
+    text = (
+        f"the champion agrees with {agreement:.1%} of the new labels and with {usual:.1%} of the holdout's:"
+        " the new labels look wrong, or the new images are of another kind"
+    )
+    findings.add(usual - agreement > checks.max_label_drop, text, checks.when_labels_disagree)
+    return agreement
+
+
+def _empty_classes(rows: RetrainRows) -> list[str]:
+    present = set(rows.training(Split.TRAIN)["class"].to_pylist())
+    return [name for name in rows.manifest.classes if name not in present]
+
+
+def _counts(table: pa.Table) -> Counter[str]:
+    return Counter(table["class"].drop_null().to_pylist())
+
+
+def _read(manifest: Manifest) -> pa.Table:
+    table = manifest.read_table(_COLUMNS)
+    return table.append_column("class", label_names(table, manifest.classes)).combine_chunks()
+
+
+def _first_holdout(table: pa.Table, manifest: Manifest) -> pa.Table:
+    wanted = pc.and_(pc.equal(table["split"], held_out_split(table).value), pc.is_valid(table["label"]))
+    rows = table.filter(wanted).select(HOLDOUT_SCHEMA.names)
+    if not rows.num_rows:
+        raise DataError(
+            "no labelled sample is held out, so models could not be compared",
+            where=manifest.uri,
+            next_step="give the dataset a test split: --set splits.test_fraction=0.1",
+        )
+    return rows
+
+
+def _still_there(table: pa.Table, holdout: pa.Table) -> pa.Table:
+    """The rows of the holdout whose sample still has the same content."""
+    position = pc.index_in(holdout["sample_id"], table["sample_id"])
+    present = holdout.filter(pc.is_valid(position))
+    now = table["content_id"].take(position.drop_null())
+    return present.filter(pc.equal(present["content_id"], now))
+
+
+def _compare(table: pa.Table, previous: Manifest | None) -> tuple[NDArray[np.bool_], int]:
+    """A mask of the rows whose content and class are new, and how many of the former are gone."""
+    if previous is None:
+        return np.ones(table.num_rows, np.bool_), 0
+    now, before = _pairs(table), _pairs(_read(previous))
+    known, present = set(before), set(now)
+    return np.array([pair not in known for pair in now], np.bool_), len(known - present)
+
+
+def _pairs(table: pa.Table) -> list[tuple[bytes, str | None]]:
+    return list(zip(table["content_id"].to_pylist(), table["class"].to_pylist(), strict=True))
+
+
+def _named(table: pa.Table) -> NamedRows:
+    return NamedRows.of(table["content_id"], table["class"].to_pylist())
+
+
+def _mask(values: pa.Array | pa.ChunkedArray) -> NDArray[np.bool_]:
+    return np.asarray(
+        values.to_numpy(zero_copy_only=False) if isinstance(values, pa.Array) else values.to_numpy(), np.bool_
+    )

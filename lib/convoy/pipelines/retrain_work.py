@@ -1,0 +1,243 @@
+"""The work of a retraining with something new: data checks, candidates, the gate, and the move of the aliases."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from convoy.core.progress import Progress
+from convoy.pipelines.committees import CommitteeRecord, open_committee
+from convoy.pipelines.model_registry import record_decision
+from convoy.pipelines.models import fetch_backbone
+from convoy.pipelines.network_training import CurveDrawer
+from convoy.pipelines.retrain_config import (
+    Decision,
+    NewData,
+    RetrainConfig,
+    RetrainMode,
+    RetrainReport,
+    StepResult,
+)
+from convoy.pipelines.retrain_data import examine_new_data, open_rows
+from convoy.pipelines.retrain_gate import ModelScores, judge, pair, pair_if_enough, summary
+from convoy.pipelines.retrain_scoring import CachedScorer
+from convoy.pipelines.retrain_steps import CandidateMaker, pinned
+from convoy.storage.bundles import BundleRef
+from convoy.storage.datasets import open_dataset
+from convoy.storage.leases import RunLease
+from convoy.storage.object_store import ObjectStore
+from convoy.storage.registry import Alias, AliasMove, read_aliases
+from convoy.storage.retrains import RetrainFolder, RetrainPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Outcome:
+    """What the evidence says, before the aliases are asked. `candidate` is a digest."""
+
+    decision: Decision
+    reason: str
+    candidate: str | None = None
+
+
+class RetrainJob:
+    """One logical date of a model, by a plan that is frozen."""
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        folder: RetrainFolder,
+        config: RetrainConfig,
+        plan: RetrainPlan,
+        *,
+        progress: Progress,
+        draw_curves: CurveDrawer,
+    ) -> None:
+        self._store = store
+        self._folder = folder
+        self._config = config
+        self._plan = plan
+        self._progress = progress
+        manifest = open_dataset(store, config.dataset, plan.fingerprint)
+        before = plan.previous_fingerprint
+        previous = None if before is None else open_dataset(store, config.dataset, before)
+        self._rows = open_rows(manifest, previous, folder)
+        self._scorer = CachedScorer(
+            store,
+            manifest,
+            config.dataset,
+            config.extraction,
+            note_missing=lambda set_id, missing: folder.note_missing(plan.date, set_id, missing),
+            progress=progress,
+        )
+        self._champion = None if plan.champion is None else self._open(plan.champion)
+        self._maker = CandidateMaker(
+            store,
+            config,
+            self._rows,
+            self._scorer,
+            plan=plan,
+            progress=progress,
+            draw_curves=draw_curves,
+        )
+
+    def run(self, lease: RunLease) -> RetrainReport:
+        """Decide the date, and move the aliases by the decision."""
+        on_champion = None if self._champion is None else self._scores(self._champion)
+        data = self._examine(on_champion)
+        steps: list[StepResult] = []
+        if data.objections:
+            outcome = _Outcome(decision=Decision.HELD, reason="; ".join(data.objections))
+        else:
+            steps = self._try_steps(lease, on_champion)
+            outcome = self._decide(steps, on_champion)
+        lease.confirm()
+        outcome = self._move_aliases(outcome, steps)
+        return self._report(outcome, data, steps)
+
+    def _examine(self, on_champion: tuple[ModelScores, ModelScores] | None) -> NewData:
+        if self._champion is None:
+            config = self._config
+            backbone = fetch_backbone(self._store, config.backbone)
+            tap = backbone.resolve_tap(config.tap)
+            set_id = self._scorer.ensure_set(backbone, tap, pinned(config.extraction))
+        else:
+            set_id = self._scorer.ensure_features(self._champion.members[0].classifier)
+        self._progress.stage("examining the new data")
+        return examine_new_data(
+            self._rows,
+            self._scorer,
+            self._config.checks,
+            set_id=set_id,
+            champion=self._champion,
+            on_holdout=None if on_champion is None else on_champion[0],
+        )
+
+    def _try_steps(
+        self, lease: RunLease, on_champion: tuple[ModelScores, ModelScores] | None
+    ) -> list[StepResult]:
+        """One step after the other, until one passes the gate."""
+        results: list[StepResult] = []
+        for name, step in self._maker.steps(self._champion).items():
+            made = step()
+            lease.check()
+            results.append(self._judge(name, made.ref, made.train_rows, on_champion))
+            evidence = results[-1].evidence
+            if evidence is not None and evidence.passed:
+                break
+        return results
+
+    def _judge(
+        self,
+        step: str,
+        ref: BundleRef,
+        train_rows: int,
+        on_champion: tuple[ModelScores, ModelScores] | None,
+    ) -> StepResult:
+        result = StepResult(step=step, candidate=str(ref), train_rows=train_rows, evidence=None, reason="")
+        if on_champion is None:
+            return result.model_copy(update={"reason": "there was no champion to compare with"})
+        if ref.digest == self._plan.champion:
+            return result.model_copy(update={"reason": "the candidate is the champion, bit for bit"})
+        self._progress.stage(f"comparing {step} with the champion")
+        on_candidate = self._scores(self._open(ref.digest))
+        evidence = judge(on_candidate, on_champion, self._rows.shared_classes, self._config.gate)
+        return result.model_copy(update={"evidence": evidence, "reason": evidence.reason})
+
+    def _decide(
+        self, steps: list[StepResult], on_champion: tuple[ModelScores, ModelScores] | None
+    ) -> _Outcome:
+        last = steps[-1]
+        candidate = last.candidate.partition("@")[2]
+        reason = f"{last.step}: {last.reason}"
+        if self._config.mode is RetrainMode.SHADOW:
+            return _Outcome(decision=Decision.SHADOW, reason=reason, candidate=candidate)
+        if on_champion is None or (last.evidence is not None and last.evidence.passed):
+            return _Outcome(decision=Decision.PROMOTED, reason=reason, candidate=candidate)
+        harm = self._champion_is_worse_than_before(on_champion)
+        if harm is not None:
+            return _Outcome(
+                decision=Decision.ROLLED_BACK, reason=f"{harm}; and {reason}", candidate=candidate
+            )
+        return _Outcome(decision=Decision.HELD, reason=reason, candidate=candidate)
+
+    def _champion_is_worse_than_before(self, on_champion: tuple[ModelScores, ModelScores]) -> str | None:
+        """Why the previous champion should come back, or None: it is better on the newest rows, and no worse else."""
+        aliases = read_aliases(self._store, self._config.name).aliases
+        previous = aliases.get(Alias.PREVIOUS)
+        if previous is None or aliases.get(Alias.CHAMPION) != self._plan.champion:
+            return None
+        on_previous = self._scores(self._open(previous))
+        newest = pair_if_enough(on_champion[1], on_previous[1], self._config.gate.min_newest_rows)
+        if newest is None or not newest.first_is_worse:
+            return None
+        if pair(on_champion[0], on_previous[0]).difference.estimate > 0:
+            return None
+        return (
+            f"the champion is worse than the one before it on the {newest.rows} newest rows"
+            f" ({newest.top1[0]:.4f} against {newest.top1[1]:.4f}) and no better on the holdout"
+        )
+
+    def _move_aliases(self, outcome: _Outcome, steps: list[StepResult]) -> _Outcome:
+        """The outcome as the registry has it: the champion may have been changed meanwhile."""
+        config, plan = self._config, self._plan
+        entry = record_decision(
+            self._store,
+            config.name,
+            AliasMove(
+                action=outcome.decision.value,
+                moves=self._moves(outcome),
+                run=f"retrains/{config.name}/{plan.date}",
+                reason=outcome.reason,
+                evidence={
+                    "dataset_fingerprint": plan.fingerprint,
+                    **summary(steps[-1].evidence if steps else None),
+                },
+            ),
+            expected_champion=plan.champion,
+            writers=config.writers,
+        )
+        return _Outcome(decision=Decision(entry.action), reason=entry.reason, candidate=outcome.candidate)
+
+    def _moves(self, outcome: _Outcome) -> dict[Alias, str | None]:
+        moves: dict[Alias, str | None] = {}
+        if outcome.candidate is not None:
+            moves[Alias.CANDIDATE] = outcome.candidate
+        if outcome.decision is Decision.PROMOTED:
+            moves[Alias.CHAMPION] = outcome.candidate
+        if outcome.decision is Decision.ROLLED_BACK:
+            moves[Alias.CHAMPION] = read_aliases(self._store, self._config.name).aliases[Alias.PREVIOUS]
+        if Alias.CHAMPION in moves and self._plan.champion is not None:
+            moves[Alias.PREVIOUS] = self._plan.champion
+        return moves
+
+    def _report(self, outcome: _Outcome, data: NewData, steps: list[StepResult]) -> RetrainReport:
+        config, plan = self._config, self._plan
+        aliases = read_aliases(self._store, config.name).aliases
+        return RetrainReport(
+            decision=outcome.decision,
+            reason=outcome.reason,
+            recomputed=sum(self._folder.work(plan.date).missing.values()),
+            date=plan.date,
+            model=config.name,
+            dataset_fingerprint=plan.fingerprint,
+            candidate=self._named(outcome.candidate),
+            champion=self._named(aliases.get(Alias.CHAMPION)),
+            previous=self._named(aliases.get(Alias.PREVIOUS)),
+            holdout_rows=len(self._rows.holdout),
+            data=data,
+            steps=steps,
+            notes=data.notes,
+        )
+
+    def _named(self, digest: str | None) -> str | None:
+        return None if digest is None else f"{self._config.name}@{digest}"
+
+    def _open(self, digest: str) -> CommitteeRecord:
+        return open_committee(self._store, f"{self._config.name}@{digest}")
+
+    def _scores(self, committee: CommitteeRecord) -> tuple[ModelScores, ModelScores]:
+        """A model on the holdout and on the newest rows."""
+        shared = self._rows.shared_classes
+        return (
+            self._scorer.scores(committee, self._rows.holdout, shared),
+            self._scorer.scores(committee, self._rows.newest, shared),
+        )

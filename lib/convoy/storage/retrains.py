@@ -1,0 +1,132 @@
+"""Retrainings of a model: a folder for each logical date, a lease for all of them, and the frozen holdout.
+
+    retrains/<model>/lease.json, holdout.parquet
+    retrains/<model>/<date>/plan.json, work.json, decision.json
+
+A date with a decision is finished for good. A plan says which version of the dataset and which champion its date
+began with, so that a killed retraining goes on with the same.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from convoy.core.config import StrictModel
+from convoy.core.crash_points import CrashPoint, crash_point
+from convoy.core.errors import LeaseHeld, PreconditionFailed
+from convoy.core.fingerprints import canonical_json
+from convoy.storage.documents import exists, read_json
+from convoy.storage.leases import RunLease, hold_run
+from convoy.storage.object_store import ObjectStore
+from convoy.storage.runs import RunFolder
+
+HOLDOUT_SCHEMA = pa.schema(
+    [
+        pa.field("sample_id", pa.string(), nullable=False),
+        pa.field("content_id", pa.binary(16), nullable=False),
+        # The class as it was when the holdout was frozen: later labels do not count.
+        pa.field("class", pa.string(), nullable=False),
+    ]
+)
+
+
+class RetrainPlan(StrictModel):
+    """`plan.json`: what a date began with. `champion` is a digest, `previous_fingerprint` that of the date before."""
+
+    date: str
+    fingerprint: str
+    previous_fingerprint: str | None
+    champion: str | None
+    config: dict[str, Any]
+
+
+class RetrainWork(StrictModel):
+    """`work.json`: rows whose features this date had to compute, by the id of the feature set."""
+
+    missing: dict[str, int] = Field(default_factory=dict)
+
+
+class RetrainFolder(RunFolder):
+    """The keys of a model's retrainings, with a lease like a run's."""
+
+    def __init__(self, store: ObjectStore, name: str) -> None:
+        super().__init__(store, f"retrain-{name}")
+        self.name = name
+        self.prefix = f"retrains/{name}/"
+
+    def decided_dates(self) -> list[str]:
+        """The dates that have a decision, oldest first."""
+        folders = self.store.list_folders(self.prefix)
+        return [date for date in folders if exists(self.store, self.key(f"{date}/decision.json"))]
+
+    def decision(self, date: str) -> dict[str, Any] | None:
+        """The report of a finished date, or None."""
+        found: dict[str, Any] | None = read_json(self.store, self.key(f"{date}/decision.json"))
+        return found
+
+    def write_decision(self, date: str, report: dict[str, Any]) -> None:
+        """Finish a date for good; whoever decided it first stays."""
+        try:
+            self.store.put_if_absent(self.key(f"{date}/decision.json"), canonical_json(report))
+        except PreconditionFailed:
+            return
+        crash_point(CrashPoint.RETRAIN_DECIDED)
+
+    def plan(self, date: str) -> RetrainPlan | None:
+        """What a date began with, or None if it has not begun."""
+        found = read_json(self.store, self.key(f"{date}/plan.json"))
+        return None if found is None else RetrainPlan.model_validate(found)
+
+    def write_plan(self, plan: RetrainPlan) -> None:
+        """Begin a date."""
+        self.store.put(self.key(f"{plan.date}/plan.json"), canonical_json(plan))
+        crash_point(CrashPoint.RETRAIN_PLANNED)
+
+    def work(self, date: str) -> RetrainWork:
+        """What a date had to compute so far, restarts included."""
+        found = read_json(self.store, self.key(f"{date}/work.json"))
+        return RetrainWork() if found is None else RetrainWork.model_validate(found)
+
+    def note_missing(self, date: str, set_id: str, num_rows: int) -> None:
+        """Note what is missing in a set, before it is computed; the first note of a date counts."""
+        work = self.work(date)
+        if set_id not in work.missing:
+            missing = {**work.missing, set_id: num_rows}
+            self.store.put(self.key(f"{date}/work.json"), canonical_json(RetrainWork(missing=missing)))
+
+    def holdout(self) -> pa.Table | None:
+        """The frozen holdout, columns of HOLDOUT_SCHEMA, or None before the first retraining."""
+        key = self.key("holdout.parquet")
+        return self.store.open_parquet(key).read() if exists(self.store, key) else None
+
+    def freeze_holdout(self, rows: pa.Table) -> pa.Table:
+        """Freeze rows as the holdout, unless one is frozen already; returns the one that holds."""
+        buffer = io.BytesIO()
+        pq.write_table(rows.cast(HOLDOUT_SCHEMA), buffer, compression="zstd")
+        with suppress(PreconditionFailed):
+            self.store.put_if_absent(self.key("holdout.parquet"), buffer.getvalue())
+        frozen = self.holdout()
+        assert frozen is not None
+        return frozen
+
+
+@contextmanager
+def hold_retrain(folder: RetrainFolder) -> Iterator[RunLease]:
+    """Be the only one that retrains a model; LeaseHeld, naming the holder, where another one is at it."""
+    try:
+        with hold_run(folder) as lease:
+            yield lease
+    except LeaseHeld as held:
+        raise LeaseHeld(
+            held.what.replace("this run", f"the retraining of '{folder.name}'"),
+            where=held.where,
+            next_step="wait for it, then run the same command again: a date that it decided is not done twice",
+            **held.fields,
+        ) from None

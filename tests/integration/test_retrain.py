@@ -1,0 +1,96 @@
+"""`convoy retrain` over simulated days: what is recomputed, what is promoted, what is held, and what a repeat does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from cache_jobs import convoy, convoy_json
+from convoy.storage.leases import LEASE
+from convoy.storage.registry import Alias
+from convoy.storage.retrains import RetrainFolder, hold_retrain
+from convoy.storage.stores import open_store
+from retrain_jobs import NAME, RetrainDays
+
+pytestmark = pytest.mark.integration
+
+
+def test_days_of_digits_end_as_they_should(tmp_path: Path, ray_cluster: Mapping[str, str]) -> None:
+    days = RetrainDays(tmp_path, ray_cluster)
+    days.arrive(0, 400)
+    first = days.run("2026-01-01")
+    assert (first["decision"], first["recomputed"]) == ("promoted", 400)
+
+    days.arrive(400, 300)
+    second = days.run("2026-01-02")
+    assert (second["decision"], second["recomputed"]) == ("promoted", 300)
+    assert second["previous"] == first["champion"]
+    # The holdout is that of the first day, and no step learnt from it.
+    assert second["holdout_rows"] == first["holdout_rows"]
+    (step,) = second["steps"]
+    assert step["step"] == "refit_head"
+    ours, theirs = step["evidence"]["holdout"]["top1"]
+    assert ours >= theirs
+
+    nothing = days.run("2026-01-03")
+    assert (nothing["decision"], nothing["recomputed"]) == ("nothing_new", 0)
+
+    days.arrive_shuffled(700, 100)
+    held = days.run("2026-01-04", exit_code=5)
+    assert (held["decision"], held["recomputed"]) == ("held", 100)
+    assert held["champion"] == second["champion"]
+    assert "labels look wrong" in held["reason"]
+    assert days.run("2026-01-04", exit_code=5) == held
+
+    # Without that check the candidate learns the wrong labels, and the gate has to notice.
+    days.arrive_shuffled(800, 500)
+    gated = days.run("2026-01-05", "checks.when_labels_disagree=note", exit_code=5)
+    assert gated["decision"] == "held"
+    assert gated["steps"][0]["candidate"] != second["champion"]
+    assert "top-1 on the holdout" in gated["reason"]
+
+    _check_registry(days, champion=second["champion"], previous=first["champion"])
+    _check_refusals(days)
+
+
+def _check_registry(days: RetrainDays, *, champion: str, previous: str) -> None:
+    """What was promoted and held is in the history, and people can undo it."""
+    record = days.aliases()
+    assert [entry.action for entry in record.history] == ["promoted", "promoted", "held", "held"]
+    assert set(record.aliases.values()) <= days.versions()
+    in_workspace = ("--workspace", days.workspace)
+    shown = convoy_json("models", "show", f"{NAME}@champion", *in_workspace)
+    assert (shown["model"], shown["aliases"]) == (champion, ["champion"])
+    assert shown["history"][0]["reason"].startswith("refit_head")
+
+    rolled = convoy_json("models", "rollback", NAME, "--reason", "a complaint", *in_workspace)
+    assert rolled["aliases"]["champion"] == previous.partition("@")[2]
+    digest = champion.partition("@")[2]
+    arguments = ("models", "promote", NAME, "--digest", digest, "--reason", "no fault found", *in_workspace)
+    assert convoy_json(*arguments)["changed"] is True
+    assert convoy_json(*arguments)["changed"] is False
+    assert days.aliases().aliases[Alias.CHAMPION] == digest
+
+    diff = convoy_json("models", "diff", f"{NAME}@champion", f"{NAME}@previous", *in_workspace)
+    assert not diff["same_predictions"]
+    assert diff["config"] == diff["preprocess"] == []
+    assert {"top1"} <= {one["key"] for one in diff["metrics"]}
+
+
+def _check_refusals(days: RetrainDays) -> None:
+    earlier = days.start("2025-12-31")
+    assert earlier.returncode == 2
+    assert "2026-01-05 was decided already" in earlier.stderr
+
+    folder = RetrainFolder(open_store(days.workspace), NAME)
+    with hold_retrain(folder):
+        holder = json.loads(folder.store.get(folder.key(LEASE)).data)["holder"]
+        refused = days.start("2026-01-06")
+    assert refused.returncode == 1
+    assert f"process {holder['pid']} on {holder['host']}" in refused.stderr
+    missing = convoy("models", "promote", NAME, "--digest", "0" * 32, "--reason", "x", "-w", days.workspace)
+    assert missing.returncode == 1
+    assert "does not exist" in missing.stderr
