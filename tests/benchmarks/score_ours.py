@@ -80,6 +80,8 @@ def _config(settings: OursSettings) -> dict[str, Any]:
     with torch.inference_mode():
         num_outputs = network.build()(torch.zeros(1, 3, network.crop_px, network.crop_px)).shape[1]
     return {
+        # Swift has no atomic conditional PUT.
+        "writers": "many" if settings.root is None else "single",
         "dataset": "images",
         "model": {
             "backbone": network.backbone.model_dump(mode="json"),
