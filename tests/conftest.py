@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import boto3
 import pytest
 
+from fault_proxy import FaultProxy, running_proxy
 from s3_server import OVERRIDING_VARIABLES, S3Server, SwiftCannotRunError, running_server
 
 
@@ -31,3 +32,10 @@ def s3_bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
     bucket = f"convoy-{uuid.uuid4().hex}"
     boto3.session.Session().client("s3").create_bucket(Bucket=bucket)
     return bucket
+
+
+@pytest.fixture(scope="session")
+def fault_proxy(s3_server: S3Server) -> Iterator[FaultProxy]:
+    """A proxy before the S3 server for the whole session; it spoils nothing but what a test injects."""
+    with running_proxy(s3_server) as proxy:
+        yield proxy

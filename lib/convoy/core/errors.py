@@ -78,8 +78,24 @@ class ObjectNotFound(StorageError):
     """The object does not exist."""
 
 
+class StorageFull(StorageError):
+    """There is no room for what is to be written; with room the same command goes on."""
+
+    exit_code = ExitCode.STOPPED_RESUMABLE
+
+
 class AccessDenied(StorageError):
     """The credentials do not allow the request."""
+
+
+class CredentialsRefused(AccessDenied):
+    """There are no credentials, or the store does not know them: no object at all can be had with them."""
+
+
+class CredentialsExpired(CredentialsRefused):
+    """Temporary credentials have run out; with fresh ones the same command goes on."""
+
+    exit_code = ExitCode.STOPPED_RESUMABLE
 
 
 class PreconditionFailed(StorageError):
@@ -98,6 +114,20 @@ class RunMismatch(ConvoyError):
     """An unfinished run exists for the same target, but with other inputs, config or weights."""
 
     exit_code = ExitCode.USAGE
+
+
+class LeaseHeld(ConvoyError):
+    """Another driver works on the same run."""
+
+
+class LeaseLost(ConvoyError):
+    """Another driver took the run over, because this one did not renew its lease in time."""
+
+
+class RunCancelled(ConvoyError):
+    """The run was given up; the same command starts a new one."""
+
+    exit_code = ExitCode.STOPPED_RESUMABLE
 
 
 class ClusterError(ConvoyError):

@@ -19,6 +19,7 @@ from convoy.core.errors import (
     ConditionalWriteUnsupported,
     ObjectNotFound,
     StorageError,
+    StorageFull,
     StoreUnavailable,
 )
 from convoy.storage.local_walk import (
@@ -295,5 +296,5 @@ def _translated(error: OSError, where: str) -> StorageError:
             next_step=f"give the user with id {os.geteuid()} access to it (ls -ld, chmod)",
         )
     if error.errno in _DISK_FULL:
-        return StorageError("the disk is full", where=where, next_step="free space and run the command again")
+        return StorageFull("the disk is full", where=where, next_step="free space and run the command again")
     return StorageError(f"the file system failed: {error.strerror or error}", where=where, errno=error.errno)

@@ -79,7 +79,8 @@ class ObjectStore(Protocol):
     def get(self, key: str, *, byte_range: tuple[int, int] | None = None) -> Blob:
         """The bytes of an object, or of `byte_range` = (first byte, number of bytes).
 
-        Never fewer bytes than that: a short body is retried, a range beyond the end is a StorageError.
+        Never fewer bytes than that: a short body is retried, a range beyond the end is a StorageError. A whole
+        object has the bytes of its `checksum`; after two that have not, ChecksumMismatch is raised.
         """
         ...
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from convoy.core.errors import DataError, StorageError
-from convoy.storage.object_store import ObjectStore
+from convoy.storage.object_store import Blob, ObjectStore
 
 # Neighbouring small columns come with one request; a larger read is one request of its own.
 BUFFER_BYTES = 1 << 20
@@ -18,6 +18,7 @@ BUFFER_BYTES = 1 << 20
 class ObjectReader(io.RawIOBase):
     """One version of an object as a seekable file; a read is a range request, with the store's own retries.
 
+    An object of up to BUFFER_BYTES is read whole and once, so that the store compares its checksum.
     Raises StorageError if the object is replaced between two reads.
     """
 
@@ -26,6 +27,7 @@ class ObjectReader(io.RawIOBase):
         self._store = store
         self._info = store.head(key)
         self._position = 0
+        self._whole: bytes | None = None
 
     def readable(self) -> bool:
         """Always."""
@@ -50,16 +52,26 @@ class ObjectReader(io.RawIOBase):
         num_bytes = min(len(buffer), self._info.size_bytes - self._position)
         if num_bytes <= 0:
             return 0
-        blob = self._store.get(self._info.key, byte_range=(self._position, num_bytes))
+        buffer[:num_bytes] = self._read(self._position, num_bytes)
+        self._position += num_bytes
+        return num_bytes
+
+    def _read(self, first: int, num_bytes: int) -> bytes:
+        if self._info.size_bytes > BUFFER_BYTES:
+            blob = self._store.get(self._info.key, byte_range=(first, num_bytes))
+            return self._of_this_version(blob)
+        if self._whole is None:
+            self._whole = self._of_this_version(self._store.get(self._info.key))
+        return self._whole[first : first + num_bytes]
+
+    def _of_this_version(self, blob: Blob) -> bytes:
         if blob.etag != self._info.etag:
             raise StorageError(
                 "the object was replaced while it was read",
                 where=self._store.uri(self._info.key),
                 next_step="run the command again",
             )
-        buffer[:num_bytes] = blob.data
-        self._position += num_bytes
-        return num_bytes
+        return blob.data
 
 
 def buffered_reader(store: ObjectStore, key: str) -> io.BufferedReader:
@@ -68,9 +80,12 @@ def buffered_reader(store: ObjectStore, key: str) -> io.BufferedReader:
 
 
 def open_parquet_file(source: Any, *, where: str) -> Any:
-    """A pyarrow.parquet.ParquetFile of a path or a binary file; DataError if it is not one."""
+    """A pyarrow.parquet.ParquetFile of a path or a binary file; DataError if it is not one.
+
+    Pages that have a checksum are compared with it as they are read; a damaged one is an OSError.
+    """
     try:
-        return pq.ParquetFile(source)
+        return pq.ParquetFile(source, page_checksum_verification=True)
     except pa.ArrowInvalid as error:
         raise DataError(
             f"this is not a whole parquet file ({error})",

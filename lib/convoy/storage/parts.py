@@ -97,6 +97,7 @@ def write_table(
         use_dictionary=["code", "stage"] if "code" in table.column_names else False,
         write_statistics=["sample_id"],
         store_schema=True,
+        write_page_checksum=True,
     )
     data = buffer.getvalue()
     return PartFile(

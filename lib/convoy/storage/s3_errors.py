@@ -16,9 +16,12 @@ from convoy.core.errors import (
     ConditionalWriteUnsupported,
     ConfigError,
     ConvoyError,
+    CredentialsExpired,
+    CredentialsRefused,
     ObjectNotFound,
     PreconditionFailed,
     StorageError,
+    StorageFull,
     StoreUnavailable,
 )
 
@@ -26,7 +29,7 @@ _Explanation = tuple[type[ConvoyError], str, str]
 
 _NO_CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or attach a role"
 _EXPIRED: _Explanation = (
-    AccessDenied,
+    CredentialsExpired,
     "the temporary credentials have expired",
     "renew them and run the same command again; finished work is kept",
 )
@@ -34,6 +37,11 @@ _OTHER_REGION: _Explanation = (
     StorageError,
     "the bucket is in another region",
     "set AWS_DEFAULT_REGION to the region of the bucket",
+)
+_FULL: _Explanation = (
+    StorageFull,
+    "the store has no room left for this bucket",
+    "free space or raise the quota, and run the same command again; finished work is kept",
 )
 _DAMAGED: _Explanation = (StoreUnavailable, "the bytes did not arrive as they were sent", "")
 _CONFLICT: _Explanation = (StoreUnavailable, "another conditional write was under way", "")
@@ -44,13 +52,21 @@ _CODES: dict[str, _Explanation] = {
         "the bucket does not exist",
         "correct the URI, AWS_ENDPOINT_URL or AWS_DEFAULT_REGION, or create the bucket",
     ),
-    "InvalidAccessKeyId": (AccessDenied, "the store does not know the access key id", _NO_CREDENTIALS),
+    "InvalidAccessKeyId": (
+        CredentialsRefused,
+        "the store does not know the access key id",
+        _NO_CREDENTIALS,
+    ),
     "SignatureDoesNotMatch": (
-        AccessDenied,
+        CredentialsRefused,
         "the secret access key is not the one of the access key id",
         "correct AWS_SECRET_ACCESS_KEY or the profile",
     ),
-    "InvalidToken": (AccessDenied, "the session token is not valid", "correct or unset AWS_SESSION_TOKEN"),
+    "InvalidToken": (
+        CredentialsRefused,
+        "the session token is not valid",
+        "correct or unset AWS_SESSION_TOKEN",
+    ),
     "ExpiredToken": _EXPIRED,
     "ExpiredTokenException": _EXPIRED,
     "TokenRefreshRequired": _EXPIRED,
@@ -67,9 +83,13 @@ _CODES: dict[str, _Explanation] = {
         "the object is in an archive (Glacier) and cannot be read",
         "restore it, or leave it out of the dataset",
     ),
+    "QuotaExceeded": _FULL,
+    "InsufficientStorage": _FULL,
+    "XMinioStorageFull": _FULL,
     "ConditionalRequestConflict": _CONFLICT,
     "OperationAborted": _CONFLICT,
     "BadDigest": _DAMAGED,
+    "XAmzContentSHA256Mismatch": _DAMAGED,
     "IncompleteBody": _DAMAGED,
     "RequestTimeout": (StoreUnavailable, "the store waited too long for the bytes", ""),
     "SlowDown": (StoreUnavailable, "the store asks to slow down", "use fewer workers, or try again later"),
@@ -158,7 +178,7 @@ def _error_of_client(error: Exception, where: str) -> ConvoyError:
     """The error for a request that had no answer, or was never sent."""
     text = redacted(str(error))
     if isinstance(error, _CREDENTIAL_ERRORS):
-        return AccessDenied(f"no usable credentials: {text}", where=where, next_step=_NO_CREDENTIALS)
+        return CredentialsRefused(f"no usable credentials: {text}", where=where, next_step=_NO_CREDENTIALS)
     if isinstance(error, _CONFIG_ERRORS):
         return ConfigError(text, where=where, next_step="correct the URI or the AWS settings")
     if "CERTIFICATE_VERIFY_FAILED" in text:

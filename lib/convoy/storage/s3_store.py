@@ -19,7 +19,15 @@ import boto3
 import tenacity
 from botocore.config import Config
 
-from convoy.core.errors import ConfigError, ObjectNotFound, PreconditionFailed, StorageError, StoreUnavailable
+from convoy.core.errors import (
+    ChecksumMismatch,
+    ConfigError,
+    CredentialsExpired,
+    ObjectNotFound,
+    PreconditionFailed,
+    StorageError,
+    StoreUnavailable,
+)
 from convoy.storage.object_store import Blob, ObjectInfo, settle_refusal
 from convoy.storage.parquet_files import buffered_reader, open_parquet_file
 from convoy.storage.s3_errors import error_of_answer, s3_errors
@@ -30,6 +38,8 @@ DELETE_BATCH = 1000
 _MD5 = re.compile(r"[0-9a-f]{32}")
 # Encryption under which the etag of a whole upload still is the MD5 of its content; None is no encryption.
 _MD5_ENCRYPTIONS = (None, "AES256")
+# What a server answers to a request that it refuses, as opposed to an object that is not there.
+_REFUSALS = (400, 401, 403)
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -39,21 +49,26 @@ class S3Store:
     """An ObjectStore (see there) at s3://bucket/prefix.
 
     Endpoint, region and credentials are found by boto3 in the environment, the profile or the role of the
-    machine, and nowhere else. botocore rides over blips within a request; `deadline_s` is how long a fault
-    may last before an operation raises StoreUnavailable. Every process makes its own client at first use.
+    machine, and nowhere else; where they have expired, they are looked up once more. botocore rides over blips
+    within a request; `read_timeout_s` is how long an answer may be silent, `deadline_s` how long a fault may
+    last before an operation raises StoreUnavailable. Every process makes its own client at first use.
     """
 
-    def __init__(self, bucket: str, prefix: str = "", *, deadline_s: float = 120.0) -> None:
+    def __init__(
+        self, bucket: str, prefix: str = "", *, deadline_s: float = 120.0, read_timeout_s: float = 30.0
+    ) -> None:
         self.bucket = bucket
         self.prefix = prefix
         self.deadline_s = deadline_s
+        self.read_timeout_s = read_timeout_s
         self._folder = f"{prefix}/" if prefix else ""
         self._client_lock = threading.Lock()
         self._client: Any = None
         self._client_pid = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return functools.partial(S3Store, self.bucket, self.prefix, deadline_s=self.deadline_s), ()
+        times = {"deadline_s": self.deadline_s, "read_timeout_s": self.read_timeout_s}
+        return functools.partial(S3Store, self.bucket, self.prefix, **times), ()
 
     def __repr__(self) -> str:
         return f"S3Store({self.root_uri!r})"
@@ -95,7 +110,15 @@ class S3Store:
 
     def head(self, key: str) -> ObjectInfo:
         """As in ObjectStore."""
-        answer = self._request("head_object", self.uri(key), Key=self._folder + key)
+        name = {"Key": self._folder + key}
+        try:
+            answer = self._request("head_object", self.uri(key), **name)
+        except StorageError as error:
+            if error.fields.get("status") not in _REFUSALS:
+                raise
+            # The answer to a HEAD has no body that could say why: that to a GET has, and is raised here.
+            self._request("get_object", self.uri(key), Range="bytes=0-0", **name)["Body"].close()
+            answer = self._request("head_object", self.uri(key), **name)
         etag = _etag(answer)
         return ObjectInfo(
             key=key,
@@ -107,7 +130,7 @@ class S3Store:
     def get(self, key: str, *, byte_range: tuple[int, int] | None = None) -> Blob:
         """As in ObjectStore."""
         if byte_range is None:
-            return self._retry(lambda: self._read(key), self.uri(key))
+            return self._read_whole(key)
         first, num_bytes = byte_range
         if num_bytes == 0:  # HTTP has no empty range
             info = self.head(key)
@@ -158,6 +181,17 @@ class S3Store:
                 return
             parameters["ContinuationToken"] = page["NextContinuationToken"]
 
+    def _read_whole(self, key: str) -> Blob:
+        for _attempt in range(2):
+            blob = self._retry(lambda: self._read(key), self.uri(key))
+            if blob.checksum in {"", f"md5:{hashlib.md5(blob.data, usedforsecurity=False).hexdigest()}"}:
+                return blob
+        raise ChecksumMismatch(
+            "the store sent other bytes than those of its checksum, twice in a row",
+            where=self.uri(key),
+            next_step="write the object again: what the store keeps of it is damaged",
+        )
+
     def _read(self, key: str, **byte_range: str) -> Blob:
         answer = self._get_client().get_object(Bucket=self.bucket, Key=self._folder + key, **byte_range)
         data = answer["Body"].read()
@@ -199,22 +233,35 @@ class S3Store:
             with s3_errors(where):
                 return attempt()
 
-        return tenacity.Retrying(
+        retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(StoreUnavailable),
             # Full jitter, so that many workers do not come back all at once.
             wait=tenacity.wait_random_exponential(multiplier=0.5, max=20),
             stop=tenacity.stop_before_delay(self.deadline_s),
             before_sleep=_log_retry,
             reraise=True,
-        )(translated_attempt)
+        )
+        client = self._client
+        try:
+            return retrying(translated_attempt)
+        except CredentialsExpired:
+            # botocore renews those of a role by itself; a file of credentials it reads once a client.
+            self._forget(client)
+            return retrying(translated_attempt)
 
     def _get_client(self) -> Any:
         """The client of this process: its connections must not be shared with a forked child."""
         with self._client_lock:
             if self._client is None or self._client_pid != os.getpid():
-                self._client = _new_client()
+                self._client = _new_client(self.read_timeout_s)
                 self._client_pid = os.getpid()
             return self._client
+
+    def _forget(self, client: Any) -> None:
+        """Make a new client at the next use, unless another thread has done so since `client` was the current one."""
+        with self._client_lock:
+            if client is None or self._client is client:
+                self._client = None
 
 
 def _log_retry(state: tenacity.RetryCallState) -> None:
@@ -223,12 +270,12 @@ def _log_retry(state: tenacity.RetryCallState) -> None:
         _log.warning("%s [%s]; trying again in %.1f s", error.what, error.where, state.upcoming_sleep)
 
 
-def _new_client() -> Any:
+def _new_client(read_timeout_s: float) -> Any:
     # All of it explicit, because the defaults of botocore differ between its releases.
     config = Config(
         retries={"mode": "standard", "total_max_attempts": 3},
         connect_timeout=10,
-        read_timeout=30,
+        read_timeout=read_timeout_s,
         max_pool_connections=64,
         tcp_keepalive=True,
         # Many servers that speak S3 know nothing of the newer checksums that boto3 sends by default.

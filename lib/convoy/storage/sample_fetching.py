@@ -7,7 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from convoy.core.errors import AccessDenied, ObjectNotFound, StorageError
+from convoy.core.errors import (
+    AccessDenied,
+    ChecksumMismatch,
+    CredentialsRefused,
+    ObjectNotFound,
+    StorageError,
+)
 from convoy.core.records import RejectCode, SampleRejected, Stage
 from convoy.storage.object_store import Blob
 from convoy.storage.stores import UriReader, open_object
@@ -47,8 +53,13 @@ def rejecting() -> Iterator[None]:
         yield
     except ObjectNotFound as error:
         raise _reject(RejectCode.GONE, error.what) from None
+    except CredentialsRefused:
+        # With these every sample would be refused, which says nothing of any of them.
+        raise
     except AccessDenied as error:
         raise _reject(RejectCode.ACCESS_DENIED, error.what) from None
+    except ChecksumMismatch as error:
+        raise _reject(RejectCode.CHECKSUM_MISMATCH, error.what) from None
 
 
 def check_size(size_bytes: int | None, max_bytes: int) -> None:
@@ -79,7 +90,9 @@ def _get(address: Address, uris: UriReader) -> Blob:
 def _is_intact(blob: Blob, address: Address) -> bool:
     # A listing took the etag for an MD5, but of an encrypted object it is none, as the Blob then says.
     is_guess = address.checksum == f"md5:{address.etag}" and not blob.checksum
-    if address.checksum is None or is_guess:
+    # Of a whole object the store has compared the checksum that it vouches for.
+    is_compared = address.offset_bytes is None and blob.checksum == address.checksum
+    if address.checksum is None or is_guess or is_compared:
         return True
     algorithm, _, expected = address.checksum.partition(":")
     return hashlib.new(algorithm, blob.data, usedforsecurity=False).hexdigest() == expected
