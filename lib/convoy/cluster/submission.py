@@ -24,7 +24,11 @@ _POLL_FAILURES = 30
 _TAIL_ATTEMPTS = 5
 _SUCCEEDED, _STOPPED = "SUCCEEDED", "STOPPED"
 _TERMINAL = frozenset({_SUCCEEDED, _STOPPED, "FAILED"})
-_TALKATIVE_LOGGERS = ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk")
+_TALKATIVE_LOGGERS = (
+    "ray.dashboard.modules.job.sdk",
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray._private.runtime_env.packaging",
+)
 # Ray prefers these variables to the address that it is given.
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
