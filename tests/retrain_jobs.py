@@ -15,6 +15,7 @@ import numpy as np
 from cache_jobs import LENET, convoy, last_json, settings_arguments, write_digits
 from convoy.storage.registry import AliasRecord, read_aliases
 from convoy.storage.stores import open_store
+from train_jobs import convoy_here
 
 NAME = "digits"
 # A test split that the files' names choose, and a gate that a small holdout can satisfy.
@@ -32,10 +33,11 @@ SETTINGS = (
 
 @dataclass(frozen=True, slots=True)
 class RetrainDays:
-    """A folder in which files arrive, and a workspace."""
+    """A folder in which files arrive, and a workspace. `here`: jobs run in this process, on the Ray that it has."""
 
     folder: Path
     environment: Mapping[str, str] = field(default_factory=dict)
+    here: bool = False
 
     @property
     def images(self) -> Path:
@@ -65,6 +67,8 @@ class RetrainDays:
         self, date: str, *settings: str, environment: Mapping[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
         """Run the command for a date, whatever its end."""
+        if self.here:
+            return convoy_here(*self.arguments(date, *settings))
         return convoy(
             *self.arguments(date, *settings), environment={**self.environment, **(environment or {})}
         )
@@ -74,6 +78,12 @@ class RetrainDays:
         finished = self.start(date, *settings)
         assert finished.returncode == exit_code, finished.stderr
         return last_json(finished)
+
+    def models(self, *words: str, exit_code: int = 0) -> dict[str, Any]:
+        """What `convoy models` says, in this process; of a command that fails, its words."""
+        finished = convoy_here("models", *words, "--workspace", self.workspace, "--json")
+        assert finished.returncode == exit_code, finished.stderr
+        return {"stderr": finished.stderr} if exit_code else last_json(finished)
 
     def arguments(self, date: str, *settings: str) -> list[str]:
         """The command line behind `convoy`."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cache_jobs import convoy, convoy_json
+from convoy.pipelines.committees import committee_of, open_committee, write_ensemble
 from convoy.storage.leases import LEASE
 from convoy.storage.registry import Alias
 from convoy.storage.retrains import RetrainFolder, hold_retrain
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.integration
 
 
 def test_days_of_digits_end_as_they_should(tmp_path: Path, ray_cluster: Mapping[str, str]) -> None:
-    days = RetrainDays(tmp_path, ray_cluster)
+    days = RetrainDays(tmp_path, ray_cluster, here=True)
     days.arrive(0, 400)
     first = days.run("2026-01-01")
     assert (first["decision"], first["recomputed"]) == ("promoted", 400)
@@ -54,6 +54,7 @@ def test_days_of_digits_end_as_they_should(tmp_path: Path, ray_cluster: Mapping[
 
     _check_registry(days, champion=second["champion"], previous=first["champion"])
     _check_refusals(days)
+    _check_shadow_of_an_ensemble(days)
 
 
 def _check_registry(days: RetrainDays, *, champion: str, previous: str) -> None:
@@ -61,20 +62,21 @@ def _check_registry(days: RetrainDays, *, champion: str, previous: str) -> None:
     record = days.aliases()
     assert [entry.action for entry in record.history] == ["promoted", "promoted", "held", "held"]
     assert set(record.aliases.values()) <= days.versions()
-    in_workspace = ("--workspace", days.workspace)
-    shown = convoy_json("models", "show", f"{NAME}@champion", *in_workspace)
+    shown = days.models("show", f"{NAME}@champion")
     assert (shown["model"], shown["aliases"]) == (champion, ["champion"])
     assert shown["history"][0]["reason"].startswith("refit_head")
 
-    rolled = convoy_json("models", "rollback", NAME, "--reason", "a complaint", *in_workspace)
+    rolled = days.models("rollback", NAME, "--reason", "a complaint")
     assert rolled["aliases"]["champion"] == previous.partition("@")[2]
     digest = champion.partition("@")[2]
-    arguments = ("models", "promote", NAME, "--digest", digest, "--reason", "no fault found", *in_workspace)
-    assert convoy_json(*arguments)["changed"] is True
-    assert convoy_json(*arguments)["changed"] is False
+    promotion = ("promote", NAME, "--digest", digest, "--reason", "no fault found")
+    assert days.models(*promotion)["changed"] is True
+    assert days.models(*promotion)["changed"] is False
     assert days.aliases().aliases[Alias.CHAMPION] == digest
+    missing = days.models("promote", NAME, "--digest", "0" * 32, "--reason", "x", exit_code=1)
+    assert "does not exist" in missing["stderr"]
 
-    diff = convoy_json("models", "diff", f"{NAME}@champion", f"{NAME}@previous", *in_workspace)
+    diff = days.models("diff", f"{NAME}@champion", f"{NAME}@previous")
     assert not diff["same_predictions"]
     assert diff["config"] == diff["preprocess"] == []
     assert {"top1"} <= {one["key"] for one in diff["metrics"]}
@@ -91,6 +93,36 @@ def _check_refusals(days: RetrainDays) -> None:
         refused = days.start("2026-01-06")
     assert refused.returncode == 1
     assert f"process {holder['pid']} on {holder['host']}" in refused.stderr
-    missing = convoy("models", "promote", NAME, "--digest", "0" * 32, "--reason", "x", "-w", days.workspace)
-    assert missing.returncode == 1
-    assert "does not exist" in missing.stderr
+
+
+def _check_shadow_of_an_ensemble(days: RetrainDays) -> None:
+    """An ensemble gets new weights, and a shadow moves no champion."""
+    store = open_store(days.workspace)
+    members = [open_committee(store, f"{NAME}@{alias}").members[0] for alias in ("champion", "previous")]
+    made = write_ensemble(store, NAME, committee_of(members), metrics={}, card="# two heads\n")
+    days.models("promote", NAME, "--digest", made.digest, "--reason", "two are better")
+    days.arrive(1300, 50)
+    shadow = days.run("2026-01-07", "mode=shadow")
+    assert shadow["decision"] == "shadow"
+    assert [step["step"] for step in shadow["steps"]] == ["refit_weights"]
+    assert shadow["champion"] == str(made)
+    assert shadow["candidate"] != str(made)
+    weights = [one["weight"] for one in days.models("show", f"{NAME}@candidate")["members"]]
+    assert sum(weights) == pytest.approx(1.0)
+
+
+@pytest.mark.slow
+def test_a_network_is_trained_on_only_where_a_new_head_is_not_enough(
+    tmp_path: Path, ray_cluster: Mapping[str, str]
+) -> None:
+    days = RetrainDays(tmp_path, ray_cluster)
+    days.arrive(0, 300)
+    days.run("2026-01-01")
+    days.arrive(300, 100)
+    tuning = "fine_tune={epochs: 1, freeze_depth: 0}"
+    held = days.run("2026-01-02", tuning, "gate={min_gain: 0.9}", exit_code=5)
+    assert [step["step"] for step in held["steps"]] == ["refit_head", "fine_tune"]
+    assert all(not step["evidence"]["checks"][0]["passed"] for step in held["steps"])
+    days.arrive(400, 300)
+    enough = days.run("2026-01-03", tuning)
+    assert enough["steps"][0]["step"] == "refit_head"
