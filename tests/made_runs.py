@@ -47,10 +47,15 @@ def feature_of(name: str) -> np.ndarray:
 
 
 def new_run(
-    store: ObjectStore, names: Sequence[str], *, slice_rows: int = 4, run_id: str = "r1"
+    store: ObjectStore,
+    names: Sequence[str],
+    *,
+    slice_rows: int = 4,
+    run_id: str = "r1",
+    open_key: str = "",
 ) -> RunRecord:
     """A run over made samples, frozen and recorded, with no slice done."""
-    folder = RunFolder(store, run_id)
+    folder = RunFolder(store, run_id, open_key=open_key)
     groups = freeze_input(
         folder, missing_rows([made_manifest(names)], {SET_ID: NOTHING}), slice_rows=slice_rows
     )

@@ -13,6 +13,7 @@ from convoy.cli.jobs import jobs_app
 from convoy.cli.looking import looking_app
 from convoy.cli.models import models_app
 from convoy.cli.reports import report_app
+from convoy.cli.runs import runs_app
 from convoy.cli.submit import submit_app
 from convoy.core.errors import ConvoyError, ExitCode
 
@@ -27,6 +28,7 @@ app.add_typer(jobs_app)
 app.add_typer(looking_app)
 app.add_typer(models_app, name="models")
 app.add_typer(report_app, name="report")
+app.add_typer(runs_app, name="runs")
 app.add_typer(submit_app, name="submit")
 
 

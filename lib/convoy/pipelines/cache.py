@@ -11,6 +11,7 @@ from convoy.pipelines.pixel_statistics import known_augmentation, resolve_augmen
 from convoy.pipelines.workspace import WriterMode, open_workspace
 from convoy.storage.datasets import open_dataset
 from convoy.storage.duplicates import DuplicateReport, find_duplicates
+from convoy.storage.leases import WhenHeld
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.vision.augmentation_policy import NO_COLOURS, AugmentationPolicy
@@ -50,7 +51,7 @@ def run_cache(config: CacheConfig, *, progress: Progress, new_run: bool = False)
             store, manifest, config.dataset, policy, config.extraction.decode, progress
         )
     job = _job(store, manifest, config, policy)
-    summary = job.ensure(progress=progress, new_run=new_run)
+    summary = job.ensure(progress=progress, new_run=new_run, when_held=WhenHeld.REFUSE)
     return CacheReport(
         **summary.model_dump(),
         dataset=config.dataset,

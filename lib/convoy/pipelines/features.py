@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -36,16 +37,25 @@ from convoy.storage.commits import (
     read_records,
 )
 from convoy.storage.feature_cache import FeatureCache, FeatureSetSpec, KnownContent
+from convoy.storage.leases import RunLease, WhenHeld, hold_run
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.parts import FEATURES_SCHEMA_VERSION
 from convoy.storage.run_input import freeze_input, missing_rows, slice_rows_for
-from convoy.storage.runs import OpenRun, RunFolder, RunRecord
+from convoy.storage.runs import OpenRun, RunFolder, RunRecord, refuse_changed_identity
 from convoy.vision.engine_options import EngineOptions, Precision
 
 _VERB = "cache"
 # All that counting needs of a manifest.
 _COUNTED = ("content_id",)
+
+
+@dataclass(frozen=True, slots=True)
+class _Lacking:
+    """What each set has, and how many rows lack something. Nobody looks where a frozen input is gone on with."""
+
+    known: Mapping[str, KnownContent]
+    num_rows: int
 
 
 class FeatureJob:
@@ -77,22 +87,34 @@ class FeatureJob:
         name = self._backbone.resolve_tap(tap)
         return next(spec.set_id for spec in self.sets if spec.tap == name and spec.view == view)
 
-    def ensure(self, *, progress: Progress, new_run: bool = False) -> FeatureSummary:
-        """Compute and commit whatever the cache lacks; a killed call goes on where it stopped."""
+    def ensure(
+        self, *, progress: Progress, new_run: bool = False, when_held: WhenHeld = WhenHeld.WAIT
+    ) -> FeatureSummary:
+        """Compute and commit whatever the cache lacks; a killed call goes on where it stopped.
+
+        A driver that is computing the same at the moment is waited for, or refused with a LeaseHeld.
+        """
         started_unix_s = time.time()
         for spec in self.sets:
             self._cache.describe(spec)
         progress.stage("looking for missing features")
-        opened = self._resume_or_start(new_run=new_run)
+        identity = self._identity()
+        opened = self._resume_or_start(identity, new_run=new_run)
         if opened is None:
             return self._summary(None, (), [], started_unix_s)
-        folder, record = opened
-        finished = self._compute(folder, record, progress)
-        progress.stage("committing")
-        manifest = publish(folder, record, read_records(folder))
-        summary = self._summary(record, manifest.slices, finished, started_unix_s)
-        finish(folder, summary.model_dump(mode="json"))
-        self._open_run.close()
+        folder, lacking = opened
+        with hold_run(folder, when_held=when_held) as lease:
+            if folder.is_finished():
+                # By the driver that was waited for.
+                return self.ensure(progress=progress, when_held=when_held)
+            record = folder.record() or self._freeze(folder, identity, lacking)
+            refuse_changed_identity(record, identity)
+            finished = self._compute(folder, record, lease, progress)
+            progress.stage("committing")
+            manifest = publish(folder, record, read_records(folder))
+            summary = self._summary(record, manifest.slices, finished, started_unix_s)
+            finish(folder, summary.model_dump(mode="json"))
+            self._open_run.close()
         return summary
 
     def plan(self) -> FeaturePlan:
@@ -114,22 +136,26 @@ class FeatureJob:
             notes=[reason],
         )
 
-    def _resume_or_start(self, *, new_run: bool) -> tuple[RunFolder, RunRecord] | None:
-        """The unfinished run of this target, or a new one with a frozen input, or None if nothing is missing."""
+    def _identity(self) -> dict[str, Any]:
         identity = run_identity(self._manifest, self._request, self.sets)
         if self._rows is not None:
             identity["rows"] = rows_digest(self._rows)
+        return identity
+
+    def _resume_or_start(
+        self, identity: dict[str, Any], *, new_run: bool
+    ) -> tuple[RunFolder, _Lacking] | None:
+        """The unfinished run of this target, or a new one, or None if nothing is missing."""
         folder, record = self._open_run.resume(identity, new_run=new_run)
         if folder is not None and record is not None:
-            return folder, record
+            return folder, _Lacking({}, 0)
         known = self._known()
         num_missing = sum(rows.num_rows for _, rows in self._missing(known, _COUNTED))
         if not num_missing:
             if folder is not None:
                 self._open_run.close()
             return None
-        folder = folder or self._open_run.start()
-        return folder, folder.record() or self._freeze(folder, identity, known, num_missing)
+        return folder or self._open_run.start(), _Lacking(known, num_missing)
 
     def _known(self) -> dict[str, KnownContent]:
         return {spec.set_id: self._cache.known_content(spec.set_id) for spec in self.sets}
@@ -144,17 +170,12 @@ class FeatureJob:
             return iter([self._rows if columns is None else self._rows.select(columns)])
         return self._manifest.iter_batches(columns, splits=self._request.splits)
 
-    def _freeze(
-        self,
-        folder: RunFolder,
-        identity: dict[str, Any],
-        known: Mapping[str, KnownContent],
-        num_missing: int,
-    ) -> RunRecord:
-        compiled, reason = plan_compile(self._backbone, self._request, self._extraction.compile, num_missing)
-        slice_rows = self._extraction.slice_rows or slice_rows_for(num_missing, self._extraction.batch_size)
-        groups = freeze_input(folder, self._missing(known), slice_rows=slice_rows)
-        lacking = sorted({set_id for group in groups for set_id in group.outputs})
+    def _freeze(self, folder: RunFolder, identity: dict[str, Any], lacking: _Lacking) -> RunRecord:
+        extraction = self._extraction
+        compiled, reason = plan_compile(self._backbone, self._request, extraction.compile, lacking.num_rows)
+        slice_rows = extraction.slice_rows or slice_rows_for(lacking.num_rows, extraction.batch_size)
+        groups = freeze_input(folder, self._missing(lacking.known), slice_rows=slice_rows)
+        set_ids = sorted({set_id for group in groups for set_id in group.outputs})
         record = RunRecord.new(
             folder.run_id,
             verb=_VERB,
@@ -163,7 +184,7 @@ class FeatureJob:
                 "request": self._request.model_dump(mode="json"),
                 "extraction": self._extraction.model_dump(mode="json"),
             },
-            outputs={set_id: feature_prefix(set_id, folder.run_id) for set_id in lacking},
+            outputs={set_id: feature_prefix(set_id, folder.run_id) for set_id in set_ids},
             groups=groups,
             # Decided once, so that a resumed run computes the very same numbers.
             settings={
@@ -175,13 +196,15 @@ class FeatureJob:
         folder.write_record(record)
         return record
 
-    def _compute(self, folder: RunFolder, record: RunRecord, progress: Progress) -> list[SliceRecord]:
+    def _compute(
+        self, folder: RunFolder, record: RunRecord, lease: RunLease, progress: Progress
+    ) -> list[SliceRecord]:
         """Run what is left to do; the records of the slices that were finished now."""
 
         def run(tasks: Sequence[SliceTask], pool: WorkerPool) -> Iterator[SliceRecord]:
             return extract_slices(self._spec(record, pool), tasks, pool)
 
-        return do_slices(folder, record, run, extraction=self._extraction, progress=progress)
+        return do_slices(folder, record, run, lease=lease, extraction=self._extraction, progress=progress)
 
     def _spec(self, record: RunRecord, pool: WorkerPool) -> ExtractionSpec:
         return ExtractionSpec(

@@ -29,6 +29,7 @@ from convoy.storage.commits import (
     write_record,
 )
 from convoy.storage.feature_cache import FeatureCache, KnownContent, content_id_array
+from convoy.storage.leases import WhenHeld, hold_run
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.parts import write_rejects
@@ -39,7 +40,7 @@ from convoy.storage.predictions import (
     write_predictions,
 )
 from convoy.storage.run_input import freeze_input, missing_rows, slice_rows_for
-from convoy.storage.runs import OpenRun, RunFolder, RunRecord
+from convoy.storage.runs import OpenRun, RunFolder, RunRecord, refuse_changed_identity
 
 VERB = "evaluate"
 # Slices whose features are gathered in one pass over the cache: at most 64 x 2048 rows in memory.
@@ -74,7 +75,10 @@ class PredictionJob:
     def commit(
         self, dataset: str, splits: Collection[Split], config: dict[str, Any], *, new_run: bool
     ) -> tuple[RunFolder, RunManifest, OpenRun]:
-        """Predict what is not yet predicted and publish the run; the caller finishes and closes it."""
+        """Predict what is not yet predicted and publish the run; the caller finishes and closes it.
+
+        It is a matter of seconds, so another driver that is at the same is waited for.
+        """
         identity: dict[str, Any] = {
             "dataset": dataset,
             "dataset_fingerprint": self._manifest.fingerprint,
@@ -89,13 +93,18 @@ class PredictionJob:
         open_run = OpenRun(self._store, verb=VERB, target=digest(target))
         folder, record = open_run.resume(identity, new_run=new_run)
         folder = folder or open_run.start()
-        record = record or folder.record() or self._freeze(folder, splits, identity, config)
-        done = choose_attempts(folder, record, read_records(folder))
-        todo = [name for name in record.slice_names() if name not in done]
-        rejects = {row["content_id"]: row for row in self._cache.rejected_content(self._set_id).to_pylist()}
-        for names in batched(todo, _SLICES_A_PASS):
-            self._predict(folder, record, names, rejects)
-        return folder, publish(folder, record, read_records(folder)), open_run
+        with hold_run(folder, when_held=WhenHeld.WAIT) as lease:
+            record = record or folder.record() or self._freeze(folder, splits, identity, config)
+            refuse_changed_identity(record, identity)
+            done = choose_attempts(folder, record, read_records(folder))
+            todo = [name for name in record.slice_names() if name not in done]
+            known = self._cache.rejected_content(self._set_id).to_pylist()
+            rejects = {row["content_id"]: row for row in known}
+            for names in batched(todo, _SLICES_A_PASS):
+                self._predict(folder, record, names, rejects)
+                lease.check()
+            lease.confirm()
+            return folder, publish(folder, record, read_records(folder)), open_run
 
     def _freeze(
         self, folder: RunFolder, splits: Collection[Split], identity: dict[str, Any], config: dict[str, Any]

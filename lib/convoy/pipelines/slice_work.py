@@ -10,6 +10,7 @@ from convoy.core.crash_points import CrashPoint, crash_point
 from convoy.core.progress import Progress
 from convoy.pipelines.feature_plan import ExtractionConfig
 from convoy.storage.commits import SliceRecord, choose_attempts, read_manifest, read_records
+from convoy.storage.leases import RunLease
 from convoy.storage.runs import RunFolder, RunRecord
 
 # Starts the operators of a pool on some slices; their records come as they are done.
@@ -21,10 +22,15 @@ def do_slices(
     record: RunRecord,
     run: SliceRunner,
     *,
+    lease: RunLease,
     extraction: ExtractionConfig,
     progress: Progress,
 ) -> list[SliceRecord]:
-    """Run the slices that have no verified attempt; the records of those that were finished now."""
+    """Run the slices that have no verified attempt; the records of those that were finished now.
+
+    The lease is confirmed at the end: what follows is publishing. Raises LeaseLost or RunCancelled between slices, as
+    soon as the run is not this driver's any more.
+    """
     if read_manifest(folder) is not None:
         return []
     done = choose_attempts(folder, record, read_records(folder))
@@ -45,4 +51,6 @@ def do_slices(
             progress.advance(slice_record.num_results, slice_record.num_rejects)
             finished.append(slice_record)
             crash_point(CrashPoint.SLICE_COLLECTED)
+            lease.check()
+    lease.confirm()
     return finished

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from convoy.core.config import StrictModel
-from convoy.core.errors import ChecksumMismatch, ConfigError, DataError, ObjectNotFound, StorageError
+from convoy.core.errors import ChecksumMismatch, ConfigError, DataError, StorageError
 from convoy.core.fingerprints import digest_bytes
 from convoy.storage.commits import (
     FEATURES,
@@ -84,11 +84,12 @@ def _problems(folder: RunFolder, run: RunRecord, manifest: RunManifest) -> Itera
     if manifest.num_results + manifest.num_rejects != run.num_inputs:
         yield f"{manifest.num_results} results and {manifest.num_rejects} rejects for {run.num_inputs} inputs"
     for record in manifest.slices:
-        yield from _slice_problems(folder, run, record)
+        yield from slice_problems(folder, run, record)
     yield from _commit_problems(folder.store, run, manifest)
 
 
-def _slice_problems(folder: RunFolder, run: RunRecord, record: SliceRecord) -> Iterator[str]:
+def slice_problems(folder: RunFolder, run: RunRecord, record: SliceRecord) -> Iterator[str]:
+    """What is wrong with one attempt of a slice: with its files, or with the frozen input behind them."""
     try:
         wanted = folder.read_slice(record.slice)["sample_id"].to_pylist()
         rejected = _ids(folder.store, record.rejects) if record.rejects else []
@@ -98,7 +99,7 @@ def _slice_problems(folder: RunFolder, run: RunRecord, record: SliceRecord) -> I
             found = _ids(folder.store, part)
             if sorted(found + rejected) != sorted(wanted):
                 yield f"{part.key}: its ids and the slice's rejects are not the slice's {len(wanted)} inputs"
-    except (ObjectNotFound, ChecksumMismatch, StorageError) as error:
+    except (StorageError, DataError) as error:
         yield f"slice {record.slice}: {error}"
 
 

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from convoy.core.config import StrictModel
 from convoy.core.crash_points import CrashPoint, crash_point
-from convoy.core.errors import ConfigError, PreconditionFailed, RunMismatch
+from convoy.core.errors import ConfigError, DataError, PreconditionFailed, RunMismatch
 from convoy.core.fingerprints import canonical_json, digest
 from convoy.storage.documents import exists, read_json
 from convoy.storage.object_store import ObjectStore
@@ -36,6 +36,7 @@ class RunRecord(StrictModel):
 
     `identity` is everything that determines the results; a resumed run must have an equal one. `config` is the
     resolved config as the user would write it. `outputs` maps the id of each output to the prefix of its parts.
+    `open_key` is where the pointer to the run lies while it is unfinished, by which it can be opened again.
     """
 
     run_id: str
@@ -47,6 +48,7 @@ class RunRecord(StrictModel):
     outputs: dict[str, str]
     groups: tuple[SliceGroup, ...]
     settings: dict[str, Any] = Field(default_factory=dict)
+    open_key: str = ""
 
     @classmethod
     def new(cls, run_id: str, **fields: Any) -> RunRecord:
@@ -94,11 +96,12 @@ def parse_slice_name(name: str) -> tuple[int, int]:
 
 
 class RunFolder:
-    """The keys of one run below a workspace, and its small documents."""
+    """The keys of one run below a workspace, and its small documents. Known as open by the pointer at `open_key`."""
 
-    def __init__(self, store: ObjectStore, run_id: str) -> None:
+    def __init__(self, store: ObjectStore, run_id: str, *, open_key: str = "") -> None:
         self.store = store
         self.run_id = run_id
+        self.open_key = open_key
         self.prefix = f"runs/{run_id}/"
 
     def key(self, name: str) -> str:
@@ -116,6 +119,7 @@ class RunFolder:
 
     def write_record(self, record: RunRecord) -> None:
         """Write `run.json`; from here on the run can be resumed."""
+        record = record.model_copy(update={"open_key": self.open_key})
         self.store.put(self.key("run.json"), canonical_json(record))
         crash_point(CrashPoint.RUN_RECORDED)
 
@@ -124,10 +128,27 @@ class RunFolder:
         return exists(self.store, self.key("_SUCCESS"))
 
     def read_slice(self, name: str) -> pa.Table:
-        """The frozen input rows of a slice: columns of the manifest."""
+        """The frozen input rows of a slice: columns of the manifest. DataError if they are damaged."""
         group, number = parse_slice_name(name)
         shard, row_group = divmod(number, SLICES_PER_INPUT_SHARD)
-        return self.store.open_parquet(self.input_key(group, shard)).read_row_group(row_group)
+        key = self.input_key(group, shard)
+        damage: Exception | None = None
+        # Of a large shard only ranges are read, and compared by the checksums of its pages: so here, once more.
+        for _attempt in range(2):
+            try:
+                return self.store.open_parquet(key).read_row_group(row_group)
+            except (OSError, pa.ArrowInvalid, DataError) as error:
+                damage = error
+        raise DataError(
+            f"the frozen input of slice {name} is damaged: {damage}",
+            where=self.store.uri(key),
+            next_step="leave this run and start afresh with --new-run",
+        )
+
+
+def run_ids(store: ObjectStore) -> list[str]:
+    """The ids of all runs that left something, oldest first."""
+    return [name for name in store.list_folders("runs/") if name != OPEN_RUNS]
 
 
 def require_run(store: ObjectStore, run_id: str) -> tuple[RunFolder, RunRecord]:
@@ -135,7 +156,7 @@ def require_run(store: ObjectStore, run_id: str) -> tuple[RunFolder, RunRecord]:
     folder = RunFolder(store, run_id)
     record = folder.record()
     if record is None:
-        known = sorted(name for name in store.list_folders("runs/") if name != OPEN_RUNS)
+        known = run_ids(store)
         raise ConfigError(
             f"no run '{run_id}' in this workspace",
             where=store.root_uri,
@@ -161,7 +182,7 @@ class OpenRun:
     def current(self) -> RunFolder | None:
         """The unfinished run of this target, if there is one."""
         document = read_json(self._store, self._key)
-        return None if document is None else RunFolder(self._store, document["run_id"])
+        return None if document is None else self._folder(document["run_id"])
 
     def resume(self, identity: dict[str, Any], *, new_run: bool) -> tuple[RunFolder | None, RunRecord | None]:
         """The unfinished run of this target and its record, as far as they exist.
@@ -190,29 +211,45 @@ class OpenRun:
                 return current
             return self.start()
         crash_point(CrashPoint.RUN_OPENED)
-        return RunFolder(self._store, run_id)
+        return self._folder(run_id)
 
     def close(self) -> None:
         """Forget the pointer; the run's files stay."""
         self._store.delete([self._key])
         crash_point(CrashPoint.RUN_CLOSED)
 
+    def _folder(self, run_id: str) -> RunFolder:
+        return RunFolder(self._store, run_id, open_key=self._key)
+
+
+def open_pointers(store: ObjectStore) -> dict[str, str]:
+    """The unfinished runs that a command would go on with: their ids, and the keys of the pointers to them."""
+    found = {}
+    for info in store.list_objects(f"runs/{OPEN_RUNS}/"):
+        document = read_json(store, info.key)
+        if document is not None:
+            found[document["run_id"]] = info.key
+    return found
+
 
 def refuse_changed_identity(record: RunRecord, identity: dict[str, Any]) -> None:
     """Raise RunMismatch, naming each difference, unless the unfinished run has this identity."""
-    differences = list(_differences(record.identity, json.loads(canonical_json(identity))))
-    if differences:
+    changes = [
+        f"  {name}: was {before!r}, is {now!r}"
+        for name, before, now in differences(record.identity, json.loads(canonical_json(identity)))
+    ]
+    if changes:
         raise RunMismatch(
-            "an unfinished run for the same target had other inputs or settings:\n" + "\n".join(differences),
+            "an unfinished run for the same target had other inputs or settings:\n" + "\n".join(changes),
             where=f"runs/{record.run_id}",
             next_step="restore them to finish that run, or add --new-run to leave it and start afresh",
         )
 
 
-def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
-    """A line for each value that differs, named by the keys that lead to it."""
+def differences(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Name, value before and value now of whatever differs, named by the keys that lead to it."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted(before.keys() | now.keys()):
-            yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+            yield from differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
     elif before != now:
-        yield f"  {name}: was {before!r}, is {now!r}"
+        yield name, before, now

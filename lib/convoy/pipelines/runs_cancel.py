@@ -1,0 +1,64 @@
+"""`convoy runs cancel`: give an unfinished run up."""
+
+from __future__ import annotations
+
+from convoy.core.config import StrictModel
+from convoy.core.errors import ConfigError
+from convoy.pipelines.runs_state import RunState, existing_run, run_status
+from convoy.storage.commits import read_manifest
+from convoy.storage.leases import give_up
+from convoy.storage.object_store import ObjectStore
+from convoy.storage.runs import RunFolder, open_pointers
+
+# Their drivers hold no lease, so they do not hear of it.
+_UNHELD_VERBS = ("train", "tune")
+
+
+class CancelReport(StrictModel):
+    """A run that was given up: `before` is the state that it was in, `held_by` the driver that has it."""
+
+    run: str
+    before: RunState
+    held_by: str | None
+    notes: list[str]
+
+
+def cancel_run(store: ObjectStore, run_id: str) -> CancelReport:
+    """Give a run up: its driver stops at its next slice, and the same command starts a new run from then on.
+
+    Its files stay until `convoy runs gc`. Raises ConfigError for a run that does not exist, and for one whose results
+    are published already. May be repeated.
+    """
+    pointers = open_pointers(store)
+    folder = existing_run(store, run_id, pointers)
+    status = run_status(folder, pointers)
+    _refuse_published(folder, status.state)
+    # In this order a kill between the two leaves a run that nobody goes on with, not one that nobody can leave.
+    store.delete([pointers[run_id]] if run_id in pointers else [])
+    give_up(folder)
+    return CancelReport(
+        run=run_id, before=status.state, held_by=status.held_by, notes=_notes(folder, status.held_by)
+    )
+
+
+def _refuse_published(folder: RunFolder, state: RunState) -> None:
+    if state is RunState.FINISHED:
+        raise ConfigError(
+            "the run is finished: there is nothing to give up", where=folder.prefix, next_step="leave it"
+        )
+    if read_manifest(folder) is not None:
+        raise ConfigError(
+            "the run has published its results already: only its end is missing",
+            where=folder.prefix,
+            next_step="run the job's command again, which ends it in seconds",
+        )
+
+
+def _notes(folder: RunFolder, held_by: str | None) -> list[str]:
+    record = folder.record()
+    notes = []
+    if held_by is not None:
+        notes.append(f"{held_by} stops at its next slice, with exit code 4")
+    if record is not None and record.verb in _UNHELD_VERBS:
+        notes.append(f"a {record.verb} that is running does not hear of it: end its process")
+    return notes

@@ -1,0 +1,172 @@
+"""`convoy runs gc`: remove what unfinished runs left that no command goes on with.
+
+Never what a finished run, a commit, or a pointer names, and never what a driver is at work on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from convoy.core.config import StrictModel
+from convoy.pipelines.runs_state import Changes, RunState, opened_utc, run_status
+from convoy.storage.commits import FEATURES
+from convoy.storage.conditional_put import PROBE_FOLDER
+from convoy.storage.documents import read_json
+from convoy.storage.leases import GIVEN_UP, TTL_S, living_holders
+from convoy.storage.object_store import ObjectInfo, ObjectStore
+from convoy.storage.runs import RunFolder, open_pointers, run_ids
+
+OLDER_THAN_DAYS = 7.0
+_THREADS = 8
+_RUN_RECORD = "run.json"
+# Where the answers to evaluations and scorings are named (see `committee_predictions`).
+_ANSWERS = "predictions/"
+
+
+class Garbage(StrictModel):
+    """Files that nothing needs: those of a run, or leftovers of probes."""
+
+    what: str
+    why: str
+    files: int
+    size_bytes: int
+
+
+class KeptRun(StrictModel):
+    """An unfinished run that is not touched, and why."""
+
+    run: str
+    why: str
+
+
+class GcReport(StrictModel):
+    """What was found, and whether it was removed: `changes` is `made` then, else `shown`."""
+
+    changes: Changes
+    files: int
+    size_bytes: int
+    garbage: list[Garbage]
+    kept: list[KeptRun]
+
+
+def collect_garbage(
+    store: ObjectStore,
+    changes: Changes,
+    *,
+    older_than_days: float = OLDER_THAN_DAYS,
+    watch_s: float = TTL_S,
+) -> GcReport:
+    """Find, and with `made` remove, the files of runs that were given up, and of older ones that were left behind.
+
+    Files of probes count if they are still there after `watch_s` seconds; leases that are held are watched for
+    their time to live. Both waits come only where there is something to wait for.
+    """
+    found, kept = _candidates(store, older_than_days)
+    living = living_holders([candidate.folder for candidate in found])
+    kept += [KeptRun(run=run_id, why="a driver is at work on it") for run_id in sorted(living)]
+    garbage = [
+        _removed(store, candidate.folder.run_id, candidate.why, _files_of(candidate.folder), changes)
+        for candidate in found
+        if candidate.folder.run_id not in living
+    ]
+    leftovers = _probe_leftovers(store, watch_s)
+    if leftovers:
+        garbage.append(_removed(store, PROBE_FOLDER, "a probe that was killed", leftovers, changes))
+    return GcReport(
+        changes=changes,
+        files=sum(one.files for one in garbage),
+        size_bytes=sum(one.size_bytes for one in garbage),
+        garbage=garbage,
+        kept=kept,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    folder: RunFolder
+    why: str
+
+
+def _candidates(store: ObjectStore, older_than_days: float) -> tuple[list[_Candidate], list[KeptRun]]:
+    """The runs that no command goes on with, as far as their files say, and those of them that must stay."""
+    ids = run_ids(store)
+    # After the ids, as the pointer to a run is older than its files: so none is taken for left behind that opens now.
+    pointers = open_pointers(store)
+    folders = [RunFolder(store, run_id) for run_id in ids if run_id not in pointers]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        states = list(pool.map(lambda folder: run_status(folder, pointers).state, folders))
+    unfinished = [
+        (folder, state)
+        for folder, state in zip(folders, states, strict=True)
+        if state is not RunState.FINISHED
+    ]
+    named = _named_runs(store) if unfinished else set()
+    oldest = datetime.now(UTC) - timedelta(days=older_than_days)
+    found, kept = [], []
+    for folder, state in unfinished:
+        reason = _reason_to_keep(folder, state, named, oldest)
+        if reason is None:
+            why = "given up" if state is RunState.GIVEN_UP else "unfinished, and no command goes on with it"
+            found.append(_Candidate(folder, why))
+        else:
+            kept.append(KeptRun(run=folder.run_id, why=reason))
+    return found, kept
+
+
+def _reason_to_keep(folder: RunFolder, state: RunState, named: set[str], oldest: datetime) -> str | None:
+    if folder.run_id in named:
+        return "a commit or a pointer names its files"
+    if state is RunState.GIVEN_UP:
+        return None
+    opened = opened_utc(folder.run_id, folder.record())
+    if opened is None:
+        return "nothing says how old it is: give it up with convoy runs cancel"
+    return "it may be young: see --older-than" if opened > oldest else None
+
+
+def _named_runs(store: ObjectStore) -> set[str]:
+    """The runs whose files others name: in the commits of feature sets, and as answers to evaluations and scorings."""
+    commits = {
+        info.key.rpartition("/")[2].removesuffix(".json")
+        for set_id in store.list_folders(FEATURES)
+        for info in store.list_objects(f"{FEATURES}{set_id}/commits/")
+    }
+    pointers = [info.key for info in store.list_objects(_ANSWERS)]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        documents = list(pool.map(lambda key: read_json(store, key), pointers))
+    return commits | {document["run_id"] for document in documents if document}
+
+
+def _files_of(folder: RunFolder) -> Iterator[ObjectInfo]:
+    """All files of a run; its record and the sign that it was given up last, so that a killed gc can be repeated."""
+    record = folder.record()
+    outputs = {} if record is None else record.outputs
+    for prefix in outputs.values():
+        if not prefix.startswith(folder.prefix):
+            yield from folder.store.list_objects(prefix)
+    last = {folder.key(_RUN_RECORD), folder.key(GIVEN_UP)}
+    own = list(folder.store.list_objects(folder.prefix))
+    yield from (info for info in own if info.key not in last)
+    yield from (info for info in reversed(own) if info.key in last)
+
+
+def _probe_leftovers(store: ObjectStore, watch_s: float) -> list[ObjectInfo]:
+    before = list(store.list_objects(PROBE_FOLDER))
+    if not before:
+        return []
+    time.sleep(watch_s)
+    after = {info.key for info in store.list_objects(PROBE_FOLDER)}
+    return [info for info in before if info.key in after]
+
+
+def _removed(
+    store: ObjectStore, what: str, why: str, files: Iterable[ObjectInfo], changes: Changes
+) -> Garbage:
+    listed: Sequence[ObjectInfo] = list(files)
+    if changes is Changes.MADE:
+        store.delete(info.key for info in listed)
+    return Garbage(what=what, why=why, files=len(listed), size_bytes=sum(info.size_bytes for info in listed))

@@ -1,0 +1,81 @@
+"""`convoy runs list`: what runs a workspace has, and how far they are, from storage alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+from convoy.core.config import StrictModel
+from convoy.pipelines.runs_state import RunState, age_in_words, dataset_of, opened_utc, run_status
+from convoy.storage.commits import SliceRecord, read_manifest, read_records
+from convoy.storage.object_store import ObjectStore
+from convoy.storage.runs import RunFolder, RunRecord, open_pointers, run_ids
+
+_THREADS = 8
+
+
+class ListedRun(StrictModel):
+    """A run in a line. `held_by` is the driver that has an unfinished run, unless it is known here to have ended.
+
+    `done` of `inputs` rows ended in results or rejects; both are null for trainings and searches, whose work is not
+    counted in rows, and for runs that died before their input was frozen.
+    """
+
+    run: str
+    verb: str
+    dataset: str
+    state: RunState
+    held_by: str | None
+    done: int | None
+    inputs: int | None
+    age: str
+    opened_utc: str | None
+
+
+class RunList(StrictModel):
+    """All runs of a workspace, oldest first."""
+
+    runs: list[ListedRun]
+
+
+def list_runs(store: ObjectStore) -> RunList:
+    """The runs of a workspace. Of unfinished ones the records of all slices are read, a small file each."""
+    pointers = open_pointers(store)
+    ids = sorted({*run_ids(store), *pointers})
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return RunList(runs=list(pool.map(lambda run_id: listed_run(store, run_id, pointers), ids)))
+
+
+def listed_run(store: ObjectStore, run_id: str, pointers: Mapping[str, str]) -> ListedRun:
+    """One run in a line, given the pointers to all open ones."""
+    folder = RunFolder(store, run_id)
+    record = folder.record()
+    status = run_status(folder, pointers)
+    opened = opened_utc(run_id, record)
+    return ListedRun(
+        run=run_id,
+        verb="" if record is None else record.verb,
+        dataset="" if record is None else dataset_of(record),
+        state=status.state,
+        held_by=status.held_by,
+        done=_rows_done(folder, record, status.state),
+        inputs=record.num_inputs if record and record.groups else None,
+        age=age_in_words(opened),
+        opened_utc=None if opened is None else opened.isoformat(),
+    )
+
+
+def finished_slices(folder: RunFolder) -> list[SliceRecord]:
+    """One record for each slice that is done: of the manifest, or, before it is published, of any finished attempt."""
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        return list(manifest.slices)
+    return list({record.slice: record for record in read_records(folder)}.values())
+
+
+def _rows_done(folder: RunFolder, record: RunRecord | None, state: RunState) -> int | None:
+    if record is None or not record.groups:
+        return None
+    if state is RunState.FINISHED:
+        return record.num_inputs
+    return sum(one.num_results + one.num_rejects for one in finished_slices(folder))

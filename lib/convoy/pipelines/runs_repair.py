@@ -1,0 +1,201 @@
+"""`convoy runs repair`: remove files that belong to nothing, and set damaged slices aside to be computed again.
+
+A damaged slice is not mended here: its attempt is forgotten and the run opened again, so that the job's own command
+computes that slice, and only that, and publishes the run anew. Frozen input and settings stay, and with them the
+digest of the rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from convoy.core.config import StrictModel
+from convoy.core.errors import ConfigError, DataError, PreconditionFailed, StorageError
+from convoy.core.fingerprints import canonical_json
+from convoy.pipelines.runs_state import Changes
+from convoy.pipelines.verify import slice_problems
+from convoy.storage.commits import (
+    FEATURES,
+    RunManifest,
+    SliceRecord,
+    commit_set,
+    read_manifest,
+    read_records,
+    record_key,
+    write_record,
+)
+from convoy.storage.leases import RunLease, hold_run
+from convoy.storage.object_store import ObjectInfo, ObjectStore
+from convoy.storage.runs import RunFolder, RunRecord, require_run
+
+_MAX_LISTED = 100
+
+
+class DamagedSlice(StrictModel):
+    """A slice with an attempt that does not hold what its record promised, and why."""
+
+    slice: str
+    attempt: str
+    problem: str
+
+
+class RepairReport(StrictModel):
+    """What a repair finds. `changes` says whether it was only shown, or made.
+
+    `damaged` and `orphans`, the keys of files that belong to nothing, are the first hundred of `num_damaged` and
+    `num_orphans`. `left_to_do` is what makes the run whole again.
+    """
+
+    run: str
+    verb: str
+    changes: Changes
+    slices: int
+    num_damaged: int
+    num_orphans: int
+    orphan_bytes: int
+    damaged: list[DamagedSlice]
+    orphans: list[str]
+    left_to_do: str
+
+
+def repair_run(store: ObjectStore, run_id: str, changes: Changes) -> RepairReport:
+    """Read every file of a run again, and say what is damaged or belongs to nothing; with `made` mend it.
+
+    That holds the run: LeaseHeld if a driver is at work. Raises ConfigError for a run without slices and where
+    another unfinished run of the same target is in the way, DataError where the frozen input is damaged as well:
+    then there is nothing to compute from.
+    """
+    folder, run = require_run(store, run_id)
+    if not run.groups:
+        raise ConfigError(
+            f"a {run.verb} has no slices that could be repaired",
+            where=folder.prefix,
+            next_step="run its command again: a damaged checkpoint is left out, a finished trial is kept",
+        )
+    if changes is Changes.SHOWN:
+        return _report(run, _examine(folder, run), changes)
+    with hold_run(folder) as lease:
+        findings = _examine(folder, run)
+        if findings.damaged:
+            _set_aside(folder, run, findings, lease)
+        store.delete(info.key for info in findings.orphans)
+    return _report(run, findings, changes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Findings:
+    """The attempts that count: those of the manifest, or, before it is published, all that finished."""
+
+    manifest: RunManifest | None
+    sound: tuple[SliceRecord, ...]
+    damaged: tuple[tuple[SliceRecord, str], ...]
+    orphans: tuple[ObjectInfo, ...]
+
+
+def _examine(folder: RunFolder, run: RunRecord) -> _Findings:
+    manifest = read_manifest(folder)
+    attempts = list(manifest.slices) if manifest else read_records(folder)
+    problems = [next(slice_problems(folder, run, attempt), None) for attempt in attempts]
+    examined = list(zip(attempts, problems, strict=True))
+    named = {file.key for attempt in attempts for file in attempt.files}
+    return _Findings(
+        manifest=manifest,
+        sound=tuple(attempt for attempt, problem in examined if problem is None),
+        damaged=tuple((attempt, problem) for attempt, problem in examined if problem is not None),
+        orphans=tuple(
+            info
+            for prefix in (folder.key("rejects/"), *run.outputs.values())
+            for info in folder.store.list_objects(prefix)
+            if info.key not in named
+        ),
+    )
+
+
+def _set_aside(folder: RunFolder, run: RunRecord, findings: _Findings, lease: RunLease) -> None:
+    """Forget the damaged attempts and open the run again. A kill in between leaves a run to repair once more."""
+    for attempt, _ in findings.damaged:
+        _require_input(folder, attempt.slice)
+    store = folder.store
+    if findings.manifest is not None:
+        _open_again(store, run)
+        lease.confirm()
+        _unpublish(folder, run, findings.manifest, findings.sound, lease.token)
+    for attempt, _ in findings.damaged:
+        # The record first: without it the files count for nothing.
+        store.delete([record_key(attempt)])
+        store.delete(file.key for file in attempt.files)
+
+
+def _require_input(folder: RunFolder, name: str) -> None:
+    try:
+        folder.read_slice(name)
+    except (StorageError, DataError) as error:
+        raise DataError(
+            f"slice {name} cannot be computed again, as its frozen input is damaged too: {error.what}",
+            where=error.where,
+            next_step="run the job's command with --new-run: the dataset is read again",
+        ) from None
+
+
+def _open_again(store: ObjectStore, run: RunRecord) -> None:
+    if not run.open_key:
+        raise DataError(
+            "no job's command would go on with this run: its record names no pointer",
+            where=f"runs/{run.run_id}",
+            next_step="run the job's command with --new-run",
+        )
+    try:
+        store.put_if_absent(run.open_key, canonical_json({"run_id": run.run_id}))
+    except PreconditionFailed:
+        raise ConfigError(
+            "another unfinished run of the same job is in the way",
+            where=store.uri(run.open_key),
+            next_step="finish it by its command, or give it up with `convoy runs cancel`; then repair again",
+        ) from None
+
+
+def _unpublish(
+    folder: RunFolder, run: RunRecord, manifest: RunManifest, sound: tuple[SliceRecord, ...], token: int
+) -> None:
+    """Turn a published run into an unfinished one that has all its sound slices; its manifest is kept aside."""
+    store = folder.store
+    store.delete([folder.key("_SUCCESS")])
+    recorded = {info.key for info in store.list_objects(folder.key("records/"))}
+    for attempt in sound:
+        if record_key(attempt) not in recorded:
+            write_record(store, attempt)
+    kept = manifest.model_copy(update={"slices": sound})
+    for set_id, prefix in sorted(run.outputs.items()):
+        if prefix.startswith(FEATURES):
+            # Readers of the cache see the sound rows on, and miss the others.
+            commit_set(store, set_id, kept)
+    store.put(folder.key(f"repairs/manifest-{token}.json"), canonical_json(manifest))
+    store.delete([folder.key("manifest.json")])
+
+
+def _report(run: RunRecord, findings: _Findings, changes: Changes) -> RepairReport:
+    damaged = [
+        DamagedSlice(slice=attempt.slice, attempt=attempt.attempt, problem=problem)
+        for attempt, problem in findings.damaged[:_MAX_LISTED]
+    ]
+    return RepairReport(
+        run=run.run_id,
+        verb=run.verb,
+        changes=changes,
+        slices=run.num_slices,
+        num_damaged=len(findings.damaged),
+        num_orphans=len(findings.orphans),
+        orphan_bytes=sum(info.size_bytes for info in findings.orphans),
+        damaged=damaged,
+        orphans=[info.key for info in findings.orphans[:_MAX_LISTED]],
+        left_to_do=_left_to_do(run, findings, changes),
+    )
+
+
+def _left_to_do(run: RunRecord, findings: _Findings, changes: Changes) -> str:
+    if changes is Changes.SHOWN and (findings.damaged or findings.orphans):
+        return f"convoy runs repair {run.run_id} --apply"
+    if findings.damaged or findings.manifest is None:
+        again = f"run the same convoy {run.verb} command again: it computes what is missing"
+        return f"{again}; then convoy verify {run.run_id}"
+    return "nothing"
