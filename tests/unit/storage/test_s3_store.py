@@ -25,6 +25,8 @@ from convoy.core.errors import (
     AccessDenied,
     ConditionalWriteUnsupported,
     ConfigError,
+    CredentialsExpired,
+    CredentialsRefused,
     PreconditionFailed,
     StorageError,
     StoreUnavailable,
@@ -306,10 +308,9 @@ def test_a_server_without_conditional_writes_is_named_as_such(server: FaultyS3, 
 @pytest.mark.parametrize(
     ("status", "code", "kind", "words"),
     [
-        (403, "ExpiredToken", AccessDenied, "have expired.*same command"),
         (403, "RequestTimeTooSkewed", StorageError, "clock.*15 minutes.*timedatectl"),
-        (403, "InvalidAccessKeyId", AccessDenied, "AWS_ACCESS_KEY_ID"),
-        (403, "SignatureDoesNotMatch", AccessDenied, "AWS_SECRET_ACCESS_KEY"),
+        (403, "InvalidAccessKeyId", CredentialsRefused, "AWS_ACCESS_KEY_ID"),
+        (403, "SignatureDoesNotMatch", CredentialsRefused, "AWS_SECRET_ACCESS_KEY"),
         (404, "NoSuchBucket", StorageError, "bucket does not exist"),
         (400, "AuthorizationHeaderMalformed", StorageError, "AWS_DEFAULT_REGION"),
         (403, "InvalidObjectState", StorageError, "Glacier"),
@@ -326,6 +327,13 @@ def test_a_refusal_says_what_to_do(
     assert caught.value.fields["code"] == code
     assert SECRET not in repr(pickle.dumps(caught.value))
     assert server.requests == ["PUT"]
+
+
+def test_expired_credentials_are_looked_up_once_more(server: FaultyS3, store: S3Store) -> None:
+    server.faults = [refusal(403, "ExpiredToken")] * 2
+    with pytest.raises(CredentialsExpired, match=r"(?s)have expired.*same command"):
+        store.put("image", b"image")
+    assert server.requests == ["PUT"] * 2
 
 
 def test_a_password_in_the_endpoint_is_not_told(server: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from convoy.core.errors import AccessDenied, StoreUnavailable
+from convoy.core.errors import AccessDenied, ChecksumMismatch, CredentialsExpired, StoreUnavailable
 from convoy.core.records import RejectCode, SampleRejected, Stage
 from convoy.core.splits import SplitOptions
 from convoy.storage.local_cache import LocalImageCache
@@ -181,8 +181,8 @@ def test_an_etag_that_only_looks_like_an_md5_is_not_held_against_the_bytes(folde
     etag = md5(b"of something else").hexdigest()
     rows = with_values(rows_of(folder).slice(0, 1), etag=etag, checksum=f"md5:{etag}")
     assert list(reader_of(_Store(Blob(data=b"data", etag=etag))).read(rows)) == [(0, b"data")]
-    vouched = Blob(data=b"data", etag=etag, checksum=f"md5:{etag}")
-    ((_, rejected),) = reader_of(_Store(vouched)).read(rows)
+    compared = _Store(ChecksumMismatch("the store sent other bytes than those of its checksum"))
+    ((_, rejected),) = reader_of(compared).read(rows)
     assert isinstance(rejected, SampleRejected)
     assert rejected.code is RejectCode.CHECKSUM_MISMATCH
 
@@ -193,6 +193,12 @@ def test_a_forbidden_object_is_a_reject(folder: Path) -> None:
     (_, rejected), (_, data) = reader_of(store, num_threads=1).read(rows)
     assert isinstance(rejected, SampleRejected)
     assert (rejected.code, rejected.reason, data) == (RejectCode.ACCESS_DENIED, "not yours", b"data")
+
+
+def test_credentials_that_the_store_refuses_are_no_reject(folder: Path) -> None:
+    rows = with_values(rows_of(folder), etag="e")
+    with pytest.raises(CredentialsExpired):
+        list(reader_of(_Store(CredentialsExpired("over"))).read(rows))
 
 
 def test_a_store_that_keeps_failing_is_no_reject(folder: Path) -> None:
