@@ -1,0 +1,115 @@
+"""Ten days on real images, with all that can go wrong with data: what was recomputed, and what was promoted or held."""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cache_jobs import convoy, last_json, settings_arguments
+from convoy.storage.registry import Alias, read_aliases
+from convoy.storage.stores import open_store
+
+pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(3600)]
+
+ROOT = Path(__file__).parents[2]
+DATA = Path(os.environ.get("CONVOY_TEST_DATA", ROOT.parent / "shared/data"))
+ARCHIVE = DATA / "cifar10-jpeg.tar.gz"
+WEIGHTS = DATA / "cifar10-resnets" / "resnet20-12fca82f.th"
+NAME = "cifar10-days"
+LATE_CLASS = "truck"
+FIRST_DAY, A_DAY = 600, 60
+
+
+@dataclass(frozen=True, slots=True)
+class Images:
+    """Files of the test split by class, taken in order."""
+
+    by_class: dict[str, list[Path]]
+    folder: Path
+
+    def arrive(self, num_images: int, *classes: str, wrong_by: int = 0) -> None:
+        """Some images of each class come in, in the folder of their own class or of another one."""
+        names = sorted(classes)
+        for index, name in enumerate(names):
+            target = self.folder / names[(index + wrong_by) % len(names)]
+            target.mkdir(parents=True, exist_ok=True)
+            for _ in range(num_images // len(names)):
+                path = self.by_class[name].pop(0)
+                path.rename(target / f"{name}-{path.name}")
+
+    def arrive_corrupt(self, num_images: int, name: str) -> None:
+        """Files that are no images come in."""
+        for number in range(num_images):
+            (self.folder / name / f"corrupt-{number}.jpg").write_bytes(
+                b"\xff\xd8\xff\xe0 cut off %d" % number
+            )
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Images:
+    for path in (ARCHIVE, WEIGHTS):
+        if not path.exists():
+            pytest.skip(f"no {path}; set CONVOY_TEST_DATA to the folder that has it")
+    with tarfile.open(ARCHIVE) as tar:
+        members = (member for member in tar if member.name.startswith("test/"))
+        tar.extractall(tmp_path / "aside", members, filter="data")
+    by_class = {
+        folder.name: sorted(folder.iterdir()) for folder in sorted((tmp_path / "aside" / "test").iterdir())
+    }
+    return Images(by_class, tmp_path / "images")
+
+
+def retrain(tmp_path: Path, day: int) -> dict[str, Any]:
+    """One day, by the config that we ship."""
+    config = ROOT / "jobs" / "configs" / "retrain.cifar_days.yaml"
+    settings = settings_arguments(
+        f"source={json.dumps(str(tmp_path / 'images'))}", f"backbone.weights={json.dumps(str(WEIGHTS))}"
+    )
+    arguments = ("--config", str(config), *settings, "--workspace", str(tmp_path / "workspace"))
+    finished = convoy("retrain", *arguments, "--date", f"2026-01-{day:02d}", "--json")
+    assert finished.returncode in (0, 5), finished.stderr
+    return last_json(finished)
+
+
+def test_ten_days_cost_their_new_images_and_promote_nothing_worse(tmp_path: Path, images: Images) -> None:
+    early = [name for name in images.by_class if name != LATE_CLASS]
+    ledger = []
+    for day in range(1, 11):
+        if day == 1:
+            images.arrive(FIRST_DAY, *early)
+        elif day == 4:
+            images.arrive(A_DAY, *early, wrong_by=1)
+        elif day == 6:
+            images.arrive_corrupt(A_DAY, early[0])
+        elif day == 9:
+            images.arrive(2 * A_DAY, *early, LATE_CLASS)
+        elif day != 7:
+            images.arrive(A_DAY, *early)
+        ledger.append((retrain(tmp_path, day), sum(1 for _ in (tmp_path / "images").rglob("*.jpg"))))
+
+    for report, num_images in ledger:
+        print(report["date"], report["decision"], report["recomputed"], num_images, report["reason"])
+    decisions = [report["decision"] for report, _ in ledger]
+    assert decisions[0] == "promoted"
+    assert decisions[3] == decisions[5] == "held"
+    assert decisions[6] == "nothing_new"
+    assert ledger[8][0]["data"]["new_classes"] == [LATE_CLASS]
+    # No promotion was one to a worse model on the frozen holdout.
+    for report, _ in ledger[1:]:
+        if report["decision"] == "promoted":
+            ours, theirs = report["steps"][-1]["evidence"]["holdout"]["top1"]
+            assert ours >= theirs
+    recomputed = sum(report["recomputed"] for report, _ in ledger)
+    assert recomputed == ledger[-1][1]
+    assert sum(num_images for _, num_images in ledger) >= 5 * recomputed
+    record = read_aliases(open_store(str(tmp_path / "workspace")), NAME)
+    assert len(record.history) == 9
+    assert record.aliases[Alias.CHAMPION] in {
+        path.parent.name for path in (tmp_path / "workspace/models" / NAME).glob("*/digests.json")
+    }
