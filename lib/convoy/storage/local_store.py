@@ -100,7 +100,8 @@ class LocalStore:
                 raise StorageError(
                     f"bytes {first} to {first + num_bytes} lie beyond the end at {status.st_size}", where=path
                 )
-            file.seek(first)
+            if first:
+                file.seek(first)
             data = file.read(num_bytes)
         if len(data) != num_bytes:
             raise StoreUnavailable("the file was cut short while it was read", where=path)
