@@ -39,8 +39,8 @@ format: setup  ## Format the code.
 integration: setup  ## Only the tests that start a real Ray or a real S3 server.
 	$(BIN)/python -m pytest tests/contract tests/integration -m "not gpu"
 
-chaos: setup  ## Kill things on purpose, the long form.
-	$(BIN)/python -m pytest tests/chaos -m "not gpu"
+chaos: setup  ## Kill and spoil things on purpose, the long form; ends in a table of faults.
+	$(BIN)/python -m pytest tests/contract/test_s3_faults.py tests/contract/test_conditional_put_faults.py tests/chaos -m "not gpu"
 
 bench: setup  ## Measure against the physical bounds and the usual ways, in one run.
 	$(BIN)/convoy bench cache

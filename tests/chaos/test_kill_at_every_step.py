@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
 
 import pytest
 
 from cache_jobs import CacheJob, made_job
+from chaos_jobs import FaultTable, audit_run
 from convoy.core.crash_points import (
     RETRAIN_CRASH_POINTS,
     SEARCH_CRASH_POINTS,
@@ -35,13 +37,39 @@ def clean_job(tmp_path_factory: pytest.TempPathFactory) -> CacheJob:
     return job
 
 
+# How often a job of six slices of two parts comes by, where that is more than once.
+ARRIVALS = {
+    CrashPoint.PART_WRITTEN: 12,
+    CrashPoint.RECORD_WRITTEN: 6,
+    CrashPoint.SLICE_COLLECTED: 6,
+    CrashPoint.SET_COMMITTED: 2,
+}
+
+
+def of_seed(job: CacheJob, point: CrashPoint, seed: int) -> tuple[CacheJob, int]:
+    """The job in other slices and with other workers, and at which arrival it dies; seed 0 dies in the middle."""
+    if seed == 0:
+        return job, ARRIVAL.get(point, 1)
+    slice_rows = 16 * (1 + seed % 3)
+    nth = 1 + Random(f"{point}-{seed}").randrange(ARRIVALS.get(point, 1))
+    if point is not CrashPoint.SET_COMMITTED:
+        nth = -(-nth * 16 // slice_rows)
+    workers = f"extraction.num_workers={1 + seed % 2}"
+    return job.changed(f"extraction.slice_rows={slice_rows}", workers), nth
+
+
+SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(
     "point",
     sorted(set(CrashPoint) - TRAINING_CRASH_POINTS - SEARCH_CRASH_POINTS - RETRAIN_CRASH_POINTS),
 )
-def test_killed_job_resumes_to_the_same_rows(point: CrashPoint, clean_job: CacheJob, tmp_path: Path) -> None:
-    job = made_job(tmp_path)
-    nth = ARRIVAL.get(point, 1)
+def test_killed_job_resumes_to_the_same_rows(
+    point: CrashPoint, seed: int, clean_job: CacheJob, tmp_path: Path, fault_table: FaultTable
+) -> None:
+    job, nth = of_seed(made_job(tmp_path), point, seed)
     counter = tmp_path / "arrivals"
     environment = {"CONVOY_CRASH_POINT": f"{point}:{nth}:{counter}"}
 
@@ -61,6 +89,12 @@ def test_killed_job_resumes_to_the_same_rows(point: CrashPoint, clean_job: Cache
     assert proof["rows_digest"] == clean_job.verify()["rows_digest"]
     for slice_name, attempts in attempts_before.items():
         assert job.attempts()[slice_name] == attempts, f"finished slice {slice_name} was computed again"
+    fault_table.add(
+        f"F2 killed at {point} ({nth}), cache",
+        fired=1,
+        audit=audit_run(job.workspace, report["run"]),
+        clean_digest=clean_job.verify()["rows_digest"],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +116,7 @@ def clean_committee(tmp_path_factory: pytest.TempPathFactory) -> CacheJob:
     ],
 )
 def test_killed_evaluation_of_a_committee_resumes_to_the_same_rows(
-    point: CrashPoint, clean_committee: CacheJob, tmp_path: Path
+    point: CrashPoint, clean_committee: CacheJob, tmp_path: Path, fault_table: FaultTable
 ) -> None:
     job = made_committee_job(tmp_path)
     counter = tmp_path / "arrivals"
@@ -97,4 +131,9 @@ def test_killed_evaluation_of_a_committee_resumes_to_the_same_rows(
     # The proof of the workspace's only run: a second one would have computed everything again.
     proof = job.verify()
     assert proof["ok"], proof["problems"]
-    assert proof["rows_digest"] == clean_committee.verify()["rows_digest"]
+    fault_table.add(
+        f"F2 killed at {point}, evaluate",
+        fired=1,
+        audit=audit_run(job.workspace, proof["run"]),
+        clean_digest=clean_committee.verify()["rows_digest"],
+    )

@@ -1,0 +1,58 @@
+"""What the tests of faults share: a Ray behind the fault proxy, and the table of faults that pytest prints last."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import ray
+
+from chaos_jobs import FaultTable
+from fault_proxy import FaultProxy
+from s3_server import OVERRIDING_VARIABLES
+
+HEADINGS = ("fault", "fired", "lost", "doubled", "digest equal")
+
+
+_TABLE = pytest.StashKey[FaultTable]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_TABLE] = FaultTable([])
+
+
+@pytest.fixture
+def fault_table(request: pytest.FixtureRequest) -> FaultTable:
+    """The table that is printed at the end."""
+    return request.config.stash[_TABLE]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    rows = [HEADINGS, *config.stash[_TABLE].rows]
+    if len(rows) == 1:
+        return
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    terminalreporter.section("faults")
+    for row in rows:
+        first, *others = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        terminalreporter.write_line("  ".join([first, *others]).rstrip())
+
+
+@pytest.fixture(scope="module")
+def s3_behind_proxy(fault_proxy: FaultProxy) -> Iterator[FaultProxy]:
+    """The environment of this process, and of all that it starts, points at the S3 server through the proxy."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in OVERRIDING_VARIABLES:
+            patch.delenv(name, raising=False)
+        for name, value in fault_proxy.as_server().environment().items():
+            patch.setenv(name, value)
+        yield fault_proxy
+
+
+@pytest.fixture(scope="module")
+def ray_behind_proxy(s3_behind_proxy: FaultProxy) -> Iterator[None]:
+    """A Ray that is open in this process, whose workers ask the S3 server through the proxy."""
+    ray.init("local", include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    yield
+    ray.shutdown()
