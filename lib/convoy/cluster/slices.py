@@ -17,6 +17,8 @@ from convoy.storage.commits import SliceRecord
 
 _CPUS_AN_OPERATOR = 4
 _MOST_OPERATORS_A_GPU = 4
+# A slice waits in its worker behind up to four others, and shares their deaths: so not too few.
+_MOST_DEATHS = 10
 
 
 class WorkerPool(StrictModel):
@@ -150,4 +152,20 @@ class _SliceWorker:
     def _do(self, task: SliceTask) -> SliceRecord:
         if isinstance(self._operator, ConvoyError):
             raise self._operator
+        _refuse_deadly(task)
         return self._operator(task)
+
+
+def _refuse_deadly(task: SliceTask) -> None:
+    """Raise ClusterError for a slice that ends every worker that has it: Ray alone would go on with it for ever."""
+    # Ray tells a task's attempts nowhere else.
+    from ray._private.worker import global_worker  # noqa: PLC0415
+
+    num_deaths = global_worker.core_worker.get_current_task_attempt_number()
+    if num_deaths >= _MOST_DEATHS:
+        raise ClusterError(
+            f"one slice ended its worker {num_deaths} times",
+            where=f"slice {task.slice}",
+            next_step="most likely the memory is too small: use fewer or smaller workers (extraction.num_workers, "
+            "batch_size), then run the same command again; finished slices are kept",
+        )
