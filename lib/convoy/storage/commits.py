@@ -115,9 +115,17 @@ def record_key(record: SliceRecord) -> str:
 
 
 def write_record(store: ObjectStore, record: SliceRecord) -> None:
-    """Write an attempt's record: from here on the attempt counts."""
+    """Write an attempt's record: from here on the attempt counts.
+
+    One that comes after its run was published without it, from a worker that hung, takes its files back: whoever
+    publishes deletes only what is there at that time.
+    """
     store.put(record_key(record), canonical_json(record))
     crash_point(CrashPoint.RECORD_WRITTEN)
+    manifest = read_manifest(RunFolder(store, record.run_id))
+    if manifest is not None:
+        chosen = {file.key for one in manifest.slices for file in one.files}
+        store.delete(file.key for file in record.files if file.key not in chosen)
 
 
 def read_records(folder: RunFolder) -> list[SliceRecord]:

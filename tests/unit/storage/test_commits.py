@@ -54,6 +54,18 @@ def test_of_two_attempts_one_is_kept_and_the_other_deleted(store: LocalStore) ->
     assert all(file.key in keys for record in manifest.slices for file in record.parts.values())
 
 
+def test_attempt_that_comes_after_publishing_takes_its_files_back(store: LocalStore) -> None:
+    run = new_run(store, NAMES)
+    folder = RunFolder(store, run.run_id)
+    for name in run.slice_names():
+        finish_slice(store, run, name)
+    manifest = publish(folder, run, read_records(folder))
+    late = finish_slice(store, run, "0-000000", attempt="late", rejected=["s01"])
+    keys = {info.key for info in store.list_objects()}
+    assert not keys & {file.key for file in late.files}
+    assert all(file.key in keys for record in manifest.slices for file in record.files)
+
+
 def test_orphan_of_a_killed_worker_is_deleted(store: LocalStore) -> None:
     run = new_run(store, NAMES)
     folder = RunFolder(store, run.run_id)
