@@ -1,0 +1,81 @@
+"""The disk of the workspace is full in the middle of a run: the job stops, and goes on once there is room."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cache_jobs import made_job
+from chaos_jobs import Audit, FaultTable
+
+pytestmark = [pytest.mark.integration, pytest.mark.chaos, pytest.mark.slow]
+
+DISK_BYTES = 4 << 20
+# Room for what comes before the slices, and for some of them.
+ROOM_BYTES = 160 << 10
+IN_NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+
+# Runs where the disk is mounted, which nobody else sees.
+SCRIPT = f"""
+import json, os, shutil, sys
+from dataclasses import asdict
+from pathlib import Path
+from cache_jobs import CacheJob
+from chaos_jobs import audit_run
+from convoy.storage.runs import run_ids
+from convoy.storage.stores import open_store
+
+made, disk, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+job = CacheJob(str(shutil.copytree(made, f"{{disk}}/workspace")), 96, tuple(settings))
+status = os.statvfs(disk)
+ballast = Path(disk, "ballast")
+ballast.write_bytes(bytes(max(status.f_bavail * status.f_frsize - {ROOM_BYTES}, 0)))
+stopped = job.start()
+before = job.attempts()
+ballast.unlink()
+again = job.start()
+(run,) = run_ids(open_store(job.workspace))
+print(json.dumps({{
+    "stopped": [stopped.returncode, stopped.stderr],
+    "again": [again.returncode, again.stderr],
+    "before": before,
+    "after": job.attempts(),
+    "audit": asdict(audit_run(job.workspace, run)),
+}}))
+"""
+
+
+def test_a_full_disk_stops_the_job_and_room_lets_it_go_on(tmp_path: Path, fault_table: FaultTable) -> None:
+    job = made_job(tmp_path)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = f"mount -t tmpfs -o size={DISK_BYTES} none '{disk}'"
+    if not shutil.which("unshare") or subprocess.run([*IN_NAMESPACE, mount], check=False).returncode:
+        pytest.skip("this machine does not let a test mount a small disk of its own")
+    arguments = [sys.executable, SCRIPT, job.workspace, str(disk), json.dumps(job.settings)]
+    run = subprocess.run(
+        [*IN_NAMESPACE, f'{mount} && exec "$0" -c "$@"', *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    assert run.returncode == 0, run.stderr
+    told = json.loads(run.stdout.splitlines()[-1])
+    assert told["stopped"][0] == 4, told["stopped"][1]
+    assert "the disk is full" in told["stopped"][1]
+    assert told["again"][0] == 0, told["again"][1]
+    assert {name: told["after"][name] for name in told["before"]} == told["before"]
+    job.run()
+    fault_table.add(
+        "F25 disk full, cache",
+        fired=1,
+        audit=Audit(**told["audit"]),
+        clean_digest=job.verify()["rows_digest"],
+    )
