@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import pytest
 
 from chaos_jobs import SLICE_ROWS, ChaosBucket, ChaosJob, FaultTable, WorkerKiller
-from fault_proxy import Delay, FaultProxy, FaultRule
+from convoy.storage.datasets import open_dataset
+from fault_proxy import Delay, FaultProxy, FaultRule, Hang
 
 pytestmark = [pytest.mark.integration, pytest.mark.chaos]
 
@@ -57,16 +59,24 @@ def test_workers_that_are_killed_cost_only_the_slices_they_had(
 
 @pytest.mark.slow
 def test_a_slice_that_ends_every_worker_ends_the_job_by_its_name(
-    job: ChaosJob, clean_digest: str, fault_table: FaultTable
+    bucket: ChaosBucket, s3_behind_proxy: FaultProxy, clean_digest: str, fault_table: FaultTable
 ) -> None:
     """What the kernel does to a worker that takes all memory: the same slice would do it for ever."""
-    with WorkerKiller(lambda _: job.num_records() >= 3) as killer:
+    job = bucket.new_job("score")
+    deadly = "0-000005"
+    # While its third image is waited for the slice has a worker, which is then killed.
+    waiting = FaultRule(method="GET", key=image_of(job, deadly, 3), action=Hang(60))
+    with (
+        s3_behind_proxy.injecting(waiting) as (injected,),
+        WorkerKiller(lambda kills: injected.fired > kills) as killer,
+    ):
         finished = job.start_here()
-    assert finished.returncode == 1
-    assert "ended its worker" in finished.stderr
-    assert "slice 0-0000" in finished.stderr
+    assert finished.returncode == 1, finished.stderr
+    assert f"one slice ended 5 workers, one after another [slice {deadly}]" in finished.stderr
+    assert killer.kills == 6
     before = job.attempts()
-    assert len(before) >= 3
+    assert len(before) >= 5
+    assert deadly not in before
     job.run_here()
     assert {name: job.attempts()[name] for name in before} == before
     fault_table.add(
@@ -75,3 +85,10 @@ def test_a_slice_that_ends_every_worker_ends_the_job_by_its_name(
         audit=job.audit(),
         clean_digest=clean_digest,
     )
+
+
+def image_of(job: ChaosJob, slice_name: str, number: int) -> str:
+    """A pattern for the key of an image of a slice: samples are frozen in the order of the manifest."""
+    table = open_dataset(job.store, "digits").read_table(["uri"])
+    row = int(slice_name.split("-")[1]) * SLICE_ROWS + number
+    return re.escape(table["uri"][row].as_py().removeprefix("s3://")) + "$"

@@ -6,9 +6,11 @@ Ray is imported inside the functions: a job that finds nothing to do must not wa
 from __future__ import annotations
 
 import pickle
+import secrets
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
+from convoy.cluster.deadly_slices import DeathWatch
 from convoy.cluster.ray_data import first_cause, quiet_ray_data
 from convoy.cluster.slice_metrics import SliceMetrics
 from convoy.core.config import StrictModel
@@ -17,8 +19,6 @@ from convoy.storage.commits import SliceRecord
 
 _CPUS_AN_OPERATOR = 4
 _MOST_OPERATORS_A_GPU = 4
-# A slice waits in its worker behind up to four others, and shares their deaths: so not too few.
-_MOST_DEATHS = 10
 
 
 class WorkerPool(StrictModel):
@@ -97,8 +97,8 @@ def run_slices(
 ) -> Iterator[SliceRecord]:
     """The records of the tasks' slices, in the order in which they finish; metrics count them under the verb.
 
-    A worker that dies is replaced and its slice redone; an error raised in a worker ends the run, and finished
-    slices stay.
+    A worker that dies is replaced and its slice redone, unless that ends one worker after another; an error raised
+    in a worker ends the run. Finished slices stay.
     """
     import ray.data  # noqa: PLC0415
     from ray.exceptions import RayError  # noqa: PLC0415
@@ -109,7 +109,7 @@ def run_slices(
     # A block a slice: slices are handed out one by one, and a record comes back as soon as its slice is done.
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         _SliceWorker,
-        fn_constructor_args=(factory, spec.model_dump_json()),
+        fn_constructor_args=(factory, spec.model_dump_json(), secrets.token_hex(8)),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=min(pool.num_workers, len(rows))),
         num_cpus=pool.num_cpus,
@@ -132,7 +132,8 @@ class _SliceWorker:
     Our own errors come back as rows: of what a worker raises, Ray Data passes on no more than the text.
     """
 
-    def __init__(self, factory: OperatorFactory, spec_json: str) -> None:
+    def __init__(self, factory: OperatorFactory, spec_json: str, token: str) -> None:
+        self._watch = DeathWatch(token)
         self._operator: SliceOperator | ConvoyError
         try:
             self._operator = factory(spec_json)
@@ -152,20 +153,5 @@ class _SliceWorker:
     def _do(self, task: SliceTask) -> SliceRecord:
         if isinstance(self._operator, ConvoyError):
             raise self._operator
-        _refuse_deadly(task)
-        return self._operator(task)
-
-
-def _refuse_deadly(task: SliceTask) -> None:
-    """Raise ClusterError for a slice that ends every worker that has it: Ray alone would go on with it for ever."""
-    # Ray tells a task's attempts nowhere else.
-    from ray._private.worker import global_worker  # noqa: PLC0415
-
-    num_deaths = global_worker.core_worker.get_current_task_attempt_number()
-    if num_deaths >= _MOST_DEATHS:
-        raise ClusterError(
-            f"one slice ended its worker {num_deaths} times",
-            where=f"slice {task.slice}",
-            next_step="most likely the memory is too small: use fewer or smaller workers (extraction.num_workers, "
-            "batch_size), then run the same command again; finished slices are kept",
-        )
+        with self._watch.watching(task.slice):
+            return self._operator(task)
