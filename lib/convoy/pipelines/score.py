@@ -30,7 +30,7 @@ from convoy.storage.object_store import ObjectStore
 from convoy.storage.predictions import PREDICTIONS
 from convoy.storage.runs import RunFolder
 
-_FORECASTS = "predictions/forecasts/"
+FORECASTS = "forecasts/"
 
 
 class ScoreReport(StrictModel):
@@ -116,7 +116,7 @@ def _open_request(config: ScoreConfig, progress: Progress) -> tuple[ObjectStore,
 
 
 def _forecast_key(manifest: Manifest, request: PredictionRequest) -> str:
-    return f"{_FORECASTS}{digest(request.identity(manifest))}.json"
+    return f"{FORECASTS}{digest(request.identity(manifest))}.json"
 
 
 def _require_features(config: ScoreConfig, num_members: int) -> None:

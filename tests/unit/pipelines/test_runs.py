@@ -20,6 +20,7 @@ from convoy.pipelines.runs_list import ListedRun, list_runs
 from convoy.pipelines.runs_repair import repair_run
 from convoy.pipelines.runs_show import seconds_under_way, show_run
 from convoy.pipelines.runs_state import Changes, RunState, age_in_words, opened_utc
+from convoy.pipelines.score import FORECASTS
 from convoy.pipelines.verify import verify_run
 from convoy.storage.commits import (
     SliceRecord,
@@ -507,6 +508,14 @@ def test_a_run_that_a_commit_or_an_answer_names_stays(store: LocalStore) -> None
     assert report.garbage == []
     assert {kept.run for kept in report.kept} == {folder.run_id, OLD}
     assert keys(store) == before
+
+
+def test_what_dry_runs_said_is_no_answer_that_names_a_run(store: LocalStore) -> None:
+    forecast = f"{FORECASTS}d.json"
+    store.put(forecast, b'{"images": 96}')
+    give_up(left_behind(store, OLD))
+    assert [one.what for one in gc(store).garbage] == [OLD]
+    assert keys(store) == {forecast}
 
 
 def test_a_run_that_a_driver_is_still_at_stays(store: LocalStore) -> None:
