@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from machine import describe_machine
 from results import spread_table
 
 
@@ -24,8 +25,7 @@ def _page(report: dict[str, Any]) -> Iterator[str]:
         f"in turn, batches of {settings['batch_size']} images."
     )
     yield ""
-    for name, fact in report["machine"].items():
-        yield f"- {name}: {', '.join(fact) if isinstance(fact, list) else fact}"
+    yield from describe_machine(report["machine"])
     for size, measured in report["committees"].items():
         archs = ", ".join(arch.partition(":")[2] or arch for arch in settings["archs"][: int(size)])
         yield from ("", f"## Networks: {size}", "")

@@ -29,7 +29,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from machine import machine_facts
+from machine import describe_machine, machine_facts
 from measuring import BenchSettings, run_benchmark, say
 from pydantic import Field
 
@@ -323,8 +323,7 @@ def _page(report: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield f"- Convoy writes: {writes['type']}, {writes['compression']}, {writes['encodings']}"
     yield f"- a softmax fit of {_NUM_CLASSES} classes takes {report['fit_rows_per_s']:.0f} rows/s"
-    for name, fact in report["machine"].items():
-        yield f"- {name}: {', '.join(fact) if isinstance(fact, list) else fact}"
+    yield from describe_machine(report["machine"])
     yield ""
     yield "| layout | codec | bytes a row | write MB/s | read rows/s | DuckDB | Polars | pandas |"
     yield "| --- | --- | ---: | ---: | ---: | --- | --- | --- |"

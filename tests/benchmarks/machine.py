@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,12 @@ def machine_facts() -> dict[str, Any]:
         "python": platform.python_version(),
         **{package.lower(): version(package) for package in _PACKAGES},
     }
+
+
+def describe_machine(facts: dict[str, Any]) -> Iterator[str]:
+    """The facts as a list in Markdown."""
+    for name, fact in facts.items():
+        yield f"- {name}: {', '.join(fact) if isinstance(fact, list) else fact}"
 
 
 def _cpuinfo() -> dict[str, str]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-from machine import machine_facts
+from machine import describe_machine, machine_facts
 from measuring import BenchSettings, run_benchmark, say
 from plan_steps import (
     Measured,
@@ -206,8 +206,7 @@ def _page(report: dict[str, Any]) -> Iterator[str]:
         f"its imports; `peak RSS` is the whole process. Medians of {report['settings']['repeats']} repeats."
     )
     yield ""
-    for name, fact in report["machine"].items():
-        yield f"- {name}: {', '.join(fact) if isinstance(fact, list) else fact}"
+    yield from describe_machine(report["machine"])
     for case, rows in report["cases"].items():
         yield from ("", f"## {case}: {_TITLES[Case(case)]}", "")
         yield from _steps_table(rows)

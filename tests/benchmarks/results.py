@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from machine import describe_machine
+
 
 def write_results(path: Path, report: dict[str, Any]) -> None:
     """Write the report as Markdown: machine, ratios, rates and bounds of each image set."""
@@ -18,8 +20,7 @@ def _page(report: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield f"ResNet-18 at 224 pixels, {settings['repeats']} repeats in turn, batches of {settings['batch_size']}."
     yield ""
-    for name, fact in report["machine"].items():
-        yield f"- {name}: {', '.join(fact) if isinstance(fact, list) else fact}"
+    yield from describe_machine(report["machine"])
     for name, measured in report["sets"].items():
         yield from ("", f"## Images: {name}", "")
         yield from [measured["skipped"]] if "skipped" in measured else _measured(measured)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from comparison import OURS
+from machine import describe_machine
 from results import spread_table
 
 
@@ -20,8 +21,7 @@ def _page(path: Path, report: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield f"{report['settings']['repeats']} repeats in turn."
     yield ""
-    for name, fact in report["machine"].items():
-        yield f"- {name}: {', '.join(fact) if isinstance(fact, list) else fact}"
+    yield from describe_machine(report["machine"])
     for regime, measured in report["measured"].items():
         yield from ("", f"## {regime}", "")
         yield from _measured(measured)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from machine import describe_machine
 from results import spread_table
 
 
@@ -22,8 +23,7 @@ def _page(report: dict[str, Any]) -> Iterator[str]:
         f"{report['settings']['repeats']} repeats in turn. Steady rates: all epochs but the first."
     )
     yield ""
-    for name, fact in report["machine"].items():
-        yield f"- {name}: {', '.join(fact) if isinstance(fact, list) else fact}"
+    yield from describe_machine(report["machine"])
     for name, measured in report["workloads"].items():
         yield from _workload_section(name, measured, report["settings"][name])
     head = report["head"]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +10,12 @@ from typing import Any
 import pytest
 
 from cache_jobs import convoy, last_json, settings_arguments
+from cifar_images import ROOT, WEIGHTS, unpack_test_split
 from convoy.storage.registry import Alias, read_aliases
 from convoy.storage.stores import open_store
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(3600)]
 
-ROOT = Path(__file__).parents[2]
-DATA = Path(os.environ.get("CONVOY_TEST_DATA", ROOT.parent / "shared/data"))
-ARCHIVE = DATA / "cifar10-jpeg.tar.gz"
-WEIGHTS = DATA / "cifar10-resnets" / "resnet20-12fca82f.th"
 NAME = "cifar10-days"
 LATE_CLASS = "truck"
 FIRST_DAY, A_DAY = 600, 60
@@ -53,15 +48,8 @@ class Images:
 
 @pytest.fixture
 def images(tmp_path: Path) -> Images:
-    for path in (ARCHIVE, WEIGHTS):
-        if not path.exists():
-            pytest.skip(f"no {path}; set CONVOY_TEST_DATA to the folder that has it")
-    with tarfile.open(ARCHIVE) as tar:
-        members = (member for member in tar if member.name.startswith("test/"))
-        tar.extractall(tmp_path / "aside", members, filter="data")
-    by_class = {
-        folder.name: sorted(folder.iterdir()) for folder in sorted((tmp_path / "aside" / "test").iterdir())
-    }
+    test = unpack_test_split(tmp_path / "aside") / "test"
+    by_class = {folder.name: sorted(folder.iterdir()) for folder in sorted(test.iterdir())}
     return Images(by_class, tmp_path / "images")
 
 

@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from convoy.core.errors import ConfigError, PreconditionFailed
-from convoy.pipelines.workspace import WriterMode, open_workspace
+from convoy.pipelines.workspace import open_workspace
 from convoy.storage.conditional_put import probe_conditional_put
-from convoy.storage.object_store import ConditionalPut
+from convoy.storage.object_store import ConditionalPut, WriterMode
 from convoy.storage.s3_store import S3Store
 from fault_proxy import CONFLICT, Conditions, FaultProxy, FaultRule, lose_answer
 

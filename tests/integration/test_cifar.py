@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import tarfile
 from pathlib import Path
 
 import duckdb
 import pytest
 
 from cache_jobs import convoy_json, freeze
+from cifar_images import ROOT, WEIGHTS, unpack_test_split
 
 pytestmark = pytest.mark.integration
 
-ROOT = Path(__file__).parents[2]
-DATA = Path(os.environ.get("CONVOY_TEST_DATA", ROOT.parent / "shared/data"))
-ARCHIVE = DATA / "cifar10-jpeg.tar.gz"
-WEIGHTS = DATA / "cifar10-resnets" / "resnet20-12fca82f.th"
 # Of these weights on these JPEG files, in float32; one image is 0.0001.
 TOP1 = 0.8103
 
@@ -24,13 +19,7 @@ TOP1 = 0.8103
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """The test split as class folders."""
-    for path in (ARCHIVE, WEIGHTS):
-        if not path.exists():
-            pytest.skip(f"no {path}; set CONVOY_TEST_DATA to the folder that has it")
-    with tarfile.open(ARCHIVE) as tar:
-        members = (member for member in tar if member.name.startswith("test/"))
-        tar.extractall(tmp_path / "cifar10", members, filter="data")
-    return tmp_path / "cifar10"
+    return unpack_test_split(tmp_path / "cifar10")
 
 
 def test_pretrained_resnet_20_has_its_known_accuracy(source: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import typer
 
 from convoy.cli.options import JsonOption, SetOption, WorkspaceOption, load, run_job, words
 from convoy.core.config import load_config
-from convoy.pipelines.workspace import WriterMode
+from convoy.storage.object_store import WriterMode
 
 WritersOption = Annotated[
     WriterMode, typer.Option("--writers", help="single: where the store has no conditional writes.")

@@ -8,12 +8,12 @@ from convoy.pipelines.feature_summary import FeaturePlan, FeatureSummary
 from convoy.pipelines.features import FeatureJob
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.pixel_statistics import known_augmentation, resolve_augmentation
-from convoy.pipelines.workspace import WriterMode, open_workspace
+from convoy.pipelines.workspace import open_workspace
 from convoy.storage.datasets import open_dataset
 from convoy.storage.duplicates import DuplicateReport, find_duplicates
 from convoy.storage.leases import WhenHeld
 from convoy.storage.manifests import Manifest
-from convoy.storage.object_store import ObjectStore
+from convoy.storage.object_store import ObjectStore, WriterMode
 from convoy.vision.augmentation_policy import NO_COLOURS, AugmentationPolicy
 
 

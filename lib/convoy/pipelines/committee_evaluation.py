@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any
-
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-from numpy.typing import NDArray
 
 from convoy.core.config import StrictModel
 from convoy.core.crop_policies import Averaging, CropPolicy, EvaluationMode, MemberOutputs, crop_views
@@ -24,7 +19,7 @@ from convoy.storage.commits import RunManifest
 from convoy.storage.manifests import Manifest
 from convoy.storage.member_predictions import read_member_logits
 from convoy.storage.object_store import ObjectStore
-from convoy.storage.predictions import PREDICTIONS
+from convoy.storage.predictions import paired, read_predicted
 from convoy.vision.committee_options import gate_passes
 from convoy.vision.ensembling import mean_of_views
 
@@ -195,18 +190,5 @@ def _passes(request: PredictionRequest, predictions: CommitteePredictions) -> fl
 
 def _agreement(store: ObjectStore, first: RunManifest, second: RunManifest) -> float:
     """The share of samples with the same predicted class, among those that both predicted."""
-    ids, predicted_N = _predicted(store, first)
-    other_ids, other_predicted_N = _predicted(store, second)
-    places = pc.index_in(ids, value_set=other_ids)
-    is_paired_N = places.is_valid().to_numpy(zero_copy_only=False)
-    others_N = other_predicted_N[places.drop_null().to_numpy()]
-    return float((predicted_N[is_paired_N] == others_N).mean())
-
-
-def _predicted(store: ObjectStore, manifest: RunManifest) -> tuple[pa.Array, NDArray[np.int32]]:
-    tables: Sequence[pa.Table] = [
-        store.open_parquet(record.parts[PREDICTIONS].key).read(columns=["sample_id", "pred"])
-        for record in manifest.slices
-    ]
-    table = pa.concat_tables(tables)
-    return table["sample_id"].cast(pa.large_string()).combine_chunks(), table["pred"].to_numpy()
+    one, other = paired(read_predicted(store, first, "pred"), read_predicted(store, second, "pred"))
+    return float((one["pred"].to_numpy() == other["pred"].to_numpy()).mean())

@@ -39,7 +39,7 @@ from convoy.storage.manifests import Manifest
 from convoy.storage.member_predictions import member_output
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.predictions import PREDICTIONS
-from convoy.storage.run_input import freeze_input, missing_rows, slice_rows_for
+from convoy.storage.run_input import freeze_input, missing_rows
 from convoy.storage.runs import OpenRun, RunFolder, RunRecord, refuse_changed_identity
 from convoy.storage.scores import partitioned
 from convoy.vision.committee_options import gate_passes
@@ -141,8 +141,8 @@ class CommitteeJob:
         return f"{_POINTERS}{digest(request.identity(self._manifest))}.json"
 
     def _freeze(self, folder: RunFolder, identity: dict[str, Any], config: dict[str, Any]) -> RunRecord:
-        request, num_rows = self._request, self._request.num_rows(self._manifest)
-        slice_rows = request.extraction.slice_rows or slice_rows_for(num_rows, request.extraction.batch_size)
+        request = self._request
+        slice_rows = request.slice_rows(self._manifest)
         groups = freeze_input(folder, self._rows_by_output(), slice_rows=slice_rows)
         outputs = sorted({output for group in groups for output in group.outputs})
         record = RunRecord.new(

@@ -23,10 +23,10 @@ from convoy.pipelines.evaluation import Evaluation, EvaluationTask, evaluate_cla
 from convoy.pipelines.feature_plan import ErrorBudget, ExtractionConfig
 from convoy.pipelines.model_choice import LookSettings, ModelChoice, chosen_committee
 from convoy.pipelines.prediction_request import PredictionRequest
-from convoy.pipelines.workspace import WriterMode, open_workspace
+from convoy.pipelines.workspace import open_workspace
 from convoy.storage.datasets import open_dataset
 from convoy.storage.manifests import Manifest
-from convoy.storage.object_store import ObjectStore
+from convoy.storage.object_store import ObjectStore, WriterMode
 
 
 class EvaluationSettings(LookSettings):

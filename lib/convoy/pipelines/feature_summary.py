@@ -77,6 +77,15 @@ def timings(finished: Sequence[SliceRecord], started_unix_s: float) -> dict[str,
     }
 
 
+def seconds_under_way(slices: Sequence[SliceRecord]) -> float:
+    """Seconds in which at least one of the slices was being computed: pauses after a kill do not count."""
+    total_s = ended_unix_s = 0.0
+    for one in sorted(slices, key=lambda one: one.started_unix_s):
+        total_s += max(one.finished_unix_s - max(one.started_unix_s, ended_unix_s), 0.0)
+        ended_unix_s = max(ended_unix_s, one.finished_unix_s)
+    return total_s
+
+
 def _added(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     total: Counter[str] = Counter()
     for count in counts:

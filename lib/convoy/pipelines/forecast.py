@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pydantic import Field, NonNegativeFloat
 
 from convoy.core.config import StrictModel
+from convoy.pipelines.feature_summary import seconds_under_way
 from convoy.storage.commits import RunManifest, SliceRecord
 
 _BYTES_A_GB = 10**9
@@ -73,7 +74,7 @@ def actual_of(manifest: RunManifest, prices: Prices) -> Actual:
     """What the published slices of a run took."""
     slices = manifest.slices
     images = manifest.num_results + manifest.num_rejects
-    hours = busy_s(slices) / 3600
+    hours = seconds_under_way(slices) / 3600
     files = [file for one in slices for file in one.files]
     amounts = {
         "bytes_read": sum(one.bytes_read for one in slices),
@@ -101,10 +102,12 @@ def extrapolate(
 ) -> Forecast:
     """The forecast for so many images in so many slices. The first slice of each worker is left out of the rate."""
     steady = steady_slices(sample)
-    concurrency = sum(_duration_s(one) for one in steady) / max(busy_s(steady), 1e-9)
+    concurrency = sum(_duration_s(one) for one in steady) / max(seconds_under_way(steady), 1e-9)
     rates = [concurrency * _num_rows(one) / max(_duration_s(one), 1e-9) for one in steady]
     sampled = sum(_num_rows(one) for one in sample)
-    hours = num_images / max(_rate(sum(map(_num_rows, steady)), busy_s(steady) / 3600), 1e-9) / 3600
+    hours = (
+        num_images / max(_rate(sum(map(_num_rows, steady)), seconds_under_way(steady) / 3600), 1e-9) / 3600
+    )
     files = [file for one in sample for file in one.parts.values()]
     share = num_images / max(sampled, 1)
     amounts = {
@@ -131,15 +134,6 @@ def steady_slices(sample: Sequence[SliceRecord]) -> Sequence[SliceRecord]:
     first_end_s = min((one.finished_unix_s for one in sample), default=0.0)
     later = [one for one in sample if one.started_unix_s >= first_end_s]
     return later if len(later) >= _MIN_STEADY_SLICES else sample
-
-
-def busy_s(slices: Iterable[SliceRecord]) -> float:
-    """Seconds in which at least one of the slices was in work."""
-    total_s = end_s = 0.0
-    for started_s, finished_s in sorted((one.started_unix_s, one.finished_unix_s) for one in slices):
-        total_s += max(finished_s - max(started_s, end_s), 0.0)
-        end_s = max(end_s, finished_s)
-    return total_s
 
 
 def _cost(

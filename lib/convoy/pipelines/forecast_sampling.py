@@ -17,7 +17,6 @@ from convoy.pipelines.prediction_request import PredictionRequest
 from convoy.pipelines.scoring_plan import scoring_settings
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
-from convoy.storage.run_input import slice_rows_for
 
 _SAMPLED_ROWS = 512
 _SAMPLED_SLICES = 4
@@ -49,13 +48,10 @@ def forecast_scoring(
         first_row_s = min(
             (one.first_row_unix_s for one in slices if one.first_row_unix_s), default=time.time()
         )
-        slice_rows = request.extraction.slice_rows or slice_rows_for(
-            num_images, request.extraction.batch_size
-        )
         return extrapolate(
             slices,
             num_images=num_images,
-            num_slices=-(-num_images // slice_rows),
+            num_slices=-(-num_images // request.slice_rows(manifest)),
             startup_s=max(first_row_s - started_unix_s, 0.0),
             prices=prices,
             notes=[settings["compile_reason"]],

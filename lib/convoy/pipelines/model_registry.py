@@ -6,7 +6,7 @@ from typing import Any
 
 from convoy.core.config import StrictModel
 from convoy.core.errors import DataError
-from convoy.pipelines.workspace import WriterMode, open_workspace, workspace_uri
+from convoy.pipelines.workspace import open_workspace, workspace_uri
 from convoy.storage.bundles import (
     ENSEMBLE_FILE,
     METRICS_FILE,
@@ -15,13 +15,12 @@ from convoy.storage.bundles import (
     peek_bundle,
     resolve_bundle,
 )
-from convoy.storage.object_store import ObjectStore
+from convoy.storage.object_store import ObjectStore, WriterMode
 from convoy.storage.registry import (
     Alias,
     AliasDecision,
     AliasMove,
     AliasRecord,
-    AliasWriters,
     HistoryEntry,
     aliased_digest,
     move_aliases,
@@ -145,7 +144,7 @@ def record_decision(
         reason = f"the champion was changed while this ran; it would have been {move.action}: {move.reason}"
         return move.model_copy(update={"action": HELD, "moves": kept, "reason": reason})
 
-    record = move_aliases(store, name, decide, writers=AliasWriters(writers.value))
+    record = move_aliases(store, name, decide, writers=writers)
     entry = record.move_by(move.run)
     assert entry is not None
     return entry
@@ -170,7 +169,7 @@ def _moved(store: ObjectStore, name: str, decide: AliasDecision, writers: Writer
             moves.append(move)
         return move
 
-    record = move_aliases(store, name, watched, writers=AliasWriters(writers.value))
+    record = move_aliases(store, name, watched, writers=writers)
     return AliasReport(
         model=name,
         changed=bool(moves),

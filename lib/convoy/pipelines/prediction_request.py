@@ -16,6 +16,7 @@ from convoy.pipelines.committees import CommitteeMember, CommitteeRecord
 from convoy.pipelines.feature_plan import ExtractionConfig, resolve_precision
 from convoy.pipelines.training_rows import rows_digest
 from convoy.storage.manifests import Manifest
+from convoy.storage.run_input import slice_rows_for
 from convoy.vision.committee_options import GateOptions
 from convoy.vision.engine_options import Precision
 from convoy.vision.presets import EvalPreset, dense_preset
@@ -112,6 +113,11 @@ class PredictionRequest:
             return int(self.rows.num_rows)
         counts = manifest.counts
         return sum(counts[split].num_samples for split in self.split_names(manifest) if split in counts)
+
+    def slice_rows(self, manifest: Manifest) -> int:
+        """How many rows a slice has."""
+        extraction = self.extraction
+        return extraction.slice_rows or slice_rows_for(self.num_rows(manifest), extraction.batch_size)
 
     def identity(self, manifest: Manifest) -> dict[str, Any]:
         """What determines the predictions, and which of them are kept."""

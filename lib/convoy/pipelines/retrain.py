@@ -19,7 +19,7 @@ from convoy.storage.leases import RunLease
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.registry import Alias, read_aliases
 from convoy.storage.retrains import RetrainFolder, RetrainPlan, hold_retrain
-from convoy.storage.runs import differences
+from convoy.storage.runs import describe_changes
 
 # What may differ between two calls for one date: where and how fast, not what.
 _FREE_KEYS = ("workspace", "writers", "date")
@@ -116,10 +116,7 @@ def _settings(config: RetrainConfig) -> dict[str, object]:
 
 
 def _refuse_other_settings(plan: RetrainPlan, config: RetrainConfig) -> None:
-    changes = [
-        f"  {name}: was {before!r}, is {now!r}"
-        for name, before, now in differences(plan.config, _settings(config))
-    ]
+    changes = describe_changes(plan.config, _settings(config))
     if changes:
         raise ConfigError(
             f"the retraining of {plan.date} was begun with other settings:\n" + "\n".join(changes),

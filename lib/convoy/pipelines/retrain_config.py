@@ -15,7 +15,7 @@ from convoy.core.errors import ExitCode
 from convoy.core.splits import SplitOptions
 from convoy.pipelines.feature_plan import ExtractionConfig
 from convoy.pipelines.retrain_gate import GateConfig, GateEvidence
-from convoy.pipelines.workspace import WriterMode
+from convoy.storage.object_store import WriterMode
 from convoy.storage.sources.rows import ReadingOptions
 from convoy.vision.augmentation_policy import AugmentationPolicy
 from convoy.vision.backbone_config import BackboneConfig

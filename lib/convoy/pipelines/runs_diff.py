@@ -10,8 +10,8 @@ import pyarrow.compute as pc
 from convoy.core.config import StrictModel
 from convoy.storage.commits import RunManifest, read_manifest
 from convoy.storage.object_store import ObjectStore
-from convoy.storage.predictions import PREDICTIONS
-from convoy.storage.runs import RunFolder, RunRecord, differences, require_run
+from convoy.storage.predictions import PREDICTIONS, paired, read_predicted
+from convoy.storage.runs import RunRecord, differences, require_run
 
 _MAX_EXAMPLES = 10
 
@@ -66,7 +66,10 @@ def diff_runs(store: ObjectStore, run_a: str, run_b: str) -> RunDiff:
     manifests = read_manifest(folder_a), read_manifest(folder_b)
     predictions = None
     if manifests[0] is not None and manifests[1] is not None and _predicts(a) and _predicts(b):
-        predictions = _compare(_predicted(folder_a, manifests[0]), _predicted(folder_b, manifests[1]))
+        rows_a, rows_b = (
+            read_predicted(store, manifest, "pred_name") for manifest in (manifests[0], manifests[1])
+        )
+        predictions = _compare(rows_a, rows_b)
     return RunDiff(
         a=run_a,
         b=run_b,
@@ -88,22 +91,8 @@ def _predicts(record: RunRecord) -> bool:
     return any(output.startswith(PREDICTIONS) for output in record.outputs)
 
 
-def _predicted(folder: RunFolder, manifest: RunManifest) -> pa.Table:
-    """The columns sample_id and pred_name of all rows of a run."""
-    schema = pa.schema({"sample_id": pa.large_string(), "pred_name": pa.large_string()})
-    files = [
-        part.key
-        for record in manifest.slices
-        for output, part in record.parts.items()
-        if output.startswith(PREDICTIONS)
-    ]
-    tables = [folder.store.open_parquet(key).read(columns=schema.names).cast(schema) for key in files]
-    return pa.concat_tables([schema.empty_table(), *tables]).combine_chunks()
-
-
 def _compare(a: pa.Table, b: pa.Table) -> PredictionDiff:
-    places = pc.index_in(a["sample_id"], value_set=b["sample_id"].combine_chunks())
-    paired_a, paired_b = a.filter(places.is_valid()), b.take(places.drop_null())
+    paired_a, paired_b = paired(a, b)
     is_changed = pc.not_equal(paired_a["pred_name"], paired_b["pred_name"])
     changed_a, changed_b = paired_a.filter(is_changed), paired_b.filter(is_changed)
     examples = zip(

@@ -23,6 +23,7 @@ from convoy.storage.commits import (
     read_records,
     record_key,
     write_record,
+    written_files,
 )
 from convoy.storage.leases import RunLease, hold_run
 from convoy.storage.object_store import ObjectInfo, ObjectStore
@@ -102,12 +103,7 @@ def _examine(folder: RunFolder, run: RunRecord) -> _Findings:
         manifest=manifest,
         sound=tuple(attempt for attempt, problem in examined if problem is None),
         damaged=tuple((attempt, problem) for attempt, problem in examined if problem is not None),
-        orphans=tuple(
-            info
-            for prefix in (folder.key("rejects/"), *run.outputs.values())
-            for info in folder.store.list_objects(prefix)
-            if info.key not in named
-        ),
+        orphans=tuple(info for key, info in written_files(folder, run).items() if key not in named),
     )
 
 

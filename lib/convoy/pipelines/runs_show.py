@@ -7,7 +7,7 @@ from typing import Any
 
 from convoy.core.config import StrictModel
 from convoy.core.errors import DataError
-from convoy.pipelines.feature_summary import slice_totals, timings
+from convoy.pipelines.feature_summary import seconds_under_way, slice_totals, timings
 from convoy.pipelines.runs_list import ListedRun, finished_slices, listed_run
 from convoy.pipelines.runs_state import RunState, existing_run
 from convoy.storage.commits import SliceRecord
@@ -99,15 +99,6 @@ def _progress(slices: Sequence[SliceRecord]) -> _Progress:
         rejects=rejects,
         images_per_s=(results + rejects) / busy_s if busy_s else None,
     )
-
-
-def seconds_under_way(slices: Sequence[SliceRecord]) -> float:
-    """Seconds in which at least one of the slices was being computed: pauses after a kill do not count."""
-    total_s = ended_unix_s = 0.0
-    for one in sorted(slices, key=lambda one: one.started_unix_s):
-        total_s += max(one.finished_unix_s - max(one.started_unix_s, ended_unix_s), 0.0)
-        ended_unix_s = max(ended_unix_s, one.finished_unix_s)
-    return total_s
 
 
 def _left_s(record: RunRecord, listed: ListedRun, progress: _Progress) -> float | None:

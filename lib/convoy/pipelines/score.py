@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 from convoy.core.config import StrictModel
@@ -21,14 +19,15 @@ from convoy.pipelines.forecast_sampling import forecast_scoring
 from convoy.pipelines.model_choice import chosen_committee
 from convoy.pipelines.prediction_request import PredictionRequest, ScoreRequest
 from convoy.pipelines.score_config import ScoreConfig
+from convoy.pipelines.verify import count_problems
 from convoy.pipelines.workspace import open_workspace
-from convoy.storage.commits import SliceRecord
+from convoy.storage.commits import RunManifest
 from convoy.storage.datasets import open_dataset
 from convoy.storage.documents import read_json
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.predictions import PREDICTIONS
-from convoy.storage.runs import RunFolder
+from convoy.storage.runs import RunFolder, RunRecord
 
 FORECASTS = "forecasts/"
 
@@ -148,7 +147,7 @@ def _report(
     folder, published = RunFolder(store, found.run_id), found.manifest
     record = folder.record()
     assert record is not None, "a published run has a record"
-    _reconcile(record.num_inputs, published.slices, folder)
+    _reconcile(folder, record, published)
     levels = "" if config.partition_by is PartitionBy.NONE else "*/"
     measured = timings(found.finished or published.slices, started_unix_s)
     forecast = record.settings.get("forecast")
@@ -176,13 +175,12 @@ def _report(
     )
 
 
-def _reconcile(num_inputs: int, slices: Sequence[SliceRecord], folder: RunFolder) -> None:
+def _reconcile(folder: RunFolder, record: RunRecord, manifest: RunManifest) -> None:
     """Raise StorageError unless every input is accounted for, each slice once; `verify` proves it row by row."""
-    names = Counter(one.slice for one in slices)
-    num_rows = sum(one.num_results + one.num_rejects for one in slices)
-    if num_rows != num_inputs or max(names.values(), default=1) > 1:
+    problem = next(count_problems(record, manifest), None)
+    if problem is not None:
         raise StorageError(
-            f"{num_inputs} inputs, but {num_rows} results and rejects in {len(slices)} slices",
+            problem,
             where=folder.prefix,
             next_step=f"look at it with convoy verify {folder.run_id}, and mend it with convoy runs repair",
         )

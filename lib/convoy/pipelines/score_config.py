@@ -12,7 +12,7 @@ from convoy.core.splits import SplitOptions
 from convoy.pipelines.feature_plan import ErrorBudget, ExtractionConfig
 from convoy.pipelines.forecast import Prices
 from convoy.pipelines.model_choice import LookSettings, ModelChoice
-from convoy.pipelines.workspace import WriterMode
+from convoy.storage.object_store import WriterMode
 from convoy.storage.sources.rows import ReadingOptions
 
 

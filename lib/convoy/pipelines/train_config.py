@@ -14,7 +14,7 @@ from convoy.core.tracking import TrackingConfig
 from convoy.pipelines.classifiers import Strategy
 from convoy.pipelines.feature_plan import ErrorBudget, ExtractionConfig
 from convoy.pipelines.training_rows import RowLimit
-from convoy.pipelines.workspace import WriterMode
+from convoy.storage.object_store import WriterMode
 from convoy.vision.augmentation_policy import AugmentationPolicy
 from convoy.vision.backbone_config import BackboneConfig, NewLayers
 from convoy.vision.heads import HeadConfig, HeadKind

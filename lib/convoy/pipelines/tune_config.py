@@ -15,8 +15,8 @@ from convoy.core.errors import ConfigError
 from convoy.core.search_space import Grid, SearchSpace, Values, parse_space, with_values
 from convoy.pipelines.ensemble_choice import EnsembleSettings
 from convoy.pipelines.train_config import TrainConfig
-from convoy.pipelines.workspace import WriterMode
 from convoy.storage.bundles import check_bundle_name
+from convoy.storage.object_store import WriterMode
 
 # Keys of a training that a search gives to all its trials, and so are no keys of `base` or `space`.
 _OF_THE_SEARCH = frozenset({"workspace", "writers", "name", "dataset"})

@@ -77,15 +77,20 @@ def verify_run(store: ObjectStore, run_id: str) -> VerifyReport:
 
 
 def _problems(folder: RunFolder, run: RunRecord, manifest: RunManifest) -> Iterator[str]:
+    yield from count_problems(run, manifest)
+    for record in manifest.slices:
+        yield from slice_problems(folder, run, record)
+    yield from _commit_problems(folder.store, run, manifest)
+
+
+def count_problems(run: RunRecord, manifest: RunManifest) -> Iterator[str]:
+    """What a manifest alone shows to be wrong: slices or rows that are missing or too many."""
     promised = list(run.slice_names())
     published = [record.slice for record in manifest.slices]
     if promised != published:
         yield f"{len(promised)} slices were planned, {len(published)} published, or in another order"
     if manifest.num_results + manifest.num_rejects != run.num_inputs:
         yield f"{manifest.num_results} results and {manifest.num_rejects} rejects for {run.num_inputs} inputs"
-    for record in manifest.slices:
-        yield from slice_problems(folder, run, record)
-    yield from _commit_problems(folder.store, run, manifest)
 
 
 def slice_problems(folder: RunFolder, run: RunRecord, record: SliceRecord) -> Iterator[str]:

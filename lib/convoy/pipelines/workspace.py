@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import os
-from enum import StrEnum
 
 from convoy.core.errors import ConfigError
 from convoy.storage.conditional_put import probe_conditional_put
 from convoy.storage.documents import read_json
-from convoy.storage.object_store import ConditionalPut, ObjectStore
+from convoy.storage.object_store import ConditionalPut, ObjectStore, WriterMode
 from convoy.storage.stores import open_store
 
 DEFAULT_WORKSPACE = "./workspace"
 _PROBE_RESULT = ".convoy/conditional_put.json"
-
-
-class WriterMode(StrEnum):
-    """How many jobs may write to one workspace at the same time."""
-
-    MANY = "many"
-    SINGLE = "single"
 
 
 def workspace_uri(configured: str | None) -> str:

@@ -17,7 +17,7 @@ from convoy.core.config import StrictModel
 from convoy.core.crash_points import CrashPoint, crash_point
 from convoy.core.errors import ObjectNotFound, PreconditionFailed, StorageError
 from convoy.core.fingerprints import MultisetDigest, canonical_json
-from convoy.storage.object_store import ObjectStore
+from convoy.storage.object_store import ObjectInfo, ObjectStore
 from convoy.storage.runs import RunFolder, RunRecord
 
 _LISTING_THREADS = 16
@@ -32,6 +32,10 @@ class PartFile(StrictModel):
     checksum: str
     num_rows: int
     rows_digest: str
+
+    def is_what(self, listed: ObjectInfo | None) -> bool:
+        """Whether a listing shows this very file."""
+        return listed is not None and (listed.size_bytes, listed.etag) == (self.size_bytes, self.etag)
 
 
 class SliceRecord(StrictModel):
@@ -140,12 +144,10 @@ def choose_attempts(
     folder: RunFolder, run: RunRecord, records: Iterable[SliceRecord]
 ) -> dict[str, SliceRecord]:
     """One verified attempt for each slice that has one. A record without all its files does not count."""
-    listed = _listing(folder, run)
+    listed = written_files(folder, run)
     chosen: dict[str, SliceRecord] = {}
     for record in sorted(records, key=lambda record: (record.slice, record.attempt)):
-        if record.slice not in chosen and all(
-            listed.get(file.key) == (file.size_bytes, file.etag) for file in record.files
-        ):
+        if record.slice not in chosen and all(file.is_what(listed.get(file.key)) for file in record.files):
             chosen[record.slice] = record
     return chosen
 
@@ -219,14 +221,10 @@ def _publish_choice(folder: RunFolder, run: RunRecord, records: Iterable[SliceRe
     return manifest
 
 
-def _listing(folder: RunFolder, run: RunRecord) -> dict[str, tuple[int, str]]:
-    """Size and etag, by key, of everything that lies where the run writes."""
+def written_files(folder: RunFolder, run: RunRecord) -> dict[str, ObjectInfo]:
+    """Everything, by key, that lies where the run writes parts and rejects, whether it counts or not."""
     prefixes = {folder.key("rejects/"), *(_listed_prefix(folder, prefix) for prefix in run.outputs.values())}
-    return {
-        info.key: (info.size_bytes, info.etag)
-        for prefix in sorted(prefixes)
-        for info in folder.store.list_objects(prefix)
-    }
+    return {info.key: info for prefix in sorted(prefixes) for info in folder.store.list_objects(prefix)}
 
 
 def _listed_prefix(folder: RunFolder, prefix: str) -> str:
@@ -238,4 +236,4 @@ def _listed_prefix(folder: RunFolder, prefix: str) -> str:
 
 def _delete_losers(folder: RunFolder, run: RunRecord, manifest: RunManifest) -> None:
     chosen = {file.key for record in manifest.slices for file in record.files}
-    folder.store.delete(key for key in _listing(folder, run) if key not in chosen)
+    folder.store.delete(key for key in written_files(folder, run) if key not in chosen)

@@ -35,7 +35,7 @@ from convoy.storage.manifests import (
     fingerprint_samples,
     write_manifest,
 )
-from convoy.storage.object_store import ObjectStore
+from convoy.storage.object_store import ObjectStore, put_in_place_of
 from convoy.storage.sources.comparison import ManifestChanges, compare_samples
 from convoy.storage.sources.completion import complete_rows, find_problems
 from convoy.storage.sources.reading import read_source
@@ -176,10 +176,7 @@ def _move_pointer(store: ObjectStore, version: DatasetVersion, pointer: _Pointer
         }
     )
     try:
-        if pointer.etag:
-            store.put_if_match(key, document, etag=pointer.etag)
-        else:
-            store.put_if_absent(key, document)
+        put_in_place_of(store, key, document, pointer.etag or None)
     except PreconditionFailed:
         if _read_pointer(store, version.name).fingerprint == version.header.fingerprint:
             return version

@@ -32,6 +32,7 @@ from convoy.core.errors import (
 from convoy.core.fingerprints import canonical_json
 from convoy.core.processes import ProcessIdentity, has_ended, this_process
 from convoy.storage.documents import exists
+from convoy.storage.object_store import put_in_place_of
 from convoy.storage.runs import RunFolder
 
 TTL_S = 30.0
@@ -267,9 +268,7 @@ def _write(folder: RunFolder, record: LeaseRecord, replaced_etag: str | None) ->
     """Write a lease in the place of a version, or of none; its etag. PreconditionFailed if another is there."""
     store, key, data = folder.store, folder.key(LEASE), canonical_json(record)
     try:
-        if replaced_etag is None:
-            return store.put_if_absent(key, data)
-        return store.put_if_match(key, data, etag=replaced_etag)
+        return put_in_place_of(store, key, data, replaced_etag)
     except ConditionalWriteUnsupported:
         # Here workspaces have a single writer, so looking first is enough.
         found = _read(folder)

@@ -45,6 +45,13 @@ class ConditionalPut(StrEnum):
     UNSUPPORTED = "unsupported"
 
 
+class WriterMode(StrEnum):
+    """How many jobs may write to one workspace at the same time."""
+
+    MANY = "many"
+    SINGLE = "single"
+
+
 class ObjectStore(Protocol):
     """A root URI and the operations below it. Keys use '/', are exact in UTF-8, and never start with '/'.
 
@@ -121,6 +128,13 @@ class ObjectStore(Protocol):
         DataError if the object is not a parquet file.
         """
         ...
+
+
+def put_in_place_of(store: ObjectStore, key: str, data: bytes, etag: str | None) -> str:
+    """Replace the version `etag` of an object, or create it where that is None; errors as `put_if_match`."""
+    if etag is None:
+        return store.put_if_absent(key, data)
+    return store.put_if_match(key, data, etag=etag)
 
 
 def settle_refusal(store: ObjectStore, key: str, data: bytes) -> str:

@@ -107,6 +107,27 @@ def read_labelled(store: ObjectStore, manifest: RunManifest, columns: Sequence[s
             yield labelled
 
 
+def read_predicted(store: ObjectStore, manifest: RunManifest, column: str) -> pa.Table:
+    """`sample_id` and one more column of all predictions of a run, of all of its partitions, in memory."""
+    keys = [
+        part.key
+        for record in manifest.slices
+        for output, part in record.parts.items()
+        if output.startswith(PREDICTIONS)
+    ]
+    # Large strings: the texts of all rows may be more than 2 GiB.
+    types = {name: PREDICTIONS_SCHEMA.field(name).type for name in ("sample_id", column)}
+    schema = pa.schema({name: pa.large_string() if of == pa.string() else of for name, of in types.items()})
+    tables = [store.open_parquet(key).read(columns=schema.names).cast(schema) for key in keys]
+    return pa.concat_tables([schema.empty_table(), *tables])
+
+
+def paired(first: pa.Table, second: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """The rows of two tables whose `sample_id` is in both, in the order of the first."""
+    places = pc.index_in(first["sample_id"], value_set=second["sample_id"].combine_chunks())
+    return first.filter(places.is_valid()), second.take(places.drop_null())
+
+
 def list_array(column: pa.ChunkedArray) -> np.ndarray:
     """The (rows, length) array of a column of lists that all have one length."""
     values = column.combine_chunks()

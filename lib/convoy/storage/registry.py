@@ -21,7 +21,7 @@ from convoy.core.config import StrictModel
 from convoy.core.crash_points import CrashPoint, crash_point
 from convoy.core.errors import ConditionalWriteUnsupported, DataError, ObjectNotFound, PreconditionFailed
 from convoy.core.fingerprints import canonical_json
-from convoy.storage.object_store import ObjectStore
+from convoy.storage.object_store import ObjectStore, WriterMode, put_in_place_of
 
 ALIASES_FORMAT_VERSION = 1
 # A move that loses so many races in a row is stopped, with its error.
@@ -37,13 +37,6 @@ class Alias(StrEnum):
 
 
 ALIASES = frozenset(alias.value for alias in Alias)
-
-
-class AliasWriters(StrEnum):
-    """How many may move the aliases of a workspace at the same time; `many` needs conditional writes."""
-
-    MANY = "many"
-    SINGLE = "single"
 
 
 class AliasMove(StrictModel):
@@ -132,7 +125,7 @@ def aliased_digest(store: ObjectStore, name: str, alias: str) -> str:
 
 
 def move_aliases(
-    store: ObjectStore, name: str, decide: AliasDecision, *, writers: AliasWriters = AliasWriters.MANY
+    store: ObjectStore, name: str, decide: AliasDecision, *, writers: WriterMode = WriterMode.MANY
 ) -> AliasRecord:
     """Move aliases as `decide` says, by compare-and-swap; returns the record that stands then.
 
@@ -179,17 +172,12 @@ def _read(store: ObjectStore, name: str) -> tuple[AliasRecord, str | None]:
         ) from None
 
 
-def _write(
-    store: ObjectStore, name: str, record: AliasRecord, etag: str | None, writers: AliasWriters
-) -> None:
+def _write(store: ObjectStore, name: str, record: AliasRecord, etag: str | None, writers: WriterMode) -> None:
     key, data = _key(name), canonical_json(record)
     try:
-        if etag is None:
-            store.put_if_absent(key, data)
-        else:
-            store.put_if_match(key, data, etag=etag)
+        put_in_place_of(store, key, data, etag)
     except ConditionalWriteUnsupported:
-        if writers is AliasWriters.MANY:
+        if writers is WriterMode.MANY:
             raise ConditionalWriteUnsupported(
                 "this store cannot replace an object on a condition, so two could move aliases at once",
                 where=store.uri(key),

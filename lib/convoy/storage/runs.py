@@ -234,16 +234,18 @@ def open_pointers(store: ObjectStore) -> dict[str, str]:
 
 def refuse_changed_identity(record: RunRecord, identity: dict[str, Any]) -> None:
     """Raise RunMismatch, naming each difference, unless the unfinished run has this identity."""
-    changes = [
-        f"  {name}: was {before!r}, is {now!r}"
-        for name, before, now in differences(record.identity, json.loads(canonical_json(identity)))
-    ]
+    changes = describe_changes(record.identity, json.loads(canonical_json(identity)))
     if changes:
         raise RunMismatch(
             "an unfinished run for the same target had other inputs or settings:\n" + "\n".join(changes),
             where=f"runs/{record.run_id}",
             next_step="restore them to finish that run, or add --new-run to leave it and start afresh",
         )
+
+
+def describe_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """A line for each value that differs, for the error that refuses to go on."""
+    return [f"  {name}: was {old!r}, is {new!r}" for name, old, new in differences(before, now)]
 
 
 def differences(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from convoy.pipelines.forecast import Prices, actual_of, busy_s, extrapolate, steady_slices
+from convoy.pipelines.feature_summary import seconds_under_way
+from convoy.pipelines.forecast import Prices, actual_of, extrapolate, steady_slices
 from convoy.storage.commits import PartFile, RunManifest, SliceRecord
 
 PRICES = Prices(per_hour=36.0, per_gb_read=2.0, per_gb_written=3.0, per_1000_gets=5.0, per_1000_puts=7.0)
@@ -60,8 +61,8 @@ def test_time_in_which_slices_overlap_or_nobody_works_counts_once_or_not_at_all(
         made_slice("0-2", 6, 7),
         made_slice("0-3", 50, 51),
     ]
-    assert busy_s(slices) == 13
-    assert busy_s([]) == 0
+    assert seconds_under_way(slices) == 13
+    assert seconds_under_way([]) == 0
 
 
 def test_the_first_slice_of_each_worker_is_not_the_steady_state() -> None:

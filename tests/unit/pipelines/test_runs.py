@@ -13,12 +13,13 @@ import pyarrow as pa
 import pytest
 
 from convoy.core.errors import ConfigError, DataError, LeaseHeld, RunCancelled
+from convoy.pipelines.feature_summary import seconds_under_way
 from convoy.pipelines.runs_cancel import cancel_run
 from convoy.pipelines.runs_diff import ChangedPrediction, diff_runs
 from convoy.pipelines.runs_gc import GcReport, collect_garbage
 from convoy.pipelines.runs_list import ListedRun, list_runs
 from convoy.pipelines.runs_repair import repair_run
-from convoy.pipelines.runs_show import seconds_under_way, show_run
+from convoy.pipelines.runs_show import show_run
 from convoy.pipelines.runs_state import Changes, RunState, age_in_words, opened_utc
 from convoy.pipelines.score import FORECASTS
 from convoy.pipelines.verify import verify_run

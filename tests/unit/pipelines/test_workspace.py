@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from convoy.core.errors import ConfigError
-from convoy.pipelines.workspace import DEFAULT_WORKSPACE, WriterMode, open_workspace, workspace_uri
+from convoy.pipelines.workspace import DEFAULT_WORKSPACE, open_workspace, workspace_uri
+from convoy.storage.object_store import WriterMode
 
 
 def test_config_beats_environment_beats_default(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,11 +11,11 @@ import pytest
 from convoy.core.errors import ConditionalWriteUnsupported, ConfigError, DataError
 from convoy.storage.bundles import BundleRef, open_bundle, resolve_bundle, write_bundle
 from convoy.storage.local_store import LocalStore
+from convoy.storage.object_store import WriterMode
 from convoy.storage.registry import (
     Alias,
     AliasMove,
     AliasRecord,
-    AliasWriters,
     move_aliases,
     read_aliases,
 )
@@ -120,7 +120,7 @@ def test_without_compare_and_swap_only_a_single_writer_may_move(tmp_path: Path) 
     move_aliases(store, "net", lambda _: move("a" * 32))
     with pytest.raises(ConditionalWriteUnsupported, match="two could move aliases at once"):
         move_aliases(store, "net", lambda _: move("b" * 32))
-    record = move_aliases(store, "net", lambda _: move("b" * 32), writers=AliasWriters.SINGLE)
+    record = move_aliases(store, "net", lambda _: move("b" * 32), writers=WriterMode.SINGLE)
     assert record.aliases == {Alias.CHAMPION: "b" * 32}
 
 

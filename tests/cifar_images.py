@@ -1,0 +1,25 @@
+"""The real test images of CIFAR-10 as JPEG files, for tests that have them at hand."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DATA = Path(os.environ.get("CONVOY_TEST_DATA", ROOT.parent / "shared/data"))
+ARCHIVE = DATA / "cifar10-jpeg.tar.gz"
+WEIGHTS = DATA / "cifar10-resnets" / "resnet20-12fca82f.th"
+
+
+def unpack_test_split(folder: Path) -> Path:
+    """The test split as class folders below `folder`; the test is skipped where images or weights are missing."""
+    for path in (ARCHIVE, WEIGHTS):
+        if not path.exists():
+            pytest.skip(f"no {path}; set CONVOY_TEST_DATA to the folder that has it")
+    with tarfile.open(ARCHIVE) as tar:
+        members = (member for member in tar if member.name.startswith("test/"))
+        tar.extractall(folder, members, filter="data")
+    return folder
