@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from convoy.core.config import StrictModel
 from convoy.core.errors import ChecksumMismatch, ConfigError, DataError, StorageError
@@ -19,6 +18,7 @@ from convoy.storage.commits import (
     read_manifest,
 )
 from convoy.storage.object_store import ObjectStore
+from convoy.storage.parquet_files import open_parquet_file
 from convoy.storage.runs import RunFolder, RunRecord, require_run
 
 _MAX_PROBLEMS = 20
@@ -113,7 +113,9 @@ def _ids(store: ObjectStore, part: PartFile) -> list[str]:
     data = store.get(part.key).data
     if digest_bytes(data).hex() != part.checksum:
         raise ChecksumMismatch("the bytes are not those that were written", where=part.key)
-    ids: list[str] = pq.read_table(pa.BufferReader(data), columns=["sample_id"])["sample_id"].to_pylist()
+    file = open_parquet_file(pa.BufferReader(data), where=part.key)
+    # Without Arrow's threads: one that lets go of our bytes while the process ends would abort it.
+    ids: list[str] = file.read(columns=["sample_id"], use_threads=False)["sample_id"].to_pylist()
     if len(ids) != part.num_rows:
         raise ChecksumMismatch(f"{len(ids)} rows where {part.num_rows} were recorded", where=part.key)
     return ids
