@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from measuring import WayResult, WaySettings, convoy, save_features
+from measuring import WayResult, WaySettings, convoy, save_features, steady_rate
 
 from convoy.core.config import load_config
 from convoy.pipelines.feature_plan import FeatureDtype, PrecisionChoice
@@ -34,8 +34,9 @@ class OursSettings(WaySettings):
 def run_ours(settings: OursSettings) -> WayResult:
     """Freeze the images and cache their pooled features.
 
-    The steady rate is the job's own, from the start of its first slice to the end of its last, parts written;
-    `first_row_s` counts from the launch of `convoy cache`, `wall_s` from that of `convoy dataset`.
+    The steady rate is that of all slices but the first, parts written; `job_images_per_s` is the job's own, from the
+    start of its first slice to the end of its last, and stands in where that is the only slice. `first_row_s` counts from
+    the launch of `convoy cache`, `wall_s` from that of `convoy dataset`.
     """
     with TemporaryDirectory(prefix="convoy-bench-workspace-") as workspace:
         started_s = time.time()
@@ -45,14 +46,15 @@ def run_ours(settings: OursSettings) -> WayResult:
         finished_s = time.time()
         store = open_store(workspace)
         _save_features(store, report, settings.features)
-        first_row_unix_s = min(one.first_row_unix_s for one in read_records(RunFolder(store, report["run"])))
+        records = read_records(RunFolder(store, report["run"]))
     return WayResult(
         num_images=report["recomputed"],
-        images_per_s=report["images_per_s"],
-        first_row_s=first_row_unix_s - launched_unix_s,
+        images_per_s=steady_rate(records) or report["images_per_s"],
+        first_row_s=min(one.first_row_unix_s for one in records) - launched_unix_s,
         wall_s=finished_s - started_s,
         details={
             "dataset_s": launched_unix_s - started_s,
+            "job_images_per_s": report["images_per_s"],
             **{name: report[name] for name in _REPORTED},
         },
     )
