@@ -35,8 +35,8 @@ def run_ours(settings: OursSettings) -> WayResult:
     """Freeze the images and cache their pooled features.
 
     The steady rate is that of all slices but the first, parts written; `job_images_per_s` is the job's own, from the
-    start of its first slice to the end of its last, and stands in where that is the only slice. `first_row_s` counts from
-    the launch of `convoy cache`, `wall_s` from that of `convoy dataset`.
+    start of its first slice to the end of its last, and stands in where that is the only slice. `first_row_s` counts
+    from the launch of `convoy cache`, `wall_s` from that of `convoy dataset`.
     """
     with TemporaryDirectory(prefix="convoy-bench-workspace-") as workspace:
         started_s = time.time()

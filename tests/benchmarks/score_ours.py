@@ -41,8 +41,8 @@ def run_ours(settings: OursSettings) -> WayResult:
     """Freeze the images and score them, logits included.
 
     The steady rate is that of all slices but the first, parts written; `job_images_per_s` is the job's own, from the
-    start of its first slice to the end of its last, and stands in where that is the only slice. `first_row_s` counts from
-    the launch of `convoy score`, `wall_s` from that of `convoy dataset`.
+    start of its first slice to the end of its last, and stands in where that is the only slice. `first_row_s` counts
+    from the launch of `convoy score`, `wall_s` from that of `convoy dataset`.
     """
     with TemporaryDirectory(prefix="convoy-bench-score-") as folder:
         workspace = f"{settings.root}/workspace-{secrets.token_hex(4)}" if settings.root else folder
