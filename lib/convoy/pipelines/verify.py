@@ -114,8 +114,7 @@ def _ids(store: ObjectStore, part: PartFile) -> list[str]:
     if digest_bytes(data).hex() != part.checksum:
         raise ChecksumMismatch("the bytes are not those that were written", where=part.key)
     file = open_parquet_file(pa.BufferReader(data), where=part.key)
-    # Without Arrow's threads: one that lets go of our bytes while the process ends would abort it.
-    ids: list[str] = file.read(columns=["sample_id"], use_threads=False)["sample_id"].to_pylist()
+    ids: list[str] = file.read(columns=["sample_id"])["sample_id"].to_pylist()
     if len(ids) != part.num_rows:
         raise ChecksumMismatch(f"{len(ids)} rows where {part.num_rows} were recorded", where=part.key)
     return ids

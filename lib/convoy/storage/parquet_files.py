@@ -79,13 +79,30 @@ def buffered_reader(store: ObjectStore, key: str) -> io.BufferedReader:
     return io.BufferedReader(ObjectReader(store, key), BUFFER_BYTES)
 
 
-def open_parquet_file(source: Any, *, where: str) -> Any:
+class _FileOfPython(pq.ParquetFile):  # type: ignore[misc] # pyarrow has no types
+    """Reads in the caller's thread: one of Arrow's that lets go of Python's bytes while the process ends aborts it."""
+
+    def __init__(self, source: Any, **options: Any) -> None:
+        super().__init__(source, **options, pre_buffer=False)
+
+    def read(self, *args: Any, **options: Any) -> pa.Table:
+        return super().read(*args, **options, use_threads=False)
+
+    def read_row_group(self, *args: Any, **options: Any) -> pa.Table:
+        return super().read_row_group(*args, **options, use_threads=False)
+
+    def iter_batches(self, *args: Any, **options: Any) -> Any:
+        return super().iter_batches(*args, **options, use_threads=False)
+
+
+def open_parquet_file(source: str | io.BufferedIOBase | pa.BufferReader, *, where: str) -> Any:
     """A pyarrow.parquet.ParquetFile of a path or a binary file; DataError if it is not one.
 
     Pages that have a checksum are compared with it as they are read; a damaged one is an OSError.
     """
+    kind = pq.ParquetFile if isinstance(source, str) else _FileOfPython
     try:
-        return pq.ParquetFile(source, page_checksum_verification=True)
+        return kind(source, page_checksum_verification=True)
     except pa.ArrowInvalid as error:
         raise DataError(
             f"this is not a whole parquet file ({error})",
