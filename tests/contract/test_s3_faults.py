@@ -98,6 +98,7 @@ def test_a_read_outlives_a_fault_and_is_right(
     with fault_proxy.injecting(FaultRule(method="GET", action=action, times=1)) as (fault,):
         assert store.get("image").data == DATA
     assert fault.fired == 1
+    assert store.num_retries == (0 if isinstance(action, Delay) else 1)
 
 
 @pytest.mark.parametrize(

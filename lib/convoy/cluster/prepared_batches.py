@@ -37,7 +37,7 @@ class SliceImages:
     """A slice in work: its rows and what is known of their images so far.
 
     `content_digests[row]` is None until the row is usable; `converted` are rows whose image had to be changed to
-    be used; `bytes_read` counts the bytes of usable images.
+    be used; `bytes_read` counts the bytes of usable images, `num_retries` repeated requests for images.
     """
 
     rows: pa.Table
@@ -45,6 +45,7 @@ class SliceImages:
     content_digests: list[bytes | None] = field(init=False)
     rejects: list[Reject] = field(default_factory=list)
     bytes_read: int = 0
+    num_retries: int = 0
     converted: set[int] = field(default_factory=set)
     flags: Counter[str] = field(default_factory=Counter)
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -83,6 +84,7 @@ class SliceImages:
     ) -> SliceRecord:
         """Write the parts, by `write_parts(attempt)`, the rejects, and the record that makes both count."""
         started_s = time.perf_counter()
+        retries_before = folder.store.num_retries
         attempt = secrets.token_hex(4)
         parts = write_parts(attempt)
         rejects = None
@@ -107,6 +109,7 @@ class SliceImages:
             finished_unix_s=time.time(),
             precision_effect=dict(precision_effect),
             bytes_read=self.bytes_read,
+            num_retries=self.num_retries + folder.store.num_retries - retries_before,
         )
         write_record(folder.store, record)
         return record
@@ -162,6 +165,7 @@ class ImagePreparer(Generic[KeyT]):
         free = [new_buffers() for _ in range(_BATCHES_AHEAD + 1)]
         content_ids = known.rows["content_id"].to_pylist()
         waiting: deque[ImageBatch[KeyT]] = deque()
+        retries_before = self._reader.num_retries
         for rows in batched(self._reader.read(known.rows), batch_size):
             if not free:
                 batch = waiting.popleft()
@@ -173,6 +177,7 @@ class ImagePreparer(Generic[KeyT]):
                 places = {key: buffer[place] for key, buffer in batch.images.items()}
                 batch.prepared.append(self._decoders.submit(self._prepare, data, content_ids[row], places))
             waiting.append(batch)
+        known.num_retries += self._reader.num_retries - retries_before
         for batch in waiting:
             self._settle(batch, known)
             yield batch

@@ -16,7 +16,8 @@ class SliceMetrics:
     """Metrics of one run in a Ray session.
 
     Counters: `convoy_images_total` (results and rejects), `convoy_rejects_total` by `code`,
-    `convoy_bytes_read_total` of usable images, `convoy_bytes_written_total` of parts and rejects. Histogram:
+    `convoy_bytes_read_total` of usable images, `convoy_bytes_written_total` of parts and rejects,
+    `convoy_retries_total` of requests to object stores. Histogram:
     `convoy_slice_seconds`. Gauge: `convoy_slices_left`. Prometheus sees them with `ray_` in front.
     """
 
@@ -29,6 +30,9 @@ class SliceMetrics:
         self._rejects = Counter("convoy_rejects_total", "Images that were rejected", (*_TAGS, "code"))
         self._read = Counter("convoy_bytes_read_total", "Bytes of images that could be used", _TAGS)
         self._written = Counter("convoy_bytes_written_total", "Bytes of parts and rejects", _TAGS)
+        self._retries = Counter(
+            "convoy_retries_total", "Requests to object stores that had to be repeated", _TAGS
+        )
         self._seconds = Histogram("convoy_slice_seconds", "Seconds a slice", _BOUNDARIES_S, _TAGS)
         self._slices_left = Gauge("convoy_slices_left", "Slices of this call without a record", _TAGS)
 
@@ -41,6 +45,7 @@ class SliceMetrics:
         amounts = (
             (self._images, record.num_results + record.num_rejects),
             (self._read, record.bytes_read),
+            (self._retries, record.num_retries),
             (self._written, sum(file.size_bytes for file in record.files)),
         )
         for counter, amount in amounts:

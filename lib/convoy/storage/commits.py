@@ -43,7 +43,8 @@ class SliceRecord(StrictModel):
 
     Times are seconds since 1970: `first_row_unix_s` is when the first batch was through the network (0 if no
     image was usable);
-    `precision_effect` the lowest cosine similarity to float32 features seen in one batch, by tap.
+    `precision_effect` the lowest cosine similarity to float32 features seen in one batch, by tap. `num_retries` are
+    requests to object stores that had to be repeated.
     """
 
     run_id: str
@@ -61,6 +62,7 @@ class SliceRecord(StrictModel):
     finished_unix_s: float
     precision_effect: dict[str, float]
     bytes_read: int = 0
+    num_retries: int = 0
 
     @property
     def files(self) -> list[PartFile]:

@@ -61,6 +61,11 @@ class LocalStore:
         """The absolute path of the root."""
         return self.root
 
+    @property
+    def num_retries(self) -> int:
+        """As in ObjectStore: a folder has no requests."""
+        return 0
+
     def uri(self, key: str) -> str:
         """The absolute path of a key."""
         return f"{self.root.rstrip('/')}/{key}"

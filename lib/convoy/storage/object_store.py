@@ -64,6 +64,11 @@ class ObjectStore(Protocol):
         """The root, without a trailing slash: an absolute local path or s3://bucket/prefix."""
         ...
 
+    @property
+    def num_retries(self) -> int:
+        """How many requests had to be repeated so far, all threads of this process together."""
+        ...
+
     def uri(self, key: str) -> str:
         """The full URI of a key; `stores.open_object` turns it back."""
         ...

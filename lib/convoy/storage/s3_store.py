@@ -65,6 +65,10 @@ class S3Store:
         self._client_lock = threading.Lock()
         self._client: Any = None
         self._client_pid = 0
+        self._retries_lock = threading.Lock()
+        self._num_retries = 0
+        # Of the operation that a thread is in.
+        self._sent = threading.local()
 
     def __reduce__(self) -> tuple[Any, ...]:
         times = {"deadline_s": self.deadline_s, "read_timeout_s": self.read_timeout_s}
@@ -77,6 +81,11 @@ class S3Store:
     def root_uri(self) -> str:
         """The root as s3://bucket/prefix."""
         return f"s3://{self.bucket}/{self.prefix}" if self.prefix else f"s3://{self.bucket}"
+
+    @property
+    def num_retries(self) -> int:
+        """As in ObjectStore: those of botocore, and ours."""
+        return self._num_retries
 
     def uri(self, key: str) -> str:
         """The s3:// URI of a key; nothing is escaped."""
@@ -186,6 +195,7 @@ class S3Store:
             blob = self._retry(lambda: self._read(key), self.uri(key))
             if blob.checksum in {"", f"md5:{hashlib.md5(blob.data, usedforsecurity=False).hexdigest()}"}:
                 return blob
+            self._add_retries(1)
         raise ChecksumMismatch(
             "the store sent other bytes than those of its checksum, twice in a row",
             where=self.uri(key),
@@ -242,18 +252,30 @@ class S3Store:
             reraise=True,
         )
         client = self._client
+        self._sent.requests = 0
         try:
             return retrying(translated_attempt)
         except CredentialsExpired:
             # botocore renews those of a role by itself; a file of credentials it reads once a client.
             self._forget(client)
             return retrying(translated_attempt)
+        finally:
+            self._add_retries(max(self._sent.requests - 1, 0))
+
+    def _add_retries(self, number: int) -> None:
+        with self._retries_lock:
+            self._num_retries += number
+
+    def _count_request(self, **_request: Any) -> None:
+        """Hears of every request right before it is sent, in the thread of its operation."""
+        self._sent.requests += 1
 
     def _get_client(self) -> Any:
         """The client of this process: its connections must not be shared with a forked child."""
         with self._client_lock:
             if self._client is None or self._client_pid != os.getpid():
                 self._client = _new_client(self.read_timeout_s)
+                self._client.meta.events.register("before-send.s3", self._count_request)
                 self._client_pid = os.getpid()
             return self._client
 

@@ -34,6 +34,11 @@ class SampleReader:
     cache: LocalImageCache | None = None
     _uris: UriReader = field(default_factory=UriReader, init=False, repr=False)
 
+    @property
+    def num_retries(self) -> int:
+        """How many requests for samples had to be repeated so far; parquet files open stores of their own."""
+        return self._uris.num_retries
+
     def read(self, rows: pa.Table) -> Iterator[tuple[int, bytes | SampleRejected]]:
         """Each row's number and its image's bytes, or why there are none, in the order of the rows.
 

@@ -62,6 +62,11 @@ class UriReader:
     def __reduce__(self) -> tuple[Any, ...]:
         return UriReader, ()
 
+    @property
+    def num_retries(self) -> int:
+        """How many requests had to be repeated so far."""
+        return sum(store.num_retries for store in list(self._stores.values()))
+
     def get(self, uri: str, *, byte_range: tuple[int, int] | None = None) -> Blob:
         """As ObjectStore.get, for an s3:// URI, a file:// URI or a path. ConfigError as `open_store`."""
         if uri.startswith("s3://"):

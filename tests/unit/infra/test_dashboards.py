@@ -15,7 +15,7 @@ from infra_files import INFRA, ROOT, documents
 METRICS = {
     "convoy_images_total", "convoy_rejects_total", "convoy_bytes_read_total",
     "convoy_bytes_written_total", "convoy_slice_seconds_bucket", "convoy_slice_seconds_count",
-    "convoy_slice_seconds_sum", "convoy_slices_left",
+    "convoy_slice_seconds_sum", "convoy_slices_left", "convoy_retries_total",
 }  # fmt: skip
 EXPORTER = ROOT / "lib" / "convoy" / "cluster" / "slice_metrics.py"
 LABELS = {"verb", "run", "code", "le"}
