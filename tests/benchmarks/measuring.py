@@ -16,7 +16,6 @@ from pydantic import Field
 
 from convoy.core.config import StrictModel, load_config
 from convoy.core.errors import ConfigError, ConvoyError
-from convoy.storage.commits import SliceRecord
 
 _BENCHMARKS = Path(__file__).parent
 _LIB = _BENCHMARKS.parents[1] / "lib"
@@ -64,20 +63,6 @@ class RateResult(StrictModel):
     images_per_s: float
     wall_s: float
     details: dict[str, Any] = Field(default_factory=dict)
-
-
-def steady_rate(records: Sequence[SliceRecord]) -> float | None:
-    """Images per second of the slices that began after the first one had ended; None if there are none.
-
-    The start of the first slice is what its worker does once: fill its pipeline, try a batch in float32. The rates of
-    peers leave their first batch out as well.
-    """
-    first_unix_s = min(one.finished_unix_s for one in records)
-    later = [one for one in records if one.started_unix_s >= first_unix_s]
-    if not later:
-        return None
-    num_images = sum(one.num_results + one.num_rejects for one in later)
-    return num_images / (max(one.finished_unix_s for one in later) - first_unix_s)
 
 
 def list_images(folder: str) -> list[str]:

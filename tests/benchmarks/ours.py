@@ -9,7 +9,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from measuring import WayResult, WaySettings, convoy, save_features, steady_rate
+from measuring import WayResult, WaySettings, convoy, save_features
+from our_rate import steady_rate
 
 from convoy.core.config import load_config
 from convoy.pipelines.feature_plan import FeatureDtype, PrecisionChoice
@@ -35,8 +36,8 @@ def run_ours(settings: OursSettings) -> WayResult:
     """Freeze the images and cache their pooled features.
 
     The steady rate is that of all slices but the first, parts written; `job_images_per_s` is the job's own, from the
-    start of its first slice to the end of its last, and stands in where that is the only slice. `first_row_s` counts
-    from the launch of `convoy cache`, `wall_s` from that of `convoy dataset`.
+    start of its first slice to the end of its last. `first_row_s` counts from the launch
+    of `convoy cache`, `wall_s` from that of `convoy dataset`.
     """
     with TemporaryDirectory(prefix="convoy-bench-workspace-") as workspace:
         started_s = time.time()
@@ -49,7 +50,7 @@ def run_ours(settings: OursSettings) -> WayResult:
         records = read_records(RunFolder(store, report["run"]))
     return WayResult(
         num_images=report["recomputed"],
-        images_per_s=steady_rate(records) or report["images_per_s"],
+        images_per_s=steady_rate(records),
         first_row_s=min(one.first_row_unix_s for one in records) - launched_unix_s,
         wall_s=finished_s - started_s,
         details={

@@ -15,7 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from measuring import WayResult, WaySettings, convoy, save_features, steady_rate
+from measuring import WayResult, WaySettings, convoy, save_features
+from our_rate import steady_rate
 from score_memory import MemorySampler, growth
 from score_network import ScoredNetwork
 
@@ -41,8 +42,8 @@ def run_ours(settings: OursSettings) -> WayResult:
     """Freeze the images and score them, logits included.
 
     The steady rate is that of all slices but the first, parts written; `job_images_per_s` is the job's own, from the
-    start of its first slice to the end of its last, and stands in where that is the only slice. `first_row_s` counts
-    from the launch of `convoy score`, `wall_s` from that of `convoy dataset`.
+    start of its first slice to the end of its last. `first_row_s` counts from the launch
+    of `convoy score`, `wall_s` from that of `convoy dataset`.
     """
     with TemporaryDirectory(prefix="convoy-bench-score-") as folder:
         workspace = f"{settings.root}/workspace-{secrets.token_hex(4)}" if settings.root else folder
@@ -61,7 +62,7 @@ def run_ours(settings: OursSettings) -> WayResult:
     last_row_unix_s = max(one.finished_unix_s for one in records)
     return WayResult(
         num_images=report["recomputed"],
-        images_per_s=steady_rate(records) or report["images_per_s"],
+        images_per_s=steady_rate(records),
         first_row_s=first_row_unix_s - launched_unix_s,
         wall_s=finished_s - started_s,
         details={
