@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from convoy.pipelines.feature_plan import (
     plan_compile,
     plan_sets,
     run_identity,
+    set_labels,
 )
 from convoy.pipelines.feature_summary import FeaturePlan, FeatureSummary, slice_totals, timings
 from convoy.pipelines.slice_work import do_slices
@@ -43,6 +44,7 @@ from convoy.storage.object_store import ObjectStore
 from convoy.storage.parts import FEATURES_SCHEMA_VERSION
 from convoy.storage.run_input import freeze_input, missing_rows, slice_rows_for
 from convoy.storage.runs import OpenRun, RunFolder, RunRecord, refuse_changed_identity
+from convoy.vision.augmentation_policy import EVAL_VIEW, AugmentationPolicy
 from convoy.vision.engine_options import EngineOptions, Precision
 
 _VERB = "cache"
@@ -52,7 +54,7 @@ _COUNTED = ("content_id",)
 
 @dataclass(frozen=True, slots=True)
 class _Lacking:
-    """What each set has, and how many rows lack something. Nobody looks where a frozen input is gone on with."""
+    """How many rows lack something, and what each set has: not looked at where a frozen input is gone on with."""
 
     known: Mapping[str, KnownContent]
     num_rows: int
@@ -79,20 +81,33 @@ class FeatureJob:
         self._extraction = extraction
         self._cache = FeatureCache(store)
         self.sets = plan_sets(backbone, request, extraction)
+        drawn = [policy for _ in dict.fromkeys(request.taps) for policy, _ in request.drawn_views]
+        self._policy_of = {spec.set_id: policy for spec, policy in zip(self.sets, drawn, strict=True)}
         target = digest([request.dataset, [spec.set_id for spec in self.sets]])
         self._open_run = OpenRun(store, verb=_VERB, target=target)
 
-    def set_id(self, tap: str | int, view: int = 0) -> str:
-        """The id of the set that holds a tap of a view."""
-        name = self._backbone.resolve_tap(tap)
-        return next(spec.set_id for spec in self.sets if spec.tap == name and spec.view == view)
+    def set_id(self, tap: str | int, view: int = EVAL_VIEW, policy: AugmentationPolicy | None = None) -> str:
+        """The id of the set that holds a tap of a view; `policy` says whose, where several draw it."""
+        wanted = (self._backbone.resolve_tap(tap), view)
+        return next(
+            spec.set_id
+            for spec in self.sets
+            if (spec.tap, spec.view) == wanted
+            and (policy is None or view == EVAL_VIEW or self._policy_of[spec.set_id] == policy)
+        )
 
     def ensure(
-        self, *, progress: Progress, new_run: bool = False, when_held: WhenHeld = WhenHeld.WAIT
+        self,
+        *,
+        progress: Progress,
+        new_run: bool = False,
+        when_held: WhenHeld = WhenHeld.WAIT,
+        note_missing: Callable[[int], None] | None = None,
     ) -> FeatureSummary:
         """Compute and commit whatever the cache lacks; a killed call goes on where it stopped.
 
-        A driver that is computing the same at the moment is waited for, or refused with a LeaseHeld.
+        A driver that is computing the same at the moment is waited for, or refused with a LeaseHeld. `note_missing`
+        hears how many rows there are to do, or were when the killed call began, before any of them is done.
         """
         started_unix_s = time.time()
         for spec in self.sets:
@@ -103,6 +118,8 @@ class FeatureJob:
         if opened is None:
             return self._summary(None, (), [], started_unix_s)
         folder, lacking = opened
+        if note_missing is not None:
+            note_missing(lacking.num_rows)
         with hold_run(folder, when_held=when_held) as lease:
             if folder.is_finished():
                 # By the driver that was waited for.
@@ -129,7 +146,7 @@ class FeatureJob:
         return FeaturePlan(
             samples=self._count_rows()[0],
             missing=num_missing,
-            missing_by_set={f"{spec.tap}/{spec.view}": missing[spec.set_id] for spec in self.sets},
+            missing_by_set={label: missing[spec.set_id] for label, spec in self._labelled()},
             unfinished_run=folder.run_id if folder else None,
             precision=self.sets[0].precision,
             forward_forecast_s=forecast_forward_s(self._backbone, self._request, num_missing),
@@ -148,7 +165,7 @@ class FeatureJob:
         """The unfinished run of this target, or a new one, or None if nothing is missing."""
         folder, record = self._open_run.resume(identity, new_run=new_run)
         if folder is not None and record is not None:
-            return folder, _Lacking({}, 0)
+            return folder, _Lacking({}, record.num_inputs)
         known = self._known()
         num_missing = sum(rows.num_rows for _, rows in self._missing(known, _COUNTED))
         if not num_missing:
@@ -214,7 +231,6 @@ class FeatureJob:
             weights_key=self._backbone.weights_key,
             preset=self._backbone.preset,
             decode_rule=self._extraction.decode,
-            augmentation=self._request.augmentation,
             outputs=tuple(self._output(spec, record) for spec in self.sets if spec.set_id in record.outputs),
             dtype=self._extraction.dtype.value,
             engine=EngineOptions(
@@ -244,6 +260,7 @@ class FeatureJob:
             prefix=record.outputs[spec.set_id],
             tap=spec.tap,
             view=spec.view,
+            augmentation=self._policy_of[spec.set_id],
             metadata=metadata,
         )
 
@@ -260,13 +277,16 @@ class FeatureJob:
             samples=samples,
             rows=rows,
             rejects=samples - rows,
-            sets={f"{spec.tap}/{spec.view}": spec.set_id for spec in self.sets},
+            sets={label: spec.set_id for label, spec in self._labelled()},
             precision=self.sets[0].precision,
             notes=[record.settings["compile_reason"]] if record else ["nothing was missing"],
             job_s=time.time() - started_unix_s,
             **slice_totals(slices),
             **timings(finished, started_unix_s),
         )
+
+    def _labelled(self) -> Iterator[tuple[str, FeatureSetSpec]]:
+        return zip(set_labels(self.sets), self.sets, strict=True)
 
     def _count_rows(self) -> tuple[int, int]:
         """Samples of the request, and those that have rows in every set."""

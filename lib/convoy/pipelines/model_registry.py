@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from convoy.core.config import StrictModel
+from convoy.core.differences import Difference, differences
 from convoy.core.errors import DataError
 from convoy.pipelines.workspace import open_workspace, workspace_uri
 from convoy.storage.bundles import (
@@ -25,7 +26,6 @@ from convoy.storage.registry import (
     aliased_digest,
     move_aliases,
 )
-from convoy.storage.runs import differences
 from convoy.storage.stores import open_store
 
 PROMOTED, ROLLED_BACK, HELD = "promoted", "rolled_back", "held"
@@ -39,14 +39,6 @@ class AliasReport(StrictModel):
     aliases: dict[Alias, str]
     revision: int
     last: HistoryEntry | None
-
-
-class Difference(StrictModel):
-    """A value that two bundles do not share, by the keys that lead to it; null where one has none."""
-
-    key: str
-    first: Any
-    second: Any
 
 
 class ModelDiff(StrictModel):
@@ -113,11 +105,11 @@ def diff_models(workspace: str | None, first: str, second: str) -> ModelDiff:
         first=str(bundles[0].ref),
         second=str(bundles[1].ref),
         same_predictions=bundles[0].ref.digest == bundles[1].ref.digest,
-        config=_differences(*(_config(bundle) for bundle in bundles)),
+        config=differences(*(_config(bundle) for bundle in bundles)),
         classes_only_first=[one for one in classes[0] if one not in classes[1]],
         classes_only_second=[one for one in classes[1] if one not in classes[0]],
-        preprocess=_differences(*(bundle.read_json("preprocess.json") for bundle in bundles)),
-        metrics=_differences(*(_scalars(bundle.read_json(METRICS_FILE)) for bundle in bundles)),
+        preprocess=differences(*(bundle.read_json("preprocess.json") for bundle in bundles)),
+        metrics=differences(*(_scalars(bundle.read_json(METRICS_FILE)) for bundle in bundles)),
     )
 
 
@@ -191,7 +183,3 @@ def _scalars(metrics: dict[str, Any]) -> dict[str, Any]:
     measured = metrics.get("measured", metrics)
     kept = {key: value for key, value in measured.items() if not isinstance(value, list | dict)}
     return {**kept, "intervals": measured.get("intervals", {})}
-
-
-def _differences(first: Any, second: Any) -> list[Difference]:
-    return [Difference(key=key, first=one, second=other) for key, one, other in differences(first, second)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from convoy.core.differences import describe_changes
 from convoy.core.errors import ConfigError
 from convoy.core.progress import Progress
 from convoy.pipelines.network_training import CurveDrawer
@@ -19,7 +20,6 @@ from convoy.storage.leases import RunLease
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.registry import Alias, read_aliases
 from convoy.storage.retrains import RetrainFolder, RetrainPlan, hold_retrain
-from convoy.storage.runs import describe_changes
 
 # What may differ between two calls for one date: where and how fast, not what.
 _FREE_KEYS = ("workspace", "writers", "date")

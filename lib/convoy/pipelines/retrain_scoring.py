@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -74,8 +75,7 @@ class CachedScorer:
         job = FeatureJob(self._store, self._manifest, backbone, request, extraction)
         set_id = job.set_id(tap)
         if set_id not in self._ready:
-            self._note_missing(set_id, job.plan().missing)
-            job.ensure(progress=self._progress)
+            job.ensure(progress=self._progress, note_missing=partial(self._note_missing, set_id))
             self._ready.add(set_id)
         return set_id
 

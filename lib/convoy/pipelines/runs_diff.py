@@ -2,41 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from convoy.core.config import StrictModel
+from convoy.core.differences import Difference, differences
 from convoy.storage.commits import RunManifest, read_manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.predictions import PREDICTIONS, paired, read_predicted
-from convoy.storage.runs import RunRecord, differences, require_run
+from convoy.storage.runs import RunRecord, require_run
 
 _MAX_EXAMPLES = 10
-
-
-class Difference(StrictModel):
-    """A value that two runs do not share, named by the keys that lead to it; null where a run does not have it."""
-
-    name: str
-    a: Any
-    b: Any
 
 
 class ChangedPrediction(StrictModel):
     """A sample that two runs predict differently: the names of the predicted classes."""
 
     sample_id: str
-    a: str
-    b: str
+    first: str
+    second: str
 
 
 class PredictionDiff(StrictModel):
     """Predictions of two runs, paired by sample id; `pairs` have one in both runs, and `changed` of them differ."""
 
-    rows_a: int
-    rows_b: int
+    rows_first: int
+    rows_second: int
     pairs: int
     changed: int
     examples: list[ChangedPrediction]
@@ -45,8 +36,8 @@ class PredictionDiff(StrictModel):
 class RunDiff(StrictModel):
     """In what two runs differ. `predictions` is null unless both are published and predict classes."""
 
-    a: str
-    b: str
+    first: str
+    second: str
     verbs: tuple[str, str]
     identity: list[Difference]
     config: list[Difference]
@@ -71,20 +62,16 @@ def diff_runs(store: ObjectStore, run_a: str, run_b: str) -> RunDiff:
         )
         predictions = _compare(rows_a, rows_b)
     return RunDiff(
-        a=run_a,
-        b=run_b,
+        first=run_a,
+        second=run_b,
         verbs=(a.verb, b.verb),
-        identity=_differences(a.identity, b.identity),
-        config=_differences(a.config, b.config),
-        settings=_differences(a.settings, b.settings),
-        versions=_differences(a.versions, b.versions),
+        identity=differences(a.identity, b.identity),
+        config=differences(a.config, b.config),
+        settings=differences(a.settings, b.settings),
+        versions=differences(a.versions, b.versions),
         predictions=predictions,
         notes=_notes(a, b, manifests),
     )
-
-
-def _differences(a: dict[str, Any], b: dict[str, Any]) -> list[Difference]:
-    return [Difference(name=name, a=one, b=other) for name, one, other in differences(a, b)]
 
 
 def _predicts(record: RunRecord) -> bool:
@@ -102,11 +89,13 @@ def _compare(a: pa.Table, b: pa.Table) -> PredictionDiff:
         strict=True,
     )
     return PredictionDiff(
-        rows_a=a.num_rows,
-        rows_b=b.num_rows,
+        rows_first=a.num_rows,
+        rows_second=b.num_rows,
         pairs=paired_a.num_rows,
         changed=changed_a.num_rows,
-        examples=[ChangedPrediction(sample_id=name, a=one, b=other) for name, one, other in examples],
+        examples=[
+            ChangedPrediction(sample_id=name, first=one, second=other) for name, one, other in examples
+        ],
     )
 
 

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from convoy.core.config import StrictModel
 from convoy.core.crash_points import CrashPoint, crash_point
+from convoy.core.differences import describe_changes
 from convoy.core.errors import ConfigError, DataError, PreconditionFailed, RunMismatch
 from convoy.core.fingerprints import canonical_json, digest
 from convoy.storage.documents import exists, read_json
@@ -241,17 +242,3 @@ def refuse_changed_identity(record: RunRecord, identity: dict[str, Any]) -> None
             where=f"runs/{record.run_id}",
             next_step="restore them to finish that run, or add --new-run to leave it and start afresh",
         )
-
-
-def describe_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """A line for each value that differs, for the error that refuses to go on."""
-    return [f"  {name}: was {old!r}, is {new!r}" for name, old, new in differences(before, now)]
-
-
-def differences(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Name, value before and value now of whatever differs, named by the keys that lead to it."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in sorted(before.keys() | now.keys()):
-            yield from differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
-    elif before != now:
-        yield name, before, now

@@ -249,15 +249,15 @@ def test_diff_counts_the_predictions_that_changed(store: LocalStore) -> None:
     classes[[2, 7]] = 0
     predicted_run(store, "b", classes, model="two")
     diff = diff_runs(store, "a", "b")
-    assert [(one.name, one.a, one.b) for one in diff.identity] == [("model", "one", "two")]
-    assert [one.name for one in diff.config] == ["crops"]
+    assert [(one.key, one.first, one.second) for one in diff.identity] == [("model", "one", "two")]
+    assert [one.key for one in diff.config] == ["crops"]
     assert diff.versions == []
     assert diff.notes == []
     assert diff.predictions is not None
-    assert (diff.predictions.rows_a, diff.predictions.pairs, diff.predictions.changed) == (10, 10, 2)
+    assert (diff.predictions.rows_first, diff.predictions.pairs, diff.predictions.changed) == (10, 10, 2)
     assert diff.predictions.examples == [
-        ChangedPrediction(sample_id="s02", a="z", b="x"),
-        ChangedPrediction(sample_id="s07", a="y", b="x"),
+        ChangedPrediction(sample_id="s02", first="z", second="x"),
+        ChangedPrediction(sample_id="s07", first="y", second="x"),
     ]
 
 
