@@ -111,6 +111,41 @@ def _check_shadow_of_an_ensemble(days: RetrainDays) -> None:
     assert sum(weights) == pytest.approx(1.0)
 
 
+def test_a_champion_that_was_a_mistake_is_rolled_back_by_the_newest_rows(
+    tmp_path: Path, ray_cluster: Mapping[str, str]
+) -> None:
+    days = RetrainDays(tmp_path, ray_cluster, here=True)
+    days.arrive(0, 300)
+    good = days.run("2026-01-01")["champion"]
+    days.arrive_shuffled(300, 600)
+    bad = days.run("2026-01-02", "checks.when_labels_disagree=note", exit_code=5)["candidate"]
+    days.models("promote", NAME, "--reason", "the gate must be wrong")
+    assert days.aliases().aliases[Alias.CHAMPION] == bad.partition("@")[2]
+
+    # A shadow scores both, and moves no champion, though this one should go.
+    out_of_reach = "gate={min_gain: 0.9, margin: 1, max_class_drop: 1}"
+    days.arrive(900, 200)
+    shadow = days.run("2026-01-03", out_of_reach, "mode=shadow")
+    assert (shadow["decision"], shadow["champion"], shadow["previous"]) == ("shadow", bad, good)
+    assert shadow["steps"][0]["evidence"]["holdout"]["rows"] == shadow["holdout_rows"]
+    assert days.aliases().aliases[Alias.CANDIDATE] == shadow["candidate"].partition("@")[2]
+
+    days.arrive(1100, 300)
+    rolled = days.run("2026-01-04", out_of_reach, exit_code=5)
+    assert (rolled["decision"], rolled["champion"], rolled["previous"]) == ("rolled_back", good, bad)
+    assert "the champion is worse than the one before it on the" in rolled["reason"]
+    assert "top-1 on the holdout changes by" in rolled["reason"]
+    assert days.run("2026-01-04", out_of_reach, exit_code=5) == rolled
+    last = days.aliases().history[-1]
+    assert (last.action, last.reason) == ("rolled_back", rolled["reason"])
+    assert last.run == f"retrains/{NAME}/2026-01-04"
+    assert last.evidence["failed"] == ["gain"]
+
+    # The next night has nothing to undo, and a person may.
+    assert days.run("2026-01-05", out_of_reach)["decision"] == "nothing_new"
+    assert days.models("rollback", NAME)["aliases"]["champion"] == bad.partition("@")[2]
+
+
 @pytest.mark.slow
 def test_a_network_is_trained_on_only_where_a_new_head_is_not_enough(
     tmp_path: Path, ray_cluster: Mapping[str, str]
