@@ -48,6 +48,12 @@ class FeatureExtractor:
         self._spec = spec
         self._store = open_store(spec.workspace)
         self._folder = RunFolder(self._store, spec.run_id)
+        drawn = [(output.augmentation, output.view) for output in spec.outputs]
+        self._drawn = list(dict.fromkeys(drawn))
+        # By number: a policy is slow to hash, and looked up for every image.
+        self._number_of = {
+            output.set_id: self._drawn.index(key) for output, key in zip(spec.outputs, drawn, strict=True)
+        }
         self._preparer: ImagePreparer[int] = ImagePreparer(
             spec.decode_rule,
             num_fetch_threads=spec.num_fetch_threads,
@@ -66,9 +72,9 @@ class FeatureExtractor:
         started_unix_s = time.time()
         outputs = [output for output in self._spec.outputs if output.set_id in task.outputs]
         result = self._new_result(task.slice, outputs, started_unix_s)
-        views = tuple(dict.fromkeys(output.view for output in outputs))
+        numbers = tuple(dict.fromkeys(self._number_of[output.set_id] for output in outputs))
         batches = self._preparer.batches(
-            result.images, partial(self._new_buffers, views), self._spec.engine.batch_size
+            result.images, partial(self._new_buffers, numbers), self._spec.engine.batch_size
         )
         for batch in batches:
             self._run_batch(batch, outputs, result)
@@ -91,17 +97,18 @@ class FeatureExtractor:
         is_sample = slice_name == FIRST_SLICE and self._spec.engine.precision is not Precision.FP32
         return _SliceResult(SliceImages(rows, started_unix_s), features, is_sample)
 
-    def _new_buffers(self, views: Sequence[int]) -> dict[int, Tensor]:
-        return {view: self._engine.new_batch() for view in views}
+    def _new_buffers(self, numbers: Sequence[int]) -> dict[int, Tensor]:
+        return {number: self._engine.new_batch() for number in numbers}
 
     def _fill(self, pixels_CHW: Tensor, content_id: bytes, places: Mapping[int, Tensor]) -> None:
-        for view, image_CHW in places.items():
+        for number, image_CHW in places.items():
+            policy, view = self._drawn[number]
             prepare_view(
                 pixels_CHW,
                 self._spec.preset,
                 image_CHW,
                 view=view,
-                policy=self._spec.augmentation,
+                policy=policy,
                 content_id=content_id,
             )
 
@@ -111,12 +118,12 @@ class FeatureExtractor:
         started_s = time.perf_counter()
         num_rows = len(batch.rows)
         rows = slice(batch.rows[0], batch.rows[0] + num_rows)
-        for view, images in batch.images.items():
+        for number, images in batch.images.items():
             features = self._engine.run(images)
             if result.is_precision_sample and not result.precision_effect:
                 result.precision_effect = self._engine.precision_effect(images, features, num_rows)
             for output in outputs:
-                if output.view == view:
+                if self._number_of[output.set_id] == number:
                     stored_BD = result.features_BD[output.set_id][rows]
                     with np.errstate(over="ignore"):
                         stored_BD[:] = features[output.tap][:num_rows].cpu().numpy()

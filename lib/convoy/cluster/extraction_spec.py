@@ -11,12 +11,13 @@ from convoy.vision.presets import EvalPreset
 
 
 class FeatureOutput(StrictModel):
-    """One set that slices write: a tap of a view, and the metadata of its files."""
+    """One set that slices write: a tap of a view as a policy draws it, and the metadata of its files."""
 
     set_id: str
     prefix: str
     tap: str
     view: int
+    augmentation: AugmentationPolicy
     metadata: dict[str, str]
 
 
@@ -29,7 +30,6 @@ class ExtractionSpec(StrictModel):
     weights_key: str
     preset: EvalPreset
     decode_rule: DecodeRule
-    augmentation: AugmentationPolicy
     outputs: tuple[FeatureOutput, ...]
     dtype: str
     engine: EngineOptions

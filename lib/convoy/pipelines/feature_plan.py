@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any
 
@@ -85,6 +86,23 @@ class FeatureRequest(StrictModel):
     views: int = Field(default=1, ge=1)
     augmentation: AugmentationPolicy = AugmentationPolicy()
 
+    @property
+    def drawn_views(self) -> tuple[tuple[AugmentationPolicy, int], ...]:
+        """The views of each tap, and the policy that draws them; the eval view comes first."""
+        return tuple((self.augmentation, view) for view in range(self.views))
+
+
+class ManyPolicies(FeatureRequest):
+    """The same with further policies, each of which draws the views from 1 on: an image is decoded once for all."""
+
+    policies: tuple[AugmentationPolicy, ...]
+
+    @property
+    def drawn_views(self) -> tuple[tuple[AugmentationPolicy, int], ...]:
+        """The views of each tap, and the policy that draws them; the eval view comes first."""
+        further = ((policy, view) for policy in self.policies for view in range(1, self.views))
+        return tuple(dict.fromkeys((*super().drawn_views, *further)))
+
 
 def resolve_precision(extraction: ExtractionConfig) -> PrecisionChoice:
     """What `auto` means on this machine."""
@@ -101,7 +119,7 @@ def plan_sets(
         FeatureSetSpec(
             decode_rule=extraction.decode.model_dump(mode="json"),
             view=view,
-            view_recipe=view_recipe(backbone.preset, request.augmentation, view),
+            view_recipe=view_recipe(backbone.preset, policy, view),
             mean=backbone.preset.mean,
             std=backbone.preset.std,
             arch=backbone.arch,
@@ -111,7 +129,16 @@ def plan_sets(
             dtype=extraction.dtype.value,
         )
         for tap in dict.fromkeys(request.taps)
-        for view in range(request.views)
+        for policy, view in request.drawn_views
+    ]
+
+
+def set_labels(sets: Sequence[FeatureSetSpec]) -> list[str]:
+    """`<tap>/<view>` for each set; where several policies draw that view, the set's id says which."""
+    labels = [f"{spec.tap}/{spec.view}" for spec in sets]
+    return [
+        label if labels.count(label) == 1 else f"{label} {spec.set_id}"
+        for label, spec in zip(labels, sets, strict=True)
     ]
 
 
@@ -138,7 +165,7 @@ def compile_decision(choice: CompileChoice, forecast_s: float) -> tuple[bool, st
 
 def forecast_forward_s(backbone: BackboneRecord, request: FeatureRequest, num_images: int) -> float:
     """Seconds in the network for so many images on two cores with native bf16, to within a factor of two."""
-    return forward_s(num_images * request.views * backbone.macs)
+    return forward_s(num_images * len(request.drawn_views) * backbone.macs)
 
 
 def forward_s(macs: float) -> float:
