@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from statistics import NormalDist
 from typing import Any
 
@@ -124,6 +125,28 @@ def mcnemar_test(first_correct_N: NDArray[np.bool_], second_correct_N: NDArray[n
     return McNemarResult(
         only_first_correct=only_first, only_second_correct=only_second, exact_p=exact_p, mid_p=mid_p
     )
+
+
+def rise_test(num_more: int, num_fewer: int) -> float:
+    """The one-sided mid-p value that something rose: of the rows that changed, so many began it and so many ended it.
+
+    One side of McNemar's test (see `mcnemar_test`); 1/2 where as many began it as ended it, or none changed.
+    """
+    if num_more < num_fewer:
+        return 1.0 - rise_test(num_fewer, num_more)
+    if num_more == num_fewer:
+        return 0.5
+    point, tail = _fair_binomial(num_fewer, num_more + num_fewer)
+    return tail - point / 2.0
+
+
+def holm_adjusted(p_values: Sequence[float]) -> list[float]:
+    """The p values of several tests, adjusted for their number (Holm 1979): they hold whichever of them one picks."""
+    adjusted, highest = [1.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda one: p_values[one])):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = highest
+    return adjusted
 
 
 def _fair_binomial(successes: int, trials: int) -> tuple[float, float]:

@@ -171,7 +171,7 @@ def _read_outcomes(
     # Large strings: the ids of all rows may be more than 2 GiB.
     ids = [pa.array([], pa.large_string())]
     predicted = [np.empty(0, np.int32)]
-    for table in _labelled_parts(store, run.run):
+    for table in labelled_parts(store, run.run, ["sample_id", "label", "pred", "logits"]):
         counts.add(list_array(table["logits"]), table["label"].to_numpy())
         ids += table["sample_id"].cast(pa.large_string()).chunks
         predicted.append(shared_index_K[table["pred"].to_numpy()])
@@ -179,7 +179,8 @@ def _read_outcomes(
     return pa.concat_arrays(ids), _Outcomes(np.concatenate(predicted), rows.correct1_N, rows.nll_N)
 
 
-def _labelled_parts(store: ObjectStore, run_id: str) -> Iterator[pa.Table]:
+def labelled_parts(store: ObjectStore, run_id: str, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """The labelled predictions of a run, a part at a time; DataError where it never published them."""
     manifest = read_manifest(RunFolder(store, run_id))
     if manifest is None:
         raise DataError(
@@ -187,7 +188,7 @@ def _labelled_parts(store: ObjectStore, run_id: str) -> Iterator[pa.Table]:
             where=run_id,
             next_step="finish it: the same evaluation again",
         )
-    return read_labelled(store, manifest, ["sample_id", "label", "pred", "logits"])
+    return read_labelled(store, manifest, columns)
 
 
 def _require_same_rows(store: ObjectStore, first: PredictedRun, second: PredictedRun) -> None:

@@ -14,6 +14,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from convoy.core.config import StrictModel
 from convoy.core.crop_policies import Averaging, CropPlan, CropPolicy, crop_views, view_indices
 from convoy.core.errors import ConfigError
+from convoy.core.pareto import front_places
 from convoy.core.statistics import Interval, wilson_interval
 from convoy.vision.ensemble_sets import growing_sets
 from convoy.vision.ensembling import (
@@ -275,8 +276,6 @@ class EnsembleChooser:
 
 def _marked(points: Sequence[FrontPoint]) -> list[FrontPoint]:
     """From the cheapest point to the dearest; those are best that beat all cheaper ones in top-1."""
-    marked, best = [], -1.0
-    for point in sorted(points, key=lambda one: (-one.images_per_s, -one.top1)):
-        marked.append(point.model_copy(update={"is_best": point.top1 > best}))
-        best = max(best, point.top1)
-    return marked
+    ordered = sorted(points, key=lambda one: (-one.images_per_s, -one.top1))
+    best = front_places([1 / point.images_per_s for point in ordered], [point.top1 for point in ordered])
+    return [point.model_copy(update={"is_best": place in best}) for place, point in enumerate(ordered)]

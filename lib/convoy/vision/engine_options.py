@@ -7,6 +7,9 @@ from enum import StrEnum
 from pathlib import Path
 
 from convoy.core.config import StrictModel
+from convoy.core.machine import MachineFacts, machine_facts, read_cpuinfo
+
+_GPU = Path("/dev/nvidia0")
 
 
 class Precision(StrEnum):
@@ -27,15 +30,21 @@ class EngineOptions(StrictModel):
 
 def best_precision() -> Precision:
     """bf16 where this machine's GPU, or else its CPU, computes it natively; emulated bf16 is slower than fp32."""
-    if Path("/dev/nvidia0").exists():
+    if _GPU.exists():
         import torch  # noqa: PLC0415 (a driver without a GPU need not wait for it)
 
         return Precision.BF16 if torch.cuda.is_bf16_supported() else Precision.FP32
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return Precision.FP32
+    flags = read_cpuinfo().get("flags", "").split()
     return Precision.BF16 if "avx512_bf16" in flags or "amx_bf16" in flags else Precision.FP32
+
+
+def facts_here() -> MachineFacts:
+    """What explains the rates of networks on this machine, its current GPU included."""
+    if not _GPU.exists():
+        return machine_facts(None)
+    import torch  # noqa: PLC0415 (as above)
+
+    return machine_facts(torch.cuda.get_device_name() if torch.cuda.is_available() else None)
 
 
 def has_compiler() -> bool:

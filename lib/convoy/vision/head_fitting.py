@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -114,6 +114,28 @@ def fit_head(
         num_train_rows=scale.num_rows,
         seconds=time.monotonic() - started_s,
     )
+
+
+def fit_path(
+    config: HeadConfig, train: FeatureSource, *, num_classes: int, device: torch.device | str = "cpu"
+) -> list[Head]:
+    """A linear head for each C, from strong to weak regularisation, before anything chooses among them.
+
+    They are those that `fit_head` tries. Raises ConfigError for an MLP, and what `fit_head` raises.
+    """
+    if config.kind is HeadKind.MLP:
+        raise ConfigError("an MLP has no path", where="head.kind", next_step="choose softmax or linear_svm")
+    scale = measure_features(
+        train, num_classes=num_classes, standardisation=config.standardisation, device=torch.device(device)
+    )
+    with _few_threads(train.num_rows * train.num_features * num_classes):
+        path = _linear_path(config, train, None, scale=scale, num_classes=num_classes)
+        return [head for head, _ in path]
+
+
+def choose_head(heads: Sequence[Head], val: FeatureSource, selection: Selection) -> Head:
+    """The best of some heads on validation rows; of equals the first."""
+    return min(heads, key=lambda head: _badness(evaluate_head(head, val).summary(), selection))
 
 
 @contextmanager

@@ -1,0 +1,83 @@
+"""Augmentation on cached views: a linear probe that learns from drawn views beside the eval view, for each policy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+
+from convoy.cluster.session import ray_session
+from convoy.core.progress import Progress
+from convoy.pipelines.augmentation_outcomes import NamedPolicy, PolicyOutcome
+from convoy.pipelines.backbone_record import BackboneRecord
+from convoy.pipelines.feature_plan import ExtractionConfig, ManyPolicies
+from convoy.pipelines.features import FeatureJob
+from convoy.pipelines.probe_judging import ProbeBench, ProbeRows
+from convoy.storage.feature_cache import FeatureCache
+from convoy.storage.manifests import Manifest
+from convoy.storage.object_store import ObjectStore
+from convoy.vision.heads import HeadConfig
+
+# Of one batch in all of its views; a worker holds three such batches.
+_MOST_BATCH_BYTES = 128 * 2**20
+
+
+class ViewProbes:
+    """Probes on one tap of one backbone, on some rows of a dataset, with `views` drawn views of each policy."""
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        manifest: Manifest,
+        rows: ProbeRows,
+        request: ManyPolicies,
+        extraction: ExtractionConfig,
+        head: HeadConfig,
+    ) -> None:
+        """`request` names dataset, backbone, tap and views; its policies are those of each call."""
+        self._store, self._manifest, self._rows = store, manifest, rows
+        self._request, self._extraction = request, extraction
+        self._bench = ProbeBench(FeatureCache(store), rows, head, num_classes=len(manifest.classes))
+
+    def outcomes(
+        self, backbone: BackboneRecord, policies: Sequence[NamedPolicy], *, progress: Progress
+    ) -> list[PolicyOutcome]:
+        """What each policy does, in their order; views that are cached already are not drawn again."""
+        (tap,) = self._request.taps
+        jobs = [(part, self._job(backbone, part)) for part in self._parts(backbone, policies)]
+        with ray_session() if any(job.plan().missing for _, job in jobs) else nullcontext():
+            for number, (_, job) in enumerate(jobs, start=1):
+                progress.stage(f"drawing views, part {number} of {len(jobs)}")
+                job.ensure(progress=progress)
+        eval_set = jobs[0][1].set_id(tap)
+        plain = self._bench.fit([eval_set], eval_set)
+        without_N = self._bench.predict(plain, eval_set)
+        outcomes = []
+        for policy, job in ((policy, job) for part, job in jobs for policy in part):
+            progress.stage(f"probing {policy}")
+            views = [job.set_id(tap, view, policy.policy) for view in range(1, self._request.views)]
+            probe = self._bench.fit([eval_set, *views], eval_set)
+            outcomes.append(
+                PolicyOutcome(
+                    policy=policy,
+                    labels_N=self._rows.judged.labels_N,
+                    without_N=without_N,
+                    with_N=self._bench.predict(probe, eval_set),
+                    drawn_N=self._bench.predict(plain, views[0]),
+                )
+            )
+        return outcomes
+
+    def _parts(
+        self, backbone: BackboneRecord, policies: Sequence[NamedPolicy]
+    ) -> Iterator[Sequence[NamedPolicy]]:
+        """As many policies at once as a worker can hold: an image is decoded once a part."""
+        view_bytes = self._extraction.batch_size * 3 * backbone.preset.crop_px**2
+        most = max((_MOST_BATCH_BYTES // view_bytes - 1) // (self._request.views - 1), 1)
+        return (policies[start : start + most] for start in range(0, len(policies), most))
+
+    def _job(self, backbone: BackboneRecord, part: Sequence[NamedPolicy]) -> FeatureJob:
+        first, *further = [named.policy for named in part]
+        request = self._request.model_copy(update={"augmentation": first, "policies": tuple(further)})
+        return FeatureJob(
+            self._store, self._manifest, backbone, request, self._extraction, rows=self._rows.table
+        )

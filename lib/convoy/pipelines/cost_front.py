@@ -1,0 +1,162 @@
+"""Accuracy against cost: which backbones pay, and by what the others are beaten.
+
+The form is that of Canziani, Paszke and Culurciello 2016 (arXiv:1605.07678), on the user's own images and machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from convoy.core.config import StrictModel
+from convoy.core.errors import DataError
+from convoy.core.pareto import dominators, front_places
+from convoy.core.statistics import Interval, bootstrap_difference, wilson_interval
+from convoy.pipelines.backbone_costs import BackboneCost
+
+
+class CostAxis(StrEnum):
+    """What is paid; less is better in all of them."""
+
+    THROUGHPUT = "throughput"
+    LATENCY = "latency"
+    MEMORY = "memory"
+    MONEY = "money"
+
+
+class Dominance(StrictModel):
+    """The backbone that is better and costs no more: the most accurate of those.
+
+    `top1_difference` is its top-1 less that of the dominated one, on the same rows; `cost_ratio` is how many times as
+    much the dominated one costs.
+    """
+
+    backbone: str
+    top1_difference: Interval
+    cost_ratio: float
+
+
+class FrontChoice(StrictModel):
+    """One backbone on one axis of cost.
+
+    `is_best` marks those that no cheaper one equals. `gain` is the top-1 that such a one has more than the next cheaper of
+    them, on the same rows; None for the cheapest. `explanation` says in words why one takes it or leaves it.
+    """
+
+    backbone: str
+    cost: float
+    top1: Interval
+    num_parameters: int
+    is_best: bool
+    gain: Interval | None
+    dominated_by: Dominance | None
+    explanation: str
+
+
+class CostFront(StrictModel):
+    """All backbones on one axis, from the cheapest to the dearest, all judged on the same `num_rows` rows."""
+
+    axis: CostAxis
+    unit: str
+    num_rows: int
+    choices: list[FrontChoice]
+
+
+_UNITS = {
+    CostAxis.THROUGHPUT: "milliseconds an image, in batches",
+    CostAxis.LATENCY: "milliseconds for one image, median",
+    CostAxis.MEMORY: "MiB for weights and a batch",
+    CostAxis.MONEY: "price of a million images",
+}
+_COST_OF: Mapping[CostAxis, Callable[[BackboneCost], float | None]] = {
+    CostAxis.THROUGHPUT: lambda cost: 1000 / cost.images_per_s,
+    CostAxis.LATENCY: lambda cost: cost.latency_p50_ms,
+    CostAxis.MEMORY: lambda cost: None if cost.peak_memory_bytes is None else cost.peak_memory_bytes / 2**20,
+    CostAxis.MONEY: lambda cost: cost.usd_per_million,
+}
+
+
+def cost_fronts(
+    costs: Sequence[BackboneCost], names: Sequence[str], correct_MN: NDArray[np.bool_]
+) -> list[CostFront]:
+    """A front for each axis on which all backbones have a cost.
+
+    `correct_MN` says of each backbone whether it was right about each of the same rows. Raises DataError where the
+    three do not fit together or there is no row.
+    """
+    if not len(costs) == len(names) == len(correct_MN) or not correct_MN.size:
+        raise DataError(
+            "every backbone needs a cost, a name and the same rows, at least one",
+            where=f"{len(costs)} costs, {len(names)} names, rows {correct_MN.shape}",
+        )
+    fronts = []
+    for axis, cost_of in _COST_OF.items():
+        known = [amount for cost in costs if (amount := cost_of(cost)) is not None]
+        if len(known) == len(costs):
+            fronts.append(_front(axis, known, costs, names, correct_MN))
+    return fronts
+
+
+def _front(
+    axis: CostAxis,
+    amounts: Sequence[float],
+    costs: Sequence[BackboneCost],
+    names: Sequence[str],
+    correct_MN: NDArray[np.bool_],
+) -> CostFront:
+    top1_M = correct_MN.mean(axis=1).tolist()
+    front, beaten_by = front_places(amounts, top1_M), dominators(amounts, top1_M)
+    choices = []
+    for place in sorted(range(len(names)), key=lambda one: (amounts[one], -top1_M[one])):
+        dominance, gain = _dominance(place, beaten_by[place], amounts, names, correct_MN), None
+        if place in front[1:]:
+            cheaper = front[front.index(place) - 1]
+            gain = bootstrap_difference(correct_MN[place], correct_MN[cheaper])
+        choices.append(
+            FrontChoice(
+                backbone=names[place],
+                cost=amounts[place],
+                top1=wilson_interval(int(correct_MN[place].sum()), correct_MN.shape[1]),
+                num_parameters=costs[place].num_parameters,
+                is_best=dominance is None,
+                gain=gain,
+                dominated_by=dominance,
+                explanation=_explain(dominance, gain),
+            )
+        )
+    return CostFront(axis=axis, unit=_UNITS[axis], num_rows=correct_MN.shape[1], choices=choices)
+
+
+def _dominance(
+    place: int,
+    better: int | None,
+    amounts: Sequence[float],
+    names: Sequence[str],
+    correct_MN: NDArray[np.bool_],
+) -> Dominance | None:
+    if better is None:
+        return None
+    # Two that cost nothing cost alike.
+    ratio = amounts[place] / amounts[better] if amounts[better] else 1.0
+    return Dominance(
+        backbone=names[better],
+        top1_difference=bootstrap_difference(correct_MN[better], correct_MN[place]),
+        cost_ratio=ratio,
+    )
+
+
+def _explain(dominance: Dominance | None, gain: Interval | None) -> str:
+    if dominance is not None:
+        difference = dominance.top1_difference
+        doubt = "" if difference.low > 0 else ", which other rows may turn round"
+        return (
+            f"{dominance.backbone} is {100 * difference.estimate:.2f} points more accurate{doubt}, and this one costs"
+            f" {dominance.cost_ratio:.2f} times as much"
+        )
+    if gain is None:
+        return "the cheapest"
+    worth = f"{100 * gain.estimate:.2f} points more than the next cheaper choice"
+    return worth if gain.low > 0 else f"{worth}, which may be chance: its interval holds zero"

@@ -1,0 +1,103 @@
+"""Linear probes as a measuring instrument: fitted on cached features, judged on rows that did not choose them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from convoy.core.records import Split
+from convoy.pipelines.feature_source import LabelledRows, gather_features, open_features
+from convoy.pipelines.training_rows import Fold, RowLimit, count_classes, read_split, validation_rows
+from convoy.storage.feature_cache import FeatureCache
+from convoy.storage.manifests import Manifest
+from convoy.vision.head_fitting import choose_head, fit_path
+from convoy.vision.heads import Head, HeadConfig, TensorFeatures
+
+# A fifth of the training rows judges where the dataset has no validation rows.
+_JUDGING_FOLD = Fold(index=0, count=5)
+# What is said of a row that could not be read.
+UNKNOWN = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ProbeRows:
+    """The rows that probes learn from, and those that judge them; `table` has all of them, for a FeatureJob."""
+
+    limit: RowLimit
+    train: LabelledRows
+    judged: LabelledRows
+    table: pa.Table
+
+    @classmethod
+    def of(cls, manifest: Manifest, limit: RowLimit) -> ProbeRows:
+        """The training rows of a limit, and those of its fold, or of `val`, or else of a fold that is made here.
+
+        Raises DataError where a class has no training row.
+        """
+        if limit.fold is None and Split.VAL not in manifest.counts:
+            limit = limit.model_copy(update={"fold": _JUDGING_FOLD})
+        train, judged = read_split(manifest, Split.TRAIN, limit), validation_rows(manifest, limit)
+        count_classes(train, manifest.classes)
+        table = train if judged is None else pa.concat_tables([train, judged])
+        return cls(
+            limit=limit,
+            train=LabelledRows.of(train),
+            judged=LabelledRows.of(table.slice(train.num_rows)),
+            table=table.sort_by("sample_id"),
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CrossFittedProbe:
+    """Two heads on the same training rows: each was chosen by every second judged row, and speaks of the others.
+
+    So every judged row is predicted by a head that it did not choose.
+    """
+
+    heads: tuple[Head, Head]
+
+    def predict(self, features_ND: NDArray[np.float32], found_N: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """The class of each judged row, from its features in the order of the judged rows; UNKNOWN without."""
+        predicted_N = np.full(len(features_ND), UNKNOWN, np.int64)
+        for parity, head in enumerate(self.heads):
+            with torch.inference_mode():
+                logits_BK = head(torch.from_numpy(features_ND[parity::2]))
+            predicted_N[parity::2] = logits_BK.argmax(dim=1).numpy()
+        predicted_N[~found_N] = UNKNOWN
+        return predicted_N
+
+
+class ProbeBench:
+    """Fits probes on feature sets of one dataset's rows."""
+
+    def __init__(self, cache: FeatureCache, rows: ProbeRows, head: HeadConfig, *, num_classes: int) -> None:
+        self._cache, self._rows, self._head = cache, rows, head
+        self._num_classes = num_classes
+
+    def fit(self, train_sets: Sequence[str], judged_set: str) -> CrossFittedProbe:
+        """The probe that learns from the sets, each a view of the training rows; `judged_set` chooses its C."""
+        train = open_features(self._cache, train_sets, self._rows.train)
+        heads = fit_path(self._head, train, num_classes=self._num_classes)
+        features_ND, found_N = self.judged_features(judged_set)
+        labels_N = self._rows.judged.labels_N
+        chosen = []
+        for parity in (0, 1):
+            choosing = np.flatnonzero(found_N[1 - parity :: 2]) * 2 + 1 - parity
+            val = TensorFeatures(
+                torch.from_numpy(features_ND[choosing]), torch.from_numpy(labels_N[choosing])
+            )
+            chosen.append(choose_head(heads, val, self._head.selection) if val.num_rows else heads[0])
+        return CrossFittedProbe((chosen[0], chosen[1]))
+
+    def judged_features(self, set_id: str) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """The features of the judged rows in a set, and which of them are there."""
+        return gather_features(self._cache, set_id, self._rows.judged.content_ids_N)
+
+    def predict(self, probe: CrossFittedProbe, set_id: str) -> NDArray[np.int64]:
+        """What a probe says of each judged row as a set shows it."""
+        return probe.predict(*self.judged_features(set_id))
