@@ -8,7 +8,7 @@ from __future__ import annotations
 import pickle
 import secrets
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from convoy.cluster.deadly_slices import DeathWatch
 from convoy.cluster.ray_data import first_cause, quiet_ray_data
@@ -19,6 +19,9 @@ from convoy.storage.commits import SliceRecord
 
 _CPUS_AN_OPERATOR = 4
 _MOST_OPERATORS_A_GPU = 4
+# Without GPUs: what a process with a network of usual size takes, and the rows that make up for its start.
+_MEMORY_AN_OPERATOR_BYTES = 2 << 30
+_ROWS_AN_OPERATOR = 1000
 
 
 class WorkerPool(StrictModel):
@@ -37,34 +40,51 @@ class SliceTask(StrictModel):
     outputs: tuple[str, ...]
 
 
-def plan_pool(num_workers: int | None, cpus_per_worker: int | None = None) -> WorkerPool:
-    """The pool for the cluster as it is; ClusterError where no node offers a CPU."""
+class NodeSize(NamedTuple):
+    """What a node offers to operators."""
+
+    cpus: int
+    gpus: int = 0
+    memory_bytes: int = 0
+
+
+def plan_pool(
+    num_workers: int | None, cpus_per_worker: int | None = None, *, num_rows: int = 0
+) -> WorkerPool:
+    """The pool for `num_rows` on the cluster as it is; ClusterError where no node offers a CPU."""
     import ray  # noqa: PLC0415
 
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    nodes = [(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in alive]
-    return fit_pool(num_workers, nodes, cpus_per_worker)
+    nodes = [
+        NodeSize(int(node.get("CPU", 0)), int(node.get("GPU", 0)), int(node.get("memory", 0)))
+        for node in alive
+    ]
+    return fit_pool(num_workers, nodes, cpus_per_worker, num_rows=num_rows)
 
 
 def fit_pool(
-    num_workers: int | None, nodes: Sequence[tuple[int, int]], cpus_per_worker: int | None = None
+    num_workers: int | None,
+    nodes: Sequence[NodeSize],
+    cpus_per_worker: int | None = None,
+    *,
+    num_rows: int = 0,
 ) -> WorkerPool:
-    """Operators for nodes of so many (CPUs, GPUs); unless their number is given, the CPUs are shared out as threads.
+    """Operators for these nodes; unless their number is given, the CPUs are shared out as threads.
 
-    Without GPUs one a node. With GPUs one for every four CPUs beside a GPU, and at most four share it: one process
-    cannot decode as fast as a GPU computes, because its threads share Python's lock.
+    Without GPUs one a node, and for many rows one a CPU. With GPUs one for every four CPUs beside a GPU, and at most
+    four share it: one process cannot decode as fast as a GPU computes, because its threads share Python's lock.
     """
-    usable = [cpus for cpus, _ in nodes if cpus > 0]
+    usable = [node for node in nodes if node.cpus > 0]
     if not usable:
         raise ClusterError("no node offers a CPU", next_step="start workers, or look at `ray status`")
-    num_gpus = sum(gpus for _, gpus in nodes)
+    num_gpus = sum(node.gpus for node in nodes)
     if not num_gpus:
-        workers = num_workers or len(usable)
-        num_threads = cpus_per_worker or max(sum(usable) // workers, 1)
+        workers = num_workers or _operators_without_gpus(usable, cpus_per_worker or 1, num_rows)
+        num_threads = cpus_per_worker or max(sum(node.cpus for node in usable) // workers, 1)
         # A fraction of a CPU too few is asked for, so that Ray Data's own tasks always find room.
-        num_cpus = max(min(num_threads, *usable) - 0.5, 0.1)
+        num_cpus = max(min(num_threads, *(node.cpus for node in usable)) - 0.5, 0.1)
         return WorkerPool(num_workers=workers, num_cpus=num_cpus, num_gpus=0, num_threads=num_threads)
-    cpus_a_gpu = min(cpus // gpus for cpus, gpus in nodes if gpus)
+    cpus_a_gpu = min(node.cpus // node.gpus for node in nodes if node.gpus)
     share = min(max(cpus_a_gpu // _CPUS_AN_OPERATOR, 1), _MOST_OPERATORS_A_GPU)
     workers = num_workers or num_gpus * share
     on_one_gpu = -(-workers // num_gpus)
@@ -74,6 +94,17 @@ def fit_pool(
         num_gpus=1 / on_one_gpu,
         num_threads=cpus_per_worker or max(cpus_a_gpu // on_one_gpu, 1),
     )
+
+
+def _operators_without_gpus(nodes: Sequence[NodeSize], cpus_each: int, num_rows: int) -> int:
+    """One a node, or as many as CPUs and memory hold, if there are rows enough to make up for their start.
+
+    The threads of one network wait for each other: while a decoder has one of their cores, all of them stand still.
+    """
+    most = sum(
+        max(min(node.cpus // cpus_each, node.memory_bytes // _MEMORY_AN_OPERATOR_BYTES), 1) for node in nodes
+    )
+    return max(len(nodes), min(most, num_rows // _ROWS_AN_OPERATOR))
 
 
 class SliceOperator(Protocol):

@@ -51,7 +51,8 @@ class FeatureDtype(StrEnum):
 class ExtractionConfig(StrictModel):
     """How features are computed and stored; shared by every job that needs features.
 
-    `cpus_per_worker` are the threads of each of `num_workers` operators; null shares out the CPUs of the cluster.
+    `cpus_per_worker` are the threads of each of `num_workers` operators; null shares out the CPUs of the cluster:
+    without GPUs, many images get an operator of one thread for every CPU, as far as memory goes.
     """
 
     decode: DecodeRule = DecodeRule()

@@ -44,8 +44,9 @@ def do_slices(
     finished = []
     progress.stage("starting Ray and the workers")
     with ray_session():
-        pool = plan_pool(extraction.num_workers, extraction.cpus_per_worker)
         num_done = sum(slice_.num_results + slice_.num_rejects for slice_ in done.values())
+        num_left = record.num_inputs - num_done
+        pool = plan_pool(extraction.num_workers, extraction.cpus_per_worker, num_rows=num_left)
         progress.start(record.num_inputs, num_done)
         for slice_record in run(tasks, pool):
             progress.advance(slice_record.num_results, slice_record.num_rejects)

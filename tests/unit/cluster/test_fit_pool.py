@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import pytest
 
-from convoy.cluster.slices import fit_pool
+from convoy.cluster.slices import NodeSize, fit_pool
 from convoy.core.errors import ClusterError
 
 
 @pytest.mark.parametrize(
-    ("nodes", "num_workers", "num_gpus", "num_threads"),
+    ("sizes", "num_workers", "num_gpus", "num_threads"),
     [
         # Without GPUs one operator a node.
         ([(2, 0)], 1, 0, 2),
@@ -24,26 +24,56 @@ from convoy.core.errors import ClusterError
     ],
 )
 def test_operators_follow_the_cluster(
-    nodes: list[tuple[int, int]], num_workers: int, num_gpus: float, num_threads: int
+    sizes: list[tuple[int, int]], num_workers: int, num_gpus: float, num_threads: int
 ) -> None:
+    nodes = [NodeSize(*size) for size in sizes]
     pool = fit_pool(None, nodes)
     assert (pool.num_workers, pool.num_gpus, pool.num_threads) == (num_workers, num_gpus, num_threads)
-    assert pool.num_cpus * pool.num_workers < sum(cpus for cpus, _ in nodes)
+    assert pool.num_cpus * pool.num_workers < sum(node.cpus for node in nodes)
 
 
 def test_an_explicit_number_of_operators_shares_the_gpus() -> None:
-    assert fit_pool(3, [(16, 2)]).num_gpus == 0.5
-    assert fit_pool(2, [(16, 2)]).num_gpus == 1
-    assert fit_pool(1, [(16, 2)]).num_gpus == 1
+    assert fit_pool(3, [NodeSize(16, 2)]).num_gpus == 0.5
+    assert fit_pool(2, [NodeSize(16, 2)]).num_gpus == 1
+    assert fit_pool(1, [NodeSize(16, 2)]).num_gpus == 1
 
 
 def test_a_cluster_without_cpus_is_an_error() -> None:
     with pytest.raises(ClusterError, match="no node offers a CPU"):
-        fit_pool(None, [(0, 0), (0, 2)])
+        fit_pool(None, [NodeSize(0), NodeSize(0, 2)])
 
 
 def test_an_operator_may_be_given_its_share_of_the_cpus() -> None:
     """So that the trials of a search run side by side."""
-    pool = fit_pool(1, [(8, 0)], 2)
+    pool = fit_pool(1, [NodeSize(8, 0)], 2)
     assert (pool.num_workers, pool.num_threads, pool.num_cpus) == (1, 2, 1.5)
-    assert fit_pool(1, [(16, 2)], 4).num_threads == 4
+    assert fit_pool(1, [NodeSize(16, 2)], 4).num_threads == 4
+
+
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("sizes", "num_rows", "num_workers", "num_threads"),
+    [
+        # Few rows would not make up for the start of a second operator.
+        ([(2, 0, 16 * GIB)], 1_999, 1, 2),
+        ([(2, 0, 16 * GIB)], 2_000, 2, 1),
+        ([(16, 0, 64 * GIB)], 5_000, 5, 3),
+        # Then CPUs are the limit, or memory.
+        ([(16, 0, 64 * GIB)], 10**6, 16, 1),
+        ([(16, 0, 8 * GIB)], 10**6, 4, 4),
+        ([(16, 0, 64 * GIB), (8, 0, 0)], 10**6, 17, 1),
+    ],
+)
+def test_many_rows_get_an_operator_for_each_cpu(
+    sizes: list[tuple[int, int, int]], num_rows: int, num_workers: int, num_threads: int
+) -> None:
+    pool = fit_pool(None, [NodeSize(*size) for size in sizes], num_rows=num_rows)
+    assert (pool.num_workers, pool.num_threads) == (num_workers, num_threads)
+    assert pool.num_cpus * pool.num_workers < sum(cpus for cpus, *_ in sizes)
+
+
+def test_operators_of_given_threads_share_the_cpus() -> None:
+    pool = fit_pool(None, [NodeSize(16, 0, 64 * GIB)], 4, num_rows=10**6)
+    assert (pool.num_workers, pool.num_threads) == (4, 4)
