@@ -45,8 +45,9 @@ def do_slices(
     progress.stage("starting Ray and the workers")
     with ray_session():
         num_done = sum(slice_.num_results + slice_.num_rejects for slice_ in done.values())
-        num_left = record.num_inputs - num_done
-        pool = plan_pool(extraction.num_workers, extraction.cpus_per_worker, num_rows=num_left)
+        # By all rows, not by those that are left: the number of threads moves the last bits of what is computed.
+        num_rows = record.num_inputs
+        pool = plan_pool(extraction.num_workers, extraction.cpus_per_worker, num_rows=num_rows)
         progress.start(record.num_inputs, num_done)
         for slice_record in run(tasks, pool):
             progress.advance(slice_record.num_results, slice_record.num_rejects)
