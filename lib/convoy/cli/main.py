@@ -9,6 +9,7 @@ from types import FrameType
 
 import typer
 
+from convoy.cli.inspecting import inspect_app
 from convoy.cli.jobs import jobs_app
 from convoy.cli.looking import looking_app
 from convoy.cli.models import models_app
@@ -25,6 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(jobs_app)
+app.add_typer(inspect_app)
 app.add_typer(looking_app)
 app.add_typer(models_app, name="models")
 app.add_typer(report_app, name="report")

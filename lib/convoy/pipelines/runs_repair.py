@@ -27,7 +27,7 @@ from convoy.storage.commits import (
 )
 from convoy.storage.leases import RunLease, hold_run
 from convoy.storage.object_store import ObjectInfo, ObjectStore
-from convoy.storage.runs import RunFolder, RunRecord, require_run
+from convoy.storage.runs import RunFolder, RunRecord, parse_slice_name, require_run
 
 _MAX_LISTED = 100
 
@@ -110,7 +110,7 @@ def _examine(folder: RunFolder, run: RunRecord) -> _Findings:
 def _set_aside(folder: RunFolder, run: RunRecord, findings: _Findings, lease: RunLease) -> None:
     """Forget the damaged attempts and open the run again. A kill in between leaves a run to repair once more."""
     for attempt, _ in findings.damaged:
-        _require_input(folder, attempt.slice)
+        _require_input(folder, run, attempt.slice)
     store = folder.store
     if findings.manifest is not None:
         _open_again(store, run)
@@ -122,7 +122,10 @@ def _set_aside(folder: RunFolder, run: RunRecord, findings: _Findings, lease: Ru
         store.delete(file.key for file in attempt.files)
 
 
-def _require_input(folder: RunFolder, name: str) -> None:
+def _require_input(folder: RunFolder, run: RunRecord, name: str) -> None:
+    if not run.groups[parse_slice_name(name)[0]].num_rows:
+        # A picture of the model alone.
+        return
     try:
         folder.read_slice(name)
     except (StorageError, DataError) as error:

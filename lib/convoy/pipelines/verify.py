@@ -22,6 +22,8 @@ from convoy.storage.parquet_files import open_parquet_file
 from convoy.storage.runs import RunFolder, RunRecord, require_run
 
 _MAX_PROBLEMS = 20
+# The verb whose slices write pictures: files without rows.
+_PICTURES = "inspect"
 
 
 class VerifyReport(StrictModel):
@@ -95,6 +97,9 @@ def count_problems(run: RunRecord, manifest: RunManifest) -> Iterator[str]:
 
 def slice_problems(folder: RunFolder, run: RunRecord, record: SliceRecord) -> Iterator[str]:
     """What is wrong with one attempt of a slice: with its files, or with the frozen input behind them."""
+    if run.verb == _PICTURES:
+        yield from _file_problems(folder, record)
+        return
     try:
         wanted = folder.read_slice(record.slice)["sample_id"].to_pylist()
         rejected = _ids(folder.store, record.rejects) if record.rejects else []
@@ -108,16 +113,30 @@ def slice_problems(folder: RunFolder, run: RunRecord, record: SliceRecord) -> It
         yield f"slice {record.slice}: {error}"
 
 
+def _file_problems(folder: RunFolder, record: SliceRecord) -> Iterator[str]:
+    """What is wrong with files that hold no rows."""
+    for part in record.files:
+        try:
+            _written_bytes(folder.store, part)
+        except StorageError as error:
+            yield f"slice {record.slice}: {error}"
+
+
 def _ids(store: ObjectStore, part: PartFile) -> list[str]:
     """The sample ids of a file whose bytes are those that were recorded."""
-    data = store.get(part.key).data
-    if digest_bytes(data).hex() != part.checksum:
-        raise ChecksumMismatch("the bytes are not those that were written", where=part.key)
+    data = _written_bytes(store, part)
     file = open_parquet_file(pa.BufferReader(data), where=part.key)
     ids: list[str] = file.read(columns=["sample_id"])["sample_id"].to_pylist()
     if len(ids) != part.num_rows:
         raise ChecksumMismatch(f"{len(ids)} rows where {part.num_rows} were recorded", where=part.key)
     return ids
+
+
+def _written_bytes(store: ObjectStore, part: PartFile) -> bytes:
+    data = store.get(part.key).data
+    if digest_bytes(data).hex() != part.checksum:
+        raise ChecksumMismatch("the bytes are not those that were written", where=part.key)
+    return data
 
 
 def _commit_problems(store: ObjectStore, run: RunRecord, manifest: RunManifest) -> Iterator[str]:

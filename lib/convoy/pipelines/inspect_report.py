@@ -1,0 +1,72 @@
+"""What an inspection leaves behind: pictures, the data beside each, and what they say together."""
+
+from __future__ import annotations
+
+from convoy.cluster.inspection_spec import PictureData
+from convoy.core.config import StrictModel
+from convoy.core.errors import DataError
+from convoy.pipelines.near_duplicates import NearDuplicateReport
+from convoy.storage.commits import read_manifest
+from convoy.storage.runs import RunFolder
+
+# Folders of a run: pictures that slices made, and the maps, which the driver draws.
+INSPECTION, MAPS = "inspection", "maps"
+
+
+class InspectionFigure(StrictModel):
+    """A picture (PNG) and the JSON with the figures behind it, as keys of the workspace.
+
+    `kind` is one of the config's sections. The JSON is a `PictureData`: kind, title, caption, data.
+    """
+
+    kind: str
+    name: str
+    title: str
+    caption: str
+    picture: str
+    data: str
+
+
+class InspectionReport(StrictModel):
+    """What was looked at and drawn; `top1` is of the sample's labelled images that the model has a class for.
+
+    `samples` = `results` + `rejects`. `notes` say what could not be shown, and why. `folder` is the URI of the pictures.
+    """
+
+    run: str
+    model: str
+    model_digest: str
+    dataset: str
+    splits: list[str]
+    samples: int
+    results: int
+    rejects: int
+    top1: float | None
+    neighbour_agreement: float | None
+    stages: list[str]
+    near_duplicates: NearDuplicateReport | None
+    figures: list[InspectionFigure]
+    notes: list[str]
+    folder: str
+    within_error_budget: bool
+
+
+def read_figures(folder: RunFolder) -> list[InspectionFigure]:
+    """The pictures that the slices of a published run made, by what is written beside each."""
+    manifest, run = read_manifest(folder), folder.record()
+    if manifest is None or run is None:
+        raise DataError("the inspection is not published yet", where=folder.prefix, next_step="run it again")
+    figures = []
+    for record in manifest.slices:
+        described = PictureData.model_validate_json(folder.store.get(record.parts["json"].key).data)
+        figures.append(
+            InspectionFigure(
+                kind=described.kind,
+                name=run.outputs_of(record.slice)[0],
+                title=described.title,
+                caption=described.caption,
+                picture=record.parts["png"].key,
+                data=record.parts["json"].key,
+            )
+        )
+    return figures

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from convoy.core.errors import DataError
+from convoy.core.records import Split
+from convoy.core.splits import SplitOptions
+from convoy.pipelines.stratified_sample import labels_of, named_rows, stratified_rows
+from convoy.storage.datasets import freeze_dataset, open_dataset
+from convoy.storage.local_store import LocalStore
+from convoy.storage.manifests import Manifest
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Manifest:
+    """Many cats, a few dogs, one bird, and three images of the split `val`."""
+    for folder, number in (("train/cat", 30), ("train/dog", 4), ("train/bird", 1), ("val/cat", 3)):
+        path = tmp_path / "images" / folder
+        path.mkdir(parents=True)
+        for index in range(number):
+            (path / f"{index:02}.png").write_bytes(f"{folder} {index}".encode())
+    store = LocalStore(str(tmp_path / "workspace"))
+    freeze_dataset(
+        store, "pets", str(tmp_path / "images"), splits=SplitOptions(val_fraction=0, test_fraction=0)
+    )
+    return open_dataset(store, "pets")
+
+
+def test_every_class_has_a_place_before_any_has_two(manifest: Manifest) -> None:
+    rows = stratified_rows(manifest, 12, splits=[Split.TRAIN])
+    names = [manifest.classes[label] for label in labels_of(rows)]
+    assert set(names[:3]) == {"cat", "dog", "bird"}
+    assert Counter(names) == {"cat": 7, "dog": 4, "bird": 1}
+    assert set(rows["split"].to_pylist()) == {"train"}
+
+
+def test_a_larger_sample_only_adds_rows_and_another_seed_draws_others(manifest: Manifest) -> None:
+    def drawn(number: int, seed: int = 0) -> list[str]:
+        ids: list[str] = stratified_rows(manifest, number, splits=[Split.TRAIN], seed=seed)[
+            "sample_id"
+        ].to_pylist()
+        return ids
+
+    assert drawn(12) == drawn(12) == drawn(20)[:12]
+    assert set(drawn(12, seed=1)) != set(drawn(12))
+    assert len(drawn(100)) == 35
+
+
+def test_several_splits_are_one_pool(manifest: Manifest) -> None:
+    assert stratified_rows(manifest, 100, splits=[Split.TRAIN, Split.VAL]).num_rows == 38
+
+
+def test_a_split_without_samples_is_refused(manifest: Manifest) -> None:
+    with pytest.raises(DataError, match="no sample in split test"):
+        stratified_rows(manifest, 5, splits=[Split.TEST])
+
+
+def test_samples_are_found_by_name(manifest: Manifest) -> None:
+    rows = named_rows(manifest, ["val/cat/01.png", "train/bird/00.png"])
+    assert rows["sample_id"].to_pylist() == ["train/bird/00.png", "val/cat/01.png"]
+    with pytest.raises(DataError, match="no sample 'train/bird/09.png'"):
+        named_rows(manifest, ["train/bird/09.png"])
