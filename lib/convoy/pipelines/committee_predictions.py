@@ -178,7 +178,15 @@ class CommitteeJob:
             return score_slices(spec, tasks, pool)
 
         extraction = self._request.extraction
-        return do_slices(folder, record, run, lease=lease, extraction=extraction, progress=progress)
+        return do_slices(
+            folder,
+            record,
+            run,
+            lease=lease,
+            extraction=extraction,
+            progress=progress,
+            planned_rows=self._request.planned_rows,
+        )
 
 
 def _found(

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from convoy.core.errors import DataError
 from convoy.core.progress import Progress
+from convoy.core.result_columns import PartitionBy
 from convoy.pipelines.committee_predictions import CommitteeJob
 from convoy.pipelines.feature_plan import CompileChoice, ExtractionConfig
 from convoy.pipelines.forecast import Forecast, Prices, extrapolate
@@ -18,8 +19,10 @@ from convoy.pipelines.scoring_plan import scoring_settings
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 
-_SAMPLED_ROWS = 512
 _SAMPLED_SLICES = 4
+# Enough to see how batches of a slice overlap, and not more: of a large ensemble each takes a minute.
+_SAMPLED_ROWS = 512
+_BATCHES_A_SLICE = 2
 
 
 def forecast_scoring(
@@ -39,9 +42,11 @@ def forecast_scoring(
     num_images = request.num_rows(manifest)
     if not num_images:
         raise DataError("there is no image to score", where=request.dataset, next_step="choose other splits")
-    rows = _spread_rows(manifest, request, num_images)
+    num_sampled = max(_SAMPLED_ROWS, _SAMPLED_SLICES * _BATCHES_A_SLICE * request.extraction.batch_size)
+    rows = _spread_rows(manifest, request, num_images, min(num_sampled, num_images))
     settings = scoring_settings(manifest, request)
-    job = CommitteeJob(store, manifest, _sample_request(request, rows, compiled=settings["compiled"]))
+    sample = _sample_request(request, rows, compiled=settings["compiled"], planned_rows=num_images)
+    job = CommitteeJob(store, manifest, sample)
     found = job.ensure(progress=progress, config={"forecast_of": request.target(manifest)}, new_run=False)
     try:
         slices = found.manifest.slices
@@ -60,7 +65,9 @@ def forecast_scoring(
         job.discard(found)
 
 
-def _sample_request(request: PredictionRequest, rows: pa.Table, *, compiled: bool) -> PredictionRequest:
+def _sample_request(
+    request: PredictionRequest, rows: pa.Table, *, compiled: bool, planned_rows: int
+) -> PredictionRequest:
     assert request.scores is not None, "only scorings are forecast"
     extraction: ExtractionConfig = request.extraction
     batches = max(rows.num_rows // (_SAMPLED_SLICES * extraction.batch_size), 1)
@@ -70,15 +77,21 @@ def _sample_request(request: PredictionRequest, rows: pa.Table, *, compiled: boo
             "compile": CompileChoice.ALWAYS if compiled else CompileChoice.NEVER,
         }
     )
-    scores = replace(request.scores, name=f"forecast of {request.scores.name}", forecast=None)
-    return replace(request, rows=rows, extraction=sampled, scores=scores)
-
-
-def _spread_rows(manifest: Manifest, request: PredictionRequest, num_images: int) -> pa.Table:
-    """At most _SAMPLED_ROWS rows, at even distances in the order of the manifest."""
-    wanted = np.unique(
-        np.linspace(0, num_images - 1, min(num_images, _SAMPLED_ROWS)).round().astype(np.int64)
+    # Without folders: of so few rows, those of one folder might not fill a batch.
+    scores = replace(
+        request.scores,
+        name=f"forecast of {request.scores.name}",
+        forecast=None,
+        partition_by=PartitionBy.NONE,
     )
+    return replace(request, rows=rows, extraction=sampled, scores=scores, planned_rows=planned_rows)
+
+
+def _spread_rows(
+    manifest: Manifest, request: PredictionRequest, num_images: int, num_sampled: int
+) -> pa.Table:
+    """Rows at even distances in the order of the manifest."""
+    wanted = np.unique(np.linspace(0, num_images - 1, num_sampled).round().astype(np.int64))
     taken, start = [], 0
     for batch in request.batches(manifest):
         table = pa.Table.from_batches([batch]) if isinstance(batch, pa.RecordBatch) else batch

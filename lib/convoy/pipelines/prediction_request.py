@@ -42,6 +42,7 @@ class PredictionRequest:
     """Which samples a committee predicts, and how. `rows` are rows of the manifest instead of whole splits.
 
     `splits` of None are all. With `scores` the result is the table of `convoy score`, else that of an evaluation.
+    Workers are planned for `planned_rows`, or else for the rows that there are.
     """
 
     committee: CommitteeRecord
@@ -51,6 +52,7 @@ class PredictionRequest:
     keep: MemberOutputs = MemberOutputs.NONE
     mode: EvaluationMode = EvaluationMode.EXACT
     rows: pa.Table | None = None
+    planned_rows: int | None = None
     scores: ScoreRequest | None = None
 
     @property

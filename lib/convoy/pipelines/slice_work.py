@@ -25,8 +25,11 @@ def do_slices(
     lease: RunLease,
     extraction: ExtractionConfig,
     progress: Progress,
+    planned_rows: int | None = None,
 ) -> list[SliceRecord]:
-    """Run the slices that have no verified attempt; the records of those that were finished now.
+    """Run the slices that have no verified attempt, by a pool for `planned_rows`, or else for the rows of the run.
+
+    Returns the records of those that were finished now.
 
     The lease is confirmed at the end: what follows is publishing. Raises LeaseLost or RunCancelled between slices, as
     soon as the run is not this driver's any more.
@@ -46,7 +49,7 @@ def do_slices(
     with ray_session():
         num_done = sum(slice_.num_results + slice_.num_rejects for slice_ in done.values())
         # By all rows, not by those that are left: the number of threads moves the last bits of what is computed.
-        num_rows = record.num_inputs
+        num_rows = planned_rows or record.num_inputs
         pool = plan_pool(extraction.num_workers, extraction.cpus_per_worker, num_rows=num_rows)
         progress.start(record.num_inputs, num_done)
         for slice_record in run(tasks, pool):
