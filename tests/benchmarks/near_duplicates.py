@@ -140,7 +140,9 @@ def read_images(source: ImageSource, data: str | None, seed: int) -> list[bytes]
 
 def _is_image(member: tarfile.TarInfo, folder: str) -> bool:
     path = PurePosixPath(member.name)
-    return member.isfile() and path.suffix.lower() in {".jpg", ".jpeg"} and (not folder or folder in path.parts)
+    return (
+        member.isfile() and path.suffix.lower() in {".jpg", ".jpeg"} and (not folder or folder in path.parts)
+    )
 
 
 def _is_decodable(data: bytes) -> bool:
@@ -173,7 +175,9 @@ class Backbone:
         """Features as the cache holds them: in float16."""
         by_tap: dict[str, list[NDArray[np.float16]]] = defaultdict(list)
         for start in range(0, len(images), _BATCH):
-            for tap, values in self._tapped(normalise(_batch(images[start : start + _BATCH]), _PRESET)).items():
+            for tap, values in self._tapped(
+                normalise(_batch(images[start : start + _BATCH]), _PRESET)
+            ).items():
                 by_tap[tap].append(values.numpy().astype(np.float16))
         return joined_taps([np.concatenate(by_tap[tap]) for tap in self.taps])
 
@@ -193,7 +197,9 @@ def measure(features_ND: NDArray[np.float32], planted: Planted, threshold: float
     """
     names = [str(row) for row in range(len(planted.data))]
     found = find_near_duplicates(features_ND, names, threshold)
-    pairs = {tuple(sorted(map(int, pair))) for group in found.groups for pair in combinations(group.sample_ids, 2)}
+    pairs = {
+        tuple(sorted(map(int, pair))) for group in found.groups for pair in combinations(group.sample_ids, 2)
+    }
     copies = [row for row, change in enumerate(planted.change) if change != "original"]
     hits = defaultdict(list)
     for row in copies:
@@ -276,7 +282,9 @@ def _page(report: dict[str, Any]) -> Iterator[str]:
     yield f"| --- | ---: | ---: | ---: | ---: | {' | '.join(['---:'] * len(_CHANGES))} |"
     for name, one in report["sets"].items():
         cells = [name, str(one["planted"]), *_rates(one["default"])]
-        cells += [f"{one['default']['recall_by_change'].get(change, float('nan')):.2f}" for change in _CHANGES]
+        cells += [
+            f"{one['default']['recall_by_change'].get(change, float('nan')):.2f}" for change in _CHANGES
+        ]
         yield f"| {' | '.join(cells)} |"
     yield ""
     yield "Precision / recall by threshold:"

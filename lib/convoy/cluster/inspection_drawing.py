@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from convoy.cluster.inspection_spec import Piece, PieceKind
+from convoy.cluster.inspection_spec import MISSING, Piece, PieceKind
 from convoy.cluster.prepared_batches import SliceImages
+from convoy.core.errors import ConfigError
 from convoy.vision.inspection import InspectedNetwork
 from convoy.vision.inspection_cam import grad_cam
 from convoy.vision.inspection_maps import feature_maps, first_filters
@@ -58,7 +59,12 @@ class PieceDrawer:
                 return _sheet(piece, pixels_BCHW)
 
     def _filters(self) -> Picture:
-        filters = first_filters(self._raw, self._axis)
+        try:
+            filters = first_filters(self._raw, self._axis)
+        except ConfigError as error:
+            # No reason to draw nothing else; the driver makes a note of it.
+            white_BCHW = torch.full((1, 3, _MIN_SIDE_PX, _MIN_SIDE_PX), 255, dtype=torch.uint8)
+            return Picture(sheet_png([("", white_BCHW)], [""]), {MISSING: error.what})
         names = [str(index) for index in range(len(filters.norms_F))]
         data: dict[str, object] = {"module": filters.module, "norms": filters.norms_F}
         return Picture(grid_png(signed_colours(filters.images_FCHW), names), data)

@@ -12,6 +12,10 @@ from convoy.vision.inspection_options import MaximisationOptions, Unit
 from convoy.vision.presets import EvalPreset
 
 
+# In the data of a picture that shows nothing: why.
+MISSING = "missing"
+
+
 class PieceKind(StrEnum):
     """What a piece shows."""
 

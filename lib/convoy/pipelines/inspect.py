@@ -21,7 +21,7 @@ from convoy.pipelines.inspect_config import InspectConfig, Section
 from convoy.pipelines.inspect_findings import Findings, look_at_sample
 from convoy.pipelines.inspect_maps import MapDrawer, write_maps
 from convoy.pipelines.inspect_model import InspectedModel, open_model
-from convoy.pipelines.inspect_plan import PlannedPiece, chosen_stages, plan_pieces
+from convoy.pipelines.inspect_plan import PlannedPiece, chosen_classes, chosen_stages, plan_pieces
 from convoy.pipelines.inspect_report import INSPECTION, InspectionFigure, InspectionReport, read_figures
 from convoy.pipelines.slice_work import do_slices
 from convoy.pipelines.workspace import open_workspace
@@ -73,8 +73,9 @@ class _Inspection:
     ) -> None:
         self._store, self._manifest, self._config = store, manifest, config
         self._model, self._progress = model, progress
-        # Refuses stages that do not exist before anything is computed.
+        # Refuse stages and classes that do not exist before anything is computed.
         self._stages = chosen_stages(config, model.classifier.backbone.axis)
+        chosen_classes(config, model.classifier)
         extraction = model.classifier.extraction_like(config.extraction)
         self._identity: dict[str, Any] = {
             "format_version": _FORMAT_VERSION,
@@ -187,6 +188,7 @@ class _Inspection:
         self._progress.stage("drawing the maps")
         has_maps = Section.EMBEDDING in config.sections
         maps = write_maps(folder, found, config.embedding, draw_map) if has_maps else []
+        figures, notes = read_figures(folder)
         num_samples = len(sample.labels_N) + sample.num_rejects
         return InspectionReport(
             run=folder.run_id,
@@ -201,8 +203,8 @@ class _Inspection:
             neighbour_agreement=found.neighbour_agreement,
             stages=[stage.name for stage in self._stages],
             near_duplicates=found.duplicates,
-            figures=_in_order([*read_figures(folder), *maps]),
-            notes=found.notes,
+            figures=_in_order([*figures, *maps]),
+            notes=[*found.notes, *notes],
             folder=self._store.uri(folder.key(f"{INSPECTION}/")),
             within_error_budget=config.error_budget.allows(sample.num_rejects, num_samples),
         )

@@ -39,6 +39,20 @@ def chosen_stages(config: InspectConfig, axis: DepthAxis) -> list[Stage]:
     return sorted(named.values(), key=lambda stage: stage.index)
 
 
+def chosen_classes(config: InspectConfig, classifier: Classifier) -> tuple[str, ...]:
+    """The classes that are maximised. ConfigError for one that the model does not have."""
+    classes = classifier.classes
+    names = config.classes or classes[: config.num_classes]
+    unknown = [name for name in names if name not in classes]
+    if unknown:
+        raise ConfigError(
+            f"the model has no class '{unknown[0]}'",
+            where="classes",
+            next_step=f"choose among {', '.join(classes[:10])}",
+        )
+    return names
+
+
 def plan_pieces(config: InspectConfig, classifier: Classifier, found: Findings) -> list[PlannedPiece]:
     """All pieces of the sections that are asked for; what cannot be drawn becomes one of the notes."""
     planner = _Planner(config, classifier, found)
@@ -75,14 +89,7 @@ class _Planner:
 
     def class_units(self) -> Iterator[PlannedPiece]:
         classes = self._classifier.classes
-        names = self._config.classes or classes[: self._config.num_classes]
-        unknown = [name for name in names if name not in classes]
-        if unknown:
-            raise ConfigError(
-                f"the model has no class '{unknown[0]}'",
-                where="classes",
-                next_step=f"choose among {', '.join(classes[:10])}",
-            )
+        names = chosen_classes(self._config, self._classifier)
         if len(names) < len(classes):
             self._note(f"{len(names)} of {len(classes)} classes are maximised: name others with `classes`")
         for number, some in enumerate(batched(names, _UNITS_A_PIECE)):

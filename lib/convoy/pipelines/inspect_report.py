@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from convoy.cluster.inspection_spec import PictureData
+from convoy.cluster.inspection_spec import MISSING, PictureData
 from convoy.core.config import StrictModel
 from convoy.core.errors import DataError
 from convoy.pipelines.near_duplicates import NearDuplicateReport
@@ -51,14 +51,17 @@ class InspectionReport(StrictModel):
     within_error_budget: bool
 
 
-def read_figures(folder: RunFolder) -> list[InspectionFigure]:
-    """The pictures that the slices of a published run made, by what is written beside each."""
+def read_figures(folder: RunFolder) -> tuple[list[InspectionFigure], list[str]]:
+    """The pictures that the slices of a published run made, by what is written beside each; and why others show nothing."""
     manifest, run = read_manifest(folder), folder.record()
     if manifest is None or run is None:
         raise DataError("the inspection is not published yet", where=folder.prefix, next_step="run it again")
-    figures = []
+    figures, notes = [], []
     for record in manifest.slices:
         described = PictureData.model_validate_json(folder.store.get(record.parts["json"].key).data)
+        if MISSING in described.data:
+            notes.append(f"{described.title}: {described.data[MISSING]}")
+            continue
         figures.append(
             InspectionFigure(
                 kind=described.kind,
@@ -69,4 +72,4 @@ def read_figures(folder: RunFolder) -> list[InspectionFigure]:
                 data=record.parts["json"].key,
             )
         )
-    return figures
+    return figures, notes
