@@ -87,7 +87,7 @@ class ScoreBench(BenchSettings):
     """
 
     regimes: tuple[Regime, ...] = Field(default=tuple(Regime), min_length=1)
-    compute: Workload = Workload(network=RESNET_18, num_images=1024, batch_size=32)
+    compute: Workload = Workload(network=RESNET_18, num_images=2048, batch_size=32)
     data: Workload = Workload(network=_LENET, num_images=2048, batch_size=32)
     large: Workload = Workload(network=_LENET, num_images=128, batch_size=8)
     storages: tuple[Storage, ...] = (Storage.LOCAL,)
