@@ -44,7 +44,7 @@ from convoy.vision.engine_options import Precision
 
 TIMM, OURS_ON_SWIFT = "timm", "ours_on_swift"
 # Distinct ones: making an image of 12 megapixels takes seconds.
-_NUM_LARGE = 8
+_NUM_DISTINCT, _NUM_LARGE = 1024, 8
 _PEERS = {
     DATALOADER: {"variant": "plain"},
     DATALOADER_TUNED: {"variant": "tuned"},
@@ -88,7 +88,7 @@ class ScoreBench(BenchSettings):
 
     regimes: tuple[Regime, ...] = Field(default=tuple(Regime), min_length=1)
     compute: Workload = Workload(network=RESNET_18, num_images=2048, batch_size=32)
-    data: Workload = Workload(network=_LENET, num_images=2048, batch_size=32)
+    data: Workload = Workload(network=_LENET, num_images=8192, batch_size=32)
     large: Workload = Workload(network=_LENET, num_images=128, batch_size=8)
     storages: tuple[Storage, ...] = (Storage.LOCAL,)
     num_compared: PositiveInt = 64
@@ -234,9 +234,10 @@ def _measure(settings: ScoreBench, regime: Regime) -> dict[str, Any]:
 
 def _made_images(settings: ScoreBench, regime: Regime, folder: Path) -> ImageSet:
     num_images = settings.workload(regime).num_images
-    if regime is not Regime.LARGE:
-        return make_images(folder / "made", num_images, seed=settings.seed)
-    made = make_large_images(folder / "large", min(num_images, _NUM_LARGE), seed=settings.seed)
+    if regime is Regime.LARGE:
+        made = make_large_images(folder / "distinct", min(num_images, _NUM_LARGE), seed=settings.seed)
+    else:
+        made = make_images(folder / "distinct", min(num_images, _NUM_DISTINCT), seed=settings.seed)
     return repeat_images(made, folder / "made", num_images)
 
 
