@@ -23,8 +23,12 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 demo: setup  ## Run the main job on real images: local Ray, local folder, no cloud. About two minutes.
 	$(BIN)/python jobs/demo.py
 
+# Two processes: one that has every library of the unit tests loaded is no place to start and stop clusters in.
+# A crash while Python ends says where.
+test: export PYTHONFAULTHANDLER = 1
 test: setup  ## Run all tests that need no special machine.
-	$(BIN)/python -m pytest tests/unit tests/contract tests/integration tests/chaos -m "not slow and not gpu"
+	$(BIN)/python -m pytest tests/unit -m "not slow and not gpu"
+	$(BIN)/python -m pytest tests/contract tests/integration tests/chaos -m "not slow and not gpu"
 
 check: setup  ## Lint, format, strict types, and the floors.
 	$(BIN)/ruff check $(SOURCES)
