@@ -42,8 +42,8 @@ class Dominance(StrictModel):
 class FrontChoice(StrictModel):
     """One backbone on one axis of cost.
 
-    `is_best` marks those that no cheaper one equals. `gain` is the top-1 that such a one has more than the next cheaper of
-    them, on the same rows; None for the cheapest. `explanation` says in words why one takes it or leaves it.
+    `is_best` marks those that no cheaper one equals. `gain` is the top-1 that such a one has more than the next cheaper
+    of them, on the same rows; None for the cheapest. `explanation` says in words why one takes it or leaves it.
     """
 
     backbone: str
@@ -151,11 +151,11 @@ def _dominance(
 def _explain(dominance: Dominance | None, gain: Interval | None) -> str:
     if dominance is not None:
         difference = dominance.top1_difference
-        doubt = "" if difference.low > 0 else ", which other rows may turn round"
-        return (
-            f"{dominance.backbone} is {100 * difference.estimate:.2f} points more accurate{doubt}, and this one costs"
-            f" {dominance.cost_ratio:.2f} times as much"
+        better = (
+            f"{100 * difference.estimate:.2f} points more accurate" if difference.estimate else "as accurate"
         )
+        doubt = " (which may be chance)" if difference.estimate and difference.low <= 0 else ""
+        return f"{dominance.backbone} is {better}{doubt}, and this one costs {dominance.cost_ratio:.2f} times as much"
     if gain is None:
         return "the cheapest"
     worth = f"{100 * gain.estimate:.2f} points more than the next cheaper choice"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -80,8 +80,12 @@ class ProbeBench:
         self._num_classes = num_classes
 
     def fit(self, train_sets: Sequence[str], judged_set: str) -> CrossFittedProbe:
-        """The probe that learns from the sets, each a view of the training rows; `judged_set` chooses its C."""
-        train = open_features(self._cache, train_sets, self._rows.train)
+        """The probe that learns from the sets, each a view of the training rows; `judged_set` chooses its C.
+
+        The views of an image count together as much as one image: views that show the same change nothing.
+        """
+        rows = replace(self._rows.train, weights_N=self._rows.train.weights_N / np.float32(len(train_sets)))
+        train = open_features(self._cache, train_sets, rows)
         heads = fit_path(self._head, train, num_classes=self._num_classes)
         features_ND, found_N = self.judged_features(judged_set)
         labels_N = self._rows.judged.labels_N

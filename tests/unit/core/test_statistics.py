@@ -5,7 +5,14 @@ import pytest
 from scipy import stats
 
 from convoy.core.errors import ConfigError, DataError
-from convoy.core.statistics import bootstrap_difference, bootstrap_mean, mcnemar_test, wilson_interval
+from convoy.core.statistics import (
+    bootstrap_difference,
+    bootstrap_mean,
+    holm_adjusted,
+    mcnemar_test,
+    rise_test,
+    wilson_interval,
+)
 
 
 def outcomes(num_correct, num_rows):
@@ -49,6 +56,30 @@ def test_mcnemar_gives_the_published_example():
 def test_mcnemar_handles_millions_of_rows():
     result = mcnemar_test(*discordant(500_000, 501_000))
     assert result.exact_p == pytest.approx(stats.binomtest(500_000, 1_001_000).pvalue, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "pair", [(0, 0), (3, 0), (0, 3), (7, 1), (4, 4), (40, 61), (61, 40), (5000, 0), (0, 5000)]
+)
+def test_rise_is_one_side_of_mcnemar(pair):
+    more, fewer = pair
+    expected = stats.binom.sf(more, more + fewer, 0.5) + stats.binom.pmf(more, more + fewer, 0.5) / 2
+    assert rise_test(*pair) == pytest.approx(expected, rel=1e-9, abs=1e-300)
+    if more > fewer:
+        assert 2 * rise_test(*pair) == pytest.approx(mcnemar_test(*discordant(*pair)).mid_p)
+
+
+def test_holm_gives_the_published_example():
+    # The worked example of Holm's procedure with four tests: 0.01, 0.04, 0.03, 0.005.
+    assert holm_adjusted([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+def test_holm_keeps_order_and_never_exceeds_one():
+    assert holm_adjusted([]) == []
+    assert holm_adjusted([0.7, 0.6]) == [1.0, 1.0]
+    assert holm_adjusted([0.02]) == [0.02]
+    adjusted = holm_adjusted([0.001, 0.5, 0.02, 0.011])
+    assert adjusted == pytest.approx([0.004, 0.5, 0.04, 0.033])
 
 
 def test_the_bootstrap_of_a_rate_is_a_binomial_draw():

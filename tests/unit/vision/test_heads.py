@@ -12,7 +12,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
 from convoy.core.errors import ConfigError, DataError, TrainingError
-from convoy.vision.head_fitting import evaluate_head, fit_head
+from convoy.vision.head_fitting import choose_head, evaluate_head, fit_head, fit_path
 from convoy.vision.head_objectives import LinearObjective, measure_features, softmax_loss, squared_hinge_loss
 from convoy.vision.heads import (
     Head,
@@ -175,6 +175,22 @@ def test_the_path_goes_from_strong_to_weak_and_the_best_on_validation_is_chosen(
     ranked = sorted(fitted.trials, key=lambda trial: (-trial.val.top1, trial.val.nll))
     assert fitted.chosen == ranked[0]
     assert evaluate_head(fitted.head, val_of(digits)).summary() == fitted.chosen.val
+
+
+@pytest.mark.parametrize("kind", LINEAR_KINDS)
+def test_whoever_chooses_among_the_heads_of_a_path_finds_the_fitted_one(digits, kind):
+    config = HeadConfig(kind=kind, C=(1e-5, 1e-2, 1e-1))
+    heads = fit_path(config, train_of(digits), num_classes=10)
+    assert len(heads) == 3
+    chosen = choose_head(heads, val_of(digits), config.selection)
+    fitted = fit_head(config, train_of(digits), val_of(digits), num_classes=10)
+    assert torch.equal(chosen.input_layer.weight, fitted.head.input_layer.weight)
+    assert not torch.equal(heads[0].input_layer.weight, heads[1].input_layer.weight)
+
+
+def test_an_mlp_has_no_path(digits):
+    with pytest.raises(ConfigError, match="no path"):
+        fit_path(HeadConfig(kind=HeadKind.MLP), train_of(digits), num_classes=10)
 
 
 def test_selection_may_prefer_nll(digits):

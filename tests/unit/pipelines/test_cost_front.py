@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from convoy.core.errors import DataError
+from convoy.core.machine import machine_facts
+from convoy.pipelines.backbone_costs import BackboneCost
+from convoy.pipelines.cost_front import CostAxis, CostFront, cost_fronts
+from convoy.vision.engine_options import Precision
+
+NUM_ROWS = 400
+
+
+def cost(images_per_s: float, **changes: Any) -> BackboneCost:
+    values: dict[str, Any] = {
+        "arch": "made",
+        "weights_digest": "0" * 32,
+        "input_px": 32,
+        "num_parameters": 1000,
+        "size_bytes": 4000,
+        "macs": 10**6,
+        "images_per_s": images_per_s,
+        "network_images_per_s": 2 * images_per_s,
+        "slow_network_images_per_s": images_per_s,
+        "fast_network_images_per_s": 3 * images_per_s,
+        "latency_p50_ms": 5000 / images_per_s,
+        "latency_p95_ms": 9000 / images_per_s,
+        "peak_memory_bytes": 2**20 * 100,
+        "usd_per_million": None,
+        "precision": Precision.FP32,
+        "batch_size": 32,
+        "compiled": False,
+        "num_threads": 2,
+        "machine": machine_facts(None),
+        "measured_unix_s": 1.0,
+    }
+    return BackboneCost(**(values | changes))
+
+
+def correct(*rates: float) -> np.ndarray:
+    """Rows that are right for each rate; the better backbone is right wherever the worse one is."""
+    return np.stack([np.arange(NUM_ROWS) < round(rate * NUM_ROWS) for rate in rates])
+
+
+def front_of(fronts: list[CostFront], axis: CostAxis) -> CostFront:
+    return next(front for front in fronts if front.axis is axis)
+
+
+def test_a_dominated_backbone_names_who_beats_it_and_by_how_much() -> None:
+    costs = [cost(1000), cost(200), cost(100)]
+    fronts = cost_fronts(costs, ["small", "good", "bad"], correct(0.7, 0.9, 0.8))
+    choices = {choice.backbone: choice for choice in front_of(fronts, CostAxis.THROUGHPUT).choices}
+    assert [name for name, choice in choices.items() if choice.is_best] == ["small", "good"]
+    dominance = choices["bad"].dominated_by
+    assert dominance is not None
+    assert (dominance.backbone, dominance.cost_ratio) == ("good", 2.0)
+    assert dominance.top1_difference.estimate == pytest.approx(0.1)
+    assert 0.05 < dominance.top1_difference.low < 0.1 < dominance.top1_difference.high < 0.15
+    assert (
+        "good is 10.00 points more accurate, and this one costs 2.00 times as much"
+        in choices["bad"].explanation
+    )
+
+
+def test_choices_come_from_the_cheapest_on_with_intervals_and_gains() -> None:
+    costs = [cost(100), cost(1000), cost(500)]
+    front = front_of(
+        cost_fronts(costs, ["dear", "cheap", "middle"], correct(0.9, 0.7, 0.8)), CostAxis.LATENCY
+    )
+    assert [choice.backbone for choice in front.choices] == ["cheap", "middle", "dear"]
+    assert [choice.cost for choice in front.choices] == [5.0, 10.0, 50.0]
+    assert front.num_rows == NUM_ROWS
+    for choice, rate in zip(front.choices, (0.7, 0.8, 0.9), strict=True):
+        assert choice.top1.low < choice.top1.estimate == rate < choice.top1.high
+    gains = [choice.gain for choice in front.choices]
+    assert gains[0] is None
+    assert [gain.estimate for gain in gains[1:] if gain] == [pytest.approx(0.1), pytest.approx(0.1)]
+
+
+def test_a_gain_that_may_be_chance_is_called_so() -> None:
+    correct_MN = correct(0.8, 0.8)
+    # 21 rows won and 19 lost.
+    correct_MN[1, :19], correct_MN[1, -21:] = False, True
+    front = cost_fronts([cost(1000), cost(100)], ["cheap", "dear"], correct_MN)[0]
+    assert front.choices[1].is_best
+    assert "may be chance" in front.choices[1].explanation
+
+
+def test_a_dominated_backbone_may_be_as_accurate() -> None:
+    front = cost_fronts([cost(1000), cost(500)], ["cheap", "dear"], correct(0.8, 0.8))[0]
+    assert front.choices[1].explanation == "cheap is as accurate, and this one costs 2.00 times as much"
+
+
+def test_axes_without_a_cost_for_everyone_are_left_out() -> None:
+    costs = [cost(1000, usd_per_million=3.0), cost(100, usd_per_million=30.0, peak_memory_bytes=None)]
+    fronts = cost_fronts(costs, ["a", "b"], correct(0.7, 0.8))
+    assert [front.axis for front in fronts] == [CostAxis.THROUGHPUT, CostAxis.LATENCY, CostAxis.MONEY]
+    assert [choice.cost for choice in fronts[2].choices] == [3.0, 30.0]
+
+
+def test_axes_may_disagree() -> None:
+    costs = [cost(1000, peak_memory_bytes=2**30), cost(500, peak_memory_bytes=2**20)]
+    fronts = cost_fronts(costs, ["fast", "small"], correct(0.8, 0.7))
+    throughput, memory = front_of(fronts, CostAxis.THROUGHPUT), front_of(fronts, CostAxis.MEMORY)
+    assert [choice.is_best for choice in throughput.choices] == [True, False]
+    assert [choice.is_best for choice in memory.choices] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("names", "correct_MN"), [(["a"], correct(0.5, 0.6)), (["a", "b"], np.zeros((2, 0), bool))]
+)
+def test_what_does_not_fit_together_is_refused(names: list[str], correct_MN: np.ndarray) -> None:
+    with pytest.raises(DataError, match="a cost, a name and the same rows"):
+        cost_fronts([cost(10), cost(20)], names, correct_MN)
