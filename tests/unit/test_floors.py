@@ -39,8 +39,9 @@ OUTSIDE = {
         "onnxruntime",
     },
     "cluster": {"numpy", "pydantic", "pyarrow", "torch", "ray"},
-    "pipelines": {"numpy", "pydantic", "pyarrow", "torch"},
-    "report": {"pydantic", "rich", "jinja2", "torch", "matplotlib", "mlflow"},
+    "pipelines": {"numpy", "pydantic", "pyarrow", "torch", "umap"},
+    # markupsafe is what jinja2 escapes with.
+    "report": {"pydantic", "rich", "jinja2", "markupsafe", "torch", "matplotlib", "mlflow"},
     "cli": {"pydantic", "typer"},
 }
 

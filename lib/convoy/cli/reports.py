@@ -1,15 +1,79 @@
-"""`convoy report`: pictures and pages of what jobs do and built."""
+"""`convoy report`: pages and pictures of what jobs do and built."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from convoy.cli.options import ConfigOption, JsonOption, SetOption, WorkspaceOption, run_job
 from convoy.core.config import load_config
+from convoy.core.errors import ConfigError
 
-report_app = typer.Typer(help="Look at what jobs do to images, and at what they built.", no_args_is_help=True)
+_PAGE = "page"
+
+
+class _PagesByDefault(TyperGroup):
+    """A group in which everything that is no command of its own is what `page` is asked for."""
+
+    # Newer Typers bring a click of their own, so the context has no one name.
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put the command in front that people leave out."""
+        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            args = [_PAGE, *args]
+        return super().parse_args(ctx, args)
+
+
+report_app = typer.Typer(
+    cls=_PagesByDefault,
+    help="A page of a run, dataset or model: `convoy report TARGET --out report.html`; or of a whole workspace:"
+    " `convoy report --index WORKSPACE`.",
+    no_args_is_help=True,
+    subcommand_metavar="TARGET|COMMAND [ARGS]...",
+)
+
+
+@report_app.command(_PAGE)
+def report_page(
+    target: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[TARGET]",
+            help="Run id, dataset, or model; with run:, dataset: or model: in front where two have one name.",
+        ),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option("--out", "-o", help="The HTML file to write. Default: report.html or index.html."),
+    ] = None,
+    index: Annotated[
+        str | None,
+        typer.Option("--index", metavar="WORKSPACE", help="Make the home page of a workspace instead."),
+    ] = None,
+    workspace: WorkspaceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the page of a run, dataset or model, or of a workspace: one HTML file that works offline."""
+    if (target is None) == (index is None):
+        raise ConfigError(
+            "a page is either about one thing or the index of a workspace",
+            next_step="give a run, dataset or model, or --index WORKSPACE",
+        )
+    if target is None:
+        from convoy.pipelines.report_index import write_index  # noqa: PLC0415
+        from convoy.report.index_page import draw_index  # noqa: PLC0415
+
+        file = output or "index.html"
+        run_job(lambda progress: write_index(index, file, draw_index, progress=progress), as_json=as_json)
+        return
+    from convoy.pipelines.report_page import write_page  # noqa: PLC0415
+    from convoy.report.page import draw_page  # noqa: PLC0415
+
+    reference, file = target, output or "report.html"
+    run_job(
+        lambda progress: write_page(workspace, reference, file, draw_page, progress=progress), as_json=as_json
+    )
 
 
 @report_app.command("augmentation")
@@ -37,7 +101,9 @@ def report_augmentation(
 @report_app.command("ensemble")
 def report_ensemble(
     ensemble: Annotated[str, typer.Argument(help="An ensemble's bundle, or the run of its search.")],
-    output: Annotated[str, typer.Option("--output", "-o", help="The HTML file to write.")] = "ensemble.html",
+    output: Annotated[
+        str, typer.Option("--output", "--out", "-o", help="The HTML file to write.")
+    ] = "ensemble.html",
     workspace: WorkspaceOption = None,
     as_json: JsonOption = False,
 ) -> None:

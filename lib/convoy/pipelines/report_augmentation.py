@@ -62,7 +62,7 @@ class SheetImage(StrictModel):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Shown:
+class ShownViews:
     """An image, and its views in the order of the columns. The label is -1 where it has none."""
 
     sample_id: str
@@ -114,16 +114,7 @@ def draw_augmentation(
     manifest = open_dataset(store, job.dataset)
     policy = resolve_augmentation(store, manifest, job.dataset, job.policy, job.decode_rule, progress)
     progress.stage("drawing the sheet")
-    job = job.model_copy(update={"policy": policy})
-    # Some of them may not be readable.
-    candidates = choose_stratified(manifest, 2 * size.num_images)
-    shown, num_rejects = _draw_rows(job, candidates, size)
-    if not shown:
-        raise DataError(
-            f"none of {candidates.num_rows} images of the train split can be shown",
-            where=manifest.uri,
-            next_step="look at why with `convoy cache`",
-        )
+    shown, num_rejects = draw_views(job.model_copy(update={"policy": policy}), manifest, size)
     names = [*manifest.classes, "(no label)"]
     _write_png(shown, names, size.num_views, output)
     return AugmentationReport(
@@ -134,6 +125,23 @@ def draw_augmentation(
         rejects=num_rejects,
         images=[SheetImage(sample_id=image.sample_id, label=names[image.label]) for image in shown],
     )
+
+
+def draw_views(job: AugmentedJob, manifest: Manifest, size: SheetSize) -> tuple[list[ShownViews], int]:
+    """Images of the train split in all views, sorted by class, and how many more could not be shown.
+
+    The policy must have its basis of colours. Raises DataError where no image can be shown.
+    """
+    # Some of them may not be readable.
+    candidates = choose_stratified(manifest, 2 * size.num_images)
+    shown, num_rejects = _draw_rows(job, candidates, size)
+    if not shown:
+        raise DataError(
+            f"none of {candidates.num_rows} images of the train split can be shown",
+            where=manifest.uri,
+            next_step="look at why with `convoy cache`",
+        )
+    return shown, num_rejects
 
 
 def choose_stratified(manifest: Manifest, num_rows: int) -> pa.Table:
@@ -166,10 +174,10 @@ def _labels(rows: pa.Table) -> np.ndarray:
     return labels_N
 
 
-def _draw_rows(job: AugmentedJob, candidates: pa.Table, size: SheetSize) -> tuple[list[_Shown], int]:
+def _draw_rows(job: AugmentedJob, candidates: pa.Table, size: SheetSize) -> tuple[list[ShownViews], int]:
     """The first candidates that can be shown, sorted by class, and how many of them could not."""
     quiet_decoders()
-    shown: list[_Shown] = []
+    shown: list[ShownViews] = []
     num_rejects = 0
     samples = candidates.select(["sample_id", "content_id"]).to_pylist()
     labels_N = _labels(candidates)
@@ -181,7 +189,7 @@ def _draw_rows(job: AugmentedJob, candidates: pa.Table, size: SheetSize) -> tupl
         except SampleRejected:
             num_rejects += 1
             continue
-        shown.append(_Shown(samples[row]["sample_id"], int(labels_N[row]), images_BCHW))
+        shown.append(ShownViews(samples[row]["sample_id"], int(labels_N[row]), images_BCHW))
     return sorted(shown, key=lambda image: image.label), num_rejects
 
 
@@ -199,7 +207,7 @@ def _draw_views(
     return images_BCHW
 
 
-def _write_png(shown: Sequence[_Shown], names: Sequence[str], num_views: int, output: str) -> None:
+def _write_png(shown: Sequence[ShownViews], names: Sequence[str], num_views: int, output: str) -> None:
     rows = [SheetRow(name=names[image.label], images_BCHW=image.images_BCHW) for image in shown]
     sheet = draw_contact_sheet(rows, ["evaluation", *(f"draw {view}" for view in range(1, num_views + 1))])
     try:

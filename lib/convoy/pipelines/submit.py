@@ -13,9 +13,10 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from convoy.cluster.submission import JobService, Submission, SubmittedJob
+from convoy.core.code_revision import package_digest
 from convoy.core.config import StrictModel, parse_config, write_settings
 from convoy.core.errors import ConfigError
-from convoy.core.fingerprints import digest, digest_bytes
+from convoy.core.fingerprints import digest
 from convoy.core.secrets import find_secrets
 from convoy.pipelines.workspace import workspace_uri
 
@@ -173,17 +174,13 @@ def code_digest(package: Path) -> str:
 
     Raises ConfigError if the folder is not the whole package.
     """
-    files = sorted(path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    names = [path.relative_to(package).as_posix() for path in files]
-    if "cli/__main__.py" not in names:
+    if not (package / "cli" / "__main__.py").is_file():
         raise ConfigError(
             "the code to send is not the whole package",
             where=str(package),
             next_step="submit from an installation or a checkout of Convoy",
         )
-    return digest(
-        [[name, digest_bytes(path.read_bytes()).hex()] for name, path in zip(names, files, strict=True)]
-    )
+    return package_digest(package)
 
 
 def job_status(address: str, submission_id: str) -> JobStatus:

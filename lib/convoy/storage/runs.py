@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 from pydantic import Field
 
+from convoy.core.code_revision import package_digest
 from convoy.core.config import StrictModel
 from convoy.core.crash_points import CrashPoint, crash_point
 from convoy.core.differences import describe_changes
@@ -21,6 +22,8 @@ from convoy.storage.documents import exists, read_json
 from convoy.storage.object_store import ObjectStore
 
 SLICES_PER_INPUT_SHARD = 64
+# Among the versions: the digest of the code that ran.
+CODE = "convoy-code"
 _RECORDED_VERSIONS = ("convoy-vision", "ray", "torch", "torchvision", "timm", "pyarrow", "pillow", "numpy")
 
 
@@ -57,7 +60,7 @@ class RunRecord(StrictModel):
         return cls(
             run_id=run_id,
             created_utc=datetime.now(UTC).isoformat(timespec="seconds"),
-            versions={name: version(name) for name in _RECORDED_VERSIONS},
+            versions={**{name: version(name) for name in _RECORDED_VERSIONS}, CODE: package_digest()},
             **fields,
         )
 

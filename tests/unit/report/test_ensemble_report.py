@@ -4,6 +4,7 @@ from convoy.core.crop_policies import CropPolicy
 from convoy.core.metrics import ReliabilityBin
 from convoy.report.ensemble_report import draw_ensemble_report
 from made_ensembles import made_candidates, made_report
+from made_pages import PageParts
 
 BINS = [
     ReliabilityBin(low=0.0, high=0.5, num_rows=0, accuracy=None, mean_confidence=None),
@@ -14,14 +15,20 @@ BINS = [
 def test_the_page_needs_nothing_else_and_holds_the_figures() -> None:
     report = made_report(made_candidates(1.2, 1.2, 1.5))
     report = report.model_copy(update={"reliability_before": BINS, "reliability_after": BINS})
-    page = draw_ensemble_report(report).decode()
-    assert f"{100 * report.measured.top1:.2f} %" in page
-    assert f"{100 * report.gain:+.2f}" in page
-    assert page.count("data:image/png;base64,") == 4
-    assert "http" not in page.replace("http-equiv", "")
+    page = draw_ensemble_report(report)
+    text = page.decode()
+    assert f"{100 * report.measured.top1:.2f} %" in text
+    assert f"{100 * report.gain:+.2f}" in text
+    assert "http" not in text.replace("http-equiv", "")
     for place in report.chosen.members:
-        assert f"candidate-{place}" in page
-    assert '<tr class="chosen">' in page
+        assert f"candidate-{place}" in text
+    assert '<tr class="chosen">' in text
+    parts = PageParts(page)
+    figures = [attributes["id"] for tag, attributes in parts.elements if tag == "figure"]
+    assert len(figures) == 5
+    assert parts.json_of("cost-front") == [point.model_dump(mode="json") for point in report.front]
+    assert parts.json_of("overlap")["overlap"] == report.overlap
+    assert parts.json_of("reliability-after") == [one.model_dump() for one in BINS]
 
 
 def test_names_from_outside_are_escaped() -> None:
@@ -29,9 +36,11 @@ def test_names_from_outside_are_escaped() -> None:
     report = report.model_copy(
         update={
             "ensemble": "<script>alert(1)</script>",
+            "candidates": ["\"'><svg/onload=alert(1)>@0", "<b>@1"],
             "reliability_before": BINS,
             "reliability_after": BINS,
         }
     )
-    page = draw_ensemble_report(report).decode()
-    assert "<script>" not in page
+    page = draw_ensemble_report(report)
+    assert b"<script>" not in page
+    assert b"<svg/" not in page

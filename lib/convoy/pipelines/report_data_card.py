@@ -1,0 +1,214 @@
+"""The data card of a page: what a dataset holds, from its manifest and what jobs found out about its bytes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import PurePosixPath
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from convoy.core.config import StrictModel
+from convoy.core.errors import ConvoyError
+from convoy.core.randomness import unit_interval
+from convoy.pipelines.report_images import ShownImage, show_images
+from convoy.pipelines.report_runs import newest_first
+from convoy.storage.documents import read_json
+from convoy.storage.duplicates import DuplicateReport, find_duplicates
+from convoy.storage.manifests import MANIFEST_SCHEMA, Manifest
+from convoy.storage.object_store import ObjectStore
+from convoy.storage.runs import RunFolder
+
+_NUM_EXAMPLES = 24
+_MAX_SUFFIXES = 8
+# Runs that are looked at for a feature set, newest first.
+_MAX_RUNS = 200
+_NO_LABEL = "(no label)"
+
+
+class ClassRows(StrictModel):
+    """Samples of one class by split, and over all of them."""
+
+    name: str
+    by_split: dict[str, int]
+    total: int
+
+
+class SizeBin(StrictModel):
+    """Images of at least `low_bytes` and less than `high_bytes`, a power of two each."""
+
+    low_bytes: int
+    high_bytes: int
+    images: int
+
+
+class LabelledImage(StrictModel):
+    """An example of a class."""
+
+    label_name: str
+    split: str
+    image: ShownImage
+
+
+class DataCard(StrictModel):
+    """A version of a dataset.
+
+    `imbalance` is the largest class over the smallest of the train split, null where a class has no row there.
+    `unknown_sizes` are images in parquet files, whose size is known only to who reads them. `duplicates` are exact
+    ones among the images that a cache job read, null before one did.
+    """
+
+    name: str
+    fingerprint: str
+    is_current: bool
+    source: str
+    samples: int
+    unlabelled: int
+    splits: dict[str, int]
+    classes: list[ClassRows]
+    imbalance: float | None
+    sizes: list[SizeBin]
+    total_bytes: int
+    smallest_bytes: int
+    largest_bytes: int
+    unknown_sizes: int
+    suffixes: dict[str, int]
+    duplicates: DuplicateReport | None
+    skipped: dict[str, int]
+    warnings: list[str]
+    changes: dict[str, Any]
+    examples: list[LabelledImage]
+
+
+def read_data_card(store: ObjectStore, name: str, manifest: Manifest) -> DataCard:
+    """What is known of a version; of its rows one row group at a time is in memory."""
+    header = manifest.header
+    summary = read_json(store, manifest.key.replace("manifest.parquet", "summary.json")) or {}
+    pointer = read_json(store, f"datasets/{name}/current.json") or {}
+    return DataCard(
+        name=name,
+        fingerprint=header.fingerprint,
+        is_current=pointer.get("fingerprint") == header.fingerprint,
+        source=header.source,
+        samples=header.num_samples,
+        unlabelled=sum(counts.num_unlabelled for counts in header.counts.values()),
+        splits={split.value: counts.num_samples for split, counts in header.counts.items()},
+        classes=_classes(manifest),
+        imbalance=_imbalance(manifest),
+        duplicates=_duplicates(store, name, manifest),
+        skipped=summary.get("skipped", {}),
+        warnings=list(summary.get("warnings", ())),
+        changes=summary.get("changes", {}),
+        examples=_examples(manifest),
+        **_sizes(manifest),
+    )
+
+
+def _classes(manifest: Manifest) -> list[ClassRows]:
+    rows = []
+    for index, name in enumerate(manifest.classes):
+        by_split = {split.value: counts.by_class[index] for split, counts in manifest.counts.items()}
+        rows.append(ClassRows(name=name, by_split=by_split, total=sum(by_split.values())))
+    return rows
+
+
+def _imbalance(manifest: Manifest) -> float | None:
+    """Of the train split, or of the largest one where there is no train split."""
+    counts = max(manifest.counts.items(), key=lambda item: (item[0].value == "train", item[1].num_samples))[1]
+    smallest = min(counts.by_class, default=0)
+    return max(counts.by_class) / smallest if smallest else None
+
+
+def _sizes(manifest: Manifest) -> dict[str, Any]:
+    """The fields of a card that need every row, by one pass over three columns."""
+    bins: Counter[int] = Counter()
+    suffixes: Counter[str] = Counter()
+    total = unknown = largest = 0
+    smallest: int | None = None
+    for batch in manifest.iter_batches(["sample_id", "uri", "size_bytes"]):
+        sizes_N = batch["size_bytes"].drop_null().to_numpy(zero_copy_only=False)
+        unknown += batch.num_rows - len(sizes_N)
+        suffixes.update(_suffixes(batch))
+        if len(sizes_N):
+            bins.update(np.floor(np.log2(np.maximum(sizes_N, 1))).astype(int).tolist())
+            total += int(sizes_N.sum())
+            largest = max(largest, int(sizes_N.max()))
+            smallest = min(smallest if smallest is not None else largest, int(sizes_N.min()))
+    span = range(min(bins, default=0), max(bins, default=-1) + 1)
+    return {
+        "sizes": [
+            SizeBin(low_bytes=2**power, high_bytes=2 ** (power + 1), images=bins[power]) for power in span
+        ],
+        "total_bytes": total,
+        "smallest_bytes": smallest or 0,
+        "largest_bytes": largest,
+        "unknown_sizes": unknown,
+        "suffixes": dict(suffixes.most_common(_MAX_SUFFIXES)),
+    }
+
+
+def _suffixes(batch: pa.RecordBatch) -> Iterator[str]:
+    """The kind of file that each sample's name, or else its container's, claims."""
+    for sample_id, uri in zip(batch["sample_id"].to_pylist(), batch["uri"].to_pylist(), strict=True):
+        suffix = PurePosixPath(sample_id).suffix or PurePosixPath(urlsplit(uri).path).suffix
+        yield suffix.lower()[:12] or "none"
+
+
+def _duplicates(store: ObjectStore, name: str, manifest: Manifest) -> DuplicateReport | None:
+    """By the newest finished cache run of this very version that read all of its splits, or else any."""
+    candidates: list[tuple[bool, str]] = []
+    for folder, record in newest_first(store, RunFolder.record, most=_MAX_RUNS):
+        if record is None or record.verb != "cache" or record.identity.get("dataset") != name:
+            continue
+        if record.identity.get("dataset_fingerprint") == manifest.fingerprint and folder.is_finished():
+            candidates.append((record.identity.get("splits") == "all", next(iter(record.outputs))))
+            if candidates[-1][0]:
+                break
+    if not candidates:
+        return None
+    try:
+        return find_duplicates(store, manifest, max(candidates)[1])
+    except ConvoyError:
+        return None
+
+
+def _examples(manifest: Manifest) -> list[LabelledImage]:
+    """Some images, as evenly over the classes as it goes; which ones is up to a hash of their ids."""
+    rows = choose_examples(manifest, _NUM_EXAMPLES)
+    labels, splits = rows["label"].to_pylist(), rows["split"].to_pylist()
+    return [
+        LabelledImage(
+            label_name=_NO_LABEL if label is None else manifest.classes[label], split=split, image=image
+        )
+        for label, split, image in zip(labels, splits, show_images(rows), strict=True)
+    ]
+
+
+def choose_examples(manifest: Manifest, num_rows: int) -> pa.Table:
+    """Rows of all splits, one of each class before a second of any, sorted by class."""
+    best: dict[int | None, list[tuple[float, pa.Table]]] = {}
+    for batch in manifest.iter_batches():
+        table = pa.Table.from_batches([batch]).cast(MANIFEST_SCHEMA)
+        for label in pc.unique(table["label"]).to_pylist()[: 4 * num_rows]:
+            mask = pc.is_null(table["label"]) if label is None else pc.equal(table["label"], label)
+            places = np.flatnonzero(mask.fill_null(False).to_numpy())
+            ids = table["sample_id"].take(pa.array(places)).to_pylist()
+            ranked = sorted(
+                (unit_interval(0, "data card", one), place) for one, place in zip(ids, places, strict=True)
+            )
+            kept = [(value, table.slice(int(place), 1)) for value, place in ranked[:num_rows]]
+            best[label] = sorted([*best.get(label, []), *kept], key=lambda item: item[0])[:num_rows]
+    return _in_turns(best, num_rows)
+
+
+def _in_turns(best: Mapping[int | None, list[tuple[float, pa.Table]]], num_rows: int) -> pa.Table:
+    turns = [
+        (turn, value, label, row) for label, rows in best.items() for turn, (value, row) in enumerate(rows)
+    ]
+    turns.sort(key=lambda item: item[:2])
+    chosen = sorted(turns[:num_rows], key=lambda item: (item[2] is None, item[2] or 0, item[1]))
+    return pa.concat_tables([MANIFEST_SCHEMA.empty_table(), *(row for *_, row in chosen)])

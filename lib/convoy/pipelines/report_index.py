@@ -1,0 +1,172 @@
+"""`convoy report --index`: what a workspace holds, and which pages of it lie beside the index."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from convoy.core.config import StrictModel
+from convoy.core.errors import ConvoyError
+from convoy.core.progress import Progress
+from convoy.pipelines.model_listing import ListedModel, list_models
+from convoy.pipelines.report_target import TargetKind
+from convoy.pipelines.report_writing import write_html
+from convoy.pipelines.runs_list import ListedRun, list_runs
+from convoy.pipelines.runs_state import RunState
+from convoy.pipelines.workspace import workspace_uri
+from convoy.storage.datasets import list_datasets, open_dataset
+from convoy.storage.documents import read_json
+from convoy.storage.object_store import ObjectStore
+from convoy.storage.runs import RunFolder
+from convoy.storage.stores import open_store
+
+# More rows than a page can be read with; the newest are shown.
+MAX_RUNS, MAX_MODELS = 1000, 1000
+_MAX_PAGES = 5000
+_HEAD_BYTES = 2048
+_TARGET = re.compile(r'<meta name="convoy-target" content="([^"]*)">')
+_THREADS = 8
+# What an index is about.
+INDEX = "index"
+
+
+class IndexedDataset(StrictModel):
+    """The current version of a dataset."""
+
+    name: str
+    fingerprint: str
+    samples: int
+    classes: int
+    splits: dict[str, int]
+    source: str
+    frozen_utc: str
+
+
+class IndexedRun(ListedRun):
+    """A run, and what its report says it reached; `name` is that of the model or job, where it has one."""
+
+    name: str
+    top1: float | None
+
+
+class IndexData(StrictModel):
+    """A workspace, newest first. `pages` maps targets to the names of files beside the index.
+
+    `num_runs` and `num_models` are all that there are; the lists hold 1000 each at most.
+    """
+
+    workspace: str
+    datasets: list[IndexedDataset]
+    runs: list[IndexedRun]
+    num_runs: int
+    models: list[ListedModel]
+    num_models: int
+    pages: dict[str, str]
+    missing: list[str]
+
+
+class IndexReport(StrictModel):
+    """Where the index is, and what it lists; `pages` were found beside it."""
+
+    output: str
+    size_bytes: int
+    datasets: int
+    runs: int
+    models: int
+    pages: int
+    notes: list[str]
+
+
+IndexDrawer = Callable[[IndexData], bytes]
+
+
+def write_index(workspace: str | None, output: str, draw: IndexDrawer, *, progress: Progress) -> IndexReport:
+    """Draw the index of a workspace and write it to a local path; ConfigError where it cannot be written."""
+    store = open_store(workspace_uri(workspace))
+    progress.stage("looking through the workspace")
+    index = read_index(store, Path(output).absolute().parent)
+    return IndexReport(
+        output=output,
+        size_bytes=write_html(output, draw(index)),
+        datasets=len(index.datasets),
+        runs=index.num_runs,
+        models=index.num_models,
+        pages=len(index.pages),
+        notes=index.missing,
+    )
+
+
+def read_index(store: ObjectStore, folder: Path) -> IndexData:
+    """What a workspace holds, and the pages in a local folder. What cannot be read is said, and left out."""
+    missing: list[str] = []
+    runs = list_runs(store).runs[::-1]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        shown = list(pool.map(lambda run: _indexed_run(store, run), runs[:MAX_RUNS]))
+    models: list[ListedModel] = []
+    try:
+        models = list_models(store.root_uri).models
+    except ConvoyError as error:
+        missing.append(f"the models: {error.what}")
+    return IndexData(
+        workspace=store.root_uri,
+        datasets=_datasets(store, missing),
+        runs=shown,
+        num_runs=len(runs),
+        models=models[:MAX_MODELS],
+        num_models=len(models),
+        pages=find_pages(folder),
+        missing=missing,
+    )
+
+
+def find_pages(folder: Path) -> dict[str, str]:
+    """The pages of Convoy in a local folder: the names of their files by what they are about."""
+    found: dict[str, str] = {}
+    for path in sorted(folder.glob("*.html"))[:_MAX_PAGES]:
+        try:
+            with path.open("rb") as file:
+                head = file.read(_HEAD_BYTES).decode(errors="replace")
+        except OSError:
+            continue
+        target = _TARGET.search(head)
+        if target is not None and target[1] != INDEX:
+            found[html.unescape(target[1])] = path.name
+    return found
+
+
+def _indexed_run(store: ObjectStore, run: ListedRun) -> IndexedRun:
+    folder = RunFolder(store, run.run)
+    record = folder.record()
+    name = "" if record is None else record.config.get("name")
+    report: dict[str, Any] = {}
+    if run.state is RunState.FINISHED:
+        report = read_json(store, folder.key("report.json")) or {}
+    top1 = report.get("top1", (report.get("measured") or {}).get("top1"))
+    return IndexedRun(**run.model_dump(), name=name or "", top1=top1)
+
+
+def _datasets(store: ObjectStore, missing: list[str]) -> list[IndexedDataset]:
+    found = []
+    for name in list_datasets(store):
+        try:
+            header = open_dataset(store, name).header
+            pointer = read_json(store, f"datasets/{name}/current.json") or {}
+        except ConvoyError as error:
+            missing.append(f"{TargetKind.DATASET} {name}: {error.what}")
+            continue
+        found.append(
+            IndexedDataset(
+                name=name,
+                fingerprint=header.fingerprint,
+                samples=header.num_samples,
+                classes=len(header.classes),
+                splits={split.value: counts.num_samples for split, counts in header.counts.items()},
+                source=header.source,
+                frozen_utc=pointer.get("frozen_utc", ""),
+            )
+        )
+    return found

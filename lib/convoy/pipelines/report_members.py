@@ -1,0 +1,76 @@
+"""Which bundles made the predictions of a run: by its record, and only where digests prove it."""
+
+from __future__ import annotations
+
+from pydantic import ValidationError
+
+from convoy.core.config import StrictModel
+from convoy.core.errors import ConvoyError
+from convoy.storage.bundles import BundleRef, list_bundles, resolve_bundle
+from convoy.storage.object_store import ObjectStore
+from convoy.storage.runs import RunRecord
+
+
+class RunMembers(StrictModel):
+    """The references of the bundles, `name@digest`, or why they are not known, with what the run was told."""
+
+    bundles: list[str]
+    told: dict[str, str]
+    gap: str = ""
+
+
+def members_of_run(store: ObjectStore, record: RunRecord) -> RunMembers | None:
+    """The bundles behind a run's predictions; None for a run that has none."""
+    told = {name: record.config.get(name) for name in ("bundle", "model", "ensemble", "crops", "mode")}
+    words = {name: str(value) for name, value in told.items() if value}
+    identity = record.identity
+    if "model_digest" in identity:
+        ref = next((ref for ref in list_bundles(store) if ref.digest == identity["model_digest"]), None)
+        if ref is not None:
+            return RunMembers(bundles=[str(ref)], told={})
+        gap = f"no bundle of the workspace has the digest {identity['model_digest']}: it was never kept, or removed"
+        return RunMembers(bundles=[], told=words, gap=gap)
+    if "committee" not in identity:
+        return None
+    named = record.config.get("ensemble")
+    if isinstance(named, list) and named and all(isinstance(one, str) and "@" in one for one in named):
+        # A search names the members of its ensembles with their digests.
+        return _kept(store, named, words)
+    return _rebuilt(store, record, words)
+
+
+def _kept(store: ObjectStore, references: list[str], words: dict[str, str]) -> RunMembers:
+    refs: list[BundleRef] = []
+    for reference in references:
+        try:
+            refs.append(resolve_bundle(store, reference))
+        except ConvoyError:
+            return RunMembers(bundles=[], told=words, gap=f"{reference} is no bundle of the workspace")
+    return RunMembers(bundles=[str(ref) for ref in refs], told={})
+
+
+def _rebuilt(store: ObjectStore, record: RunRecord, words: dict[str, str]) -> RunMembers:
+    """What the run's config names now, if that gives the committee that the run had."""
+    # Imports torch, which only committees need.
+    from convoy.pipelines.evaluate import EvaluateConfig  # noqa: PLC0415
+    from convoy.pipelines.model_choice import chosen_committee  # noqa: PLC0415
+    from convoy.pipelines.score_config import ScoreConfig  # noqa: PLC0415
+
+    model: type[EvaluateConfig] | type[ScoreConfig] = (
+        ScoreConfig if record.verb == "score" else EvaluateConfig
+    )
+    try:
+        config = model.model_validate(record.config)
+        committee = chosen_committee(store, config, config, config.extraction)
+    except (ConvoyError, ValidationError) as error:
+        reason = (
+            error.what if isinstance(error, ConvoyError) else "its config is of another version of Convoy"
+        )
+        return RunMembers(
+            bundles=[], told=words, gap=f"what the run was told names no committee any more: {reason}"
+        )
+    if committee.digest != record.identity["committee"]:
+        return RunMembers(bundles=[], told=words, gap="what the run was told names another model by now")
+    bundles = [str(member.bundle) for member in committee.members if member.bundle is not None]
+    gap = "" if bundles else "the networks are pretrained ones, no bundles of the workspace"
+    return RunMembers(bundles=bundles, told=words if gap else {}, gap=gap)

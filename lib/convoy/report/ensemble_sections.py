@@ -1,0 +1,305 @@
+"""Sections about an ensemble: who is in it, what each brings, what it costs, whether its confidence can be trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from convoy.pipelines.ensemble_building import EnsembleReport
+from convoy.pipelines.ensemble_choice import FrontPoint
+from convoy.pipelines.ensemble_gate import GateReport
+from convoy.report.blocks import Block, Cell, Column, Figure, Row, Section, Table, Tile, text_table
+from convoy.report.figures import overlap_matrix
+from convoy.report.quality_sections import reliability_figure
+from convoy.report.svg import Chart, Scale, percent_text
+from convoy.report.words import number, percent, points, short_names, span
+
+
+def ensemble_tiles(report: EnsembleReport) -> list[Tile]:
+    """Top-1, gain and cost."""
+    gain, chosen = report.gain_interval, report.chosen
+    return [
+        Tile(percent(report.measured.top1), "top-1 of the ensemble"),
+        Tile(percent(report.measured.best_single_top1), "top-1 of the best single member, same crops"),
+        Tile(points(report.gain), f"points gained, 95 %: {points(gain.low)} to {points(gain.high)}"),
+        Tile(f"{chosen.passes_per_image}", f"network passes an image, {chosen.images_per_s:.1f} images/s"),
+    ]
+
+
+def ensemble_lead(report: EnsembleReport) -> str:
+    """What was chosen on which rows."""
+    return (
+        f"{len(report.chosen.members)} of {len(report.candidates)} candidates, crops {report.crops.value}."
+        f" Members, weights and crops were chosen on validation rows; its figures are of {report.measured.num_rows}"
+        f" rows that chose nothing ({report.measured.rows})."
+    )
+
+
+def ensemble_sections(report: EnsembleReport) -> Iterator[Section]:
+    """All that is known of an ensemble."""
+    names = short_names(report.candidates)
+    test = report.measured.mcnemar
+    yield Section(
+        key="members",
+        title="Members",
+        lead=f"McNemar, mid-p {test.mid_p:.2g}: {test.only_first_correct} rows only the ensemble gets right,"
+        f" {test.only_second_correct} only the single member.",
+        blocks=[_member_table(report, names)],
+    )
+    yield Section(key="gains", title="What crops and members give", blocks=list(_gains(report)))
+    yield Section(
+        key="front",
+        title="Accuracy against cost",
+        lead="Every set of candidates that was compared on validation rows, at every crop policy. The table has those"
+        " that no cheaper one equals, and the chosen one: that with the best objective within the budget.",
+        blocks=[_front_figure(report, names), _front_table(report, names)],
+    )
+    yield Section(
+        key="overlap",
+        title="Do they err together?",
+        lead="Of the rows that either of two candidates gets wrong, the share that both get wrong: the smaller, the"
+        " more they help each other.",
+        blocks=[_overlap_figure(report, names)],
+    )
+    yield _calibration(report)
+    if report.gate is not None:
+        yield _gate(report.gate)
+
+
+def _member_table(report: EnsembleReport, names: Sequence[str]) -> Table:
+    if not report.members:
+        pairs = zip(report.chosen.members, report.chosen.weights, strict=True)
+        return text_table(["member*", "weight"], [[names[place], f"{weight:.3f}"] for place, weight in pairs])
+    rows = [
+        [
+            member.name,
+            f"{member.weight:.3f}",
+            f"{member.temperature:.2f}",
+            percent(member.top1),
+            span(member.top1_interval),
+            number(member.nll),
+        ]
+        for member in report.members
+    ]
+    return text_table(
+        ["member*", "weight", "temperature", "top-1", "95 %", "NLL"],
+        rows,
+        key="ensemble-members",
+        title="Members alone",
+        data=[member.model_dump() for member in report.members],
+    )
+
+
+def _gains(report: EnsembleReport) -> Iterator[Block]:
+    yield _size_figure(report)
+    if report.by_crops:
+        yield _chosen_table(
+            ["crops*", "passes an image", "ensemble", "best single", "gain, points"],
+            [
+                (
+                    [
+                        row.crops.value,
+                        f"{row.passes_per_image}",
+                        percent(row.top1),
+                        percent(row.best_single_top1),
+                        points(row.top1 - row.best_single_top1),
+                    ],
+                    row.crops is report.crops,
+                )
+                for row in report.by_crops
+            ],
+            key="by-crops",
+            title="What the crops give and cost",
+            data=[row.model_dump(mode="json") for row in report.by_crops],
+        )
+    if report.by_size:
+        single = report.measured.best_single_top1
+        rows = [
+            [f"{row.num_members}", f"{row.passes_per_image}", percent(row.top1), points(row.top1 - single)]
+            for row in report.by_size
+        ]
+        yield _chosen_table(
+            [
+                "members with the largest weights",
+                "passes an image",
+                "top-1",
+                "against the best single, points",
+            ],
+            [(row, place == len(rows) - 1) for place, row in enumerate(rows)],
+            key="by-size",
+            title="Gain by number of members",
+            data=[row.model_dump(mode="json") for row in report.by_size],
+            caption=f"On rows of {report.measured.rows}.",
+        )
+
+
+def _front_figure(report: EnsembleReport, names: Sequence[str]) -> Figure:
+    """Milliseconds an image against validation top-1; points that no cheaper one equals are joined."""
+    front = report.front
+    chart = Chart(
+        Scale.around([_ms(point) for point in front], is_log=True),
+        Scale.around([point.top1 for point in front]),
+        x_label="milliseconds of network an image",
+        y_label="validation top-1",
+        y_text=percent_text,
+    )
+    best = sorted((_ms(point), point.top1) for point in front if point.is_best)
+    if best:
+        chart.line(best, 0, steps=True, name="no cheaper one is as good")
+    for number_, policy in enumerate(dict.fromkeys(point.crops for point in front)):
+        marks = [
+            (_ms(point), point.top1, f"{_members(point, names)}, {percent(point.top1)}, {_ms(point):.3g} ms")
+            for point in front
+            if point.crops is policy
+        ]
+        chart.dots(marks, number_, name=policy.value)
+    chart.ring(_ms(report.chosen), report.chosen.top1)
+    return Figure(
+        key="cost-front",
+        title="Cost front",
+        picture=chart.draw("Validation top-1 against network cost of all compared ensembles"),
+        data=[point.model_dump(mode="json") for point in front],
+        caption="The ring is the chosen one.",
+        is_wide=True,
+    )
+
+
+def _front_table(report: EnsembleReport, names: Sequence[str]) -> Table:
+    shown = [point for point in report.front if point.is_best or point == report.chosen]
+    has_money = any(point.usd_per_million is not None for point in report.front)
+    rows = [
+        (
+            [
+                _members(point, names),
+                point.crops.value,
+                percent(point.top1),
+                span(point.top1_interval),
+                number(point.nll),
+                f"{point.passes_per_image}",
+                f"{point.images_per_s:.1f}",
+                *([f"{point.usd_per_million:.2f}"] if point.usd_per_million is not None else ()),
+            ],
+            point == report.chosen,
+        )
+        for point in shown
+    ]
+    money = ["USD a million"] if has_money else []
+    columns = ["members*", "crops*", "val top-1", "95 %", "val NLL", "passes", "images/s", *money]
+    return _chosen_table(
+        columns,
+        rows,
+        key="front-table",
+        title="Points of the front",
+        data=[point.model_dump(mode="json") for point in shown],
+    )
+
+
+def _size_figure(report: EnsembleReport) -> Figure:
+    """The best validation top-1 of each number of members, by crop policy."""
+    best: dict[str, dict[int, float]] = {}
+    for point in report.front:
+        sizes = best.setdefault(point.crops.value, {})
+        sizes[len(point.members)] = max(sizes.get(len(point.members), 0.0), point.top1)
+    known = sorted({members for sizes in best.values() for members in sizes})
+    chart = Chart(
+        Scale(known[0] - 0.5, known[-1] + 0.5),
+        Scale.around([top1 for sizes in best.values() for top1 in sizes.values()]),
+        x_label="members",
+        y_label="validation top-1",
+        y_text=percent_text,
+        x_ticks=[float(members) for members in known],
+    )
+    for number_, (policy, sizes) in enumerate(best.items()):
+        chart.line(sorted(sizes.items()), number_, name=policy)
+        chart.dots(
+            [(size, top1, f"{size} members, {policy}: {percent(top1)}") for size, top1 in sizes.items()],
+            number_,
+        )
+    return Figure(
+        key="sizes-front",
+        title="The best of each number of members, on validation rows",
+        picture=chart.draw("Validation top-1 by number of members, a line for each crop policy"),
+        data=best,
+        caption="These rows chose the members, so the figures flatter.",
+    )
+
+
+def _overlap_figure(report: EnsembleReport, names: Sequence[str]) -> Figure:
+    return Figure(
+        key="overlap",
+        title="Error overlap",
+        picture=overlap_matrix(
+            [f"{place + 1} {name}" for place, name in enumerate(names)], report.overlap, "Error overlaps"
+        ),
+        data={"candidates": report.candidates, "overlap": report.overlap},
+        is_wide=True,
+    )
+
+
+def _calibration(report: EnsembleReport) -> Section:
+    whole = f", {report.temperature:.3f}," if report.members else ""
+    return Section(
+        key="ensemble-calibration",
+        title="Calibration of the ensemble",
+        lead=f"Before and after the temperature of the whole{whole} on rows that did not fit it"
+        f" ({report.measured.rows}).",
+        blocks=[
+            reliability_figure("reliability-before", "Before", report.reliability_before),
+            reliability_figure("reliability-after", "After", report.reliability_after),
+        ],
+    )
+
+
+def _gate(gate: GateReport) -> Section:
+    has_test = gate.test is not None
+    rows = []
+    for row in gate.curve:
+        cells = [percent(row.target_agreement), percent(row.val_agreement), f"{row.val_passes_per_image:.2f}"]
+        if row.test is not None:
+            test = row.test
+            cells += [
+                percent(test.agreement),
+                f"{test.passes_per_image:.2f}",
+                f"{test.speedup:.1f} times",
+                points(test.top1_change),
+            ]
+        rows.append((cells, row.target_agreement == gate.target_agreement))
+    columns = ["wanted agreement", "on val", "passes"]
+    columns += ["on test", "passes", "fewer passes", "top-1, points"] if has_test else []
+    beside = "; beside it stands what they held on test" if has_test else ""
+    return Section(
+        key="gate",
+        title="Gated mode",
+        lead="A cheap look at the image comes first, and the whole ensemble where that is not sure. Thresholds hold"
+        f" an agreement with the whole ensemble on validation rows{beside}.",
+        blocks=[
+            _chosen_table(columns, rows, key="gate", title="Agreements", data=gate.model_dump(mode="json"))
+        ],
+    )
+
+
+def _chosen_table(
+    columns: Sequence[str],
+    rows: Sequence[tuple[Sequence[str], bool]],
+    *,
+    key: str,
+    data: object,
+    title: str,
+    caption: str = "",
+) -> Table:
+    """A table in which some rows stand out."""
+    return Table(
+        key=key,
+        title=title,
+        columns=[Column(name.rstrip("*"), is_text=name.endswith("*")) for name in columns],
+        rows=[Row(tuple(Cell(text) for text in texts), is_chosen=chosen) for texts, chosen in rows],
+        data=data,
+        caption=caption,
+    )
+
+
+def _ms(point: FrontPoint) -> float:
+    return 1000 / point.images_per_s
+
+
+def _members(point: FrontPoint, names: Sequence[str]) -> str:
+    return ", ".join(names[place] for place in point.members)

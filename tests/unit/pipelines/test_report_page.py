@@ -1,0 +1,247 @@
+"""What pages read of a workspace: a made evaluation of real images, without any job."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from convoy.core.errors import ConfigError, DataError
+from convoy.core.progress import Silent
+from convoy.pipelines.report_data_card import choose_examples
+from convoy.pipelines.report_index import find_pages, read_index, write_index
+from convoy.pipelines.report_page import PageData, read_page, write_page
+from convoy.pipelines.report_target import TargetKind, find_target
+from convoy.report.index_page import draw_index
+from convoy.report.page import draw_page
+from convoy.storage.commits import read_manifest
+from convoy.storage.datasets import open_dataset
+from convoy.storage.local_store import LocalStore
+from convoy.storage.predictions import read_labelled
+from convoy.storage.runs import CODE, RunFolder
+from made_evaluations import CLASSES, DATASET, MODEL_DIGEST, RUN, made_workspace
+from made_pages import PageParts
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> LocalStore:
+    return made_workspace(tmp_path_factory.mktemp("pages"))
+
+
+@pytest.fixture(scope="module")
+def page(workspace: LocalStore) -> PageData:
+    return read_page(workspace, find_target(workspace, RUN), progress=Silent())
+
+
+def test_a_run_has_all_parts_that_an_evaluation_leaves(page: PageData) -> None:
+    assert page.missing == []
+    assert page.evaluation is not None
+    assert page.rejects is not None
+    assert page.rejects.by_code == {"corrupt": 1}
+    assert page.rejects.shown[0].reason == "made <b>bad</b>"
+    assert page.slices is not None
+    assert page.slices.rows == 30
+    assert page.slices.under_way_s == 2.0 * page.slices.slices
+    assert page.data_card is not None
+    assert page.data_card.splits["test"] == 30
+    assert sum(page.data_card.splits.values()) == 40
+
+
+def test_predictions_read_by_part_say_what_the_evaluation_says(page: PageData) -> None:
+    found, evaluation = page.predictions, page.evaluation
+    assert found is not None
+    assert evaluation is not None
+    assert found.rows == found.labelled == evaluation.labelled == 29
+    assert found.top1 is not None
+    assert found.top1.estimate == pytest.approx(evaluation.top1)
+    assert found.reliability is not None
+    assert evaluation.reliability is not None
+    for ours, theirs in zip(found.reliability, evaluation.reliability, strict=True):
+        assert ours.num_rows == theirs.num_rows
+        if ours.num_rows:
+            assert ours.accuracy == pytest.approx(theirs.accuracy)
+            assert ours.mean_confidence == pytest.approx(theirs.mean_confidence, rel=1e-5)
+    assert found.scores == [one.num_rows for one in evaluation.reliability]
+
+
+def test_worst_errors_are_the_surest_wrong_rows_of_all_parts(workspace: LocalStore, page: PageData) -> None:
+    manifest = read_manifest(RunFolder(workspace, RUN))
+    assert manifest is not None
+    rows = [
+        row
+        for table in read_labelled(workspace, manifest, ["sample_id", "label", "pred", "score"])
+        for row in table.to_pylist()
+    ]
+    wrong = sorted((row for row in rows if row["label"] != row["pred"]), key=lambda row: -row["score"])
+    assert page.predictions is not None
+    assert [row.sample_id for row in page.predictions.wrong] == [row["sample_id"] for row in wrong][:24]
+    assert len(wrong) == 5
+    least = sorted(rows, key=lambda row: (row["score"], row["sample_id"]))[:24]
+    assert [row.sample_id for row in page.predictions.unsure] == [row["sample_id"] for row in least]
+    assert all(row.image.jpeg.startswith(b"\xff\xd8") for row in page.predictions.wrong)
+
+
+def test_lineage_leads_to_data_and_code(page: PageData) -> None:
+    by_title = {link.title: link for link in page.lineage}
+    assert MODEL_DIGEST in by_title["model"].gap
+    assert "no bundle" in by_title["model"].gap
+    assert by_title["data"].name == f"dataset {DATASET}"
+    assert page.run is not None
+    assert by_title["code"].facts["digest of the package"] == page.run.versions[CODE]
+
+
+def test_images_that_are_gone_are_said_and_the_page_is_made(tmp_path: Path) -> None:
+    store = made_workspace(tmp_path)
+    for path in (tmp_path / "images").rglob("*.jpg"):
+        path.unlink()
+    page = read_page(store, find_target(store, RUN), progress=Silent())
+    assert page.predictions is not None
+    assert {row.image.missing.partition(":")[0] for row in page.predictions.wrong} == {"gone"}
+    assert "gone: " in PageParts(draw_page(page)).text
+
+
+def test_a_lost_input_costs_the_pictures_only(tmp_path: Path) -> None:
+    store = made_workspace(tmp_path)
+    folder = RunFolder(store, RUN)
+    store.delete([folder.input_key(0, 0)])
+    page = read_page(store, find_target(store, RUN), progress=Silent())
+    assert page.predictions is not None
+    assert page.predictions.rows == 29
+    assert all("frozen input" in row.image.missing for row in page.predictions.wrong)
+
+
+def test_a_damaged_part_is_said(tmp_path: Path) -> None:
+    store = made_workspace(tmp_path)
+    folder = RunFolder(store, RUN)
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    store.put(manifest.slices[0].parts["predictions"].key, b"no parquet")
+    page = read_page(store, find_target(store, RUN), progress=Silent())
+    assert page.predictions is None
+    assert any(text.startswith("the predictions: ") for text in page.missing)
+    assert page.evaluation is not None
+
+
+def test_the_page_is_one_harmless_file(workspace: LocalStore, tmp_path: Path) -> None:
+    output = tmp_path / "report.html"
+    report = write_page(workspace.root_uri, RUN, str(output), draw_page, progress=Silent())
+    assert report.size_bytes == output.stat().st_size < 500_000
+    parts = PageParts(output.read_bytes())
+    assert "script" not in parts.tags()
+    assert not [name for _, attributes in parts.elements for name in attributes if name.startswith("on")]
+    assert parts.json_of("confusion-matrix")["classes"] == list(CLASSES_IN_ORDER)
+    assert sum(tag == "img" for tag, _ in parts.elements) > 20
+
+
+CLASSES_IN_ORDER = sorted(CLASSES)
+
+
+def test_a_dataset_has_a_page(workspace: LocalStore) -> None:
+    page = read_page(workspace, find_target(workspace, DATASET), progress=Silent())
+    card = page.data_card
+    assert card is not None
+    assert card.samples == 40
+    assert sum(one.images for one in card.sizes) == 40
+    assert card.total_bytes == sum(path.stat().st_size for path in Path(card.source).rglob("*.jpg"))
+    assert card.suffixes == {".jpg": 40}
+    assert {one.label_name for one in card.examples} == set(CLASSES)
+    assert card.duplicates is None
+    assert PageParts(draw_page(page)).json_of("classes") == [
+        {"name": one.name, **one.by_split} for one in card.classes
+    ]
+
+
+def test_examples_take_turns_over_the_classes(workspace: LocalStore) -> None:
+    rows = choose_examples(open_dataset(workspace, DATASET), 7)
+    counts = np.bincount(rows["label"].to_numpy())
+    assert rows.num_rows == 7
+    assert counts.min() >= 2
+    assert rows["label"].to_pylist() == sorted(rows["label"].to_pylist())
+
+
+@pytest.mark.parametrize(
+    ("reference", "kind"), [(RUN, "run"), (f"run:{RUN}", "run"), (f"dataset:{DATASET}", "dataset")]
+)
+def test_a_target_is_found_by_its_name(workspace: LocalStore, reference: str, kind: str) -> None:
+    assert find_target(workspace, reference).kind == kind
+
+
+def test_a_name_that_two_have_must_be_decided(tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path))
+    store.put("datasets/pets/current.json", b'{"fingerprint": "f"}')
+    store.put("models/pets/latest.json", b'{"digest": "00"}')
+    with pytest.raises(ConfigError, match="dataset and a model") as error:
+        find_target(store, "pets")
+    assert "dataset:pets" in error.value.next_step
+    assert find_target(store, "dataset:pets").kind is TargetKind.DATASET
+
+
+@pytest.mark.parametrize("reference", ["nothing", "", "..", "../pets", "run:..", "dataset:a/b", "run:"])
+def test_a_name_that_nothing_has_is_refused(workspace: LocalStore, reference: str) -> None:
+    with pytest.raises(ConfigError, match="is no run, dataset or model"):
+        find_target(workspace, reference)
+
+
+def test_a_model_that_does_not_exist_is_refused(workspace: LocalStore) -> None:
+    with pytest.raises(DataError):
+        find_target(workspace, "model:pets")
+
+
+def test_a_page_that_cannot_be_written_is_said(workspace: LocalStore, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be written"):
+        write_page(workspace.root_uri, RUN, str(tmp_path / "no" / "x.html"), draw_page, progress=Silent())
+
+
+def test_the_index_links_to_pages_that_lie_beside_it(workspace: LocalStore, tmp_path: Path) -> None:
+    strange = tmp_path / "a b#c%20'\"<x>.html"
+    write_page(workspace.root_uri, RUN, str(strange), draw_page, progress=Silent())
+    (tmp_path / "other.html").write_text("<p>not ours</p>")
+    report = write_index(workspace.root_uri, str(tmp_path / "index.html"), draw_index, progress=Silent())
+    assert (report.datasets, report.runs, report.models, report.pages) == (1, 1, 0, 1)
+    parts = PageParts((tmp_path / "index.html").read_bytes())
+    links = [value for value in parts.values_of("href") if not value.startswith(("#", "data:"))]
+    assert links == ["./a%20b%23c%2520%27%22%3Cx%3E.html"]
+    assert find_pages(tmp_path) == {f"run:{RUN}": strange.name}
+    # The index itself, which is there the second time, is no page of the workspace.
+    assert (
+        write_index(workspace.root_uri, str(tmp_path / "index.html"), draw_index, progress=Silent()).pages
+        == 1
+    )
+
+
+def test_the_index_says_what_the_workspace_holds(workspace: LocalStore, tmp_path: Path) -> None:
+    index = read_index(workspace, tmp_path)
+    (run,) = index.runs
+    assert (run.run, run.verb, run.dataset) == (RUN, "evaluate", DATASET)
+    assert run.top1 is not None
+    (dataset,) = index.datasets
+    assert (dataset.name, dataset.samples, dataset.classes) == (DATASET, 40, len(CLASSES))
+    text = PageParts(draw_index(index)).text
+    assert "<img src=x onerror=window.hacked=1>" in text
+
+
+def test_an_empty_workspace_has_an_index(tmp_path: Path) -> None:
+    index = read_index(LocalStore(str(tmp_path / "new")), tmp_path)
+    assert (index.runs, index.datasets, index.models) == ([], [], [])
+    assert b"<h1>" in draw_index(index)
+
+
+def test_parts_of_the_data_add_up_to_the_whole(tmp_path: Path) -> None:
+    store = made_workspace(tmp_path, num_images=90)
+    page = read_page(store, find_target(store, RUN), progress=Silent())
+    rows: Counter[str] = Counter()
+    right: Counter[str] = Counter()
+    for path in (tmp_path / "images" / "test").rglob("*.jpg"):
+        power = path.stat().st_size.bit_length() - 1
+        name = f"{2**power:,} to {2 ** (power + 1):,} bytes"
+        # The last row is a reject.
+        if path.stem != "0089":
+            rows[name] += 1
+            right[name] += int(path.stem) % 5 != 4
+    expected = {name: (count, right[name] / count) for name, count in rows.items() if count >= 20}
+    assert len(expected) > 1
+    assert {group.axis for group in page.subgroups} == {"size of the file"}
+    found = {group.value: (group.rows, group.top1.estimate) for group in page.subgroups}
+    assert found == {name: pytest.approx(value) for name, value in expected.items()}

@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from convoy.core.statistics import wilson_interval
+from convoy.pipelines.report_page import CommitteeParts
+from convoy.pipelines.report_subgroups import Subgroup
+from convoy.pipelines.report_target import TargetKind
+from convoy.report.page import draw_page
+from made_pages import (
+    HIDDEN,
+    HOSTILE,
+    IMAGE,
+    LONG,
+    QUOTES,
+    SCRIPT,
+    TURNED,
+    PageParts,
+    made_evaluation,
+    made_page,
+    made_retrains,
+)
+
+# Everything that a browser would fetch or follow.
+_REFERENCES = ("src", "href", "xlink:href", "data", "action", "poster", "srcset", "background")
+_ALLOWED_TAGS = frozenset(
+    {
+        *("html", "head", "meta", "title", "style", "body", "header", "nav", "main", "section", "footer"),
+        *(
+            "h1",
+            "h2",
+            "h3",
+            "p",
+            "div",
+            "span",
+            "b",
+            "bdi",
+            "a",
+            "br",
+            "pre",
+            "ul",
+            "ol",
+            "li",
+            "dl",
+            "dt",
+            "dd",
+        ),
+        *("figure", "figcaption", "details", "summary", "img", "svg", "g", "path", "rect", "circle", "text"),
+        *("table", "caption", "thead", "tbody", "tr", "th", "td"),
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def parts() -> PageParts:
+    return PageParts(draw_page(made_page()))
+
+
+def test_names_from_outside_make_no_elements_and_no_attributes(parts: PageParts) -> None:
+    assert parts.tags() <= _ALLOWED_TAGS
+    attributes = {name for _, found in parts.elements for name in found}
+    assert not [name for name in attributes if name.startswith("on")]
+    # Each is there as text: escaped, not dropped.
+    for name in (SCRIPT, QUOTES, "{{ 7*7 }}", "</style></title>"):
+        assert name in parts.text
+
+
+def test_every_reference_is_inside_the_page(parts: PageParts) -> None:
+    references = list(parts.values_of(*_REFERENCES))
+    anchors = {attributes["id"] for _, attributes in parts.elements if "id" in attributes}
+    inside = re.compile(r"data:(image/(jpeg|png)|application/json);base64,[A-Za-z0-9+/=]+")
+    for reference in references:
+        assert inside.fullmatch(reference) or reference.removeprefix("#") in anchors, reference[:80]
+    assert sum(reference.startswith("data:image/jpeg") for reference in references) >= 15
+
+
+def test_ids_and_the_names_of_data_are_unique(parts: PageParts) -> None:
+    ids = list(parts.values_of("id"))
+    assert len(set(ids)) == len(ids)
+    keys = parts.json_keys()
+    assert len(set(keys)) == len(keys)
+
+
+def test_the_policy_allows_the_page_itself_and_nothing_else(parts: PageParts) -> None:
+    (policy,) = [
+        attributes["content"]
+        for tag, attributes in parts.elements
+        if tag == "meta" and attributes.get("http-equiv") == "Content-Security-Policy"
+    ]
+    rules = {rule.split()[0]: rule.split()[1:] for rule in policy.split("; ")}
+    assert rules["default-src"] == ["'none'"]
+    assert rules["img-src"] == ["data:"]
+    assert len(rules["style-src"]) == 1
+    assert rules["style-src"][0].startswith("'sha256-")
+    # No style attribute, which that policy would refuse.
+    assert not list(parts.values_of("style"))
+
+
+def test_the_json_beside_a_figure_is_what_it_draws(parts: PageParts) -> None:
+    evaluation = made_evaluation()
+    assert parts.json_of("confusion-matrix") == {
+        "classes": list(HOSTILE),
+        "rows_true_columns_predicted": evaluation.confusion,
+    }
+    assert evaluation.reliability is not None
+    assert parts.json_of("reliability") == [one.model_dump() for one in evaluation.reliability]
+    by_name = {row["name"]: row for row in parts.json_of("per-class")}
+    for one in evaluation.per_class:
+        assert by_name[one.name]["recall"] == one.recall
+        low, high = by_name[one.name]["recall_interval"]
+        assert low <= one.recall <= high
+    assert [row["sample_id"] for row in parts.json_of("worst-errors")] == [
+        f"{number}/{name}" for number, name in enumerate(HOSTILE[:6])
+    ]
+
+
+def test_every_figure_has_its_json(parts: PageParts) -> None:
+    figures = [
+        attributes["id"].removeprefix("figure-") for tag, attributes in parts.elements if tag == "figure"
+    ]
+    assert figures
+    assert set(figures) <= set(parts.json_keys())
+    for tag, attributes in parts.elements:
+        if tag == "svg":
+            assert attributes["role"] == "img"
+            assert attributes["aria-label"]
+
+
+def test_what_turns_the_reading_direction_is_shown_by_its_code(parts: PageParts) -> None:
+    assert "\u202e" not in parts.text
+    assert TURNED.replace("\u202e", "\\u202e") in parts.text
+    assert "\x00" not in parts.text
+    assert "\x1b" not in parts.text
+    assert (
+        HIDDEN.replace("\u200b", "\\u200b").replace("\x00", "\\u0000").replace("\x1b", "\\u001b")
+        in parts.text
+    )
+
+
+def test_a_very_long_name_is_cut(parts: PageParts) -> None:
+    assert LONG not in parts.text
+    assert LONG[:300] in parts.text
+
+
+def test_a_missing_image_is_said(parts: PageParts) -> None:
+    assert "gone: no such object" in parts.text
+
+
+def test_what_could_not_be_read_is_said(parts: PageParts) -> None:
+    assert f"the sheet: {SCRIPT}" in parts.text
+
+
+def test_a_page_of_a_thousand_classes_stays_small() -> None:
+    classes = tuple(f"class {number}" for number in range(1000))
+    page = draw_page(made_page(evaluation=made_evaluation(classes, num_rows=3000), predictions=None))
+    assert len(page) < 2_000_000
+    matrix = PageParts(page).json_of("confusion-matrix")
+    assert len(matrix["classes"]) == 30
+
+
+def test_a_target_without_results_has_a_page() -> None:
+    page = made_page(
+        kind=TargetKind.MODEL, run=None, report={}, data_card=None, rejects=None, history=[], evaluation=None,
+        predictions=None, slices=None, lineage=[], missing=[],
+    )  # fmt: skip
+    assert b"<h1>" in draw_page(page)
+
+
+def test_a_mode_without_members_shows_cost_and_effect_only() -> None:
+    text = PageParts(draw_page(made_page(committee=CommitteeParts(crops="flip", mode="gated")))).text
+    assert "Members and crops" not in text
+
+
+def test_retrainings_show_drift_and_the_gate() -> None:
+    retrains = made_retrains()
+    parts = PageParts(draw_page(made_page(retrains=retrains)))
+    drift = parts.json_of("drift")
+    assert [one["date"] for one in drift] == ["2026-01-01", "2026-01-03"]
+    assert drift[0]["embedding_shift"] == 0.5
+    assert [one["decision"] for one in parts.json_of("decisions")] == ["promoted", "nothing_new", "held"]
+    assert parts.json_of("gate-1")["holdout"]["rows"] == 200
+    assert parts.tags() <= _ALLOWED_TAGS
+    assert f"class {SCRIPT} loses" in parts.text
+
+
+def test_groups_that_are_worse_than_the_whole_stand_out() -> None:
+    groups = [
+        Subgroup(axis="split", value=SCRIPT, rows=100, top1=wilson_interval(20, 100)),
+        Subgroup(axis="split", value="test", rows=300, top1=wilson_interval(280, 300)),
+    ]
+    page = draw_page(made_page(subgroups=groups))
+    parts = PageParts(page)
+    assert [one["rows"] for one in parts.json_of("subgroups")] == [100, 300]
+    (table,) = re.findall(rb'<section id="subgroups".*?</section>', page, re.DOTALL)
+    assert table.count(b'<tr class="chosen">') == 1
+
+
+def test_the_trials_of_a_search_are_ranked() -> None:
+    interval = {"estimate": 0.5, "low": 0.4, "high": 0.6, "confidence": 0.95}
+    shared = {"state": "finished", "nll": 1.0, "num_epochs": 2, "seconds": 3.0, "reason": None}
+    trials = [
+        {**shared, "trial": "000", "values": {"name": SCRIPT}, "top1": 0.5, "top1_interval": interval},
+        {**shared, "trial": "001", "values": {"name": 2}, "top1": 0.75, "top1_interval": None},
+        {
+            **shared,
+            "trial": "002",
+            "values": {},
+            "top1": None,
+            "top1_interval": None,
+            "state": "failed",
+            "reason": IMAGE,
+        },
+    ]
+    parts = PageParts(draw_page(made_page(trials=trials)))
+    assert [one["trial"] for one in parts.json_of("trials")] == ["001", "000"]
+    assert parts.tags() <= _ALLOWED_TAGS
