@@ -1,0 +1,117 @@
+"""`convoy advise`: source → dataset → one cached pass a backbone → probes → rule → strategies with configs → report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from convoy.core.errors import DataError
+from convoy.core.fingerprints import canonical_json, digest
+from convoy.core.progress import Progress
+from convoy.pipelines.advise_config import AdviseConfig
+from convoy.pipelines.advise_report import AdviceReport
+from convoy.pipelines.advise_work import AdviceWork
+from convoy.pipelines.backbone_record import BackboneRecord
+from convoy.pipelines.dataset import DatasetConfig, freeze
+from convoy.pipelines.models import fetch_backbone
+from convoy.pipelines.network_training import CurveDrawer
+from convoy.pipelines.workspace import open_workspace
+from convoy.storage.commits import finish
+from convoy.storage.datasets import open_dataset
+from convoy.storage.documents import read_json
+from convoy.storage.leases import WhenHeld, hold_run
+from convoy.storage.manifests import Manifest
+from convoy.storage.object_store import ObjectStore
+from convoy.storage.runs import OpenRun, RunFolder, RunRecord, refuse_changed_identity
+
+_VERB = "advise"
+_POINTERS = "advice/"
+# What changes nothing of the advice; `verify` adds to it, and is asked for later as well.
+_NOT_IDENTITY = {"workspace", "writers", "source", "reading", "split_options", "error_budget"}
+
+
+def run_advise(
+    config: AdviseConfig, *, progress: Progress, draw_curves: CurveDrawer, new_run: bool = False
+) -> AdviceReport:
+    """Look at a dataset through a few backbones, and say which way to use which of them, with the evidence.
+
+    The same advice again is read from its run; a killed one goes on, with the features that it has cached.
+    `draw_curves` makes the pictures of the trainings of `verify`. DataError for a dataset without two classes.
+    """
+    store = open_workspace(config.workspace, config.writers)
+    if config.source is not None:
+        freeze(_source(config), progress=progress)
+    manifest = open_dataset(store, config.dataset_name)
+    if len(manifest.classes) < 2:
+        raise DataError(
+            "advice needs two classes or more",
+            where=manifest.uri,
+            next_step="label the dataset: class folders, or a list with labels",
+        )
+    records = [fetch_backbone(store, candidate.backbone) for candidate in config.candidates]
+    identity = _identity(manifest, config, records)
+    pointer = f"{_POINTERS}{digest(identity)}.json"
+    if not new_run and (known := _known(store, pointer)) is not None:
+        progress.stage("the advice was given already")
+        return known
+    open_run = OpenRun(store, verb=_VERB, target=config.dataset_name)
+    folder, record = open_run.resume(identity, new_run=new_run)
+    folder = folder or open_run.start()
+    with hold_run(folder, when_held=WhenHeld.REFUSE) as lease:
+        record = record or folder.record() or _record(folder, identity, config)
+        refuse_changed_identity(record, identity)
+        work = AdviceWork(
+            store=store,
+            manifest=manifest,
+            config=config,
+            folder=folder,
+            progress=progress,
+            draw_curves=draw_curves,
+            check=lease.check,
+            new_run=new_run,
+        )
+        report = work.advise(records)
+        store.put(pointer, canonical_json({"run_id": folder.run_id}))
+        finish(folder, report.model_dump(mode="json"))
+        open_run.close()
+    return report
+
+
+def _source(config: AdviseConfig) -> DatasetConfig:
+    return DatasetConfig(
+        workspace=config.workspace,
+        name=config.dataset_name,
+        source=config.source or "",
+        reading=config.reading,
+        splits=config.split_options,
+    )
+
+
+def _identity(manifest: Manifest, config: AdviseConfig, records: list[BackboneRecord]) -> dict[str, Any]:
+    return {
+        "dataset": config.dataset_name,
+        "dataset_fingerprint": manifest.fingerprint,
+        "weights_digests": [record.weights_digest for record in records],
+        "config": config.model_dump(mode="json", exclude=_NOT_IDENTITY),
+    }
+
+
+def _known(store: ObjectStore, pointer: str) -> AdviceReport | None:
+    document = read_json(store, pointer)
+    folder = None if document is None else RunFolder(store, document["run_id"])
+    if folder is None or not folder.is_finished():
+        return None
+    report = read_json(store, folder.key("report.json"))
+    return None if report is None else AdviceReport.model_validate(report)
+
+
+def _record(folder: RunFolder, identity: dict[str, Any], config: AdviseConfig) -> RunRecord:
+    record = RunRecord.new(
+        folder.run_id,
+        verb=_VERB,
+        identity=identity,
+        config=config.model_dump(mode="json"),
+        outputs={},
+        groups=(),
+    )
+    folder.write_record(record)
+    return record

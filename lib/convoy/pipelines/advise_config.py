@@ -1,0 +1,142 @@
+"""The config of `convoy advise`, and what must hold of it before anything is read."""
+
+from __future__ import annotations
+
+from typing import Annotated, Self
+
+from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+
+from convoy.core.config import StrictModel
+from convoy.core.splits import SplitOptions
+from convoy.pipelines.advise_rule import TransferPrior
+from convoy.pipelines.augmentation_effect import AugmentationEffectConfig
+from convoy.pipelines.backbone_costs import CostsConfig
+from convoy.pipelines.feature_plan import ErrorBudget, ExtractionConfig
+from convoy.pipelines.training_rows import RowLimit
+from convoy.storage.object_store import WriterMode
+from convoy.storage.sources.rows import ReadingOptions
+from convoy.vision.augmentation_policy import AugmentationPolicy
+from convoy.vision.backbone_config import BackboneConfig, NewLayers
+from convoy.vision.heads import HeadConfig
+from convoy.vision.training_config import Recipe
+
+_SPREAD_TAPS = 5
+
+
+class CandidateBackbone(StrictModel):
+    """A backbone to look through; `taps` of null are `num_taps` stages spread over its depth, the last is `pooled`."""
+
+    backbone: BackboneConfig
+    taps: tuple[str | int, ...] | None = Field(default=None, min_length=1)
+    num_taps: PositiveInt = _SPREAD_TAPS
+
+    @property
+    def name(self) -> str:
+        """Architecture and weights, in a word."""
+        weights = self.backbone.weights.rpartition("/")[2].rpartition(".")[0] or self.backbone.weights
+        return f"{self.backbone.arch}/{weights}"
+
+
+class LookSettings(StrictModel):
+    """How much of the dataset is looked at: images a class to learn from and to judge by, and all of them at most.
+
+    `judged_per_class` are of the split `val`; where it has fewer than `least_judged` rows, of a fifth of `train`. As
+    many images of the held-out split are looked at as well, for duplicates and leaks only.
+    """
+
+    images_per_class: Annotated[int, Field(ge=4)] = 200
+    judged_per_class: PositiveInt = 100
+    least_judged: PositiveInt = 50
+    max_rows: PositiveInt = 20_000
+    resolution_images: PositiveInt = 64
+    seed: int = 0
+
+
+class CurveSettings(StrictModel):
+    """The subsets of the learning curve, as shares of the images that are looked at, each drawn `repeats` times.
+
+    `factors` are the multiples of the dataset's images at which accuracy is forecast.
+    """
+
+    fractions: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+    repeats: PositiveInt = 3
+    factors: tuple[Annotated[float, Field(ge=1)], ...] = (1.0, 2.0, 4.0)
+
+
+class NetworkSettings(StrictModel):
+    """What the configs of the strategies that train a network have in common.
+
+    `reuse` of null makes no config of `partial_reuse`. `epochs` and `recipe` also decide what the trainings cost.
+    """
+
+    epochs: PositiveInt = 30
+    recipe: Recipe = Recipe(batch_size=32)
+    augmentation: AugmentationPolicy = AugmentationPolicy()
+    learning_rate: Annotated[float, Field(gt=0)] = 0.1
+    reuse: NewLayers | None = None
+
+
+class VerifySettings(StrictModel):
+    """The budget at which the advised strategy and the rejected ones are run: images a class, and epochs.
+
+    `strategies` is how many of the list are run, the advised one first.
+    """
+
+    images_per_class: PositiveInt = 20
+    epochs: PositiveInt = 10
+    strategies: Annotated[int, Field(ge=2)] = 5
+
+
+class AdviseConfig(StrictModel):
+    """On which data, by which backbones, and how closely.
+
+    Either a `dataset` of the workspace, or a `source` that is frozen first as the dataset `name`, or refreshed. `rows`
+    are those that a training would have, by default all; advice for fewer is as if there were no others.
+    `wanted_top1` asks how many images reach it. `reference` is a dataset of the domain that the backbones were
+    trained on. `price_per_hour` is what the whole cluster costs an hour, in any currency. Strategies within `tie`
+    of the best are as good as the best: the cheapest of them is advised. `verify`, `costs` and `augmentation_effect`
+    are measured where they are given, `{}` for their defaults.
+    """
+
+    workspace: str | None = None
+    writers: WriterMode = WriterMode.MANY
+    name: str | None = None
+    dataset: str | None = None
+    source: str | None = None
+    reading: ReadingOptions = ReadingOptions()
+    split_options: SplitOptions = SplitOptions()
+    candidates: tuple[CandidateBackbone, ...] = Field(min_length=1)
+    rows: RowLimit = RowLimit()
+    look: LookSettings = LookSettings()
+    head: HeadConfig = HeadConfig(C=(1e-4, 1e-3, 1e-2, 1e-1, 1.0), gradient_tolerance=1e-4)
+    num_neighbours: PositiveInt = 5
+    curve: CurveSettings = CurveSettings()
+    wanted_top1: Annotated[float, Field(gt=0, lt=1)] | None = None
+    reference: str | None = None
+    network: NetworkSettings = NetworkSettings()
+    prior: TransferPrior = TransferPrior()
+    tie: Annotated[float, Field(ge=0, lt=1)] = 0.005
+    price_per_hour: NonNegativeFloat | None = None
+    verify: VerifySettings | None = None
+    costs: CostsConfig | None = None
+    augmentation_effect: AugmentationEffectConfig | None = None
+    extraction: ExtractionConfig = ExtractionConfig()
+    error_budget: ErrorBudget = ErrorBudget()
+
+    @model_validator(mode="after")
+    def _keys_fit_together(self) -> Self:
+        if (self.dataset is None) == (self.source is None):
+            raise ValueError("give either dataset, or source and name")
+        if self.source is not None and self.name is None:
+            raise ValueError("a source needs a name: that of the dataset that it becomes")
+        if self.rows.fold is not None:
+            raise ValueError("advice needs the rows of all folds: leave rows.fold out")
+        names = [candidate.name for candidate in self.candidates]
+        if len(set(names)) < len(names):
+            raise ValueError("every candidate is another backbone: name each architecture and weights once")
+        return self
+
+    @property
+    def dataset_name(self) -> str:
+        """The dataset that is looked at."""
+        return self.dataset or self.name or ""

@@ -1,0 +1,129 @@
+"""What a dataset is before any network says anything: its size, its balance, its images, its mistakes."""
+
+from __future__ import annotations
+
+import statistics
+
+import numpy as np
+import pyarrow as pa
+
+from convoy.core.config import StrictModel
+from convoy.core.records import SampleRejected, Split
+from convoy.pipelines.advise_config import AdviseConfig
+from convoy.pipelines.advise_probes import Look, Prober
+from convoy.pipelines.near_duplicates import NearDuplicateReport
+from convoy.pipelines.report_augmentation import choose_stratified
+from convoy.storage.duplicates import DuplicateReport, find_duplicates
+from convoy.storage.manifests import Manifest
+from convoy.storage.object_store import ObjectStore
+from convoy.storage.samples import SampleReader
+from convoy.vision.decode_rule import DecodeRule
+from convoy.vision.decoding import decode_image
+
+# From this ratio between the largest and the smallest class on, training weighs classes (`recipe.balance: auto`).
+_UNBALANCED_FROM = 3.0
+
+
+class Resolution(StrictModel):
+    """Sizes of a sample of the training images, in pixels."""
+
+    images: int
+    median_width_px: float
+    median_height_px: float
+    smallest_side_px: int
+    largest_side_px: int
+
+
+class DataFacts(StrictModel):
+    """Size and soundness of a dataset.
+
+    `samples` counts all rows of each split, `images_per_class` the labelled rows of `train` in its smallest, median and
+    largest class. Rejects and duplicates are those among the `looked_at` images: `duplicates` have the same bytes,
+    `near_duplicates` show the same picture, and those that lie across splits are leaks. `warnings` say in words what
+    should be mended first.
+    """
+
+    samples: dict[str, int]
+    classes: int
+    images_per_class_min: int
+    images_per_class_median: float
+    images_per_class_max: int
+    imbalance: float
+    unlabelled: int
+    resolution: Resolution | None
+    looked_at: int
+    rejects: int
+    reject_codes: dict[str, int]
+    duplicates: DuplicateReport
+    near_duplicates: NearDuplicateReport
+    warnings: list[str]
+
+
+def data_facts(
+    store: ObjectStore, manifest: Manifest, config: AdviseConfig, prober: Prober, look: Look
+) -> DataFacts:
+    """The facts of a dataset whose rows a backbone was looked through."""
+    counts = manifest.counts[Split.TRAIN].by_class
+    summary, decode = look.summary, config.extraction.decode
+    labelled = sum(sum(split.by_class) for split in manifest.counts.values())
+    sample = choose_stratified(manifest, config.look.resolution_images)
+    facts = DataFacts(
+        samples={split.value: split_counts.num_samples for split, split_counts in manifest.counts.items()},
+        classes=len(manifest.classes),
+        images_per_class_min=min(counts),
+        images_per_class_median=float(statistics.median(counts)),
+        images_per_class_max=max(counts),
+        imbalance=max(counts) / max(min(counts), 1),
+        unlabelled=manifest.num_samples - labelled,
+        resolution=measure_resolution(sample, decode),
+        looked_at=summary.samples,
+        rejects=summary.rejects,
+        reject_codes=summary.reject_codes if summary.rejects else {},
+        duplicates=find_duplicates(store, manifest, next(iter(summary.sets.values()))),
+        near_duplicates=prober.near_duplicates(look),
+        warnings=[],
+    )
+    return facts.model_copy(update={"warnings": find_warnings(facts)})
+
+
+def measure_resolution(rows: pa.Table, decode: DecodeRule) -> Resolution | None:
+    """The sizes of some images; None where none of them can be read."""
+    sizes = []
+    for _, data in SampleReader().read(rows):
+        if isinstance(data, SampleRejected):
+            continue
+        try:
+            sizes.append(decode_image(data, decode).pixels_CHW.shape[1:])
+        except SampleRejected:
+            continue
+    if not sizes:
+        return None
+    sizes_N2 = np.array([(int(height), int(width)) for height, width in sizes])
+    return Resolution(
+        images=len(sizes),
+        median_width_px=float(np.median(sizes_N2[:, 1])),
+        median_height_px=float(np.median(sizes_N2[:, 0])),
+        smallest_side_px=int(sizes_N2.min()),
+        largest_side_px=int(sizes_N2.max()),
+    )
+
+
+def find_warnings(facts: DataFacts) -> list[str]:
+    """What should be looked at before any training, the worst first."""
+    warnings = []
+    for found, kind in ((facts.duplicates, "equal"), (facts.near_duplicates, "nearly equal")):
+        if found.across_splits:
+            warnings.append(
+                f"{found.across_splits} groups of {kind} images lie in several splits: held-out accuracy is too good"
+            )
+        if found.label_conflicts:
+            warnings.append(f"{found.label_conflicts} groups of {kind} images have different labels")
+    if facts.imbalance >= _UNBALANCED_FROM:
+        warnings.append(
+            f"the largest class has {facts.imbalance:.1f} times the images of the smallest: the configs weigh classes"
+        )
+    if facts.rejects:
+        warnings.append(f"{facts.rejects} of {facts.looked_at} images cannot be used: {facts.reject_codes}")
+    if facts.unlabelled:
+        warnings.append(f"{facts.unlabelled} samples have no label")
+    return warnings

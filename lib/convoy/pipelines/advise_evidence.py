@@ -1,0 +1,186 @@
+"""Gathering what the rule needs: looks through all backbones and one untrained network, and a learning curve."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from convoy.core.learning_curve import LearningCurve, fit_curve
+from convoy.core.records import Split
+from convoy.core.transferability import DomainDistance, domain_distance
+from convoy.pipelines.advise_config import AdviseConfig, CandidateBackbone
+from convoy.pipelines.advise_probes import Look, Prober, TapProbe, images_by_class
+from convoy.pipelines.advise_rule import Evidence, JudgedProbe
+from convoy.pipelines.advise_strategies import BackboneEvidence, SvmProbe
+from convoy.pipelines.backbone_record import BackboneRecord
+from convoy.pipelines.feature_plan import FeatureRequest
+from convoy.pipelines.feature_source import gather_features
+from convoy.pipelines.features import FeatureJob
+from convoy.pipelines.models import fetch_backbone
+from convoy.storage.datasets import open_dataset
+from convoy.storage.feature_cache import FeatureCache, content_id_array
+from convoy.storage.manifests import Manifest
+from convoy.storage.object_store import ObjectStore
+from convoy.vision.backbone_config import BackboneConfig
+from convoy.vision.heads import HeadKind
+
+# A law of three numbers goes through as many points.
+_MIN_CURVE_SIZES = 3
+# As for `recipe.balance: auto`.
+_UNBALANCED_FROM = 3.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Gathered:
+    """All that was measured; `best` is the look with the best probe at any depth."""
+
+    looks: tuple[Look, ...]
+    best: Look
+    untrained: Look
+    curve: LearningCurve | None
+    evidence: tuple[BackboneEvidence, ...]
+
+
+class Gatherer:
+    """Looks at one dataset through the candidates of a config."""
+
+    def __init__(self, store: ObjectStore, manifest: Manifest, config: AdviseConfig, prober: Prober) -> None:
+        self._store, self._manifest = store, manifest
+        self._config, self._prober = config, prober
+
+    def gather(self, records: Sequence[BackboneRecord], *, check: Callable[[], None]) -> Gathered:
+        """One pass a candidate, one of the untrained network of the best, and a curve; `check` ends a lost run."""
+        config = self._config
+        looks = []
+        for candidate, record in zip(config.candidates, records, strict=True):
+            looks.append(self._prober.look(candidate, record))
+            check()
+        place = max(range(len(looks)), key=lambda index: looks[index].probes.best.top1.estimate)
+        best = looks[place]
+        untrained = self._prober.look(*self._untrained(config.candidates[place], best))
+        check()
+        curve = self._curve(best)
+        shrink = self._shrink(curve)
+        return Gathered(
+            looks=tuple(looks),
+            best=best,
+            untrained=untrained,
+            curve=curve,
+            evidence=tuple(
+                self._evidence(candidate, look, untrained, is_best=look is best, shrink=shrink)
+                for candidate, look in zip(config.candidates, looks, strict=True)
+            ),
+        )
+
+    def domain_distance(self, look: Look) -> DomainDistance | None:
+        """From the features at the top of a look to those of as many images of the reference; None without one."""
+        reference = self._config.reference
+        if reference is None:
+            return None
+        manifest = open_dataset(self._store, reference)
+        rows = manifest.read_table()
+        num_rows = min(self._prober.rows.train.num_rows, rows.num_rows)
+        rows = rows.take(pa.array(np.linspace(0, rows.num_rows - 1, num_rows).round().astype(np.int64)))
+        tap = look.probes.top.tap
+        request = FeatureRequest(dataset=reference, backbone=look.record.config, taps=(tap,))
+        job = FeatureJob(self._store, manifest, look.record, request, self._config.extraction, rows=rows)
+        job.ensure(progress=self._prober.progress)
+        wanted = content_id_array(rows["content_id"])
+        reference_ND, found_N = gather_features(FeatureCache(self._store), job.set_id(tap), wanted)
+        features = self._prober.features(self._prober.set_id(look, tap))
+        return domain_distance(features.train_ND, reference_ND[found_N], reference=reference, tap=tap)
+
+    def images_per_class(self) -> float:
+        """The images of the median class that a training has to learn from."""
+        return float(statistics.median(self._counts))
+
+    @property
+    def _counts(self) -> list[int]:
+        return images_by_class(self._manifest, self._config.rows)
+
+    def _untrained(
+        self, candidate: CandidateBackbone, best: Look
+    ) -> tuple[CandidateBackbone, BackboneRecord]:
+        """The same architecture with random weights, at the same taps and with the same preset."""
+        backbone = BackboneConfig(
+            arch=candidate.backbone.arch,
+            weights="random",
+            seed=candidate.backbone.seed,
+            preset=best.record.preset,
+        )
+        taps = tuple(tap.tap for tap in best.probes.taps)
+        return CandidateBackbone(backbone=backbone, taps=taps), fetch_backbone(self._store, backbone)
+
+    def _curve(self, best: Look) -> LearningCurve | None:
+        """The learning curve of the best probe, forecast at multiples of the images that a training has."""
+        prober, config = self._prober, self._config
+        features = prober.features(prober.set_id(best, best.probes.best.tap))
+        samples = prober.curve(features, best.correct_M)
+        if len(samples) < _MIN_CURVE_SIZES:
+            return None
+        ahead = max(self.images_per_class() / samples[-1].images_per_class, 1.0)
+        return fit_curve(samples, factors=[ahead * factor for factor in config.curve.factors])
+
+    def _shrink(self, curve: LearningCurve | None) -> float:
+        """By what the errors of probes fall from the images that they had to all that there are."""
+        if curve is None:
+            return 1.0
+        last = curve.points[-1].images_per_class
+        now, then = (1 - curve.law.top1(images) for images in (last, max(self.images_per_class(), last)))
+        return min(then / now, 1.0) if then > 0 else 1.0
+
+    def _evidence(
+        self, candidate: CandidateBackbone, look: Look, untrained: Look, *, is_best: bool, shrink: float
+    ) -> BackboneEvidence:
+        probes, counts = look.probes, self._counts
+        labels_M = self._prober.rows.judged["label"].to_numpy()
+        num_seen = self._prober.rows.train.num_rows
+        return BackboneEvidence(
+            probes=probes,
+            evidence=Evidence(
+                images_per_class=self.images_per_class(),
+                chance_top1=float(np.bincount(labels_M).max() / len(labels_M)),
+                top=probes.top.judged(probes.judged_rows),
+                best=probes.best.judged(probes.judged_rows),
+                untrained=untrained.probes.best.judged(untrained.probes.judged_rows),
+                shrink=shrink,
+            ),
+            config=candidate.backbone,
+            svm=self._svm(look),
+            reused=self._reused(look),
+            untrained_rate=untrained.probes.images_per_s if is_best else None,
+            train_images=sum(counts),
+            looked_images=num_seen,
+            missing_images=max(sum(counts) - num_seen, 0),
+            has_val=Split.VAL in self._manifest.counts,
+            is_unbalanced=max(counts) >= _UNBALANCED_FROM * min(counts),
+        )
+
+    def _svm(self, look: Look) -> SvmProbe | None:
+        """A linear SVM on the best tap below the top, as CS231n's rule has it; None without one."""
+        earlier = look.probes.earlier
+        if not earlier:
+            return None
+        tap = max(earlier, key=lambda probe: (probe.top1.estimate, probe.depth)).tap
+        config = self._config.head.model_copy(update={"kind": HeadKind.LINEAR_SVM})
+        head = self._prober.judge(self._prober.features(self._prober.set_id(look, tap)), head=config)
+        judged = JudgedProbe(tap=tap, num_correct=int(head.correct_M.sum()), num_rows=len(head.correct_M))
+        return SvmProbe(judged=judged, C=head.C, fit_seconds=head.seconds)
+
+    def _reused(self, look: Look) -> JudgedProbe | None:
+        """The probe at the stage behind which `partial_reuse` puts its layers, or at the tap nearest to it."""
+        reuse = self._config.network.reuse
+        if reuse is None:
+            return None
+        stage = look.record.axis[_index(look.record, look.record.resolve_tap(reuse.after))]
+        depth = stage.index / max(len(look.record.axis) - 1, 1)
+        nearest: TapProbe = min(look.probes.taps, key=lambda probe: abs(probe.depth - depth))
+        return nearest.judged(look.probes.judged_rows).model_copy(update={"tap": stage.name})
+
+
+def _index(record: BackboneRecord, name: str) -> int:
+    return next(stage.index for stage in record.axis if stage.name == name)

@@ -1,0 +1,362 @@
+"""What a few backbones make of a dataset: one cached pass each, then probes, neighbours and LogME at every tap."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from convoy.core.config import StrictModel
+from convoy.core.learning_curve import CurveSample
+from convoy.core.progress import Progress
+from convoy.core.randomness import generator
+from convoy.core.records import Split
+from convoy.core.statistics import Interval, bootstrap_mean
+from convoy.core.transferability import knn_correct, logme
+from convoy.pipelines.advise_config import AdviseConfig, CandidateBackbone, LookSettings
+from convoy.pipelines.advise_rule import JudgedProbe
+from convoy.pipelines.backbone_record import BackboneRecord
+from convoy.pipelines.feature_plan import FeatureRequest
+from convoy.pipelines.feature_source import LabelledRows, gather_features
+from convoy.pipelines.feature_summary import FeatureSummary, seconds_under_way
+from convoy.pipelines.features import FeatureJob
+from convoy.pipelines.near_duplicates import NearDuplicateReport, near_duplicate_taps, report_near_duplicates
+from convoy.pipelines.probe_judging import CrossFittedProbe
+from convoy.pipelines.training_rows import Fold, RowLimit, count_classes, fold_rows, read_split
+from convoy.storage.commits import read_manifest
+from convoy.storage.feature_cache import FeatureCache, content_id_array
+from convoy.storage.manifests import Manifest
+from convoy.storage.object_store import ObjectStore
+from convoy.storage.runs import RunFolder
+from convoy.vision.head_fitting import choose_head, fit_path
+from convoy.vision.heads import FeatureSource, HeadConfig, TensorFeatures
+from convoy.vision.stages import POOLED, DepthAxis, StageKind
+
+# A fifth of the training rows judges where there are too few validation rows.
+JUDGING_FOLD = Fold(index=0, count=5)
+_LEAST_PER_CLASS = 4
+
+
+class TapProbe(StrictModel):
+    """One depth of one backbone: `depth` is 0 at the stem and 1 at the logits; `C` is the chosen one of the head."""
+
+    tap: str
+    depth: float
+    num_features: int
+    top1: Interval
+    knn_top1: float
+    logme: float
+    num_correct: int
+    C: float
+    fit_seconds: float
+
+    def judged(self, num_rows: int) -> JudgedProbe:
+        """What the rule needs of it."""
+        return JudgedProbe(tap=self.tap, num_correct=self.num_correct, num_rows=num_rows)
+
+
+class BackboneProbes(StrictModel):
+    """A backbone at its taps, from the stem up. `images_per_s` is that of its pass, over all workers."""
+
+    backbone: str
+    weights_digest: str
+    macs: int
+    num_parameters: int
+    images_per_s: float
+    judged_rows: int
+    taps: list[TapProbe]
+
+    @property
+    def best(self) -> TapProbe:
+        """The tap with the best probe; of equals the deepest."""
+        return max(self.taps, key=lambda tap: (tap.top1.estimate, tap.depth))
+
+    @property
+    def top(self) -> TapProbe:
+        """The deepest tap."""
+        return max(self.taps, key=lambda tap: tap.depth)
+
+    @property
+    def earlier(self) -> list[TapProbe]:
+        """The taps below the top."""
+        return [tap for tap in self.taps if tap.depth < self.top.depth]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LookRows:
+    """The rows of a look: to learn from, to judge by, and held-out ones that only duplicates are looked for among."""
+
+    train: pa.Table
+    judged: pa.Table
+    held_out: pa.Table
+
+    @property
+    def all(self) -> pa.Table:
+        """Each of them once, in the order of the manifest."""
+        return pa.concat_tables([self.train, self.judged, self.held_out]).sort_by("sample_id")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LabelledFeatures:
+    """Features of the train rows and of the judged ones, without those that could not be read."""
+
+    train_ND: NDArray[np.float32]
+    train_labels_N: NDArray[np.int64]
+    judged_MD: NDArray[np.float32]
+    judged_labels_M: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class JudgedHead:
+    """For each judged row whether the head is right; the more regularised of the two C chosen; seconds of the fit."""
+
+    correct_M: NDArray[np.bool_]
+    C: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Look:
+    """What one pass gave: the summary of the job, and the probes.
+
+    `correct_M` says of each judged row that could be read whether the best probe is right.
+    """
+
+    record: BackboneRecord
+    summary: FeatureSummary
+    probes: BackboneProbes
+    correct_M: NDArray[np.bool_]
+
+
+def choose_rows(manifest: Manifest, config: AdviseConfig) -> LookRows:
+    """The rows that are looked at: some of each class, by a hash of their ids, those first that a training would have.
+
+    Judged are rows of `val`, or, where it has too few, a fifth of the rows of `train`. DataError for a class
+    without images to learn from.
+    """
+    look, limit = config.look, config.rows
+    most = max(look.max_rows // max(len(manifest.classes), 1), _LEAST_PER_CLASS)
+    wanted = min(look.images_per_class, most, limit.max_per_class or most)
+    per_class = RowLimit(max_per_class=wanted, seed=limit.seed)
+    judged_per_class = RowLimit(max_per_class=min(look.judged_per_class, most), seed=limit.seed)
+    if has_judges(manifest, look):
+        train = read_split(manifest, Split.TRAIN, per_class)
+        judged = read_split(manifest, Split.VAL, judged_per_class)
+    else:
+        folded = per_class.model_copy(update={"fold": JUDGING_FOLD})
+        train, judged = read_split(manifest, Split.TRAIN, folded), fold_rows(manifest, folded)
+    count_classes(train, manifest.classes)
+    held_out = train.slice(0, 0)
+    if Split.TEST in manifest.counts and sum(manifest.counts[Split.TEST].by_class):
+        held_out = read_split(manifest, Split.TEST, judged_per_class)
+    return LookRows(train=train, judged=judged, held_out=held_out)
+
+
+def images_by_class(manifest: Manifest, limit: RowLimit) -> list[int]:
+    """How many images of each class a training has under a limit."""
+    most = limit.max_per_class
+    return [count if most is None else min(count, most) for count in manifest.counts[Split.TRAIN].by_class]
+
+
+def has_judges(manifest: Manifest, look: LookSettings) -> bool:
+    """Whether the split `val` has enough labelled rows to judge by."""
+    val = manifest.counts.get(Split.VAL)
+    num_labelled = 0 if val is None else sum(val.by_class)
+    return num_labelled >= look.least_judged
+
+
+class Prober:
+    """Looks through backbones at one dataset's rows."""
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        manifest: Manifest,
+        config: AdviseConfig,
+        progress: Progress,
+        *,
+        new_run: bool = False,
+    ) -> None:
+        self._store, self._manifest, self._config = store, manifest, config
+        self._cache = FeatureCache(store)
+        self._new_run = new_run
+        self.progress = progress
+        self.rows = choose_rows(manifest, config)
+
+    def look(self, candidate: CandidateBackbone, record: BackboneRecord) -> Look:
+        """One pass of a backbone, or none where the cache has it all, and what its taps are worth."""
+        wanted = candidate.taps or spread_taps(record.axis, candidate.num_taps)
+        taps = tuple(dict.fromkeys(record.resolve_tap(tap) for tap in wanted))
+        self.progress.stage(f"looking through {candidate.name}")
+        # More taps of the same pass cost next to nothing.
+        job = self._job(record, tuple(dict.fromkeys([*taps, *near_duplicate_taps(record.axis)])))
+        summary = job.ensure(progress=self.progress, new_run=self._new_run)
+        self.progress.stage(f"probing {candidate.name}")
+        probed = [self._probe(record, tap, job.set_id(tap)) for tap in taps]
+        probes = BackboneProbes(
+            backbone=candidate.name,
+            weights_digest=record.weights_digest,
+            macs=record.macs,
+            num_parameters=record.num_parameters,
+            images_per_s=self._images_per_s(summary.run),
+            judged_rows=len(probed[0][1]),
+            taps=sorted((probe for probe, _ in probed), key=lambda probe: probe.depth),
+        )
+        correct_M = next(correct_M for probe, correct_M in probed if probe.tap == probes.best.tap)
+        return Look(record=record, summary=summary, probes=probes, correct_M=correct_M)
+
+    def near_duplicates(self, look: Look) -> NearDuplicateReport:
+        """Pictures that are there twice among all rows that were looked at, held-out ones included."""
+        rows = self.rows.all
+        ids_N = content_id_array(rows["content_id"])
+        parts = []
+        found_N = np.ones(len(ids_N), np.bool_)
+        for tap in near_duplicate_taps(look.record.axis):
+            features_ND, here_N = gather_features(self._cache, self.set_id(look, tap), ids_N)
+            parts.append(features_ND)
+            found_N &= here_N
+        features_ND = np.concatenate(parts, axis=1)[found_N]
+        return report_near_duplicates(features_ND, rows.filter(pa.array(found_N)), self._manifest.classes)
+
+    def set_id(self, look: Look, tap: str) -> str:
+        """The feature set of a tap."""
+        return look.summary.sets[f"{tap}/0"]
+
+    def features(self, set_id: str) -> LabelledFeatures:
+        """The features of the rows to learn from and to judge by."""
+        train, judged = LabelledRows.of(self.rows.train), LabelledRows.of(self.rows.judged)
+        train_ND, found_N = gather_features(self._cache, set_id, train.content_ids_N)
+        judged_MD, found_M = gather_features(self._cache, set_id, judged.content_ids_N)
+        return LabelledFeatures(
+            train_ND[found_N], train.labels_N[found_N], judged_MD[found_M], judged.labels_N[found_M]
+        )
+
+    def judge(
+        self,
+        features: LabelledFeatures,
+        *,
+        head: HeadConfig | None = None,
+        rows_N: NDArray[np.intp] | None = None,
+    ) -> JudgedHead:
+        """A head that learnt from some of the train rows, by default from all of them."""
+        train_ND, labels_N = features.train_ND, features.train_labels_N
+        if rows_N is not None:
+            train_ND, labels_N = train_ND[rows_N], labels_N[rows_N]
+        train = TensorFeatures(torch.from_numpy(train_ND), torch.from_numpy(labels_N))
+        return judge_head(
+            head or self._config.head,
+            train,
+            features.judged_MD,
+            features.judged_labels_M,
+            num_classes=len(self._manifest.classes),
+        )
+
+    def curve(self, features: LabelledFeatures, whole_M: NDArray[np.bool_]) -> list[CurveSample]:
+        """What heads on growing subsets get right; `whole_M` is of the head on all rows."""
+        settings, seed = self._config.curve, self._config.look.seed
+        labels_N = features.train_labels_N
+        largest = int(np.bincount(labels_N).max())
+        sizes = sorted({max(round(share * largest), 1) for share in settings.fractions} - {largest})
+        samples = []
+        for size in sizes:
+            self.progress.stage(f"learning curve: {size} images a class")
+            correct = [
+                self.judge(features, rows_N=subset_rows(labels_N, size, seed=seed, repeat=repeat)).correct_M
+                for repeat in range(settings.repeats)
+            ]
+            samples.append(CurveSample(float(size), np.stack(correct)))
+        return [*samples, CurveSample(float(largest), whole_M[None, :])]
+
+    def _job(self, record: BackboneRecord, taps: tuple[str, ...]) -> FeatureJob:
+        request = FeatureRequest(dataset=self._config.dataset_name, backbone=record.config, taps=taps)
+        extraction = self._config.extraction
+        return FeatureJob(self._store, self._manifest, record, request, extraction, rows=self.rows.all)
+
+    def _probe(self, record: BackboneRecord, tap: str, set_id: str) -> tuple[TapProbe, NDArray[np.bool_]]:
+        features = self.features(set_id)
+        head = self.judge(features)
+        neighbours_M = knn_correct(
+            features.train_ND,
+            features.train_labels_N,
+            features.judged_MD,
+            features.judged_labels_M,
+            num_neighbours=self._config.num_neighbours,
+        )
+        index = next(stage.index for stage in record.axis if stage.name == tap)
+        probe = TapProbe(
+            tap=tap,
+            depth=index / max(len(record.axis) - 1, 1),
+            num_features=features.train_ND.shape[1],
+            top1=bootstrap_mean(head.correct_M),
+            knn_top1=float(neighbours_M.mean()),
+            logme=logme(features.train_ND, features.train_labels_N),
+            num_correct=int(head.correct_M.sum()),
+            C=head.C,
+            fit_seconds=head.seconds,
+        )
+        return probe, head.correct_M
+
+    def _images_per_s(self, run_id: str | None) -> float:
+        """Of the run that computed the features: over the time in which it was at work."""
+        manifest = None if run_id is None else read_manifest(RunFolder(self._store, run_id))
+        if manifest is None:
+            return 0.0
+        num_images = manifest.num_results + manifest.num_rejects
+        return num_images / max(seconds_under_way(manifest.slices), 1e-9)
+
+
+def judge_head(
+    config: HeadConfig,
+    train: FeatureSource,
+    judged_MD: NDArray[np.float32],
+    judged_labels_M: NDArray[np.int64],
+    *,
+    num_classes: int,
+) -> JudgedHead:
+    """A head on features, each judged row being judged by one that the other half of the rows chose.
+
+    So none flatters the head that it chose.
+    """
+    started_s = time.monotonic()
+    heads = fit_path(config, train, num_classes=num_classes)
+    chosen = []
+    for parity in (0, 1):
+        others = slice(1 - parity, None, 2)
+        val = TensorFeatures(torch.from_numpy(judged_MD[others]), torch.from_numpy(judged_labels_M[others]))
+        chosen.append(choose_head(heads, val, config.selection))
+    predicted_M = CrossFittedProbe((chosen[0], chosen[1])).predict(
+        judged_MD, np.ones(len(judged_MD), np.bool_)
+    )
+    strongest = min(heads.index(head) for head in chosen)
+    return JudgedHead(
+        correct_M=predicted_M == judged_labels_M,
+        C=sorted(set(config.C))[strongest],
+        seconds=time.monotonic() - started_s,
+    )
+
+
+def subset_rows(labels_N: NDArray[np.int64], per_class: int, *, seed: int, repeat: int) -> NDArray[np.intp]:
+    """At most so many rows of each class, in order; one seed and repeat draw larger sets that hold the smaller."""
+    chosen = []
+    for label in np.unique(labels_N):
+        members = np.flatnonzero(labels_N == label)
+        order = generator(seed, "curve", repeat, int(label)).permutation(len(members))
+        chosen.append(members[order[:per_class]])
+    rows: NDArray[np.intp] = np.sort(np.concatenate(chosen))
+    return rows
+
+
+def spread_taps(axis: DepthAxis, num_taps: int) -> tuple[str, ...]:
+    """Stages at even distances over the depth of the maps, the last one and the pooled features among them."""
+    maps = [stage.name for stage in axis if stage.kind is StageKind.SPATIAL]
+    places = np.linspace(0, len(maps) - 1, min(max(num_taps - 1, 1), len(maps))).round().astype(int)
+    return tuple(dict.fromkeys([*(maps[place] for place in places), _top(axis)]))
+
+
+def _top(axis: DepthAxis) -> str:
+    names = [stage.name for stage in axis]
+    return POOLED if POOLED in names else names[-2] if len(names) > 1 else names[-1]

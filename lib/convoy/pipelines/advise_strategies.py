@@ -1,0 +1,335 @@
+"""The strategies that advice chooses among: what each is expected to be worth and cost, and its config."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import Any
+
+from convoy.core.config import StrictModel, parse_config, write_settings
+from convoy.core.statistics import Interval
+from convoy.pipelines.advise_config import AdviseConfig
+from convoy.pipelines.advise_probes import BackboneProbes
+from convoy.pipelines.advise_rule import (
+    Evidence,
+    JudgedProbe,
+    Likeness,
+    dissimilarity,
+    expected_network,
+    expected_probe,
+    four_scenarios,
+    rank,
+)
+from convoy.pipelines.classifiers import Strategy
+from convoy.pipelines.train_config import NETWORKS, TrainConfig
+from convoy.pipelines.training_rows import RowLimit
+from convoy.vision.backbone_config import BackboneConfig
+from convoy.vision.heads import HeadKind
+
+# A step is a forward pass and, at twice its price, a backward pass (Kaplan et al. 2020, arXiv:2001.08361, section 2.1).
+_PASSES_PER_STEP = 3.0
+# Loading, augmentation, and steps that do not fill the machine: a network's cost is known to a factor of two.
+_COST_SPREAD = 2.0
+
+
+class Basis(StrEnum):
+    """Whether an expectation was measured, or follows from a measured probe and a prior."""
+
+    MEASURED = "measured"
+    PRIOR = "prior"
+
+
+class StrategyCost(StrictModel):
+    """What a training takes on this machine: seconds, their limits, and money where a price was given."""
+
+    seconds: float
+    low_s: float
+    high_s: float
+    money: float | None
+    basis: Basis
+
+
+class StrategyAdvice(StrictModel):
+    """One way to use a backbone. `rank` 1 is advised; `config` is a file for `convoy train`, ready to run."""
+
+    rank: int
+    strategy: Strategy
+    backbone: str
+    tap: str | None
+    expected_top1: float
+    interval: Interval
+    cost: StrategyCost
+    basis: Basis
+    config: str
+    why: str
+
+
+class SvmProbe(StrictModel):
+    """A linear SVM on a tap below the top, the C that was chosen, and the seconds of its fit."""
+
+    judged: JudgedProbe
+    C: float
+    fit_seconds: float
+
+
+class BackboneEvidence(StrictModel):
+    """A backbone with what the rule knows of it, and how it is built and named in configs.
+
+    `svm` is the probe of `early_layer_probe`, None where no tap lies below the top; `reused` the probe at the stage
+    that `partial_reuse` keeps. `untrained_rate` are images/s of the untrained network, None where that of another
+    architecture stands for it. `missing_images` are those that no pass has seen yet. Without `has_val` configs of heads
+    name the C that was chosen here, as a training has no rows to choose by.
+    """
+
+    probes: BackboneProbes
+    evidence: Evidence
+    config: BackboneConfig
+    svm: SvmProbe | None
+    reused: JudgedProbe | None
+    untrained_rate: float | None
+    train_images: int
+    looked_images: int
+    missing_images: int
+    has_val: bool
+    is_unbalanced: bool
+
+
+class Option(StrictModel):
+    """A strategy before it is ranked, with the settings of its config."""
+
+    strategy: Strategy
+    backbone: str
+    tap: str | None
+    top1: Interval
+    cost: StrategyCost
+    basis: Basis
+    settings: dict[str, Any]
+    why: str
+
+
+def options(config: AdviseConfig, found: Sequence[BackboneEvidence]) -> list[Option]:
+    """Every strategy on every backbone; from scratch only on the one whose untrained network was looked through."""
+    result = []
+    for one in found:
+        result += [_linear_probe(config, one), *_early_probe(config, one), _fine_tune(config, one)]
+        result += [*_partial_reuse(config, one), *_from_scratch(config, one)]
+    return result
+
+
+def advice(found: Sequence[Option], *, tie: float, paths: Sequence[str]) -> list[StrategyAdvice]:
+    """The options in the order of the advice; `paths` are where their configs lie, in the order of `found`."""
+    order, equal = rank([one.top1.estimate for one in found], [one.cost.seconds for one in found], tie=tie)
+    best = max(one.top1.estimate for one in found)
+    result = []
+    for number, place in enumerate(order, start=1):
+        option = found[place]
+        why = option.why
+        if number == 1 and len(equal) > 1:
+            why += f"; the cheapest of {len(equal)} within {tie:g} of the best"
+        elif number > 1:
+            why += (
+                f"; {best - option.top1.estimate:.3f} below the best"
+                if place not in equal
+                else "; as good, dearer"
+            )
+        result.append(
+            StrategyAdvice(
+                rank=number,
+                strategy=option.strategy,
+                backbone=option.backbone,
+                tap=option.tap,
+                expected_top1=option.top1.estimate,
+                interval=option.top1,
+                cost=option.cost,
+                basis=option.basis,
+                config=paths[place],
+                why=why,
+            )
+        )
+    return result
+
+
+def train_config(settings: dict[str, Any], *, where: str) -> tuple[TrainConfig, str]:
+    """The config that settings describe, checked as `convoy train` would, and the text of its file."""
+    return parse_config(TrainConfig, settings, where=where), write_settings(settings)
+
+
+def network_top1(one: BackboneEvidence, config: AdviseConfig, strategy: Strategy) -> Interval:
+    """The expected top-1 of a strategy that trains a network, from the probe that it starts from."""
+    start = {
+        Strategy.FINE_TUNE: one.evidence.best,
+        Strategy.FROM_SCRATCH: one.evidence.untrained,
+        Strategy.PARTIAL_REUSE: one.reused or one.evidence.best,
+    }[strategy]
+    return expected_network(strategy, one.evidence, config.prior, start=start)
+
+
+def _linear_probe(config: AdviseConfig, one: BackboneEvidence) -> Option:
+    top = one.probes.top
+    return Option(
+        strategy=Strategy.LINEAR_PROBE,
+        backbone=one.probes.backbone,
+        tap=top.tap,
+        top1=expected_probe(one.evidence.top, shrink=one.evidence.shrink),
+        cost=_probe_cost(config, one, top.fit_seconds),
+        basis=Basis.MEASURED,
+        settings=_settings(
+            config, one, Strategy.LINEAR_PROBE, tap=top.tap, head=_head(one, HeadKind.SOFTMAX, top.C)
+        ),
+        why=f"measured: a softmax head at {top.tap} gets {one.evidence.top.num_correct} of {one.probes.judged_rows}",
+    )
+
+
+def _early_probe(config: AdviseConfig, one: BackboneEvidence) -> list[Option]:
+    svm = one.svm
+    if svm is None:
+        return []
+    tap = svm.judged.tap
+    head = _head(one, HeadKind.LINEAR_SVM, svm.C)
+    return [
+        Option(
+            strategy=Strategy.EARLY_LAYER_PROBE,
+            backbone=one.probes.backbone,
+            tap=tap,
+            top1=expected_probe(svm.judged, shrink=one.evidence.shrink),
+            cost=_probe_cost(config, one, svm.fit_seconds),
+            basis=Basis.MEASURED,
+            settings=_settings(config, one, Strategy.EARLY_LAYER_PROBE, tap=tap, head=head),
+            why=f"measured: a linear SVM at {tap} gets {svm.judged.num_correct} of {svm.judged.num_rows}",
+        )
+    ]
+
+
+def _fine_tune(config: AdviseConfig, one: BackboneEvidence) -> Option:
+    scenario = four_scenarios(one.evidence, config.prior)
+    # Unlike the pretraining data no stage is right as it is; else as many train as the images allow.
+    depth: int | str = 0 if scenario.likeness is Likeness.DIFFERENT else "auto"
+    unlike = dissimilarity(one.evidence)
+    head = {} if one.has_val else {"head": _head(one, HeadKind.SOFTMAX, one.probes.top.C)}
+    return Option(
+        strategy=Strategy.FINE_TUNE,
+        backbone=one.probes.backbone,
+        tap=None,
+        top1=network_top1(one, config, Strategy.FINE_TUNE),
+        cost=_network_cost(config, one, one.probes.images_per_s),
+        basis=Basis.PRIOR,
+        settings=_settings(config, one, Strategy.FINE_TUNE, freeze_depth=depth, **head, **_training(config)),
+        why=f"from the probe at {one.evidence.best.tap} and dissimilarity {unlike:.2f}",
+    )
+
+
+def _from_scratch(config: AdviseConfig, one: BackboneEvidence) -> list[Option]:
+    if one.untrained_rate is None:
+        return []
+    untrained = one.evidence.untrained
+    training = _training(config)
+    # The paper's own rate: that of the transfer would be too small.
+    del training["learning_rate"]
+    return [
+        Option(
+            strategy=Strategy.FROM_SCRATCH,
+            backbone=one.probes.backbone,
+            tap=None,
+            top1=network_top1(one, config, Strategy.FROM_SCRATCH),
+            cost=_network_cost(config, one, one.untrained_rate),
+            basis=Basis.PRIOR,
+            settings=_settings(config, one, Strategy.FROM_SCRATCH, **training),
+            why=f"from the probe of random weights at {untrained.tap}, {1 - untrained.error:.3f}",
+        )
+    ]
+
+
+def _partial_reuse(config: AdviseConfig, one: BackboneEvidence) -> list[Option]:
+    reuse = config.network.reuse
+    if reuse is None or one.reused is None:
+        return []
+    layers = reuse.model_dump(mode="json", exclude_defaults=True)
+    return [
+        Option(
+            strategy=Strategy.PARTIAL_REUSE,
+            backbone=one.probes.backbone,
+            tap=one.reused.tap,
+            top1=network_top1(one, config, Strategy.PARTIAL_REUSE),
+            cost=_network_cost(config, one, one.probes.images_per_s),
+            basis=Basis.PRIOR,
+            settings=_settings(
+                config,
+                one,
+                Strategy.PARTIAL_REUSE,
+                reuse=layers,
+                freeze_depth=f"body.{one.reused.tap}",
+                **_training(config),
+            ),
+            why=f"from the probe at {one.reused.tap}, with new layers above it",
+        )
+    ]
+
+
+def _settings(config: AdviseConfig, one: BackboneEvidence, strategy: Strategy, **own: Any) -> dict[str, Any]:
+    """A config for `convoy train`: what every strategy needs, and its own keys."""
+    backbone = one.config.model_dump(mode="json", exclude_defaults=True)
+    if strategy is Strategy.FROM_SCRATCH:
+        backbone.pop("weights", None)
+        backbone.pop("weights_digest", None)
+    settings: dict[str, Any] = {
+        "name": config_name(config.dataset_name, strategy, one.probes.backbone),
+        "dataset": config.dataset_name,
+        "strategy": strategy.value,
+        "backbone": backbone,
+        **own,
+    }
+    if config.workspace is not None:
+        settings["workspace"] = config.workspace
+    if config.rows != RowLimit():
+        settings["rows"] = config.rows.model_dump(mode="json", exclude_defaults=True)
+    if strategy in NETWORKS and one.is_unbalanced:
+        settings["recipe"] = {**settings.get("recipe", {}), "balance": "auto"}
+    extraction = config.extraction.model_dump(mode="json", exclude_defaults=True)
+    return settings | ({"extraction": extraction} if extraction else {})
+
+
+def _head(one: BackboneEvidence, kind: HeadKind, chosen: float) -> dict[str, Any]:
+    """The head of a config; where there are no validation rows, with the C that was chosen here."""
+    return {"kind": kind.value} | ({} if one.has_val else {"C": [chosen]})
+
+
+def config_name(dataset: str, strategy: Strategy, backbone: str) -> str:
+    """A name for a bundle, of letters that every store takes."""
+    plain = "".join(sign if sign.isalnum() else "-" for sign in f"{strategy.value}-{backbone}".lower())
+    return f"{dataset}-{plain}"
+
+
+def _training(config: AdviseConfig) -> dict[str, Any]:
+    network = config.network
+    return {
+        "epochs": network.epochs,
+        "learning_rate": network.learning_rate,
+        "recipe": network.recipe.model_dump(mode="json", exclude_defaults=True),
+        "augmentation": network.augmentation.model_dump(mode="json", exclude_defaults=True),
+    }
+
+
+def _probe_cost(config: AdviseConfig, one: BackboneEvidence, fit_s: float) -> StrategyCost:
+    """The rest of the pass, at its measured rate, and fits that take as much longer as there are more rows."""
+    pass_s = one.missing_images / one.probes.images_per_s if one.probes.images_per_s else 0.0
+    seconds = pass_s + fit_s * one.train_images / max(one.looked_images, 1)
+    return StrategyCost(
+        seconds=seconds, low_s=seconds, high_s=seconds, money=_money(config, seconds), basis=Basis.MEASURED
+    )
+
+
+def _network_cost(config: AdviseConfig, one: BackboneEvidence, images_per_s: float) -> StrategyCost:
+    """Epochs at the measured rate of the forward pass, three passes a step."""
+    steps = one.train_images * config.network.epochs * _PASSES_PER_STEP
+    seconds = steps / images_per_s if images_per_s else 0.0
+    return StrategyCost(
+        seconds=seconds,
+        low_s=seconds / _COST_SPREAD,
+        high_s=seconds * _COST_SPREAD,
+        money=_money(config, seconds),
+        basis=Basis.PRIOR,
+    )
+
+
+def _money(config: AdviseConfig, seconds: float) -> float | None:
+    return None if config.price_per_hour is None else seconds / 3600 * config.price_per_hour

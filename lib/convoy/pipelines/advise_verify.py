@@ -1,0 +1,106 @@
+"""`convoy advise --verify`: run the advised strategy and the rejected ones at a small budget, and say the regret."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from convoy.core.fingerprints import canonical_json
+from convoy.core.progress import Progress
+from convoy.core.records import Split
+from convoy.pipelines.advise_config import AdviseConfig, VerifySettings
+from convoy.pipelines.advise_probes import JUDGING_FOLD, has_judges
+from convoy.pipelines.advise_report import Verification, VerifiedStrategy
+from convoy.pipelines.advise_strategies import Option, StrategyAdvice, train_config
+from convoy.pipelines.network_training import CurveDrawer
+from convoy.pipelines.train import run_train
+from convoy.pipelines.train_config import NETWORKS
+from convoy.pipelines.training_rows import RowLimit
+from convoy.storage.documents import read_json
+from convoy.storage.manifests import Manifest
+from convoy.storage.runs import RunFolder
+
+
+class Verifier:
+    """Runs strategies of an advice, each once: a killed verification goes on with the one in which it was."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        config: AdviseConfig,
+        settings: VerifySettings,
+        folder: RunFolder,
+        *,
+        progress: Progress,
+        draw_curves: CurveDrawer,
+    ) -> None:
+        self._manifest, self._config, self._settings = manifest, config, settings
+        self._folder, self._progress, self._draw_curves = folder, progress, draw_curves
+
+    def verify(
+        self, strategies: Sequence[StrategyAdvice], found: Sequence[Option], *, check: Callable[[], None]
+    ) -> Verification:
+        """The first strategies of the list, the advised one among them, measured on the rows that judged the probes.
+
+        Never on the held-out split. `found` are the options behind the strategies, with their settings.
+        """
+        by_name = {(option.strategy, option.backbone): option for option in found}
+        runs = []
+        for strategy in strategies[: self._settings.strategies]:
+            runs.append(self._run(strategy, by_name[strategy.strategy, strategy.backbone]))
+            check()
+        best = max(runs, key=lambda run: run.top1.estimate)
+        return Verification(
+            images_per_class=self._settings.images_per_class,
+            epochs=self._settings.epochs,
+            runs=runs,
+            best=best.strategy,
+            regret=best.top1.estimate - runs[0].top1.estimate,
+            seconds=sum(run.seconds for run in runs),
+        )
+
+    def _run(self, strategy: StrategyAdvice, option: Option) -> VerifiedStrategy:
+        key = self._folder.key(f"verified/{option.settings['name']}.json")
+        known = read_json(self._folder.store, key)
+        if known is not None:
+            return VerifiedStrategy.model_validate(known)
+        self._progress.stage(f"verifying {strategy.strategy.value} on {strategy.backbone}")
+        started_s = time.monotonic()
+        training, _ = train_config(self._at_budget(option), where=key)
+        judges_on_val = has_judges(self._manifest, self._config.look)
+        report = run_train(
+            training,
+            progress=self._progress,
+            draw_curves=self._draw_curves,
+            new_run=False,
+            evaluated=Split.VAL if judges_on_val else None,
+            fingerprint=self._manifest.fingerprint,
+        )
+        verified = VerifiedStrategy(
+            rank=strategy.rank,
+            strategy=strategy.strategy,
+            backbone=strategy.backbone,
+            expected_top1=strategy.expected_top1,
+            top1=report.intervals["top1"],
+            seconds=time.monotonic() - started_s,
+            bundle=report.bundle,
+        )
+        self._folder.store.put(key, canonical_json(verified))
+        return verified
+
+    def _at_budget(self, option: Option) -> dict[str, Any]:
+        limit = self._config.rows
+        budget = self._settings.images_per_class
+        rows = RowLimit(
+            max_per_class=min(budget, limit.max_per_class or budget),
+            fold=None if has_judges(self._manifest, self._config.look) else JUDGING_FOLD,
+            seed=limit.seed,
+        )
+        settings = {
+            **option.settings,
+            "name": f"{option.settings['name']}-verify",
+            "rows": rows.model_dump(mode="json", exclude_none=True),
+            "workspace": self._config.workspace,
+        }
+        return settings | ({"epochs": self._settings.epochs} if option.strategy in NETWORKS else {})

@@ -1,0 +1,178 @@
+"""The work of an advice: gather evidence, judge by the rule, write the configs, and verify where that is asked for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from convoy.cluster.session import ray_session
+from convoy.core.progress import Progress
+from convoy.pipelines.advise_config import AdviseConfig
+from convoy.pipelines.advise_data import data_facts
+from convoy.pipelines.advise_evidence import Gathered, Gatherer
+from convoy.pipelines.advise_more_data import more_data
+from convoy.pipelines.advise_probes import Prober
+from convoy.pipelines.advise_report import AdviceReport, Similarity, Verification
+from convoy.pipelines.advise_rule import dissimilarity, four_scenarios
+from convoy.pipelines.advise_strategies import (
+    BackboneEvidence,
+    Option,
+    StrategyAdvice,
+    advice,
+    options,
+    train_config,
+)
+from convoy.pipelines.advise_verify import Verifier
+from convoy.pipelines.augmentation_effect import AugmentationEffect, measure_augmentation
+from convoy.pipelines.backbone_costs import BackboneCost, measure_costs
+from convoy.pipelines.backbone_record import BackboneRecord
+from convoy.pipelines.cost_front import CostFront, cost_fronts
+from convoy.pipelines.network_training import CurveDrawer
+from convoy.storage.manifests import Manifest
+from convoy.storage.object_store import ObjectStore
+from convoy.storage.runs import RunFolder
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AdviceWork:
+    """One advice in its run folder; `check` raises where another driver has taken the run."""
+
+    store: ObjectStore
+    manifest: Manifest
+    config: AdviseConfig
+    folder: RunFolder
+    progress: Progress
+    draw_curves: CurveDrawer
+    check: Callable[[], None]
+    new_run: bool
+
+    def advise(self, records: Sequence[BackboneRecord]) -> AdviceReport:
+        """The whole advice by the backbones of the candidates."""
+        started_s = time.monotonic()
+        config = self.config
+        prober = Prober(self.store, self.manifest, config, self.progress, new_run=self.new_run)
+        gatherer = Gatherer(self.store, self.manifest, config, prober)
+        # One Ray for all passes and trainings; each of them alone would start its own.
+        with ray_session():
+            gathered = gatherer.gather(records, check=self.check)
+            found = options(config, gathered.evidence)
+            strategies = advice(found, tie=config.tie, paths=[self._write(option) for option in found])
+            first = strategies[0]
+            advised = next(one for one in gathered.evidence if one.probes.backbone == first.backbone)
+            similarity = self._similarity(gatherer, gathered, advised)
+            facts = data_facts(self.store, self.manifest, config, prober, gathered.best)
+            verification = self._verify(strategies, found)
+            costs = self._costs(records)
+            augmentation = self._augmentation(gathered)
+        scenario = four_scenarios(advised.evidence, config.prior)
+        return AdviceReport(
+            run=self.folder.run_id,
+            dataset=config.dataset_name,
+            fingerprint=self.manifest.fingerprint,
+            advised=f"{first.strategy.value} on {first.backbone}: {first.why}",
+            rule=scenario,
+            strategies=strategies,
+            more_data=more_data(config, advised, first, gathered.curve),
+            similarity=similarity,
+            size=facts,
+            verification=verification,
+            costs=costs,
+            cost_fronts=_fronts(costs, gathered),
+            augmentation_effect=augmentation,
+            prior=config.prior,
+            seconds=time.monotonic() - started_s,
+            notes=_notes(gathered, first, scenario.strategy.value),
+            within_error_budget=config.error_budget.allows(facts.rejects, facts.looked_at),
+        )
+
+    def _write(self, option: Option) -> str:
+        """The URI of an option's config, written into the run folder after it was checked as `convoy train` would."""
+        key = self.folder.key(f"configs/train.{option.settings['name']}.yaml")
+        _, text = train_config(option.settings, where=key)
+        self.store.put(key, text.encode())
+        return self.store.uri(key)
+
+    def _similarity(self, gatherer: Gatherer, gathered: Gathered, advised: BackboneEvidence) -> Similarity:
+        config, probes = self.config, advised.probes
+        look = next(look for look in gathered.looks if look.probes.backbone == probes.backbone)
+        peak, top = probes.best, probes.top
+        return Similarity(
+            verdict=four_scenarios(advised.evidence, config.prior).likeness,
+            dissimilarity=dissimilarity(advised.evidence),
+            backbone=probes.backbone,
+            peak_tap=peak.tap,
+            peak_depth=peak.depth,
+            peak_top1=peak.top1,
+            top_top1=top.top1,
+            untrained_top1=gathered.untrained.probes.best.top1,
+            knn_top1=top.knn_top1,
+            domain_distance=gatherer.domain_distance(look),
+            probes=[look.probes for look in gathered.looks],
+            untrained=gathered.untrained.probes,
+        )
+
+    def _verify(self, strategies: Sequence[StrategyAdvice], found: Sequence[Option]) -> Verification | None:
+        settings = self.config.verify
+        if settings is None:
+            return None
+        verifier = Verifier(
+            self.manifest,
+            self.config,
+            settings,
+            self.folder,
+            progress=self.progress,
+            draw_curves=self.draw_curves,
+        )
+        return verifier.verify(strategies, found, check=self.check)
+
+    def _costs(self, records: Sequence[BackboneRecord]) -> list[BackboneCost]:
+        config = self.config
+        if config.costs is None:
+            return []
+        return measure_costs(
+            self.store, self.manifest, records, config.costs, config.extraction, progress=self.progress
+        )
+
+    def _augmentation(self, gathered: Gathered) -> AugmentationEffect | None:
+        config = self.config
+        if config.augmentation_effect is None:
+            return None
+        return measure_augmentation(
+            self.store,
+            self.manifest,
+            config.dataset_name,
+            gathered.best.record,
+            config.augmentation_effect,
+            config.extraction,
+            progress=self.progress,
+            draw_curves=self.draw_curves,
+        )
+
+
+def _fronts(costs: Sequence[BackboneCost], gathered: Gathered) -> list[CostFront]:
+    """The best probe of each backbone against its cost, on the judged rows that all of them could read."""
+    correct = [look.correct_M for look in gathered.looks]
+    if not costs or len({len(one) for one in correct}) > 1:
+        return []
+    return cost_fronts(costs, [look.probes.backbone for look in gathered.looks], np.stack(correct))
+
+
+def _notes(gathered: Gathered, first: StrategyAdvice, by_rule: str) -> list[str]:
+    """What a reader should know who acts on the advice."""
+    notes = []
+    if first.strategy.value != by_rule:
+        notes.append(
+            f"the rule of thumb names {by_rule}; what was measured speaks for {first.strategy.value}"
+        )
+    others = {one.probes.backbone for one in gathered.evidence if one.untrained_rate is None}
+    if others:
+        notes.append(
+            f"the untrained network of {gathered.best.probes.backbone} stands for those of {', '.join(sorted(others))}"
+        )
+    notes.append(
+        "expectations of networks follow from probes and a prior, see `prior`: --verify runs them at a small budget"
+    )
+    return notes

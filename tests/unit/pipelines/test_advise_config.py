@@ -1,0 +1,49 @@
+"""The config of advice: what fits together, and the example of the repository."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from convoy.core.config import load_config
+from convoy.core.errors import ConfigError
+from convoy.pipelines.advise_config import AdviseConfig
+
+CONFIG = Path(__file__).parents[3] / "jobs" / "configs" / "advise.sign_digits.yaml"
+LENET = "candidates=[{backbone: {arch: lenet5, weights: random}}]"
+
+
+def test_the_example_of_the_repository_loads() -> None:
+    config = load_config(AdviseConfig, str(CONFIG))
+    assert config.dataset_name == "sign-digits"
+    assert [candidate.name for candidate in config.candidates] == [
+        "cifar_resnet20/resnet20-12fca82f",
+        "cifar_resnet56/resnet56-4bfd9763",
+    ]
+
+
+def test_a_source_becomes_the_dataset_of_its_name() -> None:
+    config = load_config(AdviseConfig, None, [LENET, "source=/photos", "name=photos"])
+    assert config.dataset_name == "photos"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["dataset=a", "source=b", "name=c"], "either dataset"),
+        ([], "either dataset"),
+        (["source=b"], "needs a name"),
+        (["dataset=a", "rows={fold: {index: 0, count: 5}}"], "leave rows.fold out"),
+        (["dataset=a", "look={images_per_class: 3}"], "greater than or equal to 4"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(settings: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(AdviseConfig, None, [LENET, *settings])
+
+
+def test_a_candidate_is_named_once() -> None:
+    twice = "candidates=[{backbone: {arch: lenet5}}, {backbone: {arch: lenet5}, taps: [c3]}]"
+    with pytest.raises(ConfigError, match="another backbone"):
+        load_config(AdviseConfig, None, ["dataset=a", twice])

@@ -1,0 +1,63 @@
+"""Probes of advice: subsets grow by adding, heads are judged by rows that did not choose them, taps span the depth."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from convoy.pipelines.advise_probes import judge_head, spread_taps, subset_rows
+from convoy.vision.backbone_config import BackboneConfig
+from convoy.vision.backbones import build_network, depth_axis
+from convoy.vision.heads import HeadConfig, TensorFeatures
+from convoy.vision.presets import EvalPreset
+
+HEAD = HeadConfig(C=(1e-3, 1e-1, 10.0), gradient_tolerance=1e-4)
+
+
+def test_a_larger_subset_only_adds_rows_and_takes_as_many_of_each_class() -> None:
+    labels_N = np.random.default_rng(0).integers(0, 4, 200)
+    small, large = (subset_rows(labels_N, size, seed=1, repeat=0) for size in (5, 20))
+    assert set(small) < set(large)
+    assert np.bincount(labels_N[small]).tolist() == [5, 5, 5, 5]
+    assert subset_rows(labels_N, 5, seed=1, repeat=1).tolist() != small.tolist()
+
+
+def test_a_class_with_fewer_rows_gives_all_of_them() -> None:
+    labels_N = np.array([0, 0, 0, 0, 1])
+    assert np.bincount(labels_N[subset_rows(labels_N, 3, seed=0, repeat=0)]).tolist() == [3, 1]
+
+
+def test_a_head_on_features_that_tell_the_classes_apart_is_right() -> None:
+    random = np.random.default_rng(0)
+    labels_N = random.integers(0, 3, 150)
+    features_ND = (4 * np.eye(6)[labels_N] + random.normal(size=(150, 6))).astype(np.float32)
+    train = TensorFeatures(torch.from_numpy(features_ND[:100]), torch.from_numpy(labels_N[:100]))
+    head = judge_head(HEAD, train, features_ND[100:], labels_N[100:], num_classes=3)
+    assert head.correct_M.mean() > 0.9
+    assert head.C in HEAD.C
+    assert head.seconds > 0
+
+
+def test_no_head_looks_good_on_labels_that_mean_nothing() -> None:
+    found = []
+    for seed in range(12):
+        random = np.random.default_rng(seed)
+        labels_N = random.integers(0, 2, 140)
+        features_ND = random.normal(size=(140, 20)).astype(np.float32)
+        train = TensorFeatures(torch.from_numpy(features_ND[:100]), torch.from_numpy(labels_N[:100]))
+        head = judge_head(HEAD, train, features_ND[100:], labels_N[100:], num_classes=2)
+        found.append(head.correct_M.mean())
+    assert abs(np.mean(found) - 0.5) < 0.06
+
+
+def test_taps_span_the_depth_and_end_at_the_pooled_features() -> None:
+    config = BackboneConfig(
+        arch="cifar_resnet20", weights="random", preset=EvalPreset(resize_px=32, crop_px=32)
+    )
+    axis = depth_axis(config, build_network(config))
+    taps = spread_taps(axis, 5)
+    indices = [next(stage.index for stage in axis if stage.name == tap) for tap in taps]
+    assert taps[-1] == "pooled"
+    assert len(taps) == 5
+    assert indices == sorted(indices)
+    assert indices[0] == 0

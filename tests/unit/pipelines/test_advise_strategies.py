@@ -1,0 +1,199 @@
+"""Strategies of an advice: every config is one that `convoy train` takes, and costs follow from measured rates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from convoy.core.config import load_config
+from convoy.core.learning_curve import CurveSample, fit_curve
+from convoy.core.statistics import Interval
+from convoy.pipelines.advise_config import AdviseConfig
+from convoy.pipelines.advise_more_data import more_data
+from convoy.pipelines.advise_probes import BackboneProbes, TapProbe
+from convoy.pipelines.advise_report import MoreDataAdvice
+from convoy.pipelines.advise_rule import Evidence, JudgedProbe
+from convoy.pipelines.advise_strategies import (
+    BackboneEvidence,
+    Basis,
+    Option,
+    SvmProbe,
+    advice,
+    options,
+    train_config,
+)
+from convoy.pipelines.classifiers import Strategy
+from convoy.pipelines.train_config import TrainConfig
+
+TAPS = {"layer1.2": (0.3, 0.45), "layer2.2": (0.6, 0.75), "pooled": (0.9, 0.8)}
+
+
+def config(*settings: str) -> AdviseConfig:
+    backbone = "{arch: cifar_resnet20, weights: nets/resnet20.th, preset: {resize_px: 32, crop_px: 32}}"
+    base = [f"candidates=[{{backbone: {backbone}}}]", "dataset=hands", "workspace=/w", "price_per_hour=3.6"]
+    return load_config(AdviseConfig, None, [*base, *settings])
+
+
+def found(settings: AdviseConfig, **changes: Any) -> BackboneEvidence:
+    taps = [
+        TapProbe(
+            tap=tap,
+            depth=depth,
+            num_features=16,
+            top1=Interval(estimate=top1, low=top1 - 0.05, high=top1 + 0.05, confidence=0.95),
+            knn_top1=top1,
+            logme=0.0,
+            num_correct=round(200 * top1),
+            C=0.01,
+            fit_seconds=2.0,
+        )
+        for tap, (depth, top1) in TAPS.items()
+    ]
+    fields: dict[str, Any] = {
+        "probes": BackboneProbes(
+            backbone=settings.candidates[0].name,
+            weights_digest="0" * 32,
+            macs=1,
+            num_parameters=1,
+            images_per_s=100.0,
+            judged_rows=200,
+            taps=taps,
+        ),
+        "evidence": Evidence(
+            images_per_class=100,
+            chance_top1=0.1,
+            top=taps[2].judged(200),
+            best=taps[2].judged(200),
+            untrained=JudgedProbe(tap="stem", num_correct=110, num_rows=200),
+        ),
+        "config": settings.candidates[0].backbone,
+        "svm": SvmProbe(
+            judged=JudgedProbe(tap="layer2.2", num_correct=152, num_rows=200), C=0.1, fit_seconds=3.0
+        ),
+        "reused": JudgedProbe(tap="layer1.2", num_correct=90, num_rows=200),
+        "untrained_rate": 80.0,
+        "train_images": 1000,
+        "looked_images": 500,
+        "missing_images": 500,
+        "has_val": True,
+        "is_unbalanced": False,
+    }
+    return BackboneEvidence(**(fields | changes))
+
+
+def by_strategy(settings: AdviseConfig, **changes: Any) -> dict[Strategy, Option]:
+    return {option.strategy: option for option in options(settings, [found(settings, **changes)])}
+
+
+def test_every_option_has_a_config_that_training_takes() -> None:
+    settings = config("network.reuse={after: layer1}", "rows={max_per_class: 100}")
+    for strategy, option in by_strategy(settings).items():
+        parsed, text = train_config(option.settings, where="here")
+        assert parsed.strategy is strategy
+        assert parsed.workspace == "/w"
+        assert parsed.rows.max_per_class == 100
+        assert TrainConfig.model_validate(yaml.safe_load(text)) == parsed
+
+
+def test_strategies_use_what_they_are_named_after() -> None:
+    found_ = by_strategy(config("network.reuse={after: layer1}"))
+    parsed = {strategy: train_config(option.settings, where="here")[0] for strategy, option in found_.items()}
+    assert set(parsed) == set(Strategy) - {Strategy.AS_IS}
+    assert parsed[Strategy.LINEAR_PROBE].tap == "pooled"
+    assert parsed[Strategy.EARLY_LAYER_PROBE].tap == "layer2.2"
+    assert parsed[Strategy.EARLY_LAYER_PROBE].head.kind == "linear_svm"
+    assert parsed[Strategy.FROM_SCRATCH].backbone.weights == "DEFAULT"
+    assert parsed[Strategy.FINE_TUNE].backbone.weights == "nets/resnet20.th"
+    assert parsed[Strategy.FINE_TUNE].epochs == 30
+    assert parsed[Strategy.PARTIAL_REUSE].freeze_depth == "body.layer1.2"
+
+
+def test_unlike_images_unfreeze_everything_and_alike_ones_as_much_as_their_number_allows() -> None:
+    alike = found(config()).evidence.model_copy(
+        update={"untrained": JudgedProbe(tap="stem", num_correct=30, num_rows=200)}
+    )
+    unlike = by_strategy(config())[Strategy.FINE_TUNE]
+    similar = by_strategy(config(), evidence=alike)[Strategy.FINE_TUNE]
+    assert unlike.settings["freeze_depth"] == 0
+    assert similar.settings["freeze_depth"] == "auto"
+
+
+def test_without_a_tap_below_the_top_there_is_no_early_layer_probe_and_without_an_untrained_network_no_scratch() -> (
+    None
+):
+    left = by_strategy(config(), svm=None, untrained_rate=None)
+    assert set(left) == {Strategy.LINEAR_PROBE, Strategy.FINE_TUNE}
+
+
+def test_without_validation_rows_configs_name_the_chosen_c() -> None:
+    found_ = by_strategy(config(), has_val=False)
+    chosen = {
+        strategy: train_config(option.settings, where="here")[0].head.C for strategy, option in found_.items()
+    }
+    assert chosen[Strategy.LINEAR_PROBE] == chosen[Strategy.FINE_TUNE] == (0.01,)
+    assert chosen[Strategy.EARLY_LAYER_PROBE] == (0.1,)
+
+
+def test_uneven_classes_are_weighed() -> None:
+    option = by_strategy(config(), is_unbalanced=True)[Strategy.FINE_TUNE]
+    assert train_config(option.settings, where="here")[0].recipe.balance == "auto"
+
+
+def test_probes_cost_the_rest_of_the_pass_and_networks_three_passes_an_epoch() -> None:
+    found_ = by_strategy(config("network.epochs=10"))
+    probe, tuned = found_[Strategy.LINEAR_PROBE].cost, found_[Strategy.FINE_TUNE].cost
+    assert probe.seconds == pytest.approx(500 / 100 + 2.0 * 2)
+    assert probe.basis is Basis.MEASURED
+    assert tuned.seconds == pytest.approx(1000 * 10 * 3 / 100)
+    assert tuned.low_s < tuned.seconds < tuned.high_s
+    assert tuned.money == pytest.approx(tuned.seconds / 3600 * 3.6)
+    assert found_[Strategy.FROM_SCRATCH].cost.seconds == pytest.approx(1000 * 10 * 3 / 80)
+
+
+def test_the_list_begins_with_the_advice_and_says_why() -> None:
+    settings = config()
+    found_ = options(settings, [found(settings)])
+    listed = advice(found_, tie=0.005, paths=[f"{option.strategy}.yaml" for option in found_])
+    assert [one.rank for one in listed] == [1, 2, 3, 4]
+    assert listed[0].strategy is Strategy.FINE_TUNE
+    assert listed[0].config == "fine_tune.yaml"
+    assert "dissimilarity" in listed[0].why
+    assert "below the best" in listed[-1].why
+    assert all(one.interval.low <= one.expected_top1 <= one.interval.high for one in listed)
+
+
+def samples(*top1: float) -> list[CurveSample]:
+    sizes = (12, 25, 50, 100)
+    return [
+        CurveSample(float(size), np.arange(400)[None, :] < 400 * value)
+        for size, value in zip(sizes, top1, strict=True)
+    ]
+
+
+def first(settings: AdviseConfig) -> Any:
+    found_ = options(settings, [found(settings)])
+    return advice(found_, tie=0.005, paths=["x"] * len(found_))[0]
+
+
+def test_a_rising_curve_speaks_for_more_images_until_the_wanted_accuracy_is_there() -> None:
+    curve = fit_curve(samples(0.5, 0.62, 0.72, 0.8))
+    wanted = config("wanted_top1=0.995")
+    more = more_data(wanted, found(wanted), first(wanted), curve)
+    assert more.advice is MoreDataAdvice.COLLECT
+    assert more.images_needed is not None
+    assert more.images_needed > 100
+    assert [point.factor for point in more.advised] == [1.0, 2.0, 4.0]
+    estimates = [point.top1.estimate for point in more.advised]
+    assert estimates == sorted(estimates)
+    modest = config("wanted_top1=0.5")
+    assert more_data(modest, found(modest), first(modest), curve).advice is MoreDataAdvice.ENOUGH
+
+
+def test_too_few_images_for_a_curve_are_said_to_be_too_few() -> None:
+    settings = config()
+    more = more_data(settings, found(settings), first(settings), None)
+    assert more.advice is MoreDataAdvice.UNKNOWN
+    assert more.advised == []
