@@ -18,6 +18,7 @@ from convoy.cli.options import (
     run_job,
     words,
 )
+from convoy.core.config import config_keys
 from convoy.core.errors import ConfigError
 from convoy.report.progress import TerminalProgress
 
@@ -205,6 +206,40 @@ def retrain(
     settings = load(RetrainConfig, config, [*(overrides or []), *words(date=date)], workspace)
     run_job(
         lambda progress: run_retrain(settings, progress=progress, draw_curves=draw_learning_curves),
+        as_json=as_json,
+    )
+
+
+@jobs_app.command()
+def advise(
+    config: ConfigOption = None,
+    source: Annotated[
+        str | None,
+        typer.Argument(metavar="[SOURCE]", help="What to freeze as dataset --name. Default: the config's."),
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", "-n", help="Name of the dataset of SOURCE.")] = None,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Run the advised strategy and the rejected ones at a small budget."),
+    ] = False,
+    overrides: SetOption = None,
+    workspace: WorkspaceOption = None,
+    new_run: NewRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Say which way to use which backbone on a dataset, from one cached pass each; with the configs to do it."""
+    from convoy.pipelines.advise import run_advise  # noqa: PLC0415
+    from convoy.pipelines.advise_config import AdviseConfig  # noqa: PLC0415
+    from convoy.report.curves import draw_learning_curves  # noqa: PLC0415
+
+    given = words(source=source, name=name) + (["dataset=null"] if source else [])
+    if verify and "verify" not in config_keys(config, overrides or []):
+        given += words(verify={})
+    settings = load(AdviseConfig, config, [*(overrides or []), *given], workspace)
+    run_job(
+        lambda progress: run_advise(
+            settings, progress=progress, draw_curves=draw_learning_curves, new_run=new_run
+        ),
         as_json=as_json,
     )
 

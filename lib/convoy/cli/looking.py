@@ -57,7 +57,10 @@ def doctor(workspace: WorkspaceOption = None, as_json: JsonOption = False) -> No
 @looking_app.command()
 def bench(
     job: Annotated[
-        str, typer.Argument(help="What to measure: cache, evaluate, layout, plan, score, strategies, train.")
+        str,
+        typer.Argument(
+            help="What to measure: advise, cache, evaluate, layout, near_duplicates, plan, score, strategies, train."
+        ),
     ],
     rows: Annotated[int | None, typer.Option("--rows", help="Short for --set rows=N.")] = None,
     overrides: SetOption = None,

@@ -16,7 +16,17 @@ from convoy.core.errors import ConfigError, ConvoyError
 _FOLDER = Path(__file__).parents[3] / "tests" / "benchmarks"
 
 
-BENCHMARKS = ("cache", "evaluate", "layout", "plan", "score", "strategies", "train")
+BENCHMARKS = (
+    "advise",
+    "cache",
+    "evaluate",
+    "layout",
+    "near_duplicates",
+    "plan",
+    "score",
+    "strategies",
+    "train",
+)
 
 
 class BenchReport(RootModel[dict[str, Any]]):
