@@ -265,14 +265,14 @@ def _page(report: dict[str, Any]) -> Iterator[str]:
     yield "# `convoy bench near_duplicates`"
     yield ""
     yield (
-        f"Every {settings['every']}th image of three real sets was copied once: compressed again, resized or cropped at a"
-        f" random place (JPEG 90 then). Features of a CIFAR-10 {settings['weights']} at {', '.join(report['taps'])}, at 32"
-        f" pixels, in float16. Default threshold: {NEAR_DUPLICATE_THRESHOLD}."
+        f"Every {settings['every']}th image of three real sets was copied once: compressed again, resized or"
+        f" cropped at a random place (JPEG 90 then). Features of a CIFAR-10 {settings['weights']} at"
+        f" {', '.join(report['taps'])}, at 32 pixels, in float16. Default threshold: {NEAR_DUPLICATE_THRESHOLD}."
     )
     yield ""
     yield (
-        f"- {scale['rows']} made rows of {scale['features']} features: {scale['seconds']:.1f} s; time grows with the square"
-        " of the rows"
+        f"- {scale['rows']} made rows of {scale['features']} features: {scale['seconds']:.1f} s; time grows with the"
+        " square of the rows"
     )
     yield from describe_machine(report["machine"])
     yield ""

@@ -158,7 +158,9 @@ def test_a_damaged_picture_is_found_and_drawn_again(inspection: Inspection) -> N
     path.write_bytes(whole[:-1] + b"!")
     verified = last_json(convoy_here("verify", report.run, "--workspace", inspection.workspace, "--json"))
     assert (verified["ok"], len(verified["problems"])) == (False, 1)
-    repaired = convoy_here("runs", "repair", report.run, "--apply", "--workspace", inspection.workspace, "--json")
+    repaired = convoy_here(
+        "runs", "repair", report.run, "--apply", "--workspace", inspection.workspace, "--json"
+    )
     assert repaired.returncode == 0, repaired.stderr
     again = inspection.run("network", *settings)
     assert again.run == report.run
@@ -168,7 +170,9 @@ def test_a_damaged_picture_is_found_and_drawn_again(inspection: Inspection) -> N
 
 @pytest.mark.slow
 @pytest.mark.chaos
-@pytest.mark.parametrize("point", [CrashPoint.PART_WRITTEN, CrashPoint.SLICE_COLLECTED, CrashPoint.MANIFEST_PUBLISHED])
+@pytest.mark.parametrize(
+    "point", [CrashPoint.PART_WRITTEN, CrashPoint.SLICE_COLLECTED, CrashPoint.MANIFEST_PUBLISHED]
+)
 def test_a_killed_inspection_goes_on(tmp_path: Path, point: CrashPoint) -> None:
     inspection = made_inspection(tmp_path)
     # The features first, whose run has crash points of its own.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from convoy.cluster.inspection_drawing import Picture, PieceDrawer
-from convoy.cluster.inspection_spec import InspectionSpec, NetworkSpec, Piece, PictureData
+from convoy.cluster.inspection_spec import InspectionSpec, NetworkSpec, PictureData, Piece
 from convoy.cluster.kept_weights import read_kept_weights
 from convoy.cluster.prepared_batches import ImagePreparer, SliceImages
 from convoy.cluster.slices import SliceTask

@@ -141,4 +141,3 @@ def _hottest(heat_HW: Tensor) -> dict[str, object]:
         "share_above_half": float((heat_HW > 0.5).float().mean()),
         "is_empty": not bool(heat_HW.any()),
     }
-

@@ -11,7 +11,6 @@ from convoy.vision.heads import HeadSpec
 from convoy.vision.inspection_options import MaximisationOptions, Unit
 from convoy.vision.presets import EvalPreset
 
-
 # In the data of a picture that shows nothing: why.
 MISSING = "missing"
 

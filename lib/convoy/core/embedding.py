@@ -89,7 +89,7 @@ def pca_map(features_ND: NDArray[Any]) -> PcaMap:
 def nearest_neighbours(
     features_ND: NDArray[Any], num_neighbours: int, *, block_rows: int = _BLOCK_ROWS
 ) -> Neighbours:
-    """The rows with the largest cosine similarity to each row, itself left out; of equal ones the earlier row.
+    """The rows with the largest cosine similarity to each row, itself left out.
 
     Exact, in time that grows with the square of the rows. Raises ConfigError for more neighbours than other rows.
     """
@@ -101,7 +101,9 @@ def nearest_neighbours(
         )
     unit_ND = _unit_rows(features_ND)
     found = [
-        _nearest_of_block(unit_ND, slice(start, min(start + block_rows, num_rows)), num_neighbours, block_rows)
+        _nearest_of_block(
+            unit_ND, slice(start, min(start + block_rows, num_rows)), num_neighbours, block_rows
+        )
         for start in range(0, num_rows, block_rows)
     ]
     return Neighbours(
@@ -118,11 +120,10 @@ def find_near_duplicates(
     Features are whitened by PCA (Jégou and Chum, ECCV 2012, section 3.2), which takes away what all images share. Two
     rows are near duplicates if their cosine there is at least `threshold` above the mean of their two similarities
     to their tenth neighbour: how crowded it is differs between data sets, and inside one (CSLS of Conneau et al., ICLR
-    2018, equation 2, with the tenth neighbour in place of a mean). Nor may chance reach their cosine: few features tell
-    few images apart. Links join to groups. More than ten loose copies of one picture hide each other, close ones do not.
-    Best on pooled maps of several depths beside each other; those of the deepest layers alone cannot tell two images
-    of a class apart.
-    Raises DataError for fewer than three rows, and for features that are all the same.
+    2018, equation 2, with the tenth neighbour in place of a mean). Nor may chance reach their cosine: few features
+    tell few images apart. Links join to groups. More than ten loose copies of one picture hide each other, close ones
+    do not. Best on pooled maps of several depths beside each other; those of the deepest layers alone cannot tell two
+    images of a class apart. Raises DataError for fewer than three rows, and for features that are all the same.
     """
     whitened_NC = whiten(features_ND)
     num_rows = len(whitened_NC)
@@ -173,7 +174,9 @@ def whiten(features_ND: NDArray[Any]) -> NDArray[np.float32]:
     num_usable = int((deviations_D > _MIN_DEVIATION * deviations_D[0]).sum())
     num_components = min(num_usable, _MAX_COMPONENTS, max(num_rows // _ROWS_A_COMPONENT, 2))
     basis_DC = components_DD[:, ::-1][:, :num_components] / deviations_D[:num_components]
-    return np.concatenate([((block_BD - mean_D) @ basis_DC).astype(np.float32) for block_BD in _blocks(features_ND)])
+    return np.concatenate(
+        [((block_BD - mean_D) @ basis_DC).astype(np.float32) for block_BD in _blocks(features_ND)]
+    )
 
 
 def _by_chance(shape: tuple[int, ...]) -> float:
@@ -199,28 +202,30 @@ def _nearest_of_block(
     unit_ND: NDArray[np.float32], rows: slice, num_neighbours: int, block_rows: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """The neighbours of some rows: the best of what is known and of the next block, block after block."""
-    own_B = np.arange(rows.start, rows.stop)
-    best_rows_BK = np.empty((len(own_B), 0), np.int64)
-    best_BK = np.empty((len(own_B), 0), np.float32)
+    num_own = rows.stop - rows.start
+    best_rows_BK = np.empty((num_own, 0), np.int64)
+    best_BK = np.empty((num_own, 0), np.float32)
     for start in range(0, len(unit_ND), block_rows):
-        block_CD = unit_ND[start : start + block_rows]
-        others_C = np.arange(start, start + len(block_CD))
-        similarities_BC = np.clip(unit_ND[rows] @ block_CD.T, -1, 1)
-        similarities_BC[own_B[:, None] == others_C] = -np.inf
-        known_BC = np.concatenate([best_BK, similarities_BC], axis=1)
-        known_rows_BC = np.concatenate([best_rows_BK, np.broadcast_to(others_C, similarities_BC.shape)], axis=1)
+        similarities_BC = unit_ND[rows] @ unit_ND[start : start + block_rows].T
+        if start == rows.start:
+            np.fill_diagonal(similarities_BC, -np.inf)
+        places_BK = _largest(similarities_BC, num_neighbours)
+        known_BC = np.concatenate([best_BK, np.take_along_axis(similarities_BC, places_BK, axis=1)], axis=1)
+        known_rows_BC = np.concatenate([best_rows_BK, start + places_BK], axis=1)
         places_BK = _largest(known_BC, num_neighbours)
         best_BK = np.take_along_axis(known_BC, places_BK, axis=1)
         best_rows_BK = np.take_along_axis(known_rows_BC, places_BK, axis=1)
-    return best_rows_BK, best_BK
+    return best_rows_BK, np.clip(best_BK, -1, 1)
 
 
 def _largest(values_BC: NDArray[np.float32], number: int) -> NDArray[np.int64]:
-    """The places of the largest values of each row, the largest first, of equal ones the first."""
-    if values_BC.shape[1] > number:
-        places_BK = np.sort(np.argpartition(-values_BC, number - 1, axis=1)[:, :number], axis=1)
+    """The places of the largest values of each row, the largest first."""
+    num_values = values_BC.shape[1]
+    if num_values > number:
+        places_BK = np.argpartition(values_BC, num_values - number, axis=1)[:, num_values - number :]
+        places_BK.sort(axis=1)
     else:
-        places_BK = np.broadcast_to(np.arange(values_BC.shape[1]), values_BC.shape)
+        places_BK = np.broadcast_to(np.arange(num_values), values_BC.shape)
     order_BK = np.argsort(-np.take_along_axis(values_BC, places_BK, axis=1), axis=1, kind="stable")
     return np.take_along_axis(places_BK, order_BK, axis=1)
 

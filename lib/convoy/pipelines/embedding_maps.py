@@ -61,14 +61,18 @@ def place_points(
     if method is MapMethod.PCA:
         found = pca_map(features_ND)
         return found.points_N2, found.explained
-    points_N2: NDArray[np.float64] = _umap().UMAP(
-        n_components=2,
-        # It cannot have more neighbours than other points.
-        n_neighbors=min(15, len(features_ND) - 1),
-        metric="cosine",
-        random_state=seed,
-        n_jobs=1,
-    ).fit_transform(np.asarray(features_ND, np.float32))
+    points_N2: NDArray[np.float64] = (
+        _umap()
+        .UMAP(
+            n_components=2,
+            # It cannot have more neighbours than other points.
+            n_neighbors=min(15, len(features_ND) - 1),
+            metric="cosine",
+            random_state=seed,
+            n_jobs=1,
+        )
+        .fit_transform(np.asarray(features_ND, np.float32))
+    )
     return points_N2.astype(np.float64), None
 
 
@@ -79,7 +83,7 @@ def require_method(method: MapMethod) -> None:
 
 
 def neighbour_agreement(features_ND: NDArray[Any], labels_N: NDArray[np.int64]) -> float | None:
-    """The share of nearest neighbours with the same label, over samples that have one (-1 is none); None without any."""
+    """The share of nearest neighbours with the same label, over samples that have one (-1 is none), or None."""
     labelled = labels_N >= 0
     if labelled.sum() <= _AGREEMENT_NEIGHBOURS:
         return None

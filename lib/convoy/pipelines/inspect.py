@@ -139,12 +139,13 @@ class _Inspection:
 
     def _freeze(self, folder: RunFolder, planned: Sequence[PlannedPiece]) -> RunRecord:
         """A slice for each piece: those that show images have them as their frozen input, the others none."""
-        showing = [one for one in planned if one.rows is not None]
-        others = [one for one in planned if one.rows is None]
-        rows = [((one.piece.name,), one.rows) for one in showing]
+        showing = [(one.piece, one.rows) for one in planned if one.rows is not None]
+        others = [one.piece for one in planned if one.rows is None]
+        rows = [((piece.name,), table) for piece, table in showing]
         most = max((table.num_rows for _, table in rows), default=1)
         groups = freeze_input(folder, rows, slice_rows=most)
-        bare = [SliceGroup(outputs=(one.piece.name,), num_rows=0, num_slices=1) for one in others]
+        pieces = [*(piece for piece, _ in showing), *others]
+        bare = [SliceGroup(outputs=(piece.name,), num_rows=0, num_slices=1) for piece in others]
         record = RunRecord.new(
             folder.run_id,
             verb=_VERB,
@@ -152,7 +153,7 @@ class _Inspection:
             config=self._config.model_dump(mode="json"),
             outputs={one.piece.name: folder.key(f"{INSPECTION}/") for one in planned},
             groups=(*groups, *bare),
-            settings={"pieces": [one.piece.model_dump(mode="json") for one in (*showing, *others)]},
+            settings={"pieces": [piece.model_dump(mode="json") for piece in pieces]},
         )
         folder.write_record(record)
         return record

@@ -45,7 +45,7 @@ class SampleConfig(StrictModel):
 
 
 class EmbeddingConfig(StrictModel):
-    """The map of the sample. `tap` of null is where the head reads: the tap of a probe, else the last before the logits."""
+    """The map of the sample. `tap` of null is where the head reads: a probe's tap, else the last before the logits."""
 
     tap: str | int | None = None
     methods: tuple[MapMethod, ...] = (MapMethod.PCA,)
@@ -77,8 +77,8 @@ class InspectConfig(StrictModel):
     """A `bundle` of the workspace or a pretrained `model`, and images of the `splits` of a dataset.
 
     `stages` (names, numbers or aliases of the depth axis) are looked at for channels, Grad-CAM and feature maps; null
-    are the last stage of each size of maps, the four deepest. `channels` are numbers of channels of each of them, null the
-    first `num_channels`. At most `num_classes` classes are maximised, the first unless `classes` names some.
+    are the last stage of each size of maps, the four deepest. `channels` are numbers of channels of each of them, null
+    the first `num_channels`. At most `num_classes` classes are maximised, the first unless `classes` names some.
     """
 
     workspace: str | None = None

@@ -1,4 +1,4 @@
-"""What is found out about a sample before anything is drawn: outputs, neighbours, near duplicates, its place on maps."""
+"""What is found out about a sample before anything is drawn: outputs, neighbours, near duplicates."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from convoy.storage.object_store import ObjectStore
 class Findings:
     """A sample, and what is known of it. `embedding_ND` are its features at `embedding_tap`.
 
-    What is None was not asked for. `duplicate_rows` are the rows that near duplicates were looked for among; `notes` say
-    what cannot be shown.
+    What is None was not asked for. Near duplicates were looked for among the `duplicate_rows`; `notes` say what cannot
+    be shown.
     """
 
     sample: InspectedSample

@@ -109,7 +109,9 @@ class _Planner:
             wanted = self._config.channels or range(min(self._config.num_channels, stage.channels))
             channels = [channel for channel in wanted if 0 <= channel < stage.channels]
             if len(channels) < len(list(wanted)):
-                self._note(f"stage {stage.name} has {stage.channels} channels: others that were named are left out")
+                self._note(
+                    f"stage {stage.name} has {stage.channels} channels: others that were named are left out"
+                )
             for number, some in enumerate(batched(channels, _UNITS_A_PIECE)):
                 yield PlannedPiece(
                     piece=Piece(
@@ -143,8 +145,8 @@ class _Planner:
                     name=f"cams-{number:02d}",
                     kind=PieceKind.CAMS,
                     title="Where the model looks",
-                    caption="Grad-CAM of the predicted class, and under errors of the labelled one; yellow speaks for it"
-                    " most.",
+                    caption="Grad-CAM of the predicted class, and under errors of the labelled one; yellow speaks"
+                    " for it most.",
                     stages=tuple(stages),
                     looks=tuple(looks),
                 ),
@@ -162,8 +164,8 @@ class _Planner:
                     name=f"feature_maps-{number:02d}",
                     kind=PieceKind.FEATURE_MAPS,
                     title=f"Feature maps of {self._ids[row]}",
-                    caption="The channels with the largest mean at each stage, each scaled from its least to its largest"
-                    " value.",
+                    caption="The channels with the largest mean at each stage, each scaled from its least to its"
+                    " largest value.",
                     stages=stages,
                     lines=(self._line("", [row], ["image"]),),
                     num_channels=self._config.num_channels,
@@ -188,7 +190,7 @@ class _Planner:
                     name=f"neighbours-{number:02d}",
                     kind=PieceKind.NEIGHBOURS,
                     title="Nearest neighbours in feature space",
-                    caption="The images of the sample that are most like the first one, by the cosine of their features.",
+                    caption="The images of the sample that are most like the first, by the cosine of their features.",
                     lines=tuple(lines),
                     columns=("image", *(f"nearest {rank + 1}" for rank in range(number_near))),
                 ),

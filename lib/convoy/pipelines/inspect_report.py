@@ -30,7 +30,7 @@ class InspectionFigure(StrictModel):
 class InspectionReport(StrictModel):
     """What was looked at and drawn; `top1` is of the sample's labelled images that the model has a class for.
 
-    `samples` = `results` + `rejects`. `notes` say what could not be shown, and why. `folder` is the URI of the pictures.
+    `samples` = `results` + `rejects`. `notes` say what could not be shown, and why. `folder` is the pictures' URI.
     """
 
     run: str
@@ -52,7 +52,7 @@ class InspectionReport(StrictModel):
 
 
 def read_figures(folder: RunFolder) -> tuple[list[InspectionFigure], list[str]]:
-    """The pictures that the slices of a published run made, by what is written beside each; and why others show nothing."""
+    """The pictures of a published run's slices, by what is written beside each; and why others show nothing."""
     manifest, run = read_manifest(folder), folder.record()
     if manifest is None or run is None:
         raise DataError("the inspection is not published yet", where=folder.prefix, next_step="run it again")

@@ -1,4 +1,4 @@
-"""The images that an inspection looks at: their rows, their features from the cache, and what the model says of them."""
+"""The images that an inspection looks at: rows, features from the cache, and what the model says of them."""
 
 from __future__ import annotations
 
@@ -139,7 +139,9 @@ class SampleReading:
         usable = rows.filter(pa.array(found_N)).combine_chunks()
         # The model may not know all classes of the dataset; the last entry stands for rows without a label.
         index_of = {name: index for index, name in enumerate(classifier.classes)}
-        class_of_label = np.array([index_of.get(name, _UNKNOWN) for name in self._manifest.classes] + [_UNKNOWN])
+        class_of_label = np.array(
+            [index_of.get(name, _UNKNOWN) for name in self._manifest.classes] + [_UNKNOWN]
+        )
         return InspectedSample(
             rows=usable,
             classes=classifier.classes,

@@ -61,7 +61,8 @@ def near_duplicate_taps(axis: DepthAxis) -> tuple[str, ...]:
 
     Of these the narrowest, as long as they have no more than 2,048 channels together.
     """
-    taps, width = [], 0
+    taps: list[Stage] = []
+    width = 0
     for stage in sorted(last_of_sizes(axis, _NUM_TAPS), key=lambda stage: stage.channels):
         width += stage.channels
         if not taps or width <= _MAX_CHANNELS:
@@ -84,7 +85,7 @@ def report_near_duplicates(
     classes: Sequence[str],
     threshold: float = NEAR_DUPLICATE_THRESHOLD,
 ) -> NearDuplicateReport:
-    """What near duplicates there are among rows with the columns sample_id, split and label, in the order of the features.
+    """What near duplicates there are among rows (columns sample_id, split, label) in the order of the features.
 
     For the features see `near_duplicate_taps` and `joined_taps`; errors are those of `find_near_duplicates`.
     """

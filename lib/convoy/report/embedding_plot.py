@@ -23,7 +23,7 @@ def draw_embedding_map(placed: EmbeddingMap, colour: MapColour) -> bytes:
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     figure = Figure(figsize=_SIZE_INCHES, dpi=_DPI, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    canvas: Any = FigureCanvasAgg(figure)
     axes = figure.subplots()
     for name, marker, shade, points in _groups(placed, colour):
         axes.scatter(
@@ -53,19 +53,21 @@ def draw_embedding_map(placed: EmbeddingMap, colour: MapColour) -> bytes:
 def _groups(placed: EmbeddingMap, colour: MapColour) -> list[tuple[str, str, Any, Sequence[MapPoint]]]:
     """Name, marker, colour and points of each entry of the legend that has some, the last ones on top."""
     if colour is MapColour.ERROR:
-        groups = [
+        judged = [
             ("no label", "o", _GREY, [point for point in placed.points if point.correct is None]),
             ("right", "o", _RIGHT, [point for point in placed.points if point.correct]),
             ("wrong", "x", _WRONG, [point for point in placed.points if point.correct is False]),
         ]
-        return [group for group in groups if group[3]]
+        return [group for group in judged if group[3]]
     from matplotlib import colormaps  # noqa: PLC0415
 
     seen = [name for name in placed.classes if any(point.label == name for point in placed.points)]
     named = seen if len(seen) <= _MOST_NAMED else seen[: _MOST_NAMED - 1]
     others = [point for point in placed.points if point.label not in named]
     palette = colormaps["tab10" if len(named) <= 10 else "tab20"]
-    groups = [("others" if len(seen) > len(named) else "no label", "o", _GREY, others)]
+    groups: list[tuple[str, str, Any, Sequence[MapPoint]]] = [
+        ("others" if len(seen) > len(named) else "no label", "o", _GREY, others)
+    ]
     groups += [
         (name, "o", palette(index), [point for point in placed.points if point.label == name])
         for index, name in enumerate(named)

@@ -72,7 +72,9 @@ class InspectedNetwork:
         shape_C11 = (3, 1, 1)
         mean_C11 = torch.tensor(self.preset.mean, device=self.device).view(shape_C11)
         std_C11 = torch.tensor(self.preset.std, device=self.device).view(shape_C11)
-        normalised_BCHW: Tensor = ((images_BCHW - mean_C11) / std_C11).contiguous(memory_format=torch.channels_last)
+        normalised_BCHW: Tensor = ((images_BCHW - mean_C11) / std_C11).contiguous(
+            memory_format=torch.channels_last
+        )
         return normalised_BCHW
 
 
@@ -97,7 +99,9 @@ class _StageWatch:
         unknown = sorted(set(names) - self._stages.keys())
         if unknown:
             raise ConfigError(
-                f"the stage '{unknown[0]}' is not watched", where="stages", next_step="name it when the network is opened"
+                f"the stage '{unknown[0]}' is not watched",
+                where="stages",
+                next_step="name it when the network is opened",
             )
         taken: dict[str, Tensor] = {}
         self._wanted, self._taken = frozenset(names), taken

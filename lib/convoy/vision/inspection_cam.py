@@ -28,7 +28,9 @@ def grad_cam(
     pixels_BCHW = network.pixels(images_BCHW).requires_grad_(True)
     with torch.enable_grad():
         logits_BK, maps = network.see(pixels_BCHW, stages)
-        scores_B = logits_BK[torch.arange(len(logits_BK)), torch.tensor(list(classes_B), device=network.device)]
+        scores_B = logits_BK[
+            torch.arange(len(logits_BK)), torch.tensor(list(classes_B), device=network.device)
+        ]
         # Each image's score depends on its own maps only, so the gradient of the sum is that of each.
         gradients = torch.autograd.grad(scores_B.sum(), [maps[name] for name in stages])
     size_HW = images_BCHW.shape[-2:]

@@ -28,7 +28,7 @@ class FirstFilters:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StageMaps:
-    """The most active channels of one stage for one image: `maps_MHW` scaled to 0..1 map by map, the strongest first."""
+    """The most active channels of a stage for an image: `maps_MHW` scaled to 0..1 map by map, the strongest first."""
 
     channels: tuple[int, ...]
     means: tuple[float, ...]
@@ -57,7 +57,9 @@ def first_filters(network: nn.Module, axis: DepthAxis) -> FirstFilters:
         )
     module, layer = found
     weights_FCHW = layer.weight.detach().float().cpu()
-    largest_F111 = weights_FCHW.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    largest_F111 = (
+        weights_FCHW.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    )
     return FirstFilters(
         module=module,
         images_FCHW=weights_FCHW / largest_F111,

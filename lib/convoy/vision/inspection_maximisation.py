@@ -38,7 +38,9 @@ class MaximisedImages:
     end_B: tuple[float, ...]
 
 
-def maximise(network: InspectedNetwork, units: Sequence[Unit], options: MaximisationOptions) -> MaximisedImages:
+def maximise(
+    network: InspectedNetwork, units: Sequence[Unit], options: MaximisationOptions
+) -> MaximisedImages:
     """Images of the network's own size that maximise the logit of a class, or the mean of a channel's map.
 
     All units are of one stage. An image depends on the seed and its unit, not on the units beside it, but for the last
@@ -55,10 +57,9 @@ def maximise(network: InspectedNetwork, units: Sequence[Unit], options: Maximisa
     shifts_S2 = _shifts(options, side_px)
     with torch.enable_grad():
         for shift in shifts_S2:
-            optimiser.zero_grad(set_to_none=True)
             images_BCHW = spectrum.images(coefficients)
             loss = _loss(network, images_BCHW, units, shift, options.total_variation)
-            loss.backward()
+            (coefficients.grad,) = torch.autograd.grad(loss, [coefficients])
             optimiser.step()
     images_BCHW = _as_stored(spectrum.images(coefficients))
     return MaximisedImages(
@@ -105,7 +106,9 @@ def _loss(
     down_px, right_px = shift.tolist()
     shifted_BCHW = torch.roll(images_BCHW, (down_px, right_px), dims=(2, 3))
     values_B = _measure(network, shifted_BCHW, units)
-    rough_B = (images_BCHW.diff(dim=2).abs().mean(dim=(1, 2, 3))) + images_BCHW.diff(dim=3).abs().mean(dim=(1, 2, 3))
+    rough_B = (images_BCHW.diff(dim=2).abs().mean(dim=(1, 2, 3))) + images_BCHW.diff(dim=3).abs().mean(
+        dim=(1, 2, 3)
+    )
     # In units of what the activation is now, so that one weight serves logits and channels of any scale.
     scale_B = values_B.detach().abs().clamp_min(1e-3)
     return (-values_B / scale_B + weight * rough_B).sum()

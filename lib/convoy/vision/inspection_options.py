@@ -8,7 +8,7 @@ from convoy.core.config import StrictModel
 
 
 class Unit(StrictModel):
-    """What an image is made for: output `index` of the classifier, or without `stage` None channel `index` of a stage."""
+    """What an image is made for: channel `index` of a stage, or where that is None of the logits."""
 
     index: NonNegativeInt
     stage: str | None = None

@@ -74,7 +74,9 @@ def grid_png(images_BCHW: Tensor, names: Sequence[str]) -> bytes:
     rows = []
     for start in range(0, len(names), num_columns):
         row = names[start : start + num_columns]
-        rows.append((row[0] if len(row) == 1 else f"{row[0]} … {row[-1]}", images_BCHW[start : start + len(row)]))
+        rows.append(
+            (row[0] if len(row) == 1 else f"{row[0]} … {row[-1]}", images_BCHW[start : start + len(row)])
+        )
     return sheet_png(rows, [""] * num_columns)
 
 

@@ -48,9 +48,9 @@ def test_umap_is_told_seed_and_neighbours_that_there_are(monkeypatch: pytest.Mon
 
 
 def test_agreement_is_the_share_of_neighbours_with_the_same_label() -> None:
-    centres_2D = 20 * np.eye(2, 8)
+    centres_KD = 20 * np.eye(2, 8)
     labels_N = np.repeat([0, 1], 30)
-    clustered_ND = (centres_2D[labels_N] + RANDOM.normal(size=(60, 8))).astype(np.float32)
+    clustered_ND = (centres_KD[labels_N] + RANDOM.normal(size=(60, 8))).astype(np.float32)
     assert neighbour_agreement(clustered_ND, labels_N) == 1
     # Every row has another label: no neighbour agrees.
     assert neighbour_agreement(clustered_ND, np.arange(60)) == 0
