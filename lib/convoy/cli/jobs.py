@@ -199,15 +199,20 @@ def retrain(
     as_json: JsonOption = False,
 ) -> None:
     """Bring a model up to date, once a date: promote a better one, hold a worse one (exit code 5), or do nothing."""
+    from convoy.pipelines.model_registry import registered_model  # noqa: PLC0415
     from convoy.pipelines.retrain import run_retrain  # noqa: PLC0415
-    from convoy.pipelines.retrain_config import RetrainConfig  # noqa: PLC0415
+    from convoy.pipelines.retrain_config import RetrainConfig, RetrainReport  # noqa: PLC0415
     from convoy.report.curves import draw_learning_curves  # noqa: PLC0415
+    from convoy.report.model_mirror import follow_move  # noqa: PLC0415
 
     settings = load(RetrainConfig, config, [*(overrides or []), *words(date=date)], workspace)
-    run_job(
-        lambda progress: run_retrain(settings, progress=progress, draw_curves=draw_learning_curves),
-        as_json=as_json,
-    )
+
+    def job(progress: TerminalProgress) -> RetrainReport:
+        report = run_retrain(settings, progress=progress, draw_curves=draw_learning_curves)
+        follow_move(settings.mirror, lambda: registered_model(settings.workspace, settings.name))
+        return report
+
+    run_job(job, as_json=as_json)
 
 
 @jobs_app.command()

@@ -9,10 +9,16 @@ import typer
 
 from convoy.cli.options import JsonOption, SetOption, WorkspaceOption, load, run_job, words
 from convoy.core.config import load_config
+from convoy.core.tracking import MirrorConfig
 from convoy.storage.object_store import WriterMode
 
 WritersOption = Annotated[
     WriterMode, typer.Option("--writers", help="single: where the store has no conditional writes.")
+]
+
+MlflowOption = Annotated[
+    str | None,
+    typer.Option("--mlflow-uri", help="Tracking URI of an MLflow whose model registry gets the aliases too."),
 ]
 
 models_app = typer.Typer(help="Look after networks and bundles in the workspace.", no_args_is_help=True)
@@ -46,16 +52,19 @@ def models_promote(
         str | None, typer.Option("--digest", help="The version to promote. Default: the candidate.")
     ] = None,
     writers: WritersOption = WriterMode.MANY,
+    mlflow_uri: MlflowOption = None,
     workspace: WorkspaceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make a version the champion; the champion so far becomes the previous one."""
     from convoy.pipelines.model_registry import promote_model  # noqa: PLC0415
 
+    mirror = _mirror(mlflow_uri)
     run_job(
         lambda _: promote_model(workspace, name, digest=digest, reason=reason, writers=writers),
         as_json=as_json,
     )
+    _follow_move(mirror, workspace, name)
 
 
 @models_app.command("rollback")
@@ -65,13 +74,31 @@ def models_rollback(
         str, typer.Option("--reason", help="Why; it is kept in the history.")
     ] = "rolled back by hand",
     writers: WritersOption = WriterMode.MANY,
+    mlflow_uri: MlflowOption = None,
     workspace: WorkspaceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make the previous version the champion again; the two change places."""
     from convoy.pipelines.model_registry import rollback_model  # noqa: PLC0415
 
+    mirror = _mirror(mlflow_uri)
     run_job(lambda _: rollback_model(workspace, name, reason=reason, writers=writers), as_json=as_json)
+    _follow_move(mirror, workspace, name)
+
+
+@models_app.command("mirror")
+def models_mirror(
+    name: Annotated[str, typer.Argument(help="Name of the model.")],
+    mlflow_uri: Annotated[str, typer.Option("--mlflow-uri", help="MLflow's tracking URI: http://HOST:5000.")],
+    workspace: WorkspaceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Set the aliases in MLflow's model registry to those of the workspace, which decides."""
+    from convoy.pipelines.model_registry import registered_model  # noqa: PLC0415
+    from convoy.report.model_mirror import mirror_aliases  # noqa: PLC0415
+
+    mirror = _mirror(mlflow_uri)
+    run_job(lambda _: mirror_aliases(registered_model(workspace, name), mirror), as_json=as_json)
 
 
 @models_app.command("diff")
@@ -130,3 +157,14 @@ def models_export(
     given = words(bundle=bundle, to=to, output=output, dataset=dataset, images=images)
     config = load(ExportConfig, None, [*(overrides or []), *given], workspace)
     run_job(lambda progress: run_export(config, progress=progress), as_json=as_json)
+
+
+def _mirror(mlflow_uri: str | None) -> MirrorConfig:
+    return load_config(MirrorConfig, None, words(mlflow_uri=mlflow_uri))
+
+
+def _follow_move(mirror: MirrorConfig, workspace: str | None, name: str) -> None:
+    from convoy.pipelines.model_registry import registered_model  # noqa: PLC0415
+    from convoy.report.model_mirror import follow_move  # noqa: PLC0415
+
+    follow_move(mirror, lambda: registered_model(workspace, name))

@@ -25,6 +25,7 @@ from convoy.storage.registry import (
     HistoryEntry,
     aliased_digest,
     move_aliases,
+    read_aliases,
 )
 from convoy.storage.stores import open_store
 
@@ -39,6 +40,16 @@ class AliasReport(StrictModel):
     aliases: dict[Alias, str]
     revision: int
     last: HistoryEntry | None
+
+
+class RegisteredModel(StrictModel):
+    """A model's aliases as they stand, by name; null for one that names nothing. `bundles` are URIs by digest."""
+
+    name: str
+    workspace: str
+    revision: int
+    aliases: dict[str, str | None]
+    bundles: dict[str, str]
 
 
 class ModelDiff(StrictModel):
@@ -94,6 +105,22 @@ def rollback_model(workspace: str | None, name: str, *, reason: str, writers: Wr
         return AliasMove(action=ROLLED_BACK, moves=_to_champion(record, previous), reason=reason)
 
     return _moved(store, name, decide, writers)
+
+
+def registered_model(workspace: str | None, name: str) -> RegisteredModel:
+    """The aliases of a model, for registries elsewhere; none of them names anything where it was never promoted."""
+    store = open_store(workspace_uri(workspace))
+    check_bundle_name(name)
+    record = read_aliases(store, name)
+    aliases = {alias.value: record.aliases.get(alias) for alias in Alias}
+    digests = {digest for digest in aliases.values() if digest is not None}
+    return RegisteredModel(
+        name=name,
+        workspace=store.root_uri,
+        revision=record.revision,
+        aliases=aliases,
+        bundles={digest: resolve_bundle(store, f"{name}@{digest}").uri for digest in digests},
+    )
 
 
 def diff_models(workspace: str | None, first: str, second: str) -> ModelDiff:

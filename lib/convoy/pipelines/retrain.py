@@ -21,8 +21,8 @@ from convoy.storage.object_store import ObjectStore
 from convoy.storage.registry import Alias, read_aliases
 from convoy.storage.retrains import RetrainFolder, RetrainPlan, hold_retrain
 
-# What may differ between two calls for one date: where and how fast, not what.
-_FREE_KEYS = ("workspace", "writers", "date")
+# What may differ between two calls for one date: where, how fast and who hears of it, not what.
+_FREE_KEYS = ("workspace", "writers", "date", "mirror")
 
 
 def run_retrain(config: RetrainConfig, *, progress: Progress, draw_curves: CurveDrawer) -> RetrainReport:

@@ -13,6 +13,7 @@ from convoy.core.config import StrictModel
 from convoy.core.drift import EmbeddingShift
 from convoy.core.errors import ExitCode
 from convoy.core.splits import SplitOptions
+from convoy.core.tracking import MirrorConfig
 from convoy.pipelines.feature_plan import ExtractionConfig
 from convoy.pipelines.retrain_gate import GateConfig, GateEvidence
 from convoy.storage.object_store import WriterMode
@@ -74,6 +75,7 @@ class RetrainConfig(StrictModel):
     `source` is frozen anew as `dataset` each time, as by `convoy dataset`; without it the dataset's current version is
     taken. `backbone`, `tap` and `head` make the first champion; later ones keep the champion's network and tap.
     `fine_tune` allows training the network, where a new head does not pass the gate.
+    `mirror` shows the aliases to MLflow.
     """
 
     workspace: str | None = None
@@ -92,6 +94,7 @@ class RetrainConfig(StrictModel):
     checks: DataChecks = DataChecks()
     gate: GateConfig = GateConfig()
     extraction: ExtractionConfig = ExtractionConfig()
+    mirror: MirrorConfig = MirrorConfig()
 
     @field_validator("date", mode="before")
     @classmethod

@@ -61,10 +61,10 @@ class MlflowTracker:
             from mlflow.entities import Metric, Param  # noqa: PLC0415
             from mlflow.tracking import MlflowClient  # noqa: PLC0415
         except ImportError:
-            raise _missing("mlflow") from None
+            raise missing_package("mlflow") from None
         self._metric = Metric
         self._last_epoch = 0
-        with _mlflow_patience():
+        with mlflow_patience():
             self._client = MlflowClient(tracking_uri=config.mlflow_uri)
             experiment = self._client.get_experiment_by_name(config.mlflow_experiment)
             experiment_id = (
@@ -88,13 +88,13 @@ class MlflowTracker:
 
     def close(self, outcome: Outcome) -> None:
         """End the run with the status of the outcome."""
-        with _mlflow_patience():
+        with mlflow_patience():
             self._client.set_terminated(self._run_id, status=outcome.value)
 
     def _log(self, values: Mapping[str, float]) -> None:
         now_ms = int(time.time() * 1000)
         entries = [self._metric(key, value, now_ms, self._last_epoch) for key, value in values.items()]
-        with _mlflow_patience():
+        with mlflow_patience():
             self._client.log_batch(self._run_id, metrics=entries)
 
 
@@ -105,7 +105,7 @@ class TensorboardTracker:
         try:
             from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
         except ImportError:
-            raise _missing("tensorboard") from None
+            raise missing_package("tensorboard") from None
         self._writer = SummaryWriter(os.path.join(config.tensorboard or "", name))
         self._last_epoch = 0
 
@@ -173,7 +173,7 @@ class TrackedProgress:
                 say(tracker)
             except Exception as error:  # whatever a tracker's library raises
                 self._trackers.remove(tracker)
-                _report_failure(type(tracker).__name__, error)
+                report_failure(type(tracker).__name__, error)
 
 
 def open_trackers(config: TrackingConfig, *, name: str, params: Mapping[str, Any]) -> list[Tracker]:
@@ -220,12 +220,12 @@ def _opened(kind: str, make: Callable[[], Tracker]) -> Tracker | None:
     except ConfigError:
         raise
     except Exception as error:  # an unreachable server, a full disk: nothing that a training depends on
-        _report_failure(kind, error)
+        report_failure(kind, error)
         return None
 
 
 @contextmanager
-def _mlflow_patience() -> Iterator[None]:
+def mlflow_patience() -> Iterator[None]:
     """MLflow reads its patience from the environment at each call; afterwards that is as it was."""
     ours = {key: value for key, value in _MLFLOW_PATIENCE.items() if key not in os.environ}
     os.environ.update(ours)
@@ -236,12 +236,14 @@ def _mlflow_patience() -> Iterator[None]:
             os.environ.pop(key, None)
 
 
-def _report_failure(name: str, error: Exception) -> None:
+def report_failure(name: str, error: Exception) -> None:
+    """Say on stderr that something beside the work failed, in one line."""
     reason = (str(error).splitlines() or [""])[0]
     print(f"convoy: {name} failed and is left out: {reason}", file=sys.stderr, flush=True)
 
 
-def _missing(package: str) -> ConfigError:
+def missing_package(package: str) -> ConfigError:
+    """The error of a tracker without its library, which names the extra."""
     return ConfigError(
         f"the package {package} is not installed",
         where="tracking",
