@@ -21,7 +21,7 @@ from convoy.pipelines.augmentation_effect import (
 )
 from convoy.pipelines.augmentation_outcomes import PolicyEffect, Verdict
 from convoy.pipelines.augmentation_trainings import ShortFineTuning
-from convoy.pipelines.backbone_costs import CostsConfig, measure_costs
+from convoy.pipelines.backbone_costs import CostsConfig
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.cost_front import CostAxis
 from convoy.pipelines.feature_plan import ExtractionConfig, PrecisionChoice
@@ -140,12 +140,6 @@ def test_what_was_measured_is_not_measured_again(digits: Digits, choice: Archite
     assert digits.choose(digits.lenet, digits.resnet) == choice
     assert all(cost.measured_unix_s < started_unix_s for cost in choice.costs)
     assert digits.num_runs() == num_runs
-    changed = COSTS.model_copy(update={"batch_size": 8})
-    (again,) = measure_costs(
-        digits.store, digits.manifest, [digits.lenet], changed, EXTRACTION, progress=Silent()
-    )
-    assert again.measured_unix_s > started_unix_s
-    assert again.batch_size == 8
 
 
 def test_a_backbone_that_is_there_twice_is_refused(digits: Digits) -> None:

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from convoy.cluster.backbone_timing import (
+    BackboneTiming,
+    TimingSpec,
+    keep_timing,
+    kept_timing,
+    machine_of_workers,
+)
+from convoy.core.machine import machine_facts
+from convoy.storage.local_store import LocalStore
+from convoy.vision.backbone_config import BackboneConfig
+from convoy.vision.decode_rule import DecodeRule
+from convoy.vision.engine_options import Precision, facts_here
+from convoy.vision.presets import EvalPreset
+
+PRESET = EvalPreset(resize_px=32, crop_px=32)
+HERE, ELSEWHERE = machine_facts(None), machine_facts("A GPU")
+SPEC = TimingSpec(
+    weights_key="models/backbones/made/model.safetensors",
+    weights_digest="0" * 32,
+    backbone=BackboneConfig(arch="lenet5", weights="random", preset=PRESET),
+    preset=PRESET,
+    decode_rule=DecodeRule(),
+    precision=Precision.FP32,
+    compiled=False,
+    batch_size=32,
+    num_workers=None,
+    cpus_per_worker=None,
+    num_fetch_threads=16,
+    seconds=1.0,
+    num_latencies=10,
+    images_digest="made",
+)
+TIMING = BackboneTiming(
+    images_per_s=100,
+    slow_images_per_s=90,
+    fast_images_per_s=110,
+    latency_p50_ms=10,
+    latency_p95_ms=12,
+    job_images_per_s=80,
+    peak_memory_bytes=2**20,
+    num_threads=2,
+    machine=HERE,
+    measured_unix_s=1.0,
+)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LocalStore:
+    store = LocalStore(str(tmp_path))
+    keep_timing(store, SPEC, TIMING)
+    return store
+
+
+def test_what_was_measured_is_found_again_on_such_a_machine(store: LocalStore) -> None:
+    assert kept_timing(store, SPEC, HERE) == TIMING
+    assert kept_timing(store, SPEC, ELSEWHERE) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"precision": Precision.BF16},
+        {"preset": EvalPreset(resize_px=64, crop_px=64)},
+        {"weights_digest": "1" * 32},
+        {"batch_size": 8},
+        {"compiled": True},
+        {"cpus_per_worker": 1},
+        {"images_digest": "others"},
+    ],
+)
+def test_what_is_run_otherwise_is_measured_anew(store: LocalStore, change: dict[str, Any]) -> None:
+    assert kept_timing(store, SPEC.model_copy(update=change), HERE) is None
+
+
+def test_only_a_cluster_elsewhere_has_to_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert machine_of_workers() == facts_here()
+    monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
+    assert machine_of_workers() is None
