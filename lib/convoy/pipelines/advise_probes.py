@@ -151,7 +151,7 @@ def choose_rows(manifest: Manifest, config: AdviseConfig) -> LookRows:
         train, judged = read_split(manifest, Split.TRAIN, folded), fold_rows(manifest, folded)
     count_classes(train, manifest.classes)
     held_out = train.slice(0, 0)
-    if Split.TEST in manifest.counts and sum(manifest.counts[Split.TEST].by_class):
+    if Split.TEST in manifest.counts and any(manifest.counts[Split.TEST].by_class):
         held_out = read_split(manifest, Split.TEST, judged_per_class)
     return LookRows(train=train, judged=judged, held_out=held_out)
 
