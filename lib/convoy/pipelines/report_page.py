@@ -14,12 +14,15 @@ from convoy.core.config import StrictModel
 from convoy.core.errors import ConvoyError
 from convoy.core.progress import Progress
 from convoy.core.training_events import EpochResult
+from convoy.pipelines.advise_report import AdviceReport
 from convoy.pipelines.committee_evaluation import CommitteeCost, MemberEvaluation, ModeEffect
 from convoy.pipelines.ensemble_building import EnsembleReport
 from convoy.pipelines.evaluation import Evaluation
+from convoy.pipelines.inspect_report import InspectionReport
 from convoy.pipelines.model_listing import ModelDescription, show_model
 from convoy.pipelines.report_data_card import DataCard, read_data_card
 from convoy.pipelines.report_images import read_rule
+from convoy.pipelines.report_inspection import InspectionPicture, read_pictures
 from convoy.pipelines.report_lineage import LineageLink, dataset_of_run, lineage_of_bundle, lineage_of_run
 from convoy.pipelines.report_predictions import PredictionSummary, summarise_predictions
 from convoy.pipelines.report_rejects import RejectSummary, summarise_rejects
@@ -79,6 +82,9 @@ class PageData(StrictModel):
     subgroups: list[Subgroup] = Field(default_factory=list)
     slices: SliceSummary | None = None
     ensemble: EnsembleReport | None = None
+    advice: AdviceReport | None = None
+    inspection: InspectionReport | None = None
+    pictures: list[InspectionPicture] = Field(default_factory=list)
     trials: list[dict[str, Any]] = Field(default_factory=list)
     retrains: list[RetrainReport] = Field(default_factory=list)
     lineage: list[LineageLink] = Field(default_factory=list)
@@ -177,13 +183,18 @@ class _Reader:
         """What the report of a run or of a bundle says of a model's worth, and the predictions behind it."""
         measured = report.get("evaluation") or report
         evaluation = _parsed(Evaluation, measured)
+        inspection = _parsed(InspectionReport, report)
         self.parts |= {
             "evaluation": evaluation,
             "committee": _parsed(CommitteeParts, measured) if evaluation and "crops" in measured else None,
             "history": [EpochResult.model_validate(one) for one in report.get("history") or ()],
             "ensemble": _parsed(EnsembleReport, report),
             "trials": list(report.get("trials") or ()) if "ensemble" in report else [],
+            "advice": _parsed(AdviceReport, report),
+            "inspection": inspection,
         }
+        if inspection is not None:
+            self._add("pictures", "the pictures", lambda: read_pictures(self._store, inspection))
         run_id = evaluation.run if evaluation is not None else report.get("run")
         if isinstance(run_id, str):
             self._add("predictions", "the predictions", lambda: self._predictions(run_id, evaluation))

@@ -49,7 +49,10 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """A table, and its values as JSON. With `folded`, the words to click on, it is closed at first."""
+    """A table, and its values as JSON. With `folded`, the words to click on, it is closed at first.
+
+    One that `is_beside` stands beside figures where there is room.
+    """
 
     kind: ClassVar[str] = "table"
     key: str = ""
@@ -59,6 +62,7 @@ class Table:
     data: Any = None
     caption: str = ""
     folded: str = ""
+    is_beside: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,10 +164,10 @@ class Section:
 
     @property
     def runs(self) -> list[list[Block]]:
-        """The blocks in groups of neighbours: figures, which stand side by side, and others."""
+        """The blocks in groups of neighbours: those that stand side by side, and others."""
         groups: list[list[Block]] = []
         for block in self.blocks:
-            if groups and (groups[-1][0].kind == "figure") == (block.kind == "figure"):
+            if groups and _is_beside(groups[-1][0]) == _is_beside(block):
                 groups[-1].append(block)
             else:
                 groups.append([block])
@@ -188,6 +192,10 @@ class Page:
     tiles: Sequence[Tile] = ()
     sections: Sequence[Section] = field(default_factory=tuple)
     footer: str = ""
+
+
+def _is_beside(block: Block) -> bool:
+    return isinstance(block, Figure) or (isinstance(block, Table) and block.is_beside)
 
 
 def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]], **fields: Any) -> Table:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from markupsafe import Markup
 
 from convoy.core.metrics import ReliabilityBin
+from convoy.core.statistics import Interval
 from convoy.report.html import shorten
 from convoy.report.svg import Chart, Scale, number_text, percent_text, shape, svg, text_tag, title_tag
 
@@ -121,14 +123,23 @@ def reliability_diagram(bins: Sequence[ReliabilityBin], description: str) -> Mar
     return chart.draw(description)
 
 
-def span_glyph(low: float, estimate: float, high: float) -> Markup:
-    """A small drawing of a rate in 0..1 with its interval."""
+def span_floor(intervals: Sequence[Interval]) -> float:
+    """Where drawings of these rates may begin: a tenth that lies below all of them."""
+    lowest = min((interval.low for interval in intervals), default=0.0)
+    return min(math.floor(lowest * 10) / 10, 0.9)
+
+
+def span_glyph(interval: Interval, floor: float) -> Markup:
+    """A small drawing of a rate between `floor` and 1 with its interval."""
     width = 140
-    text = f"{percent_text(estimate)}, {percent_text(low)} to {percent_text(high)}"
+    low, at, high = (
+        (value - floor) / (1 - floor) * width for value in (interval.low, interval.estimate, interval.high)
+    )
+    text = f"{percent_text(interval.estimate)}, {percent_text(interval.low)} to {percent_text(interval.high)}"
     body = (
         f'<path class="grid" d="M0 9H{width}"/><g class="c0">'
-        f'<path class="line" d="M{width * low:.1f} 9H{max(width * high, width * low + 0.5):.1f}"/>'
-        f"{shape(0, min(max(width * estimate, 4), width - 4), 9, 4)}</g>"
+        f'<path class="line" d="M{low:.1f} 9H{max(high, low + 0.5):.1f}"/>'
+        f"{shape(0, min(max(at, 4), width - 4), 9, 4)}</g>"
     )
     return svg(body, width, 18, text)
 

@@ -7,11 +7,13 @@ from importlib.metadata import version
 
 from convoy.pipelines.report_page import PageData
 from convoy.pipelines.report_target import TargetKind
+from convoy.report.advice_sections import advice_sections, advice_tiles
 from convoy.report.blocks import Notes, Page, Section, Tile
 from convoy.report.data_sections import data_card_section, rejects_section, sheet_section
 from convoy.report.drift_sections import retrains_section
 from convoy.report.ensemble_sections import ensemble_lead, ensemble_sections, ensemble_tiles
 from convoy.report.html import render_page
+from convoy.report.inspection_sections import inspection_sections, inspection_tiles
 from convoy.report.quality_sections import (
     committee_section,
     prediction_sections,
@@ -48,6 +50,10 @@ def draw_page(data: PageData) -> bytes:
 def _sections(data: PageData) -> Iterator[Section]:
     if data.model is not None:
         yield model_section(data.model)
+    if data.advice is not None:
+        yield from advice_sections(data.advice)
+    if data.inspection is not None:
+        yield from inspection_sections(data.inspection, data.pictures)
     if data.ensemble is not None:
         yield from ensemble_sections(data.ensemble)
     if data.trials:
@@ -67,7 +73,7 @@ def _quality(data: PageData) -> Iterator[Section]:
     if parts is not None and data.ensemble is None and (parts.members or parts.cost or parts.effect):
         yield committee_section(parts)
     if data.evaluation is not None:
-        yield from quality_sections(data.evaluation)
+        yield from quality_sections(data.evaluation, data.predictions)
     if data.predictions is not None:
         yield from prediction_sections(data.predictions, data.evaluation)
         if data.subgroups and data.predictions.top1 is not None:
@@ -121,6 +127,10 @@ def _lead(data: PageData) -> str:
 
 
 def _tiles(data: PageData) -> list[Tile]:
+    if data.advice is not None:
+        return advice_tiles(data.advice)
+    if data.inspection is not None:
+        return inspection_tiles(data.inspection)
     if data.ensemble is not None:
         return ensemble_tiles(data.ensemble)
     if data.evaluation is not None:

@@ -22,7 +22,7 @@ from convoy.report.blocks import (
     Tile,
     text_table,
 )
-from convoy.report.figures import bars_by_name, confusion_matrix, reliability_diagram, span_glyph
+from convoy.report.figures import bars_by_name, confusion_matrix, reliability_diagram, span_floor, span_glyph
 from convoy.report.svg import Chart, Scale
 from convoy.report.words import count, number, percent, picture, points, span
 
@@ -44,23 +44,21 @@ def quality_tiles(evaluation: Evaluation) -> list[Tile]:
     return [*tiles, Tile(count(evaluation.labelled), f"labelled rows of {', '.join(evaluation.splits)}")]
 
 
-def quality_sections(evaluation: Evaluation) -> Iterator[Section]:
-    """What an evaluation measured."""
+def quality_sections(evaluation: Evaluation, predictions: PredictionSummary | None) -> Iterator[Section]:
+    """What an evaluation measured, with the confidences of its rows where these could be read."""
     yield Section(key="classes-quality", title="Classes", blocks=[_per_class(evaluation)])
     yield Section(key="confusion", title="Confusion", blocks=list(_confusion(evaluation)))
     if evaluation.reliability is not None:
-        yield Section(
-            key="calibration",
-            title="Calibration",
-            blocks=[reliability_figure("reliability", "Reliability", evaluation.reliability, evaluation.ece)],
-        )
+        blocks = [reliability_figure("reliability", "Reliability", evaluation.reliability, evaluation.ece)]
+        if predictions is not None and predictions.scores is not None:
+            blocks.append(_score_histogram(predictions.scores, predictions.rows))
+        yield Section(key="calibration", title="Calibration", blocks=blocks)
 
 
 def prediction_sections(predictions: PredictionSummary, evaluation: Evaluation | None) -> Iterator[Section]:
     """What the rows of predictions show; what the evaluation says already is left out."""
-    blocks = list(_prediction_blocks(predictions, evaluation))
-    if blocks:
-        yield Section(key="predictions", title="Predictions", blocks=blocks)
+    if evaluation is None:
+        yield Section(key="predictions", title="Predictions", blocks=list(_prediction_blocks(predictions)))
     if predictions.labelled:
         yield _worst(predictions.wrong)
     if predictions.unsure:
@@ -118,11 +116,12 @@ def reliability_figure(
 def _per_class(evaluation: Evaluation) -> Table:
     ranked = sorted(evaluation.per_class, key=lambda row: (row.f1 is None, row.f1 or 0.0, row.name))
     shown = ranked[:_MAX_CLASSES]
+    floor = span_floor([recall for row in shown if (recall := _recall(row)) is not None])
     columns = ["class*", "rows", "recall", "95 %", "*", "precision", "95 %", "F1", "predicted"]
     return Table(
         key="per-class",
         columns=[Column(name.rstrip("*"), is_text=name == "class*") for name in columns],
-        rows=[_class_row(row) for row in shown],
+        rows=[_class_row(row, floor) for row in shown],
         data=[
             {
                 **row.model_dump(),
@@ -132,14 +131,15 @@ def _per_class(evaluation: Evaluation) -> Table:
             for row in shown
         ],
         title="Per class",
-        caption=f"{len(shown):,} of {len(ranked):,} classes, the lowest F1 first. Intervals are Wilson's.",
+        caption=f"{len(shown):,} of {len(ranked):,} classes, the lowest F1 first. Intervals are Wilson's;"
+        f" drawings are of recall from {floor:.0%} to 100 %.",
         folded=f"All {len(shown):,} classes" if len(shown) > _OPEN_CLASSES else "",
     )
 
 
-def _class_row(row: NamedClass) -> Row:
+def _class_row(row: NamedClass, floor: float) -> Row:
     recall, precision = _recall(row), _precision(row)
-    glyph = None if recall is None else span_glyph(recall.low, recall.estimate, recall.high)
+    glyph = None if recall is None else span_glyph(recall, floor)
     texts = [
         row.name,
         count(row.support),
@@ -207,14 +207,13 @@ def _pair_table(pairs: Sequence[ConfusedPair]) -> Table:
         key="confused-pairs",
         title="Most confused",
         data=[pair.model_dump() for pair in pairs],
+        is_beside=True,
     )
 
 
-def _prediction_blocks(predictions: PredictionSummary, evaluation: Evaluation | None) -> Iterator[Block]:
+def _prediction_blocks(predictions: PredictionSummary) -> Iterator[Block]:
     if predictions.scores is not None:
         yield _score_histogram(predictions.scores, predictions.rows)
-    if evaluation is not None:
-        return
     yield _predicted_counts(predictions)
     if predictions.reliability is not None:
         yield reliability_figure("reliability", "Reliability of labelled rows", predictions.reliability)

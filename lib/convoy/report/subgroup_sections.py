@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 from convoy.pipelines.report_subgroups import Subgroup
 from convoy.report.blocks import Cell, Column, Row, Section, Table
-from convoy.report.figures import span_glyph
+from convoy.report.figures import span_floor, span_glyph
 from convoy.report.words import count, percent, span
 
 
 def subgroups_section(groups: Sequence[Subgroup], top1: float) -> Section:
     """Top-1 by split, size and kind of file; groups whose interval lies below the whole's top-1 stand out."""
+    floor = span_floor([group.top1 for group in groups])
     rows = [
         Row(
             (
@@ -20,7 +21,7 @@ def subgroups_section(groups: Sequence[Subgroup], top1: float) -> Section:
                 Cell(count(group.rows)),
                 Cell(percent(group.top1.estimate)),
                 Cell(span(group.top1)),
-                Cell(picture=span_glyph(group.top1.low, group.top1.estimate, group.top1.high)),
+                Cell(picture=span_glyph(group.top1, floor)),
             ),
             is_chosen=group.top1.high < top1,
         )

@@ -1,0 +1,125 @@
+"""Accuracy against cost of backbones, as bubble charts and tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from convoy.pipelines.backbone_costs import BackboneCost
+from convoy.pipelines.cost_front import CostFront, FrontChoice
+from convoy.report.blocks import Block, Cell, Column, Figure, Row, Table, text_table
+from convoy.report.svg import Chart, Scale, percent_text
+from convoy.report.words import count, percent, size, span
+
+# Radii of the bubbles of the smallest and of the largest network.
+_SMALLEST, _LARGEST = 5.0, 22.0
+
+
+def front_blocks(fronts: Sequence[CostFront], costs: Sequence[BackboneCost]) -> Iterator[Block]:
+    """A bubble chart for each axis of cost, why to take which, and what was measured."""
+    for front in fronts:
+        yield _bubbles(front)
+    yield from (_choices(front) for front in fronts)
+    if costs:
+        yield _cost_table(costs)
+
+
+def _bubbles(front: CostFront) -> Figure:
+    choices = front.choices
+    most = max(one.num_parameters for one in choices)
+    amounts = [max(one.cost, 1e-9) for one in choices]
+    chart = Chart(
+        Scale.around(amounts, is_log=True, margin=0.15),
+        Scale.around([value for one in choices for value in (one.top1.low, one.top1.high)], margin=0.12),
+        x_label=front.unit,
+        y_label="top-1 of the best probe",
+        y_text=percent_text,
+    )
+    best = sorted((max(one.cost, 1e-9), one.top1.estimate) for one in choices if one.is_best)
+    if len(best) > 1:
+        chart.line(best, 0, steps=True, name="no cheaper one is as good")
+    for is_best, number_, name in ((True, 0, "worth its cost"), (False, 1, "beaten")):
+        some = [one for one in choices if one.is_best is is_best]
+        chart.whiskers([(max(one.cost, 1e-9), one.top1.low, one.top1.high) for one in some], number_)
+        for one in some:
+            chart.bubble(
+                max(one.cost, 1e-9), one.top1.estimate, _radius(one, most), number_, _choice_title(one, front)
+            )
+            chart.label(max(one.cost, 1e-9), one.top1.estimate, one.backbone)
+        if some:
+            chart.dots([], number_, name=name)
+    return Figure(
+        key=f"front-{front.axis.value}",
+        title=f"By {front.axis.value}",
+        picture=chart.draw(f"Top-1 against {front.unit}; bubbles by parameters"),
+        data=front.model_dump(mode="json"),
+        caption=f"{front.num_rows:,} rows; lines are 95 % intervals.",
+        is_wide=len(front.choices) > 6,
+    )
+
+
+def _radius(one: FrontChoice, most: int) -> float:
+    """So that areas are as parameters."""
+    return max(_LARGEST * math.sqrt(one.num_parameters / max(most, 1)), _SMALLEST)
+
+
+def _choice_title(one: FrontChoice, front: CostFront) -> str:
+    cost = f"{one.cost:.4g} {front.unit}, {one.num_parameters:,} parameters"
+    return f"{one.backbone}: {percent(one.top1.estimate)}, {cost}"
+
+
+def _choices(front: CostFront) -> Table:
+    return Table(
+        key=f"choices-{front.axis.value}",
+        columns=[
+            Column("backbone", is_text=True),
+            Column("cost"),
+            Column("top-1"),
+            Column("95 %"),
+            Column("why", is_text=True),
+        ],
+        rows=[
+            Row(
+                (
+                    Cell(one.backbone),
+                    Cell(f"{one.cost:.4g}"),
+                    Cell(percent(one.top1.estimate)),
+                    Cell(span(one.top1)),
+                    Cell(one.explanation),
+                ),
+                is_chosen=one.is_best,
+            )
+            for one in front.choices
+        ],
+        folded=f"Which backbone to take by {front.axis.value}, and why",
+        caption=f"Cost in {front.unit}.",
+    )
+
+
+def _cost_table(costs: Sequence[BackboneCost]) -> Table:
+    rows = [
+        [
+            one.arch,
+            f"{one.input_px}",
+            count(one.macs),
+            count(one.num_parameters),
+            size(one.size_bytes),
+            f"{one.images_per_s:,.1f}",
+            f"{one.network_images_per_s:,.1f}",
+            f"{one.latency_p50_ms:.3g}",
+            f"{one.latency_p95_ms:.3g}",
+            "-" if one.peak_memory_bytes is None else size(one.peak_memory_bytes),
+            "-" if one.usd_per_million is None else f"{one.usd_per_million:.2f}",
+        ]
+        for one in costs
+    ]
+    columns = [
+        "network*", "input px", "multiply-adds", "parameters", "weights", "images/s", "alone", "median ms", "95 % ms",
+        "memory", "price a million",
+    ]  # fmt: skip
+    where = costs[0].machine
+    caption = (
+        f"Measured on {where.gpu or where.cpu}, batches of {costs[0].batch_size}, {costs[0].precision.value}."
+    )
+    data = [one.model_dump(mode="json") for one in costs]
+    return text_table(columns, rows, key="costs", title="What was measured", data=data, caption=caption)

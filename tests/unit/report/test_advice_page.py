@@ -1,0 +1,76 @@
+"""Pages of advice and of looks inside: what is drawn, and that no name gets out of its place."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+
+from PIL import Image
+
+from convoy.pipelines.report_inspection import read_pictures
+from convoy.report.page import draw_page
+from convoy.storage.local_store import LocalStore
+from made_advice import made_advice, made_inspection
+from made_pages import SCRIPT, PageParts, made_page
+
+NOTHING = {"evaluation": None, "predictions": None, "history": [], "data_card": None}
+
+
+def test_advice_shows_strategies_the_curve_and_the_fronts() -> None:
+    report = made_advice()
+    page = draw_page(made_page(advice=report, **NOTHING))
+    parts = PageParts(page)
+    assert "script" not in parts.tags()
+    assert not [name for _, attributes in parts.elements for name in attributes if name.startswith("on")]
+    assert [one["rank"] for one in parts.json_of("strategies")] == [1, 2]
+    curve = report.more_data.curve
+    assert curve is not None
+    drawn = parts.json_of("learning-curve")
+    assert drawn["measured"] == [one.model_dump() for one in curve.points]
+    assert drawn["forecast"] == [one.model_dump() for one in curve.forecast]
+    for front in report.cost_fronts:
+        assert parts.json_of(f"front-{front.axis.value}") == front.model_dump(mode="json")
+    assert parts.json_of("augmentation-effects")[0]["verdict"] == "loss"
+    assert SCRIPT in parts.text
+
+
+def test_bubbles_grow_with_the_root_of_the_parameters() -> None:
+    page = draw_page(made_page(advice=made_advice(), **NOTHING)).decode()
+    figure = page[page.index('id="figure-front-throughput"') :]
+    radii = re.findall(
+        r'class="bubble"[^>]* r="([\d.]+)"><title>(\w+|&lt;script)', figure[: figure.index("</figure>")]
+    )
+    by_name = {name: float(radius) for radius, name in radii}
+    assert by_name["&lt;script"] == 22.0
+    # 90,000 and 10,000 of 4,000,000 parameters would be too small to see.
+    assert by_name["bad"] == by_name["small"] == 5.0
+
+
+def test_pictures_of_an_inspection_are_inside_the_page(tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path))
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG")
+    store.put("a.png", buffer.getvalue())
+    store.put("a.json", json.dumps({"kind": "filters", "data": {"name": SCRIPT}}).encode())
+    report = made_inspection("a", "lost")
+    pictures = read_pictures(store, report)
+    assert pictures[0].png == buffer.getvalue()
+    assert pictures[1].missing
+    parts = PageParts(draw_page(made_page(inspection=report, pictures=pictures, **NOTHING)))
+    assert "script" not in parts.tags()
+    assert parts.json_of("inspection-a") == {"kind": "filters", "data": {"name": SCRIPT}}
+    assert any(value.startswith("data:image/png;base64,") for value in parts.values_of("src"))
+    assert pictures[1].missing in parts.text
+    assert parts.json_of("near-duplicates")["groups"] == 1
+
+
+def test_pictures_that_are_too_large_together_are_named_and_left_out(tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path))
+    for name in ("a", "b"):
+        store.put(f"{name}.png", bytes(5 << 20))
+        store.put(f"{name}.json", b"{}")
+    first, second = read_pictures(store, made_inspection("a", "b"))
+    assert first.png
+    assert "too large" in second.missing
