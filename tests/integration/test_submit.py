@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import convoy as convoy_package
-from cache_jobs import CacheJob, convoy, last_json, made_job, settings_arguments
-from ray_head import TOKEN, RayHead, running_head
+from cache_jobs import CacheJob, convoy, freeze, last_json, made_job, settings_arguments
+from convoy.storage.stores import open_store
+from infra_files import ROOT
+from made_bundles import made_classifier, write_classifier
+from ray_head import BIN, TOKEN, RayHead, running_head
 
 pytestmark = pytest.mark.integration
 
@@ -192,6 +197,84 @@ def test_no_secret_is_in_any_log_record_report_payload_or_process(
     assert b"convoy.cli cache" in texts["processes"]
     held = [name for name, text in texts.items() for secret in (PLANTED, TOKEN) if secret.encode() in text]
     assert held == []
+
+
+@pytest.fixture(scope="module")
+def scoring(job: CacheJob, tmp_path_factory: pytest.TempPathFactory) -> CacheJob:
+    """A workspace that has the dataset `photos` and the bundle `photos-probe`, as the README's has."""
+    copy = job.copied_to(tmp_path_factory.mktemp("scoring"))
+    freeze(Path(job.workspace).parent / "images", copy.workspace, name="photos")
+    store = open_store(copy.workspace)
+    write_classifier(store, "photos-probe", made_classifier(store, 0))
+    return copy
+
+
+def assert_scored(stdout: str, stderr: str, scoring: CacheJob) -> dict[str, Any]:
+    """The submission told its end and its driver's words, and the rows are all there."""
+    report: dict[str, Any] = json.loads(stdout.splitlines()[-1])
+    assert (report["status"], report["exit_code"], report["submitted"]) == ("SUCCEEDED", 0, True)
+    assert report["submission_id"].startswith("convoy-score-")
+    inner = json.loads(next(line for line in stderr.splitlines() if line.startswith('{"run"')))
+    assert (inner["inputs"], inner["recomputed"], inner["rejects"]) == (32, 32, 1)
+    assert scoring.verify(inner["run"])["ok"] is True
+    return report
+
+
+def test_the_commands_of_the_readme_lead_from_a_head_to_scored_images(
+    head: RayHead, scoring: CacheJob, tmp_path: Path
+) -> None:
+    (block,) = re.findall(r"^```sh\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    # The head of these tests was started by the same words, on ports of its own.
+    rest = [line for line in block.splitlines() if not line.startswith("ray start --head ")]
+    assert len(rest) == len(block.splitlines()) - 1
+    finished = subprocess.run(
+        ["sh", "-ec", "\n".join(rest).replace("http://127.0.0.1:8265", head.address)],
+        env={**os.environ, **head.environment, "HOME": str(tmp_path)},
+        cwd=Path(scoring.workspace).parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert_scored(finished.stdout, finished.stderr, scoring)
+
+
+def test_the_line_of_the_crontab_scores_once_a_day(head: RayHead, scoring: CacheJob, tmp_path: Path) -> None:
+    crontab = (ROOT / "infra" / "cron" / "crontab").read_text()
+    (line,) = (line for line in crontab.splitlines() if line[:1].isdigit())
+    # As cron reads it: five fields, in /etc/cron.d the user, and the command with its escaped signs.
+    command = line.split(maxsplit=6)[6].replace(r"\%", "%")
+    for folder in ("/etc/convoy", "/var/log/convoy"):
+        assert folder in command
+        command = command.replace(folder, str(tmp_path))
+    token = tmp_path / "token"
+    token.write_text(TOKEN)
+    token.chmod(0o600)
+    settings = {
+        "bundle": "photos-probe",
+        "dataset": "photos",
+        "name": "nightly",
+        "columns": {"outputs": "logits"},
+        "workspace": scoring.workspace,
+    }
+    (tmp_path / "score.yaml").write_text(json.dumps(settings))
+    variables = {"RAY_ADDRESS": head.address, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    (tmp_path / "env").write_text("".join(f"{name}={value}\n" for name, value in variables.items()))
+    # What cron gives a job, and the submitter's own copy of the code.
+    environment = {"HOME": str(tmp_path), "PATH": f"{BIN}:/usr/bin:/bin", "SHELL": "/bin/sh"}
+    environment["PYTHONPATH"] = os.environ["PYTHONPATH"]
+
+    def night() -> tuple[str, str]:
+        ended = subprocess.run(["/bin/sh", "-c", command], env=environment, timeout=300, check=False)
+        log = (tmp_path / "score.log").read_text()
+        assert ended.returncode == 0, log
+        return (tmp_path / "score.json").read_text(), log
+
+    report = assert_scored(*night(), scoring)
+    assert report["attempt"] == datetime.now(UTC).date().isoformat()
+    again = json.loads(night()[0].splitlines()[-1])
+    assert (again["submission_id"], again["submitted"]) == (report["submission_id"], False)
 
 
 def test_a_secret_in_the_settings_is_refused_before_anything_is_sent(head: RayHead, job: CacheJob) -> None:
