@@ -23,7 +23,6 @@ from measuring import BenchSettings, run_benchmark, say
 from pydantic import Field
 from strategies import Cell, StrategiesBench, run_strategies
 
-from convoy.cluster.session import ray_session
 from convoy.core.config import StrictModel, load_config
 from convoy.core.errors import ConfigError
 from convoy.core.progress import Silent
@@ -85,17 +84,16 @@ def run_advise_bench(settings: AdviseBench) -> dict[str, Any]:
     kept = _kept_truth(settings.truth)
     _make_missing(settings)
     cases, forecasts = [], []
-    with ray_session():
-        for dataset in settings.datasets:
-            for per_class in settings.per_class:
-                report = _advise(settings, dataset, per_class)
-                cells = _truth(settings, kept, dataset, per_class)
-                cases.append(judge(report, cells, per_class))
-                say(f"{dataset}, {per_class or 'all'} a class: {cases[-1]!r}")
-            config = _advice_config(settings, dataset, None)
-            forecasts += forecast_cases(
-                config, settings.forecast_sizes, settings.forecast_factors, settings.seeds
-            )
+    for dataset in settings.datasets:
+        for per_class in settings.per_class:
+            report = _advise(settings, dataset, per_class)
+            cells = _truth(settings, kept, dataset, per_class)
+            cases.append(judge(report, cells, per_class))
+            say(f"{dataset}, {per_class or 'all'} a class: {cases[-1]!r}")
+        config = _advice_config(settings, dataset, None)
+        forecasts += forecast_cases(
+            config, settings.forecast_sizes, settings.forecast_factors, settings.seeds
+        )
     return {
         **summary(cases),
         "forecast": forecast_summary(forecasts),

@@ -189,11 +189,9 @@ class Prober:
 
     def look(self, candidate: CandidateBackbone, record: BackboneRecord) -> Look:
         """One pass of a backbone, or none where the cache has it all, and what its taps are worth."""
-        wanted = candidate.taps or spread_taps(record.axis, candidate.num_taps)
-        taps = tuple(dict.fromkeys(record.resolve_tap(tap) for tap in wanted))
+        taps = _taps(candidate, record)
         self.progress.stage(f"looking through {candidate.name}")
-        # More taps of the same pass cost next to nothing.
-        job = self._job(record, tuple(dict.fromkeys([*taps, *near_duplicate_taps(record.axis)])))
+        job = self._job(record, taps)
         summary = job.ensure(progress=self.progress, new_run=self._new_run)
         self.progress.stage(f"probing {candidate.name}")
         probed = [self._probe(record, tap, job.set_id(tap)) for tap in taps]
@@ -208,6 +206,10 @@ class Prober:
         )
         correct_M = next(correct_M for probe, correct_M in probed if probe.tap == probes.best.tap)
         return Look(record=record, summary=summary, probes=probes, correct_M=correct_M)
+
+    def lacks_features(self, candidate: CandidateBackbone, record: BackboneRecord) -> bool:
+        """Whether a look through the backbone needs a pass."""
+        return bool(self._job(record, _taps(candidate, record)).plan().missing)
 
     def near_duplicates(self, look: Look) -> NearDuplicateReport:
         """Pictures that are there twice among all rows that were looked at, held-out ones included."""
@@ -272,6 +274,8 @@ class Prober:
         return [*samples, CurveSample(float(largest), whole_M[None, :])]
 
     def _job(self, record: BackboneRecord, taps: tuple[str, ...]) -> FeatureJob:
+        # More taps of the same pass cost next to nothing.
+        taps = tuple(dict.fromkeys([*taps, *near_duplicate_taps(record.axis)]))
         request = FeatureRequest(dataset=self._config.dataset_name, backbone=record.config, taps=taps)
         extraction = self._config.extraction
         return FeatureJob(self._store, self._manifest, record, request, extraction, rows=self.rows.all)
@@ -355,6 +359,12 @@ def spread_taps(axis: DepthAxis, num_taps: int) -> tuple[str, ...]:
     maps = [stage.name for stage in axis if stage.kind is StageKind.SPATIAL]
     places = np.linspace(0, len(maps) - 1, min(max(num_taps - 1, 1), len(maps))).round().astype(int)
     return tuple(dict.fromkeys([*(maps[place] for place in places), _top(axis)]))
+
+
+def _taps(candidate: CandidateBackbone, record: BackboneRecord) -> tuple[str, ...]:
+    """The taps that are probed, by their full names."""
+    wanted = candidate.taps or spread_taps(record.axis, candidate.num_taps)
+    return tuple(dict.fromkeys(record.resolve_tap(tap) for tap in wanted))
 
 
 def _top(axis: DepthAxis) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,8 +56,12 @@ class AdviceWork:
         config = self.config
         prober = Prober(self.store, self.manifest, config, self.progress, new_run=self.new_run)
         gatherer = Gatherer(self.store, self.manifest, config, prober)
-        # One Ray for all passes and trainings; each of them alone would start its own.
-        with ray_session():
+        # One Ray for all passes and trainings, as each of them alone would start its own; none where all is cached.
+        lacks = any(
+            prober.lacks_features(candidate, record)
+            for candidate, record in zip(config.candidates, records, strict=True)
+        )
+        with ray_session() if lacks or config.verify is not None else nullcontext():
             gathered = gatherer.gather(records, check=self.check)
             found = options(config, gathered.evidence)
             strategies = advice(found, tie=config.tie, paths=[self._write(option) for option in found])
