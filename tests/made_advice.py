@@ -183,7 +183,8 @@ def made_advice() -> AdviceReport:
     correct_MN = np.stack([np.arange(NUM_ROWS) < rate * NUM_ROWS for rate in (0.7, 0.9, 0.8)])
     size: dict[str, Any] = {
         "samples": {"train": 100}, "classes": 3, "images_per_class_min": 20, "images_per_class_median": 30.0,
-        "images_per_class_max": 50, "imbalance": 2.5, "unlabelled": 0, "resolution": None, "looked_at": 100, "rejects": 1,
+        "images_per_class_max": 50, "imbalance": 2.5, "unlabelled": 0, "resolution": None, "looked_at": 100,
+        "rejects": 1,
         "reject_codes": {"empty": 1}, "near_duplicates": made_near_duplicates(), "warnings": [SCRIPT],
         "duplicates": DuplicateReport(groups=0, samples=0, across_splits=0, label_conflicts=0, examples=[]),
     }  # fmt: skip

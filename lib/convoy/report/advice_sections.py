@@ -103,7 +103,7 @@ def _strategy_table(ranked: Sequence[StrategyAdvice]) -> Table:
                     one.basis.value,
                     duration(one.cost.seconds),
                     one.why,
-                    one.config,
+                    one.config.rpartition("/")[2],
                 )
             ),
             is_chosen=one.rank == 1,
@@ -125,6 +125,7 @@ def _strategy_table(ranked: Sequence[StrategyAdvice]) -> Table:
     return Table(
         key="strategy-table",
         title="All strategies, in order",
+        caption="Configs lie in the folder configs of the run, ready for convoy train.",
         columns=[Column(name.rstrip("*"), is_text=name.endswith("*")) for name in names],
         rows=rows,
         data=[one.model_dump(mode="json") for one in ranked],

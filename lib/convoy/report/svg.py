@@ -16,7 +16,7 @@ from convoy.report.html import clean, shorten
 
 WIDTH, HEIGHT = 560, 300
 NUM_COLOURS = 6
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 14, 44
+_LEFT, _RIGHT, _TOP, _BOTTOM = 74, 14, 14, 44
 _DASHES = ("", "7 4", "2 3", "9 3 2 3", "4 2", "1 4")
 _LEGEND_LINE = 20
 _CHARACTER = 7.2
