@@ -16,6 +16,7 @@ import ray
 from cache_jobs import TIMEOUT_S
 from convoy.storage.checkpoints import CheckpointRecord
 from train_jobs import LENET, TrainJob
+from tune_jobs import TuneJob
 
 STEPS_AN_EPOCH = 6
 EPOCHS = {"head": 3, "body": 17}
@@ -63,7 +64,7 @@ def connected(address: str, environment: Mapping[str, str] | None = None) -> Ite
 
 
 @contextmanager
-def begun(job: TrainJob) -> Iterator[subprocess.Popen[str]]:
+def begun(job: TrainJob | TuneJob) -> Iterator[subprocess.Popen[str]]:
     """The command in a process of its own, which does not outlive the test."""
     process = subprocess.Popen(
         job.command(),

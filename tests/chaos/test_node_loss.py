@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 from ray.cluster_utils import Cluster
@@ -13,33 +13,18 @@ from ray.cluster_utils import Cluster
 from cache_jobs import TIMEOUT_S
 from chaos_jobs import SLICE_ROWS, ChaosBucket, ChaosJob, FaultTable, wait_for
 from fault_proxy import Delay, FaultProxy, FaultRule
+from ray_nodes import HEALTH_CHECKS, running_nodes
 
 pytestmark = [pytest.mark.integration, pytest.mark.chaos, pytest.mark.slow]
 
 SLOW_IMAGES = FaultRule(method="GET", key="images/", action=Delay(0.3))
 NUM_SLICES = 16
-# A dead node is found within two seconds.
-HEALTH_CHECKS = {
-    "health_check_initial_delay_ms": 0,
-    "health_check_period_ms": 500,
-    "health_check_timeout_ms": 1000,
-    "health_check_failure_threshold": 3,
-}
 SPREAD = ("extraction.num_workers=2", "extraction.num_fetch_threads=4")
 
 
-@contextmanager
-def two_nodes() -> Iterator[Cluster]:
+def two_nodes() -> AbstractContextManager[Cluster]:
     """A head node without CPUs, for the driver, and two nodes that hold a worker each."""
-    head = {"num_cpus": 0, "include_dashboard": False, "_system_config": HEALTH_CHECKS}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    try:
-        for _node in range(2):
-            cluster.add_node(num_cpus=2)
-        cluster.wait_for_nodes()
-        yield cluster
-    finally:
-        cluster.shutdown()
+    return running_nodes(0, 2, 2, system_config=HEALTH_CHECKS)
 
 
 @pytest.fixture
@@ -55,11 +40,15 @@ def bucket(s3_behind_proxy: FaultProxy, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="module")
-def clean_digest(bucket: ChaosBucket) -> str:
-    job = bucket.new_job("cache")
-    finished = job.start()
-    assert finished.returncode == 0, finished.stderr
-    return job.audit().digest
+def clean_digests(bucket: ChaosBucket) -> Mapping[str, str]:
+    """Of the rows of each job that nothing disturbs."""
+    digests = {}
+    for verb in ("cache", "score"):
+        job = bucket.new_job(verb)
+        finished = job.start()
+        assert finished.returncode == 0, finished.stderr
+        digests[verb] = job.audit().digest
+    return digests
 
 
 @contextmanager
@@ -76,14 +65,16 @@ def begun(job: ChaosJob) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
+@pytest.mark.parametrize("verb", ["cache", "score"])
 def test_a_node_that_dies_costs_only_the_slices_it_had(
+    verb: str,
     cluster: Cluster,
     bucket: ChaosBucket,
-    clean_digest: str,
+    clean_digests: Mapping[str, str],
     s3_behind_proxy: FaultProxy,
     fault_table: FaultTable,
 ) -> None:
-    job = bucket.new_job("cache", {"RAY_ADDRESS": cluster.address}).changed(*SPREAD)
+    job = bucket.new_job(verb, {"RAY_ADDRESS": cluster.address}).changed(*SPREAD)
     with s3_behind_proxy.injecting(SLOW_IMAGES), begun(job) as process:
         before = job.attempts()
         cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
@@ -93,11 +84,14 @@ def test_a_node_that_dies_costs_only_the_slices_it_had(
     assert len(before) < NUM_SLICES, "the job ended before the fault"
     after = job.attempts()
     assert {name: after[name] for name in before} == before
-    fault_table.add("F3 a node killed, cache", fired=1, audit=job.audit(), clean_digest=clean_digest)
+    fault_table.add(f"F3 a node killed, {verb}", fired=1, audit=job.audit(), clean_digest=clean_digests[verb])
 
 
 def test_a_cluster_that_dies_leaves_what_was_finished(
-    bucket: ChaosBucket, clean_digest: str, s3_behind_proxy: FaultProxy, fault_table: FaultTable
+    bucket: ChaosBucket,
+    clean_digests: Mapping[str, str],
+    s3_behind_proxy: FaultProxy,
+    fault_table: FaultTable,
 ) -> None:
     with s3_behind_proxy.injecting(SLOW_IMAGES), two_nodes() as cluster:
         job = bucket.new_job("cache", {"RAY_ADDRESS": cluster.address}).changed(*SPREAD)
@@ -113,7 +107,10 @@ def test_a_cluster_that_dies_leaves_what_was_finished(
     assert finished.returncode == 0, finished.stderr
     after = job.attempts()
     assert {name: after[name] & before[name] for name in before} == before
-    fault_table.add("F4 the head node killed, cache", fired=1, audit=job.audit(), clean_digest=clean_digest)
+    audit = job.audit()
+    fault_table.add(
+        "F4 the head node killed, cache", fired=1, audit=audit, clean_digest=clean_digests["cache"]
+    )
 
 
 def bucket_job_here(job: ChaosJob) -> subprocess.CompletedProcess[str]:

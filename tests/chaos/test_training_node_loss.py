@@ -12,6 +12,7 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from cache_jobs import TIMEOUT_S, last_json
+from ray_nodes import HEALTH_CHECKS, running_nodes
 from train_jobs import TrainJob, frozen_digits
 from training_faults import (
     IN_BODY_PHASE,
@@ -24,13 +25,7 @@ from training_faults import (
 
 pytestmark = [pytest.mark.integration, pytest.mark.chaos, pytest.mark.slow]
 
-# A dead node is found within two seconds, and a group that cannot start gives up soon.
-HEALTH_CHECKS = {
-    "health_check_initial_delay_ms": 0,
-    "health_check_period_ms": 500,
-    "health_check_timeout_ms": 1000,
-    "health_check_failure_threshold": 3,
-}
+# A group that cannot start gives up soon.
 START_TIMEOUT = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10"}
 # A worker asks for 1.5 of the 2 CPUs of a node, so that each has one of its own.
 TWO_WORKERS = "workers={num_workers: 2, cpus_per_worker: 2}"
@@ -39,10 +34,8 @@ TWO_WORKERS = "workers={num_workers: 2, cpus_per_worker: 2}"
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """A head node without CPUs, for the driver and Ray Train's controller; tests add the others."""
-    head = {"num_cpus": 0, "include_dashboard": False, "_system_config": HEALTH_CHECKS}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    yield cluster
-    cluster.shutdown()
+    with running_nodes(0, system_config=HEALTH_CHECKS) as cluster:
+        yield cluster
 
 
 @pytest.fixture

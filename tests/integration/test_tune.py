@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,75 +14,25 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from cache_jobs import convoy, convoy_json, last_json, settings_arguments
+from cache_jobs import convoy_json, last_json, settings_arguments
 from convoy.core.crash_points import CrashPoint
 from convoy.storage.commits import read_manifest
 from convoy.storage.member_predictions import MemberLogits, read_member_logits
 from convoy.storage.runs import RunFolder
 from convoy.storage.stores import open_store
-from train_jobs import LENET, NUM_ROWS, convoy_here, frozen_digits
+from train_jobs import NUM_ROWS, convoy_here, frozen_digits
+from tune_jobs import EARLY, NETWORK, PROBE, SETTINGS, TuneJob, assert_each_trial_ran_once
 
 pytestmark = pytest.mark.integration
 
-PROBE = "{strategy: linear_probe, tap: f6}"
-EARLY = "{strategy: early_layer_probe, tap: c3}"
-NETWORK = "{strategy: from_scratch, epochs: 3, learning_rate: 0.05}"
 # A training by its form, but the network has no such stage, which only the trial finds out.
 IMPOSSIBLE = "{strategy: from_scratch, epochs: 1, freeze_depth: nowhere}"
-
-
-@dataclass(frozen=True, slots=True)
-class TuneJob:
-    """A `convoy tune` command on a workspace with the dataset `digits`."""
-
-    workspace: str
-    settings: tuple[str, ...]
-    environment: Mapping[str, str] = field(default_factory=dict)
-
-    def changed(self, *settings: str) -> TuneJob:
-        return replace(self, settings=(*self.settings, *settings))
-
-    def arguments(self) -> list[str]:
-        return ["tune", "--workspace", self.workspace, *settings_arguments(*self.settings), "--json"]
-
-    def run_here(self) -> dict[str, Any]:
-        finished = convoy_here(*self.arguments())
-        assert finished.returncode == 0, finished.stderr
-        return last_json(finished)
-
-    def start(self, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-        return convoy(*self.arguments(), environment={**self.environment, **environment})
-
-    def search_folder(self) -> Path:
-        (record,) = (
-            path
-            for path in Path(self.workspace, "runs").glob("*/run.json")
-            if json.loads(path.read_text())["verb"] == "tune"
-        )
-        return record.parent
-
-    def records(self) -> dict[str, dict[str, Any]]:
-        """The documents of the trials that ended."""
-        return {
-            path.stem: json.loads(path.read_text())
-            for path in sorted((self.search_folder() / "trials").glob("*.json"))
-        }
-
-    def drawn(self) -> list[str]:
-        return sorted(path.stem for path in (self.search_folder() / "drawn").glob("*.json"))
 
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory, ray_cluster: Mapping[str, str]) -> TuneJob:
     workspace = frozen_digits(tmp_path_factory.mktemp("digits"))
-    settings = (
-        "dataset=digits",
-        f"base.backbone={LENET}",
-        "base.recipe={batch_size: 16, precision: fp32}",
-        "base.extraction={precision: fp32}",
-        "base.workers={cpus_per_worker: 1}",
-    )
-    return TuneJob(workspace, settings, ray_cluster)
+    return TuneJob(workspace, (*SETTINGS, "base.workers={cpus_per_worker: 1}"), ray_cluster)
 
 
 @pytest.fixture
@@ -91,19 +40,6 @@ def job(digits: TuneJob, tmp_path: Path) -> TuneJob:
     """On a copy of the workspace that has only the dataset."""
     copy = shutil.copytree(Path(digits.workspace, "datasets"), tmp_path / "workspace" / "datasets")
     return replace(digits, workspace=str(copy.parent))
-
-
-def assert_each_trial_ran_once(job: TuneJob) -> None:
-    """As many trials began as ended, each with one record, and each network was trained in one run."""
-    records = job.records()
-    assert job.drawn() == sorted(records)
-    assert [record["index"] for record in records.values()] == list(range(len(records)))
-    trained = [
-        json.loads(path.read_text())["config"]["name"]
-        for path in Path(job.workspace, "runs").glob("*/run.json")
-        if json.loads(path.read_text())["verb"] == "train"
-    ]
-    assert len(set(trained)) == len(trained)
 
 
 def test_a_search_keeps_what_its_trials_are_worth_and_survives_one_that_fails(job: TuneJob) -> None:
