@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import pyarrow as pa
 from torch import Tensor
 
-from convoy.cluster.backbone_timing import BackboneTiming, TimingSpec, keep_timing, kept_timing
 from convoy.cluster.kept_weights import read_kept_weights
 from convoy.cluster.prepared_batches import ImagePreparer, SliceImages
+from convoy.cluster.timing_spec import BackboneTiming, TimingSpec, keep_timing, kept_timing
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.stores import open_store
 from convoy.vision.augmentation_policy import EVAL_VIEW

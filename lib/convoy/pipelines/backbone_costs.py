@@ -6,15 +6,10 @@ from collections.abc import Sequence
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from convoy.cluster.backbone_timing import (
-    BackboneTiming,
-    TimingSpec,
-    kept_timing,
-    machine_of_workers,
-    time_backbones,
-)
+from convoy.cluster.backbone_timing import machine_of_workers, time_backbones
 from convoy.cluster.session import ray_session
 from convoy.cluster.slices import plan_pool
+from convoy.cluster.timing_spec import BackboneTiming, TimingSpec, kept_timing
 from convoy.core.config import StrictModel
 from convoy.core.fingerprints import digest
 from convoy.core.machine import MachineFacts

@@ -5,13 +5,8 @@ from typing import Any
 
 import pytest
 
-from convoy.cluster.backbone_timing import (
-    BackboneTiming,
-    TimingSpec,
-    keep_timing,
-    kept_timing,
-    machine_of_workers,
-)
+from convoy.cluster.backbone_timing import machine_of_workers
+from convoy.cluster.timing_spec import BackboneTiming, TimingSpec, keep_timing, kept_timing
 from convoy.core.machine import machine_facts
 from convoy.storage.local_store import LocalStore
 from convoy.vision.backbone_config import BackboneConfig
