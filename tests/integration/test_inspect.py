@@ -171,7 +171,7 @@ def test_a_damaged_picture_is_found_and_drawn_again(inspection: Inspection) -> N
 @pytest.mark.slow
 @pytest.mark.chaos
 @pytest.mark.parametrize(
-    "point", [CrashPoint.PART_WRITTEN, CrashPoint.SLICE_COLLECTED, CrashPoint.MANIFEST_PUBLISHED]
+    "point", [CrashPoint.RECORD_WRITTEN, CrashPoint.SLICE_COLLECTED, CrashPoint.MANIFEST_PUBLISHED]
 )
 def test_a_killed_inspection_goes_on(tmp_path: Path, point: CrashPoint) -> None:
     inspection = made_inspection(tmp_path)
@@ -188,4 +188,4 @@ def test_a_killed_inspection_goes_on(tmp_path: Path, point: CrashPoint) -> None:
     assert verified["ok"]
 
 
-_ARRIVALS = {CrashPoint.PART_WRITTEN: 2, CrashPoint.SLICE_COLLECTED: 2, CrashPoint.MANIFEST_PUBLISHED: 1}
+_ARRIVALS = {CrashPoint.RECORD_WRITTEN: 2, CrashPoint.SLICE_COLLECTED: 2, CrashPoint.MANIFEST_PUBLISHED: 1}

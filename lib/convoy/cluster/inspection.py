@@ -15,7 +15,6 @@ from convoy.cluster.inspection_spec import InspectionSpec, NetworkSpec, PictureD
 from convoy.cluster.kept_weights import read_kept_weights
 from convoy.cluster.prepared_batches import ImagePreparer, SliceImages
 from convoy.cluster.slices import SliceTask
-from convoy.core.crash_points import CrashPoint, crash_point
 from convoy.core.fingerprints import digest_bytes
 from convoy.storage.commits import PartFile, SliceRecord
 from convoy.storage.manifests import MANIFEST_SCHEMA
@@ -76,12 +75,10 @@ class Inspector:
     def _write(self, piece: Piece, picture: Picture, attempt: str) -> dict[str, PartFile]:
         described = PictureData(kind=piece.kind, title=piece.title, caption=piece.caption, data=picture.data)
         text = json.dumps(described.model_dump(mode="json"), indent=1)
-        parts = {
+        return {
             kind: _put(self._store, f"{self._spec.prefix}{piece.name}-{attempt}.{kind}", data)
             for kind, data in (("png", picture.png), ("json", text.encode()))
         }
-        crash_point(CrashPoint.PART_WRITTEN)
-        return parts
 
 
 def _open_drawer(store: ObjectStore, spec: NetworkSpec, options: MaximisationOptions) -> PieceDrawer:
