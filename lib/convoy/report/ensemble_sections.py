@@ -9,7 +9,7 @@ from convoy.pipelines.ensemble_choice import FrontPoint
 from convoy.pipelines.ensemble_gate import GateReport
 from convoy.report.blocks import Block, Cell, Column, Figure, Row, Section, Table, Tile, text_table
 from convoy.report.figures import overlap_matrix
-from convoy.report.quality_sections import reliability_figure
+from convoy.report.quality_sections import member_table, reliability_figure
 from convoy.report.svg import Chart, Scale, percent_text
 from convoy.report.words import number, percent, points, short_names, span
 
@@ -69,24 +69,7 @@ def _member_table(report: EnsembleReport, names: Sequence[str]) -> Table:
     if not report.members:
         pairs = zip(report.chosen.members, report.chosen.weights, strict=True)
         return text_table(["member*", "weight"], [[names[place], f"{weight:.3f}"] for place, weight in pairs])
-    rows = [
-        [
-            member.name,
-            f"{member.weight:.3f}",
-            f"{member.temperature:.2f}",
-            percent(member.top1),
-            span(member.top1_interval),
-            number(member.nll),
-        ]
-        for member in report.members
-    ]
-    return text_table(
-        ["member*", "weight", "temperature", "top-1", "95 %", "NLL"],
-        rows,
-        key="ensemble-members",
-        title="Members alone",
-        data=[member.model_dump() for member in report.members],
-    )
+    return member_table(report.members, key="ensemble-members", title="Members alone")
 
 
 def _gains(report: EnsembleReport) -> Iterator[Block]:

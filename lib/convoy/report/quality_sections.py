@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from convoy.core.metrics import ReliabilityBin
 from convoy.core.statistics import Interval, wilson_interval
+from convoy.pipelines.committee_evaluation import MemberEvaluation
 from convoy.pipelines.evaluation import Evaluation, NamedClass
 from convoy.pipelines.report_page import CommitteeParts
 from convoy.pipelines.report_predictions import ConfusedPair, PredictionSummary, ShownRow
@@ -71,7 +72,8 @@ def committee_section(parts: CommitteeParts) -> Section:
     """The members alone, what an image costs, and what a cheaper mode changes."""
     blocks: list[Block] = []
     if parts.members:
-        blocks.append(_member_table(parts))
+        title = "Members alone, over the same crops and rows"
+        blocks.append(member_table(parts.members, key="members", title=title))
     if parts.cost is not None:
         cost = parts.cost
         rows = [
@@ -283,7 +285,8 @@ def _lines(row: ShownRow) -> list[str]:
     return [f"said {said}", f"true {row.label_name}{true_score}", row.sample_id]
 
 
-def _member_table(parts: CommitteeParts) -> Table:
+def member_table(members: Sequence[MemberEvaluation], *, key: str, title: str) -> Table:
+    """What each member of a committee is worth alone."""
     rows = [
         [
             member.name,
@@ -293,12 +296,12 @@ def _member_table(parts: CommitteeParts) -> Table:
             span(member.top1_interval),
             number(member.nll),
         ]
-        for member in parts.members
+        for member in members
     ]
     return text_table(
         ["member*", "weight", "temperature", "top-1 alone", "95 %", "NLL"],
         rows,
-        key="members",
-        title="Members alone, over the same crops and rows",
-        data=[member.model_dump() for member in parts.members],
+        key=key,
+        title=title,
+        data=[member.model_dump() for member in members],
     )
