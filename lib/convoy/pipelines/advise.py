@@ -11,7 +11,6 @@ from convoy.pipelines.advise_config import AdviseConfig
 from convoy.pipelines.advise_report import AdviceReport
 from convoy.pipelines.advise_work import AdviceWork
 from convoy.pipelines.backbone_record import BackboneRecord
-from convoy.pipelines.dataset import DatasetConfig, freeze
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.network_training import CurveDrawer
 from convoy.pipelines.workspace import open_workspace
@@ -38,8 +37,7 @@ def run_advise(
     `draw_curves` makes the pictures of the trainings of `verify`. DataError for a dataset without two classes.
     """
     store = open_workspace(config.workspace, config.writers)
-    if config.source is not None:
-        freeze(_source(config), progress=progress)
+    config.freeze_source(progress)
     manifest = open_dataset(store, config.dataset_name)
     if len(manifest.classes) < 2:
         raise DataError(
@@ -76,16 +74,6 @@ def run_advise(
     return report
 
 
-def _source(config: AdviseConfig) -> DatasetConfig:
-    return DatasetConfig(
-        workspace=config.workspace,
-        name=config.dataset_name,
-        source=config.source or "",
-        reading=config.reading,
-        splits=config.split_options,
-    )
-
-
 def _identity(manifest: Manifest, config: AdviseConfig, records: list[BackboneRecord]) -> dict[str, Any]:
     return {
         "dataset": config.dataset_name,
@@ -97,10 +85,7 @@ def _identity(manifest: Manifest, config: AdviseConfig, records: list[BackboneRe
 
 def _known(store: ObjectStore, pointer: str) -> AdviceReport | None:
     document = read_json(store, pointer)
-    folder = None if document is None else RunFolder(store, document["run_id"])
-    if folder is None or not folder.is_finished():
-        return None
-    report = read_json(store, folder.key("report.json"))
+    report = None if document is None else RunFolder(store, document["run_id"]).report()
     return None if report is None else AdviceReport.model_validate(report)
 
 

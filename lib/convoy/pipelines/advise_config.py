@@ -7,14 +7,12 @@ from typing import Annotated, Self
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
 from convoy.core.config import StrictModel
-from convoy.core.splits import SplitOptions
 from convoy.pipelines.advise_rule import TransferPrior
 from convoy.pipelines.augmentation_effect import AugmentationEffectConfig
 from convoy.pipelines.backbone_costs import CostsConfig
+from convoy.pipelines.dataset_choice import DatasetChoice
 from convoy.pipelines.feature_plan import ErrorBudget, ExtractionConfig
 from convoy.pipelines.training_rows import RowLimit
-from convoy.storage.object_store import WriterMode
-from convoy.storage.sources.rows import ReadingOptions
 from convoy.vision.augmentation_policy import AugmentationPolicy
 from convoy.vision.backbone_config import BackboneConfig, NewLayers
 from convoy.vision.heads import HeadConfig
@@ -87,24 +85,16 @@ class VerifySettings(StrictModel):
     strategies: Annotated[int, Field(ge=2)] = 5
 
 
-class AdviseConfig(StrictModel):
+class AdviseConfig(DatasetChoice):
     """On which data, by which backbones, and how closely.
 
-    Either a `dataset` of the workspace, or a `source` that is frozen first as the dataset `name`, or refreshed. `rows`
-    are those that a training would have, by default all; advice for fewer is as if there were no others.
+    `rows` are those that a training would have, by default all; advice for fewer is as if there were no others.
     `wanted_top1` asks how many images reach it. `reference` is a dataset of the domain that the backbones were
     trained on. `price_per_hour` is what the whole cluster costs an hour, in any currency. Strategies within `tie`
     of the best are as good as the best: the cheapest of them is advised. `verify`, `costs` and `augmentation_effect`
     are measured where they are given, `{}` for their defaults.
     """
 
-    workspace: str | None = None
-    writers: WriterMode = WriterMode.MANY
-    name: str | None = None
-    dataset: str | None = None
-    source: str | None = None
-    reading: ReadingOptions = ReadingOptions()
-    split_options: SplitOptions = SplitOptions()
     candidates: tuple[CandidateBackbone, ...] = Field(min_length=1)
     rows: RowLimit = RowLimit()
     look: LookSettings = LookSettings()
@@ -125,18 +115,9 @@ class AdviseConfig(StrictModel):
 
     @model_validator(mode="after")
     def _keys_fit_together(self) -> Self:
-        if (self.dataset is None) == (self.source is None):
-            raise ValueError("give either dataset, or source and name")
-        if self.source is not None and self.name is None:
-            raise ValueError("a source needs a name: that of the dataset that it becomes")
         if self.rows.fold is not None:
             raise ValueError("advice needs the rows of all folds: leave rows.fold out")
         names = [candidate.name for candidate in self.candidates]
         if len(set(names)) < len(names):
             raise ValueError("every candidate is another backbone: name each architecture and weights once")
         return self
-
-    @property
-    def dataset_name(self) -> str:
-        """The dataset that is looked at."""
-        return self.dataset or self.name or ""

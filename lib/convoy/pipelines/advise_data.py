@@ -12,7 +12,7 @@ from convoy.core.records import SampleRejected, Split
 from convoy.pipelines.advise_config import AdviseConfig
 from convoy.pipelines.advise_probes import Look, Prober
 from convoy.pipelines.near_duplicates import NearDuplicateReport
-from convoy.pipelines.report_augmentation import choose_stratified
+from convoy.pipelines.stratified_sample import stratified_rows
 from convoy.storage.duplicates import DuplicateReport, find_duplicates
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
@@ -66,7 +66,8 @@ def data_facts(
     counts = manifest.counts[Split.TRAIN].by_class
     summary, decode = look.summary, config.extraction.decode
     labelled = sum(sum(split.by_class) for split in manifest.counts.values())
-    sample = choose_stratified(manifest, config.look.resolution_images)
+    wanted = config.look.resolution_images
+    sample = stratified_rows(manifest, wanted, splits=[Split.TRAIN], purpose="contact sheet")
     facts = DataFacts(
         samples={split.value: split_counts.num_samples for split, split_counts in manifest.counts.items()},
         classes=len(manifest.classes),

@@ -25,19 +25,17 @@ from convoy.pipelines.feature_source import LabelledRows, gather_features
 from convoy.pipelines.feature_summary import FeatureSummary, seconds_under_way
 from convoy.pipelines.features import FeatureJob
 from convoy.pipelines.near_duplicates import NearDuplicateReport, near_duplicate_taps, report_near_duplicates
-from convoy.pipelines.probe_judging import CrossFittedProbe
-from convoy.pipelines.training_rows import Fold, RowLimit, count_classes, fold_rows, read_split
+from convoy.pipelines.probe_judging import JUDGING_FOLD, CrossFittedProbe
+from convoy.pipelines.training_rows import RowLimit, count_classes, fold_rows, read_split
 from convoy.storage.commits import read_manifest
 from convoy.storage.feature_cache import FeatureCache, content_id_array
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import RunFolder
-from convoy.vision.head_fitting import choose_head, fit_path
+from convoy.vision.head_fitting import fit_path
 from convoy.vision.heads import FeatureSource, HeadConfig, TensorFeatures
 from convoy.vision.stages import POOLED, DepthAxis, StageKind
 
-# A fifth of the training rows judges where there are too few validation rows.
-JUDGING_FOLD = Fold(index=0, count=5)
 _LEAST_PER_CLASS = 4
 
 
@@ -327,15 +325,10 @@ def judge_head(
     """
     started_s = time.monotonic()
     heads = fit_path(config, train, num_classes=num_classes)
-    chosen = []
-    for parity in (0, 1):
-        others = slice(1 - parity, None, 2)
-        val = TensorFeatures(torch.from_numpy(judged_MD[others]), torch.from_numpy(judged_labels_M[others]))
-        chosen.append(choose_head(heads, val, config.selection))
-    predicted_M = CrossFittedProbe((chosen[0], chosen[1])).predict(
-        judged_MD, np.ones(len(judged_MD), np.bool_)
-    )
-    strongest = min(heads.index(head) for head in chosen)
+    all_M = np.ones(len(judged_MD), np.bool_)
+    probe = CrossFittedProbe.choose(heads, judged_MD, all_M, judged_labels_M, config.selection)
+    predicted_M = probe.predict(judged_MD, all_M)
+    strongest = min(heads.index(head) for head in probe.heads)
     return JudgedHead(
         correct_M=predicted_M == judged_labels_M,
         C=sorted(set(config.C))[strongest],

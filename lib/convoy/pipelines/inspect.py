@@ -129,8 +129,7 @@ class _Inspection:
         pointer = read_json(self._store, self._pointer)
         if pointer is None:
             return None
-        folder = RunFolder(self._store, pointer["run_id"])
-        document = read_json(self._store, folder.key("report.json")) if folder.is_finished() else None
+        document = RunFolder(self._store, pointer["run_id"]).report()
         if document is None:
             return None
         report = InspectionReport.model_validate(document)

@@ -16,10 +16,10 @@ from convoy.pipelines.training_rows import Fold, RowLimit, count_classes, read_s
 from convoy.storage.feature_cache import FeatureCache
 from convoy.storage.manifests import Manifest
 from convoy.vision.head_fitting import choose_head, fit_path
-from convoy.vision.heads import Head, HeadConfig, TensorFeatures
+from convoy.vision.heads import Head, HeadConfig, Selection, TensorFeatures
 
 # A fifth of the training rows judges where the dataset has no validation rows.
-_JUDGING_FOLD = Fold(index=0, count=5)
+JUDGING_FOLD = Fold(index=0, count=5)
 # What is said of a row that could not be read.
 UNKNOWN = -1
 
@@ -40,7 +40,7 @@ class ProbeRows:
         Raises DataError where a class has no training row.
         """
         if limit.fold is None and Split.VAL not in manifest.counts:
-            limit = limit.model_copy(update={"fold": _JUDGING_FOLD})
+            limit = limit.model_copy(update={"fold": JUDGING_FOLD})
         train, judged = read_split(manifest, Split.TRAIN, limit), validation_rows(manifest, limit)
         count_classes(train, manifest.classes)
         table = train if judged is None else pa.concat_tables([train, judged])
@@ -60,6 +60,25 @@ class CrossFittedProbe:
     """
 
     heads: tuple[Head, Head]
+
+    @classmethod
+    def choose(
+        cls,
+        heads: Sequence[Head],
+        features_ND: NDArray[np.float32],
+        found_N: NDArray[np.bool_],
+        labels_N: NDArray[np.int64],
+        selection: Selection,
+    ) -> CrossFittedProbe:
+        """Of the heads of a path the best by each half of the judged rows; the first where a half has no row."""
+        chosen = []
+        for parity in (0, 1):
+            choosing = np.flatnonzero(found_N[1 - parity :: 2]) * 2 + 1 - parity
+            val = TensorFeatures(
+                torch.from_numpy(features_ND[choosing]), torch.from_numpy(labels_N[choosing])
+            )
+            chosen.append(choose_head(heads, val, selection) if val.num_rows else heads[0])
+        return cls((chosen[0], chosen[1]))
 
     def predict(self, features_ND: NDArray[np.float32], found_N: NDArray[np.bool_]) -> NDArray[np.int64]:
         """The class of each judged row, from its features in the order of the judged rows; UNKNOWN without."""
@@ -89,14 +108,7 @@ class ProbeBench:
         heads = fit_path(self._head, train, num_classes=self._num_classes)
         features_ND, found_N = self.judged_features(judged_set)
         labels_N = self._rows.judged.labels_N
-        chosen = []
-        for parity in (0, 1):
-            choosing = np.flatnonzero(found_N[1 - parity :: 2]) * 2 + 1 - parity
-            val = TensorFeatures(
-                torch.from_numpy(features_ND[choosing]), torch.from_numpy(labels_N[choosing])
-            )
-            chosen.append(choose_head(heads, val, self._head.selection) if val.num_rows else heads[0])
-        return CrossFittedProbe((chosen[0], chosen[1]))
+        return CrossFittedProbe.choose(heads, features_ND, found_N, labels_N, self._head.selection)
 
     def judged_features(self, set_id: str) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """The features of the judged rows in a set, and which of them are there."""

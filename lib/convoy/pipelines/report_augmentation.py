@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 from pydantic import Field
@@ -14,14 +13,14 @@ from pydantic import Field
 from convoy.core.config import StrictModel, config_keys, load_config
 from convoy.core.errors import ConfigError, DataError
 from convoy.core.progress import Progress
-from convoy.core.randomness import unit_interval
 from convoy.core.records import SampleRejected, Split
 from convoy.pipelines.cache import CacheConfig
 from convoy.pipelines.pixel_statistics import resolve_augmentation
+from convoy.pipelines.stratified_sample import labels_of, stratified_rows
 from convoy.pipelines.train_config import TrainConfig
 from convoy.pipelines.workspace import workspace_uri
 from convoy.storage.datasets import open_dataset
-from convoy.storage.manifests import MANIFEST_SCHEMA, Manifest
+from convoy.storage.manifests import Manifest
 from convoy.storage.samples import SampleReader
 from convoy.storage.stores import open_store
 from convoy.vision.augmentation_policy import AugmentationPolicy
@@ -34,7 +33,6 @@ from convoy.vision.views import prepare_view
 
 # Keys that a training has and a cache job has not.
 _TRAIN_KEYS = frozenset({"strategy", "name"})
-_UNLABELLED = -1
 
 
 class AugmentedJob(StrictModel):
@@ -133,7 +131,7 @@ def draw_views(job: AugmentedJob, manifest: Manifest, size: SheetSize) -> tuple[
     The policy must have its basis of colours. Raises DataError where no image can be shown.
     """
     # Some of them may not be readable.
-    candidates = choose_stratified(manifest, 2 * size.num_images)
+    candidates = stratified_rows(manifest, 2 * size.num_images, splits=[Split.TRAIN], purpose="contact sheet")
     shown, num_rejects = _draw_rows(job, candidates, size)
     if not shown:
         raise DataError(
@@ -144,43 +142,13 @@ def draw_views(job: AugmentedJob, manifest: Manifest, size: SheetSize) -> tuple[
     return shown, num_rejects
 
 
-def choose_stratified(manifest: Manifest, num_rows: int) -> pa.Table:
-    """Rows of the train split, one of each class before a second of any; which ones is up to a hash of their ids."""
-    chosen, hashes_N = MANIFEST_SCHEMA.empty_table(), np.empty(0)
-    for batch in manifest.iter_batches(splits=[Split.TRAIN]):
-        chosen = pa.concat_tables([chosen, pa.Table.from_batches([batch]).cast(MANIFEST_SCHEMA)])
-        new = [unit_interval(0, "contact sheet", name) for name in batch["sample_id"].to_pylist()]
-        hashes_N = np.concatenate([hashes_N, new])
-        kept = np.flatnonzero(_rank_in_class(chosen, hashes_N) < num_rows)
-        chosen, hashes_N = chosen.take(pa.array(kept)), hashes_N[kept]
-    order = np.lexsort((hashes_N, _rank_in_class(chosen, hashes_N)))[:num_rows]
-    return chosen.take(pa.array(order)).combine_chunks()
-
-
-def _rank_in_class(rows: pa.Table, hashes_N: np.ndarray) -> np.ndarray:
-    """How many rows of the same label have a lower hash."""
-    labels_N = _labels(rows)
-    order = np.lexsort((hashes_N, labels_N))
-    first_of_class = np.searchsorted(labels_N[order], labels_N[order])
-    ranks_N = np.empty(len(order), np.int64)
-    ranks_N[order] = np.arange(len(order)) - first_of_class
-    return ranks_N
-
-
-def _labels(rows: pa.Table) -> np.ndarray:
-    labels_N: np.ndarray = (
-        rows["label"].combine_chunks().fill_null(_UNLABELLED).to_numpy(zero_copy_only=False)
-    )
-    return labels_N
-
-
 def _draw_rows(job: AugmentedJob, candidates: pa.Table, size: SheetSize) -> tuple[list[ShownViews], int]:
     """The first candidates that can be shown, sorted by class, and how many of them could not."""
     quiet_decoders()
     shown: list[ShownViews] = []
     num_rejects = 0
     samples = candidates.select(["sample_id", "content_id"]).to_pylist()
-    labels_N = _labels(candidates)
+    labels_N = labels_of(candidates)
     for row, data in SampleReader(max_bytes=job.decode_rule.max_bytes).read(candidates):
         if len(shown) == size.num_images:
             break

@@ -12,7 +12,6 @@ from convoy.core.fingerprints import canonical_json, digest
 from convoy.core.progress import Progress
 from convoy.core.result_columns import PartitionBy
 from convoy.pipelines.committee_predictions import CommitteeJob, CommitteePredictions
-from convoy.pipelines.dataset import DatasetConfig, freeze
 from convoy.pipelines.feature_summary import slice_totals, timings
 from convoy.pipelines.forecast import Actual, Forecast, actual_of
 from convoy.pipelines.forecast_sampling import forecast_scoring
@@ -90,15 +89,7 @@ def plan_score(config: ScoreConfig, *, progress: Progress) -> Forecast:
 
 def _open_request(config: ScoreConfig, progress: Progress) -> tuple[ObjectStore, Manifest, PredictionRequest]:
     store = open_workspace(config.workspace, config.writers)
-    if config.source is not None:
-        source = DatasetConfig(
-            workspace=config.workspace,
-            name=config.dataset_name,
-            source=config.source,
-            reading=config.reading,
-            splits=config.split_options,
-        )
-        freeze(source, progress=progress)
+    config.freeze_source(progress)
     manifest = open_dataset(store, config.dataset_name)
     committee = chosen_committee(store, config, config, config.extraction)
     _require_features(config, len(committee.members))

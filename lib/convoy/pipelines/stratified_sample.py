@@ -18,17 +18,17 @@ _UNLABELLED = -1
 
 
 def stratified_rows(
-    manifest: Manifest, num_rows: int, *, splits: Collection[Split], seed: int = 0
+    manifest: Manifest, num_rows: int, *, splits: Collection[Split], seed: int = 0, purpose: str = "sample"
 ) -> pa.Table:
     """Rows of some splits: one of each class, unlabelled ones being a class too, then a second of each, and so on.
 
-    Which ones is up to a hash of seed and sample id, so a larger sample only adds rows. In memory are the rows of the
-    sample, once a class. Raises DataError where the splits have no row.
+    Which ones is up to a hash of seed, purpose and sample id, so a larger sample only adds rows. In memory are the rows
+    of the sample, once a class. Raises DataError where the splits have no row.
     """
     chosen, draws_N = MANIFEST_SCHEMA.empty_table(), np.empty(0)
     for batch in manifest.iter_batches(splits=splits):
         chosen = pa.concat_tables([chosen, pa.Table.from_batches([batch]).cast(MANIFEST_SCHEMA)])
-        new_B = [unit_interval(seed, "sample", name) for name in batch["sample_id"].to_pylist()]
+        new_B = [unit_interval(seed, purpose, name) for name in batch["sample_id"].to_pylist()]
         draws_N = np.concatenate([draws_N, new_B])
         kept = np.flatnonzero(_place_in_class(chosen, draws_N) < num_rows)
         chosen, draws_N = chosen.take(pa.array(kept)).combine_chunks(), draws_N[kept]

@@ -131,6 +131,10 @@ class RunFolder:
         """Whether the run was committed to the last step."""
         return exists(self.store, self.key("_SUCCESS"))
 
+    def report(self) -> dict[str, Any] | None:
+        """What the finished run reported; None as long as it is not finished."""
+        return read_json(self.store, self.key("report.json")) if self.is_finished() else None
+
     def read_slice(self, name: str) -> pa.Table:
         """The frozen input rows of a slice: columns of the manifest. DataError if they are damaged."""
         group, number = parse_slice_name(name)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +10,15 @@ from PIL import Image
 
 from convoy.core.errors import ConfigError, DataError
 from convoy.core.progress import Silent
+from convoy.core.records import Split
 from convoy.core.splits import SplitOptions
 from convoy.pipelines.report_augmentation import (
     AugmentedJob,
     SheetSize,
-    choose_stratified,
     draw_augmentation,
     read_augmented_job,
 )
+from convoy.pipelines.stratified_sample import stratified_rows
 from convoy.storage.datasets import freeze_dataset, open_dataset
 from convoy.storage.local_store import LocalStore
 from convoy.vision.augmentation_policy import AugmentationPolicy
@@ -59,13 +61,14 @@ def job(workspace: str, rule: DecodeRule | None = None) -> AugmentedJob:
 
 def test_rows_are_of_every_class_before_a_class_comes_again(workspace: str) -> None:
     manifest = open_dataset(LocalStore(workspace), "pets")
-    labels = choose_stratified(manifest, 7)["label"].to_pylist()
+    rows = partial(stratified_rows, manifest, splits=[Split.TRAIN], purpose="contact sheet")
+    labels = rows(7)["label"].to_pylist()
     assert set(labels[:3]) == {0, 1, 2}
     assert (
         set(labels[3:5]) == set(labels[5:7]) == {manifest.classes.index("cat"), manifest.classes.index("dog")}
     )
-    assert choose_stratified(manifest, 7) == choose_stratified(manifest, 7)
-    assert choose_stratified(manifest, 100).num_rows == 16
+    assert rows(7) == rows(7)
+    assert rows(100).num_rows == 16
 
 
 def test_sheet_shows_the_eval_view_and_the_cached_views_of_readable_images(
