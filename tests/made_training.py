@@ -121,7 +121,6 @@ class GroupOfOne(TrainingGroup):
     rank: int = 0
     num_workers: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    reports: list[dict[str, Any]] = field(default_factory=list)
 
     def wrap(self, network: nn.Module) -> nn.Module:
         """Alone, the network itself."""
@@ -134,7 +133,3 @@ class GroupOfOne(TrainingGroup):
     def from_first(self, value: Any) -> Any:
         """This worker is the first."""
         return value
-
-    def report(self, metrics: dict[str, Any]) -> None:
-        """Keep what was told."""
-        self.reports.append(metrics)

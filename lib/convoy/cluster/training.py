@@ -145,11 +145,15 @@ def _fit(trainer: Any, ended: list[Any]) -> None:
 def _trainer(spec: TrainingSpec, plan: WorkerPlan, board: Any) -> Any:
     # Ray Train prints what it does to the driver's terminal, which is ours.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    # How soon Ray Train learns that its workers are done.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(_POLL_S))
     import ray.train  # noqa: PLC0415
-    from ray.train.torch import TorchConfig, TorchTrainer  # noqa: PLC0415
+    from ray.train.torch import TorchConfig  # noqa: PLC0415
+
+    from convoy.cluster.torch_trainer import PromptTrainer  # noqa: PLC0415
 
     logging.getLogger("ray.train").setLevel(logging.ERROR)
-    return TorchTrainer(
+    return PromptTrainer(
         train_worker,
         train_loop_config={"spec": spec.model_dump_json(), "board": board},
         scaling_config=ray.train.ScalingConfig(

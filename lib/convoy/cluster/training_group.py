@@ -66,7 +66,3 @@ class TrainingGroup:
         gathered: list[Any] = [None] * self.num_workers
         dist.all_gather_object(gathered, items)
         return [item for part in gathered for item in part]
-
-    def report(self, metrics: dict[str, Any]) -> None:
-        """Tell Ray Train's callbacks; all workers call it together."""
-        ray.train.report(metrics)

@@ -133,7 +133,6 @@ class TrainingWorker:
             left = self._times.epochs_left(self._position)
             self._keeper.after_epoch(self._network, score=score, epochs_left=left)
             self._board.post(self._times.epoch_event(self._position, result))
-            self._group.report(result.model_dump(mode="json"))
             self._save_if_due(is_phase_end=is_last)
 
     def _train_epoch(self, phase: Phase) -> EpochResult:

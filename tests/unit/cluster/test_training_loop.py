@@ -336,14 +336,13 @@ def test_the_history_counts_every_image_and_its_losses_fall(tmp_path: Path, rows
         class_weights=tuple(0.5 + label / 10 for label in range(10)),
         phases=(Phase(name="train", epochs=12, learning_rate=0.05),),
     )
-    group = GroupOfOne()
-    outcome = TrainingWorker(spec, group, None).run()
+    outcome = TrainingWorker(spec, GroupOfOne(), None).run()
     assert [one.images for one in outcome.history] == [40] * 12
     assert [one.rejects for one in outcome.history] == [0] * 12
     assert outcome.history[-1].train_loss < 0.9 * outcome.history[0].train_loss
     assert outcome.val_top1 == outcome.history[-1].val_top1
     assert outcome.val_nll == outcome.history[-1].val_nll
-    assert [report["epoch"] for report in group.reports] == list(range(1, 13))
+    assert [one.epoch for one in outcome.history] == list(range(1, 13))
     assert outcome == read_outcome(LocalStore(spec.workspace), RUN_ID)
 
 
