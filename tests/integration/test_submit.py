@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from convoy.storage.stores import open_store
 from infra_files import ROOT
 from made_bundles import made_classifier, write_classifier
 from ray_head import BIN, TOKEN, RayHead, running_head
+from readme_blocks import fenced_blocks
 
 pytestmark = pytest.mark.integration
 
@@ -223,7 +223,7 @@ def assert_scored(stdout: str, stderr: str, scoring: CacheJob) -> dict[str, Any]
 def test_the_commands_of_the_readme_lead_from_a_head_to_scored_images(
     head: RayHead, scoring: CacheJob, tmp_path: Path
 ) -> None:
-    (block,) = re.findall(r"^```sh\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    (block,) = fenced_blocks(ROOT / "README.md", "sh")["On a cluster"]
     # The head of these tests was started by the same words, on ports of its own.
     rest = [line for line in block.splitlines() if not line.startswith("ray start --head ")]
     assert len(rest) == len(block.splitlines()) - 1

@@ -34,4 +34,4 @@ class ExtractionSpec(StrictModel):
     dtype: str
     engine: EngineOptions
     num_decode_threads: int
-    num_fetch_threads: int
+    num_fetch_threads: int | None

@@ -98,4 +98,4 @@ class InspectionSpec(StrictModel):
     decode_rule: DecodeRule
     pieces: dict[str, Piece]
     num_threads: int
-    num_fetch_threads: int
+    num_fetch_threads: int | None

@@ -144,7 +144,7 @@ class ImagePreparer(Generic[KeyT]):
         self,
         rule: DecodeRule,
         *,
-        num_fetch_threads: int,
+        num_fetch_threads: int | None,
         num_decode_threads: int,
         fill: Callable[[Tensor, bytes, Mapping[KeyT, Tensor]], None],
     ) -> None:

@@ -66,4 +66,4 @@ class ScoringSpec(StrictModel):
     outputs: dict[str, str]
     metadata: dict[str, str]
     num_decode_threads: int
-    num_fetch_threads: int
+    num_fetch_threads: int | None

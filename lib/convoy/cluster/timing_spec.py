@@ -34,7 +34,7 @@ class TimingSpec(StrictModel):
     batch_size: int
     num_workers: int | None
     cpus_per_worker: int | None
-    num_fetch_threads: int
+    num_fetch_threads: int | None
     seconds: float
     num_latencies: int
     images_digest: str

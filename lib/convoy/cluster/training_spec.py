@@ -77,5 +77,5 @@ class TrainingSpec(StrictModel):
     ingest: Ingest
     num_preparers: PositiveInt
     num_threads: PositiveInt
-    num_fetch_threads: PositiveInt
+    num_fetch_threads: PositiveInt | None
     local_cache: LocalCacheOptions | None

@@ -22,11 +22,17 @@ _SPREAD_TAPS = 5
 
 
 class CandidateBackbone(StrictModel):
-    """A backbone to look through; `taps` of null are `num_taps` stages spread over its depth, the last is `pooled`."""
+    """A backbone to look through; `taps` of null are `num_taps` stages spread over its depth, the last is `pooled`.
+
+    `as_is` is judged too where the network has the dataset's classes: by the names that its weights give, or by
+    `classes` and `class_map`, as in a config of `convoy train`.
+    """
 
     backbone: BackboneConfig
     taps: tuple[str | int, ...] | None = Field(default=None, min_length=1)
     num_taps: PositiveInt = _SPREAD_TAPS
+    classes: tuple[str, ...] | None = None
+    class_map: dict[str, str] | None = None
 
     @property
     def name(self) -> str:

@@ -150,6 +150,10 @@ class Gatherer:
                 shrink=shrink,
             ),
             config=candidate.backbone,
+            as_is=look.as_is,
+            own_classes=candidate.model_dump(
+                mode="json", include={"classes", "class_map"}, exclude_none=True
+            ),
             svm=self._svm(look),
             reused=self._reused(look),
             untrained_rate=untrained.probes.images_per_s if is_best else None,

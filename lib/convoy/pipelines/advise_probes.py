@@ -17,9 +17,11 @@ from convoy.core.randomness import generator
 from convoy.core.records import Split
 from convoy.core.statistics import Interval, bootstrap_mean
 from convoy.core.transferability import knn_correct, logme
+from convoy.pipelines.advise_as_is import judge_as_is, own_classifier
 from convoy.pipelines.advise_config import AdviseConfig, CandidateBackbone, LookSettings
 from convoy.pipelines.advise_rule import JudgedProbe
 from convoy.pipelines.backbone_record import BackboneRecord
+from convoy.pipelines.classifiers import Classifier
 from convoy.pipelines.feature_plan import FeatureRequest
 from convoy.pipelines.feature_source import LabelledRows, gather_features
 from convoy.pipelines.feature_summary import FeatureSummary, seconds_under_way
@@ -121,13 +123,15 @@ class JudgedHead:
 class Look:
     """What one pass gave: the summary of the job, and the probes.
 
-    `correct_M` says of each judged row that could be read whether the best probe is right.
+    `correct_M` says of each judged row that could be read whether the best probe is right. `as_is` is the network
+    without any training, None where it has other classes than the dataset.
     """
 
     record: BackboneRecord
     summary: FeatureSummary
     probes: BackboneProbes
     correct_M: NDArray[np.bool_]
+    as_is: JudgedProbe | None
 
 
 def choose_rows(manifest: Manifest, config: AdviseConfig) -> LookRows:
@@ -187,9 +191,9 @@ class Prober:
 
     def look(self, candidate: CandidateBackbone, record: BackboneRecord) -> Look:
         """One pass of a backbone, or none where the cache has it all, and what its taps are worth."""
-        taps = _taps(candidate, record)
+        taps, own = _taps(candidate, record), self._own(candidate, record)
         self.progress.stage(f"looking through {candidate.name}")
-        job = self._job(record, taps)
+        job = self._job(record, taps, own)
         summary = job.ensure(progress=self.progress, new_run=self._new_run)
         self.progress.stage(f"probing {candidate.name}")
         probed = [self._probe(record, tap, job.set_id(tap)) for tap in taps]
@@ -203,11 +207,13 @@ class Prober:
             taps=sorted((probe for probe, _ in probed), key=lambda probe: probe.depth),
         )
         correct_M = next(correct_M for probe, correct_M in probed if probe.tap == probes.best.tap)
-        return Look(record=record, summary=summary, probes=probes, correct_M=correct_M)
+        as_is = None if own is None else self._judge_as_is(own, job.set_id(own.tap))
+        return Look(record=record, summary=summary, probes=probes, correct_M=correct_M, as_is=as_is)
 
     def lacks_features(self, candidate: CandidateBackbone, record: BackboneRecord) -> bool:
         """Whether a look through the backbone needs a pass."""
-        return bool(self._job(record, _taps(candidate, record)).plan().missing)
+        job = self._job(record, _taps(candidate, record), self._own(candidate, record))
+        return bool(job.plan().missing)
 
     def near_duplicates(self, look: Look) -> NearDuplicateReport:
         """Pictures that are there twice among all rows that were looked at, held-out ones included."""
@@ -271,9 +277,17 @@ class Prober:
             samples.append(CurveSample(float(size), np.stack(correct)))
         return [*samples, CurveSample(float(largest), whole_M[None, :])]
 
-    def _job(self, record: BackboneRecord, taps: tuple[str, ...]) -> FeatureJob:
+    def _own(self, candidate: CandidateBackbone, record: BackboneRecord) -> Classifier | None:
+        return own_classifier(candidate, record, self._manifest.classes, self._config.extraction)
+
+    def _judge_as_is(self, own: Classifier, set_id: str) -> JudgedProbe:
+        features = self.features(set_id)
+        return judge_as_is(own, features.judged_MD, features.judged_labels_M, self._manifest.classes)
+
+    def _job(self, record: BackboneRecord, taps: tuple[str, ...], own: Classifier | None) -> FeatureJob:
         # More taps of the same pass cost next to nothing.
-        taps = tuple(dict.fromkeys([*taps, *near_duplicate_taps(record.axis)]))
+        outputs = () if own is None else (own.tap,)
+        taps = tuple(dict.fromkeys([*taps, *near_duplicate_taps(record.axis), *outputs]))
         request = FeatureRequest(dataset=self._config.dataset_name, backbone=record.config, taps=taps)
         extraction = self._config.extraction
         return FeatureJob(self._store, self._manifest, record, request, extraction, rows=self.rows.all)

@@ -75,6 +75,7 @@ class SvmProbe(StrictModel):
 class BackboneEvidence(StrictModel):
     """A backbone with what the rule knows of it, and how it is built and named in configs.
 
+    `as_is` is the network without training, with the `own_classes` of its config, None where its classes are others.
     `svm` is the probe of `early_layer_probe`, None where no tap lies below the top; `reused` the probe at the stage
     that `partial_reuse` keeps. `untrained_rate` are images/s of the untrained network, None where that of another
     architecture stands for it. `missing_images` are those that no pass has seen yet. Without `has_val` configs of heads
@@ -84,6 +85,8 @@ class BackboneEvidence(StrictModel):
     probes: BackboneProbes
     evidence: Evidence
     config: BackboneConfig
+    as_is: JudgedProbe | None
+    own_classes: dict[str, Any]
     svm: SvmProbe | None
     reused: JudgedProbe | None
     untrained_rate: float | None
@@ -111,7 +114,8 @@ def options(config: AdviseConfig, found: Sequence[BackboneEvidence]) -> list[Opt
     """Every strategy on every backbone; from scratch only on the one whose untrained network was looked through."""
     result = []
     for one in found:
-        result += [_linear_probe(config, one), *_early_probe(config, one), _fine_tune(config, one)]
+        result += [*_as_is(config, one), _linear_probe(config, one), *_early_probe(config, one)]
+        result += [_fine_tune(config, one)]
         result += [*_partial_reuse(config, one), *_from_scratch(config, one)]
     return result
 
@@ -162,6 +166,25 @@ def network_top1(one: BackboneEvidence, config: AdviseConfig, strategy: Strategy
         Strategy.PARTIAL_REUSE: one.reused or one.evidence.best,
     }[strategy]
     return expected_network(strategy, one.evidence, config.prior, start=start)
+
+
+def _as_is(config: AdviseConfig, one: BackboneEvidence) -> list[Option]:
+    judged = one.as_is
+    if judged is None:
+        return []
+    return [
+        Option(
+            strategy=Strategy.AS_IS,
+            backbone=one.probes.backbone,
+            tap=judged.tap,
+            top1=expected_probe(judged),
+            # Nothing is trained: no images are looked at for it.
+            cost=StrategyCost(seconds=0, low_s=0, high_s=0, money=_money(config, 0), basis=Basis.MEASURED),
+            basis=Basis.MEASURED,
+            settings=_settings(config, one, Strategy.AS_IS, **one.own_classes),
+            why=f"measured: the network's own outputs get {judged.num_correct} of {judged.num_rows}",
+        )
+    ]
 
 
 def _linear_probe(config: AdviseConfig, one: BackboneEvidence) -> Option:

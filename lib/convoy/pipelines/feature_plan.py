@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from convoy.core.config import StrictModel
 from convoy.core.records import Split
@@ -52,7 +52,8 @@ class ExtractionConfig(StrictModel):
     """How features are computed and stored; shared by every job that needs features.
 
     `cpus_per_worker` are the threads of each of `num_workers` operators; null shares out the CPUs of the cluster:
-    without GPUs, many images get an operator of one thread for every CPU, as far as memory goes.
+    without GPUs, many images get an operator of one thread for every CPU, as far as memory goes. `num_fetch_threads`
+    of null are 16 an operator for images in a store, and 2 for files.
     """
 
     decode: DecodeRule = DecodeRule()
@@ -63,7 +64,7 @@ class ExtractionConfig(StrictModel):
     num_workers: int | None = Field(default=None, gt=0)
     cpus_per_worker: int | None = Field(default=None, gt=0)
     slice_rows: int | None = Field(default=None, gt=0)
-    num_fetch_threads: int = Field(default=16, gt=0)
+    num_fetch_threads: PositiveInt | None = None
 
 
 class ErrorBudget(StrictModel):

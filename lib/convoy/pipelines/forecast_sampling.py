@@ -20,9 +20,10 @@ from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 
 _SAMPLED_SLICES = 4
-# Enough to see how batches of a slice overlap, and not more: of a large ensemble each takes a minute.
+# Enough to see how batches of a slice overlap, and not more: of a large ensemble each takes a minute. With two batches
+# a slice its start and its end weighed so much that 222 images/s were forecast of 364.
 _SAMPLED_ROWS = 512
-_BATCHES_A_SLICE = 2
+_BATCHES_A_SLICE = 4
 
 
 def forecast_scoring(

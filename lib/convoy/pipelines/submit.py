@@ -35,6 +35,8 @@ class Verb(StrEnum):
     EVALUATE = "evaluate"
     SCORE = "score"
     RETRAIN = "retrain"
+    ADVISE = "advise"
+    INSPECT = "inspect"
 
 
 class Waiting(StrEnum):
@@ -52,6 +54,8 @@ _CONFIGS = {
     Verb.EVALUATE: ("convoy.pipelines.evaluate", "EvaluateConfig"),
     Verb.SCORE: ("convoy.pipelines.score_config", "ScoreConfig"),
     Verb.RETRAIN: ("convoy.pipelines.retrain_config", "RetrainConfig"),
+    Verb.ADVISE: ("convoy.pipelines.advise_config", "AdviseConfig"),
+    Verb.INSPECT: ("convoy.pipelines.inspect_config", "InspectConfig"),
 }
 
 

@@ -9,6 +9,7 @@ from functools import partial
 from typing import NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from convoy.core.records import SampleRejected
 from convoy.storage.local_cache import LocalImageCache
@@ -17,6 +18,9 @@ from convoy.storage.row_groups import ImageColumn
 from convoy.storage.sample_fetching import Address, check_size, fetch, rejecting
 from convoy.storage.stores import UriReader
 
+_STORE_THREADS = 16
+_FILE_THREADS = 2
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleReader:
@@ -24,10 +28,12 @@ class SampleReader:
 
     A sample of more than `max_bytes` is rejected. At most `window_reads` reads, and `window_bytes` bytes, are
     under way or waiting for the consumer; only a single read may be larger. What the `cache` has is answered
-    without a request, and what was fetched is offered to it; local files never go through it.
+    without a request, and what was fetched is offered to it; local files never go through it. `num_threads` of None
+    are as many as a slice has use for: requests to a store mostly wait, but reads of files do not, and their threads
+    take Python's lock from the decoders.
     """
 
-    num_threads: int = 16
+    num_threads: int | None = None
     max_bytes: int = 256 << 20
     window_reads: int = 128
     window_bytes: int = 256 << 20
@@ -49,7 +55,8 @@ class SampleReader:
         """
         arrived: Outcomes = {}
         reads = _Sources(self._uris, self.max_bytes, self.cache).plan_reads(rows)
-        window = ReadWindow(reads, self.num_threads, self.window_reads, self.window_bytes)
+        num_threads = self.num_threads or _useful_threads(rows)
+        window = ReadWindow(reads, num_threads, self.window_reads, self.window_bytes)
         try:
             for row in range(rows.num_rows):
                 # Reads come in the order of their first rows, so the next one has this row.
@@ -58,6 +65,11 @@ class SampleReader:
                 yield row, arrived.pop(row)
         finally:
             window.close()
+
+
+def _useful_threads(rows: pa.Table) -> int:
+    is_remote = pc.any(pc.starts_with(rows["uri"], pattern="s3://")).as_py()
+    return _STORE_THREADS if is_remote else _FILE_THREADS
 
 
 class _ParquetFile(NamedTuple):

@@ -70,6 +70,8 @@ def found(settings: AdviseConfig, **changes: Any) -> BackboneEvidence:
             untrained=JudgedProbe(tap="stem", num_correct=110, num_rows=200),
         ),
         "config": settings.candidates[0].backbone,
+        "as_is": None,
+        "own_classes": {},
         "svm": SvmProbe(
             judged=JudgedProbe(tap="layer2.2", num_correct=152, num_rows=200), C=0.1, fit_seconds=3.0
         ),
@@ -109,6 +111,16 @@ def test_strategies_use_what_they_are_named_after() -> None:
     assert parsed[Strategy.FINE_TUNE].backbone.weights == "nets/resnet20.th"
     assert parsed[Strategy.FINE_TUNE].epochs == 30
     assert parsed[Strategy.PARTIAL_REUSE].freeze_depth == "body.layer1.2"
+
+
+def test_a_network_that_has_the_classes_is_an_option_as_it_is_and_costs_nothing() -> None:
+    own = {"class_map": {"plane": "fist", "frog": "palm"}}
+    judged = JudgedProbe(tap="logits", num_correct=150, num_rows=200)
+    option = by_strategy(config(), as_is=judged, own_classes=own)[Strategy.AS_IS]
+    parsed, _ = train_config(option.settings, where="here")
+    assert parsed.class_map == own["class_map"]
+    assert (option.cost.seconds, option.cost.money, option.basis) == (0, 0, Basis.MEASURED)
+    assert option.top1.low < 0.75 < option.top1.high
 
 
 def test_unlike_images_unfreeze_everything_and_alike_ones_as_much_as_their_number_allows() -> None:

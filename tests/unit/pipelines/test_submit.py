@@ -73,6 +73,12 @@ def test_a_setting_that_does_not_fit_is_refused_here_and_not_on_the_cluster() ->
         plan_submission(JobRequest(verb=Verb.CACHE, settings={**SETTINGS, "dataste": "photos"}))
 
 
+@pytest.mark.parametrize("verb", Verb)
+def test_every_job_checks_its_own_settings_before_it_is_sent(verb: Verb) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'workspace'"):
+        plan_submission(JobRequest(verb=verb, settings={"worksapce": "s3://bucket/convoy"}))
+
+
 def test_a_secret_is_refused_without_being_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", "c0ffee-c0ffee-c0ffee")
     for request in (

@@ -69,6 +69,32 @@ def test_objects_come_in_the_order_of_the_rows(folder: Path, options: dict[str, 
     assert read(rows, **options) == [Path(uri).read_bytes() for uri in rows["uri"].to_pylist()]
 
 
+def test_files_are_read_by_few_threads_and_objects_of_a_store_by_many(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def threads_of(rows: pa.Table, **options: Any) -> int:
+        names = set()
+
+        def fetched(*_: Any) -> bytes:
+            names.add(threading.current_thread().name)
+            time.sleep(0.02)
+            return b"data"
+
+        monkeypatch.setattr("convoy.storage.samples.fetch", fetched)
+        read(rows, **options)
+        return len(names)
+
+    files = rows_of(folder)
+    objects = files.set_column(
+        files.column_names.index("uri"),
+        "uri",
+        pa.array([f"s3://bucket/{row}" for row in range(files.num_rows)]),
+    )
+    assert threads_of(files) == 2
+    assert threads_of(objects) == 16
+    assert threads_of(objects, num_threads=3) == 3
+
+
 def test_members_of_shards_are_read_by_range(tmp_path: Path) -> None:
     (tmp_path / "0.tar").write_bytes(shard_bytes({f"{index}": "cat" for index in range(5)}))
     assert read(rows_of(tmp_path / "0.tar")) == [jpeg_bytes(index) for index in range(5)]

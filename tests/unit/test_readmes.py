@@ -1,0 +1,44 @@
+"""Every command in the pages for people is one that the command line knows, with options that it takes."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from convoy.cli.main import app
+from infra_files import ROOT
+from readme_blocks import fenced_blocks
+
+PAGES = ("README.md", "jobs/README.md")
+
+
+def commands_of(page: Path) -> list[str]:
+    blocks = [*fenced_blocks(page, "").values(), *fenced_blocks(page, "sh").values()]
+    lines = "\n".join(text for texts in blocks for text in texts).replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.startswith("convoy ")]
+
+
+def parse(command: Any, arguments: list[str]) -> None:
+    """Parse as the command line does, down to the command that would run."""
+    context = command.make_context(command.name, arguments)
+    if hasattr(command, "commands"):
+        # Click keeps the first word apart, under a name that changed.
+        words = [*getattr(context, "_protected_args", ()), *context.args]
+        _, inner, rest = command.resolve_command(context, words)
+        parse(inner, rest)
+
+
+@pytest.mark.parametrize(
+    ("page", "line"), [(page, line) for page in PAGES for line in commands_of(ROOT / page)]
+)
+def test_the_command_line_takes_every_command_of_a_page(page: str, line: str) -> None:
+    words = shlex.split(line, comments=True)
+    parse(typer.main.get_command(app), words[1 : words.index("|")] if "|" in words else words[1:])
+
+
+def test_the_pages_have_commands() -> None:
+    assert [bool(commands_of(ROOT / page)) for page in PAGES] == [True, True]
