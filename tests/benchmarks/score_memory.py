@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Self
 
 _PERIOD_S = 0.25
-_WORKER_TITLE = "_SliceWorker"
+_WORKER_TITLE = "SliceWorker"
 _PAGE_MIB = os.sysconf("SC_PAGE_SIZE") / 2**20
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from mlflow.tracking import MlflowClient
 
 from convoy.pipelines.committees import committee_of, open_committee, write_ensemble
 from convoy.storage.leases import LEASE
@@ -18,14 +19,19 @@ from retrain_jobs import NAME, RetrainDays
 pytestmark = pytest.mark.integration
 
 
-def test_days_of_digits_end_as_they_should(tmp_path: Path, ray_cluster: Mapping[str, str]) -> None:
+def test_days_of_digits_end_as_they_should(
+    tmp_path: Path, ray_cluster: Mapping[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     days = RetrainDays(tmp_path, ray_cluster, here=True)
+    mlflow_uri = f"file://{tmp_path}/mlflow"
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_uri)
     days.arrive(0, 400)
     first = days.run("2026-01-01")
     assert (first["decision"], first["recomputed"]) == ("promoted", 400)
 
     days.arrive(400, 300)
-    second = days.run("2026-01-02")
+    second = days.run("2026-01-02", f"mirror.mlflow_uri={mlflow_uri}")
     assert (second["decision"], second["recomputed"]) == ("promoted", 300)
     assert second["previous"] == first["champion"]
     # The holdout is that of the first day, and no step learnt from it.
@@ -53,6 +59,7 @@ def test_days_of_digits_end_as_they_should(tmp_path: Path, ray_cluster: Mapping[
     assert "top-1 on the holdout" in gated["reason"]
 
     _check_registry(days, champion=second["champion"], previous=first["champion"])
+    _check_mirror(mlflow_uri, champion=second["champion"], previous=first["champion"])
     _check_refusals(days)
     _check_shadow_of_an_ensemble(days)
 
@@ -80,6 +87,15 @@ def _check_registry(days: RetrainDays, *, champion: str, previous: str) -> None:
     assert not diff["same_predictions"]
     assert diff["config"] == diff["preprocess"] == []
     assert {"top1"} <= {one["key"] for one in diff["metrics"]}
+
+
+def _check_mirror(mlflow_uri: str, **wanted: str) -> None:
+    """A real MLflow has the aliases of the day that named it, with the digests of the workspace's versions."""
+    client = MlflowClient(tracking_uri=mlflow_uri, registry_uri=mlflow_uri)
+    aliases = client.get_registered_model(NAME).aliases
+    tags = {alias: client.get_model_version(NAME, str(number)).tags for alias, number in aliases.items()}
+    for alias, version in wanted.items():
+        assert version.rpartition("@")[2] in tags[alias].values()
 
 
 def _check_refusals(days: RetrainDays) -> None:

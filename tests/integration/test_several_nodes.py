@@ -52,7 +52,7 @@ SEARCH = (
 )
 MANY_EPOCHS = 60
 # The titles that Ray gives workers of ours.
-OPERATOR, PREPARER, TRAINER = r"_SliceWorker", r"_Preparer", r"RayTrainWorker"
+OPERATOR, PREPARER, TRAINER = r"SliceWorker", r"_Preparer", r"RayTrainWorker"
 
 
 @dataclass(frozen=True, slots=True)

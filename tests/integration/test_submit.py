@@ -18,6 +18,8 @@ import pytest
 
 import convoy as convoy_package
 from cache_jobs import CacheJob, convoy, freeze, last_json, made_job, settings_arguments
+from convoy.pipelines.runs_list import list_runs
+from convoy.pipelines.runs_state import RunState
 from convoy.storage.stores import open_store
 from infra_files import ROOT
 from made_bundles import made_classifier, write_classifier
@@ -275,6 +277,31 @@ def test_the_line_of_the_crontab_scores_once_a_day(head: RayHead, scoring: Cache
     assert report["attempt"] == datetime.now(UTC).date().isoformat()
     again = json.loads(night()[0].splitlines()[-1])
     assert (again["submission_id"], again["submitted"]) == (report["submission_id"], False)
+
+
+def test_plain_ray_submits_the_scripts_as_the_page_says(head: RayHead, scoring: CacheJob) -> None:
+    blocks = fenced_blocks(ROOT / "infra" / "README.md", "")["Schedulers"]
+    (command,) = (block for block in blocks if block.startswith("ray job submit"))
+    for word, here in {
+        "http://127.0.0.1:8265": head.address,
+        "--config configs/score.cifar.yaml": "--set bundle=photos-probe --set dataset=photos --set name=plain",
+        "s3://convoy-example/workspace": scoring.workspace,
+    }.items():
+        assert word in command
+        command = command.replace(word, here)
+    finished = subprocess.run(
+        ["sh", "-ec", command],
+        env={**os.environ, **head.environment},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    newest = max(list_runs(open_store(scoring.workspace)).runs, key=lambda run: run.run)
+    assert (newest.verb, newest.state) == ("score", RunState.FINISHED)
+    assert scoring.verify(newest.run)["ok"] is True
 
 
 def test_a_secret_in_the_settings_is_refused_before_anything_is_sent(head: RayHead, job: CacheJob) -> None:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import pickle
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from convoy.cluster.deadly_slices import DeathWatch
+from convoy.cluster.library_versions import library_versions, require_versions
 from convoy.cluster.ray_data import first_cause, quiet_ray_data
 from convoy.cluster.slice_metrics import SliceMetrics
 from convoy.core.config import StrictModel
@@ -139,8 +140,8 @@ def run_slices(
     rows = [{"task": task.model_dump_json()} for task in tasks]
     # A block a slice: slices are handed out one by one, and a record comes back as soon as its slice is done.
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        _SliceWorker,
-        fn_constructor_args=(factory, spec.model_dump_json(), secrets.token_hex(8)),
+        SliceWorker,
+        fn_constructor_args=(factory, spec.model_dump_json(), secrets.token_hex(8), library_versions()),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=min(pool.num_workers, len(rows))),
         num_cpus=pool.num_cpus,
@@ -157,21 +158,25 @@ def run_slices(
         raise first_cause(error) from error
 
 
-class _SliceWorker:
+class SliceWorker:
     """The actor that Ray Data makes for each place in the pool.
 
     Our own errors come back as rows: of what a worker raises, Ray Data passes on no more than the text.
     """
 
-    def __init__(self, factory: OperatorFactory, spec_json: str, token: str) -> None:
+    def __init__(
+        self, factory: OperatorFactory, spec_json: str, token: str, versions: Mapping[str, str]
+    ) -> None:
         self._watch = DeathWatch(token)
         self._operator: SliceOperator | ConvoyError
         try:
+            require_versions(versions)
             self._operator = factory(spec_json)
         except ConvoyError as error:
             self._operator = error
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        """The records of a batch of tasks as JSON, or the error that ended them, pickled."""
         try:
             records = [self._do(SliceTask.model_validate_json(str(text))) for text in batch["task"]]
         except ConvoyError as error:

@@ -15,11 +15,12 @@ from typing import Any
 
 from pydantic import Field, PositiveInt
 
+from convoy.cluster.library_versions import library_versions, require_versions
 from convoy.cluster.ray_data import first_cause
 from convoy.cluster.training_board import Board, BoardReader
 from convoy.cluster.training_spec import CPUS_A_PREPARER, Ingest, TrainingSpec
 from convoy.core.config import StrictModel
-from convoy.core.errors import ClusterError, ConfigError, ConvoyError, DataError
+from convoy.core.errors import ClusterError, ConfigError, ConvoyError, DataError, VersionMismatch
 from convoy.core.training_events import TrainingEvent
 
 # How long the cluster may take to show the resources that are asked for.
@@ -155,7 +156,11 @@ def _trainer(spec: TrainingSpec, plan: WorkerPlan, board: Any) -> Any:
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     return PromptTrainer(
         train_worker,
-        train_loop_config={"spec": spec.model_dump_json(), "board": board},
+        train_loop_config={
+            "spec": spec.model_dump_json(),
+            "board": board,
+            "versions": library_versions(),
+        },
         scaling_config=ray.train.ScalingConfig(
             num_workers=plan.num_workers,
             use_gpu=plan.gpus_per_worker > 0,
@@ -192,8 +197,9 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     if (failure := ray.get(board.failure.remote())) is not None:
         return {_FAILURE: failure}
     try:
+        require_versions(config["versions"])
         return TrainingWorker(spec, TrainingGroup(), board).run().model_dump(mode="json")
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, VersionMismatch) as error:
         ray.get(board.give_up.remote(error))
         raise
 

@@ -134,5 +134,9 @@ class ClusterError(ConvoyError):
     """Ray or a worker failed."""
 
 
+class VersionMismatch(ClusterError):
+    """A worker has other libraries than the driver: another attempt would meet them again."""
+
+
 class TrainingError(ConvoyError):
     """Training cannot go on."""

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from convoy.core.crop_policies import Averaging, CropView, MemberOutputs, crop_views, num_slots
 from convoy.core.errors import ConfigError
 from convoy.vision.committee_options import CommitteeOptions, MemberOptions
-from convoy.vision.forward import NormalisedNetwork, autocast, best_device, compile_network, new_images, place
+from convoy.vision.forward import (
+    FittingForward,
+    NormalisedNetwork,
+    autocast,
+    best_device,
+    compile_network,
+    new_images,
+    place,
+)
 from convoy.vision.presets import CropGeometry, EvalPreset, geometry_of
 from convoy.vision.readout import LogitsAndFeatures
 
@@ -68,7 +76,7 @@ class _Seat:
     options: MemberOptions
     geometry: CropGeometry
     network: nn.Module
-    forward: nn.Module
+    forward: FittingForward
 
 
 class Committee:
@@ -217,7 +225,7 @@ class Committee:
         host = torch.device("cpu")
         network = place(NormalisedNetwork(member.network, member.options.preset), host)
         forward = compile_network(network, self.device) if self.options.compiled else network
-        return _Seat(member.options, geometry_of(member.options.preset), network, forward)
+        return _Seat(member.options, geometry_of(member.options.preset), network, FittingForward(forward))
 
     def _place(self, members: frozenset[int]) -> None:
         """Weights of others go first, so that there is room."""

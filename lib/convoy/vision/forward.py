@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,43 @@ class NormalisedNetwork(nn.Module):
     def forward(self, images_BCHW: Tensor) -> Any:
         """What the network makes of the normalised images."""
         return self._network(normalise(images_BCHW, self._preset))
+
+
+class FittingForward:
+    """A network on whole batches, or on parts of them from when the device first had no room for a whole one.
+
+    Then halves, quarters and so on are tried, and what fitted is kept to. No image is left out; results may differ
+    from those of whole batches in their last bits.
+    """
+
+    def __init__(self, forward: nn.Module) -> None:
+        self._forward = forward
+        self._most_rows: int | None = None
+
+    def __call__(self, images_BCHW: Tensor) -> Any:
+        """What the network makes of a batch. Raises torch.OutOfMemoryError where one image is too much."""
+        while True:
+            num_rows = self._most_rows or len(images_BCHW)
+            try:
+                return _joined([self._forward(part) for part in torch.split(images_BCHW, num_rows)])
+            except torch.OutOfMemoryError:
+                if num_rows == 1:
+                    raise
+            # Not in the handler: the error's traceback holds what was allocated.
+            self._most_rows = (num_rows + 1) // 2
+            torch.cuda.empty_cache()
+
+
+def _joined(outputs: Sequence[Any]) -> Any:
+    """One output of several for consecutive rows: tensors, or dicts or named tuples of them."""
+    first = outputs[0]
+    if len(outputs) == 1:
+        return first
+    if isinstance(first, Tensor):
+        return torch.cat(list(outputs))
+    if isinstance(first, dict):
+        return {name: torch.cat([output[name] for output in outputs]) for name in first}
+    return type(first)(*(torch.cat(parts) for parts in zip(*outputs, strict=True)))
 
 
 def best_device() -> torch.device:

@@ -1,0 +1,65 @@
+"""A device that has no room for a batch gets smaller ones, and no image is left out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from convoy.vision.forward import FittingForward
+from convoy.vision.readout import LogitsAndFeatures
+
+
+class SmallDevice(nn.Module):
+    """Doubles images; has room for a few at once only, and counts what it was asked."""
+
+    def __init__(self, room: int, form: str = "tensor") -> None:
+        super().__init__()
+        self.room, self.form = room, form
+        self.asked: list[int] = []
+
+    def forward(self, images_BCHW: Tensor) -> Any:
+        self.asked.append(len(images_BCHW))
+        if len(images_BCHW) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory, as the test makes it")
+        doubled = 2 * images_BCHW
+        if self.form == "dict":
+            return {"pooled": doubled}
+        return LogitsAndFeatures(doubled, -doubled) if self.form == "pair" else doubled
+
+
+IMAGES = torch.arange(10.0).reshape(10, 1, 1, 1)
+
+
+def test_a_batch_that_fits_is_run_whole() -> None:
+    device = SmallDevice(room=10)
+    assert torch.equal(FittingForward(device)(IMAGES), 2 * IMAGES)
+    assert device.asked == [10]
+
+
+def test_a_batch_that_does_not_fit_is_halved_until_it_does_and_the_size_is_remembered() -> None:
+    device = SmallDevice(room=3)
+    forward = FittingForward(device)
+    assert torch.equal(forward(IMAGES), 2 * IMAGES)
+    assert device.asked == [10, 5, 3, 3, 3, 1]
+    device.asked.clear()
+    assert torch.equal(forward(IMAGES), 2 * IMAGES)
+    assert device.asked == [3, 3, 3, 1]
+
+
+@pytest.mark.parametrize("form", ["dict", "pair"])
+def test_parts_are_joined_in_the_form_of_the_output(form: str) -> None:
+    whole, parts = (FittingForward(SmallDevice(room, form))(IMAGES) for room in (10, 4))
+    assert type(whole) is type(parts)
+    pairs = (
+        zip(whole.values(), parts.values(), strict=True) if form == "dict" else zip(whole, parts, strict=True)
+    )
+    for one, other in pairs:
+        assert torch.equal(one, other)
+
+
+def test_a_single_image_that_does_not_fit_is_an_error() -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        FittingForward(SmallDevice(room=0))(IMAGES)
