@@ -68,9 +68,15 @@ class PlacementWatch:
         while not self._stop.wait(0.05):
             for folder in Path("/proc").glob("[0-9]*"):
                 try:
-                    title = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+                    title = _command_line(folder)
                     if title.startswith("ray::"):
                         parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
-                        self._seen.add((int(parent), title))
+                        # A process that a worker forks has the worker's title until it becomes another one.
+                        if not _command_line(Path("/proc", parent)).startswith("ray::"):
+                            self._seen.add((int(parent), title))
                 except (OSError, ValueError):
                     continue
+
+
+def _command_line(process: Path) -> str:
+    return (process / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()

@@ -169,7 +169,8 @@ def _trainer(spec: TrainingSpec, plan: WorkerPlan, board: Any) -> Any:
                 **({"GPU": plan.gpus_per_worker} if plan.gpus_per_worker else {}),
             },
         ),
-        torch_config=TorchConfig(backend="nccl" if plan.gpus_per_worker else "gloo"),
+        # A worker alone talks to nobody, and NCCL would look for a device at once.
+        torch_config=TorchConfig(backend="nccl" if plan.gpus_per_worker and plan.num_workers > 1 else "gloo"),
         run_config=ray.train.RunConfig(
             # Another name for every start: what is gone on with is decided by our own checkpoints.
             name=f"{spec.run_id}-{secrets.token_hex(4)}",

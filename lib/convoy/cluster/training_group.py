@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 import ray.train
@@ -10,6 +11,8 @@ import ray.train.torch
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+
+from convoy.core.errors import ConfigError
 
 
 class TrainingGroup:
@@ -20,6 +23,12 @@ class TrainingGroup:
         self.rank: int = context.get_world_rank()
         self.num_workers: int = context.get_world_size()
         self.device: torch.device = ray.train.torch.get_device()
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(
+                "Ray gave a training worker a GPU that PyTorch cannot use",
+                where=socket.gethostname(),
+                next_step="give that node the NVIDIA driver and a CUDA build of PyTorch, or start it with --num-gpus 0",
+            )
 
     @property
     def is_first(self) -> bool:
