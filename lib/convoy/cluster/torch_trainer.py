@@ -7,9 +7,9 @@ from typing import Any
 
 from ray.experimental.internal_kv import _internal_kv_get
 from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 _CONNECT_TIMEOUT_S = 1.0
+_CLEANER = "PlacementGroupCleanerCallback"
 
 
 class PromptTrainer(TorchTrainer):  # type: ignore[misc] # Ray has no types
@@ -23,7 +23,7 @@ class PromptTrainer(TorchTrainer):  # type: ignore[misc] # Ray has no types
         callbacks: list[Any] = super()._create_default_callbacks()
         if _has_dashboard():
             return callbacks
-        return [one for one in callbacks if not isinstance(one, PlacementGroupCleanerCallback)]
+        return [one for one in callbacks if type(one).__name__ != _CLEANER]
 
 
 def _has_dashboard() -> bool:
