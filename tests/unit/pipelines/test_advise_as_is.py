@@ -32,8 +32,8 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> BackboneRecord:
     return fetch_backbone(LocalStore(str(tmp_path_factory.mktemp("workspace"))), candidate().backbone)
 
 
-def own(record: BackboneRecord, classes: tuple[str, ...], **settings: Any) -> Classifier | None:
-    return own_classifier(candidate(**settings), record, classes, ExtractionConfig())
+def own(record: BackboneRecord, wanted: tuple[str, ...], **settings: Any) -> Classifier | None:
+    return own_classifier(candidate(**settings), record, wanted, ExtractionConfig())
 
 
 def test_weights_that_do_not_say_their_classes_are_no_classifier(record: BackboneRecord) -> None:
