@@ -22,6 +22,7 @@ from convoy.storage.runs import require_run, run_ids
 from convoy.storage.stores import open_store
 from fault_proxy import FaultProxy
 from made_bundles import made_classifier, write_classifier
+from process_table import Process, process_table
 from train_jobs import convoy_here
 
 SLICE_ROWS = 16
@@ -220,23 +221,17 @@ class WorkerKiller:
 
 def busy_workers() -> list[int]:
     """The descendants of this process that are at work on a slice, as the titles say that Ray gives its workers."""
-    titles, parents = {}, {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            titles[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
-            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-        except (OSError, ValueError):
-            continue
+    processes = process_table()
     return [
         pid
-        for pid, title in titles.items()
-        if re.search(r"MapWorker.*\.submit", title) and _is_mine(pid, parents)
+        for pid, process in processes.items()
+        if re.search(r"MapWorker.*\.submit", process.title) and _is_mine(pid, processes)
     ]
 
 
-def _is_mine(pid: int, parents: Mapping[int, int]) -> bool:
-    while pid > 1 and pid != os.getpid():
-        pid = parents.get(pid, 0)
+def _is_mine(pid: int, processes: Mapping[int, Process]) -> bool:
+    while pid in processes and pid != os.getpid():
+        pid = processes[pid].parent
     return pid == os.getpid()
 
 

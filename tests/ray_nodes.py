@@ -6,10 +6,11 @@ import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from ray.cluster_utils import Cluster
+
+from process_table import process_table
 
 # With these a dead node is found within two seconds.
 HEALTH_CHECKS = {
@@ -66,17 +67,9 @@ class PlacementWatch:
 
     def _watch(self) -> None:
         while not self._stop.wait(0.05):
-            for folder in Path("/proc").glob("[0-9]*"):
-                try:
-                    title = _command_line(folder)
-                    if title.startswith("ray::"):
-                        parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
-                        # A process that a worker forks has the worker's title until it becomes another one.
-                        if not _command_line(Path("/proc", parent)).startswith("ray::"):
-                            self._seen.add((int(parent), title))
-                except (OSError, ValueError):
-                    continue
-
-
-def _command_line(process: Path) -> str:
-    return (process / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+            processes = process_table()
+            for process in processes.values():
+                parent = processes.get(process.parent)
+                # A process that a worker forks has the worker's title until it becomes another one.
+                if parent and process.title.startswith("ray::") and not parent.title.startswith("ray::"):
+                    self._seen.add((process.parent, process.title))

@@ -15,15 +15,7 @@ from torch import Tensor, nn
 from convoy.core.crop_policies import Averaging, CropView, MemberOutputs, crop_views, num_slots
 from convoy.core.errors import ConfigError
 from convoy.vision.committee_options import CommitteeOptions, MemberOptions
-from convoy.vision.forward import (
-    FittingForward,
-    NormalisedNetwork,
-    autocast,
-    best_device,
-    compile_network,
-    new_images,
-    place,
-)
+from convoy.vision.forward import FittingForward, NormalisedNetwork, autocast, best_device, new_images, place
 from convoy.vision.presets import CropGeometry, EvalPreset, geometry_of
 from convoy.vision.readout import LogitsAndFeatures
 
@@ -224,8 +216,8 @@ class Committee:
     def _seat(self, member: Member) -> _Seat:
         host = torch.device("cpu")
         network = place(NormalisedNetwork(member.network, member.options.preset), host)
-        forward = compile_network(network, self.device) if self.options.compiled else network
-        return _Seat(member.options, geometry_of(member.options.preset), network, FittingForward(forward))
+        forward = FittingForward.of(network, self.device, compiled=self.options.compiled)
+        return _Seat(member.options, geometry_of(member.options.preset), network, forward)
 
     def _place(self, members: frozenset[int]) -> None:
         """Weights of others go first, so that there is room."""

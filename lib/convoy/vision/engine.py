@@ -8,15 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from convoy.vision.engine_options import EngineOptions, Precision
-from convoy.vision.forward import (
-    FittingForward,
-    NormalisedNetwork,
-    autocast,
-    best_device,
-    compile_network,
-    new_images,
-    place,
-)
+from convoy.vision.forward import FittingForward, NormalisedNetwork, autocast, best_device, new_images, place
 from convoy.vision.presets import EvalPreset
 from convoy.vision.stages import DepthAxis
 from convoy.vision.tapping import TappedNetwork
@@ -38,11 +30,9 @@ class FeatureEngine:
         self.device = best_device()
         self.options = options
         self.preset = preset
-        eager = place(NormalisedNetwork(TappedNetwork(network, axis, taps), preset), self.device)
-        self._eager = FittingForward(eager)
-        self._forward = (
-            FittingForward(compile_network(eager, self.device)) if options.compiled else self._eager
-        )
+        placed = place(NormalisedNetwork(TappedNetwork(network, axis, taps), preset), self.device)
+        self._eager = FittingForward(placed)
+        self._forward = FittingForward.of(placed, self.device, compiled=options.compiled)
 
     def new_batch(self) -> Tensor:
         """A reusable uint8 buffer images_BCHW in channels_last, pinned where the device is a GPU."""

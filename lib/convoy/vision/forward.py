@@ -37,6 +37,11 @@ class FittingForward:
         self._forward = forward
         self._most_rows: int | None = None
 
+    @classmethod
+    def of(cls, network: nn.Module, device: torch.device, *, compiled: bool) -> FittingForward:
+        """What runs a network on its device: the network itself, or its compiled form."""
+        return cls(_compile(network, device) if compiled else network)
+
     def __call__(self, images_BCHW: Tensor) -> Any:
         """What the network makes of a batch. Raises torch.OutOfMemoryError where one image is too much."""
         while True:
@@ -73,7 +78,7 @@ def place(network: nn.Module, device: torch.device) -> nn.Module:
     return network.eval().to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
-def compile_network(network: nn.Module, device: torch.device) -> nn.Module:
+def _compile(network: nn.Module, device: torch.device) -> nn.Module:
     """The network compiled for batches of one size; it is compiled when it first runs.
 
     On a CPU the weights become constants, so that batch norms fold into the convolutions.
