@@ -86,7 +86,8 @@ def _loader(settings: DataLoaderSettings, paths: Sequence[str]) -> DataLoader[Te
     network = settings.network or RESNET_18
     images = ImageFiles(paths, network.transform())
     if settings.library is Library.TORCH:
-        return DataLoader(images, settings.batch_size, num_workers=settings.workers)
+        pin_memory = torch.cuda.is_available()
+        return DataLoader(images, settings.batch_size, num_workers=settings.workers, pin_memory=pin_memory)
     loader: DataLoader[Tensor] = create_loader(
         images,
         input_size=(3, network.crop_px, network.crop_px),
@@ -96,18 +97,21 @@ def _loader(settings: DataLoaderSettings, paths: Sequence[str]) -> DataLoader[Te
         crop_pct=network.crop_px / network.resize_px,
         num_workers=settings.workers,
         persistent_workers=settings.workers > 0,
+        pin_memory=torch.cuda.is_available(),
     )
     return loader
 
 
 def _extract(loader: DataLoader[Tensor], model: nn.Module, variant: Variant) -> Iterator[np.ndarray]:
-    """The float32 outputs_BD of each batch."""
+    """The float32 outputs_BD of each batch, from the current GPU where there is one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     memory_format = torch.channels_last if variant is Variant.TUNED else torch.contiguous_format
-    model = model.to(memory_format=memory_format)
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=variant is Variant.TUNED)
-    for images_BCHW in loader:
+    model = model.to(device, memory_format=memory_format)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=variant is Variant.TUNED)
+    for images in loader:
+        images_BCHW = images.to(device, non_blocking=True, memory_format=memory_format)
         with torch.inference_mode(), autocast:
-            yield model(images_BCHW.contiguous(memory_format=memory_format)).float().numpy()
+            yield model(images_BCHW).float().cpu().numpy()
 
 
 def _model(network: ScoredNetwork | None) -> nn.Module:

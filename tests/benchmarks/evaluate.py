@@ -13,7 +13,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from comparison import OURS, best_way, divide, spread, with_workers
 from dataloader import Variant
 from equality import Equality, compare_features
@@ -23,15 +22,11 @@ from evaluate_gated import ARCHIVE, WEIGHTS, GatedResult
 from evaluate_job import CommitteeRates, EvaluateJob
 from evaluate_page import write_page
 from images import ImageSet, link_first, make_images, real_data
-from machine import machine_facts
+from machine import by_device, machine_facts
 from measuring import BenchSettings, run_benchmark, run_script, say
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from convoy.core.errors import ConvoyError
-
-
-def _by_device(cpu: int, gpu: int) -> int:
-    return gpu if torch.cuda.is_available() else cpu
 
 
 class EvaluateBench(BenchSettings):
@@ -55,9 +50,9 @@ class EvaluateBench(BenchSettings):
         min_length=1,
     )
     sizes: tuple[PositiveInt, ...] = Field(default=(1, 3, 5), min_length=1)
-    crop_px: PositiveInt = Field(default_factory=lambda: _by_device(128, 224))
-    batch_size: PositiveInt = Field(default_factory=lambda: _by_device(16, 128))
-    num_images: PositiveInt = Field(default_factory=lambda: _by_device(48, 2048))
+    crop_px: PositiveInt = Field(default_factory=lambda: by_device(128, 224))
+    batch_size: PositiveInt = Field(default_factory=lambda: by_device(16, 128))
+    num_images: PositiveInt = Field(default_factory=lambda: by_device(48, 2048))
     num_compared: PositiveInt = 8
     repeats: PositiveInt = 1
     workers: tuple[int, ...] | None = Field(default=None, min_length=1)

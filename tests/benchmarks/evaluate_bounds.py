@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
 from evaluate_job import NUM_VIEWS, PLAN, EvaluateJob, num_cores
+from every_core import EveryCore, Round
 from pydantic import PositiveFloat
 
 from convoy.core.config import StrictModel, load_config
@@ -35,7 +36,8 @@ class EvaluateBounds(StrictModel):
     """Images a second by the number of networks, and what they were measured in.
 
     `forward`: 1 / (10 sum g), where g are the seconds that each network needs for one crop. `prepare`: reading,
-    decoding and cutting all crops, all cores busy. `combined`: both on the same cores; beside a GPU the slower one.
+    decoding and cutting all crops, in a process for each core. `combined`: both on the same cores; beside a GPU the
+    slower one.
     """
 
     forward: dict[int, float]
@@ -46,7 +48,7 @@ class EvaluateBounds(StrictModel):
 
 
 def measure_bounds(settings: BoundsSettings) -> EvaluateBounds:
-    """All rates, in one process."""
+    """All rates, those of the networks in one process."""
     prepare = _prepare_rate(settings)
     seconds = [_seconds_per_crop(settings, place) for place in range(len(settings.archs))]
     forward = {size: 1 / (NUM_VIEWS * sum(seconds[:size])) for size in settings.sizes}
@@ -90,21 +92,25 @@ def _seconds_per_crop(settings: BoundsSettings, place: int) -> float:
 
 
 def _prepare_rate(settings: BoundsSettings) -> float:
-    torch.set_num_threads(1)
-    paths = settings.paths[:_MAX_IMAGES]
-    shape = (num_slots(PLAN) * len(paths), 3, settings.crop_px, settings.crop_px)
-    slots = new_images(shape, torch.device("cpu"))
+    with EveryCore() as cores:
+        return cores.rate(partial(_prepare_round, settings, cores.num_processes), settings.probe_s)
+
+
+def _prepare_round(settings: BoundsSettings, num_processes: int, place: int) -> Round:
+    """All crops of some of the images, read and decoded anew."""
+    all_paths = settings.paths[:_MAX_IMAGES]
+    paths = all_paths[place::num_processes] or all_paths
+    shape = (num_slots(PLAN), 3, settings.crop_px, settings.crop_px)
+    slots_SCHW = new_images(shape, torch.device("cpu"))
     geometry = geometry_of(settings.preset)
 
-    def prepare(place: int) -> None:
-        pixels_CHW = decode_image(Path(paths[place]).read_bytes(), DecodeRule()).pixels_CHW
-        cut_slots(pixels_CHW, geometry, PLAN, slots[place :: len(paths)])
+    def run_round() -> int:
+        for path in paths:
+            pixels_CHW = decode_image(Path(path).read_bytes(), DecodeRule()).pixels_CHW
+            cut_slots(pixels_CHW, geometry, PLAN, slots_SCHW)
+        return len(paths)
 
-    with ThreadPoolExecutor(num_cores()) as decoders:
-        list(decoders.map(prepare, range(len(paths))))
-        started_s = time.perf_counter()
-        list(decoders.map(prepare, range(len(paths))))
-        return len(paths) / (time.perf_counter() - started_s)
+    return run_round
 
 
 if __name__ == "__main__":

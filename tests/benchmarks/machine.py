@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
 
+import torch
+
 from convoy.vision.engine_options import best_precision, facts_here
 
 _PACKAGES = ("torch", "torchvision", "ray", "pyarrow", "Pillow", "numpy")
@@ -20,6 +22,7 @@ def machine_facts() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "cpu": facts.cpu,
         "cpu_flags": list(facts.cpu_flags),
+        "gpu": facts.gpu,
         "auto_precision": best_precision().value,
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "load_average_1min": os.getloadavg()[0],
@@ -27,6 +30,11 @@ def machine_facts() -> dict[str, Any]:
         "python": platform.python_version(),
         **{package.lower(): version(package) for package in _PACKAGES},
     }
+
+
+def by_device(cpu: int, gpu: int) -> int:
+    """A size that is another one where there is a GPU."""
+    return gpu if torch.cuda.is_available() else cpu
 
 
 def describe_machine(facts: dict[str, Any]) -> Iterator[str]:

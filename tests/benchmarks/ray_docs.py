@@ -42,11 +42,14 @@ def transform_image(row: dict[str, Any], transform: Callable[[Image.Image], torc
 class Model:
     def __init__(self, network: ScoredNetwork | None, num_threads: int) -> None:
         torch.set_num_threads(num_threads)
-        self.model = _resnet_features() if network is None else network.build()
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = _resnet_features() if network is None else network.build()
+        self.model = model.to(self.device)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         with torch.inference_mode():
-            features_BD = self.model(torch.from_numpy(batch["image"])).numpy()
+            images_BCHW = torch.from_numpy(batch["image"]).to(self.device)
+            features_BD = self.model(images_BCHW).cpu().numpy()
         finished_unix_s = np.full(len(features_BD), time.time())
         return {"path": batch["path"], "features": features_BD, "finished_unix_s": finished_unix_s}
 
@@ -71,6 +74,7 @@ def run_ray_docs(settings: RayDocsSettings) -> WayResult:
                 batch_size=settings.batch_size,
                 compute=ActorPoolStrategy(size=1),
                 num_cpus=1,
+                num_gpus=1 if torch.cuda.is_available() else 0,
             )
             .write_parquet(folder)
         )

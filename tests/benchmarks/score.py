@@ -31,7 +31,7 @@ from comparison import (
 )
 from equality import compare_features
 from images import ImageSet, link_first, make_images, make_large_images, repeat_images
-from machine import machine_facts
+from machine import by_device, machine_facts
 from measuring import BenchSettings, WayResult, run_benchmark, run_script, say
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from score_network import RESNET_18, ScoredNetwork
@@ -78,6 +78,16 @@ class Workload(StrictModel):
 _LENET = ScoredNetwork(arch="lenet5", resize_px=32, crop_px=32)
 
 
+def _workload(network: ScoredNetwork, *, cpu: tuple[int, int], gpu: tuple[int, int]) -> Any:
+    """By default so many images in batches of that size, by where the network runs."""
+
+    def make() -> Workload:
+        num_images, batch_size = (by_device(*one) for one in zip(cpu, gpu, strict=True))
+        return Workload(network=network, num_images=num_images, batch_size=batch_size)
+
+    return Field(default_factory=make)
+
+
 class ScoreBench(BenchSettings):
     """What is measured.
 
@@ -87,9 +97,9 @@ class ScoreBench(BenchSettings):
     """
 
     regimes: tuple[Regime, ...] = Field(default=tuple(Regime), min_length=1)
-    compute: Workload = Workload(network=RESNET_18, num_images=2048, batch_size=32)
-    data: Workload = Workload(network=_LENET, num_images=8192, batch_size=32)
-    large: Workload = Workload(network=_LENET, num_images=128, batch_size=8)
+    compute: Workload = _workload(RESNET_18, cpu=(2048, 32), gpu=(32768, 256))
+    data: Workload = _workload(_LENET, cpu=(8192, 32), gpu=(32768, 256))
+    large: Workload = _workload(_LENET, cpu=(128, 8), gpu=(512, 8))
     storages: tuple[Storage, ...] = (Storage.LOCAL,)
     num_compared: PositiveInt = 64
     repeats: PositiveInt = 3

@@ -14,10 +14,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from comparison import DATALOADER, DATALOADER_TUNED, OURS, best_way, divide, spread, with_workers
 from images import ImageSet, make_images
-from machine import machine_facts
+from machine import by_device, machine_facts
 from measuring import BenchSettings, RateResult, convoy, run_benchmark, run_script, say
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from train_bounds import TrainBounds
@@ -31,10 +30,6 @@ from convoy.core.errors import ConvoyError
 
 COMPUTE, DATA = "compute", "data"
 _HEADLINES = {"ratio_to_mock_loader": COMPUTE, "ratio_to_dataloader": DATA}
-
-
-def _by_device(cpu: int, gpu: int) -> int:
-    return gpu if torch.cuda.is_available() else cpu
 
 
 class Workload(StrictModel):
@@ -55,9 +50,9 @@ class ComputeBound(Workload):
     """The network is what takes time. Smaller without a GPU, so that a repeat ends in minutes."""
 
     arch: str = "torchvision:resnet18"
-    crop_px: PositiveInt = Field(default_factory=lambda: _by_device(128, 224))
-    batch_size: PositiveInt = Field(default_factory=lambda: _by_device(32, 256))
-    num_images: PositiveInt = Field(default_factory=lambda: _by_device(384, 8192))
+    crop_px: PositiveInt = Field(default_factory=lambda: by_device(128, 224))
+    batch_size: PositiveInt = Field(default_factory=lambda: by_device(32, 256))
+    num_images: PositiveInt = Field(default_factory=lambda: by_device(384, 8192))
 
 
 class DataBound(Workload):
@@ -66,8 +61,8 @@ class DataBound(Workload):
     arch: str = "lenet5"
     crop_px: PositiveInt = 32
     resize_px: PositiveInt | None = 32
-    batch_size: PositiveInt = Field(default_factory=lambda: _by_device(32, 256))
-    num_images: PositiveInt = Field(default_factory=lambda: _by_device(1024, 8192))
+    batch_size: PositiveInt = Field(default_factory=lambda: by_device(32, 256))
+    num_images: PositiveInt = Field(default_factory=lambda: by_device(1024, 8192))
 
 
 class TrainBench(BenchSettings):

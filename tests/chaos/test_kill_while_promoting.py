@@ -15,7 +15,7 @@ from convoy.core.crash_points import RETRAIN_CRASH_POINTS, CrashPoint
 from convoy.storage.bundles import list_bundles, resolve_bundle, write_bundle
 from convoy.storage.registry import Alias, read_aliases
 from convoy.storage.stores import open_store
-from retrain_jobs import NAME, RetrainDays
+from retrain_jobs import NAME, OPEN_GATE, RetrainDays
 
 pytestmark = pytest.mark.chaos
 
@@ -83,12 +83,12 @@ def test_a_retraining_that_is_killed_goes_on_by_the_same_command(tmp_path: Path,
     days.arrive(300, 300)
 
     arrivals = tmp_path / "arrivals"
-    killed = days.start("2026-01-02", environment={"CONVOY_CRASH_POINT": f"{point}:1:{arrivals}"})
+    killed = days.start("2026-01-02", OPEN_GATE, environment={"CONVOY_CRASH_POINT": f"{point}:1:{arrivals}"})
     assert killed.returncode == -signal.SIGKILL
     assert arrivals.stat().st_size == 1
     assert days.aliases().aliases[Alias.CHAMPION] in days.versions()
 
-    finished = days.run("2026-01-02")
+    finished = days.run("2026-01-02", OPEN_GATE)
     assert finished["decision"] == "promoted"
     assert finished["recomputed"] == 300
     record = days.aliases()

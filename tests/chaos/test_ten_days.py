@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(3600)]
 
 NAME = "cifar10-days"
 LATE_CLASS = "truck"
-FIRST_DAY, A_DAY = 600, 60
+FIRST_DAY, A_DAY = 1800, 540
 
 
 @dataclass(frozen=True, slots=True)

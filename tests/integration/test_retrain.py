@@ -14,7 +14,7 @@ from convoy.storage.leases import LEASE
 from convoy.storage.registry import Alias
 from convoy.storage.retrains import RetrainFolder, hold_retrain
 from convoy.storage.stores import open_store
-from retrain_jobs import NAME, RetrainDays
+from retrain_jobs import NAME, OPEN_GATE, RetrainDays
 
 pytestmark = pytest.mark.integration
 
@@ -175,7 +175,6 @@ def test_a_network_is_trained_on_only_where_a_new_head_is_not_enough(
     assert [step["step"] for step in held["steps"]] == ["refit_head", "fine_tune"]
     assert all(not step["evidence"]["checks"][0]["passed"] for step in held["steps"])
     days.arrive(400, 300)
-    open_gate = "gate={min_gain: -1, margin: 1, max_class_drop: 1, max_ece_rise: 1, min_newest_rows: 10000}"
-    enough = days.run("2026-01-03", tuning, open_gate)
+    enough = days.run("2026-01-03", tuning, OPEN_GATE)
     assert enough["decision"] == "promoted"
     assert [step["step"] for step in enough["steps"]] == ["refit_head"]

@@ -12,12 +12,10 @@ from cache_jobs import last_json, settings_arguments, write_digits
 from convoy.storage.registry import Alias, read_aliases
 from convoy.storage.retrains import RetrainFolder
 from convoy.storage.stores import open_store
-from retrain_jobs import NAME, SETTINGS
+from retrain_jobs import NAME, OPEN_GATE, SETTINGS
 from train_jobs import convoy_here, put_images
 
 pytestmark = pytest.mark.integration
-
-OPEN_GATE = "gate={min_gain: -1, margin: 1, max_class_drop: 1, max_ece_rise: 1, min_newest_rows: 10000}"
 
 
 def test_a_model_is_kept_up_to_date_on_s3(ray_on_s3: dict[str, str], s3_bucket: str, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from convoy.core.crop_policies import Averaging, CropView, MemberOutputs, crop_views, num_slots
 from convoy.core.errors import ConfigError
 from convoy.vision.committee_options import CommitteeOptions, MemberOptions
-from convoy.vision.forward import FittingForward, NormalisedNetwork, autocast, best_device, new_images, place
+from convoy.vision.forward import FittingForward, NormalisedNetwork, autocast, new_images, open_device, place
 from convoy.vision.presets import CropGeometry, EvalPreset, geometry_of
 from convoy.vision.readout import LogitsAndFeatures
 
@@ -81,9 +81,8 @@ class Committee:
 
     def __init__(self, members: Sequence[Member], options: CommitteeOptions) -> None:
         _check_weights([member.options.weight for member in members])
-        torch.set_num_threads(options.num_threads)
         self.options = options
-        self.device = best_device()
+        self.device = open_device(options.num_threads)
         self.views: tuple[CropView, ...] = crop_views(options.plan)
         self._seats = [self._seat(member) for member in members]
         self.geometries: tuple[CropGeometry, ...] = tuple(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from convoy.vision.engine_options import EngineOptions, Precision
-from convoy.vision.forward import FittingForward, NormalisedNetwork, autocast, best_device, new_images, place
+from convoy.vision.forward import FittingForward, NormalisedNetwork, autocast, new_images, open_device, place
 from convoy.vision.presets import EvalPreset
 from convoy.vision.stages import DepthAxis
 from convoy.vision.tapping import TappedNetwork
@@ -26,8 +26,7 @@ class FeatureEngine:
         taps: Sequence[str],
         options: EngineOptions,
     ) -> None:
-        torch.set_num_threads(options.num_threads)
-        self.device = best_device()
+        self.device = open_device(options.num_threads)
         self.options = options
         self.preset = preset
         placed = place(NormalisedNetwork(TappedNetwork(network, axis, taps), preset), self.device)
