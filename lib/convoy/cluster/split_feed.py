@@ -2,7 +2,9 @@
 
 What a task is, a step's rows or a batch of validation rows, is a pure function of the spec, so a number is all
 that the workers need to be told; whichever of them prepares it, and however often, the batch is the same. They
-are processes, so that Python's lock, which the threads of one process share, does not bound the images a second.
+are processes, so that Python's lock, which the threads of one process share, does not bound the images a second. For
+the same reason Ray Data is run by an actor beside the training worker: what a worker does in Python between two steps
+takes time from the steps.
 """
 
 from __future__ import annotations
@@ -15,8 +17,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import ray
 import ray.data
 import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from convoy.cluster.batch_feed import EpochOrder
 from convoy.cluster.image_loading import ImageLoader, PreparedBatch, RejectedRow
@@ -66,10 +70,8 @@ class SplitFeed:
     def __init__(
         self, spec: TrainingSpec, order: EpochOrder, *, rank: int, num_workers: int, pin_memory: bool = False
     ) -> None:
-        quiet_ray_data()
-        self._spec, self._order = spec, order
-        self._rank, self._num_workers = rank, num_workers
-        self._pin_memory = pin_memory
+        self._spec, self._order, self._pin_memory = spec, order, pin_memory
+        self._place = _Place(spec.model_dump_json(), rank, num_workers)
         num_val = 0 if spec.val is None else spec.val.num_rows
         batches = order.validation(num_val, spec.preset)
         self._tasks = TaskOrder(order.plan.num_steps, len(batches))
@@ -109,34 +111,62 @@ class SplitFeed:
     def _prepared(
         self, first: int, end: int, preset: EvalPreset
     ) -> Iterator[tuple[int, list[PreparedBatch]]]:
-        blocks = iter(self._dataset(first, end, preset).iter_batches(batch_size=None, batch_format="pyarrow"))
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        stream = ray.remote(num_cpus=0, scheduling_strategy=here)(_TaskStream).remote(self._place, preset)
+        tasks = stream.run.options(
+            num_returns="streaming", _generator_backpressure_num_objects=_BATCHES_AHEAD
+        ).remote(first, end, self._spec.num_preparers, self._order.plan.batch_size)
         try:
-            rows = (row for block in blocks for row in _rows(block))
-            for task, passes in groupby(rows, key=itemgetter("task")):
+            for reference in tasks:
+                task, passes = ray.get(reference)
                 yield task, [_unpack(row, preset, pin_memory=self._pin_memory) for row in passes]
         finally:
-            blocks.close()
+            # Its preparers end with it.
+            ray.kill(stream)
 
-    def _dataset(self, first: int, end: int, preset: EvalPreset) -> Any:
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Whose batches: a training, and a worker's rank in its group."""
+
+    spec_json: str
+    rank: int
+    num_workers: int
+
+
+class _TaskStream:
+    """The actor that runs Ray Data for one training worker, on its node."""
+
+    def __init__(self, place: _Place, preset: EvalPreset) -> None:
+        quiet_ray_data()
+        self._place, self._preset = place, preset
+
+    def run(
+        self, first: int, end: int, num_preparers: int, batch_size: int
+    ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+        """The tasks from `first` to before `end`, in order, each with a row for each of its passes."""
+        blocks = self._dataset(first, end, num_preparers, batch_size).iter_batches(
+            batch_size=None, batch_format="pyarrow"
+        )
+        rows = (row for block in blocks for row in _rows(block))
+        for task, passes in groupby(rows, key=itemgetter("task")):
+            yield task, list(passes)
+
+    def _dataset(self, first: int, end: int, num_preparers: int, batch_size: int) -> Any:
         """One row a pass, in order; a row holds all images of the pass as bytes."""
         context = ray.data.DataContext.get_current().copy()
         context.execution_options.preserve_order = True
         # A block goes out as soon as it holds a batch, not when all steps of its Ray task are done.
-        context.target_max_block_size = self._order.plan.batch_size * 3 * preset.crop_px**2
+        context.target_max_block_size = batch_size * 3 * self._preset.crop_px**2
         with ray.data.DataContext.current(context):
             # Not `range`: its tasks want a whole CPU, which training workers and preparers may not leave.
             tasks = [{"task": task} for task in range(first, end)]
             numbers = ray.data.from_items(tasks, override_num_blocks=min(len(tasks), _MAX_BLOCKS))
             return numbers.map_batches(
                 _Preparer,
-                fn_constructor_args=(
-                    self._spec.model_dump_json(),
-                    self._rank,
-                    self._num_workers,
-                    preset.model_dump_json(),
-                ),
+                fn_constructor_args=(self._place, self._preset),
                 batch_size=1,
-                compute=ray.data.ActorPoolStrategy(size=min(self._spec.num_preparers, len(tasks))),
+                compute=ray.data.ActorPoolStrategy(size=min(num_preparers, len(tasks))),
                 num_cpus=CPUS_A_PREPARER,
             )
 
@@ -144,13 +174,14 @@ class SplitFeed:
 class _Preparer:
     """The actor that Ray Data makes for each place in the pool. It decodes in one thread: a pool has many."""
 
-    def __init__(self, spec_json: str, rank: int, num_workers: int, preset_json: str) -> None:
+    def __init__(self, place: _Place, preset: EvalPreset) -> None:
         torch.set_num_threads(1)
-        spec = TrainingSpec.model_validate_json(spec_json)
+        spec = TrainingSpec.model_validate_json(place.spec_json)
         store = open_store(spec.workspace)
         train = store.open_parquet(spec.train.key).read()
-        self._order = EpochOrder(spec, train["label"].to_numpy(), rank=rank, num_workers=num_workers)
-        self._preset = EvalPreset.model_validate_json(preset_json)
+        labels_N = train["label"].to_numpy()
+        self._order = EpochOrder(spec, labels_N, rank=place.rank, num_workers=place.num_workers)
+        self._preset = preset
         self._train = ImageLoader(spec, train, num_threads=1)
         self._val = None
         if spec.val is not None:
@@ -187,29 +218,30 @@ def _channels_last(images_BCHW: torch.Tensor) -> np.ndarray:
 
 
 def _rows(block: pa.Table) -> Iterator[dict[str, Any]]:
-    """The rows of a block; what is binary stays where it lies, in Ray's shared memory."""
+    """The rows of a block; what is binary as an array over it, which Ray sends on without pickling it."""
     for row in range(block.num_rows):
         scalars = {name: block[name][row] for name in block.column_names}
         yield {
-            name: scalar.as_buffer() if name in _BINARY else scalar.as_py()
+            name: np.frombuffer(scalar.as_buffer(), _BINARY[name]) if name in _BINARY else scalar.as_py()
             for name, scalar in scalars.items()
         }
 
 
-_BINARY = ("images", "rows", "labels", "weights")
+_BINARY = {"images": np.uint8, "rows": np.int64, "labels": np.int64, "weights": np.float32}
 
 
 def _unpack(row: dict[str, Any], preset: EvalPreset, *, pin_memory: bool) -> PreparedBatch:
-    labels_B = torch.from_numpy(np.frombuffer(row["labels"], np.int64).copy())
+    """A pass out of Ray's shared memory."""
+    labels_B = torch.from_numpy(row["labels"].copy())
     shape = (len(labels_B), preset.crop_px, preset.crop_px, 3)
     images_BHWC = torch.empty(shape, dtype=torch.uint8, pin_memory=pin_memory)
-    images_BHWC.numpy()[:] = np.frombuffer(row["images"], np.uint8).reshape(shape)
+    images_BHWC.numpy()[:] = row["images"].reshape(shape)
     return PreparedBatch(
         batch=TrainBatch(
             images_BCHW=images_BHWC.permute(0, 3, 1, 2),
             labels_B=labels_B,
-            weights_B=torch.from_numpy(np.frombuffer(row["weights"], np.float32).copy()),
+            weights_B=torch.from_numpy(row["weights"].copy()),
         ),
-        rows_B=np.frombuffer(row["rows"], np.int64).copy(),
+        rows_B=row["rows"].copy(),
         rejects=[RejectedRow.model_validate_json(str(one)) for one in row["rejects"]],
     )
