@@ -22,7 +22,7 @@ def machine_facts() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "cpu": facts.cpu,
         "cpu_flags": list(facts.cpu_flags),
-        "gpu": facts.gpu,
+        **({} if facts.gpu is None else {"gpu": facts.gpu}),
         "auto_precision": best_precision().value,
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "load_average_1min": os.getloadavg()[0],
