@@ -33,7 +33,9 @@ def best_precision() -> Precision:
     if _GPU.exists():
         import torch  # noqa: PLC0415 (a driver without a GPU need not wait for it)
 
-        return Precision.BF16 if torch.cuda.is_bf16_supported() else Precision.FP32
+        if torch.cuda.is_available():
+            is_native = torch.cuda.is_bf16_supported(including_emulation=False)
+            return Precision.BF16 if is_native else Precision.FP32
     flags = read_cpuinfo().get("flags", "").split()
     return Precision.BF16 if "avx512_bf16" in flags or "amx_bf16" in flags else Precision.FP32
 

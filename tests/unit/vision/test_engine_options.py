@@ -1,0 +1,50 @@
+"""What a network computes in by default: bf16 only where the device that it will run on has it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from convoy.vision import engine_options
+from convoy.vision.engine_options import Precision, best_precision
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    """A machine with a GPU in it, and a CPU without bf16."""
+    monkeypatch.setattr(engine_options, "_GPU", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(engine_options, "read_cpuinfo", lambda: {"flags": "avx2"})
+    return monkeypatch
+
+
+def has_capability(patch: pytest.MonkeyPatch, major: int) -> None:
+    """A GPU of that compute capability; like all, it emulates what it lacks."""
+
+    def is_supported(including_emulation: bool = True) -> bool:
+        return major >= 8 or including_emulation
+
+    patch.setattr(torch.cuda, "is_bf16_supported", is_supported)
+
+
+@pytest.mark.parametrize(
+    ("major", "expected"), [(9, Precision.BF16), (8, Precision.BF16), (7, Precision.FP32)]
+)
+def test_a_gpu_gets_bf16_if_it_computes_it_itself(
+    gpu: pytest.MonkeyPatch, major: int, expected: Precision
+) -> None:
+    has_capability(gpu, major)
+    assert best_precision() is expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"), [("avx2 avx512_bf16", Precision.BF16), ("avx2", Precision.FP32)]
+)
+def test_a_gpu_that_torch_cannot_use_leaves_the_choice_to_the_cpu(
+    gpu: pytest.MonkeyPatch, flags: str, expected: Precision
+) -> None:
+    gpu.setattr(torch.cuda, "is_available", lambda: False)
+    gpu.setattr(engine_options, "read_cpuinfo", lambda: {"flags": flags})
+    assert best_precision() is expected
