@@ -6,7 +6,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 SOURCES := lib jobs tests
 
-.PHONY: help setup demo test check format integration chaos bench lock clean
+.PHONY: help setup demo test check format integration chaos gpu bench lock clean
 
 help:  ## Show this help.
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ integration: setup  ## Only the tests that start a real Ray or a real S3 server.
 
 chaos: setup  ## Kill and spoil things on purpose, the long form; ends in a table of faults.
 	$(BIN)/python -m pytest tests/contract/test_s3_faults.py tests/contract/test_conditional_put_faults.py tests/chaos -m "not gpu"
+
+gpu: setup  ## The tests that need a CUDA device.
+	$(BIN)/python -m pytest tests/gpu -m gpu
 
 bench: setup  ## Measure against the physical bounds and the usual ways, in one run.
 	$(BIN)/convoy bench cache
