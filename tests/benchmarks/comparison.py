@@ -39,7 +39,7 @@ def describe_runs(runs: Runs) -> dict[str, Any]:
         "bounds": {
             name: spread([getattr(bounds, name) for bounds in runs.bounds])
             for name, rate in runs.bounds[0]
-            if rate is not None
+            if isinstance(rate, float)
         },
     }
 

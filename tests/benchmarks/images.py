@@ -70,7 +70,9 @@ def link_imagenet(folder: Path, num_images: int, *, data: str | None) -> ImageSe
         return None
     originals = folder.with_name(f"{folder.name}-originals")
     with tarfile.open(archive) as tar:
-        tar.extractall(originals, filter="data")
+        # Python before 3.11.4 has no filters.
+        tar.extraction_filter = getattr(tarfile, "data_filter", None)
+        tar.extractall(originals)
     sources = sorted(path for path in originals.rglob("*") if path.suffix.lower() in (".jpeg", ".jpg"))
     _link(folder, num_images, sources)
     return _describe(folder)

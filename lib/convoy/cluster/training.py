@@ -100,9 +100,11 @@ def run_training(
     ended: list[Any] = []
     thread = threading.Thread(target=_fit, args=(trainer, ended), name="train", daemon=True)
     thread.start()
-    reader = BoardReader(board)
-    while thread.is_alive():
+    reader, has_ended = BoardReader(board), False
+    while not has_ended:
         thread.join(_POLL_S)
+        # Asked before the events are taken: telling them takes time, and the last ones would be missed.
+        has_ended = not thread.is_alive()
         for event in reader.take():
             tell(event)
     (result,) = ended
