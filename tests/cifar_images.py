@@ -19,9 +19,13 @@ def unpack_test_split(folder: Path) -> Path:
     for path in (ARCHIVE, WEIGHTS):
         if not path.exists():
             pytest.skip(f"no {path}; set CONVOY_TEST_DATA to the folder that has it")
+    unpack(folder, "test/")
+    return folder
+
+
+def unpack(folder: Path, prefix: str = "") -> None:
+    """The files of the archive whose names begin so, below `folder`."""
     with tarfile.open(ARCHIVE) as tar:
-        members = (member for member in tar if member.name.startswith("test/"))
         # Python before 3.11.4 has no filters.
         tar.extraction_filter = getattr(tarfile, "data_filter", None)
-        tar.extractall(folder, members)
-    return folder
+        tar.extractall(folder, (member for member in tar if member.name.startswith(prefix)))

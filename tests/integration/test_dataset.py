@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import tarfile
 from pathlib import Path
 
 import boto3
 import pytest
 
+from cifar_images import ARCHIVE, unpack
 from convoy.core.records import RejectCode, SampleRejected
 from convoy.pipelines.dataset import DatasetConfig, DatasetReport, freeze
 from convoy.storage.datasets import open_dataset
@@ -18,8 +18,6 @@ from convoy.storage.stores import open_store
 from made_sources import jpeg_bytes, shard_bytes
 
 pytestmark = pytest.mark.integration
-
-DATA = Path(os.environ.get("CONVOY_TEST_DATA", Path(__file__).parents[3] / "shared/data"))
 
 
 def put(bucket: str, objects: dict[str, bytes]) -> None:
@@ -105,13 +103,9 @@ def test_a_list_in_a_bucket_finds_its_objects(s3_bucket: str) -> None:
 
 
 def test_cifar_10_keeps_its_test_rows_and_gives_a_tenth_of_train_to_val(tmp_path: Path) -> None:
-    archive = DATA / "cifar10-jpeg.tar.gz"
-    if not archive.exists():
-        pytest.skip(f"no {archive}; set CONVOY_TEST_DATA to the folder that has it")
-    with tarfile.open(archive) as tar:
-        # Python before 3.11.4 has no filters.
-        tar.extraction_filter = getattr(tarfile, "data_filter", None)
-        tar.extractall(tmp_path / "unpacked")
+    if not ARCHIVE.exists():
+        pytest.skip(f"no {ARCHIVE}; set CONVOY_TEST_DATA to the folder that has it")
+    unpack(tmp_path / "unpacked")
     (source,) = (path.parent for path in (tmp_path / "unpacked").rglob("train"))
     config = DatasetConfig(workspace=str(tmp_path / "workspace"), name="cifar10", source=str(source))
     report = freeze(config)

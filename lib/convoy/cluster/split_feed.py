@@ -20,10 +20,10 @@ import pyarrow as pa
 import ray
 import ray.data
 import torch
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from convoy.cluster.batch_feed import EpochOrder
 from convoy.cluster.image_loading import ImageLoader, PreparedBatch, RejectedRow
+from convoy.cluster.own_node import actor_here
 from convoy.cluster.ray_data import quiet_ray_data
 from convoy.cluster.running_ahead import ahead
 from convoy.cluster.training_spec import CPUS_A_PREPARER, TrainingSpec
@@ -111,8 +111,7 @@ class SplitFeed:
     def _prepared(
         self, first: int, end: int, preset: EvalPreset
     ) -> Iterator[tuple[int, list[PreparedBatch]]]:
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        stream = ray.remote(num_cpus=0, scheduling_strategy=here)(_TaskStream).remote(self._place, preset)
+        stream = actor_here(_TaskStream).remote(self._place, preset)
         tasks = stream.run.options(
             num_returns="streaming", _generator_backpressure_num_objects=_BATCHES_AHEAD
         ).remote(first, end, self._spec.num_preparers, self._order.plan.batch_size)

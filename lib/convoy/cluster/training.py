@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import Field, PositiveInt
 
 from convoy.cluster.library_versions import library_versions, require_versions
+from convoy.cluster.own_node import actor_here
 from convoy.cluster.ray_data import first_cause
 from convoy.cluster.training_board import Board, BoardReader
 from convoy.cluster.training_spec import CPUS_A_PREPARER, Ingest, TrainingSpec
@@ -95,7 +96,7 @@ def run_training(
     with data or config. `tell` hears how far it is, in the calling thread. Raises the ConvoyError of a worker, or a
     ClusterError.
     """
-    board = _open_board()
+    board = actor_here(Board).remote()
     trainer = _trainer(spec, plan, board)
     ended: list[Any] = []
     thread = threading.Thread(target=_fit, args=(trainer, ended), name="train", daemon=True)
@@ -114,15 +115,6 @@ def run_training(
         raise failure
     outcome: dict[str, Any] = result
     return outcome
-
-
-def _open_board() -> Any:
-    """A board on the driver's own node: the loss of any other must not take it away."""
-    import ray  # noqa: PLC0415
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: PLC0415
-
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
 
 
 def _explained(error: BaseException, plan: WorkerPlan) -> ConvoyError:

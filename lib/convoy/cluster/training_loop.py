@@ -252,7 +252,7 @@ class TrainingWorker:
             self._network.load_state_dict(kept)
             if self._spec.recipe.averaging in (Averaging.SWA, Averaging.SOUP):
                 self._measure_batchnorm(phase)
-        val_nll, val_top1 = self._final_validation(phase, averaged=kept is not None)
+        val_nll, val_top1 = self._final_validation(phase)
         self._checkpoints.close()
         rejects = self._group_rejects()
         outcome = TrainingOutcome(
@@ -267,9 +267,9 @@ class TrainingWorker:
         outcome = outcome.model_copy(update={"rejects_key": rejects_key})
         return write_weights(self._store, self._spec.run_id, self._network, outcome)
 
-    def _final_validation(self, phase: Phase, *, averaged: bool) -> tuple[float | None, float | None]:
+    def _final_validation(self, phase: Phase) -> tuple[float | None, float | None]:
         """Of the weights that are written: if they are those that the last epoch was measured with, its own."""
-        if self._history and (not averaged or self._spec.recipe.averaging is Averaging.EMA):
+        if self._history and self._spec.recipe.averaging in (Averaging.LAST, Averaging.EMA):
             last = self._history[-1]
             return last.val_nll, last.val_top1
         return self._validate(phase, self._times.num_epochs - 1)
