@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from collections.abc import Iterator, Mapping
@@ -46,7 +47,10 @@ def raylet_of(node: Any) -> int:
 
 
 class PlacementWatch:
-    """A thread that notes the titles that Ray gives its workers, by the raylet that has them, while its block runs."""
+    """A thread that notes the titles that Ray gives its workers, by the raylet that has them, while its block runs.
+
+    Of raylets that this process has started: others of the machine belong to somebody else's work.
+    """
 
     def __init__(self) -> None:
         self._seen: set[tuple[int, str]] = set()
@@ -69,7 +73,6 @@ class PlacementWatch:
         while not self._stop.wait(0.05):
             processes = process_table()
             for process in processes.values():
-                parent = processes.get(process.parent)
-                # A process that a worker forks has the worker's title until it becomes another one.
-                if parent and process.title.startswith("ray::") and not parent.title.startswith("ray::"):
+                raylet = processes.get(process.parent)
+                if raylet and raylet.parent == os.getpid() and process.title.startswith("ray::"):
                     self._seen.add((process.parent, process.title))
