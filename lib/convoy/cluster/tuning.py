@@ -65,11 +65,13 @@ def run_search(
     run_trial: TrialFunction,
     journal: SearchJournal,
     show: Callable[[Sequence[TrialStatus]], None],
+    check: Callable[[], None],
 ) -> None:
     """Run trials until the space or the budget is used up; every one that started has its document then.
 
-    `run_trial` gets the trial's point and a progress to tell, in a process of its own on any node. Raises the
-    ConvoyError of the driver's side of a trial, or a ClusterError; errors inside a trial only end that trial.
+    `run_trial` gets the trial's point and a progress to tell, in a process of its own on any node. Raises what
+    `check` raises, as soon as it does; the ConvoyError of the driver's side of a trial, or a ClusterError. Errors
+    inside a trial only end that trial.
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
@@ -103,6 +105,7 @@ def run_search(
     # Here the signal to stop is heard; inside Ray's own code it would become an error of Ray's.
     while thread.is_alive():
         thread.join(_POLL_S)
+        check()
     (error,) = ended
     if error is not None:
         raise first_cause(error) from error

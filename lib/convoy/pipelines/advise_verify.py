@@ -19,6 +19,7 @@ from convoy.pipelines.train import run_train
 from convoy.pipelines.train_config import NETWORKS
 from convoy.pipelines.training_rows import RowLimit
 from convoy.storage.documents import read_json
+from convoy.storage.leases import WhenHeld
 from convoy.storage.manifests import Manifest
 from convoy.storage.runs import RunFolder
 
@@ -75,6 +76,7 @@ class Verifier:
             progress=self._progress,
             draw_curves=self._draw_curves,
             new_run=False,
+            when_held=WhenHeld.WAIT,
             evaluated=Split.VAL if judges_on_val else None,
             fingerprint=self._manifest.fingerprint,
         )

@@ -25,6 +25,7 @@ from convoy.pipelines.train_config import TrainConfig
 from convoy.pipelines.training_rows import RowLimit, validation_rows
 from convoy.storage.commits import read_manifest
 from convoy.storage.documents import read_json
+from convoy.storage.leases import WhenHeld
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore, WriterMode
 from convoy.storage.runs import RunFolder
@@ -102,6 +103,7 @@ class FineTunings:
             config,
             progress=progress,
             draw_curves=self._draw_curves,
+            when_held=WhenHeld.WAIT,
             evaluated=None if self._limit.fold else Split.VAL,
             fingerprint=self._manifest.fingerprint,
         )

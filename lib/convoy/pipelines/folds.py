@@ -99,6 +99,7 @@ def train_folds(
                     progress=progress,
                     draw_curves=draw_curves,
                     new_run=new_run,
+                    when_held=WhenHeld.WAIT,
                     fingerprint=manifest.fingerprint,
                 )
                 model = FoldModel(bundle=report.bundle, fold=fold, top1=report.top1)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from convoy.cluster.training_spec import LocalCacheOptions, TeacherRows, Trainin
 from convoy.core.errors import ConfigError, TrainingError
 from convoy.core.fingerprints import canonical_json, digest
 from convoy.core.progress import Progress
-from convoy.core.training_events import EpochResult
+from convoy.core.training_events import EpochResult, TrainingEvent
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.distillation import TaughtRows, taught_rows
 from convoy.pipelines.network_plan import trained_backbone_config
@@ -27,9 +28,10 @@ from convoy.pipelines.train_config import TrainConfig
 from convoy.pipelines.training_rows import count_classes, validation_rows
 from convoy.storage.commits import finish
 from convoy.storage.documents import read_json
+from convoy.storage.leases import RunLease, WhenHeld, hold_run
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
-from convoy.storage.runs import OpenRun, RunRecord
+from convoy.storage.runs import OpenRun, RunFolder, RunRecord, refuse_changed_identity
 from convoy.storage.teacher_logits import write_teacher_logits
 from convoy.vision.training_config import Balance, Distillation, Precision
 
@@ -58,6 +60,50 @@ class TrainedNetwork:
     reject_codes: dict[str, int]
 
 
+@contextmanager
+def network_training(
+    store: ObjectStore,
+    manifest: Manifest,
+    pretrained: BackboneRecord,
+    config: TrainConfig,
+    progress: Progress,
+    *,
+    new_run: bool,
+    when_held: WhenHeld,
+) -> Iterator[NetworkTraining]:
+    """The training of a config, in its unfinished run or a new one; nobody else drives it until the block ends.
+
+    Raises RunMismatch if the unfinished run is that of another training. Where another driver is at work on it,
+    LeaseHeld is raised, or its end waited for.
+    """
+    open_run = OpenRun(store, verb=_VERB, target=digest([config.name]))
+    identity = {
+        "dataset_fingerprint": manifest.fingerprint,
+        "weights_digest": pretrained.weights_digest,
+        "config": config.model_dump(mode="json", exclude=NOT_IDENTITY),
+    }
+    folder, _ = open_run.resume(identity, new_run=new_run)
+    folder = folder or open_run.start()
+    with hold_run(folder, when_held=when_held) as lease:
+        # Another driver may have decided what is trained, until the run was ours.
+        record = folder.record()
+        if record is not None:
+            refuse_changed_identity(record, identity)
+        run = _HeldRun(open_run=open_run, folder=folder, lease=lease, identity=identity, record=record)
+        yield NetworkTraining(store, manifest, pretrained, config, progress, run, new_run=new_run)
+
+
+@dataclass(slots=True, kw_only=True)
+class _HeldRun:
+    """A run that this driver holds; it has no record before its input is frozen."""
+
+    open_run: OpenRun
+    folder: RunFolder
+    lease: RunLease
+    identity: dict[str, Any]
+    record: RunRecord | None
+
+
 class NetworkTraining:
     """One training job in its run folder, from the frozen input to `_SUCCESS`."""
 
@@ -68,29 +114,23 @@ class NetworkTraining:
         pretrained: BackboneRecord,
         config: TrainConfig,
         progress: Progress,
+        run: _HeldRun,
         *,
         new_run: bool,
     ) -> None:
         self._store, self._manifest = store, manifest
         self._pretrained, self._config, self._progress = pretrained, config, progress
-        self._new_run = new_run
-        self._open_run = OpenRun(store, verb=_VERB, target=digest([config.name]))
-        self._identity = {
-            "dataset_fingerprint": manifest.fingerprint,
-            "weights_digest": pretrained.weights_digest,
-            "config": config.model_dump(mode="json", exclude=NOT_IDENTITY),
-        }
-        folder, self._record = self._open_run.resume(self._identity, new_run=new_run)
-        self.folder = folder or self._open_run.start()
+        self._run, self._new_run = run, new_run
+        self.folder, self.identity = run.folder, run.identity
 
     def run(self) -> TrainedNetwork:
         """Train what an earlier call has not finished, and keep the network.
 
-        Raises TrainingError if the loss became no finite number.
+        Raises TrainingError if the loss became no finite number, LeaseLost or RunCancelled as soon as the run is
+        not this driver's any more.
         """
-        self._record = self._record or self.folder.record()
         outcome = read_json(self._store, self.folder.key(_TRAINED))
-        if self._record is None or outcome is None:
+        if self._run.record is None or outcome is None:
             outcome = self._train_network()
         # The driver needs torch only now: to build the trained network and derive its axis.
         from convoy.pipelines.network_building import keep_trained  # noqa: PLC0415
@@ -112,23 +152,29 @@ class NetworkTraining:
 
     def finish(self, network: TrainedNetwork, report: dict[str, Any], draw_curves: CurveDrawer) -> None:
         """Write history, curves and report, and end the run."""
+        self._run.lease.confirm()
         if network.history:
             history = canonical_json([one.model_dump(mode="json") for one in network.history])
             self._store.put(self.folder.key("history.json"), history)
             self._store.put(self.folder.key("learning_curves.png"), draw_curves(network.history))
         finish(self.folder, report)
-        self._open_run.close()
+        self._run.open_run.close()
+
+    def tell(self, event: TrainingEvent) -> None:
+        """Pass on how far the training is; LeaseLost or RunCancelled if the run is not this driver's any more."""
+        self._run.lease.check()
+        self._progress.training(event)
 
     @property
     def _settings(self) -> dict[str, Any]:
-        return {} if self._record is None else self._record.settings
+        return {} if self._run.record is None else self._run.record.settings
 
     def _train_network(self) -> dict[str, Any]:
         self._progress.stage("starting Ray")
         with ray_session():
             workers = plan_workers(self._config.workers)
             _check_precision(self._config, workers)
-            record = self._record = self._record or self._freeze(workers)
+            record = self._run.record = self._run.record or self._freeze(workers)
             setup = TrainingSetup.model_validate(record.settings["setup"])
             if not setup.plan.phases:
                 # Only the head was to be trained, and that is done.
@@ -136,7 +182,7 @@ class NetworkTraining:
                 return {"weights_key": weights_key, "history": [], "reject_codes": {}}
             self._progress.stage("starting the training workers")
             spec = self._spec(record, setup, workers)
-            outcome = run_training(spec, workers, self._progress.training)
+            outcome = run_training(spec, workers, self.tell)
         if outcome["diverged"] is not None:
             raise TrainingError(
                 "the loss or a weight is no finite number any more: the last checkpoint before is kept",
@@ -159,6 +205,8 @@ class NetworkTraining:
             progress=self._progress,
             new_run=self._new_run,
         )
+        # Deciding took minutes.
+        self._run.lease.confirm()
         weights_key = self.folder.key("initial.safetensors")
         self._store.put(weights_key, weights)
         watched = validation_rows(self._manifest, self._config.rows)
@@ -175,7 +223,7 @@ class NetworkTraining:
         record = RunRecord.new(
             self.folder.run_id,
             verb=_VERB,
-            identity=self._identity,
+            identity=self.identity,
             config=self._config.model_dump(mode="json"),
             outputs={},
             groups=(),

@@ -27,6 +27,7 @@ from convoy.pipelines.retrain_scoring import CachedScorer, NamedRows
 from convoy.pipelines.train import run_train
 from convoy.pipelines.train_config import TrainConfig
 from convoy.storage.bundles import BundleRef, ModelCard, model_card, resolve_bundle, write_bundle
+from convoy.storage.leases import WhenHeld
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.retrains import RetrainPlan
 from convoy.vision.ensembling import least_nll_weights
@@ -171,6 +172,7 @@ class CandidateMaker:
         arguments: dict[str, Any] = {
             "progress": self._progress,
             "draw_curves": self._draw_curves,
+            "when_held": WhenHeld.WAIT,
             "fingerprint": self._manifest.fingerprint,
         }
         try:

@@ -10,9 +10,6 @@ from convoy.storage.leases import give_up
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import RunFolder, open_pointers
 
-# Their drivers hold no lease, so they do not hear of it.
-_UNHELD_VERBS = ("train", "tune")
-
 
 class CancelReport(StrictModel):
     """A run that was given up: `before` is the state that it was in, `held_by` the driver that has it."""
@@ -24,7 +21,7 @@ class CancelReport(StrictModel):
 
 
 def cancel_run(store: ObjectStore, run_id: str) -> CancelReport:
-    """Give a run up: its driver stops at its next slice, and the same command starts a new run from then on.
+    """Give a run up: its driver stops at its next slice or event, and the same command starts a new run from then on.
 
     Its files stay until `convoy runs gc`. Raises ConfigError for a run that does not exist, and for one whose results
     are published already. May be repeated.
@@ -36,9 +33,7 @@ def cancel_run(store: ObjectStore, run_id: str) -> CancelReport:
     # In this order a kill between the two leaves a run that nobody goes on with, not one that nobody can leave.
     store.delete([pointers[run_id]] if run_id in pointers else [])
     give_up(folder)
-    return CancelReport(
-        run=run_id, before=status.state, held_by=status.held_by, notes=_notes(folder, status.held_by)
-    )
+    return CancelReport(run=run_id, before=status.state, held_by=status.held_by, notes=_notes(status.held_by))
 
 
 def _refuse_published(folder: RunFolder, state: RunState) -> None:
@@ -54,11 +49,5 @@ def _refuse_published(folder: RunFolder, state: RunState) -> None:
         )
 
 
-def _notes(folder: RunFolder, held_by: str | None) -> list[str]:
-    record = folder.record()
-    notes = []
-    if held_by is not None:
-        notes.append(f"{held_by} stops at its next slice, with exit code 4")
-    if record is not None and record.verb in _UNHELD_VERBS:
-        notes.append(f"a {record.verb} that is running does not hear of it: end its process")
-    return notes
+def _notes(held_by: str | None) -> list[str]:
+    return [] if held_by is None else [f"{held_by} stops at its next slice or event, with exit code 4"]

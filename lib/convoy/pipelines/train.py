@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,15 +22,17 @@ from convoy.pipelines.evaluation import Evaluation, EvaluationTask, evaluate_cla
 from convoy.pipelines.feature_plan import FeatureDtype, resolve_precision
 from convoy.pipelines.model_cards import training_card
 from convoy.pipelines.models import fetch_backbone
-from convoy.pipelines.network_training import CurveDrawer, NetworkTraining
+from convoy.pipelines.network_training import CurveDrawer, TrainedNetwork, network_training
 from convoy.pipelines.probing import HeadSummary, TrialSummary, fit_probe
 from convoy.pipelines.train_config import NETWORKS, TrainConfig
 from convoy.pipelines.training_rows import Fold, count_classes, fold_rows, read_split
 from convoy.pipelines.workspace import open_workspace
 from convoy.storage.bundles import bundle_digest, check_bundle_name, model_card, write_bundle
 from convoy.storage.datasets import open_dataset
+from convoy.storage.leases import WhenHeld
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
+from convoy.storage.runs import RunFolder
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.training_config import Phase
 
@@ -79,6 +82,7 @@ class _Job:
     progress: Progress
     draw_curves: CurveDrawer
     new_run: bool
+    when_held: WhenHeld
     evaluated: Split | None
 
     @property
@@ -93,6 +97,7 @@ def run_train(
     progress: Progress,
     draw_curves: CurveDrawer,
     new_run: bool = False,
+    when_held: WhenHeld = WhenHeld.REFUSE,
     evaluated: Split | None = None,
     fingerprint: str | None = None,
 ) -> TrainReport:
@@ -100,7 +105,8 @@ def run_train(
 
     `draw_curves` makes the picture of the learning curves that is kept in the run folder. The model is measured on
     the split `evaluated`, by default on its own fold, or else on the held-out split: a search measures on val, and
-    leaves test alone. `fingerprint` names a version of the dataset, by default the current one.
+    leaves test alone. `fingerprint` names a version of the dataset, by default the current one. Where another driver
+    trains the same network, LeaseHeld is raised, or its end waited for.
     """
     check_bundle_name(config.name)
     store = open_workspace(config.workspace, config.writers)
@@ -116,6 +122,7 @@ def run_train(
         progress=progress,
         draw_curves=draw_curves,
         new_run=new_run,
+        when_held=when_held,
         evaluated=evaluated,
     )
     if config.strategy not in NETWORKS:
@@ -133,35 +140,35 @@ def held_out_split(manifest: Manifest) -> Split:
 def _run(job: _Job) -> TrainReport:
     """Train, evaluate on the split of the job, and write the bundle."""
     store, manifest, config = job.store, job.manifest, job.config
-    trained = _train(job)
-    classifier = trained.classifier
-    files = classifier_files(store, classifier)
-    evaluation = _evaluate(job, classifier, bundle_digest(files))
-    files["metrics.json"] = canonical_json(evaluation)
-    card = training_card(
-        config,
-        manifest,
-        classifier,
-        evaluation,
-        measured_fold=job.measured_fold,
-        notes=trained.report.get("notes", ()),
-    )
-    files["README.md"] = model_card(card).encode()
-    reference = write_bundle(store, config.name, files)
-    num_rejects = sum(trained.report.get("train_rejects", {}).values())
-    report = TrainReport(
-        **evaluation.model_dump(),
-        **trained.report,
-        bundle=str(reference),
-        strategy=config.strategy,
-        tap=classifier.tap,
-        num_train_rows=trained.num_train_rows,
-        within_error_budget=config.error_budget.allows(
-            evaluation.rejects + num_rejects, evaluation.samples + trained.num_train_rows
-        ),
-    )
-    trained.finish(report.model_dump(mode="json"))
-    return report
+    with _train(job) as trained:
+        classifier = trained.classifier
+        files = classifier_files(store, classifier)
+        evaluation = _evaluate(job, classifier, bundle_digest(files))
+        files["metrics.json"] = canonical_json(evaluation)
+        card = training_card(
+            config,
+            manifest,
+            classifier,
+            evaluation,
+            measured_fold=job.measured_fold,
+            notes=trained.report.get("notes", ()),
+        )
+        files["README.md"] = model_card(card).encode()
+        reference = write_bundle(store, config.name, files)
+        num_rejects = sum(trained.report.get("train_rejects", {}).values())
+        report = TrainReport(
+            **evaluation.model_dump(),
+            **trained.report,
+            bundle=str(reference),
+            strategy=config.strategy,
+            tap=classifier.tap,
+            num_train_rows=trained.num_train_rows,
+            within_error_budget=config.error_budget.allows(
+                evaluation.rejects + num_rejects, evaluation.samples + trained.num_train_rows
+            ),
+        )
+        trained.finish(report.model_dump(mode="json"))
+        return report
 
 
 def _evaluate(job: _Job, classifier: Classifier, model_digest: str) -> Evaluation:
@@ -179,14 +186,17 @@ def _evaluate(job: _Job, classifier: Classifier, model_digest: str) -> Evaluatio
     return evaluate_classifier(job.store, job.manifest, task, progress=job.progress, new_run=job.new_run)
 
 
-def _train(job: _Job) -> _Trained:
+def _train(job: _Job) -> AbstractContextManager[_Trained]:
+    """What the strategy brings; a run that it has is held until the context ends."""
     config = job.config
     if config.strategy is Strategy.AS_IS:
-        return _use_as_is(job, fetch_backbone(job.store, config.backbone))
+        return nullcontext(_use_as_is(job, fetch_backbone(job.store, config.backbone)))
     if config.strategy is Strategy.FROM_SCRATCH:
         return _train_network(job, fetch_backbone(job.store, random_weights(config, job.manifest)))
     backbone = fetch_backbone(job.store, config.backbone)
-    return _train_network(job, backbone) if config.strategy in NETWORKS else _train_probe(job, backbone)
+    if config.strategy in NETWORKS:
+        return _train_network(job, backbone)
+    return nullcontext(_train_probe(job, backbone))
 
 
 def _use_as_is(job: _Job, backbone: BackboneRecord) -> _Trained:
@@ -243,15 +253,31 @@ def _train_probe(job: _Job, backbone: BackboneRecord) -> _Trained:
     return _Trained(classifier=classifier, num_train_rows=summary.num_rows, report=report)
 
 
-def _train_network(job: _Job, backbone: BackboneRecord) -> _Trained:
-    training = NetworkTraining(
-        job.store, job.manifest, backbone, job.config, job.progress, new_run=job.new_run
-    )
-    network = training.run()
-    classifier = Classifier(
+@contextmanager
+def _train_network(job: _Job, backbone: BackboneRecord) -> Iterator[_Trained]:
+    with network_training(
+        job.store,
+        job.manifest,
+        backbone,
+        job.config,
+        job.progress,
+        new_run=job.new_run,
+        when_held=job.when_held,
+    ) as training:
+        network = training.run()
+        yield _Trained(
+            classifier=_network_classifier(job, network.backbone),
+            num_train_rows=network.num_train_rows,
+            report=_network_report(job, training.folder, network),
+            finish=lambda report: training.finish(network, report, job.draw_curves),
+        )
+
+
+def _network_classifier(job: _Job, trained: BackboneRecord) -> Classifier:
+    return Classifier(
         strategy=job.config.strategy,
-        backbone=network.backbone,
-        tap=network.backbone.resolve_tap("logits"),
+        backbone=trained,
+        tap=trained.resolve_tap("logits"),
         head=None,
         classes=job.manifest.classes,
         decode_rule=job.config.extraction.decode,
@@ -259,20 +285,16 @@ def _train_network(job: _Job, backbone: BackboneRecord) -> _Trained:
         # Logits are few, and float16 would round them.
         dtype=FeatureDtype.FLOAT32,
     )
-    curves = training.folder.key("learning_curves.png")
-    report: dict[str, Any] = {
+
+
+def _network_report(job: _Job, folder: RunFolder, network: TrainedNetwork) -> dict[str, Any]:
+    curves = folder.key("learning_curves.png")
+    return {
         "head": network.setup.head,
-        "train_run": training.folder.run_id,
+        "train_run": folder.run_id,
         "phases": list(network.setup.plan.phases),
         "history": list(network.history),
         "learning_curves": job.store.uri(curves) if network.history else None,
         "train_rejects": network.reject_codes,
         "notes": list(network.setup.plan.notes),
     }
-
-    def finish(values: dict[str, Any]) -> None:
-        training.finish(network, values, job.draw_curves)
-
-    return _Trained(
-        classifier=classifier, num_train_rows=network.num_train_rows, report=report, finish=finish
-    )

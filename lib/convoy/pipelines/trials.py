@@ -23,6 +23,7 @@ from convoy.pipelines.trial_outcomes import TrialSetting, outcome_of_folds, outc
 from convoy.pipelines.tune_config import TuneConfig
 from convoy.pipelines.tune_plan import network_key
 from convoy.storage.datasets import open_dataset
+from convoy.storage.leases import WhenHeld
 from convoy.storage.runs import RunFolder
 from convoy.storage.stores import open_store
 
@@ -100,7 +101,9 @@ def _train_and_predict(
     }
     if job.config.folds is None:
         outcome: Callable[[], dict[str, Any]] = partial(
-            outcome_of_training, setting, run_train(here, evaluated=Split.VAL, **given)
+            outcome_of_training,
+            setting,
+            run_train(here, evaluated=Split.VAL, when_held=WhenHeld.WAIT, **given),
         )
     else:
         outcome = partial(outcome_of_folds, setting, train_folds(here, job.config.folds, **given))

@@ -31,9 +31,10 @@ from convoy.pipelines.tune_plan import check_budget, copied_weights, fetch_netwo
 from convoy.pipelines.workspace import open_workspace
 from convoy.storage.commits import finish
 from convoy.storage.datasets import open_dataset
+from convoy.storage.leases import RunLease, WhenHeld, hold_run
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
-from convoy.storage.runs import OpenRun, RunRecord
+from convoy.storage.runs import OpenRun, RunFolder, RunRecord, refuse_changed_identity
 from convoy.vision.heads import HeadKind
 
 _VERB = "tune"
@@ -95,53 +96,69 @@ def run_tune(
     """Search, and build the ensemble of the trials; the same call again goes on where it was killed.
 
     A trial that ended never runs again. Raises ConfigError for a dataset without validation rows and for a budget
-    that cannot suffice, TrainingError where no trial finished.
+    that cannot suffice, TrainingError where no trial finished, LeaseHeld where another driver is at work on the same
+    search.
     """
     store = open_workspace(config.workspace, config.writers)
     manifest = open_dataset(store, config.dataset)
     if config.folds is None:
         _require_validation_rows(manifest)
-    search = _Search(store, manifest, config, progress, new_run=new_run)
-    with ray_session():
-        records = search.run(draw.training)
-        ensemble = search.build_ensemble(records)
-    report = TuneReport(
-        **ensemble.model_dump(),
-        run=search.folder.run_id,
-        trials=[TrialSummary.of(record) for record in records],
-        page=store.uri(search.folder.key(_PAGE)),
-        notes=search.notes,
-    )
-    search.finish(report, draw, records)
+    open_run = OpenRun(store, verb=_VERB, target=digest([config.name]))
+    identity = {
+        "dataset_fingerprint": manifest.fingerprint,
+        "config": config.model_dump(mode="json", exclude=_NOT_IDENTITY),
+    }
+    folder, _ = open_run.resume(identity, new_run=new_run)
+    folder = folder or open_run.start()
+    with hold_run(folder, when_held=WhenHeld.REFUSE) as lease:
+        if (known := folder.report()) is not None:
+            # By a driver that was at work until now.
+            return TuneReport.model_validate(known)
+        refuse_changed_identity(folder.record() or _record(folder, identity, config), identity)
+        search = _Search(store, manifest, config, progress, folder, lease)
+        with ray_session():
+            records = search.run(draw.training)
+            ensemble = search.build_ensemble(records)
+        report = TuneReport(
+            **ensemble.model_dump(),
+            run=folder.run_id,
+            trials=[TrialSummary.of(record) for record in records],
+            page=store.uri(folder.key(_PAGE)),
+            notes=search.notes,
+        )
+        search.finish(report, draw, records)
+        open_run.close()
     return report
 
 
+def _record(folder: RunFolder, identity: dict[str, Any], config: TuneConfig) -> RunRecord:
+    record = RunRecord.new(
+        folder.run_id,
+        verb=_VERB,
+        identity=json.loads(canonical_json(identity)),
+        config=config.model_dump(mode="json"),
+        outputs={},
+        groups=(),
+    )
+    folder.write_record(record)
+    return record
+
+
 class _Search:
-    """One search in its run folder."""
+    """One search in its run folder, which this driver holds."""
 
     def __init__(
-        self, store: ObjectStore, manifest: Manifest, config: TuneConfig, progress: Progress, *, new_run: bool
+        self,
+        store: ObjectStore,
+        manifest: Manifest,
+        config: TuneConfig,
+        progress: Progress,
+        folder: RunFolder,
+        lease: RunLease,
     ) -> None:
         self._store, self._manifest, self._config, self._progress = store, manifest, config, progress
-        self._open_run = OpenRun(store, verb=_VERB, target=digest([config.name]))
-        identity = {
-            "dataset_fingerprint": manifest.fingerprint,
-            "config": config.model_dump(mode="json", exclude=_NOT_IDENTITY),
-        }
-        folder, record = self._open_run.resume(identity, new_run=new_run)
-        self.folder = folder or self._open_run.start()
-        if record is None and self.folder.record() is None:
-            self.folder.write_record(
-                RunRecord.new(
-                    self.folder.run_id,
-                    verb=_VERB,
-                    identity=json.loads(canonical_json(identity)),
-                    config=config.model_dump(mode="json"),
-                    outputs={},
-                    groups=(),
-                )
-            )
-        self._journal = TrialJournal(self.folder, config)
+        self._folder, self._lease = folder, lease
+        self._journal = TrialJournal(folder, config)
         self.notes: list[str] = []
 
     def run(self, draw_curves: CurveDrawer) -> list[TrialRecord]:
@@ -155,7 +172,7 @@ class _Search:
         check_budget(config, examples, self._manifest, alive_nodes())
         job = TrialJob(
             workspace=self._store.root_uri,
-            run_id=self.folder.run_id,
+            run_id=self._folder.run_id,
             dataset_fingerprint=self._manifest.fingerprint,
             config=config,
             share=share,
@@ -164,7 +181,10 @@ class _Search:
         plan = self._plan(share.max_concurrent)
         progress.stage("trials")
         if plan.time_s is None or plan.time_s > 0:
-            run_search(plan, partial(run_trial, job, draw_curves), self._journal, progress.trials)
+            trial = partial(run_trial, job, draw_curves)
+            run_search(plan, trial, self._journal, progress.trials, self._lease.check)
+        # Before trials that another driver may be running are given up.
+        self._lease.confirm()
         self._forget_ray_tune()
         return self._ended()
 
@@ -201,19 +221,19 @@ class _Search:
 
     def finish(self, report: TuneReport, draw: TuneDrawers, records: Sequence[TrialRecord]) -> None:
         """Write the pictures, the page, the table of trials and the report, and end the run."""
-        folder = self.folder
+        folder = self._folder
+        self._lease.confirm()
         self._store.put(folder.key("parallel_coordinates.png"), draw.space(records))
         self._store.put(folder.key("learning_curves.png"), draw.trials(records))
         self._store.put(folder.key("trials.parquet"), trials_parquet(records))
         self._store.put(folder.key(_PAGE), draw.ensemble(report))
         finish(folder, report.model_dump(mode="json"))
-        self._open_run.close()
 
     def _plan(self, max_concurrent: int) -> SearchPlan:
         config, records = self._config, self._journal.records()
         allowed_s = config.budget.seconds
         return SearchPlan(
-            name=self.folder.run_id,
+            name=self._folder.run_id,
             kind=config.search,
             space=config.search_space,
             seed=config.seed,
@@ -223,7 +243,7 @@ class _Search:
             time_s=None if allowed_s is None else allowed_s - seconds_spent(records),
             past=tuple(record.past for record in records),
             waiting=tuple(self._journal.waiting(records)),
-            storage_uri=self._store.uri(self.folder.key(_RAY_TUNE)),
+            storage_uri=self._store.uri(self._folder.key(_RAY_TUNE)),
         )
 
     def _ended(self) -> list[TrialRecord]:
@@ -238,13 +258,13 @@ class _Search:
         first = next((record for record in records if record.reason), None)
         raise TrainingError(
             f"none of {len(records)} trials finished" + (f"; the first: {first.reason}" if first else ""),
-            where=self._store.uri(self.folder.key("trials/")),
+            where=self._store.uri(self._folder.key("trials/")),
             next_step="correct the space or raise the budget, and add --new-run",
         )
 
     def _forget_ray_tune(self) -> None:
         """Delete what Ray Tune wrote: pickles, which nobody shall ever read back."""
-        keys = [info.key for info in self._store.list_objects(self.folder.key(f"{_RAY_TUNE}/"))]
+        keys = [info.key for info in self._store.list_objects(self._folder.key(f"{_RAY_TUNE}/"))]
         self._store.delete(keys)
 
 

@@ -1,0 +1,113 @@
+"""Whose a training's run is: of two drivers one works, and it trains what the record of the run says."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import pytest
+
+from cache_jobs import write_digits
+from convoy.core.config import parse_config
+from convoy.core.errors import LeaseHeld, RunCancelled, RunMismatch
+from convoy.core.progress import Silent
+from convoy.core.splits import SplitOptions
+from convoy.pipelines.models import fetch_backbone
+from convoy.pipelines.network_training import NetworkTraining, network_training
+from convoy.pipelines.runs_cancel import cancel_run
+from convoy.pipelines.train import random_weights
+from convoy.pipelines.train_config import TrainConfig
+from convoy.storage.datasets import freeze_dataset, open_dataset
+from convoy.storage.leases import WhenHeld, hold_run
+from convoy.storage.local_store import LocalStore
+from convoy.storage.runs import RunRecord
+from made_events import training_event
+
+Opened = Callable[..., AbstractContextManager[NetworkTraining]]
+PATIENCE_S = 30.0
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Opened:
+    """The training of a name on one dataset, as a call with some learning rate drives it."""
+    folder = tmp_path_factory.mktemp("digits")
+    write_digits(folder / "images", 60)
+    store = LocalStore(str(folder / "workspace"))
+    freeze_dataset(store, "digits", str(folder / "images"), splits=SplitOptions(val_fraction=0.3))
+    manifest = open_dataset(store, "digits")
+
+    def driven(name: str, rate: float, when_held: WhenHeld) -> AbstractContextManager[NetworkTraining]:
+        settings = {
+            "name": name,
+            "dataset": "digits",
+            "strategy": "from_scratch",
+            "backbone": {"arch": "lenet5", "weights": "random"},
+            "epochs": 1,
+            "learning_rate": rate,
+        }
+        config = parse_config(TrainConfig, settings, where="test")
+        pretrained = fetch_backbone(store, random_weights(config, manifest))
+        return network_training(
+            store, manifest, pretrained, config, Silent(), new_run=False, when_held=when_held
+        )
+
+    return driven
+
+
+def test_a_training_that_is_being_prepared_is_refused_to_a_second_driver(opened: Opened) -> None:
+    with opened("prepared", 0.1, WhenHeld.REFUSE) as first:
+        folder = first.folder
+    # Neither has written what it trains.
+    assert folder.record() is None
+    with (
+        hold_run(folder, ttl_s=1.5),
+        pytest.raises(LeaseHeld, match="another driver works on this run: process "),
+        opened("prepared", 0.2, WhenHeld.REFUSE),
+    ):
+        pass
+
+
+def test_who_waited_for_another_training_does_not_train_over_it(
+    opened: Opened, caplog: pytest.LogCaptureFixture
+) -> None:
+    with opened("waited", 0.1, WhenHeld.WAIT) as first:
+        folder, identity = first.folder, first.identity
+    ended: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            with opened("waited", 0.2, WhenHeld.WAIT):
+                pass
+        except RunMismatch as error:
+            ended.append(error)
+
+    second = threading.Thread(target=wait)
+    with hold_run(folder, ttl_s=1.5):
+        second.start()
+        deadline_s = time.monotonic() + PATIENCE_S
+        while f"run {folder.run_id} is held by" not in caplog.text:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.01)
+        folder.write_record(
+            RunRecord.new(folder.run_id, verb="train", identity=identity, config={}, outputs={}, groups=())
+        )
+    second.join()
+    assert "learning_rate" in str(ended[0])
+
+
+def tell_for(training: NetworkTraining, seconds: float) -> None:
+    """An event now and again; the store is not asked at each of them."""
+    deadline_s = time.monotonic() + seconds
+    while time.monotonic() < deadline_s:
+        training.tell(training_event())
+        time.sleep(0.05)
+
+
+def test_a_training_that_was_given_up_stops_at_its_next_event(opened: Opened) -> None:
+    with opened("cancelled", 0.1, WhenHeld.REFUSE) as training:
+        training.tell(training_event())
+        cancel_run(training.folder.store, training.folder.run_id)
+        with pytest.raises(RunCancelled):
+            tell_for(training, PATIENCE_S)
