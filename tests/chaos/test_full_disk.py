@@ -7,12 +7,16 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cache_jobs import made_job
 from chaos_jobs import Audit, FaultTable
+from train_jobs import frozen_digits
+from tune_jobs import NETWORK, SETTINGS
 
 pytestmark = [pytest.mark.integration, pytest.mark.chaos, pytest.mark.slow]
 
@@ -51,14 +55,48 @@ print(json.dumps({{
 """
 
 
-def test_a_full_disk_stops_the_job_and_room_lets_it_go_on(tmp_path: Path, fault_table: FaultTable) -> None:
-    job = made_job(tmp_path)
-    disk = tmp_path / "disk"
+SEARCH_DISK_BYTES = 16 << 20
+# Room for the network and for what a training begins with, and not for its first checkpoint.
+SEARCH_ROOM_BYTES = 700 << 10
+SEARCH = (
+    *SETTINGS,
+    "name=search",
+    "max_concurrent=1",
+    "base.workers={cpus_per_worker: 1, max_failures: 0}",
+    f"space.config={{grid: [{NETWORK}]}}",
+    "space.recipe.seed={grid: [0, 1]}",
+)
+
+SEARCH_SCRIPT = f"""
+import json, os, shutil, sys
+from pathlib import Path
+from tune_jobs import TuneJob
+
+made, disk, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+job = TuneJob(str(shutil.copytree(made, f"{{disk}}/workspace")), tuple(settings))
+status = os.statvfs(disk)
+ballast = Path(disk, "ballast")
+ballast.write_bytes(bytes(max(status.f_bavail * status.f_frsize - {SEARCH_ROOM_BYTES}, 0)))
+stopped = job.start({{}})
+before = job.records()
+ballast.unlink()
+again = job.start({{}})
+print(json.dumps({{
+    "stopped": [stopped.returncode, stopped.stderr],
+    "again": [again.returncode, again.stderr],
+    "before": before,
+    "after": job.records(),
+}}))
+"""
+
+
+def on_small_disk(script: str, disk: Path, size_bytes: int, workspace: str, settings: Sequence[str]) -> Any:
+    """What a script prints as JSON that runs where a small disk is mounted, with a workspace to copy there."""
     disk.mkdir()
-    mount = f"mount -t tmpfs -o size={DISK_BYTES} none '{disk}'"
+    mount = f"mount -t tmpfs -o size={size_bytes} none '{disk}'"
     if not shutil.which("unshare") or subprocess.run([*IN_NAMESPACE, mount], check=False).returncode:
         pytest.skip("this machine does not let a test mount a small disk of its own")
-    arguments = [sys.executable, SCRIPT, job.workspace, str(disk), json.dumps(job.settings)]
+    arguments = [sys.executable, script, workspace, str(disk), json.dumps(settings)]
     run = subprocess.run(
         [*IN_NAMESPACE, f'{mount} && exec "$0" -c "$@"', *arguments],
         capture_output=True,
@@ -67,7 +105,12 @@ def test_a_full_disk_stops_the_job_and_room_lets_it_go_on(tmp_path: Path, fault_
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )
     assert run.returncode == 0, run.stderr
-    told = json.loads(run.stdout.splitlines()[-1])
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def test_a_full_disk_stops_the_job_and_room_lets_it_go_on(tmp_path: Path, fault_table: FaultTable) -> None:
+    job = made_job(tmp_path)
+    told = on_small_disk(SCRIPT, tmp_path / "disk", DISK_BYTES, job.workspace, job.settings)
     assert told["stopped"][0] == 4, told["stopped"][1]
     assert "the disk is full" in told["stopped"][1]
     assert told["again"][0] == 0, told["again"][1]
@@ -79,3 +122,13 @@ def test_a_full_disk_stops_the_job_and_room_lets_it_go_on(tmp_path: Path, fault_
         audit=Audit(**told["audit"]),
         clean_digest=job.verify()["rows_digest"],
     )
+
+
+def test_a_full_disk_is_no_fault_of_a_searchs_trials(tmp_path: Path) -> None:
+    workspace = frozen_digits(tmp_path)
+    told = on_small_disk(SEARCH_SCRIPT, tmp_path / "disk", SEARCH_DISK_BYTES, workspace, SEARCH)
+    assert told["stopped"][0] == 4, told["stopped"][1]
+    assert "the disk is full" in told["stopped"][1]
+    assert told["before"] == {}
+    assert told["again"][0] == 0, told["again"][1]
+    assert [trial["state"] for trial in told["after"].values()] == ["finished"] * 2

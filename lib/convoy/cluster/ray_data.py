@@ -23,7 +23,9 @@ def first_cause(error: BaseException) -> ConvoyError:
     while pending:
         cause = pending.pop(0)
         if isinstance(cause, ConvoyError):
-            return cause
+            # An error of ours that comes out of an actor is also one of Ray's, with a trace for its words.
+            ours: ConvoyError = getattr(cause, "cause", cause)
+            return ours
         seen.add(id(cause))
         # Ray Train keeps the errors of its workers by rank, and that of its controller.
         failures = [

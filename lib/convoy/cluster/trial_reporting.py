@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-from ray import tune
+from ray import cloudpickle, tune
+from ray.tune import Stopper
 from ray.tune.experiment import Trial
 
 from convoy.cluster.ray_data import first_cause
 from convoy.cluster.search_plan import GivenUp, SearchJournal, TrialPoint
 from convoy.cluster.trial_queue import METRIC, POINT
+from convoy.core.errors import OBSTACLES, ConvoyError
 from convoy.core.progress import Silent
 from convoy.core.training_events import TrainingEvent
 from convoy.core.trial_events import TrialState, TrialStatus
@@ -42,7 +45,10 @@ class TrialReporter(Silent):
 
 
 class TrialWatch(tune.Callback):  # type: ignore[misc] # Ray has no types
-    """Follows the trials in the driver: shows them, and sees to it that each ended one has its document."""
+    """Follows the trials in the driver: shows them, and sees to it that each ended one has its document.
+
+    `obstacle` is what keeps trials from going on and is not their fault: it leaves no document, and ends the search.
+    """
 
     def __init__(
         self,
@@ -57,6 +63,7 @@ class TrialWatch(tune.Callback):  # type: ignore[misc] # Ray has no types
         self._statuses: dict[str, TrialStatus] = {}
         self._epochs: dict[str, dict[int, float]] = {}
         self._started_s: dict[str, float] = {}
+        self.obstacle: ConvoyError | None = None
 
     def __reduce__(self) -> tuple[type[object], tuple[()]]:
         # Tune pickles what it is given, for a restore that never happens.
@@ -85,11 +92,20 @@ class TrialWatch(tune.Callback):  # type: ignore[misc] # Ray has no types
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial's process was lost too often, or raised what may heal and did not."""
-        error = trial.get_pickled_error()
-        reason = "its process was lost" if error is None else str(first_cause(error))
-        self._end(_point(trial), TrialState.FAILED, reason)
+        error = _last_error(trial)
+        if isinstance(error, OBSTACLES):
+            self.obstacle = error
+        else:
+            self._end(_point(trial), TrialState.FAILED, str(error or "its process was lost"))
 
     def _end(self, point: TrialPoint, state: TrialState, reason: str) -> None:
+        try:
+            self._document(point, state, reason)
+        except ConvoyError as error:
+            # Ray Tune would take it for an error of the trial.
+            self.obstacle = error
+
+    def _document(self, point: TrialPoint, state: TrialState, reason: str) -> None:
         """Take the trial's own document, or else leave one for it."""
         ended = self._journal.ended(point)
         if ended is None:
@@ -112,6 +128,32 @@ class TrialWatch(tune.Callback):  # type: ignore[misc] # Ray has no types
         )
         seconds = now_s - self._started_s.get(point.trial, now_s)
         return status.model_copy(update={"seconds": seconds})
+
+
+class Obstructed(Stopper):  # type: ignore[misc] # Ray has no types
+    """Ends the search as soon as its watch has met an obstacle; trials that run are stopped without a document."""
+
+    def __init__(self, watch: TrialWatch) -> None:
+        self._watch = watch
+
+    def __reduce__(self) -> tuple[type[object], tuple[()]]:
+        # As for the watch.
+        return object, ()
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """No result is a reason."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Whether the search shall end."""
+        return self._watch.obstacle is not None
+
+
+def _last_error(trial: Trial) -> ConvoyError | None:
+    """What ended a trial's last attempt, or None where its process was just lost."""
+    # Where the driver wrote it: `get_pickled_error` looks where it is uploaded to now and again.
+    path = trial.pickled_error_file
+    return None if path is None else first_cause(cloudpickle.loads(Path(path).read_bytes()))
 
 
 def _point(trial: Trial) -> TrialPoint:

@@ -70,18 +70,20 @@ def run_search(
     """Run trials until the space or the budget is used up; every one that started has its document then.
 
     `run_trial` gets the trial's point and a progress to tell, in a process of its own on any node. Raises what
-    `check` raises, as soon as it does; the ConvoyError of the driver's side of a trial, or a ClusterError. Errors
-    inside a trial only end that trial.
+    `check` raises, as soon as it does; what keeps trials from going on and is not their fault, which leaves them
+    without documents; the ConvoyError of the driver's side of a trial, or a ClusterError. Other errors inside a trial
+    only end that trial.
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     from ray import tune  # noqa: PLC0415
 
     from convoy.cluster.trial_queue import TrialQueue  # noqa: PLC0415
-    from convoy.cluster.trial_reporting import TrialWatch  # noqa: PLC0415
+    from convoy.cluster.trial_reporting import Obstructed, TrialWatch  # noqa: PLC0415
 
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     deadline_s = math.inf if plan.time_s is None else time.monotonic() + plan.time_s
+    watch = TrialWatch(journal, show, deadline_s=deadline_s)
     tuner = tune.Tuner(
         tune.with_resources(_trainable(run_trial), {"cpu": _CPUS_A_TRIAL}),
         tune_config=tune.TuneConfig(
@@ -95,7 +97,8 @@ def run_search(
             name=plan.name,
             storage_path=plan.storage_uri,
             failure_config=tune.FailureConfig(max_failures=_MAX_FAILURES),
-            callbacks=[TrialWatch(journal, show, deadline_s=deadline_s)],
+            callbacks=[watch],
+            stop=Obstructed(watch),
             verbose=0,
         ),
     )
@@ -106,6 +109,8 @@ def run_search(
     while thread.is_alive():
         thread.join(_POLL_S)
         check()
+    if watch.obstacle is not None:
+        raise watch.obstacle
     (error,) = ended
     if error is not None:
         raise first_cause(error) from error

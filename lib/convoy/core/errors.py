@@ -140,3 +140,15 @@ class VersionMismatch(ClusterError):
 
 class TrainingError(ConvoyError):
     """Training cannot go on."""
+
+
+# What keeps any work from going on in this place, whatever it is: once that is seen to, the same command goes on.
+OBSTACLES: tuple[type[ConvoyError], ...] = (
+    StoreUnavailable,
+    StorageFull,
+    AccessDenied,
+    LeaseHeld,
+    LeaseLost,
+    RunCancelled,
+    VersionMismatch,
+)

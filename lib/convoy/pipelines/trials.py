@@ -11,7 +11,7 @@ from typing import Any
 from convoy.cluster.search_plan import Concurrency, TrialPoint, TrialProgress
 from convoy.core.config import StrictModel
 from convoy.core.crash_points import CrashPoint, crash_point
-from convoy.core.errors import ClusterError, ConvoyError
+from convoy.core.errors import OBSTACLES, ClusterError, ConvoyError
 from convoy.core.records import Split
 from convoy.core.trial_events import TrialState
 from convoy.pipelines.folds import train_folds
@@ -46,7 +46,7 @@ class TrialJob(StrictModel):
 def run_trial(job: TrialJob, draw_curves: CurveDrawer, point: TrialPoint, progress: TrialProgress) -> None:
     """Bring a trial to its record, unless it has one.
 
-    An error of the trial is recorded and ends it. Raised is only what may heal, for another attempt.
+    An error of the trial is recorded and ends it. Raised is only what is not the trial's fault, for another attempt.
     """
     journal = TrialJournal(RunFolder(open_store(job.workspace), job.run_id), job.config)
     record = journal.record(point.trial)
@@ -68,7 +68,7 @@ def _attempt(
     try:
         outcome = _train_and_predict(job, config, progress, draw_curves)
     except Exception as error:
-        if isinstance(error, ClusterError) or (isinstance(error, ConvoyError) and error.retryable):
+        if isinstance(error, (ClusterError, *OBSTACLES)):
             # Not the trial's fault: another attempt goes on from its checkpoint.
             raise
         is_ours = isinstance(error, ConvoyError)

@@ -1,0 +1,80 @@
+"""What a trial records of itself: its own errors, and nothing that is the matter with the place."""
+
+from __future__ import annotations
+
+import pytest
+
+from cache_jobs import write_digits
+from convoy.cluster.search_plan import Concurrency
+from convoy.cluster.training import WorkerOptions
+from convoy.core.config import parse_config
+from convoy.core.errors import OBSTACLES, ConvoyError, DataError
+from convoy.core.progress import Silent
+from convoy.core.splits import SplitOptions
+from convoy.core.trial_events import TrialState
+from convoy.pipelines.trial_journal import TrialJournal
+from convoy.pipelines.trials import TrialJob, run_trial
+from convoy.pipelines.tune_config import TuneConfig
+from convoy.storage.datasets import freeze_dataset, open_dataset
+from convoy.storage.local_store import LocalStore
+from convoy.storage.runs import RunFolder
+
+CONFIG = {
+    "name": "search",
+    "dataset": "digits",
+    "base": {"backbone": {"arch": "lenet5", "weights": "random"}, "strategy": "linear_probe", "tap": "f6"},
+    "space": {"recipe.seed": {"grid": [0, 1]}},
+}
+
+
+class Meeting(Silent):
+    """A trial that meets an error at the first thing that it does."""
+
+    def __init__(self, error: ConvoyError) -> None:
+        self._error = error
+
+    def stage(self, text: str) -> None:
+        raise self._error
+
+    def finish(self, num_epochs: int, top1: float) -> None:
+        raise AssertionError("it does not finish")
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> TrialJob:
+    folder = tmp_path_factory.mktemp("digits")
+    write_digits(folder / "images", 30)
+    store = LocalStore(str(folder / "workspace"))
+    freeze_dataset(store, "digits", str(folder / "images"), splits=SplitOptions(val_fraction=0.3))
+    return TrialJob(
+        workspace=store.root_uri,
+        run_id="run-1",
+        dataset_fingerprint=open_dataset(store, "digits").fingerprint,
+        config=parse_config(TuneConfig, CONFIG, where="test"),
+        share=Concurrency(max_concurrent=1, workers=WorkerOptions(num_workers=1)),
+        weights={},
+    )
+
+
+def journal_of(job: TrialJob) -> TrialJournal:
+    return TrialJournal(RunFolder(LocalStore(job.workspace), job.run_id), job.config)
+
+
+@pytest.mark.parametrize("kind", OBSTACLES)
+def test_a_trial_that_the_place_kept_from_going_on_has_no_record(
+    job: TrialJob, kind: type[ConvoyError]
+) -> None:
+    journal = journal_of(job)
+    point = journal.point(0, {"recipe.seed": 0})
+    with pytest.raises(kind):
+        run_trial(job, lambda history: b"", point, Meeting(kind("it stands in the way")))
+    assert journal.record(point.trial) is None
+
+
+def test_an_error_of_the_trial_is_recorded(job: TrialJob) -> None:
+    journal = journal_of(job)
+    point = journal.point(1, {"recipe.seed": 1})
+    run_trial(job, lambda history: b"", point, Meeting(DataError("no image can be used")))
+    record = journal.record(point.trial)
+    assert record is not None
+    assert (record.state, record.reason) == (TrialState.FAILED, "no image can be used")
