@@ -206,16 +206,6 @@ class TrialJournal:
         return self._folder.key(name)
 
 
-def seconds_spent(records: Sequence[TrialRecord]) -> float:
-    """Seconds in which at least one of the trials ran: what a search has used of its time so far."""
-    spent_s, covered_until_s = 0.0, 0.0
-    for record in sorted(records, key=lambda record: record.started_unix_s):
-        begin_s = max(record.started_unix_s, covered_until_s)
-        spent_s += max(0.0, record.finished_unix_s - begin_s)
-        covered_until_s = max(covered_until_s, record.finished_unix_s)
-    return spent_s
-
-
 def trials_parquet(records: Sequence[TrialRecord]) -> bytes:
     """The trials as a table of plain types, one row each, for notebooks; what was drawn is JSON in `values`."""
     rows = [

@@ -23,8 +23,9 @@ from convoy.pipelines.ensemble_building import EnsembleReport, ReportDrawer, bui
 from convoy.pipelines.ensemble_candidates import Candidate
 from convoy.pipelines.feature_plan import forward_s
 from convoy.pipelines.network_training import CurveDrawer
+from convoy.pipelines.search_time import SearchTimer, seconds_spent
 from convoy.pipelines.train_config import PROBES, TrainConfig
-from convoy.pipelines.trial_journal import TrialCost, TrialJournal, TrialRecord, seconds_spent, trials_parquet
+from convoy.pipelines.trial_journal import TrialCost, TrialJournal, TrialRecord, trials_parquet
 from convoy.pipelines.trials import TrialJob, run_trial
 from convoy.pipelines.tune_config import TuneConfig
 from convoy.pipelines.tune_plan import check_budget, copied_weights, fetch_networks
@@ -181,8 +182,14 @@ class _Search:
         plan = self._plan(share.max_concurrent)
         progress.stage("trials")
         if plan.time_s is None or plan.time_s > 0:
-            trial = partial(run_trial, job, draw_curves)
-            run_search(plan, trial, self._journal, progress.trials, self._lease.check)
+            timer = SearchTimer(self._folder, self._lease.token)
+
+            def check() -> None:
+                self._lease.check()
+                timer.tick()
+
+            run_search(plan, partial(run_trial, job, draw_curves), self._journal, progress.trials, check)
+            timer.keep()
         # Before trials that another driver may be running are given up.
         self._lease.confirm()
         self._forget_ray_tune()
@@ -240,7 +247,7 @@ class _Search:
             scheduler=config.scheduler,
             max_concurrent=max_concurrent,
             max_trials=config.budget.trials,
-            time_s=None if allowed_s is None else allowed_s - seconds_spent(records),
+            time_s=None if allowed_s is None else allowed_s - seconds_spent(self._folder),
             past=tuple(record.past for record in records),
             waiting=tuple(self._journal.waiting(records)),
             storage_uri=self._store.uri(self._folder.key(_RAY_TUNE)),

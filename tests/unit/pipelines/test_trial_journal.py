@@ -12,7 +12,7 @@ import pytest
 from convoy.cluster.search_plan import GivenUp
 from convoy.core.config import parse_config
 from convoy.core.trial_events import TrialState
-from convoy.pipelines.trial_journal import TrialCost, TrialJournal, TrialRecord, seconds_spent, trials_parquet
+from convoy.pipelines.trial_journal import TrialCost, TrialJournal, TrialRecord, trials_parquet
 from convoy.pipelines.tune_config import TuneConfig
 from convoy.storage.local_store import LocalStore
 from convoy.storage.runs import RunFolder
@@ -85,16 +85,6 @@ def test_a_trial_that_was_given_up_says_why_and_how_far_it_was(journal: TrialJou
     assert kept.finished_unix_s - kept.started_unix_s == pytest.approx(30)
     assert kept.past.epochs == ((1, 0.2), (2, 0.4))
     assert kept.status.epoch == 2
-
-
-def test_time_is_counted_once_however_many_trials_ran(journal: TrialJournal) -> None:
-    spans = [(0, 10), (5, 12), (6, 7), (20, 21)]
-    records = [
-        record(journal, index, started_unix_s=start, finished_unix_s=end)
-        for index, (start, end) in enumerate(spans)
-    ]
-    assert seconds_spent(records) == 13
-    assert seconds_spent([]) == 0
 
 
 def test_trials_are_a_table_of_plain_types(journal: TrialJournal) -> None:
