@@ -106,23 +106,26 @@ def freeze_without_val(digits: TuneJob, workspace: str) -> None:
     convoy_json("dataset", str(images), "--name", "digits", "--workspace", workspace, *fractions)
 
 
-def test_asha_stops_a_trial_that_lags_behind(job: TuneJob) -> None:
+def test_asha_stops_a_trial_that_lags_behind_and_the_next_one_has_its_cpus(job: TuneJob) -> None:
     # One after the other: of two at once, the first to reach a rung is not judged there, and either may be first.
     report = job.changed(
         "name=search",
         "base.strategy=from_scratch",
         "base.epochs=4",
-        "space.learning_rate={grid: [0.05, 1.0e-9]}",
+        "base.workers={cpus_per_worker: null}",
+        "space.learning_rate={grid: [0.05, 1.0e-9, 1.0e-8]}",
         "scheduler={kind: asha, reduction_factor: 2}",
         "max_concurrent=1",
     ).run_here()
-    good, lagging = report["trials"]
+    good, *lagging = report["trials"]
     assert good["state"] == "finished"
     assert good["num_epochs"] == 4
-    assert lagging["state"] == "stopped"
-    assert "not among the best" in lagging["reason"]
-    assert lagging["num_epochs"] < 4
-    assert lagging["bundles"] == []
+    assert len(lagging) == 2
+    for trial in lagging:
+        assert trial["state"] == "stopped"
+        assert "not among the best" in trial["reason"]
+        assert trial["num_epochs"] < 4
+        assert trial["bundles"] == []
 
 
 def test_optuna_searches_without_repeating_itself(job: TuneJob) -> None:

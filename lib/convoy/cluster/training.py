@@ -145,10 +145,10 @@ def _trainer(spec: TrainingSpec, plan: WorkerPlan, board: Any) -> Any:
     import ray.train  # noqa: PLC0415
     from ray.train.torch import TorchConfig  # noqa: PLC0415
 
-    from convoy.cluster.torch_trainer import PromptTrainer  # noqa: PLC0415
+    from convoy.cluster.torch_trainer import KeptTrainer  # noqa: PLC0415
 
     logging.getLogger("ray.train").setLevel(logging.ERROR)
-    return PromptTrainer(
+    return KeptTrainer(
         train_worker,
         train_loop_config={
             "spec": spec.model_dump_json(),

@@ -55,6 +55,7 @@ def test_many_short_epochs_do_not_flood_a_log(
 @pytest.fixture
 def screen(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """What a terminal is sent."""
+    monkeypatch.setenv("TERM", "xterm")
     sent = io.StringIO()
 
     def terminal(*, stderr: bool) -> Console:

@@ -69,6 +69,7 @@ def test_a_terminal_shows_the_table_and_a_log_the_lines(
         shown.trials([status("001")])
     assert capsys.readouterr().err.startswith("convoy: trial 001 begins")
 
+    monkeypatch.setenv("TERM", "xterm")
     screen = io.StringIO()
     monkeypatch.setattr(
         progress, "Console", lambda *, stderr: Console(file=screen, force_terminal=True, width=120)
