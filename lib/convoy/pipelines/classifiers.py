@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -74,6 +75,13 @@ class Classifier:
         """Whether the softmax of the logits is a probability; the margins of a linear SVM are none."""
         return self.head is None or self.head.spec.kind is not HeadKind.LINEAR_SVM
 
+    def order_of(self, classes: tuple[str, ...]) -> tuple[int, ...] | None:
+        """For each of its classes, in another order, its place among the logits; None where the order is its own."""
+        if classes == self.classes:
+            return None
+        place_of = {name: place for place, name in enumerate(self.classes)}
+        return tuple(place_of[name] for name in classes)
+
     def logits(self, features_BD: torch.Tensor) -> torch.Tensor:
         """Float32 logits_BK for float32 features."""
         readout = self.readout
@@ -98,7 +106,7 @@ def as_is(
 ) -> Classifier:
     """A pretrained network with its own classes, or with those that `class_map` makes of them by name.
 
-    No parameter is changed. Raises ConfigError for classes that are not those of the network.
+    No parameter is changed. Raises ConfigError for classes that are not those of the network, or not told apart.
     """
     names = classes or backbone.classes
     if names is None:
@@ -112,6 +120,12 @@ def as_is(
             next_step="give one name for each output, in order",
         )
     mapped, groups = _grouped_outputs(names, class_map) if class_map else (tuple(names), None)
+    if repeated := [name for name, times in Counter(mapped).items() if times > 1]:
+        raise ConfigError(
+            f"several outputs of {backbone.arch} have the same class name: {', '.join(repeated[:5])}",
+            where="classes",
+            next_step="give every output a name of its own, or map them to one class with class_map",
+        )
     return Classifier(
         strategy=Strategy.AS_IS,
         backbone=backbone,

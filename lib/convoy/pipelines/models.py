@@ -13,7 +13,7 @@ from convoy.storage.object_store import ObjectStore
 from convoy.storage.stores import open_object
 from convoy.vision.backbone_config import BackboneConfig, WeightSource, weight_source
 
-_RECORD_VERSION = 1
+_RECORD_VERSION = 2
 
 
 def fetch_backbone(store: ObjectStore, config: BackboneConfig) -> BackboneRecord:

@@ -97,8 +97,9 @@ class CachedScorer:
             logits_NK, seen_N = self._logits(member.classifier, rows)
             found_N &= seen_N
             # Members may have the same classes in another order.
-            order = [member.classifier.classes.index(name) for name in committee.classes]
-            one_view = logits_NK[None, None][..., order]
+            if order := member.classifier.order_of(committee.classes):
+                logits_NK = logits_NK[:, order]
+            one_view = logits_NK[None, None]
             values.append(member_values(one_view, [0], committee.averaging, [member.temperature])[0])
         return np.stack(values), found_N
 

@@ -101,8 +101,7 @@ def _score_table(manifest: Manifest, request: PredictionRequest) -> ScoreTable |
 
 
 def _member_spec(request: PredictionRequest, member: CommitteeMember) -> MemberSpec:
-    classifier, classes = member.classifier, request.committee.classes
-    order = tuple(classifier.classes.index(name) for name in classes)
+    classifier = member.classifier
     head_key = None
     if classifier.head is not None:
         if member.bundle is None:
@@ -118,7 +117,7 @@ def _member_spec(request: PredictionRequest, member: CommitteeMember) -> MemberS
         head=None if classifier.head is None else classifier.head.spec,
         head_key=head_key,
         output_groups=classifier.output_groups,
-        class_order=None if order == tuple(range(len(order))) else order,
+        class_order=classifier.order_of(request.committee.classes),
         options=MemberOptions(
             preset=request.preset(member),
             precision=request.precision(member),

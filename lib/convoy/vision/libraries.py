@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -166,7 +167,11 @@ class Timm:
         )
 
     def classes(self, name: str, weights: str) -> tuple[str, ...] | None:
-        """The classes of the ImageNet subset that the number of logits tells."""
+        """The classes of the ImageNet subset that the number of logits tells.
+
+        timm names them by their lemmas, which WordNet gives to several synsets: those are told apart by the synset,
+        such as "crane (n02012849)".
+        """
         import timm.data  # noqa: PLC0415
 
         config = self._pretrained_config(name, weights).to_dict()
@@ -174,7 +179,12 @@ class Timm:
         if subset is None:
             return None
         info = timm.data.ImageNetInfo(subset)
-        return tuple(info.index_to_description(index) for index in range(info.num_classes()))
+        lemmas = info.label_descriptions()
+        times = Counter(lemmas)
+        return tuple(
+            lemma if times[lemma] == 1 else f"{lemma} ({synset})"
+            for lemma, synset in zip(lemmas, info.label_names(), strict=True)
+        )
 
     def _pretrained_config(self, name: str, weights: str) -> Any:
         import timm  # noqa: PLC0415

@@ -232,6 +232,14 @@ def test_classes_of_named_weights_are_in_the_order_of_the_logits() -> None:
     assert pretrained_classes(random_backbone("torchvision:resnet18")) is None
 
 
+def test_classes_that_timm_names_alike_are_told_apart_by_their_synset() -> None:
+    classes = pretrained_classes(BackboneConfig(arch="timm:resnet18"))
+    assert (classes[134], classes[517]) == ("crane (n02012849)", "crane (n03126707)")
+    of_22k = pretrained_classes(BackboneConfig(arch="timm:resnetv2_50x1_bit", weights="goog_in21k"))
+    assert len(set(classes)) == len(classes)
+    assert len(set(of_22k)) == len(of_22k) > 21000
+
+
 def test_every_classifier_of_torchvision_has_a_preset() -> None:
     library = Torchvision()
     for name in library.names():

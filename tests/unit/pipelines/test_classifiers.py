@@ -1,0 +1,41 @@
+"""The classes of a network are told apart by name, and each is the output that it names."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from convoy.core.errors import ConfigError
+from convoy.pipelines.classifiers import as_is
+from convoy.storage.local_store import LocalStore
+from made_bundles import DIGITS, FP32, made_classifier
+
+REPEATED = (*DIGITS[:9], "0")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LocalStore:
+    return LocalStore(str(tmp_path / "workspace"))
+
+
+def test_two_outputs_of_the_same_name_are_refused(store: LocalStore) -> None:
+    backbone = made_classifier(store, 0).backbone
+    with pytest.raises(ConfigError, match="have the same class name: 0"):
+        as_is(backbone, REPEATED, FP32)
+
+
+def test_a_map_may_join_outputs_of_the_same_name(store: LocalStore) -> None:
+    backbone = made_classifier(store, 0).backbone
+    joined = as_is(backbone, REPEATED, FP32, class_map={"0": "round", "1": "straight"})
+    assert joined.classes == ("round", "straight")
+    assert joined.output_groups == ((0, 9), (1,))
+
+
+def test_an_order_is_asked_for_only_where_the_classes_come_in_another_one(store: LocalStore) -> None:
+    classifier = made_classifier(store, 0)
+    assert classifier.order_of(DIGITS) is None
+    assert classifier.order_of(DIGITS[::-1]) == tuple(range(9, -1, -1))
+    # As bundles may have it that were made when names could repeat.
+    assert replace(classifier, classes=REPEATED).order_of(REPEATED) is None
