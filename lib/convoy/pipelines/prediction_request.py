@@ -130,6 +130,8 @@ class PredictionRequest:
             "splits": "all" if self.splits is None else sorted(self.splits),
             "rows": None if self.rows is None else rows_digest(self.rows),
             "committee": committee.digest,
+            # One decode serves all members, and of a pretrained network no digest knows its rule.
+            "decode_rule": committee.members[0].classifier.decode_rule.model_dump(mode="json"),
             "precision": [self.precision(member).value for member in committee.members],
             "crops": self.plan.model_dump(mode="json"),
             "mode": self.mode.value,

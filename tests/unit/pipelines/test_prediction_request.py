@@ -1,0 +1,49 @@
+"""What is asked of a committee says everything that determines the answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from convoy.core.errors import RunMismatch
+from convoy.pipelines.classifiers import classifier_digest
+from convoy.pipelines.committees import single_committee
+from convoy.pipelines.prediction_request import PredictionRequest
+from convoy.storage.datasets import freeze_dataset, open_dataset
+from convoy.storage.local_store import LocalStore
+from convoy.storage.runs import RunRecord, refuse_changed_identity
+from convoy.vision.decode_rule import DecodeRule
+from made_bundles import FP32, made_classifier
+from made_sources import write_files
+
+
+def pretrained_request(store: LocalStore, rule: DecodeRule) -> PredictionRequest:
+    """A pretrained network as it is, which no bundle ties to a decode rule."""
+    extraction = FP32.model_copy(update={"decode": rule})
+    classifier = made_classifier(store, 0, extraction=extraction)
+    committee = single_committee(classifier, name="lenet5", digest=classifier_digest(classifier))
+    return PredictionRequest(committee=committee, dataset="digits", splits=None, extraction=extraction)
+
+
+@pytest.mark.parametrize(
+    ("changed", "field"),
+    [
+        ({"background_rgb": (0, 0, 0)}, "background_rgb"),
+        ({"min_side_px": 8}, "min_side_px"),
+        ({"max_pixels": 10_000}, "max_pixels"),
+        ({"formats": ("PNG",)}, "formats"),
+    ],
+)
+def test_predictions_of_other_pixels_are_another_request(
+    tmp_path: Path, changed: dict[str, object], field: str
+) -> None:
+    store = LocalStore(str(tmp_path / "workspace"))
+    write_files(tmp_path / "images", "0/a.jpg", "1/b.jpg")
+    freeze_dataset(store, "digits", str(tmp_path / "images"))
+    manifest = open_dataset(store, "digits")
+    one = pretrained_request(store, DecodeRule()).identity(manifest)
+    other = pretrained_request(store, DecodeRule.model_validate(changed)).identity(manifest)
+    record = RunRecord.new("r1", verb="score", identity=one, config={}, outputs={}, groups=[])
+    with pytest.raises(RunMismatch, match=f"decode_rule.*{field}"):
+        refuse_changed_identity(record, other)
