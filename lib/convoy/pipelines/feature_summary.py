@@ -14,8 +14,8 @@ class FeatureSummary(StrictModel):
     """What `ensure_features` found and did, in samples; `rows + rejects == samples`.
 
     `sets` maps "<tap>/<view>" to the id of its feature set; `run` is the run that computed rows now, or else the
-    last one that did. `images_per_s` is the steady rate of this call, from the start of its first slice to the
-    end of its last; `first_row_s` is when its first batch was through the network, `seconds` sums over workers.
+    last one that did. `images_per_s` is the steady rate of this call, over the time in which slices were being
+    computed; `first_row_s` is when its first batch was through the network, `seconds` sums over workers.
     """
 
     run: str | None
@@ -61,18 +61,16 @@ def slice_totals(slices: Sequence[SliceRecord]) -> dict[str, Any]:
 
 
 def timings(finished: Sequence[SliceRecord], started_unix_s: float) -> dict[str, Any]:
-    """The fields of a summary that describe the slices that were computed by this call."""
+    """The fields of a summary that describe the slices that were computed by this call, or by all calls of a run."""
     num_samples = sum(record.num_results + record.num_rejects for record in finished)
     seconds: Counter[str] = Counter()
     for record in finished:
         seconds.update(record.seconds)
-    begins = [record.started_unix_s for record in finished]
     first_rows = [record.first_row_unix_s for record in finished if record.first_row_unix_s]
-    steady_s = max((record.finished_unix_s for record in finished), default=0.0) - min(begins, default=0.0)
     return {
         "recomputed": num_samples,
         "seconds": {stage: round(total, 3) for stage, total in seconds.items()},
-        "images_per_s": num_samples / max(steady_s, 1e-9),
+        "images_per_s": num_samples / max(seconds_under_way(finished), 1e-9),
         "first_row_s": min(first_rows) - started_unix_s if first_rows else None,
     }
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from convoy.pipelines.feature_summary import seconds_under_way
+from convoy.pipelines.feature_summary import seconds_under_way, timings
 from convoy.pipelines.forecast import Prices, actual_of, extrapolate, steady_slices
 from convoy.storage.commits import PartFile, RunManifest, SliceRecord
 
@@ -63,6 +63,11 @@ def test_time_in_which_slices_overlap_or_nobody_works_counts_once_or_not_at_all(
     ]
     assert seconds_under_way(slices) == 13
     assert seconds_under_way([]) == 0
+
+
+def test_the_rate_of_a_run_that_was_killed_and_went_on_later_does_not_count_the_pause() -> None:
+    slices = [made_slice("0-0", 0, 10), made_slice("0-1", 5, 20), made_slice("0-2", 3600, 3610)]
+    assert timings(slices, 0.0)["images_per_s"] == 10
 
 
 def test_the_first_slice_of_each_worker_is_not_the_steady_state() -> None:
