@@ -24,6 +24,7 @@ from image_files import (
     png_chunk,
     png_file,
     quadrants,
+    scan_a_channel,
     with_jpeg_frame,
 )
 
@@ -156,12 +157,15 @@ def _damaged() -> Iterator[AwkwardCase]:
     yield _rejected("bad_header_crc.png", bytes(bad_header), RejectCode.CORRUPT)
     quantised = jpeg.index(b"\xff\xdb")
     yield _rejected("no_quantisation.jpg", jpeg[:quantised] + jpeg[quantised + 69 * 2 :], RejectCode.CORRUPT)
-    yield _rejected("unclosed_scan_loop.jpg", _many_scans(), RejectCode.CORRUPT)
+    for name, scanned in (
+        ("progressive.jpg", files["progressive.jpg"]),
+        ("baseline.jpg", scan_a_channel(photo())),
+    ):
+        yield _rejected(f"endless_scans_{name}", _many_scans(scanned), RejectCode.CORRUPT)
 
 
-def _many_scans() -> bytes:
-    """A progressive JPEG whose last scan is repeated a thousand times: little to read, much to do."""
-    jpeg = encode(photo(), "JPEG", progressive=True)
+def _many_scans(jpeg: bytes) -> bytes:
+    """A JPEG whose last scan is repeated a thousand times: little to read, much to do."""
     last_scan = jpeg[jpeg.rindex(b"\xff\xda") : -2]
     return jpeg[:-2] + last_scan * 1000 + jpeg[-2:]
 

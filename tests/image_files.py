@@ -82,3 +82,20 @@ def over(foreground_HWC: np.ndarray, alpha_HW: np.ndarray, background: tuple[int
     """The compositing rule, in real numbers: alpha x foreground + (1 - alpha) x background."""
     alpha = alpha_HW[..., None] / 255
     return np.rint(alpha * foreground_HWC + (1 - alpha) * np.array(background)).astype(np.uint8)
+
+
+def scan_a_channel(ycbcr_HWC: np.ndarray) -> bytes:
+    """A baseline JPEG whose three channels come in scans of their own: those of three grey files, with their tables."""
+    grey = [encode(np.ascontiguousarray(ycbcr_HWC[..., channel]), "JPEG", quality=95) for channel in range(3)]
+    first = grey[0]
+    frame, scan = first.index(b"\xff\xc0"), first.index(b"\xff\xda")
+    # Precision, height and width stay; three components without subsampling take the place of one.
+    size = first[frame + 4 : frame + 9]
+    components = b"".join(bytes([number, 0x11, 0]) for number in (1, 2, 3))
+    head = first[:frame] + b"\xff\xc0" + struct.pack(">H", 17) + size + b"\x03" + components
+    tables = first[frame + 2 + 11 : scan]
+    scans = [
+        b"\xff\xda\x00\x08\x01" + bytes([number, 0, 0, 63, 0]) + one[one.index(b"\xff\xda") + 10 : -2]
+        for number, one in enumerate(grey, start=1)
+    ]
+    return head + tables + b"".join(scans) + b"\xff\xd9"

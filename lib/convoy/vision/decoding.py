@@ -62,9 +62,10 @@ _TURNS: dict[int, tuple[Literal["swap", "keep"], tuple[int, ...]]] = {
     8: ("swap", (1,)),
 }
 
-# Each scan of a progressive JPEG costs time over the whole image, in few bytes; real files have about ten.
+# A scan of a JPEG may cost time over the whole image in a few bytes, and may be repeated; real files have ten or so.
 _MAX_SCANS = 100
-_START_OF_SCAN = b"\xff\xda"
+# The marker and the upper byte of its header's length: the marker alone occurs by chance in what follows an image.
+_START_OF_SCAN = b"\xff\xda\x00"
 _REASON_CHARACTERS = 160
 
 
@@ -161,8 +162,8 @@ def _header_flags(image: ImageFile.ImageFile) -> set[DecodeFlag]:
 
 def _decode_jpeg(image: Image.Image, data: bytes, rule: DecodeRule) -> torch.Tensor:
     """torchvision's decoder gives Pillow's pixels faster; where it fails, Pillow has the last word."""
-    if image.info.get("progressive") and data.count(_START_OF_SCAN) > _MAX_SCANS:
-        raise _reject(RejectCode.CORRUPT, f"a progressive JPEG of more than {_MAX_SCANS} scans")
+    if data.count(_START_OF_SCAN) > _MAX_SCANS:
+        raise _reject(RejectCode.CORRUPT, f"a JPEG of more than {_MAX_SCANS} scans")
     # Imported here because it takes seconds that planning a job need not pay.
     import torchvision.io  # noqa: PLC0415
 

@@ -26,7 +26,7 @@ from convoy.core.records import RejectCode, SampleRejected, Stage
 from convoy.vision.decode_rule import DecodeFlag, DecodeRule
 from convoy.vision.decoding import DecodedImage, decode_image
 from convoy.vision.sniffing import ImageFormat, sniff
-from image_files import encode, photo
+from image_files import encode, photo, scan_a_channel
 
 ROOT = Path(__file__).parents[3]
 REAL_DATA = Path(os.environ.get("CONVOY_TEST_DATA") or ROOT.parent / "shared" / "data")
@@ -169,6 +169,22 @@ def test_jpeg_pixels_are_pillows(mode: str, progressive: bool, size: tuple[int, 
     assert np.array_equal(pixels_HWC(decode_image(jpeg, RULE)), expected)
 
 
+def test_a_baseline_jpeg_may_have_a_scan_for_each_channel() -> None:
+    ycbcr_HWC = np.asarray(Image.fromarray(photo()).convert("YCbCr"))
+    jpeg = scan_a_channel(ycbcr_HWC)
+    assert jpeg.count(b"\xff\xda") == 3
+    difference = pixels_HWC(decode_image(jpeg, RULE)).astype(int) - photo()
+    assert np.abs(difference).mean() < 3
+
+
+def test_markers_that_occur_by_chance_behind_an_image_are_no_scans() -> None:
+    jpeg = encode(photo(), "JPEG", progressive=True)
+    trailer = b"\xff\xda\x5a" * 1000
+    assert np.array_equal(
+        pixels_HWC(decode_image(jpeg + trailer + b"\xff\xd9", RULE)), pixels_HWC(decode_image(jpeg, RULE))
+    )
+
+
 @pytest.mark.parametrize(("archive", "count"), [("cifar10-jpeg.tar.gz", 1500), ("imagenet-250.tar", 60)])
 def test_real_jpegs_decode_to_pillows_upright_pixels(archive: str, count: int) -> None:
     seen = 0
@@ -240,7 +256,7 @@ import pathlib, resource, sys
 from convoy.core.records import SampleRejected
 from convoy.vision.decode_rule import DecodeRule
 from convoy.vision.decoding import decode_image
-from image_files import encode, photo
+from image_files import encode, photo, scan_a_channel
 decode_image(encode(photo(), "JPEG"), DecodeRule())
 decode_image(encode(photo(), "WEBP"), DecodeRule())
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
