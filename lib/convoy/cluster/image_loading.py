@@ -12,6 +12,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from convoy.cluster.decode_window import DecodeWindow
 from convoy.cluster.running_ahead import ahead
 from convoy.cluster.training_spec import TrainingSpec
 from convoy.core.config import StrictModel
@@ -109,10 +110,11 @@ class ImageLoader:
         for group in _grouped(requests, _ROWS_A_READ):
             table = self._rows.take(pa.array(np.concatenate([request.rows_B for request in group])))
             read = self._reader.read(table)
+            window = DecodeWindow(self._decoders, self._reader.window_bytes)
             for request in group:
                 images = self._new_batch(request)
                 decoded = [
-                    self._decoders.submit(self._decode, data, request, slot, images[slot])
+                    window.submit(self._decode, data, request, slot, images[slot])
                     for slot, (_, data) in enumerate(islice(read, len(request.rows_B)))
                 ]
                 yield _Pending(request, images, decoded)

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from torch import Tensor
 
-from convoy.core.batching import batched
+from convoy.cluster.decode_window import DecodeWindow
 from convoy.core.fingerprints import digest_bytes
 from convoy.core.records import Reject, SampleRejected
 from convoy.storage.commits import PartFile, SliceRecord, write_record
@@ -159,24 +159,27 @@ class ImagePreparer(Generic[KeyT]):
     ) -> Iterator[ImageBatch[KeyT]]:
         """Batches whose images are ready, while the next ones are being fetched and decoded.
 
+        Of encoded images no more bytes wait for a decoder than the reader may hold.
         What becomes of each row is noted in `known`. `new_buffers` gives empty batches; they are filled again as
         soon as the next batch is asked for.
         """
         free = [new_buffers() for _ in range(_BATCHES_AHEAD + 1)]
         content_ids = known.rows["content_id"].to_pylist()
+        window = DecodeWindow(self._decoders, self._reader.window_bytes)
         waiting: deque[ImageBatch[KeyT]] = deque()
         retries_before = self._reader.num_retries
-        for rows in batched(self._reader.read(known.rows), batch_size):
-            if not free:
-                batch = waiting.popleft()
-                self._settle(batch, known)
-                yield batch
-                free.append(batch.images)
-            batch = ImageBatch([row for row, _ in rows], free.pop())
-            for place, (row, data) in enumerate(rows):
-                places = {key: buffer[place] for key, buffer in batch.images.items()}
-                batch.prepared.append(self._decoders.submit(self._prepare, data, content_ids[row], places))
-            waiting.append(batch)
+        for row, data in self._reader.read(known.rows):
+            if not waiting or len(waiting[-1].rows) == batch_size:
+                if not free:
+                    batch = waiting.popleft()
+                    self._settle(batch, known)
+                    yield batch
+                    free.append(batch.images)
+                waiting.append(ImageBatch([], free.pop()))
+            batch = waiting[-1]
+            places = {key: buffer[len(batch.rows)] for key, buffer in batch.images.items()}
+            batch.rows.append(row)
+            batch.prepared.append(window.submit(self._prepare, data, content_ids[row], places))
         known.num_retries += self._reader.num_retries - retries_before
         for batch in waiting:
             self._settle(batch, known)

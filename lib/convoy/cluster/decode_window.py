@@ -1,0 +1,46 @@
+"""Encoded images on their way to decode threads, as far as their bytes allow."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from convoy.core.records import SampleRejected
+
+ArgumentsT = ParamSpec("ArgumentsT")
+ResultT = TypeVar("ResultT")
+
+
+class DecodeWindow:
+    """Hands images to decoders, and waits for the oldest ones while more than `max_bytes` would be undecoded.
+
+    A single image may be larger; then it is the only one. For one thread at a time.
+    """
+
+    def __init__(self, decoders: ThreadPoolExecutor, max_bytes: int) -> None:
+        self._decoders = decoders
+        self._max_bytes = max_bytes
+        self._undecoded: deque[tuple[int, Future[Any]]] = deque()
+        self._bytes = 0
+
+    def submit(
+        self,
+        decode: Callable[Concatenate[bytes | SampleRejected, ArgumentsT], ResultT],
+        data: bytes | SampleRejected,
+        *arguments: ArgumentsT.args,
+        **options: ArgumentsT.kwargs,
+    ) -> Future[ResultT]:
+        """What `decode(data, *arguments, **options)` gives in a decode thread."""
+        size_bytes = 0 if isinstance(data, SampleRejected) else len(data)
+        while self._undecoded and (
+            self._undecoded[0][1].done() or self._bytes + size_bytes > self._max_bytes
+        ):
+            oldest_bytes, oldest = self._undecoded.popleft()
+            wait([oldest])
+            self._bytes -= oldest_bytes
+        future = self._decoders.submit(decode, data, *arguments, **options)
+        self._undecoded.append((size_bytes, future))
+        self._bytes += size_bytes
+        return future

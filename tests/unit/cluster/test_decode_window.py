@@ -1,0 +1,55 @@
+"""Encoded images wait for decoders as far as their bytes allow."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+
+import pytest
+
+from convoy.cluster.decode_window import DecodeWindow
+from convoy.core.records import RejectCode, SampleRejected, Stage
+
+
+def test_an_image_waits_until_there_is_room_for_its_bytes() -> None:
+    third_is_asked_for = Event()
+    happened = []
+
+    def decode(data: bytes | SampleRejected, name: str) -> None:
+        third_is_asked_for.wait()
+        # Time for whoever would not wait.
+        time.sleep(0.05)
+        happened.append(f"{name} decoded")
+
+    with ThreadPoolExecutor(1) as decoders:
+        window = DecodeWindow(decoders, max_bytes=250)
+        window.submit(decode, bytes(100), "first")
+        window.submit(decode, bytes(100), "second")
+        third_is_asked_for.set()
+        window.submit(decode, bytes(100), "third")
+        happened.append("third handed over")
+    assert happened.index("first decoded") < happened.index("third handed over")
+
+
+def test_an_image_larger_than_the_window_is_decoded_alone() -> None:
+    with ThreadPoolExecutor(2) as decoders:
+        window = DecodeWindow(decoders, max_bytes=10)
+        decoded = [window.submit(len, bytes(size)) for size in (4, 100, 5, 5)]  # type: ignore[arg-type]
+        assert [future.done() for future in decoded[:2]] == [True, True]
+        assert [future.result() for future in decoded] == [4, 100, 5, 5]
+
+
+def test_a_sample_that_could_not_be_fetched_takes_no_room_and_errors_stay_with_their_image() -> None:
+    def decode(data: bytes | SampleRejected) -> int:
+        if isinstance(data, SampleRejected):
+            raise data
+        return len(data)
+
+    gone = SampleRejected(RejectCode.GONE, Stage.FETCH, "made")
+    with ThreadPoolExecutor(1) as decoders:
+        window = DecodeWindow(decoders, max_bytes=1)
+        lost, found = window.submit(decode, gone), window.submit(decode, b"x")
+        assert found.result() == 1
+        with pytest.raises(SampleRejected):
+            lost.result()
