@@ -12,12 +12,12 @@ from convoy.core.progress import Progress
 from convoy.core.records import Split
 from convoy.core.statistics import Interval, wilson_interval
 from convoy.pipelines.committee_predictions import CommitteeJob, CommitteePredictions
-from convoy.pipelines.committees import CommitteeRecord
+from convoy.pipelines.committees import CommitteeMember, CommitteeRecord
 from convoy.pipelines.evaluation import Evaluation, measure_predictions, require_labels
 from convoy.pipelines.prediction_request import PredictionRequest
 from convoy.storage.commits import RunManifest
 from convoy.storage.manifests import Manifest
-from convoy.storage.member_predictions import read_member_logits
+from convoy.storage.member_predictions import iter_member_parts
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.predictions import paired, read_predicted
 from convoy.vision.committee_options import gate_passes
@@ -109,7 +109,7 @@ def evaluate_committee(
         crops=request.plan.policy,
         averaging=request.committee.averaging,
         mode=request.mode,
-        members=_members(store, request.committee, predictions),
+        members=evaluate_members(store, request.committee, predictions),
         cost=_cost(request, predictions),
         effect=effect,
     )
@@ -129,35 +129,34 @@ def _measured(
     )
 
 
-def _members(
+def evaluate_members(
     store: ObjectStore, committee: CommitteeRecord, predictions: CommitteePredictions
 ) -> list[MemberEvaluation]:
-    """Each member alone, from what was kept of it."""
+    """Each member alone, from what was kept of it, a part at a time."""
     if predictions.keep is MemberOutputs.NONE:
         return []
-    kept = read_member_logits(store, predictions.manifest)
-    found = []
-    for member, logits_VNK in zip(committee.members, kept.logits_MVNK, strict=True):
+    counts = [EvaluationCounts(len(committee.classes)) for _ in committee.members]
+    for part in iter_member_parts(store, predictions.manifest):
         if predictions.keep is MemberOutputs.VIEWS:
-            logits_NK = mean_of_views(logits_VNK, committee.averaging, member.temperature)
+            temperature = committee.members[part.member].temperature
+            logits_NK = mean_of_views(part.logits_VNK, committee.averaging, temperature)
         else:
-            logits_NK = logits_VNK[0]
-        counts = EvaluationCounts(len(committee.classes))
-        counts.add(logits_NK, kept.labels_N)
-        metrics = counts.summary()
-        num_correct = int(counts.confusion_KK.diagonal().sum())
-        found.append(
-            MemberEvaluation(
-                name=member.name,
-                digest=member.digest,
-                weight=member.weight,
-                temperature=member.temperature,
-                top1=metrics.top1,
-                nll=metrics.nll if member.classifier.gives_probabilities else None,
-                top1_interval=wilson_interval(num_correct, metrics.num_rows),
-            )
-        )
-    return found
+            logits_NK = part.logits_VNK[0]
+        counts[part.member].add(logits_NK, part.labels_N)
+    return [_alone(member, count) for member, count in zip(committee.members, counts, strict=True)]
+
+
+def _alone(member: CommitteeMember, counts: EvaluationCounts) -> MemberEvaluation:
+    metrics = counts.summary()
+    return MemberEvaluation(
+        name=member.name,
+        digest=member.digest,
+        weight=member.weight,
+        temperature=member.temperature,
+        top1=metrics.top1,
+        nll=metrics.nll if member.classifier.gives_probabilities else None,
+        top1_interval=wilson_interval(int(counts.confusion_KK.diagonal().sum()), metrics.num_rows),
+    )
 
 
 def _cost(request: PredictionRequest, predictions: CommitteePredictions) -> CommitteeCost:

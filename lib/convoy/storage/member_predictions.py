@@ -5,7 +5,8 @@ From these rows ensembles are chosen, weighted and calibrated without running a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,6 +46,16 @@ class MemberLogits:
     logits_MVNK: NDArray[np.float32]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MemberPart:
+    """One member's predictions for the N samples of a slice; `labels_N` is -1 for unlabelled samples."""
+
+    member: int
+    sample_ids: pa.ChunkedArray
+    labels_N: NDArray[np.int32]
+    logits_VNK: NDArray[np.float32]
+
+
 def member_output(member: int) -> str:
     """The id of the output that holds a member's predictions."""
     return f"member_{member:02d}"
@@ -71,10 +82,10 @@ def write_member_predictions(
     return write_table(store, key, table, {**metadata, **version}, digest.hexdigest())
 
 
-def read_member_logits(
+def iter_member_parts(
     store: ObjectStore, manifest: RunManifest, *, labelled_only: bool = True
-) -> MemberLogits:
-    """All members' predictions of a run, in memory: 4 bytes a member, view, sample and class.
+) -> Iterator[MemberPart]:
+    """A run's predictions slice by slice, and of each slice member by member; parts without rows are left out.
 
     Raises DataError for a run that kept none.
     """
@@ -87,26 +98,41 @@ def read_member_logits(
             where=f"runs/{manifest.run_id}",
             next_step="run it again with --set keep=views",
         )
-    ids: list[str] = []
-    labels: list[NDArray[np.int32]] = []
-    logits: list[list[NDArray[np.float32]]] = [[] for _ in outputs]
     for record in manifest.slices:
-        for place, output in enumerate(outputs):
+        for member, output in enumerate(outputs):
             table = store.open_parquet(record.parts[output].key).read()
             if labelled_only:
                 table = table.filter(pc.is_valid(table["label"]))
-            if not table.num_rows:
-                break
-            logits[place].append(_nested_array(table["logits"]))
-            if not place:
-                ids += table["sample_id"].to_pylist()
-                labels.append(pc.fill_null(table["label"], -1).to_numpy())
+            if table.num_rows:
+                yield MemberPart(
+                    member=member,
+                    sample_ids=table["sample_id"],
+                    labels_N=pc.fill_null(table["label"], -1).to_numpy(),
+                    logits_VNK=_nested_array(table["logits"]).transpose(1, 0, 2),
+                )
+
+
+def read_member_logits(
+    store: ObjectStore, manifest: RunManifest, *, labelled_only: bool = True
+) -> MemberLogits:
+    """All members' predictions of a run, in memory: 4 bytes a member, view, sample and class.
+
+    Raises DataError for a run that kept none.
+    """
+    ids: list[str] = []
+    labels: list[NDArray[np.int32]] = []
+    logits: defaultdict[int, list[NDArray[np.float32]]] = defaultdict(list)
+    for part in iter_member_parts(store, manifest, labelled_only=labelled_only):
+        logits[part.member].append(part.logits_VNK)
+        if part.member == 0:
+            ids += part.sample_ids.to_pylist()
+            labels.append(part.labels_N)
     if not ids:
         raise DataError("the run has no labelled sample with predictions", where=f"runs/{manifest.run_id}")
     return MemberLogits(
         sample_ids=ids,
         labels_N=np.concatenate(labels),
-        logits_MVNK=np.stack([np.concatenate(parts).transpose(1, 0, 2) for parts in logits]),
+        logits_MVNK=np.stack([np.concatenate(parts, axis=1) for _, parts in sorted(logits.items())]),
     )
 
 

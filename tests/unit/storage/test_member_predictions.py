@@ -7,10 +7,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from convoy.core.errors import DataError
+from convoy.core.errors import DataError, StorageError
 from convoy.storage.commits import PartFile, RunManifest, SliceRecord
 from convoy.storage.local_store import LocalStore
-from convoy.storage.member_predictions import member_output, read_member_logits, write_member_predictions
+from convoy.storage.member_predictions import (
+    iter_member_parts,
+    member_output,
+    read_member_logits,
+    write_member_predictions,
+)
 
 NUM_MEMBERS, NUM_VIEWS, NUM_CLASSES = 2, 3, 4
 
@@ -79,6 +84,18 @@ def test_unlabelled_rows_are_read_only_if_asked_for(store: LocalStore) -> None:
     np.testing.assert_array_equal(labelled.logits_MVNK[:, :, 0], logits_MNVK(2, 0)[:, 1])
     every = read_member_logits(store, manifest, labelled_only=False)
     assert every.labels_N.tolist() == [-1, 3, -1, -1, 1]
+
+
+def test_one_part_is_read_at_a_time(store: LocalStore) -> None:
+    manifest = made_manifest(store, {"0-000000": [0, None], "0-000001": [1]})
+    parts = iter_member_parts(store, manifest)
+    first = next(parts)
+    assert (first.member, first.sample_ids.to_pylist(), first.labels_N.tolist()) == (0, ["0-000000/0"], [0])
+    np.testing.assert_array_equal(first.logits_VNK[:, 0], logits_MNVK(2, 0)[0, 0])
+    store.delete([manifest.slices[1].parts[member_output(0)].key])
+    assert next(parts).member == 1
+    with pytest.raises(StorageError):
+        next(parts)
 
 
 def test_a_run_that_kept_nothing_says_how_to_keep_it(store: LocalStore) -> None:

@@ -1,0 +1,102 @@
+"""Members are measured alone, from the parts that a run kept of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from convoy.core.crop_policies import Averaging, MemberOutputs
+from convoy.core.metrics import EvaluationCounts
+from convoy.pipelines.committee_evaluation import evaluate_members
+from convoy.pipelines.committee_predictions import CommitteePredictions
+from convoy.pipelines.committees import CommitteeMember, committee_of
+from convoy.storage.commits import RunManifest, SliceRecord
+from convoy.storage.local_store import LocalStore
+from convoy.storage.member_predictions import member_output, write_member_predictions
+from convoy.vision.ensembling import mean_of_views
+from made_bundles import DIGITS, made_classifier
+
+ROWS_A_SLICE = (5, 3)
+TEMPERATURES = (1.0, 2.5)
+
+
+def made_slice(store: LocalStore, number: int, logits_MNVK: np.ndarray, labels_N: np.ndarray) -> SliceRecord:
+    """A slice whose last sample has no label."""
+    samples = pa.table({"sample_id": [f"{number}/{row}" for row in range(len(labels_N) + 1)]})
+    parts = {
+        member_output(member): write_member_predictions(
+            store,
+            f"{member_output(member)}/{number}.parquet",
+            samples,
+            labels=pa.array([*labels_N.tolist(), None], pa.int32()),
+            logits_NVK=np.concatenate([logits_NVK, logits_NVK[:1]]),
+            metadata={},
+        )
+        for member, logits_NVK in enumerate(logits_MNVK)
+    }
+    return SliceRecord(
+        run_id="r1",
+        slice=f"0-{number:06d}",
+        attempt="a",
+        parts=parts,
+        rejects=None,
+        num_results=samples.num_rows,
+        num_rejects=0,
+        reject_codes={},
+        flags={},
+        seconds={},
+        started_unix_s=0,
+        first_row_unix_s=0,
+        finished_unix_s=0,
+        precision_effect={},
+    )
+
+
+@pytest.mark.parametrize(("keep", "num_views"), [(MemberOutputs.MEMBERS, 1), (MemberOutputs.VIEWS, 2)])
+def test_members_are_measured_over_all_slices_at_their_own_temperature(
+    tmp_path: Path, keep: MemberOutputs, num_views: int
+) -> None:
+    store = LocalStore(str(tmp_path))
+    classifier = made_classifier(store, 0)
+    committee = committee_of(
+        [
+            CommitteeMember(
+                name=f"m{t}", digest="", bundle=None, classifier=classifier, weight=1, temperature=t
+            )
+            for t in TEMPERATURES
+        ]
+    )
+    rng = np.random.default_rng(0)
+    logits = [
+        rng.normal(size=(len(TEMPERATURES), rows, num_views, len(DIGITS))).astype(np.float32)
+        for rows in ROWS_A_SLICE
+    ]
+    labels = [rng.integers(0, len(DIGITS), rows) for rows in ROWS_A_SLICE]
+    slices = [
+        made_slice(store, number, *of_slice)
+        for number, of_slice in enumerate(zip(logits, labels, strict=True))
+    ]
+    found = evaluate_members(
+        store,
+        committee,
+        CommitteePredictions(
+            run_id="r1",
+            keep=keep,
+            manifest=RunManifest(run_id="r1", slices=tuple(slices)),
+            finished=(),
+            images_per_s=None,
+            seconds={},
+            flags={},
+        ),
+    )
+    for one, logits_NVK, temperature in zip(found, np.concatenate(logits, axis=1), TEMPERATURES, strict=True):
+        counts = EvaluationCounts(len(DIGITS))
+        logits_NK = logits_NVK[:, 0]
+        if keep is MemberOutputs.VIEWS:
+            logits_NK = mean_of_views(logits_NVK.transpose(1, 0, 2), Averaging.PROBABILITIES, temperature)
+        counts.add(logits_NK, np.concatenate(labels))
+        assert (one.name, one.top1) == (f"m{temperature}", counts.summary().top1)
+        assert one.nll == pytest.approx(counts.summary().nll)
