@@ -34,7 +34,7 @@ from convoy.vision.presets import CropGeometry
 from convoy.vision.readout import LogitsNetwork
 from convoy.vision.weights import load_weights, read_state_dict, state_below
 
-# Of a GPU's free memory, what the weights of members may take; the rest is for activations.
+# Of an operator's GPU memory, what the weights of members may take; the rest is for activations.
 _SHARE_FOR_WEIGHTS = 0.5
 
 
@@ -53,8 +53,8 @@ class Scorer:
         )
         options = spec.committee
         if options.max_resident_bytes is None and torch.cuda.is_available():
-            free_bytes, _ = torch.cuda.mem_get_info()
-            options = options.model_copy(update={"max_resident_bytes": int(_SHARE_FOR_WEIGHTS * free_bytes)})
+            budget_bytes = weights_budget_bytes(*torch.cuda.mem_get_info(), spec.gpu_share)
+            options = options.model_copy(update={"max_resident_bytes": budget_bytes})
         tap = None if spec.table is None else spec.table.features_tap
         members = [Member(_open_network(self._store, member, tap), member.options) for member in spec.members]
         if spec.is_dense:
@@ -152,6 +152,11 @@ class Scorer:
                 where=f"slice {task.slice}",
                 next_step="store them with --set extraction.dtype=float32; if that fails too, check the weights",
             )
+
+
+def weights_budget_bytes(free_bytes: int, total_bytes: int, gpu_share: float) -> int:
+    """What the weights of members may take on a GPU, of which operators that start together see the same bytes free."""
+    return int(_SHARE_FOR_WEIGHTS * min(free_bytes, gpu_share * total_bytes))
 
 
 def _open_network(store: ObjectStore, spec: MemberSpec, features_tap: str | None) -> LogitsNetwork:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from convoy.core.config import StrictModel
 from convoy.core.crop_policies import MemberOutputs
 from convoy.core.result_columns import ClassOutputs, PartitionBy
@@ -47,7 +49,7 @@ class ScoringSpec(StrictModel):
 
     `class_of_label` gives for each class of the dataset its index among `classes`, null where it is none of them.
     `outputs` maps the id of each output to the prefix of its parts; `metadata` goes into all of their files. Without
-    a `table` the parts are those of evaluations.
+    a `table` the parts are those of evaluations. `gpu_share` is the operator's part of its GPU, where it has one.
     """
 
     workspace: str
@@ -67,3 +69,4 @@ class ScoringSpec(StrictModel):
     metadata: dict[str, str]
     num_decode_threads: int
     num_fetch_threads: int | None
+    gpu_share: float = Field(default=1.0, gt=0, le=1)

@@ -85,6 +85,8 @@ def scoring_spec(
         },
         num_decode_threads=pool.num_threads,
         num_fetch_threads=request.extraction.num_fetch_threads,
+        # Without GPUs in Ray's books nobody shares one.
+        gpu_share=pool.num_gpus or 1.0,
     )
 
 

@@ -63,7 +63,7 @@ class GatedCommittee:
             raise ConfigError(
                 "a gate needs all members on the device together",
                 where="max_resident_bytes",
-                next_step="evaluate in mode exact, or on a device with more memory",
+                next_step="evaluate in mode exact, with fewer extraction.num_workers, or on a device with more memory",
             )
         self._committee = committee
         self._stages = _stages(committee, options)

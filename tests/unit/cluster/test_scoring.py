@@ -12,7 +12,7 @@ import pytest
 
 from cache_jobs import write_digits
 from convoy.cluster.prepared_batches import SliceImages
-from convoy.cluster.scoring import Scorer
+from convoy.cluster.scoring import Scorer, weights_budget_bytes
 from convoy.cluster.scoring_spec import MemberSpec, ScoringSpec
 from convoy.cluster.slices import SliceTask
 from convoy.core.crop_policies import CropPlan, CropPolicy, MemberOutputs
@@ -127,6 +127,13 @@ def test_members_that_take_turns_say_the_same(store: LocalStore, keep: MemberOut
     assert {output: part.rows_digest for output, part in in_turns.parts.items()} == {
         output: part.rows_digest for output, part in together.parts.items()
     }
+
+
+def test_operators_that_share_a_gpu_share_the_room_for_weights() -> None:
+    total_bytes = 80 << 30
+    alone = weights_budget_bytes(total_bytes, total_bytes, 1.0)
+    assert 4 * weights_budget_bytes(total_bytes, total_bytes, 0.25) == alone < total_bytes
+    assert weights_budget_bytes(total_bytes // 8, total_bytes, 0.25) == alone // 8
 
 
 def test_an_image_that_is_lost_between_two_turns_is_a_reject() -> None:
