@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from convoy.vision.engine_options import Precision
 from convoy.vision.presets import EvalPreset
 from convoy.vision.views import normalise
+
+# What one code is compiled for more often than this, Dynamo runs eagerly; its own limit is 8.
+_MOST_COMPILATIONS = 64
 
 
 class NormalisedNetwork(nn.Module):
@@ -33,7 +36,7 @@ class FittingForward:
     from those of whole batches in their last bits.
     """
 
-    def __init__(self, forward: nn.Module) -> None:
+    def __init__(self, forward: Callable[[Tensor], Any]) -> None:
         self._forward = forward
         self._most_rows: int | None = None
 
@@ -88,13 +91,24 @@ def place(network: nn.Module, device: torch.device) -> nn.Module:
     return network.eval().to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
-def _compile(network: nn.Module, device: torch.device) -> nn.Module:
-    """The network compiled for batches of one size; it is compiled when it first runs.
+def _compile(network: nn.Module, device: torch.device) -> Callable[[Tensor], Any]:
+    """The network compiled for batches of one size; it is compiled when it first runs, which must be without gradients.
 
-    On a CPU the weights become constants, so that batch norms fold into the convolutions.
+    On a CPU the weights become constants, a second copy in the layout and precision of its kernels, so that batch
+    norms fold into the convolutions: ResNet-18 in bf16 takes 8 to 11 % less time.
     """
-    freezing: dict[str, Any] = {"freezing": True} if device.type == "cpu" else {}
-    return torch.compile(network, dynamic=False, options=freezing)  # type: ignore[return-value]
+    # The networks of a committee are compilations of one code.
+    torch._dynamo.config.recompile_limit = _MOST_COMPILATIONS
+    compiled: Callable[[Tensor], Any] = torch.compile(network, dynamic=False)
+    if device.type != "cpu":
+        return compiled
+
+    def frozen(images_BCHW: Tensor) -> Any:
+        # Whether weights are constants of a graph Dynamo asks the global setting, and not the options.
+        with torch._inductor.config.patch(freezing=True):
+            return compiled(images_BCHW)
+
+    return frozen
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from convoy.vision.forward import FittingForward
+from convoy.vision.forward import FittingForward, NormalisedNetwork, place
+from convoy.vision.presets import EvalPreset
 from convoy.vision.readout import LogitsAndFeatures
 
 
@@ -63,3 +64,21 @@ def test_parts_are_joined_in_the_form_of_the_output(form: str) -> None:
 def test_a_single_image_that_does_not_fit_is_an_error() -> None:
     with pytest.raises(torch.OutOfMemoryError):
         FittingForward(SmallDevice(room=0))(IMAGES)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_each_of_many_compiled_networks_has_its_own_weights_as_constants() -> None:
+    preset, cpu = EvalPreset(resize_px=None, crop_px=8), torch.device("cpu")
+    images_BCHW = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    for seed in range(10):
+        torch.manual_seed(seed)
+        layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
+        network = place(NormalisedNetwork(layers, preset), cpu)
+        expected = network(images_BCHW)
+        forward = FittingForward.of(network, cpu, compiled=True)
+        assert torch.allclose(forward(images_BCHW), expected, atol=1e-5)
+        # Whatever is computed from the network itself is nothing from now on.
+        for parameter in network.parameters():
+            parameter.zero_()
+        assert torch.allclose(forward(images_BCHW), expected, atol=1e-5)
