@@ -117,7 +117,7 @@ def test_partial_reuse_puts_new_layers_on_early_stages(
     digits: TrainJob, evaluate_elsewhere: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> None:
     reuse = "reuse={after: c1, convs: [{width: 8, stride: 2}], hidden_widths: [16]}"
-    partial = digits.changed("name=reuse", "strategy=partial_reuse", reuse, "freeze_depth=body.c1", PLAIN)
+    partial = digits.changed("name=reuse", "strategy=partial_reuse", reuse, "freeze_depth=body", PLAIN)
     report = partial.run_here()
     assert_training_was_reported(report, num_epochs=2)
     assert report["head"] is None

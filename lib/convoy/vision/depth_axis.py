@@ -46,6 +46,7 @@ def derive_depth_axis(network: nn.Module, *, input_px: int) -> DepthAxis:
             for index, draft in enumerate(drafts)
         ),
         off_axis=tuple(name for name in sizes if name not in trace.first_reads),
+        num_reused=len(drafts) - 1,
     )
 
 

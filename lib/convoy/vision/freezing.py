@@ -18,20 +18,21 @@ _FREEZE_NOTHING_FROM = 1000
 def resolve_freeze_depth(axis: DepthAxis, wanted: int | str, *, images_per_class: float) -> int:
     """The number of leading stages that stay frozen, 0 to len(axis) - 1.
 
-    `wanted` is that number, the name of the last frozen stage, "body" (all but the head), or "auto". Raises
-    ConfigError for a depth that the network does not have, or that leaves nothing to train.
+    `wanted` is that number, the name of the last frozen stage, "body" (all that is reused: all but the head, or but the
+    new layers), or "auto". Raises ConfigError for a depth that the network does not have, or that leaves nothing to
+    train.
     """
     most = len(axis) - 1
     if wanted == AUTO:
-        return automatic_freeze_depth(most, images_per_class)
+        return automatic_freeze_depth(axis.num_reused, images_per_class)
     if wanted == BODY:
-        return most
+        return axis.num_reused
     depth = wanted if isinstance(wanted, int) else resolve_tap(axis, wanted).index + 1
     if not 0 <= depth <= most:
         raise ConfigError(
             f"a freeze depth of {wanted} is impossible: the network has {len(axis)} stages, and one must train",
             where="phases.freeze_depth",
-            next_step=f"choose 0 (nothing frozen) to {most} ({BODY}: only the head trains), or {AUTO}",
+            next_step=f"choose 0 (nothing frozen) to {most} ({BODY}: only what is new trains), or {AUTO}",
         )
     return depth
 

@@ -22,6 +22,9 @@ from convoy.vision.stages import DepthAxis
 from convoy.vision.training_config import Phase, Precision, Recipe
 from convoy.vision.views import normalise
 
+# What mixed targets are divided by where all that was mixed counts nothing.
+_LEAST_WEIGHT = torch.finfo(torch.float32).tiny
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TrainBatch:
@@ -99,17 +102,18 @@ class Learner:
         labels_B = batch.labels_B.to(self.device, non_blocking=True)
         weights_B = batch.weights_B.to(self.device, non_blocking=True)
         soft = None if batch.soft is None else batch.soft.to(self.device)
-        images, targets, soft = self._mixed(images, labels_B, soft)
+        images, targets, weights_B, soft = self._mixed(images, labels_B, weights_B, soft)
         with autocast(self.device, self._recipe.precision):
             logits_BK = self._model(images)
         losses_B = self._losses(logits_BK.float(), targets, soft)
+        loss_sum = (losses_B * weights_B).sum()
         # DistributedDataParallel divides the sum of the workers' gradients by their number.
-        loss = (losses_B * weights_B).sum() * (self._num_workers / num_group_rows)
+        loss = loss_sum * (self._num_workers / num_group_rows)
         torch.autograd.backward(self.scaler.scale(loss))
         with torch.no_grad():
             correct = (logits_BK.argmax(1) == labels_B).sum()
-            rows = torch.tensor(len(labels_B), device=self.device)
-            self.sums_3 += torch.stack([(losses_B * weights_B).sum(), correct, rows])
+            self.sums_3[:2] += torch.stack([loss_sum, correct])
+            self.sums_3[2] += len(labels_B)
 
     def _losses(self, logits_BK: Tensor, targets: Tensor, soft: SoftTargets | None) -> Tensor:
         losses_B = cross_entropy(
@@ -134,19 +138,24 @@ class Learner:
         set_train_mode(self._network, self._axis, self._freeze_depth)
 
     def _mixed(
-        self, images_BCHW: Tensor, labels_B: Tensor, soft: SoftTargets | None
-    ) -> tuple[Tensor, Tensor, SoftTargets | None]:
-        """Images and both kinds of targets, mixed by the same shares."""
+        self, images_BCHW: Tensor, labels_B: Tensor, weights_B: Tensor, soft: SoftTargets | None
+    ) -> tuple[Tensor, Tensor, Tensor, SoftTargets | None]:
+        """Images, both kinds of targets, and weights, mixed by the same shares; a target counts by its own weight."""
         if not self._mixers or len(labels_B) < 2:
-            return images_BCHW, labels_B, soft
+            return images_BCHW, labels_B, weights_B, soft
         mixer = self._mixers[int(torch.randint(len(self._mixers), ()))]
-        targets_BK = one_hot(labels_B, self._num_classes).float()
-        if soft is None:
-            images, targets_BK = mixer(images_BCHW, targets_BK)
-            return images, targets_BK, None
-        images, both = mixer(images_BCHW, torch.cat([targets_BK, soft.probabilities_BK], dim=1))
-        targets_BK, soft_BK = both.split(self._num_classes, dim=1)
-        return images, targets_BK, soft.with_probabilities(soft_BK)
+        targets = [one_hot(labels_B, self._num_classes).float()]
+        if soft is not None:
+            targets.append(soft.probabilities_BK)
+        weights_B1 = weights_B[:, None]
+        images, mixed = mixer(
+            images_BCHW, torch.cat([*(one * weights_B1 for one in targets), weights_B1], dim=1)
+        )
+        *mixed_targets, weights_B1 = mixed.split([self._num_classes] * len(targets) + [1], dim=1)
+        targets_BK, *soft_BK = (one / weights_B1.clamp_min(_LEAST_WEIGHT) for one in mixed_targets)
+        if soft is not None:
+            soft = soft.with_probabilities(soft_BK[0])
+        return images, targets_BK, weights_B1[:, 0], soft
 
     def _without_sync(self, is_wanted: bool) -> AbstractContextManager[Any]:
         """Gradients are exchanged once an update, with the last pass."""
@@ -173,7 +182,7 @@ def validation_sums(
         logits_BK = network(images_BCHW).float()
     nll = cross_entropy(logits_BK, labels_B, reduction="sum").double()
     correct = (logits_BK.argmax(1) == labels_B).sum()
-    return torch.stack([nll, correct, torch.tensor(len(labels_B), device=device)]).double()
+    return torch.stack([nll, correct, torch.full_like(nll, len(labels_B))])
 
 
 def with_group_batchnorm(network: nn.Module) -> nn.Module:

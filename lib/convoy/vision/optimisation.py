@@ -28,7 +28,7 @@ def build_optimiser(
     parameters = dict(network.named_parameters())
     groups = []
     for stage in axis:
-        rate = phase.learning_rate * stage_rate(phase, stage.index, len(axis))
+        rate = phase.learning_rate * stage_rate(phase, stage.index, axis.num_reused)
         trainable = [parameters[name] for name in stage.parameter_names if parameters[name].requires_grad]
         for members, decay in (
             ([one for one in trainable if one.ndim > 1], optimiser.weight_decay),
@@ -41,11 +41,11 @@ def build_optimiser(
     return torch.optim.SGD(groups, momentum=optimiser.momentum, nesterov=optimiser.momentum > 0)
 
 
-def stage_rate(phase: Phase, index: int, num_stages: int) -> float:
-    """The rate of a stage as a share of the head's: layer-wise decay (Howard and Ruder 2018, arXiv:1801.06146)."""
-    if index == num_stages - 1:
+def stage_rate(phase: Phase, index: int, num_reused: int) -> float:
+    """The rate of a stage as a share of that of new ones, with layer-wise decay (arXiv:1801.06146)."""
+    if index >= num_reused:
         return 1.0
-    return phase.body_rate * phase.layer_decay ** (num_stages - 1 - index)
+    return phase.body_rate * phase.layer_decay ** (num_reused - index)
 
 
 def set_rate(optimiser: torch.optim.Optimizer, factor: float) -> None:

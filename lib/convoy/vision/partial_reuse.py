@@ -39,7 +39,9 @@ class PartialReuseNetwork(nn.Module):
         self.convs = nn.Sequential(*_conv_blocks(last.channels, layers))
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.mlp = nn.Sequential(*_mlp(_width(layers, last), layers, num_classes))
-        self.axis = DepthAxis(stages=tuple(self._stages(axis, last, layers)), off_axis=())
+        self.axis = DepthAxis(
+            stages=tuple(self._stages(axis, last, layers)), off_axis=(), num_reused=last.index + 1
+        )
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """The logits_BK of normalised images."""

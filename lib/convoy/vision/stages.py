@@ -59,10 +59,13 @@ class DepthAxis:
     """The stages of a network, stem = 0 to logits; every parameter that runs in eval mode is in exactly one.
 
     `off_axis` names the parameters that do not run in eval mode, such as those of auxiliary classifiers.
+    `num_reused` leading stages keep what they have learnt when the network is put to another task; those behind them,
+    the head or more, begin anew.
     """
 
     stages: tuple[Stage, ...]
     off_axis: tuple[str, ...]
+    num_reused: int
 
     def __len__(self) -> int:
         return len(self.stages)

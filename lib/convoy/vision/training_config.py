@@ -111,9 +111,10 @@ class Phase(StrictModel):
     """Some epochs with one set of trainable stages.
 
     `freeze_depth`: how many leading stages stay frozen: a number (0: everything trains), the name of the last
-    frozen stage, "body" (only the head trains), or "auto" by the number of images a class. `learning_rate` is
-    the head's; the body has `body_rate` times that, and with `layer_decay` each stage below the last has
-    `layer_decay` times the rate of the stage above it. `resolution_px` trains on smaller or larger images.
+    frozen stage, "body" (only the head trains, or the new layers), or "auto" by the number of images a class.
+    `learning_rate` is the head's and that of new layers; the body has `body_rate` times that, and with `layer_decay`
+    each of its stages has `layer_decay` times the rate of the stage above it. `resolution_px` trains on smaller or
+    larger images.
     """
 
     name: str = Field(pattern=r"^[a-z0-9_]+$")
@@ -156,9 +157,14 @@ class Recipe(StrictModel):
     seed: NonNegativeInt = 0
 
     @model_validator(mode="after")
-    def _soup_has_ingredients(self) -> Recipe:
+    def _averages_have_epochs(self) -> Recipe:
         if self.averaging is Averaging.SOUP and self.average_epochs < 2:
             raise ValueError("a soup needs average_epochs of 2 or more")
+        if self.averaging is Averaging.SWA and self.patience_epochs is not None:
+            raise ValueError(
+                "swa averages the last of all epochs, which patience_epochs may cut off:"
+                " leave that out, or choose averaging: best, soup or ema"
+            )
         return self
 
 

@@ -6,6 +6,8 @@ of (seed, content, view). Pixels stay uint8 until `normalise`: a quarter of the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from convoy.core.errors import ConfigError
@@ -47,7 +49,11 @@ def normalise(images_BCHW: torch.Tensor, preset: EvalPreset) -> torch.Tensor:
 
     Runs where the images are, keeps their memory format, and compiles without a graph break.
     """
-    shape_C11 = (3, 1, 1)
-    mean_C11 = torch.tensor(preset.mean, device=images_BCHW.device).view(shape_C11)
-    std_C11 = torch.tensor(preset.std, device=images_BCHW.device).view(shape_C11)
+    mean_C11 = _per_channel(preset.mean, images_BCHW.device)
+    std_C11 = _per_channel(preset.std, images_BCHW.device)
     return images_BCHW.to(torch.float32).div_(255).sub_(mean_C11).div_(std_C11)
+
+
+def _per_channel(values_C: Sequence[float], device: torch.device) -> torch.Tensor:
+    # Filled there: a copy of numbers from here would wait for everything that a GPU still has to do.
+    return torch.stack([torch.full((1, 1), value, device=device) for value in values_C])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -177,6 +178,32 @@ def test_mixing_repeats_with_the_step_and_differs_with_another(mixing: dict[str,
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
     assert not same(found[0], found[2])
     assert not same(found[0], found[3])
+
+
+@pytest.mark.parametrize("mixing", [{"mixup_alpha": 0.8}, {"cutmix_alpha": 1.0}])
+def test_the_label_of_an_image_that_counts_nothing_teaches_nothing_through_the_one_it_is_mixed_with(
+    mixing: dict[str, float],
+) -> None:
+    recipe = PLAIN.model_copy(update={**mixing, "label_smoothing": 0.1})
+    batch = whole_batch(2)
+    weights_B, found = torch.tensor([1.0, 0.0]), []
+    for label in (0, 1, 2):
+        network = build()
+        labels_B = torch.tensor([int(batch.labels_B[0]), label])
+        changed = replace(batch, labels_B=labels_B, weights_B=weights_B)
+        found.append(step_gradients(learner(network, recipe), network, [changed]))
+    assert any(gradient.any() for gradient in found[0].values())
+    assert all(torch.equal(found[0][name], other[name]) for other in found[1:] for name in other)
+
+
+def test_a_mixed_image_counts_as_much_as_its_parts_do() -> None:
+    recipe = PLAIN.model_copy(update={"mixup_alpha": 0.8})
+    ones, threes = (build() for _ in range(2))
+    batch = whole_batch()
+    heavy = replace(batch, weights_B=batch.weights_B * 3)
+    once = step_gradients(learner(ones, recipe), ones, [batch])
+    found = step_gradients(learner(threes, recipe), threes, [heavy])
+    assert same({name: 3 * one for name, one in once.items()}, found)
 
 
 def test_a_single_image_is_not_mixed() -> None:

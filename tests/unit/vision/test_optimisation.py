@@ -79,7 +79,7 @@ def test_rates_fall_with_the_depth_below_the_head(resnet: tuple[nn.Module, Depth
 
 def test_without_decay_the_body_has_one_rate() -> None:
     flat = phase(body_rate=0.25)
-    assert [stage_rate(flat, index, 4) for index in range(4)] == [0.25, 0.25, 0.25, 1.0]
+    assert [stage_rate(flat, index, 3) for index in range(4)] == [0.25, 0.25, 0.25, 1.0]
 
 
 def test_the_factor_scales_every_group(resnet: tuple[nn.Module, DepthAxis]) -> None:

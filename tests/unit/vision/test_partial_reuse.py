@@ -12,10 +12,13 @@ from convoy.core.errors import ConfigError
 from convoy.vision.backbone_config import BackboneConfig, NewLayers
 from convoy.vision.backbones import build_network, depth_axis
 from convoy.vision.depth_axis import count_macs
-from convoy.vision.freezing import freeze, set_train_mode
+from convoy.vision.freezing import automatic_freeze_depth, freeze, resolve_freeze_depth, set_train_mode
+from convoy.vision.optimisation import build_optimiser
 from convoy.vision.partial_reuse import PartialReuseNetwork
+from convoy.vision.recipes import reuse_phases
 from convoy.vision.stages import DepthAxis, StageKind, TapSide
 from convoy.vision.tapping import TappedNetwork
+from convoy.vision.training_config import AUTO, BODY, Optimiser
 from convoy.vision.weights import load_weights, read_state_dict, state_to_safetensors
 
 NUM_CLASSES = 4
@@ -272,3 +275,25 @@ def test_compiled_it_gives_the_same_logits() -> None:
     with torch.no_grad():
         compiled = torch.compile(network, backend="eager", fullgraph=True)
         assert torch.allclose(compiled(images_BCHW), network(images_BCHW), atol=1e-6)
+
+
+@pytest.mark.parametrize("images_per_class", [5, 91, 5000])
+def test_auto_and_body_freeze_no_new_layer(images_per_class: float) -> None:
+    config = reuse_config("torchvision:resnet18", "layer2")
+    axis = depth_axis(config, build_network(config))
+    assert axis[axis.num_reused - 1].name.startswith("body.")
+    assert axis[axis.num_reused].name == "convs.0"
+    assert resolve_freeze_depth(axis, BODY, images_per_class=images_per_class) == axis.num_reused
+    automatic = resolve_freeze_depth(axis, AUTO, images_per_class=images_per_class)
+    assert automatic == automatic_freeze_depth(axis.num_reused, images_per_class)
+
+
+def test_new_layers_train_at_the_full_rate_and_reused_ones_at_their_share() -> None:
+    config = reuse_config("torchvision:resnet18", "layer2")
+    network = build_network(config)
+    (phase,) = reuse_phases(4, 0)
+    optimiser = build_optimiser(network, depth_axis(config, network), phase, Optimiser())
+    rates = {id(parameter): group["lr"] for group in optimiser.param_groups for parameter in group["params"]}
+    for name, parameter in network.named_parameters():
+        share = phase.body_rate if name.startswith("body.") else 1.0
+        assert rates[id(parameter)] == pytest.approx(phase.learning_rate * share), name

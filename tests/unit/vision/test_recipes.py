@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import ValidationError
 
 from convoy.vision.recipes import fine_tuning_phases, paper_recipe, reuse_phases, transfer_recipe
 from convoy.vision.training_config import (
@@ -97,6 +98,12 @@ def test_fine_tuning_begins_with_the_head_and_goes_on_slowly() -> None:
     assert (body.body_rate, body.layer_decay) == (0.1, 0.95)
     assert head.name != body.name
     assert transfer_recipe().optimiser.kind is OptimiserKind.SGD
+
+
+def test_swa_is_refused_where_patience_may_end_the_training_before_its_epochs() -> None:
+    with pytest.raises(ValidationError, match="patience_epochs may cut off"):
+        Recipe(averaging=Averaging.SWA, patience_epochs=3)
+    assert Recipe(averaging=Averaging.SOUP, patience_epochs=3).patience_epochs == 3
 
 
 def test_reuse_trains_in_one_phase() -> None:
