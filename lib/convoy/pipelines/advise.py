@@ -70,7 +70,7 @@ def run_advise(
         report = work.advise(records)
         store.put(pointer, canonical_json({"run_id": folder.run_id}))
         finish(folder, report.model_dump(mode="json"))
-        open_run.close()
+        open_run.close(folder)
     return report
 
 

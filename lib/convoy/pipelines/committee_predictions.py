@@ -116,7 +116,7 @@ class CommitteeJob:
             # Before the marker, without which it does not count: a run that is killed behind that is found again.
             self._store.put(self._pointer(request), canonical_json({"run_id": folder.run_id}))
             finish(folder, describe(found))
-            open_run.close()
+            open_run.close(folder)
         return found
 
     def discard(self, found: CommitteePredictions) -> None:

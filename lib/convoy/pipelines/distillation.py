@@ -7,7 +7,8 @@ which every training of the same rows shares. The student sees the image augment
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
@@ -43,6 +44,14 @@ class TaughtRows:
     teacher_logits_NK: NDArray[np.float16] | None = None
     reject_codes: dict[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def weighted_by_class(self, weights_K: Sequence[float]) -> TaughtRows:
+        """The same rows, each counting by the weight of its class beside its own."""
+        rows = self.rows.combine_chunks()
+        weights_N = rows["weight"].to_numpy() * np.asarray(weights_K, np.float32)[rows["label"].to_numpy()]
+        place = rows.schema.get_field_index("weight")
+        column = rows.schema.field(place)
+        return replace(self, rows=rows.set_column(place, column, pa.array(weights_N, column.type)))
 
 
 def with_pinned_teacher(store: ObjectStore, manifest: Manifest, config: TrainConfig) -> TrainConfig:

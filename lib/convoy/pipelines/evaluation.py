@@ -108,7 +108,7 @@ def evaluate_classifier(
         cache_run=summary.run,
     )
     finish(folder, evaluation.model_dump(mode="json"))
-    open_run.close()
+    open_run.close(folder)
     return evaluation
 
 

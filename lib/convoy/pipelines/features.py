@@ -131,7 +131,7 @@ class FeatureJob:
             manifest = publish(folder, record, read_records(folder))
             summary = self._summary(record, manifest.slices, finished, started_unix_s)
             finish(folder, summary.model_dump(mode="json"))
-            self._open_run.close()
+            self._open_run.close(folder)
         return summary
 
     def plan(self) -> FeaturePlan:
@@ -170,7 +170,7 @@ class FeatureJob:
         num_missing = sum(rows.num_rows for _, rows in self._missing(known, _COUNTED))
         if not num_missing:
             if folder is not None:
-                self._open_run.close()
+                self._open_run.close(folder)
             return None
         return folder or self._open_run.start(), _Lacking(known, num_missing)
 

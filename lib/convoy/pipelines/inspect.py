@@ -111,7 +111,7 @@ class _Inspection:
                 report = self._report(folder, found, draw_map)
                 self._store.put(self._pointer, canonical_json({"run_id": folder.run_id}))
                 finish(folder, report.model_dump(mode="json"))
-                open_run.close()
+                open_run.close(folder)
         return report
 
     def _draw(self, folder: RunFolder, record: RunRecord, lease: RunLease) -> None:

@@ -58,10 +58,8 @@ def plan_network(
     )
     batch_size = group_batch_size(recipe, num_workers)
     if phases is None:
-        phases = _paper_phases(config, batch_size)
-        factor = 1.0  # scaled to the group's batch already
-    else:
-        factor = rate_factor(recipe, num_workers)
+        phases = _paper_phases(config, recipe.batch_size)
+    factor = rate_factor(recipe, num_workers)
     _check_batch(batch_size, sum(counts), num_workers)
     images_per_class = statistics.median(counts)
     resolved = tuple(

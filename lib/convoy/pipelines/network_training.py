@@ -25,7 +25,7 @@ from convoy.pipelines.distillation import TaughtRows, taught_rows
 from convoy.pipelines.network_plan import trained_backbone_config
 from convoy.pipelines.network_setup import TrainingSetup, set_up_training
 from convoy.pipelines.train_config import TrainConfig
-from convoy.pipelines.training_rows import count_classes, validation_rows
+from convoy.pipelines.training_rows import class_weights, count_classes, validation_rows
 from convoy.storage.commits import finish
 from convoy.storage.documents import read_json
 from convoy.storage.leases import RunLease, WhenHeld, hold_run
@@ -158,7 +158,7 @@ class NetworkTraining:
             self._store.put(self.folder.key("history.json"), history)
             self._store.put(self.folder.key("learning_curves.png"), draw_curves(network.history))
         finish(self.folder, report)
-        self._run.open_run.close()
+        self._run.open_run.close(self.folder)
 
     def tell(self, event: TrainingEvent) -> None:
         """Pass on how far the training is; LeaseLost or RunCancelled if the run is not this driver's any more."""
@@ -261,7 +261,7 @@ class NetworkTraining:
             augmentation=setup.augmentation,
             recipe=setup.plan.recipe,
             phases=setup.plan.phases,
-            class_weights=_class_weights(settings["class_counts"]) if balance is Balance.WEIGHTS else None,
+            class_weights=class_weights(settings["class_counts"]) if balance is Balance.WEIGHTS else None,
             balanced_sampling=balance is Balance.SAMPLING,
             train=settings["train"],
             val=settings["val"],
@@ -285,9 +285,3 @@ def _check_precision(config: TrainConfig, workers: WorkerPlan) -> None:
             where="recipe.precision",
             next_step="take bf16 or fp32, or auto for what is best here",
         )
-
-
-def _class_weights(counts: Sequence[int]) -> tuple[float, ...]:
-    """Inverse to the images of each class, with a mean of 1 over the images, as in scikit-learn."""
-    total = sum(counts)
-    return tuple(total / (len(counts) * count) for count in counts)

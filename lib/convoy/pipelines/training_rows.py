@@ -157,3 +157,9 @@ def count_classes(rows: pa.Table, classes: Sequence[str]) -> list[int]:
             next_step="add images of them, or freeze the dataset without these classes",
         )
     return [int(count) for count in counts]
+
+
+def class_weights(counts: Sequence[int]) -> tuple[float, ...]:
+    """One weight a class, inverse to its images, with a mean of 1 over the images, as in scikit-learn."""
+    total = sum(counts)
+    return tuple(total / (len(counts) * count) for count in counts)

@@ -128,7 +128,7 @@ def run_tune(
             notes=search.notes,
         )
         search.finish(report, draw, records)
-        open_run.close()
+        open_run.close(folder)
     return report
 
 

@@ -200,7 +200,7 @@ class OpenRun:
         """
         folder = self.current()
         if folder is not None and (new_run or folder.is_finished()):
-            self.close()
+            self.close(folder)
             folder = None
         record = folder.record() if folder else None
         if record is not None:
@@ -221,9 +221,11 @@ class OpenRun:
         crash_point(CrashPoint.RUN_OPENED)
         return self._folder(run_id)
 
-    def close(self) -> None:
-        """Forget the pointer; the run's files stay."""
-        self._store.delete([self._key])
+    def close(self, folder: RunFolder) -> None:
+        """Forget the pointer to a run, unless it names another one by now; the run's files stay."""
+        current = self.current()
+        if current is not None and current.run_id == folder.run_id:
+            self._store.delete([self._key])
         crash_point(CrashPoint.RUN_CLOSED)
 
     def _folder(self, run_id: str) -> RunFolder:

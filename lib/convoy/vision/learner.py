@@ -194,12 +194,6 @@ def with_group_batchnorm(network: nn.Module) -> nn.Module:
     return converted
 
 
-def balanced_class_weights(counts_K: Sequence[int]) -> Tensor:
-    """One weight a class, inverse to its images, with a mean of 1 over the images (as in scikit-learn)."""
-    counts = torch.tensor(counts_K, dtype=torch.float64)
-    return (counts.sum() / (len(counts_K) * counts)).float()
-
-
 def _mixers(recipe: Recipe) -> list[nn.Module]:
     mixers: list[nn.Module] = []
     if recipe.mixup_alpha:

@@ -78,7 +78,7 @@ def do_rest(folder: RunFolder, record: RunRecord, *, attempt: str = "a0") -> lis
 def finished(store: ObjectStore, target: str = "t") -> tuple[RunFolder, RunRecord]:
     pointer, folder, record = opened(store, target)
     assert do_rest(folder, record) == SLICES
-    pointer.close()
+    pointer.close(folder)
     return folder, record
 
 
@@ -366,7 +366,7 @@ def test_a_damaged_slice_and_no_other_is_computed_again(
     assert resumed is not None
     assert found is not None
     assert do_rest(resumed, found, attempt="a1") == [SLICES[1]]
-    pointer.close()
+    pointer.close(resumed)
     again = verify_run(store, folder.run_id)
     assert again.ok, again.problems
     assert again.rows_digest == clean.rows_digest
@@ -473,7 +473,7 @@ def test_runs_left_behind_go_when_they_are_old(store: LocalStore) -> None:
     record = left_behind(store, OLD).record()
     assert record is not None
     pointer, young, _ = opened(store)
-    pointer.close()
+    pointer.close(young)
     report = gc(store)
     # Their records say that both are of today.
     assert report.garbage == []

@@ -7,12 +7,20 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from sklearn.utils.class_weight import compute_class_weight
 
 from convoy.core.config import parse_config
 from convoy.core.errors import ConfigError, DataError
 from convoy.core.records import Split
 from convoy.pipelines.folds import join_folds
-from convoy.pipelines.training_rows import Fold, RowLimit, fold_rows, read_split, validation_rows
+from convoy.pipelines.training_rows import (
+    Fold,
+    RowLimit,
+    class_weights,
+    fold_rows,
+    read_split,
+    validation_rows,
+)
 from convoy.storage.local_store import LocalStore
 from convoy.storage.manifests import (
     MANIFEST_SCHEMA,
@@ -203,3 +211,9 @@ def test_rows_that_are_missing_or_double_are_refused(
 ) -> None:
     with pytest.raises(DataError, match=message):
         join_folds(["s0", "s1", "s2"], [logits_of(*names)] if names else [], rejected)
+
+
+def test_class_weights_are_those_of_scikit_learn() -> None:
+    labels_N = np.repeat([0, 1, 2], [50, 7, 13])
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=labels_N)
+    assert class_weights([50, 7, 13]) == pytest.approx(expected, rel=1e-6)

@@ -152,6 +152,19 @@ def test_unfinished_run_is_found_again_and_a_finished_one_is_not(store: LocalSto
     assert pointer.current() is None
 
 
+def test_a_run_that_ends_leaves_the_pointer_to_a_newer_one_where_it_is(store: LocalStore) -> None:
+    first, second = (OpenRun(store, verb="cache", target="t") for _ in range(2))
+    left_behind = first.start()
+    assert second.resume({}, new_run=True) == (None, None)
+    newer = second.start()
+    first.close(left_behind)
+    current = first.current()
+    assert current is not None
+    assert current.run_id == newer.run_id
+    second.close(newer)
+    assert first.current() is None
+
+
 def test_second_process_joins_the_run_that_the_first_opened(store: LocalStore) -> None:
     pointer = OpenRun(store, verb="cache", target="t")
     assert pointer.start().run_id == pointer.start().run_id

@@ -4,10 +4,8 @@ import copy
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -18,7 +16,6 @@ from convoy.vision.freezing import freeze
 from convoy.vision.learner import (
     Learner,
     TrainBatch,
-    balanced_class_weights,
     validation_sums,
     with_group_batchnorm,
 )
@@ -313,9 +310,3 @@ def test_batchnorm_over_a_group_keeps_weights_and_activations() -> None:
     # In eval mode it runs without a group.
     with torch.no_grad():
         assert torch.equal(converted.eval()(images_BCHW), network.eval()(images_BCHW))
-
-
-def test_class_weights_are_those_of_scikit_learn() -> None:
-    labels_N = np.repeat([0, 1, 2], [50, 7, 13])
-    expected = compute_class_weight("balanced", classes=np.arange(3), y=labels_N)
-    assert balanced_class_weights([50, 7, 13]).numpy() == pytest.approx(expected, rel=1e-6)
