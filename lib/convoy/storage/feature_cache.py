@@ -7,8 +7,9 @@ more images, recomputes nothing that is there.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,23 +97,38 @@ class FeatureCache:
         tables = list(self._read_parts(rejects, None))
         return pa.concat_tables(tables) if tables else pa.table({})
 
-    def iter_parts(self, set_id: str, columns: Sequence[str]) -> Iterator[pa.Table]:
-        """The committed parts of a set, one table each, in a fixed order, read ahead by threads."""
+    def iter_parts(
+        self, set_id: str, columns: Sequence[str], *, having: np.ndarray | None = None
+    ) -> Iterator[pa.Table]:
+        """The committed parts of a set, one table each, in a fixed order, read ahead by threads.
+
+        With `having`, sorted content ids, only parts that hold one of them; of the others nothing but ids is read.
+        """
         parts = [part for commit in read_commits(self._store, set_id) for part in commit.parts]
-        return self._read_parts(parts, columns)
+        return self._read_parts(parts, columns, having)
 
-    def _read_parts(self, parts: Sequence[PartFile], columns: Sequence[str] | None) -> Iterator[pa.Table]:
+    def _read_parts(
+        self, parts: Sequence[PartFile], columns: Sequence[str] | None, having: np.ndarray | None = None
+    ) -> Iterator[pa.Table]:
         with ThreadPoolExecutor(_READ_THREADS) as pool:
-            pending = []
+            pending: deque[Future[pa.Table | None]] = deque()
             for part in parts:
-                pending.append(pool.submit(self._read_part, part.key, columns))
-                if len(pending) > _READ_THREADS:
-                    yield pending.pop(0).result()
+                pending.append(pool.submit(self._read_part, part.key, columns, having))
+                if len(pending) > _READ_THREADS and (table := pending.popleft().result()) is not None:
+                    yield table
             for future in pending:
-                yield future.result()
+                if (table := future.result()) is not None:
+                    yield table
 
-    def _read_part(self, key: str, columns: Sequence[str] | None) -> pa.Table:
-        return self._store.open_parquet(key).read(columns=columns)
+    def _read_part(
+        self, key: str, columns: Sequence[str] | None, having: np.ndarray | None
+    ) -> pa.Table | None:
+        parquet = self._store.open_parquet(key)
+        if having is not None:
+            ids = content_id_array(parquet.read(columns=["content_id"])["content_id"])
+            if np.array_equal(np.searchsorted(having, ids, "left"), np.searchsorted(having, ids, "right")):
+                return None
+        return parquet.read(columns=columns)
 
     def _collect_ids(self, parts: Sequence[PartFile], columns: Sequence[str]) -> np.ndarray:
         """The sorted ids of some parts, in 16 bytes a row: filled part by part, sorted in place."""

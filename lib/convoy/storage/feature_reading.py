@@ -40,7 +40,7 @@ def iter_wanted(cache: FeatureCache, set_id: str, content_ids: np.ndarray) -> It
     order = np.argsort(content_ids, kind="stable")
     sorted_ids = content_ids[order]
     served = np.zeros(len(content_ids), dtype=bool)
-    for table in cache.iter_parts(set_id, ["content_id", "features"]):
+    for table in cache.iter_parts(set_id, ["content_id", "features"], having=sorted_ids):
         part_ids = content_id_array(table["content_id"])
         first = np.searchsorted(sorted_ids, part_ids, "left")
         count = np.searchsorted(sorted_ids, part_ids, "right") - first

@@ -220,15 +220,24 @@ def iter_sorted(samples: pa.Table) -> Iterator[pa.Table]:
 
     Raises DataError for a sample_id that occurs twice.
     """
-    samples = samples.combine_chunks()
+    schema = samples.schema
+    samples = with_long_columns(samples)
     order = pc.sort_indices(samples["sample_id"])
     last_id: Any = None
     for start in range(0, len(order), ROWS_PER_GROUP):
-        group = samples.take(order.slice(start, ROWS_PER_GROUP))
+        group = samples.take(order.slice(start, ROWS_PER_GROUP)).cast(schema)
         ids = group["sample_id"].combine_chunks()
         _refuse_equal_neighbours(pa.concat_arrays([pa.array([last_id], pa.string()), ids]))
         last_id = ids[-1].as_py()
         yield group
+
+
+def with_long_columns(rows: pa.Table) -> pa.Table:
+    """The rows in one chunk, whose texts may take more than the 2 GiB that offsets of 32 bits address."""
+    fields = [
+        one.with_type(pa.large_string()) if pa.types.is_string(one.type) else one for one in rows.schema
+    ]
+    return rows.cast(pa.schema(fields, rows.schema.metadata)).combine_chunks()
 
 
 def _refuse_equal_neighbours(ids: pa.Array) -> None:

@@ -59,6 +59,15 @@ def test_features_come_back_aligned_with_the_rows_that_want_them(store: LocalSto
         np.testing.assert_array_equal(features, feature_of(wanted[row]))
 
 
+def test_parts_without_a_wanted_row_are_left_out(store: LocalStore) -> None:
+    committed(store, NAMES[:4], "r1")
+    committed(store, NAMES[4:8], "r2")
+    cache = FeatureCache(store)
+    for wanted, num_rows in ((NAMES[:2], [4]), (NAMES[3:5], [4, 4]), (NAMES[9:], [])):
+        tables = cache.iter_parts(SET_ID, ["sample_id"], having=np.sort(ids(wanted)))
+        assert [table.num_rows for table in tables] == num_rows
+
+
 def test_features_are_vectors_for_duckdb_polars_and_pandas(store: LocalStore, tmp_path: Path) -> None:
     committed(store, NAMES, "r1")
     pattern = f"{tmp_path}/features/{SET_ID}/run=*/*.parquet"

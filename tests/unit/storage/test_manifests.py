@@ -23,6 +23,7 @@ from convoy.storage.manifests import (
     count_samples,
     fingerprint_samples,
     iter_sorted,
+    with_long_columns,
     write_manifest,
 )
 
@@ -128,3 +129,15 @@ def test_other_parquet_files_are_no_manifests(tmp_path: Path) -> None:
         Manifest.open(LocalStore(str(tmp_path)), "other.parquet")
     with pytest.raises(ObjectNotFound):
         Manifest.open(LocalStore(str(tmp_path)), "missing.parquet")
+
+
+def test_texts_of_more_than_two_gigabytes_have_long_offsets_while_they_are_sorted() -> None:
+    rows = pa.table(
+        {"sample_id": pa.chunked_array([["b"], ["a"]], pa.string()), "label": pa.array([1, 0], pa.int32())}
+    )
+    long = with_long_columns(rows)
+    assert long.schema.types == [pa.large_string(), pa.int32()]
+    assert long["sample_id"].num_chunks == 1
+    (group,) = iter_sorted(rows)
+    assert group.schema == rows.schema
+    assert group["sample_id"].to_pylist() == ["a", "b"]

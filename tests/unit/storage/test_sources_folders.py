@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from convoy.core.errors import ConfigError, DataError
+from convoy.storage.sources.listing import map_listing
 from convoy.storage.sources.reading import find_kind, read_source
 from convoy.storage.sources.rows import ReadingOptions, SourceKind, SourceScan
+from convoy.storage.stores import open_store
 from made_sources import jpeg_bytes, shard_bytes, write_files
 
 
@@ -29,6 +31,14 @@ def test_folders_are_classes_and_folders_below_belong_to_them(tmp_path: Path) ->
         "dog/1.jpg": ("dog", None),
         "dog-2/1.jpg": ("dog-2", None),
     }
+
+
+def test_more_folders_than_ranges_are_all_listed_once(tmp_path: Path) -> None:
+    names = [f"{number:04}/1.jpg" for number in range(600)]
+    write_files(tmp_path, *names)
+    ranges = list(map_listing(open_store(str(tmp_path)), lambda objects: [one.key for one in objects]))
+    assert [key for keys in ranges for key in keys] == names
+    assert 256 <= len(ranges) <= 512
 
 
 def test_split_folders_on_top_name_the_split(tmp_path: Path) -> None:

@@ -126,6 +126,29 @@ def test_bad_jsonl_rows_are_reported_with_their_lines(root: Path) -> None:
     assert [line.split(":")[0].strip() for line in shown] == ["line 1", "line 2", "line 3"]
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "line", "problem"),
+    [
+        ("a.jsonl", '{"path": "images/1.jpg", "split": ["train"]}', 1, "split: a single text or number"),
+        ("a.csv", 'path,label\nimages/1.jpg,cat\nimages/2.jpg,"' + "x" * 140_000, 3, "no CSV from here on"),
+        ("a.csv", "path,label,label\nimages/1.jpg,cat,dog\n", 1, "more than one column is called label"),
+    ],
+)
+def test_what_cannot_be_read_is_reported_with_its_line(
+    root: Path, name: str, text: str, line: int, problem: str
+) -> None:
+    with pytest.raises(DataError) as caught:
+        read(write(root / name, text))
+    (shown,) = [row for row in str(caught.value).splitlines() if row.startswith("  line ")]
+    assert shown.startswith(f"  line {line}: ")
+    assert problem in shown
+
+
+def test_spaces_around_the_names_of_columns_do_not_count(root: Path) -> None:
+    (row,) = read(write(root / "list.csv", "path, label , split\nimages/1.jpg,cat,val\n"))
+    assert (row["label"], row["split"]) == ("cat", "val")
+
+
 @pytest.mark.parametrize("header", ["a.jpg;cat", "name,label", "path,uri"])
 def test_a_list_needs_exactly_one_path_column(root: Path, header: str) -> None:
     with pytest.raises(DataError, match="must have one column of path, uri, file_name"):

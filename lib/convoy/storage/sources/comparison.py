@@ -7,7 +7,7 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from convoy.core.config import StrictModel
-from convoy.storage.manifests import Manifest, label_names
+from convoy.storage.manifests import Manifest, label_names, with_long_columns
 from convoy.storage.sources.rows import NUM_EXAMPLES
 
 _COMPARED = ("sample_id", "content_id", "label", "split", "weight", "uri", "etag")
@@ -56,7 +56,7 @@ def compare_samples(
 def _comparable(rows: pa.Table, classes: tuple[str, ...]) -> pa.Table:
     # No class has the empty name, so it can stand for "no label", which null cannot when it is compared.
     names = pc.fill_null(label_names(rows, classes), "")
-    return rows.set_column(_COMPARED.index("label"), "label", names).combine_chunks()
+    return with_long_columns(rows.set_column(_COMPARED.index("label"), "label", names))
 
 
 def _differs(rows: pa.Table, others: pa.Table, columns: tuple[str, ...]) -> pa.ChunkedArray:

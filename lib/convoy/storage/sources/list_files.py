@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -71,16 +72,25 @@ def _read_records(store: ObjectStore, key: str, bad_rows: BadRows) -> Iterator[t
 
 def _read_csv(text: str, bad_rows: BadRows) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.reader(io.StringIO(text, newline=""))
-    header = next(reader, [])
-    first_line = reader.line_num + 1
-    for cells in reader:
-        line, first_line = first_line, reader.line_num + 1
-        if not cells:
-            continue
-        if len(cells) == len(header):
-            yield line, dict(zip(header, cells, strict=True))
-        else:
-            bad_rows.add(line, f"{len(cells)} cells instead of {len(header)}")
+    first_line = 1
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        repeated = [name for name, count in Counter(header).items() if name and count > 1]
+        if repeated:
+            bad_rows.add(first_line, f"more than one column is called {', '.join(repeated)}")
+            return
+        first_line = reader.line_num + 1
+        for cells in reader:
+            line, first_line = first_line, reader.line_num + 1
+            if not cells:
+                continue
+            if len(cells) == len(header):
+                yield line, dict(zip(header, cells, strict=True))
+            else:
+                bad_rows.add(line, f"{len(cells)} cells instead of {len(header)}")
+    except csv.Error as error:
+        # An open quote, for example, behind which all is one cell.
+        bad_rows.add(first_line, f"no CSV from here on: {error}")
 
 
 def _read_jsonl(text: str, bad_rows: BadRows) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -134,14 +144,12 @@ def _check(
     path = parsed(path_column, _text) or ""
     if not path:
         problems.append(f"no {path_column}")
-    if "split" in record and _text(record["split"]) is None:
-        problems.append("no split")
     return ListedSample(
         line=line,
         sample_id=parsed("id", _text) or path,
         path=path,
         label=parsed(label_column, _text),
-        split=parsed("split", _split),
+        split=parsed("split", _split) if "split" in record else None,
         weight=parsed("weight", _weight),
         checksum=parsed("sha256", lambda value: _checksum("sha256", value))
         or parsed("md5", lambda value: _checksum("md5", value)),
@@ -159,10 +167,12 @@ def _text(value: Any) -> str | None:
     raise ValueError(f"a single text or number is needed, not {type(value).__name__}")
 
 
-def _split(value: Any) -> str | None:
+def _split(value: Any) -> str:
     name = _text(value)
-    split = parse_split(name) if name else None
-    if name and split is None:
+    if name is None:
+        raise ValueError("no split")
+    split = parse_split(name)
+    if split is None:
         raise ValueError(f"'{name}' is no split; use train, val or test")
     return split
 

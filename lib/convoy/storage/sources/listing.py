@@ -9,6 +9,7 @@ from typing import TypeVar
 from convoy.storage.object_store import ObjectInfo, ObjectStore
 
 NUM_THREADS = 16
+_MOST_RANGES = 16 * NUM_THREADS
 _SIDE_NAMES = frozenset({"thumbs.db", "desktop.ini", "_success", "__macosx"})
 _FOLDER_MARKER = "_$folder$"
 
@@ -44,7 +45,8 @@ def _folder_keys(store: ObjectStore) -> list[str]:
     folders = [f"{name}/" for name in store.list_folders()]
     if len(folders) < NUM_THREADS:
         folders += [f"{folder}{name}/" for folder in folders for name in store.list_folders(folder)]
-    return sorted(folders)
+    # Each is a listing of its own, and on a disk a walk through its parent.
+    return sorted(folders)[:: max(1, len(folders) // _MOST_RANGES)]
 
 
 def _list_range(store: ObjectStore, start: str, stop: str | None) -> Iterator[ObjectInfo]:
