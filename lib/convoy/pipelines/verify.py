@@ -46,9 +46,9 @@ def verify_run(store: ObjectStore, run_id: str) -> VerifyReport:
     """Re-read every file of a run and compare ids, row counts and checksums with what was promised."""
     folder, run = require_run(store, run_id)
     manifest = read_manifest(folder)
-    if manifest is None and run.verb == "train":
+    if manifest is None and not run.groups:
         raise ConfigError(
-            "a training has no rows of results that could be proven",
+            f"a run of convoy {run.verb} has no rows of results that could be proven",
             where=folder.prefix,
             next_step="verify the run of its evaluation, which its report names; bundles are verified when opened",
         )

@@ -534,3 +534,14 @@ def test_leftovers_of_a_killed_probe_go(store: LocalStore) -> None:
     assert gc(store, Changes.SHOWN).files == 1
     assert gc(store).files == 1
     assert keys(store) == set()
+
+
+@pytest.mark.parametrize("verb", ["train", "tune"])
+def test_a_run_without_rows_of_its_own_is_not_called_unfinished(store: ObjectStore, verb: str) -> None:
+    folder = OpenRun(store, verb=verb, target="t").start()
+    folder.write_record(
+        RunRecord.new(folder.run_id, verb=verb, identity={}, config={}, outputs={}, groups=())
+    )
+    finish(folder, {})
+    with pytest.raises(ConfigError, match=f"convoy {verb} has no rows of results"):
+        verify_run(store, folder.run_id)
