@@ -40,7 +40,7 @@ def more_data(
     now = _expected(config, one, advised, curve, 1.0).estimate
     double = _expected(config, one, advised, curve, 2.0).estimate
     needed = _images_needed(config, one, advised, curve)
-    advice, why = _decide(config, now, double, needed)
+    advice, why = _decide(config, advised.strategy, now, double, needed)
     return MoreData(
         advice=advice,
         why=why,
@@ -53,9 +53,13 @@ def more_data(
 
 
 def _decide(
-    config: AdviseConfig, now: float, double: float, needed: float | None
+    config: AdviseConfig, strategy: Strategy, now: float, double: float, needed: float | None
 ) -> tuple[MoreDataAdvice, str]:
     gain, wanted = double - now, config.wanted_top1
+    if strategy is Strategy.AS_IS:
+        beyond = "" if wanted is None or now >= wanted else f", and {wanted:.3f} is wanted"
+        why = f"nothing is trained: more images change nothing of the {now:.3f} that are expected{beyond}"
+        return MoreDataAdvice.ENOUGH, why
     brings = f"twice the images are expected to bring {gain:+.3f}, from {now:.3f} to {double:.3f}"
     if wanted is not None and now < wanted:
         ending = "no forecast reaches it" if needed is None else f"about {needed:.0f} images a class reach it"
@@ -73,6 +77,8 @@ def _expected(
     factor: float,
 ) -> Interval:
     """The top-1 of the advised strategy with `factor` times the images: its probe's errors shrink as the curve says."""
+    if advised.strategy is Strategy.AS_IS:
+        return advised.interval
     images = one.evidence.images_per_class
     last = curve.points[-1].images_per_class
     now, then = (1 - curve.law.top1(n) for n in (last, max(images * factor, last)))

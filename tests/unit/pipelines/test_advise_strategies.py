@@ -209,3 +209,18 @@ def test_too_few_images_for_a_curve_are_said_to_be_too_few() -> None:
     more = more_data(settings, found(settings), first(settings), None)
     assert more.advice is MoreDataAdvice.UNKNOWN
     assert more.advised == []
+
+
+def test_more_images_change_nothing_of_a_network_that_is_used_as_it_is() -> None:
+    settings = config("wanted_top1=0.99")
+    judged = JudgedProbe(tap="logits", num_correct=196, num_rows=200)
+    known = found(settings, as_is=judged)
+    found_ = options(settings, [known])
+    advised = advice(found_, tie=0.005, paths=["x"] * len(found_))[0]
+    assert advised.strategy is Strategy.AS_IS
+    more = more_data(settings, known, advised, fit_curve(samples(0.5, 0.62, 0.72, 0.8)))
+    assert [point.top1 for point in more.advised] == [advised.interval] * 3
+    assert more.advice is MoreDataAdvice.ENOUGH
+    assert "more images change nothing" in more.why
+    assert "0.990 is wanted" in more.why
+    assert more.images_needed is None
