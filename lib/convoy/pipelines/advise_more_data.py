@@ -32,7 +32,7 @@ def more_data(
     forecast = [
         AdvisedForecast(
             factor=factor,
-            images_per_class=factor * one.evidence.images_per_class,
+            images_per_class=factor * _start(one, curve),
             top1=_expected(config, one, advised, curve, factor),
         )
         for factor in config.curve.factors
@@ -79,16 +79,21 @@ def _expected(
     """The top-1 of the advised strategy with `factor` times the images: its probe's errors shrink as the curve says."""
     if advised.strategy is Strategy.AS_IS:
         return advised.interval
-    images = one.evidence.images_per_class
-    last = curve.points[-1].images_per_class
-    now, then = (1 - curve.law.top1(n) for n in (last, max(images * factor, last)))
+    sizes = (curve.points[-1].images_per_class, factor * _start(one, curve))
+    now, then = (1 - curve.law.top1(images) for images in sizes)
     shrink = min(max(then, 1e-9) / max(now, 1e-9), 1.0)
-    evidence = one.evidence.model_copy(update={"images_per_class": images * factor, "shrink": shrink})
+    images = factor * one.evidence.images_per_class
+    evidence = one.evidence.model_copy(update={"images_per_class": images, "shrink": shrink})
     if advised.strategy in NETWORKS:
         return network_top1(one.model_copy(update={"evidence": evidence}), config, advised.strategy)
     if advised.strategy is Strategy.EARLY_LAYER_PROBE and one.svm is not None:
         return expected_probe(one.svm.judged, shrink=shrink)
     return expected_probe(evidence.top, shrink=shrink)
+
+
+def _start(one: BackboneEvidence, curve: LearningCurve) -> float:
+    """Where all images that there are stand on the axis of the curve, whose last point is the largest class."""
+    return max(one.evidence.images_per_class, curve.points[-1].images_per_class)
 
 
 def _images_needed(
@@ -100,6 +105,6 @@ def _images_needed(
     factor = 1.0
     while factor <= _FURTHEST:
         if _expected(config, one, advised, curve, factor).estimate >= config.wanted_top1:
-            return factor * one.evidence.images_per_class
+            return factor * _start(one, curve)
         factor *= 2 ** (1 / _STEPS_A_DOUBLING)
     return None

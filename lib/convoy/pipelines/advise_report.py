@@ -49,7 +49,10 @@ class MoreDataAdvice(StrEnum):
 
 
 class AdvisedForecast(StrictModel):
-    """What the advised strategy is expected to reach with `factor` times the images."""
+    """What the advised strategy is expected to reach with `factor` times the images.
+
+    `images_per_class` is the place on the curve: where classes are uneven, the images of its largest one.
+    """
 
     factor: float
     images_per_class: float
@@ -59,8 +62,8 @@ class AdvisedForecast(StrictModel):
 class MoreData(StrictModel):
     """What more images would bring. `curve` is of the best probe, measured; `advised` of the advised strategy.
 
-    `images_needed` are images a class at which the advised strategy is expected to reach `wanted_top1`, null where
-    none of the forecast does.
+    `images_needed` are images a class, counted as the curve does, at which the advised strategy is expected to reach
+    `wanted_top1`, null where none of the forecast does.
     """
 
     advice: MoreDataAdvice

@@ -224,3 +224,23 @@ def test_more_images_change_nothing_of_a_network_that_is_used_as_it_is() -> None
     assert "more images change nothing" in more.why
     assert "0.990 is wanted" in more.why
     assert more.images_needed is None
+
+
+def test_twice_the_images_of_uneven_classes_bring_what_the_law_says() -> None:
+    """The last point of the curve is the largest class; the median one has far fewer images."""
+    settings = config()
+    known = found(settings)
+    few = known.model_copy(update={"evidence": known.evidence.model_copy(update={"images_per_class": 20})})
+    probe = next(
+        one
+        for one in advice(options(settings, [few]), tie=0.005, paths=["x"] * 4)
+        if one.strategy is Strategy.LINEAR_PROBE
+    )
+    curve = fit_curve(samples(0.5, 0.62, 0.72, 0.8))
+    more = more_data(settings, few, probe, curve)
+    errors = [1 - point.top1.estimate for point in more.advised]
+    laws = [1 - curve.law.top1(100 * factor) for factor in (1, 2, 4)]
+    assert [point.images_per_class for point in more.advised] == [100, 200, 400]
+    assert errors[1] / errors[0] == pytest.approx(laws[1] / laws[0], abs=0.01)
+    assert errors[2] / errors[0] == pytest.approx(laws[2] / laws[0], abs=0.01)
+    assert more.advice is MoreDataAdvice.COLLECT
