@@ -44,8 +44,8 @@ class CandidateBackbone(StrictModel):
 class LookSettings(StrictModel):
     """How much of the dataset is looked at: images a class to learn from and to judge by, and all of them at most.
 
-    `judged_per_class` are of the split `val`; where it has fewer than `least_judged` rows, of a fifth of `train`. As
-    many images of the held-out split are looked at as well, for duplicates and leaks only.
+    `judged_per_class` are of the split `val`; where it has fewer than `least_judged` rows, or rows of one class only,
+    of a fifth of `train`. As many images of the held-out split are looked at as well, for duplicates and leaks only.
     """
 
     images_per_class: Annotated[int, Field(ge=4)] = 200

@@ -6,11 +6,12 @@ import statistics
 
 import numpy as np
 import pyarrow as pa
+from pydantic import Field
 
 from convoy.core.config import StrictModel
 from convoy.core.records import SampleRejected, Split
 from convoy.pipelines.advise_config import AdviseConfig
-from convoy.pipelines.advise_probes import Look, Prober
+from convoy.pipelines.advise_probes import Look, Prober, unjudged_classes
 from convoy.pipelines.near_duplicates import NearDuplicateReport
 from convoy.pipelines.stratified_sample import stratified_rows
 from convoy.storage.duplicates import DuplicateReport, find_duplicates
@@ -39,8 +40,8 @@ class DataFacts(StrictModel):
 
     `samples` counts all rows of each split, `images_per_class` the labelled rows of `train` in its smallest, median and
     largest class. Rejects and duplicates are those among the `looked_at` images: `duplicates` have the same bytes,
-    `near_duplicates` show the same picture, and those that lie across splits are leaks. `warnings` say in words what
-    should be mended first.
+    `near_duplicates` show the same picture, and those that lie across splits are leaks. Of `unjudged_classes` no image
+    judged the probes. `warnings` say in words what should be mended first.
     """
 
     samples: dict[str, int]
@@ -56,6 +57,7 @@ class DataFacts(StrictModel):
     reject_codes: dict[str, int]
     duplicates: DuplicateReport
     near_duplicates: NearDuplicateReport
+    unjudged_classes: list[str] = Field(default_factory=list)
     warnings: list[str]
 
 
@@ -82,6 +84,7 @@ def data_facts(
         reject_codes=summary.reject_codes if summary.rejects else {},
         duplicates=find_duplicates(store, manifest, next(iter(summary.sets.values()))),
         near_duplicates=prober.near_duplicates(look),
+        unjudged_classes=unjudged_classes(prober.rows.judged, manifest.classes),
         warnings=[],
     )
     return facts.model_copy(update={"warnings": find_warnings(facts)})
@@ -119,6 +122,11 @@ def find_warnings(facts: DataFacts) -> list[str]:
             )
         if found.label_conflicts:
             warnings.append(f"{found.label_conflicts} groups of {kind} images have different labels")
+    if facts.unjudged_classes:
+        warnings.append(
+            f"no image of {len(facts.unjudged_classes)} of {facts.classes} classes judges"
+            f" ({', '.join(facts.unjudged_classes[:5])}): no top-1 says how well they are recognised"
+        )
     if facts.imbalance >= _UNBALANCED_FROM:
         warnings.append(
             f"the largest class has {facts.imbalance:.1f} times the images of the smallest: the configs weigh classes"

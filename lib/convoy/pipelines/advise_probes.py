@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from convoy.core.config import StrictModel
+from convoy.core.errors import DataError
 from convoy.core.learning_curve import CurveSample
 from convoy.core.progress import Progress
 from convoy.core.randomness import generator
@@ -137,8 +139,8 @@ class Look:
 def choose_rows(manifest: Manifest, config: AdviseConfig) -> LookRows:
     """The rows that are looked at: some of each class, by a hash of their ids, those first that a training would have.
 
-    Judged are rows of `val`, or, where it has too few, a fifth of the rows of `train`. DataError for a class
-    without images to learn from.
+    Judged are rows of `val`, or, where it cannot judge, a fifth of the rows of `train`. DataError for a class
+    without images to learn from, and where all judged rows are of one class.
     """
     look, limit = config.look, config.rows
     most = max(look.max_rows // max(len(manifest.classes), 1), _LEAST_PER_CLASS)
@@ -152,6 +154,7 @@ def choose_rows(manifest: Manifest, config: AdviseConfig) -> LookRows:
         folded = per_class.model_copy(update={"fold": JUDGING_FOLD})
         train, judged = read_split(manifest, Split.TRAIN, folded), fold_rows(manifest, folded)
     count_classes(train, manifest.classes)
+    _check_judges(judged, manifest)
     held_out = train.slice(0, 0)
     if Split.TEST in manifest.counts and any(manifest.counts[Split.TEST].by_class):
         held_out = read_split(manifest, Split.TEST, judged_per_class)
@@ -165,10 +168,27 @@ def images_by_class(manifest: Manifest, limit: RowLimit) -> list[int]:
 
 
 def has_judges(manifest: Manifest, look: LookSettings) -> bool:
-    """Whether the split `val` has enough labelled rows to judge by."""
+    """Whether the split `val` has enough labelled rows to judge by, and of more than one class."""
     val = manifest.counts.get(Split.VAL)
-    num_labelled = 0 if val is None else sum(val.by_class)
-    return num_labelled >= look.least_judged
+    by_class = [] if val is None else val.by_class
+    return sum(by_class) >= look.least_judged and sum(count > 0 for count in by_class) > 1
+
+
+def unjudged_classes(judged: pa.Table, classes: Sequence[str]) -> list[str]:
+    """The classes of which no row judges."""
+    known = set(judged["label"].to_pylist())
+    return [name for label, name in enumerate(classes) if label not in known]
+
+
+def _check_judges(judged: pa.Table, manifest: Manifest) -> None:
+    missing = unjudged_classes(judged, manifest.classes)
+    if len(manifest.classes) - len(missing) < 2:
+        raise DataError(
+            f"all {judged.num_rows} images that judge are of one class, none is of '{missing[0]}'"
+            + (f" ({len(missing)} such classes)" if missing[1:] else ""),
+            where=manifest.uri,
+            next_step="freeze the dataset with a larger val_fraction, or add images of the classes that lack them",
+        )
 
 
 class Prober:

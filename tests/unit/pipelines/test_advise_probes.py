@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import pyarrow as pa
+import pytest
 import torch
 
-from convoy.pipelines.advise_probes import judge_head, spread_taps, subset_rows
+from convoy.core.config import load_config
+from convoy.core.errors import DataError
+from convoy.core.records import Split
+from convoy.pipelines.advise_config import AdviseConfig
+from convoy.pipelines.advise_data import find_warnings
+from convoy.pipelines.advise_probes import (
+    choose_rows,
+    judge_head,
+    spread_taps,
+    subset_rows,
+    unjudged_classes,
+)
+from convoy.storage.local_store import LocalStore
+from convoy.storage.manifests import (
+    MANIFEST_SCHEMA,
+    Manifest,
+    ManifestHeader,
+    count_samples,
+    fingerprint_samples,
+    write_manifest,
+)
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.backbones import build_network, depth_axis
 from convoy.vision.heads import HeadConfig, TensorFeatures
 from convoy.vision.presets import EvalPreset
+from made_advice import made_advice
+from made_runs import content_id
 
+CONFIG = load_config(AdviseConfig, None, ["candidates=[{backbone: {arch: resnet18}}]", "dataset=parts"])
 HEAD = HeadConfig(C=(1e-3, 1e-1, 10.0), gradient_tolerance=1e-4)
 
 
@@ -61,3 +88,58 @@ def test_taps_span_the_depth_and_end_at_the_pooled_features() -> None:
     assert len(taps) == 5
     assert indices == sorted(indices)
     assert indices[0] == 0
+
+
+def frozen(folder: Path, counts: dict[Split, tuple[int, ...]], classes: tuple[str, ...]) -> Manifest:
+    """A manifest with so many rows of each class in each split."""
+    rows = [
+        {
+            "sample_id": (name := f"{split.value}/{label}/{index:03d}"),
+            "uri": f"/data/{name}",
+            "etag": "1",
+            "content_id": content_id(name),
+            "label": label,
+            "split": split.value,
+            "weight": 1.0,
+        }
+        for split, by_class in counts.items()
+        for label, number in enumerate(by_class)
+        for index in range(number)
+    ]
+    table = pa.Table.from_pylist(rows, MANIFEST_SCHEMA).sort_by("sample_id")
+    header = ManifestHeader(
+        fingerprint=fingerprint_samples(table, classes),
+        num_samples=table.num_rows,
+        classes=classes,
+        counts=count_samples(table, len(classes)),
+        source="/data",
+    )
+    store = LocalStore(str(folder))
+    write_manifest(store, "manifest.parquet", table, header)
+    return Manifest.open(store, "manifest.parquet")
+
+
+def test_a_fold_judges_where_val_has_one_class_only(tmp_path: Path) -> None:
+    manifest = frozen(tmp_path, {Split.TRAIN: (100, 10), Split.VAL: (60, 0)}, ("good", "defect"))
+    rows = choose_rows(manifest, CONFIG)
+    assert set(rows.judged["split"].to_pylist()) == {"train"}
+    assert set(rows.judged["label"].to_pylist()) == {0, 1}
+
+
+def test_judges_of_one_class_are_refused_before_any_image_is_looked_at(tmp_path: Path) -> None:
+    """Dealt out one after the other, 116 and 4 images leave the first of five folds without a defect."""
+    manifest = frozen(tmp_path, {Split.TRAIN: (116, 4)}, ("good", "defect"))
+    with pytest.raises(
+        DataError, match="all 24 images that judge are of one class, none is of 'defect'"
+    ) as info:
+        choose_rows(manifest, CONFIG)
+    assert "val_fraction" in str(info.value)
+
+
+def test_classes_that_no_image_judges_are_warned_of(tmp_path: Path) -> None:
+    classes = ("good", "scratch", "dent")
+    manifest = frozen(tmp_path, {Split.TRAIN: (100, 50, 4), Split.VAL: (50, 10, 0)}, classes)
+    unjudged = unjudged_classes(choose_rows(manifest, CONFIG).judged, classes)
+    assert unjudged == ["dent"]
+    warnings = find_warnings(made_advice().size.model_copy(update={"unjudged_classes": unjudged}))
+    assert any("no image of 1 of 3 classes judges (dent)" in warning for warning in warnings)
