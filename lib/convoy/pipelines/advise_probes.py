@@ -28,12 +28,17 @@ from convoy.pipelines.feature_plan import FeatureRequest
 from convoy.pipelines.feature_source import LabelledRows, gather_features
 from convoy.pipelines.feature_summary import FeatureSummary, seconds_under_way
 from convoy.pipelines.features import FeatureJob
-from convoy.pipelines.near_duplicates import NearDuplicateReport, near_duplicate_taps, report_near_duplicates
+from convoy.pipelines.near_duplicates import (
+    NearDuplicateReport,
+    joined_taps,
+    near_duplicate_taps,
+    report_near_duplicates,
+)
 from convoy.pipelines.probe_judging import JUDGING_FOLD, CrossFittedProbe
 from convoy.pipelines.training_rows import RowLimit, count_classes, fold_rows, read_split
 from convoy.storage.commits import read_manifest
 from convoy.storage.feature_cache import FeatureCache, content_id_array
-from convoy.storage.manifests import Manifest
+from convoy.storage.manifests import MANIFEST_SCHEMA, Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import RunFolder
 from convoy.vision.head_fitting import fit_path
@@ -100,6 +105,14 @@ class LookRows:
     def all(self) -> pa.Table:
         """Each of them once, in the order of the manifest."""
         return pa.concat_tables([self.train, self.judged, self.held_out]).sort_by("sample_id")
+
+    @property
+    def by_use(self) -> pa.Table:
+        """All of them, a judging fold of `train` being the split `val`, whose place it takes."""
+        split = MANIFEST_SCHEMA.field("split")
+        judges = pa.array([Split.VAL.value] * self.judged.num_rows, split.type)
+        judged = self.judged.set_column(MANIFEST_SCHEMA.names.index("split"), split, judges)
+        return pa.concat_tables([self.train, judged, self.held_out]).sort_by("sample_id")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -236,8 +249,11 @@ class Prober:
         return bool(job.plan().missing)
 
     def near_duplicates(self, look: Look) -> NearDuplicateReport:
-        """Pictures that are there twice among all rows that were looked at, held-out ones included."""
-        rows = self.rows.all
+        """Pictures that are there twice among all rows that were looked at, held-out ones included.
+
+        Across splits are those too that lie in the training rows and in the fold that judges.
+        """
+        rows = self.rows.by_use
         ids_N = content_id_array(rows["content_id"])
         parts = []
         found_N = np.ones(len(ids_N), np.bool_)
@@ -245,7 +261,7 @@ class Prober:
             features_ND, here_N = gather_features(self._cache, self.set_id(look, tap), ids_N)
             parts.append(features_ND)
             found_N &= here_N
-        features_ND = np.concatenate(parts, axis=1)[found_N]
+        features_ND = joined_taps([features_ND[found_N] for features_ND in parts])
         return report_near_duplicates(features_ND, rows.filter(pa.array(found_N)), self._manifest.classes)
 
     def set_id(self, look: Look, tap: str) -> str:

@@ -11,16 +11,23 @@ import torch
 
 from convoy.core.config import load_config
 from convoy.core.errors import DataError
+from convoy.core.fingerprints import canonical_json
+from convoy.core.progress import Silent
 from convoy.core.records import Split
 from convoy.pipelines.advise_config import AdviseConfig
 from convoy.pipelines.advise_data import find_warnings
 from convoy.pipelines.advise_probes import (
+    Look,
+    Prober,
     choose_rows,
     judge_head,
     spread_taps,
     subset_rows,
     unjudged_classes,
 )
+from convoy.pipelines.backbone_record import BackboneRecord
+from convoy.pipelines.feature_summary import FeatureSummary
+from convoy.storage.commits import SetCommit, feature_prefix, part_key
 from convoy.storage.local_store import LocalStore
 from convoy.storage.manifests import (
     MANIFEST_SCHEMA,
@@ -30,11 +37,12 @@ from convoy.storage.manifests import (
     fingerprint_samples,
     write_manifest,
 )
+from convoy.storage.parts import FeatureRows, write_features
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.backbones import build_network, depth_axis
 from convoy.vision.heads import HeadConfig, TensorFeatures
 from convoy.vision.presets import EvalPreset
-from made_advice import made_advice
+from made_advice import made_advice, made_probes
 from made_runs import content_id
 
 CONFIG = load_config(AdviseConfig, None, ["candidates=[{backbone: {arch: resnet18}}]", "dataset=parts"])
@@ -143,3 +151,44 @@ def test_classes_that_no_image_judges_are_warned_of(tmp_path: Path) -> None:
     assert unjudged == ["dent"]
     warnings = find_warnings(made_advice().size.model_copy(update={"unjudged_classes": unjudged}))
     assert any("no image of 1 of 3 classes judges (dent)" in warning for warning in warnings)
+
+
+def cached_look(store: LocalStore, manifest: Manifest, features: dict[str, np.ndarray]) -> Look:
+    """What a look leaves behind: the features of all rows at the taps, and where they lie."""
+    rows = manifest.read_table()
+    contents = rows["content_id"].to_pylist()
+    sets = {}
+    for place, (tap, features_ND) in enumerate(features.items()):
+        sets[f"{tap}/0"] = set_id = f"{place:032x}"
+        ids = rows["sample_id"].to_pylist()
+        part = FeatureRows(
+            sample_ids=ids, content_ids=contents, content_digests=contents, view=0, features_BD=features_ND
+        )
+        written = write_features(store, part_key(feature_prefix(set_id, "r"), "0-000000", "a0"), part, {})
+        commit = SetCommit(run_id="r", committed_unix_s=0.0, parts=(written,), rejects=())
+        store.put(f"features/{set_id}/commits/r.json", canonical_json(commit))
+    config = BackboneConfig(
+        arch="cifar_resnet20", weights="random", preset=EvalPreset(resize_px=32, crop_px=32)
+    )
+    record = BackboneRecord.model_construct(config=config, axis=depth_axis(config, build_network(config)))
+    summary = FeatureSummary.model_construct(sets=sets)
+    return Look(record, summary, made_probes("resnet20", 0.0), np.ones(0, np.bool_), None)
+
+
+def test_a_picture_in_the_training_rows_and_in_the_judging_fold_is_a_leak(tmp_path: Path) -> None:
+    """However large the numbers of the tap that cannot tell it: no tap outweighs another."""
+    manifest = frozen(tmp_path, {Split.TRAIN: (120, 120)}, ("good", "defect"))
+    store = LocalStore(str(tmp_path))
+    prober = Prober(store, manifest, CONFIG, Silent())
+    names = manifest.read_table(["sample_id"])["sample_id"].to_pylist()
+    judged, learnt = (
+        names.index(part["sample_id"][0].as_py()) for part in (prober.rows.judged, prober.rows.train)
+    )
+    random = np.random.default_rng(0)
+    fine_ND = random.normal(size=(240, 100)).astype(np.float32)
+    fine_ND[judged] = fine_ND[learnt] + 0.01
+    coarse_ND = 1000 * random.normal(size=(240, 500)).astype(np.float32)
+    features = {"layer1.2": fine_ND, "layer2.2": fine_ND, "layer3.2": coarse_ND}
+    report = prober.near_duplicates(cached_look(store, manifest, features))
+    assert (report.compared, report.groups, report.across_splits) == (240, 1, 1)
+    assert {one.split for one in report.examples[0].samples} == {"train", "val"}
