@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from convoy.core.config import StrictModel
 from convoy.core.errors import DataError
@@ -27,6 +28,9 @@ _EXPONENTS = np.geomspace(0.02, 2.0, 160)
 # Of one row right or wrong: keeps the weight of a point finite whose rows are all right.
 _PSEUDO_COUNT = 0.5
 _UNREACHABLE = float("inf")
+# So many laws tell how far the resamples differ.
+_KEPT_LAWS = 41
+_LEAST_ERROR = 1e-9
 
 
 class PowerLaw(StrictModel):
@@ -39,6 +43,22 @@ class PowerLaw(StrictModel):
     def top1(self, images_per_class: float) -> float:
         """The accuracy that the law gives, in [0, 1]."""
         return float(np.clip(1 - self.floor - self.scale * images_per_class**-self.exponent, 0.0, 1.0))
+
+    def fall(self, first: float, last: float) -> float:
+        """The error at `last` images a class over that at `first`, in (0, 1]."""
+        before, after = (max(1 - self.top1(images), _LEAST_ERROR) for images in (first, last))
+        return min(after / before, 1.0)
+
+
+class Shrink(StrictModel):
+    """By what errors fall with more images: the factor, and the standard deviation of its logarithm."""
+
+    factor: float = Field(default=1.0, gt=0, le=1)
+    spread: float = Field(default=0.0, ge=0)
+
+
+# As many images as were measured.
+AS_MEASURED = Shrink()
 
 
 class CurvePoint(StrictModel):
@@ -67,12 +87,23 @@ class ImagesNeeded(StrictModel):
 
 
 class LearningCurve(StrictModel):
-    """Measured points, the law through them (of the median resample), and what it promises."""
+    """Measured points, the law through them (of the median resample), and what it promises.
+
+    `laws` are those of some resamples, evenly spaced in the order of their promise; the middle one is `law`.
+    """
 
     points: list[CurvePoint]
     law: PowerLaw
+    laws: list[PowerLaw]
     forecast: list[ForecastPoint]
     needed: ImagesNeeded | None = None
+
+    def shrink(self, images_per_class: float) -> Shrink:
+        """By what the error falls from the last point to so many images a class; not at all where they are fewer."""
+        last = self.points[-1].images_per_class
+        ahead = max(images_per_class, last)
+        falls_L = np.array([law.fall(last, ahead) for law in self.laws])
+        return Shrink(factor=self.law.fall(last, ahead), spread=float(np.log(falls_L).std()))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -127,6 +158,7 @@ def fit_curve(
     errors_RP = _resampled_errors(ordered, num_resamples, np.random.default_rng(seed))
     laws = _fit_both(sizes_P, errors_RP, ordered[0].correct_SN.shape[1])
     last = float(sizes_P[-1])
+    kept = _some_laws(laws, last)
     return LearningCurve(
         points=[
             CurvePoint(
@@ -136,7 +168,8 @@ def fit_curve(
             )
             for sample in ordered
         ],
-        law=_median_law(laws, last),
+        law=kept[len(kept) // 2],
+        laws=kept,
         forecast=[
             ForecastPoint(
                 factor=factor,
@@ -213,14 +246,18 @@ def _fit(sizes_P: Floats, errors_RP: Floats, weights_P: Floats, *, with_floor: F
     return _Laws(floor_RE[rows, best_R], scale_RE[rows, best_R], _EXPONENTS[best_R])
 
 
-def _median_law(laws: _Laws, last: float) -> PowerLaw:
-    """The law of the resample in the middle of those ordered by their promise at four times the images."""
-    middle = int(np.argsort(laws.error_R(4 * last))[len(laws.floor_R) // 2])
-    return PowerLaw(
-        floor=float(laws.floor_R[middle]),
-        scale=float(laws.scale_R[middle]),
-        exponent=float(laws.exponent_R[middle]),
-    )
+def _some_laws(laws: _Laws, last: float) -> list[PowerLaw]:
+    """The laws of resamples at even distances in the order of their promise at four times the images."""
+    order = np.argsort(laws.error_R(4 * last))
+    places = ((np.arange(_KEPT_LAWS) + 0.5) / _KEPT_LAWS * len(order)).astype(int)
+    return [
+        PowerLaw(
+            floor=float(laws.floor_R[place]),
+            scale=float(laws.scale_R[place]),
+            exponent=float(laws.exponent_R[place]),
+        )
+        for place in order[places]
+    ]
 
 
 def _interval(values_R: Floats, confidence: float) -> Interval:

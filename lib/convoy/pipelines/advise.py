@@ -23,6 +23,7 @@ from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import OpenRun, RunFolder, RunRecord, refuse_changed_identity
 
 _VERB = "advise"
+_FORMAT_VERSION = 2
 _POINTERS = "advice/"
 # What changes nothing of the advice; `verify` adds to it, and is asked for later as well.
 _NOT_IDENTITY = {"workspace", "writers", "source", "reading", "split_options", "error_budget"}
@@ -76,6 +77,7 @@ def run_advise(
 
 def _identity(manifest: Manifest, config: AdviseConfig, records: list[BackboneRecord]) -> dict[str, Any]:
     return {
+        "format_version": _FORMAT_VERSION,
         "dataset": config.dataset_name,
         "dataset_fingerprint": manifest.fingerprint,
         "weights_digests": [record.weights_digest for record in records],

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from convoy.core.learning_curve import LearningCurve, fit_curve
+from convoy.core.learning_curve import AS_MEASURED, LearningCurve, Shrink, fit_curve
 from convoy.core.records import Split
 from convoy.core.transferability import DomainDistance, domain_distance
 from convoy.pipelines.advise_config import AdviseConfig, CandidateBackbone
@@ -125,16 +125,12 @@ class Gatherer:
         ahead = max(self.images_per_class() / samples[-1].images_per_class, 1.0)
         return fit_curve(samples, factors=[ahead * factor for factor in config.curve.factors])
 
-    def _shrink(self, curve: LearningCurve | None) -> float:
+    def _shrink(self, curve: LearningCurve | None) -> Shrink:
         """By what the errors of probes fall from the images that they had to all that there are."""
-        if curve is None:
-            return 1.0
-        last = curve.points[-1].images_per_class
-        now, then = (1 - curve.law.top1(images) for images in (last, max(self.images_per_class(), last)))
-        return min(then / now, 1.0) if then > 0 else 1.0
+        return AS_MEASURED if curve is None else curve.shrink(self.images_per_class())
 
     def _evidence(
-        self, candidate: CandidateBackbone, look: Look, untrained: Look, *, is_best: bool, shrink: float
+        self, candidate: CandidateBackbone, look: Look, untrained: Look, *, is_best: bool, shrink: Shrink
     ) -> BackboneEvidence:
         probes, counts = look.probes, self._counts
         labels_M = self._prober.rows.judged["label"].to_numpy()

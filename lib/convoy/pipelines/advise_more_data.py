@@ -79,9 +79,7 @@ def _expected(
     """The top-1 of the advised strategy with `factor` times the images: its probe's errors shrink as the curve says."""
     if advised.strategy is Strategy.AS_IS:
         return advised.interval
-    sizes = (curve.points[-1].images_per_class, factor * _start(one, curve))
-    now, then = (1 - curve.law.top1(images) for images in sizes)
-    shrink = min(max(then, 1e-9) / max(now, 1e-9), 1.0)
+    shrink = curve.shrink(factor * _start(one, curve))
     images = factor * one.evidence.images_per_class
     evidence = one.evidence.model_copy(update={"images_per_class": images, "shrink": shrink})
     if advised.strategy in NETWORKS:

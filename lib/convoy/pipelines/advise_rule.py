@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from convoy.core.config import StrictModel
+from convoy.core.learning_curve import AS_MEASURED, Shrink
 from convoy.core.statistics import Interval
 from convoy.pipelines.classifiers import Strategy
 
@@ -102,7 +103,7 @@ class Evidence(StrictModel):
     top: JudgedProbe
     best: JudgedProbe
     untrained: JudgedProbe
-    shrink: float = Field(default=1.0, gt=0, le=1)
+    shrink: Shrink = AS_MEASURED
 
 
 class FourScenarios(StrictModel):
@@ -168,9 +169,9 @@ def four_scenarios(evidence: Evidence, prior: TransferPrior) -> FourScenarios:
     )
 
 
-def expected_probe(probe: JudgedProbe, *, shrink: float = 1.0, seed: int = 0) -> Interval:
+def expected_probe(probe: JudgedProbe, *, shrink: Shrink = AS_MEASURED, seed: int = 0) -> Interval:
     """The top-1 of a probe that was measured, at the images of the whole dataset."""
-    return _interval(1 - shrink * _errors(probe, np.random.default_rng(seed)))
+    return _interval(1 - _errors(probe, shrink, np.random.default_rng(seed)))
 
 
 def expected_network(
@@ -185,7 +186,7 @@ def expected_network(
     random = np.random.default_rng(seed)
     unlike = dissimilarity(evidence) if strategy is Strategy.FINE_TUNE else 1.0
     share = evidence.images_per_class / (evidence.images_per_class + prior.half_images)
-    errors_R = _errors(start, random) * evidence.shrink
+    errors_R = _errors(start, evidence.shrink, random)
     chance_error = 1 - evidence.chance_top1
     progress_R = np.log(chance_error / np.minimum(errors_R, chance_error))
     luck_R = np.exp(prior.spread * random.standard_normal(_NUM_DRAWS))
@@ -211,10 +212,13 @@ def rank(
     return [first, *sorted(rest, key=lambda place: (-expected_top1[place], cost_s[place]))], equal
 
 
-def _errors(probe: JudgedProbe, random: np.random.Generator) -> NDArray[np.float64]:
-    """Draws of a probe's error given the rows that it was judged by (Jeffreys' prior)."""
+def _errors(probe: JudgedProbe, shrink: Shrink, random: np.random.Generator) -> NDArray[np.float64]:
+    """Draws of a probe's error given the rows that it was judged by (Jeffreys' prior), and of its fall from there."""
     num_wrong = probe.num_rows - probe.num_correct
-    return random.beta(num_wrong + 0.5, probe.num_correct + 0.5, size=_NUM_DRAWS)
+    errors_R = random.beta(num_wrong + 0.5, probe.num_correct + 0.5, size=_NUM_DRAWS)
+    falls_R = shrink.factor * np.exp(shrink.spread * random.standard_normal(_NUM_DRAWS))
+    # No law of the curve rises.
+    return errors_R * np.minimum(falls_R, 1.0)
 
 
 def _interval(top1_R: NDArray[np.float64]) -> Interval:

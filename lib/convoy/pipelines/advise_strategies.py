@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import Any
 
 from convoy.core.config import StrictModel, parse_config, write_settings
+from convoy.core.learning_curve import AS_MEASURED
 from convoy.core.statistics import Interval
 from convoy.pipelines.advise_config import AdviseConfig
 from convoy.pipelines.advise_probes import BackboneProbes
@@ -33,9 +34,10 @@ _COST_SPREAD = 2.0
 
 
 class Basis(StrEnum):
-    """Whether an expectation was measured, or follows from a measured probe and a prior."""
+    """Whether an expectation was measured, or follows from a measured probe by its learning curve, or by a prior."""
 
     MEASURED = "measured"
+    EXTRAPOLATED = "extrapolated"
     PRIOR = "prior"
 
 
@@ -195,7 +197,7 @@ def _linear_probe(config: AdviseConfig, one: BackboneEvidence) -> Option:
         tap=top.tap,
         top1=expected_probe(one.evidence.top, shrink=one.evidence.shrink),
         cost=_probe_cost(config, one, top.fit_seconds),
-        basis=Basis.MEASURED,
+        basis=_probe_basis(one),
         settings=_settings(
             config, one, Strategy.LINEAR_PROBE, tap=top.tap, head=_head(one, HeadKind.SOFTMAX, top.C)
         ),
@@ -216,7 +218,7 @@ def _early_probe(config: AdviseConfig, one: BackboneEvidence) -> list[Option]:
             tap=tap,
             top1=expected_probe(svm.judged, shrink=one.evidence.shrink),
             cost=_probe_cost(config, one, svm.fit_seconds),
-            basis=Basis.MEASURED,
+            basis=_probe_basis(one),
             settings=_settings(config, one, Strategy.EARLY_LAYER_PROBE, tap=tap, head=head),
             why=f"measured: a linear SVM at {tap} gets {svm.judged.num_correct} of {svm.judged.num_rows}",
         )
@@ -330,6 +332,10 @@ def _training(config: AdviseConfig) -> dict[str, Any]:
         "recipe": network.recipe.model_dump(mode="json", exclude_defaults=True),
         "augmentation": network.augmentation.model_dump(mode="json", exclude_defaults=True),
     }
+
+
+def _probe_basis(one: BackboneEvidence) -> Basis:
+    return Basis.MEASURED if one.evidence.shrink == AS_MEASURED else Basis.EXTRAPOLATED
 
 
 def _probe_cost(config: AdviseConfig, one: BackboneEvidence, fit_s: float) -> StrategyCost:

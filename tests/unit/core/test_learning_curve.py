@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from convoy.core.errors import DataError
-from convoy.core.learning_curve import CurveSample, LearningCurve, fit_curve
+from convoy.core.learning_curve import AS_MEASURED, CurveSample, LearningCurve, fit_curve
 
 SIZES = (6, 12, 25, 50, 100, 200)
 
@@ -87,3 +87,14 @@ def test_a_law_of_three_numbers_needs_three_sizes() -> None:
 def test_equal_samples_give_equal_curves() -> None:
     samples = planted(0.1, 0.8, 0.5)
     assert fit_curve(samples, seed=3) == fit_curve(samples, seed=3)
+
+
+def test_errors_shrink_as_planted_and_the_further_ahead_the_less_surely() -> None:
+    curve = fit_curve(planted(0.0, 0.9, 0.5, num_rows=4000))
+    assert curve.law == curve.laws[len(curve.laws) // 2]
+    assert curve.shrink(200) == curve.shrink(50) == AS_MEASURED
+    near, far = curve.shrink(400), curve.shrink(3200)
+    assert near.factor == pytest.approx(2**-0.5, abs=0.04)
+    assert far.factor == pytest.approx(16**-0.5, abs=0.1)
+    assert 0 < near.spread < far.spread
+    assert fit_curve(planted(0.0, 0.9, 0.5, num_rows=200)).shrink(400).spread > 2 * near.spread

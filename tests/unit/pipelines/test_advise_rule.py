@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from convoy.core.learning_curve import Shrink
 from convoy.pipelines.advise_rule import (
     DataSize,
     Evidence,
@@ -109,8 +110,8 @@ def test_intervals_carry_the_rows_and_the_prior() -> None:
 
 
 def test_errors_shrink_by_what_the_learning_curve_says() -> None:
-    assert expected_probe(probe(0.8), shrink=0.5).estimate == pytest.approx(0.9, abs=0.003)
-    more = HANDS.model_copy(update={"shrink": 0.5})
+    assert expected_probe(probe(0.8), shrink=Shrink(factor=0.5)).estimate == pytest.approx(0.9, abs=0.003)
+    more = HANDS.model_copy(update={"shrink": Shrink(factor=0.5)})
     assert network(Strategy.FINE_TUNE, more) > network(Strategy.FINE_TUNE, HANDS)
 
 
@@ -137,3 +138,19 @@ def test_of_strategies_that_are_as_good_the_cheapest_is_advised() -> None:
     assert order == [0, 1, 2]
     assert equal == [0, 1]
     assert rank([0.90, 0.92, 0.8], [1.0, 100.0, 0.1], tie=0.005) == ([1, 0, 2], [1])
+
+
+def test_intervals_carry_how_far_the_learning_curve_is_trusted() -> None:
+    sure, unsure = (Shrink(factor=0.5, spread=spread) for spread in (0.0, 0.6))
+    found = [expected_probe(probe(0.8), shrink=shrink) for shrink in (sure, unsure)]
+    assert found[1].high - found[1].low > 3 * (found[0].high - found[0].low)
+    assert found[1].estimate == pytest.approx(found[0].estimate, abs=0.01)
+    # More images do no harm.
+    assert found[1].low >= expected_probe(probe(0.8)).low - 0.01
+    tuned = [
+        expected_network(
+            Strategy.FINE_TUNE, HANDS.model_copy(update={"shrink": shrink}), PRIOR, start=HANDS.best
+        )
+        for shrink in (sure, unsure)
+    ]
+    assert tuned[1].high - tuned[1].low > tuned[0].high - tuned[0].low

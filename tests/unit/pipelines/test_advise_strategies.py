@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from convoy.core.config import load_config
-from convoy.core.learning_curve import CurveSample, fit_curve
+from convoy.core.learning_curve import CurveSample, Shrink, fit_curve
 from convoy.core.statistics import Interval
 from convoy.pipelines.advise_config import AdviseConfig
 from convoy.pipelines.advise_more_data import more_data
@@ -244,3 +244,11 @@ def test_twice_the_images_of_uneven_classes_bring_what_the_law_says() -> None:
     assert errors[1] / errors[0] == pytest.approx(laws[1] / laws[0], abs=0.01)
     assert errors[2] / errors[0] == pytest.approx(laws[2] / laws[0], abs=0.01)
     assert more.advice is MoreDataAdvice.COLLECT
+
+
+def test_a_probe_on_fewer_images_than_there_are_is_extrapolated_and_not_measured() -> None:
+    known = found(config()).evidence
+    ahead = known.model_copy(update={"shrink": Shrink(factor=0.8, spread=0.1)})
+    probes = (Strategy.LINEAR_PROBE, Strategy.EARLY_LAYER_PROBE)
+    assert {by_strategy(config())[one].basis for one in probes} == {Basis.MEASURED}
+    assert {by_strategy(config(), evidence=ahead)[one].basis for one in probes} == {Basis.EXTRAPOLATED}
