@@ -11,7 +11,8 @@ from pydantic import Field
 from convoy.core.config import StrictModel
 from convoy.core.records import SampleRejected, Split
 from convoy.pipelines.advise_config import AdviseConfig
-from convoy.pipelines.advise_probes import Look, Prober, unjudged_classes
+from convoy.pipelines.advise_probes import Look, Prober
+from convoy.pipelines.advise_rows import unjudged_classes
 from convoy.pipelines.near_duplicates import NearDuplicateReport
 from convoy.pipelines.stratified_sample import stratified_rows
 from convoy.storage.duplicates import DuplicateReport, find_duplicates

@@ -13,7 +13,8 @@ from convoy.core.learning_curve import AS_MEASURED, LearningCurve, Shrink, fit_c
 from convoy.core.records import Split
 from convoy.core.transferability import DomainDistance, domain_distance
 from convoy.pipelines.advise_config import AdviseConfig, CandidateBackbone
-from convoy.pipelines.advise_probes import Look, Prober, TapProbe, images_by_class
+from convoy.pipelines.advise_probes import Look, Prober, TapProbe
+from convoy.pipelines.advise_rows import images_by_class
 from convoy.pipelines.advise_rule import Evidence, JudgedProbe
 from convoy.pipelines.advise_strategies import BackboneEvidence, SvmProbe
 from convoy.pipelines.backbone_record import BackboneRecord

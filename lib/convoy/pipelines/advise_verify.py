@@ -10,8 +10,8 @@ from convoy.core.fingerprints import canonical_json
 from convoy.core.progress import Progress
 from convoy.core.records import Split
 from convoy.pipelines.advise_config import AdviseConfig, VerifySettings
-from convoy.pipelines.advise_probes import has_judges
 from convoy.pipelines.advise_report import Verification, VerifiedStrategy
+from convoy.pipelines.advise_rows import has_judges
 from convoy.pipelines.advise_strategies import Option, StrategyAdvice, train_config
 from convoy.pipelines.network_training import CurveDrawer
 from convoy.pipelines.probe_judging import JUDGING_FOLD

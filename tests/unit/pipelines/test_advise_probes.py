@@ -16,15 +16,8 @@ from convoy.core.progress import Silent
 from convoy.core.records import Split
 from convoy.pipelines.advise_config import AdviseConfig
 from convoy.pipelines.advise_data import find_warnings
-from convoy.pipelines.advise_probes import (
-    Look,
-    Prober,
-    choose_rows,
-    judge_head,
-    spread_taps,
-    subset_rows,
-    unjudged_classes,
-)
+from convoy.pipelines.advise_probes import Look, Prober, judge_head, spread_taps, subset_rows
+from convoy.pipelines.advise_rows import choose_rows, unjudged_classes
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.feature_summary import FeatureSummary
 from convoy.storage.commits import SetCommit, feature_prefix, part_key
