@@ -119,6 +119,7 @@ def test_the_advice_was_verified_on_rows_that_are_not_held_out(
     runs = verification["runs"]
     assert [run["rank"] for run in runs] == [1, 2]
     best = max(run["top1"]["estimate"] for run in runs)
+    assert all(run["top1"]["low"] < run["top1"]["high"] for run in runs)
     assert verification["regret"] == pytest.approx(best - runs[0]["top1"]["estimate"])
     assert len(list(Path(workspace, "runs", report["run"], "verified").glob("*.json"))) == 2
 

@@ -83,10 +83,11 @@ class NetworkSettings(StrictModel):
 class VerifySettings(StrictModel):
     """The budget at which the advised strategy and the rejected ones are run: images a class, and epochs.
 
-    `strategies` is how many of the list are run, the advised one first.
+    A fifth of the images is not learnt from: it chooses the head's C and, where `val` cannot, judges. `strategies` is
+    how many of the list are run, the advised one first.
     """
 
-    images_per_class: PositiveInt = 20
+    images_per_class: Annotated[int, Field(ge=2)] = 20
     epochs: PositiveInt = 10
     strategies: Annotated[int, Field(ge=2)] = 5
 

@@ -10,11 +10,10 @@ import numpy as np
 import pyarrow as pa
 
 from convoy.core.learning_curve import AS_MEASURED, LearningCurve, Shrink, fit_curve
-from convoy.core.records import Split
 from convoy.core.transferability import DomainDistance, domain_distance
 from convoy.pipelines.advise_config import AdviseConfig, CandidateBackbone
 from convoy.pipelines.advise_probes import Look, Prober, TapProbe
-from convoy.pipelines.advise_rows import images_by_class
+from convoy.pipelines.advise_rows import has_judges, images_by_class
 from convoy.pipelines.advise_rule import Evidence, JudgedProbe
 from convoy.pipelines.advise_strategies import BackboneEvidence, SvmProbe
 from convoy.pipelines.backbone_record import BackboneRecord
@@ -157,7 +156,7 @@ class Gatherer:
             train_images=sum(counts),
             looked_images=num_seen,
             missing_images=max(sum(counts) - num_seen, 0),
-            has_val=Split.VAL in self._manifest.counts,
+            has_val=has_judges(self._manifest, self._config.look),
             is_unbalanced=max(counts) >= _UNBALANCED_FROM * min(counts),
         )
 

@@ -14,7 +14,7 @@ from convoy.core.config import StrictModel
 from convoy.core.learning_curve import CurveSample
 from convoy.core.progress import Progress
 from convoy.core.randomness import generator
-from convoy.core.statistics import Interval, bootstrap_mean
+from convoy.core.statistics import Interval, wilson_interval
 from convoy.core.transferability import knn_correct, logme
 from convoy.pipelines.advise_as_is import judge_as_is, own_classifier
 from convoy.pipelines.advise_config import AdviseConfig, CandidateBackbone
@@ -105,6 +105,11 @@ class JudgedHead:
     correct_M: NDArray[np.bool_]
     C: float
     seconds: float
+
+    @property
+    def top1(self) -> Interval:
+        """The share of judged rows that it gets right."""
+        return wilson_interval(int(self.correct_M.sum()), len(self.correct_M))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -261,7 +266,7 @@ class Prober:
             tap=tap,
             depth=index / max(len(record.axis) - 1, 1),
             num_features=features.train_ND.shape[1],
-            top1=bootstrap_mean(head.correct_M),
+            top1=head.top1,
             knn_top1=float(neighbours_M.mean()),
             logme=logme(features.train_ND, features.train_labels_N),
             num_correct=int(head.correct_M.sum()),

@@ -81,7 +81,7 @@ class BackboneEvidence(StrictModel):
     `svm` is the probe of `early_layer_probe`, None where no tap lies below the top; `reused` the probe at the stage
     that `partial_reuse` keeps. `untrained_rate` are images/s of the untrained network, None where that of another
     architecture stands for it. `missing_images` are those that no pass has seen yet. Without `has_val` configs of heads
-    name the C that was chosen here, as a training has no rows to choose by.
+    name the C that was chosen here, as a training has no rows, or too few, to choose by.
     """
 
     probes: BackboneProbes
@@ -314,7 +314,7 @@ def _settings(config: AdviseConfig, one: BackboneEvidence, strategy: Strategy, *
 
 
 def _head(one: BackboneEvidence, kind: HeadKind, chosen: float) -> dict[str, Any]:
-    """The head of a config; where there are no validation rows, with the C that was chosen here."""
+    """The head of a config; where no validation rows can choose, with the C that was chosen here."""
     return {"kind": kind.value} | ({} if one.has_val else {"C": [chosen]})
 
 

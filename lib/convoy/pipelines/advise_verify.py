@@ -17,7 +17,7 @@ from convoy.pipelines.network_training import CurveDrawer
 from convoy.pipelines.probe_judging import JUDGING_FOLD
 from convoy.pipelines.train import run_train
 from convoy.pipelines.train_config import NETWORKS
-from convoy.pipelines.training_rows import RowLimit
+from convoy.pipelines.training_rows import RowLimit, fold_rows
 from convoy.storage.documents import read_json
 from convoy.storage.leases import WhenHeld
 from convoy.storage.manifests import Manifest
@@ -39,6 +39,8 @@ class Verifier:
     ) -> None:
         self._manifest, self._config, self._settings = manifest, config, settings
         self._folder, self._progress, self._draw_curves = folder, progress, draw_curves
+        # What the fold has to refuse is refused before anything is computed.
+        fold_rows(manifest, _limit_at_budget(config, settings))
 
     def verify(
         self, strategies: Sequence[StrategyAdvice], found: Sequence[Option], *, check: Callable[[], None]
@@ -69,7 +71,7 @@ class Verifier:
             return VerifiedStrategy.model_validate(known)
         self._progress.stage(f"verifying {strategy.strategy.value} on {strategy.backbone}")
         started_s = time.monotonic()
-        training, _ = train_config(self._at_budget(option), where=key)
+        training, _ = train_config(at_budget(option, self._config, self._settings), where=key)
         judges_on_val = has_judges(self._manifest, self._config.look)
         report = run_train(
             training,
@@ -85,25 +87,30 @@ class Verifier:
             strategy=strategy.strategy,
             backbone=strategy.backbone,
             expected_top1=strategy.expected_top1,
-            top1=report.intervals["top1"],
+            top1=report.intervals["top1_wilson"],
             seconds=time.monotonic() - started_s,
             bundle=report.bundle,
         )
         self._folder.store.put(key, canonical_json(verified))
         return verified
 
-    def _at_budget(self, option: Option) -> dict[str, Any]:
-        limit = self._config.rows
-        budget = self._settings.images_per_class
-        rows = RowLimit(
-            max_per_class=min(budget, limit.max_per_class or budget),
-            fold=None if has_judges(self._manifest, self._config.look) else JUDGING_FOLD,
-            seed=limit.seed,
-        )
-        settings = {
-            **option.settings,
-            "name": f"{option.settings['name']}-verify",
-            "rows": rows.model_dump(mode="json", exclude_none=True),
-            "workspace": self._config.workspace,
-        }
-        return settings | ({"epochs": self._settings.epochs} if option.strategy in NETWORKS else {})
+
+def at_budget(option: Option, config: AdviseConfig, settings: VerifySettings) -> dict[str, Any]:
+    """The settings of an option's training at the budget.
+
+    A fold of the training rows chooses the head's C and the epoch, so that `val` judges what it did not choose.
+    """
+    changed = {
+        **option.settings,
+        "name": f"{option.settings['name']}-verify",
+        "rows": _limit_at_budget(config, settings).model_dump(mode="json", exclude_none=True),
+        "workspace": config.workspace,
+    }
+    return changed | ({"epochs": settings.epochs} if option.strategy in NETWORKS else {})
+
+
+def _limit_at_budget(config: AdviseConfig, settings: VerifySettings) -> RowLimit:
+    limit, budget = config.rows, settings.images_per_class
+    return RowLimit(
+        max_per_class=min(budget, limit.max_per_class or budget), fold=JUDGING_FOLD, seed=limit.seed
+    )

@@ -16,7 +16,7 @@ from convoy.pipelines.advise_data import data_facts
 from convoy.pipelines.advise_evidence import Gathered, Gatherer
 from convoy.pipelines.advise_more_data import more_data
 from convoy.pipelines.advise_probes import Prober
-from convoy.pipelines.advise_report import AdviceReport, Similarity, Verification
+from convoy.pipelines.advise_report import AdviceReport, Similarity
 from convoy.pipelines.advise_rule import dissimilarity, four_scenarios
 from convoy.pipelines.advise_strategies import (
     BackboneEvidence,
@@ -54,6 +54,7 @@ class AdviceWork:
         """The whole advice by the backbones of the candidates."""
         started_s = time.monotonic()
         config = self.config
+        verifier = self._verifier()
         prober = Prober(self.store, self.manifest, config, self.progress, new_run=self.new_run)
         gatherer = Gatherer(self.store, self.manifest, config, prober)
         # One Ray for all passes and trainings, as each of them alone would start its own; none where all is cached.
@@ -69,7 +70,7 @@ class AdviceWork:
             advised = next(one for one in gathered.evidence if one.probes.backbone == first.backbone)
             similarity = self._similarity(gatherer, gathered, advised)
             facts = data_facts(self.store, self.manifest, config, prober, gathered.best)
-            verification = self._verify(strategies, found)
+            verification = None if verifier is None else verifier.verify(strategies, found, check=self.check)
             costs = self._costs(records)
             augmentation = self._augmentation(gathered)
         scenario = four_scenarios(advised.evidence, config.prior)
@@ -119,11 +120,11 @@ class AdviceWork:
             untrained=gathered.untrained.probes,
         )
 
-    def _verify(self, strategies: Sequence[StrategyAdvice], found: Sequence[Option]) -> Verification | None:
+    def _verifier(self) -> Verifier | None:
         settings = self.config.verify
         if settings is None:
             return None
-        verifier = Verifier(
+        return Verifier(
             self.manifest,
             self.config,
             settings,
@@ -131,7 +132,6 @@ class AdviceWork:
             progress=self.progress,
             draw_curves=self.draw_curves,
         )
-        return verifier.verify(strategies, found, check=self.check)
 
     def _costs(self, records: Sequence[BackboneRecord]) -> list[BackboneCost]:
         config = self.config

@@ -5,38 +5,32 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 
 from convoy.core.config import load_config
 from convoy.core.errors import DataError
 from convoy.core.fingerprints import canonical_json
+from convoy.core.learning_curve import AS_MEASURED
 from convoy.core.progress import Silent
 from convoy.core.records import Split
 from convoy.pipelines.advise_config import AdviseConfig
 from convoy.pipelines.advise_data import find_warnings
-from convoy.pipelines.advise_probes import Look, Prober, judge_head, spread_taps, subset_rows
+from convoy.pipelines.advise_evidence import Gatherer
+from convoy.pipelines.advise_probes import JudgedHead, Look, Prober, judge_head, spread_taps, subset_rows
 from convoy.pipelines.advise_rows import choose_rows, unjudged_classes
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.feature_summary import FeatureSummary
 from convoy.storage.commits import SetCommit, feature_prefix, part_key
 from convoy.storage.local_store import LocalStore
-from convoy.storage.manifests import (
-    MANIFEST_SCHEMA,
-    Manifest,
-    ManifestHeader,
-    count_samples,
-    fingerprint_samples,
-    write_manifest,
-)
+from convoy.storage.manifests import Manifest
 from convoy.storage.parts import FeatureRows, write_features
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.backbones import build_network, depth_axis
 from convoy.vision.heads import HeadConfig, TensorFeatures
 from convoy.vision.presets import EvalPreset
 from made_advice import made_advice, made_probes
-from made_runs import content_id
+from made_advice_rows import frozen_rows
 
 CONFIG = load_config(AdviseConfig, None, ["candidates=[{backbone: {arch: resnet18}}]", "dataset=parts"])
 HEAD = HeadConfig(C=(1e-3, 1e-1, 10.0), gradient_tolerance=1e-4)
@@ -91,37 +85,8 @@ def test_taps_span_the_depth_and_end_at_the_pooled_features() -> None:
     assert indices[0] == 0
 
 
-def frozen(folder: Path, counts: dict[Split, tuple[int, ...]], classes: tuple[str, ...]) -> Manifest:
-    """A manifest with so many rows of each class in each split."""
-    rows = [
-        {
-            "sample_id": (name := f"{split.value}/{label}/{index:03d}"),
-            "uri": f"/data/{name}",
-            "etag": "1",
-            "content_id": content_id(name),
-            "label": label,
-            "split": split.value,
-            "weight": 1.0,
-        }
-        for split, by_class in counts.items()
-        for label, number in enumerate(by_class)
-        for index in range(number)
-    ]
-    table = pa.Table.from_pylist(rows, MANIFEST_SCHEMA).sort_by("sample_id")
-    header = ManifestHeader(
-        fingerprint=fingerprint_samples(table, classes),
-        num_samples=table.num_rows,
-        classes=classes,
-        counts=count_samples(table, len(classes)),
-        source="/data",
-    )
-    store = LocalStore(str(folder))
-    write_manifest(store, "manifest.parquet", table, header)
-    return Manifest.open(store, "manifest.parquet")
-
-
 def test_a_fold_judges_where_val_has_one_class_only(tmp_path: Path) -> None:
-    manifest = frozen(tmp_path, {Split.TRAIN: (100, 10), Split.VAL: (60, 0)}, ("good", "defect"))
+    manifest = frozen_rows(tmp_path, {Split.TRAIN: (100, 10), Split.VAL: (60, 0)}, ("good", "defect"))
     rows = choose_rows(manifest, CONFIG)
     assert set(rows.judged["split"].to_pylist()) == {"train"}
     assert set(rows.judged["label"].to_pylist()) == {0, 1}
@@ -129,7 +94,7 @@ def test_a_fold_judges_where_val_has_one_class_only(tmp_path: Path) -> None:
 
 def test_judges_of_one_class_are_refused_before_any_image_is_looked_at(tmp_path: Path) -> None:
     """Dealt out one after the other, 116 and 4 images leave the first of five folds without a defect."""
-    manifest = frozen(tmp_path, {Split.TRAIN: (116, 4)}, ("good", "defect"))
+    manifest = frozen_rows(tmp_path, {Split.TRAIN: (116, 4)}, ("good", "defect"))
     with pytest.raises(
         DataError, match="all 24 images that judge are of one class, none is of 'defect'"
     ) as info:
@@ -139,7 +104,7 @@ def test_judges_of_one_class_are_refused_before_any_image_is_looked_at(tmp_path:
 
 def test_classes_that_no_image_judges_are_warned_of(tmp_path: Path) -> None:
     classes = ("good", "scratch", "dent")
-    manifest = frozen(tmp_path, {Split.TRAIN: (100, 50, 4), Split.VAL: (50, 10, 0)}, classes)
+    manifest = frozen_rows(tmp_path, {Split.TRAIN: (100, 50, 4), Split.VAL: (50, 10, 0)}, classes)
     unjudged = unjudged_classes(choose_rows(manifest, CONFIG).judged, classes)
     assert unjudged == ["dent"]
     warnings = find_warnings(made_advice().size.model_copy(update={"unjudged_classes": unjudged}))
@@ -170,7 +135,7 @@ def cached_look(store: LocalStore, manifest: Manifest, features: dict[str, np.nd
 
 def test_a_picture_in_the_training_rows_and_in_the_judging_fold_is_a_leak(tmp_path: Path) -> None:
     """However large the numbers of the tap that cannot tell it: no tap outweighs another."""
-    manifest = frozen(tmp_path, {Split.TRAIN: (120, 120)}, ("good", "defect"))
+    manifest = frozen_rows(tmp_path, {Split.TRAIN: (120, 120)}, ("good", "defect"))
     store = LocalStore(str(tmp_path))
     prober = Prober(store, manifest, CONFIG, Silent())
     names = manifest.read_table(["sample_id"])["sample_id"].to_pylist()
@@ -185,3 +150,22 @@ def test_a_picture_in_the_training_rows_and_in_the_judging_fold_is_a_leak(tmp_pa
     report = prober.near_duplicates(cached_look(store, manifest, features))
     assert (report.compared, report.groups, report.across_splits) == (240, 1, 1)
     assert {one.split for one in report.examples[0].samples} == {"train", "val"}
+
+
+def test_a_probe_that_is_always_right_is_not_sure_of_the_next_row() -> None:
+    top1 = JudgedHead(correct_M=np.ones(33, np.bool_), C=1.0, seconds=0.0).top1
+    assert top1.estimate == top1.high == 1
+    assert top1.low == pytest.approx(0.896, abs=0.001)
+
+
+@pytest.mark.parametrize(("num_val", "has_val"), [(40, True), (10, False)])
+def test_configs_choose_their_c_by_val_only_where_val_can_judge(
+    tmp_path: Path, num_val: int, has_val: bool
+) -> None:
+    counts = {Split.TRAIN: (60, 60), Split.VAL: (num_val, num_val)}
+    manifest = frozen_rows(tmp_path, counts, ("good", "defect"))
+    store = LocalStore(str(tmp_path))
+    gatherer = Gatherer(store, manifest, CONFIG, Prober(store, manifest, CONFIG, Silent()))
+    look = cached_look(store, manifest, {"stage 2": np.eye(len(manifest.read_table()), 8, dtype=np.float32)})
+    evidence = gatherer._evidence(CONFIG.candidates[0], look, look, is_best=True, shrink=AS_MEASURED)
+    assert evidence.has_val is has_val

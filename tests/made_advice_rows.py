@@ -1,0 +1,48 @@
+"""A frozen dataset that is nothing but its manifest, with so many rows of each class in each split."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+
+from convoy.core.records import Split
+from convoy.storage.local_store import LocalStore
+from convoy.storage.manifests import (
+    MANIFEST_SCHEMA,
+    Manifest,
+    ManifestHeader,
+    count_samples,
+    fingerprint_samples,
+    write_manifest,
+)
+from made_runs import content_id
+
+
+def frozen_rows(folder: Path, counts: dict[Split, tuple[int, ...]], classes: tuple[str, ...]) -> Manifest:
+    """A manifest with so many rows of each class in each split."""
+    rows = [
+        {
+            "sample_id": (name := f"{split.value}/{label}/{index:03d}"),
+            "uri": f"/data/{name}",
+            "etag": "1",
+            "content_id": content_id(name),
+            "label": label,
+            "split": split.value,
+            "weight": 1.0,
+        }
+        for split, by_class in counts.items()
+        for label, number in enumerate(by_class)
+        for index in range(number)
+    ]
+    table = pa.Table.from_pylist(rows, MANIFEST_SCHEMA).sort_by("sample_id")
+    header = ManifestHeader(
+        fingerprint=fingerprint_samples(table, classes),
+        num_samples=table.num_rows,
+        classes=classes,
+        counts=count_samples(table, len(classes)),
+        source="/data",
+    )
+    store = LocalStore(str(folder))
+    write_manifest(store, "manifest.parquet", table, header)
+    return Manifest.open(store, "manifest.parquet")

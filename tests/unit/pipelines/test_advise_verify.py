@@ -1,0 +1,64 @@
+"""Verification of advice: rows choose or judge, never both, and what cannot be verified is refused early."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from convoy.core.config import load_config
+from convoy.core.errors import DataError
+from convoy.core.progress import Silent
+from convoy.core.records import Split
+from convoy.pipelines.advise_config import AdviseConfig, VerifySettings
+from convoy.pipelines.advise_strategies import Option, train_config
+from convoy.pipelines.advise_verify import Verifier, at_budget
+from convoy.pipelines.classifiers import Strategy
+from convoy.pipelines.train_config import TrainConfig
+from convoy.pipelines.training_rows import validation_rows
+from convoy.storage.local_store import LocalStore
+from convoy.storage.runs import RunFolder
+from made_advice import interval, made_strategy
+from made_advice_rows import frozen_rows
+
+CONFIG = load_config(AdviseConfig, None, ["candidates=[{backbone: {arch: resnet18}}]", "dataset=parts"])
+
+
+def verified_config(strategy: Strategy, settings: VerifySettings) -> TrainConfig:
+    base = {
+        "name": "parts-x",
+        "dataset": "parts",
+        "strategy": strategy.value,
+        "backbone": {"arch": "resnet18"},
+    }
+    made = made_strategy(1, strategy, 0.5, 1.0)
+    option = Option(
+        strategy=strategy,
+        backbone="resnet18",
+        tap=None,
+        top1=interval(0.5),
+        cost=made.cost,
+        basis=made.basis,
+        settings=base | ({"tap": "pooled"} if strategy is Strategy.LINEAR_PROBE else {}),
+        why="",
+    )
+    return train_config(at_budget(option, CONFIG, settings), where="here")[0]
+
+
+@pytest.mark.parametrize("strategy", [Strategy.LINEAR_PROBE, Strategy.FINE_TUNE])
+def test_training_rows_choose_what_val_judges(tmp_path: Path, strategy: Strategy) -> None:
+    manifest = frozen_rows(tmp_path, {Split.TRAIN: (40, 40), Split.VAL: (30, 30)}, ("good", "defect"))
+    config = verified_config(strategy, VerifySettings(images_per_class=20, epochs=3))
+    choosing = validation_rows(manifest, config.rows)
+    assert choosing is not None
+    assert set(choosing["split"].to_pylist()) == {"train"}
+    assert choosing.num_rows == 8
+    assert config.rows.max_per_class == 20
+    assert (config.epochs == 3) is (strategy is Strategy.FINE_TUNE)
+
+
+def test_a_class_that_no_fold_can_hold_is_refused_before_anything_is_computed(tmp_path: Path) -> None:
+    manifest = frozen_rows(tmp_path, {Split.TRAIN: (40, 1), Split.VAL: (30, 30)}, ("good", "defect"))
+    folder = RunFolder(LocalStore(str(tmp_path)), "r1")
+    with pytest.raises(DataError, match="class defect has one training image"):
+        Verifier(manifest, CONFIG, VerifySettings(), folder, progress=Silent(), draw_curves=lambda *_: b"")
