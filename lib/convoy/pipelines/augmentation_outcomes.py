@@ -123,12 +123,15 @@ def judge_outcomes(outcomes: Sequence[PolicyOutcome], classes: Sequence[str]) ->
         for outcome in known
     ]
     adjusted = holm_adjusted([test.mid_p for test in tests])
-    rises = [_rises(outcome.labels_N, outcome.without_N, outcome.with_N, classes) for outcome in known]
+    rises = [
+        pair_rises(outcome.labels_N, outcome.without_N, outcome.with_N, num_classes=len(classes))
+        for outcome in known
+    ]
     confused = _adjusted(rises, [[rise.p for rise in of_policy] for of_policy in rises])
     turned = [
         []
         if outcome.drawn_N is None
-        else _rises(outcome.labels_N, outcome.without_N, outcome.drawn_N, classes)
+        else pair_rises(outcome.labels_N, outcome.without_N, outcome.drawn_N, num_classes=len(classes))
         for outcome in known
     ]
     alike = _adjusted(turned, [[rise.p_each for rise in of_policy] for of_policy in turned])
@@ -151,14 +154,6 @@ def _readable(outcome: PolicyOutcome) -> PolicyOutcome:
     )
 
 
-def _rises(
-    labels_N: NDArray[Any], before_N: NDArray[Any], after_N: NDArray[Any], classes: Sequence[str]
-) -> list[PairRise]:
-    """The pairs that were confused more often afterwards."""
-    rises = pair_rises(labels_N, before_N, after_N, num_classes=len(classes))
-    return [rise for rise in rises if rise.after > rise.before]
-
-
 def _adjusted(
     rises: Sequence[Sequence[PairRise]], p_values: Sequence[Sequence[float]]
 ) -> list[list[tuple[PairRise, float]]]:
@@ -168,6 +163,7 @@ def _adjusted(
 
 
 def _confused(pairs: Sequence[tuple[PairRise, float]], classes: Sequence[str]) -> list[ConfusedPair]:
+    """The pairs that were confused more often afterwards, those that rose most."""
     return [
         ConfusedPair(
             first=classes[rise.first],
@@ -178,6 +174,7 @@ def _confused(pairs: Sequence[tuple[PairRise, float]], classes: Sequence[str]) -
             p=p,
         )
         for rise, p in pairs[:_MOST_PAIRS]
+        if rise.after > rise.before
     ]
 
 

@@ -82,6 +82,16 @@ def test_p_values_count_how_many_policies_were_tried() -> None:
     assert among_twenty.adjusted_p == pytest.approx(20 * alone.adjusted_p)
 
 
+def test_p_values_of_pairs_count_those_that_fell_too() -> None:
+    """Which pairs rise is known only after they were tested."""
+    with_N = predicted((0, 1, slice(0, 8)))
+    (alone,) = judge_outcomes([outcome(with_N, without_N=predicted())], CLASSES)
+    fell = predicted((1, 2, slice(0, 3)), (2, 0, slice(0, 3)))
+    (among_three,) = judge_outcomes([outcome(with_N, without_N=fell)], CLASSES)
+    assert [(pair.first, pair.second) for pair in among_three.confused] == [("two", "five")]
+    assert among_three.confused[0].p == pytest.approx(3 * alone.confused[0].p)
+
+
 def test_classes_that_a_kind_turns_into_one_another_are_found_without_a_loss() -> None:
     drawn_N = predicted((0, 1, slice(0, 60)), (1, 0, slice(0, 40)), (2, 1, slice(0, 70)))
     (effect,) = judge_outcomes([outcome(predicted((0, 1, slice(0, 2))), drawn_N=drawn_N)], CLASSES)
