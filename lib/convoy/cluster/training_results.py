@@ -18,7 +18,7 @@ from convoy.core.fingerprints import canonical_json
 from convoy.core.records import Reject
 from convoy.core.training_events import EpochResult
 from convoy.storage.documents import read_json
-from convoy.storage.object_store import ObjectStore
+from convoy.storage.object_store import ObjectStore, put_looking_first
 from convoy.storage.parts import write_rejects
 from convoy.storage.runs import RunFolder
 from convoy.vision.weights import state_to_safetensors
@@ -58,7 +58,7 @@ def write_weights(
     crash_point(CrashPoint.WEIGHTS_WRITTEN)
     outcome = outcome.model_copy(update={"weights_key": key})
     try:
-        store.put_if_absent(folder.key(TRAINED_FILE), canonical_json(outcome))
+        put_looking_first(store, folder.key(TRAINED_FILE), canonical_json(outcome))
     except PreconditionFailed:
         return read_outcome(store, run_id) or outcome
     crash_point(CrashPoint.TRAINING_RECORDED)

@@ -26,7 +26,7 @@ from convoy.storage.commits import (
     written_files,
 )
 from convoy.storage.leases import RunLease, hold_run
-from convoy.storage.object_store import ObjectInfo, ObjectStore
+from convoy.storage.object_store import ObjectInfo, ObjectStore, put_looking_first
 from convoy.storage.runs import RunFolder, RunRecord, parse_slice_name, require_run
 
 _MAX_LISTED = 100
@@ -144,7 +144,7 @@ def _open_again(store: ObjectStore, run: RunRecord) -> None:
             next_step="run the job's command with --new-run",
         )
     try:
-        store.put_if_absent(run.open_key, canonical_json({"run_id": run.run_id}))
+        put_looking_first(store, run.open_key, canonical_json({"run_id": run.run_id}))
     except PreconditionFailed:
         raise ConfigError(
             "another unfinished run of the same job is in the way",

@@ -22,7 +22,7 @@ from convoy.core.trial_events import TrialState, TrialStatus
 from convoy.pipelines.train_config import TrainConfig
 from convoy.pipelines.tune_config import TuneConfig
 from convoy.storage.documents import read_json
-from convoy.storage.object_store import ObjectStore
+from convoy.storage.object_store import ObjectStore, put_looking_first
 from convoy.storage.runs import RunFolder
 
 _PLAIN_FIELDS = {
@@ -200,7 +200,7 @@ class TrialJournal:
     def _put_once(self, name: str, data: bytes) -> None:
         # Another attempt of the same trial may have been first; then its document stays.
         with suppress(PreconditionFailed):
-            self._store.put_if_absent(self._key(name), data)
+            put_looking_first(self._store, self._key(name), data)
 
     def _key(self, name: str) -> str:
         return self._folder.key(name)

@@ -26,7 +26,7 @@ from convoy.core.errors import (
 from convoy.core.fingerprints import canonical_json, digest, digest_bytes
 from convoy.core.statistics import Interval
 from convoy.storage.documents import exists
-from convoy.storage.object_store import ObjectStore
+from convoy.storage.object_store import ObjectStore, put_looking_first
 from convoy.storage.registry import ALIASES, aliased_digest
 
 BUNDLE_FORMAT_VERSION = 1
@@ -236,7 +236,7 @@ def _write_files(store: ObjectStore, ref: BundleRef, files: Mapping[str, bytes])
 def _put_once(store: ObjectStore, key: str, data: bytes) -> bytes:
     """The bytes under the key: ours, or those that were there first."""
     try:
-        store.put_if_absent(key, data)
+        put_looking_first(store, key, data)
     except PreconditionFailed:
         return store.get(key).data
     return data

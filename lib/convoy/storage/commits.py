@@ -17,7 +17,7 @@ from convoy.core.config import StrictModel
 from convoy.core.crash_points import CrashPoint, crash_point
 from convoy.core.errors import ObjectNotFound, PreconditionFailed, StorageError
 from convoy.core.fingerprints import MultisetDigest, canonical_json
-from convoy.storage.object_store import ObjectInfo, ObjectStore
+from convoy.storage.object_store import ObjectInfo, ObjectStore, put_looking_first
 from convoy.storage.runs import RunFolder, RunRecord
 
 _LISTING_THREADS = 16
@@ -214,7 +214,7 @@ def _publish_choice(folder: RunFolder, run: RunRecord, records: Iterable[SliceRe
     crash_point(CrashPoint.ATTEMPTS_CHOSEN)
     manifest = RunManifest(run_id=run.run_id, slices=tuple(chosen[name] for name in run.slice_names()))
     try:
-        folder.store.put_if_absent(folder.key("manifest.json"), canonical_json(manifest))
+        put_looking_first(folder.store, folder.key("manifest.json"), canonical_json(manifest))
     except PreconditionFailed:
         published = read_manifest(folder)
         if published is None:

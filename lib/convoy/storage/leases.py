@@ -21,7 +21,6 @@ from enum import StrEnum
 
 from convoy.core.config import StrictModel
 from convoy.core.errors import (
-    ConditionalWriteUnsupported,
     LeaseHeld,
     LeaseLost,
     ObjectNotFound,
@@ -32,7 +31,7 @@ from convoy.core.errors import (
 from convoy.core.fingerprints import canonical_json
 from convoy.core.processes import ProcessIdentity, has_ended, this_process
 from convoy.storage.documents import exists
-from convoy.storage.object_store import put_in_place_of
+from convoy.storage.object_store import put_looking_first
 from convoy.storage.runs import RunFolder
 
 TTL_S = 30.0
@@ -266,15 +265,8 @@ def _read(folder: RunFolder) -> _Seen | None:
 
 def _write(folder: RunFolder, record: LeaseRecord, replaced_etag: str | None) -> str:
     """Write a lease in the place of a version, or of none; its etag. PreconditionFailed if another is there."""
-    store, key, data = folder.store, folder.key(LEASE), canonical_json(record)
-    try:
-        return put_in_place_of(store, key, data, replaced_etag)
-    except ConditionalWriteUnsupported:
-        # Here workspaces have a single writer, so looking first is enough.
-        found = _read(folder)
-        if (None if found is None else found.etag) != replaced_etag:
-            raise PreconditionFailed("another driver wrote the lease", where=store.uri(key)) from None
-        return store.put(key, data)
+    key, data = folder.key(LEASE), canonical_json(record)
+    return put_looking_first(folder.store, key, data, replaced_etag=replaced_etag)
 
 
 def _is_renewed(folder: RunFolder, before: _Seen | None) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
-from convoy.core.errors import ObjectNotFound, PreconditionFailed
+from convoy.core.errors import ConditionalWriteUnsupported, ObjectNotFound, PreconditionFailed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +140,25 @@ def put_in_place_of(store: ObjectStore, key: str, data: bytes, etag: str | None)
     if etag is None:
         return store.put_if_absent(key, data)
     return store.put_if_match(key, data, etag=etag)
+
+
+def put_looking_first(store: ObjectStore, key: str, data: bytes, *, replaced_etag: str | None = None) -> str:
+    """As `put_in_place_of`, also where the store cannot do it: there a workspace has a single writer, and may look."""
+    try:
+        return put_in_place_of(store, key, data, replaced_etag)
+    except ConditionalWriteUnsupported:
+        if _etag(store, key) != replaced_etag:
+            raise PreconditionFailed(
+                "the object is not in the state that this write requires", where=store.uri(key)
+            ) from None
+        return store.put(key, data)
+
+
+def _etag(store: ObjectStore, key: str) -> str | None:
+    try:
+        return store.head(key).etag
+    except ObjectNotFound:
+        return None
 
 
 def settle_refusal(store: ObjectStore, key: str, data: bytes) -> str:

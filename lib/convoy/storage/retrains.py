@@ -24,7 +24,7 @@ from convoy.core.errors import LeaseHeld, PreconditionFailed
 from convoy.core.fingerprints import canonical_json
 from convoy.storage.documents import exists, read_json
 from convoy.storage.leases import RunLease, hold_run
-from convoy.storage.object_store import ObjectStore
+from convoy.storage.object_store import ObjectStore, put_looking_first
 from convoy.storage.runs import RunFolder
 
 HOLDOUT_SCHEMA = pa.schema(
@@ -74,7 +74,7 @@ class RetrainFolder(RunFolder):
     def write_decision(self, date: str, report: dict[str, Any]) -> None:
         """Finish a date for good; whoever decided it first stays."""
         try:
-            self.store.put_if_absent(self.key(f"{date}/decision.json"), canonical_json(report))
+            put_looking_first(self.store, self.key(f"{date}/decision.json"), canonical_json(report))
         except PreconditionFailed:
             return
         crash_point(CrashPoint.RETRAIN_DECIDED)
@@ -111,7 +111,7 @@ class RetrainFolder(RunFolder):
         buffer = io.BytesIO()
         pq.write_table(rows.cast(HOLDOUT_SCHEMA), buffer, compression="zstd")
         with suppress(PreconditionFailed):
-            self.store.put_if_absent(self.key("holdout.parquet"), buffer.getvalue())
+            put_looking_first(self.store, self.key("holdout.parquet"), buffer.getvalue())
         frozen = self.holdout()
         assert frozen is not None
         return frozen

@@ -19,7 +19,7 @@ from convoy.core.differences import describe_changes
 from convoy.core.errors import ConfigError, DataError, PreconditionFailed, RunMismatch
 from convoy.core.fingerprints import canonical_json, digest
 from convoy.storage.documents import exists, read_json
-from convoy.storage.object_store import ObjectStore
+from convoy.storage.object_store import ObjectStore, put_looking_first
 
 SLICES_PER_INPUT_SHARD = 64
 # Among the versions: the digest of the code that ran.
@@ -212,7 +212,7 @@ class OpenRun:
         # Begins with the time, so that ids sort by age; nothing but the order in lists depends on it.
         run_id = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
         try:
-            self._store.put_if_absent(self._key, canonical_json({"run_id": run_id}))
+            put_looking_first(self._store, self._key, canonical_json({"run_id": run_id}))
         except PreconditionFailed:
             current = self.current()
             if current is not None:

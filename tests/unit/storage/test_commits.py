@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import errno
+import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
-from convoy.core.errors import ConfigError, RunMismatch, StorageError
+from convoy.core.errors import ConditionalWriteUnsupported, ConfigError, RunMismatch, StorageError
 from convoy.storage.commits import choose_attempts, finish, publish, read_commits, read_manifest, read_records
+from convoy.storage.leases import hold_run
 from convoy.storage.local_store import LocalStore
 from convoy.storage.runs import OpenRun, RunFolder, refuse_changed_identity, require_run
 from made_runs import SET_ID, finish_slice, new_run
@@ -202,3 +205,28 @@ def test_unknown_run_names_the_known_ones(store: LocalStore) -> None:
     new_run(store, NAMES, run_id="abc")
     with pytest.raises(ConfigError, match="abc"):
         require_run(store, "nope")
+
+
+def test_a_single_writer_works_where_the_store_cannot_write_on_condition(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a file system without hard links."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "no hard links")
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(ConditionalWriteUnsupported):
+        store.put_if_absent("probe", b"")
+    pointer = OpenRun(store, verb="cache", target="t")
+    folder = pointer.start()
+    assert pointer.start().run_id == folder.run_id
+    with hold_run(folder):
+        run = new_run(store, NAMES, run_id=folder.run_id)
+        for name in run.slice_names():
+            finish_slice(store, run, name)
+        published = publish(folder, run, read_records(folder))
+        assert publish(folder, run, read_records(folder)) == published
+        finish(folder, {})
+    pointer.close(folder)
+    assert read_manifest(folder) == published
