@@ -200,7 +200,8 @@ def choose_examples(manifest: Manifest, num_rows: int) -> pa.Table:
             ranked = sorted(
                 (unit_interval(0, "data card", one), place) for one, place in zip(ids, places, strict=True)
             )
-            kept = [(value, table.slice(int(place), 1)) for value, place in ranked[:num_rows]]
+            # Not a slice, which would keep the whole batch in memory.
+            kept = [(value, table.take(pa.array([place]))) for value, place in ranked[:num_rows]]
             best[label] = sorted([*best.get(label, []), *kept], key=lambda item: item[0])[:num_rows]
     return _in_turns(best, num_rows)
 

@@ -23,14 +23,15 @@ def stratified_rows(
     """Rows of some splits: one of each class, unlabelled ones being a class too, then a second of each, and so on.
 
     Which ones is up to a hash of seed, purpose and sample id, so a larger sample only adds rows. In memory are the rows
-    of the sample, once a class. Raises DataError where the splits have no row.
+    of the sample and of one batch. Raises DataError where the splits have no row.
     """
     chosen, draws_N = MANIFEST_SCHEMA.empty_table(), np.empty(0)
     for batch in manifest.iter_batches(splits=splits):
         chosen = pa.concat_tables([chosen, pa.Table.from_batches([batch]).cast(MANIFEST_SCHEMA)])
         new_B = [unit_interval(seed, purpose, name) for name in batch["sample_id"].to_pylist()]
         draws_N = np.concatenate([draws_N, new_B])
-        kept = np.flatnonzero(_place_in_class(chosen, draws_N) < num_rows)
+        # What comes after so many rows now comes after as many of any larger set.
+        kept = np.lexsort((draws_N, _place_in_class(chosen, draws_N)))[:num_rows]
         chosen, draws_N = chosen.take(pa.array(kept)).combine_chunks(), draws_N[kept]
     if not chosen.num_rows:
         raise DataError(
@@ -38,8 +39,7 @@ def stratified_rows(
             where=manifest.uri,
             next_step="choose another split with --set splits=[...]",
         )
-    order = np.lexsort((draws_N, _place_in_class(chosen, draws_N)))[:num_rows]
-    return chosen.take(pa.array(order)).combine_chunks()
+    return chosen
 
 
 def named_rows(manifest: Manifest, sample_ids: Sequence[str]) -> pa.Table:

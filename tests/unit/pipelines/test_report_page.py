@@ -10,6 +10,7 @@ import pytest
 
 from convoy.core.errors import ConfigError, DataError
 from convoy.core.progress import Silent
+from convoy.core.records import Split
 from convoy.pipelines.report_data_card import choose_examples
 from convoy.pipelines.report_index import find_pages, read_index, write_index
 from convoy.pipelines.report_page import PageData, read_page, write_page
@@ -21,6 +22,7 @@ from convoy.storage.datasets import open_dataset
 from convoy.storage.local_store import LocalStore
 from convoy.storage.predictions import read_labelled
 from convoy.storage.runs import CODE, RunFolder
+from made_advice_rows import frozen_rows
 from made_evaluations import CLASSES, DATASET, MODEL_DIGEST, RUN, made_workspace
 from made_pages import PageParts
 
@@ -159,6 +161,13 @@ def test_examples_take_turns_over_the_classes(workspace: LocalStore) -> None:
     assert rows.num_rows == 7
     assert counts.min() >= 2
     assert rows["label"].to_pylist() == sorted(rows["label"].to_pylist())
+
+
+def test_examples_of_a_data_card_hold_no_other_rows(tmp_path: Path) -> None:
+    manifest = frozen_rows(tmp_path, {Split.TRAIN: (2000, 2000)}, ("cat", "dog"))
+    examples = choose_examples(manifest, 6)
+    assert examples["label"].to_pylist() == [0, 0, 0, 1, 1, 1]
+    assert examples.get_total_buffer_size() < 20_000
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,19 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from convoy.core.errors import DataError
 from convoy.core.records import Split
 from convoy.core.splits import SplitOptions
+from convoy.pipelines import stratified_sample
 from convoy.pipelines.stratified_sample import labels_of, named_rows, stratified_rows
 from convoy.storage.datasets import freeze_dataset, open_dataset
 from convoy.storage.local_store import LocalStore
-from convoy.storage.manifests import Manifest
+from convoy.storage.manifests import ROWS_PER_GROUP, Manifest
+from made_advice_rows import frozen_rows
 
 
 @pytest.fixture
@@ -47,6 +51,22 @@ def test_a_larger_sample_only_adds_rows_and_another_seed_draws_others(manifest: 
     assert drawn(12) == drawn(12) == drawn(20)[:12]
     assert set(drawn(12, seed=1)) != set(drawn(12))
     assert len(drawn(100)) == 35
+
+
+def test_of_many_classes_no_more_rows_are_held_than_the_sample_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = frozen_rows(tmp_path, {Split.TRAIN: (5000,) * 8}, tuple("abcdefgh"))
+    place_in_class, held = stratified_sample._place_in_class, []
+
+    def counted(rows: pa.Table, draws_N: np.ndarray) -> np.ndarray:
+        held.append(rows.num_rows)
+        return place_in_class(rows, draws_N)
+
+    monkeypatch.setattr(stratified_sample, "_place_in_class", counted)
+    rows = stratified_rows(manifest, 2000, splits=[Split.TRAIN])
+    assert max(held) <= 2000 + ROWS_PER_GROUP
+    assert Counter(labels_of(rows).tolist()) == dict.fromkeys(range(8), 250)
 
 
 def test_several_splits_are_one_pool(manifest: Manifest) -> None:
