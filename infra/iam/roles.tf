@@ -128,6 +128,11 @@ data "aws_iam_policy_document" "autoscaler" {
     actions   = ["iam:PassRole"]
     resources = [aws_iam_role.machine["worker"].arn]
   }
+  statement {
+    sid       = "FindMachineImages"
+    actions   = ["ssm:GetParameters"] # EC2 asks in the caller's name for an ImageId of resolve:ssm
+    resources = ["arn:aws:ssm:${var.region}::parameter/aws/service/*"]
+  }
 }
 
 resource "aws_iam_role" "machine" {

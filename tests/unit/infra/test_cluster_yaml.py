@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import copy
+import os
+import re
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from infra_files import ROOT
+from infra_files import INFRA, ROOT
 
 
 @pytest.fixture
 def cluster() -> dict[str, Any]:
     loaded: dict[str, Any] = yaml.safe_load((ROOT / "cluster.yaml").read_text(encoding="utf-8"))
     return loaded
+
+
+def images_of(cluster: dict[str, Any]) -> list[str]:
+    """The images that containers of the head and of workers are made of."""
+    sections = [
+        cluster["docker"],
+        *(group.get("docker", {}) for group in cluster["available_node_types"].values()),
+    ]
+    return [section[key] for section in sections for key in ("head_image", "worker_image") if key in section]
 
 
 def test_the_launcher_of_ray_accepts_it(cluster: dict[str, Any]) -> None:
@@ -74,10 +87,51 @@ def test_machines_have_roles_encrypted_disks_and_no_open_metadata(cluster: dict[
         assert all(disk["Ebs"]["Encrypted"] for disk in node["BlockDeviceMappings"])
 
 
+def run_for_token(cluster: dict[str, Any], folder: Path, *, aws: str) -> subprocess.CompletedProcess[str]:
+    """The command that fetches the token, with this for `aws`, and a `sudo` that says that it installs its input."""
+    (command,) = [one for one in cluster["initialization_commands"] if "get-parameter" in one]
+    for name, script in {"aws": aws, "sudo": 'echo "installed $(cat)"'}.items():
+        folder.joinpath(name).write_text(f"#!/bin/sh\n{script}\n")
+        folder.joinpath(name).chmod(0o755)
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}"}
+    return subprocess.run(
+        ["/bin/sh", "-ec", command], env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_a_node_that_gets_no_token_does_not_start(cluster: dict[str, Any], tmp_path: Path) -> None:
+    given = run_for_token(cluster, tmp_path, aws="echo abc123")
+    assert (given.returncode, given.stdout) == (0, "installed abc123\n")
+    for aws in ("exit 254", "true"):
+        refused = run_for_token(cluster, tmp_path, aws=aws)
+        assert refused.returncode != 0
+        assert refused.stdout == ""
+
+
+def test_nodes_log_in_to_the_registry_of_every_image(cluster: dict[str, Any]) -> None:
+    region = cluster["provider"]["region"]
+    registries = {image.split("/")[0] for image in images_of(cluster)}
+    logins = [one.split() for one in cluster["initialization_commands"] if "docker login" in one]
+    assert {login[-1] for login in logins} == registries
+    assert all(login[:3] == ["aws", "ecr", "get-login-password"] for login in logins)
+    # The aws client of a node has no region of its own.
+    asking = [one for one in cluster["initialization_commands"] if re.search(r"\baws (ssm|ecr)", one)]
+    assert all(f"--region {region}" in one for one in asking)
+
+
+def test_machines_are_of_an_image_with_docker_that_the_head_may_look_up(cluster: dict[str, Any]) -> None:
+    images = {group["node_config"]["ImageId"] for group in cluster["available_node_types"].values()}
+    assert all(one.startswith("resolve:ssm:/aws/service/deeplearning/ami/") for one in images)
+    roles = (INFRA / "iam" / "roles.tf").read_text()
+    (autoscaler,) = re.findall(r'"autoscaler" \{\n(  statement.*?)\n\}', roles, re.DOTALL)
+    assert '"ssm:GetParameters"' in autoscaler
+    assert '"arn:aws:ssm:${var.region}::parameter/aws/service/*"' in autoscaler
+
+
 def test_images_are_pinned_and_nothing_is_installed_at_start(cluster: dict[str, Any]) -> None:
-    images = [cluster["docker"]["head_image"], cluster["docker"]["worker_image"]]
-    images.append(cluster["available_node_types"]["gpu-spot"]["docker"]["worker_image"])
-    assert all(":" in image.rsplit("/", 1)[-1] and not image.endswith(":latest") for image in images)
+    assert all(
+        ":" in image.rsplit("/", 1)[-1] and not image.endswith(":latest") for image in images_of(cluster)
+    )
     assert (
         cluster["setup_commands"] == cluster["head_setup_commands"] == cluster["worker_setup_commands"] == []
     )
