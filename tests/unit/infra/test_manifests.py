@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,14 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from typer.main import get_command
 
+from convoy.cli.main import app
+from convoy.cluster.submission import Submission
+from convoy.core.config import read_settings
+from convoy.core.errors import ConfigError
 from convoy.core.secrets import find_secrets
+from convoy.pipelines.submit import JobRequest, Verb, plan_submission
 from infra_files import INFRA, ROOT, documents, locked_version, manifests, nodes
 
 # The fields of the three kinds that we use or could: a name that is not here is a typing error. From the CRDs of 1.7.0.
@@ -141,13 +148,36 @@ def test_jobs_keep_the_rules_of_the_controller() -> None:
 
 def test_entrypoints_name_jobs_that_exist() -> None:
     for job in jobs():
-        script = job["entrypoint"].split()[1]
-        assert (ROOT / script).is_file()
+        assert (ROOT / shlex.split(job["entrypoint"])[1]).is_file()
     (cron,) = of_kind("CronJob")
     words = cron["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0]["args"][0].split()
     assert (ROOT / words[words.index("--config") + 1]).is_file()
     assert words[1:4] == ["convoy", "submit", "score"]
     assert '"$(date' in words
+
+
+def planned(verb: str, words: list[str]) -> Submission:
+    """The submission of what `convoy VERB` is told by these words: settings that do not fit the job raise."""
+    group: Any = get_command(app)
+    with group.commands[verb].make_context(verb, words) as context:
+        path, overrides, workspace = (context.params[key] for key in ("config", "overrides", "workspace"))
+    settings = read_settings(path and str(ROOT / path), [*(overrides or []), f"workspace={workspace}"])
+    return plan_submission(JobRequest(verb=Verb(verb), settings=settings))
+
+
+def test_jobs_take_the_settings_of_their_entrypoints() -> None:
+    for job in jobs():
+        _, script, *words = shlex.split(job["entrypoint"])
+        verb = Path(script).stem
+        assert planned(verb, words).metadata["verb"] == job["metadata"]["verb"] == verb
+
+
+def test_an_entrypoint_without_a_setting_or_with_an_unknown_one_would_be_found() -> None:
+    workspace = ["--workspace", "s3://convoy-example/workspace"]
+    with pytest.raises(ConfigError, match="backbone"):
+        planned("cache", [*workspace, "--set", "dataset=photos"])
+    with pytest.raises(ConfigError, match="bundel"):
+        planned("score", [*workspace, "--set", "dataset=photos", "--set", "bundel=photos"])
 
 
 def test_a_cron_job_keeps_from_overlapping_and_tries_nothing_again_in_vain() -> None:
