@@ -81,8 +81,19 @@ def pods() -> Iterator[dict[str, Any]]:
 
 def test_all_kinds_are_there() -> None:
     kinds = {manifest["kind"] for _, manifest in manifests()}
-    assert {*NAME_LIMITS, "CronJob", "NetworkPolicy", "ServiceAccount"} == kinds
-    assert all(manifest["metadata"]["namespace"] == "convoy" for _, manifest in manifests())
+    assert {*NAME_LIMITS, "CronJob", "Namespace", "NetworkPolicy", "ServiceAccount"} == kinds
+
+
+def test_all_live_in_a_namespace_that_the_first_step_makes() -> None:
+    ((file, made),) = [(name, one) for name, one in manifests() if one["kind"] == "Namespace"]
+    places = [one["metadata"].get("namespace") for _, one in manifests() if one["kind"] != "Namespace"]
+    assert set(places) == {made["metadata"]["name"]}
+    page = (INFRA / "README.md").read_text(encoding="utf-8")
+    first = re.findall(r"`kubectl (\w+) -f (\S+)", page)[0]
+    assert first == ("apply", f"infra/kuberay/{file}")
+    # A file is applied from its top.
+    assert documents("kuberay", file)[0] == made
+    assert page.index(f"infra/kuberay/{file}") < page.index("kuberay/token-secret.md`, in that namespace")
 
 
 def test_only_fields_that_kuberay_knows_are_used() -> None:
@@ -243,7 +254,7 @@ def test_the_crontab_calls_a_job_once_a_day() -> None:
 
 
 def test_service_accounts_of_pods_without_kubernetes_get_no_token() -> None:
-    accounts = {one["metadata"]["name"]: one for one in documents("kuberay", "service-accounts.yaml")}
+    accounts = {one["metadata"]["name"]: one for one in of_kind("ServiceAccount")}
     assert accounts["convoy-worker"]["automountServiceAccountToken"] is False
     assert accounts["convoy-submit"]["automountServiceAccountToken"] is False
     assert "annotations" not in accounts["convoy-submit"]["metadata"]
