@@ -18,8 +18,10 @@ import pytest
 
 import convoy as convoy_package
 from cache_jobs import CacheJob, convoy, freeze, last_json, made_job, settings_arguments
+from convoy.pipelines.model_registry import promote_model
 from convoy.pipelines.runs_list import list_runs
 from convoy.pipelines.runs_state import RunState
+from convoy.storage.object_store import WriterMode
 from convoy.storage.stores import open_store
 from infra_files import ROOT
 from made_bundles import made_classifier, write_classifier
@@ -203,11 +205,14 @@ def test_no_secret_is_in_any_log_record_report_payload_or_process(
 
 @pytest.fixture(scope="module")
 def scoring(job: CacheJob, tmp_path_factory: pytest.TempPathFactory) -> CacheJob:
-    """A workspace that has the dataset `photos` and the bundle `photos-probe`, as the README's has."""
+    """A workspace that has the dataset `photos` and a champion `photos-daily`, as the README's has."""
     copy = job.copied_to(tmp_path_factory.mktemp("scoring"))
     freeze(Path(job.workspace).parent / "images", copy.workspace, name="photos")
     store = open_store(copy.workspace)
-    write_classifier(store, "photos-probe", made_classifier(store, 0))
+    champion = write_classifier(store, "photos-daily", made_classifier(store, 0))
+    promote_model(
+        copy.workspace, champion.name, digest=champion.digest, reason="the first", writers=WriterMode.MANY
+    )
     return copy
 
 
@@ -231,8 +236,8 @@ def test_the_commands_of_the_readme_lead_from_a_head_to_scored_images(
     assert len(rest) == len(block.splitlines()) - 1
     finished = subprocess.run(
         ["sh", "-ec", "\n".join(rest).replace("http://127.0.0.1:8265", head.address)],
-        env={**os.environ, **head.environment, "HOME": str(tmp_path)},
-        cwd=Path(scoring.workspace).parent,
+        env={**os.environ, **head.environment, "HOME": str(tmp_path), "CONVOY_WORKSPACE": scoring.workspace},
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=300,
@@ -254,7 +259,7 @@ def test_the_line_of_the_crontab_scores_once_a_day(head: RayHead, scoring: Cache
     token.write_text(TOKEN)
     token.chmod(0o600)
     settings = {
-        "bundle": "photos-probe",
+        "bundle": "photos-daily@champion",
         "dataset": "photos",
         "name": "nightly",
         "columns": {"outputs": "logits"},
@@ -284,7 +289,7 @@ def test_plain_ray_submits_the_scripts_as_the_page_says(head: RayHead, scoring: 
     (command,) = (block for block in blocks if block.startswith("ray job submit"))
     for word, here in {
         "http://127.0.0.1:8265": head.address,
-        "--config configs/score.cifar.yaml": "--set bundle=photos-probe --set dataset=photos --set name=plain",
+        "--config configs/score.cifar.yaml": "--set bundle=photos-daily@champion --set dataset=photos --set name=plain",
         "s3://convoy-example/workspace": scoring.workspace,
     }.items():
         assert word in command

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,17 @@ def parse(command: Any, arguments: list[str]) -> None:
 def test_the_command_line_takes_every_command_of_a_page(page: str, line: str) -> None:
     words = shlex.split(line, comments=True)
     parse(typer.main.get_command(app), words[1 : words.index("|")] if "|" in words else words[1:])
+
+
+def test_what_the_readme_scores_on_a_cluster_was_made_by_its_tour() -> None:
+    blocks = fenced_blocks(ROOT / "README.md", "sh")
+    (tour,), (cluster,) = blocks["From a bucket to a scheduled job, in ten minutes"], blocks["On a cluster"]
+    made = set(re.findall(r"(?:--name |--set name=)([\w-]+)", tour))
+    scored = set(re.findall(r"--set (?:bundle|dataset)=([\w-]+)", cluster))
+    assert scored
+    assert scored <= made
+    (variable,) = re.findall(r"^export (\w+)=s3://", tour, re.MULTILINE)
+    assert f'--workspace "${variable}"' in cluster
 
 
 def test_the_pages_have_commands() -> None:
