@@ -155,7 +155,11 @@ def evaluate(  # noqa: PLR0917 (an option of the command line is an argument)
 @jobs_app.command()
 def score(  # noqa: PLR0917 (an option of the command line is an argument)
     bundle: Annotated[
-        str | None, typer.Argument(metavar="[BUNDLE]", help="A bundle: name, name@digest or its URI.")
+        str | None,
+        typer.Argument(
+            metavar="[BUNDLE]",
+            help="name@champion, name@digest or a URI; a bare name is the one written last, also if it was held.",
+        ),
     ] = None,
     dataset: Annotated[
         str | None, typer.Option("--dataset", "-d", help="Name of the dataset in the workspace.")

@@ -44,7 +44,10 @@ class LookSettings(StrictModel):
 
 
 class ModelChoice(StrictModel):
-    """Exactly one of a `bundle` of the workspace, a pretrained `model`, or an `ensemble` of such."""
+    """Exactly one of a `bundle` of the workspace, a pretrained `model`, or an `ensemble` of such.
+
+    A bundle's bare name is the one written last, also a held candidate; `name@champion` is the one that passed.
+    """
 
     bundle: str | None = None
     model: PretrainedModel | None = None

@@ -161,10 +161,12 @@ def test_entrypoints_name_jobs_that_exist() -> None:
     for job in jobs():
         assert (ROOT / shlex.split(job["entrypoint"])[1]).is_file()
     (cron,) = of_kind("CronJob")
-    words = cron["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0]["args"][0].split()
-    assert (ROOT / words[words.index("--config") + 1]).is_file()
+    (line,) = cron["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0]["args"]
+    words = shlex.split(line)
     assert words[1:4] == ["convoy", "submit", "score"]
-    assert '"$(date' in words
+    attempt = words.index("--attempt")
+    assert words[attempt + 1] == "$(date -u +%F)"
+    assert planned("score", words[4:attempt] + words[attempt + 2 :])
 
 
 def planned(verb: str, words: list[str]) -> Submission:
@@ -181,6 +183,13 @@ def test_jobs_take_the_settings_of_their_entrypoints() -> None:
         _, script, *words = shlex.split(job["entrypoint"])
         verb = Path(script).stem
         assert planned(verb, words).metadata["verb"] == job["metadata"]["verb"] == verb
+
+
+def test_scheduled_scorings_take_the_champion_and_not_what_was_written_last() -> None:
+    files = [*INFRA.glob("kuberay/*.yaml"), *INFRA.glob("cron/*"), ROOT / "README.md", *INFRA.glob("*.md")]
+    bundles = [one for path in files for one in re.findall(r"\bbundle[=:] ?([\w@-]+)", path.read_text())]
+    assert len(bundles) >= 3
+    assert all(one.endswith("@champion") for one in bundles)
 
 
 def test_an_entrypoint_without_a_setting_or_with_an_unknown_one_would_be_found() -> None:
