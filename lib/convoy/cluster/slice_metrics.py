@@ -21,11 +21,11 @@ class SliceMetrics:
     `convoy_slice_seconds`. Gauge: `convoy_slices_left`. Prometheus sees them with `ray_` in front.
     """
 
-    def __init__(self, verb: str, *, num_slices: int) -> None:
+    def __init__(self, verb: str, run_id: str, *, num_slices: int) -> None:
         # A job that finds nothing to do must not wait for Ray.
         from ray.util.metrics import Counter, Gauge, Histogram  # noqa: PLC0415
 
-        self._verb, self._left = verb, num_slices
+        self._tags, self._left = {"verb": verb, "run": run_id}, num_slices
         self._images = Counter("convoy_images_total", "Images that ended in results or rejects", _TAGS)
         self._rejects = Counter("convoy_rejects_total", "Images that were rejected", (*_TAGS, "code"))
         self._read = Counter("convoy_bytes_read_total", "Bytes of images that could be used", _TAGS)
@@ -35,13 +35,14 @@ class SliceMetrics:
         )
         self._seconds = Histogram("convoy_slice_seconds", "Seconds a slice", _BOUNDARIES_S, _TAGS)
         self._slices_left = Gauge("convoy_slices_left", "Slices of this call without a record", _TAGS)
+        # A run that waits for its first slice must be seen to wait.
+        self._slices_left.set(self._left, self._tags)
 
     def add(self, record: SliceRecord) -> None:
         """Count a slice that was done."""
-        tags = {"verb": self._verb, "run": record.run_id}
         self._left -= 1
-        self._slices_left.set(self._left, tags)
-        self._seconds.observe(max(record.finished_unix_s - record.started_unix_s, 0.0), tags)
+        self._slices_left.set(self._left, self._tags)
+        self._seconds.observe(max(record.finished_unix_s - record.started_unix_s, 0.0), self._tags)
         amounts = (
             (self._images, record.num_results + record.num_rejects),
             (self._read, record.bytes_read),
@@ -51,6 +52,6 @@ class SliceMetrics:
         for counter, amount in amounts:
             # Ray refuses to add nothing.
             if amount:
-                counter.inc(amount, tags)
+                counter.inc(amount, self._tags)
         for code, number in record.reject_codes.items():
-            self._rejects.inc(number, {**tags, "code": code})
+            self._rejects.inc(number, {**self._tags, "code": code})

@@ -108,6 +108,19 @@ def _operators_without_gpus(nodes: Sequence[NodeSize], cpus_each: int, num_rows:
     return max(len(nodes), min(most, num_rows // _ROWS_AN_OPERATOR))
 
 
+class SliceSpec(Protocol):
+    """What all specs of operators have in common."""
+
+    @property
+    def run_id(self) -> str:
+        """The run whose slices are done."""
+        ...
+
+    def model_dump_json(self) -> str:
+        """The spec as JSON, for the workers."""
+        ...
+
+
 class SliceOperator(Protocol):
     """What runs in a worker: made once from its spec, then called for each slice."""
 
@@ -125,7 +138,7 @@ class OperatorFactory(Protocol):
 
 
 def run_slices(
-    factory: OperatorFactory, spec: StrictModel, tasks: Sequence[SliceTask], pool: WorkerPool, *, verb: str
+    factory: OperatorFactory, spec: SliceSpec, tasks: Sequence[SliceTask], pool: WorkerPool, *, verb: str
 ) -> Iterator[SliceRecord]:
     """The records of the tasks' slices, in the order in which they finish; metrics count them under the verb.
 
@@ -136,7 +149,7 @@ def run_slices(
     from ray.exceptions import RayError  # noqa: PLC0415
 
     quiet_ray_data()
-    metrics = SliceMetrics(verb, num_slices=len(tasks))
+    metrics = SliceMetrics(verb, spec.run_id, num_slices=len(tasks))
     rows = [{"task": task.model_dump_json()} for task in tasks]
     # A block a slice: slices are handed out one by one, and a record comes back as soon as its slice is done.
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(

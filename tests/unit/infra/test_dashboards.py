@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from convoy.cluster.slice_metrics import SliceMetrics
 from infra_files import INFRA, ROOT, documents
 
 # Counters, a histogram and a gauge of jobs, with their tags.
@@ -66,8 +67,30 @@ def test_queries_group_and_select_by_tags_that_exist() -> None:
 def test_counters_are_read_as_rates() -> None:
     for query in queries():
         for match in re.finditer(r"ray_convoy_\w+_(?:total|bucket|count)", query):
-            before = query[: match.start()]
-            assert re.search(r"(?:rate|increase|label_values)\($", before), query
+            before, after = query[: match.start()], query[match.end() :]
+            assert re.search(r"(?:rate|increase|label_values|max_over_time)\($", before) or re.match(
+                r"(?:\{[^}]*\})? offset ", after
+            ), query
+
+
+def test_alerts_count_what_a_series_is_born_with() -> None:
+    """Of a series with one value `increase` makes 0: all rejects of a run may be in its first slice."""
+    counted = r"max_over_time\((?P<counter>[^\[]+)\[(?P<window>\w+)\]\)"
+    grown = rf"{counted} - \((?P=counter) offset (?P=window) or max_over_time\((?P=counter)\[(?P=window)\]\) \* 0\)"
+    for rule in rules():
+        assert "increase(" not in rule["expr"]
+        assert "_total" not in re.sub(grown, "", rule["expr"]), rule["alert"]
+
+
+def test_a_run_that_waits_for_its_first_slice_shows_how_many_are_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown: list[tuple[float, dict[str, str]]] = []
+    monkeypatch.setattr("ray.util.metrics.Gauge.set", lambda _, value, tags: shown.append((value, tags)))
+    SliceMetrics("score", "run-1", num_slices=7)
+    assert shown == [(7, {"verb": "score", "run": "run-1"})]
+    (stalled,) = [rule["expr"] for rule in rules() if rule["alert"] == "ConvoyRunStalled"]
+    assert set(re.findall(r"ray_convoy_\w+", stalled)) == {"ray_convoy_slices_left"}
 
 
 def test_panels_have_their_own_places() -> None:
