@@ -57,10 +57,13 @@ class RetrainRows:
 
     @property
     def newest(self) -> NamedRows:
-        """New labelled rows that no training ever sees: those of the held-out split that are not in the holdout."""
-        split = held_out_split(self.table)
-        wanted = pc.and_(pc.equal(self.table["split"], split.value), pc.is_valid(self.table["label"]))
-        return _named(self.table.filter(pa.array(_mask(wanted) & self.is_new_N & ~self.is_held_out_N)))
+        """New labelled rows that no training ever sees: of the test split, and equal to no row that is elsewhere."""
+        in_test_N = _mask(pc.equal(self.table["split"], Split.TEST.value))
+        labelled_N = _mask(pc.is_valid(self.table["label"]))
+        table = self.table.filter(pa.array(in_test_N & labelled_N & self.is_new_N & ~self.is_held_out_N))
+        elsewhere = self.table["content_id"].filter(pa.array(~in_test_N))
+        is_learnt_N = np.isin(content_id_array(table["content_id"]), content_id_array(elsewhere))
+        return _named(table.filter(pa.array(~is_learnt_N)))
 
     @property
     def new_labelled(self) -> NamedRows:
@@ -69,9 +72,9 @@ class RetrainRows:
 
 
 def open_rows(manifest: Manifest, previous: Manifest | None, folder: RetrainFolder) -> RetrainRows:
-    """The rows of a version. The first time, its labelled held-out rows become the holdout for good.
+    """The rows of a version. The first time, its labelled test rows become the holdout for good.
 
-    Raises DataError where nothing labelled is held out, or nothing of the holdout is left.
+    Raises DataError where no test row is labelled, or nothing of the holdout is left.
     """
     table = _read(manifest)
     holdout = folder.holdout()
@@ -96,12 +99,6 @@ def open_rows(manifest: Manifest, previous: Manifest | None, folder: RetrainFold
         num_removed=num_removed,
         shared_classes=tuple(dict.fromkeys([*manifest.classes, *holdout["class"].to_pylist()])),
     )
-
-
-def held_out_split(table: pa.Table) -> Split:
-    """Where models are measured: test, or val where nothing is in test."""
-    has_test = pc.any(pc.equal(table["split"], Split.TEST.value)).as_py()
-    return Split.TEST if has_test else Split.VAL
 
 
 @dataclass(slots=True)
@@ -228,11 +225,12 @@ def _read(manifest: Manifest) -> pa.Table:
 
 
 def _first_holdout(table: pa.Table, manifest: Manifest) -> pa.Table:
-    wanted = pc.and_(pc.equal(table["split"], held_out_split(table).value), pc.is_valid(table["label"]))
+    """The test rows: training chooses by val rows, which could judge no model fairly."""
+    wanted = pc.and_(pc.equal(table["split"], Split.TEST.value), pc.is_valid(table["label"]))
     rows = table.filter(wanted).select(HOLDOUT_SCHEMA.names)
     if not rows.num_rows:
         raise DataError(
-            "no labelled sample is held out, so models could not be compared",
+            "no sample of the test split is labelled, so models could not be compared",
             where=manifest.uri,
             next_step="give the dataset a test split: --set splits.test_fraction=0.1",
         )
