@@ -139,13 +139,22 @@ class NewData(StrictModel):
 
 
 class StepResult(StrictModel):
-    """One attempt at a better model: what was done, which bundle came of it, and what the gate said."""
+    """One attempt at a better model: what was done, which bundle came of it, and what the gate said.
+
+    With `is_champion` the bundle is the champion, bit for bit, and the gate was not asked.
+    """
 
     step: str
     candidate: str
     train_rows: int
     evidence: GateEvidence | None
     reason: str
+    is_champion: bool = False
+
+    @property
+    def passed(self) -> bool:
+        """Whether the gate was asked, and has no objection."""
+        return self.evidence is not None and self.evidence.passed
 
 
 class RetrainReport(StrictModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from convoy.core.progress import Progress
@@ -36,6 +37,19 @@ class _Outcome:
     decision: Decision
     reason: str
     candidate: str | None = None
+
+
+def take_until_settled(results: Iterable[StepResult]) -> list[StepResult]:
+    """The results of steps that run as they are asked for, until one passes the gate or gives the champion again.
+
+    The latter has nothing new to learn from, and a dearer step would not either.
+    """
+    taken: list[StepResult] = []
+    for result in results:
+        taken.append(result)
+        if result.passed or result.is_champion:
+            break
+    return taken
 
 
 class RetrainJob:
@@ -87,10 +101,11 @@ class RetrainJob:
         if data.objections:
             outcome = _Outcome(decision=Decision.HELD, reason="; ".join(data.objections))
         else:
-            steps = self._try_steps(lease, on_champion)
-            outcome = self._decide(steps, on_champion)
+            steps = take_until_settled(self._results(lease, on_champion))
+            outcome = self._decide(steps[-1], on_champion)
         lease.confirm()
-        outcome = self._move_aliases(outcome, steps)
+        if outcome.decision is not Decision.NOTHING_NEW:
+            outcome = self._move_aliases(outcome, steps)
         return self._report(outcome, data, steps)
 
     def _examine(self, on_champion: tuple[ModelScores, ModelScores] | None) -> NewData:
@@ -111,19 +126,14 @@ class RetrainJob:
             on_holdout=None if on_champion is None else on_champion[0],
         )
 
-    def _try_steps(
+    def _results(
         self, lease: RunLease, on_champion: tuple[ModelScores, ModelScores] | None
-    ) -> list[StepResult]:
-        """One step after the other, until one passes the gate."""
-        results: list[StepResult] = []
+    ) -> Iterator[StepResult]:
+        """One step after the other, each judged."""
         for name, step in self._maker.steps(self._champion).items():
             made = step()
             lease.check()
-            results.append(self._judge(name, made.ref, made.train_rows, on_champion))
-            evidence = results[-1].evidence
-            if evidence is not None and evidence.passed:
-                break
-        return results
+            yield self._judge(name, made.ref, made.train_rows, on_champion)
 
     def _judge(
         self,
@@ -136,27 +146,27 @@ class RetrainJob:
         if on_champion is None:
             return result.model_copy(update={"reason": "there was no champion to compare with"})
         if ref.digest == self._plan.champion:
-            return result.model_copy(update={"reason": "the candidate is the champion, bit for bit"})
+            reason = "the candidate is the champion, bit for bit"
+            return result.model_copy(update={"is_champion": True, "reason": reason})
         self._progress.stage(f"comparing {step} with the champion")
         on_candidate = self._scores(self._open(ref.digest))
         evidence = judge(on_candidate, on_champion, self._rows.shared_classes, self._config.gate)
         return result.model_copy(update={"evidence": evidence, "reason": evidence.reason})
 
-    def _decide(
-        self, steps: list[StepResult], on_champion: tuple[ModelScores, ModelScores] | None
-    ) -> _Outcome:
-        last = steps[-1]
+    def _decide(self, last: StepResult, on_champion: tuple[ModelScores, ModelScores] | None) -> _Outcome:
         candidate = last.candidate.partition("@")[2]
         reason = f"{last.step}: {last.reason}"
         if self._config.mode is RetrainMode.SHADOW:
             return _Outcome(decision=Decision.SHADOW, reason=reason, candidate=candidate)
-        if on_champion is None or (last.evidence is not None and last.evidence.passed):
+        if on_champion is None or last.passed:
             return _Outcome(decision=Decision.PROMOTED, reason=reason, candidate=candidate)
         harm = self._champion_is_worse_than_before(on_champion)
         if harm is not None:
             return _Outcome(
                 decision=Decision.ROLLED_BACK, reason=f"{harm}; and {reason}", candidate=candidate
             )
+        if last.is_champion:
+            return _Outcome(decision=Decision.NOTHING_NEW, reason=f"nothing new to learn from: {reason}")
         return _Outcome(decision=Decision.HELD, reason=reason, candidate=candidate)
 
     def _champion_is_worse_than_before(self, on_champion: tuple[ModelScores, ModelScores]) -> str | None:
