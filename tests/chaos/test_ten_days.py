@@ -38,6 +38,15 @@ class Images:
                 path = self.by_class[name].pop(0)
                 path.rename(target / f"{name}-{path.name}")
 
+    def put_right(self) -> None:
+        """A person moves images of another class to the folder of their own, and takes away what is no image."""
+        for path in sorted(self.folder.rglob("*.jpg")):
+            name = path.name.partition("-")[0]
+            if name == "corrupt":
+                path.unlink()
+            else:
+                path.rename(self.folder / name / path.name)
+
     def arrive_corrupt(self, num_images: int, name: str) -> None:
         """Files that are no images come in."""
         for number in range(num_images):
@@ -65,20 +74,27 @@ def retrain(tmp_path: Path, day: int) -> dict[str, Any]:
     return last_json(finished)
 
 
-def test_ten_days_cost_their_new_images_and_promote_nothing_worse(tmp_path: Path, images: Images) -> None:
+def begin(day: int, images: Images) -> None:
+    """What happens to the folder before a day's retraining."""
     early = [name for name in images.by_class if name != LATE_CLASS]
+    if day == 1:
+        images.arrive(FIRST_DAY, *early)
+    elif day == 4:
+        images.arrive(A_DAY, *early, wrong_by=1)
+    elif day == 6:
+        images.arrive_corrupt(A_DAY, early[0])
+    elif day == 9:
+        images.arrive(2 * A_DAY, *early, LATE_CLASS)
+    elif day != 7:
+        if day in (5, 8):
+            images.put_right()
+        images.arrive(A_DAY, *early)
+
+
+def test_ten_days_cost_their_new_images_and_promote_nothing_worse(tmp_path: Path, images: Images) -> None:
     ledger = []
     for day in range(1, 11):
-        if day == 1:
-            images.arrive(FIRST_DAY, *early)
-        elif day == 4:
-            images.arrive(A_DAY, *early, wrong_by=1)
-        elif day == 6:
-            images.arrive_corrupt(A_DAY, early[0])
-        elif day == 9:
-            images.arrive(2 * A_DAY, *early, LATE_CLASS)
-        elif day != 7:
-            images.arrive(A_DAY, *early)
+        begin(day, images)
         ledger.append((retrain(tmp_path, day), sum(1 for _ in (tmp_path / "images").rglob("*.jpg"))))
 
     for report, num_images in ledger:
@@ -86,7 +102,10 @@ def test_ten_days_cost_their_new_images_and_promote_nothing_worse(tmp_path: Path
     decisions = [report["decision"] for report, _ in ledger]
     assert decisions[0] == "promoted"
     assert decisions[3] == decisions[5] == "held"
-    assert decisions[6] == "nothing_new"
+    # Nothing came in, and nobody answered.
+    assert (decisions[6], ledger[6][0]["reason"]) == ("held", ledger[5][0]["reason"])
+    # What a person put right is new beside what came in, and no date is held for it.
+    assert [ledger[day - 1][0]["data"]["objections"] for day in (5, 8)] == [[], []]
     assert ledger[8][0]["data"]["new_classes"] == [LATE_CLASS]
     # No promotion was one to a worse model on the frozen holdout.
     for report, _ in ledger[1:]:
@@ -94,7 +113,8 @@ def test_ten_days_cost_their_new_images_and_promote_nothing_worse(tmp_path: Path
             ours, theirs = report["steps"][-1]["evidence"]["holdout"]["top1"]
             assert ours >= theirs
     recomputed = sum(report["recomputed"] for report, _ in ledger)
-    assert recomputed == ledger[-1][1]
+    # Besides what is there: the corrupt files, and the wrong ones in the folders that they were moved from.
+    assert recomputed == ledger[-1][1] + 2 * A_DAY
     assert sum(num_images for _, num_images in ledger) >= 5 * recomputed
     record = read_aliases(open_store(str(tmp_path / "workspace")), NAME)
     assert len(record.history) == 9

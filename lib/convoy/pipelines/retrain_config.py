@@ -121,9 +121,10 @@ class Decision(StrEnum):
 
 
 class NewData(StrictModel):
-    """What is new against the version before: `rows` of all splits, and what the checks found in them.
+    """What is new since the version that the champion was made from, and what the checks found in it.
 
-    `notes` are findings that do not hold a retraining, `objections` those that do. Null where it was not measured.
+    `rows` are of all splits. `notes` are findings that do not hold a retraining, `objections` those that do. Null
+    where it was not measured.
     """
 
     rows: int

@@ -32,8 +32,8 @@ class RetrainRows:
     """A version of a dataset as a retraining sees it; some 80 bytes a row.
 
     `table` has the columns of the manifest that count here and `class`, the class name or null. `is_new_N` marks rows
-    whose content and class the version before did not have. `holdout` are rows of the frozen holdout that the version
-    still has, with the classes that were frozen.
+    whose content and class were not in the version that the champion was made from. `holdout` are rows of the frozen
+    holdout that the version still has, with the classes that were frozen.
     """
 
     manifest: Manifest

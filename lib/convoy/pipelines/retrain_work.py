@@ -29,6 +29,8 @@ from convoy.storage.object_store import ObjectStore
 from convoy.storage.registry import Alias, AliasMove, read_aliases
 from convoy.storage.retrains import RetrainFolder, RetrainPlan
 
+_HOW_TO_ANSWER = "this date stays held; with other data, settings or champion the next date decides anew"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Outcome:
@@ -222,9 +224,10 @@ class RetrainJob:
     def _report(self, outcome: _Outcome, data: NewData, steps: list[StepResult]) -> RetrainReport:
         config, plan = self._config, self._plan
         aliases = read_aliases(self._store, config.name).aliases
+        is_held = outcome.decision is Decision.HELD
         return RetrainReport(
             decision=outcome.decision,
-            reason=outcome.reason,
+            reason=f"{outcome.reason}; {_HOW_TO_ANSWER}" if is_held else outcome.reason,
             recomputed=sum(self._folder.work(plan.date).missing.values()),
             date=plan.date,
             model=config.name,

@@ -38,7 +38,10 @@ HOLDOUT_SCHEMA = pa.schema(
 
 
 class RetrainPlan(StrictModel):
-    """`plan.json`: what a date began with. `champion` is a digest, `previous_fingerprint` that of the date before."""
+    """`plan.json`: what a date began with. `champion` is a digest.
+
+    `previous_fingerprint` is of the version that the champion was made from: what is not in it is new.
+    """
 
     date: str
     fingerprint: str

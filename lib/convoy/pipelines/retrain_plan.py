@@ -1,0 +1,114 @@
+"""What a date of a retraining is about, and whether that leaves anything to decide."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from convoy.core.differences import describe_changes
+from convoy.core.errors import ConfigError
+from convoy.core.progress import Progress
+from convoy.pipelines.retrain_config import Decision, RetrainConfig, RetrainReport
+from convoy.storage.datasets import freeze_dataset, open_dataset
+from convoy.storage.object_store import ObjectStore
+from convoy.storage.registry import Alias, read_aliases
+from convoy.storage.retrains import RetrainFolder, RetrainPlan
+
+# What may differ between two calls for one date: where, how fast and who hears of it, not what.
+_FREE_KEYS = ("workspace", "writers", "date", "mirror")
+# Decisions that another setting may turn into a promotion.
+_OPEN = (Decision.HELD, Decision.SHADOW)
+
+
+def decided_reports(folder: RetrainFolder) -> list[RetrainReport]:
+    """The decisions so far, oldest first."""
+    return [RetrainReport.model_validate(folder.decision(date)) for date in folder.decided_dates()]
+
+
+def plan_retrain(
+    store: ObjectStore, config: RetrainConfig, reports: Sequence[RetrainReport], progress: Progress
+) -> RetrainPlan:
+    """Freeze what the date of a config is about. Raises ConfigError for a date before one that was decided."""
+    date = config.logical_date
+    if reports and date < reports[-1].date:
+        raise ConfigError(
+            f"{reports[-1].date} was decided already, and {date} is before it",
+            where="date",
+            next_step="retrain for a later date: it takes all that is new since then",
+        )
+    if config.source is not None:
+        progress.stage(f"looking at {config.source}")
+        # A path in a config is meant from where the command runs, as in `convoy dataset`.
+        source = config.source if "://" in config.source else str(Path(config.source).absolute())
+        freeze_dataset(store, config.dataset, source, reading=config.reading, splits=config.splits)
+    champion = read_aliases(store, config.name).aliases.get(Alias.CHAMPION)
+    return RetrainPlan(
+        date=date,
+        fingerprint=open_dataset(store, config.dataset).fingerprint,
+        previous_fingerprint=_learnt_fingerprint(reports, f"{config.name}@{champion}"),
+        champion=champion,
+        config=_settings(config),
+    )
+
+
+def refuse_other_settings(plan: RetrainPlan, config: RetrainConfig) -> None:
+    """ConfigError where a date was begun with settings that decide otherwise."""
+    changes = describe_changes(plan.config, _settings(config))
+    if changes:
+        raise ConfigError(
+            f"the retraining of {plan.date} was begun with other settings:\n" + "\n".join(changes),
+            where=f"retrains/{config.name}/{plan.date}",
+            next_step="restore them to finish that date, or take the next date for the new ones",
+        )
+
+
+def settled_report(
+    folder: RetrainFolder, plan: RetrainPlan, reports: Sequence[RetrainReport]
+) -> RetrainReport | None:
+    """The report of a date that has nothing to decide, or None.
+
+    What was held stays held until the data, the settings or the champion are others.
+    """
+    if plan.champion is None or not reports:
+        return None
+    last = reports[-1]
+    nothing_new = RetrainReport(
+        decision=Decision.NOTHING_NEW,
+        reason="the dataset is the one that was decided about last",
+        recomputed=0,
+        date=plan.date,
+        model=folder.name,
+        dataset_fingerprint=plan.fingerprint,
+        champion=f"{folder.name}@{plan.champion}",
+    )
+    if plan.fingerprint == plan.previous_fingerprint:
+        reason = "the dataset is the one that the champion was chosen on"
+        return nothing_new.model_copy(update={"reason": reason})
+    if plan.fingerprint != last.dataset_fingerprint:
+        return None
+    if last.decision in _OPEN and not _asks_the_same(plan, folder.plan(last.date)):
+        return None
+    if last.decision is Decision.HELD:
+        return last.model_copy(update={"date": plan.date, "recomputed": 0})
+    return nothing_new
+
+
+def _learnt_fingerprint(reports: Sequence[RetrainReport], champion: str) -> str | None:
+    """The version of the dataset that the champion was made from.
+
+    Of a champion that no date made, the version that was promoted on last; None where there is neither.
+    """
+    made = [report for report in reports if report.candidate == champion]
+    promoted = [report for report in reports if report.decision is Decision.PROMOTED]
+    known = made or promoted
+    return known[-1].dataset_fingerprint if known else None
+
+
+def _settings(config: RetrainConfig) -> dict[str, object]:
+    """What a date is decided by."""
+    settings = config.model_dump(mode="json")
+    return {name: value for name, value in settings.items() if name not in _FREE_KEYS}
+
+
+def _asks_the_same(plan: RetrainPlan, before: RetrainPlan | None) -> bool:
+    return before is not None and (plan.champion, plan.config) == (before.champion, before.config)

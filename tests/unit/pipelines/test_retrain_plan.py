@@ -1,0 +1,178 @@
+"""What a date of a retraining is about: what counts as new, and what was held stays held until a person answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cache_jobs import write_digits
+from convoy.core.config import parse_config
+from convoy.core.errors import ConfigError
+from convoy.core.progress import Silent
+from convoy.pipelines.retrain_config import Decision, RetrainConfig, RetrainReport
+from convoy.pipelines.retrain_plan import decided_reports, plan_retrain, settled_report
+from convoy.storage.local_store import LocalStore
+from convoy.storage.registry import Alias, AliasMove, move_aliases
+from convoy.storage.retrains import RetrainFolder, RetrainPlan
+
+NAME = "digits"
+FIRST, SECOND = "a" * 32, "b" * 32
+NOTE = {"checks": {"when_labels_disagree": "note"}}
+
+
+@dataclass(frozen=True, slots=True)
+class Dates:
+    """The dates of a model, a day each, with files that arrive and decisions that are put down."""
+
+    folder: Path
+    days: Iterator[int] = field(default_factory=lambda: count(1))
+    files: Iterator[int] = field(default_factory=count)
+
+    @property
+    def store(self) -> LocalStore:
+        return LocalStore(str(self.folder / "workspace"))
+
+    @property
+    def retrains(self) -> RetrainFolder:
+        return RetrainFolder(self.store, NAME)
+
+    def arrive(self) -> None:
+        """One more digit comes in."""
+        write_digits(self.folder / "images", 1, start=next(self.files))
+
+    def plan(self, *, date: str | None = None, **settings: Any) -> RetrainPlan:
+        """The next date begins."""
+        given = {
+            "name": NAME,
+            "dataset": NAME,
+            "source": str(self.folder / "images"),
+            "date": date or f"2026-01-{next(self.days):02}",
+            "backbone": {"arch": "lenet5", "weights": "random"},
+            **settings,
+        }
+        config = parse_config(RetrainConfig, given, where="test")
+        plan = plan_retrain(self.store, config, decided_reports(self.retrains), Silent())
+        self.retrains.write_plan(plan)
+        return plan
+
+    def settled(self, plan: RetrainPlan) -> RetrainReport | None:
+        return settled_report(self.retrains, plan, decided_reports(self.retrains))
+
+    def decide(self, plan: RetrainPlan, decision: Decision, *, candidate: str | None = None) -> None:
+        """Put a decision down, and promote its candidate where it says so."""
+        if decision is Decision.PROMOTED:
+            self.promote(candidate)
+            champion = candidate
+        else:
+            champion = plan.champion
+        report = RetrainReport(
+            decision=decision,
+            reason="as the test wants it",
+            recomputed=1,
+            date=plan.date,
+            model=NAME,
+            dataset_fingerprint=plan.fingerprint,
+            candidate=None if candidate is None else f"{NAME}@{candidate}",
+            champion=f"{NAME}@{champion}",
+        )
+        self.retrains.write_decision(plan.date, report.model_dump(mode="json"))
+
+    def promote(self, digest: str | None) -> None:
+        move = AliasMove(action="promoted", moves={Alias.CHAMPION: digest}, reason="a person says so")
+        move_aliases(self.store, NAME, lambda _: move)
+
+
+@pytest.fixture
+def dates(tmp_path: Path) -> Dates:
+    """The first date promoted a model."""
+    dates = Dates(tmp_path)
+    dates.arrive()
+    dates.decide(dates.plan(), Decision.PROMOTED, candidate=FIRST)
+    return dates
+
+
+def held(dates: Dates, *, candidate: str | None = None) -> RetrainPlan:
+    """A date with new data that is held."""
+    dates.arrive()
+    plan = dates.plan()
+    dates.decide(plan, Decision.HELD, candidate=candidate)
+    return plan
+
+
+def test_rows_of_a_held_date_are_still_new_on_the_next(dates: Dates) -> None:
+    first = dates.retrains.plan("2026-01-01")
+    assert first is not None
+    held(dates)
+    dates.arrive()
+    plan = dates.plan()
+    assert plan.previous_fingerprint == first.fingerprint
+    assert dates.settled(plan) is None
+
+
+def test_rows_that_arrive_before_a_promotion_add_up(dates: Dates) -> None:
+    second = held(dates)
+    assert dates.retrains.plan("2026-01-01") is not None
+    dates.arrive()
+    third = dates.plan()
+    assert third.previous_fingerprint == second.previous_fingerprint
+    dates.decide(third, Decision.PROMOTED, candidate=SECOND)
+    dates.arrive()
+    assert dates.plan().previous_fingerprint == third.fingerprint
+
+
+def test_what_was_held_is_held_again_while_nothing_changes(dates: Dates) -> None:
+    held(dates)
+    for day in (3, 4):
+        plan = dates.plan()
+        report = dates.settled(plan)
+        assert report is not None
+        assert (report.decision, report.recomputed, report.date) == (Decision.HELD, 0, f"2026-01-{day:02}")
+        assert report.process_exit_code == 5
+        dates.retrains.write_decision(plan.date, report.model_dump(mode="json"))
+
+
+def test_other_settings_ask_again_about_what_was_held_or_shadowed(dates: Dates) -> None:
+    held(dates)
+    shadow = dates.plan(mode="shadow")
+    assert dates.settled(shadow) is None
+    dates.decide(shadow, Decision.SHADOW, candidate=SECOND)
+    nothing = dates.settled(dates.plan(mode="shadow"))
+    assert nothing is not None
+    assert nothing.decision is Decision.NOTHING_NEW
+    assert dates.settled(dates.plan(**NOTE)) is None
+
+
+def test_a_person_who_promotes_a_held_candidate_has_answered(dates: Dates) -> None:
+    plan = held(dates, candidate=SECOND)
+    dates.promote(SECOND)
+    answered = dates.plan()
+    assert answered.previous_fingerprint == plan.fingerprint
+    report = dates.settled(answered)
+    assert report is not None
+    assert (report.decision, report.champion) == (Decision.NOTHING_NEW, f"{NAME}@{SECOND}")
+
+
+def test_a_champion_from_elsewhere_is_compared_with_what_was_held(dates: Dates) -> None:
+    plan = held(dates)
+    dates.promote(SECOND)
+    asked = dates.plan()
+    assert asked.previous_fingerprint == plan.previous_fingerprint
+    assert dates.settled(asked) is None
+
+
+def test_bad_files_that_are_taken_away_leave_nothing_new(dates: Dates) -> None:
+    held(dates)
+    sorted((dates.folder / "images").rglob("*.jpg"), key=lambda path: path.name)[-1].unlink()
+    report = dates.settled(dates.plan())
+    assert report is not None
+    assert report.decision is Decision.NOTHING_NEW
+
+
+def test_a_date_before_a_decided_one_is_refused(dates: Dates) -> None:
+    with pytest.raises(ConfigError, match="2026-01-01 was decided already"):
+        dates.plan(date="2025-12-31")
