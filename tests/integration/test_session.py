@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import ray
+from ray._private.ray_constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
+from ray._raylet import GcsClient
+
+from convoy.cluster.growth import CPUS_VARIABLE, GPUS_VARIABLE, ClusterSize, grow_cluster
+from convoy.cluster.session import ray_session
+from convoy.cluster.slices import plan_pool
+from convoy.core.errors import ClusterError, ConfigError
+from ray_nodes import running_nodes
 
 pytestmark = pytest.mark.integration
 
@@ -37,3 +49,49 @@ def test_without_an_address_no_other_cluster_of_the_machine_is_joined() -> None:
         )
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.strip() != "127.0.0.1:1"
+
+
+def test_an_address_of_a_dashboard_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    with pytest.raises(ConfigError, match="convoy submit"), ray_session():
+        pass
+
+
+def test_a_job_asks_for_machines_where_there_are_none_and_goes_on_when_they_join(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a cluster that has shrunk to its head; the test is the autoscaler."""
+    with running_nodes(0) as cluster, ThreadPoolExecutor() as pool:
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        monkeypatch.setenv(CPUS_VARIABLE, "3")
+        monkeypatch.setenv(GPUS_VARIABLE, "1")
+
+        def job() -> tuple[float, float]:
+            with ray_session():
+                return ray.cluster_resources()["CPU"], plan_pool(None).num_gpus
+
+        running = pool.submit(job)
+        while not (bundles := _requested(cluster.gcs_address)):
+            assert not running.done(), running.result()
+            time.sleep(0.1)
+        assert bundles == [{"CPU": 1}] * 3 + [{"GPU": 1}]
+        cluster.add_node(num_cpus=1)
+        cluster.add_node(num_cpus=2, num_gpus=1)
+        num_cpus, gpus_an_operator = running.result(timeout=60)
+        assert num_cpus == 3
+        assert gpus_an_operator > 0
+        assert _requested(cluster.gcs_address) == []
+
+
+def test_a_cluster_that_does_not_grow_is_an_error_with_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    with running_nodes(1) as cluster:
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        with ray_session(), pytest.raises(ClusterError, match=r"1 CPUs and 0 GPUs where 2 and 0"):
+            grow_cluster(ClusterSize(2, 0), timeout_s=2)
+        assert _requested(cluster.gcs_address) == []
+
+
+def _requested(gcs_address: str) -> list[dict[str, float]]:
+    """What is asked of the autoscaler."""
+    text = GcsClient(address=gcs_address).internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL, None)
+    return [] if text is None else list(json.loads(text))

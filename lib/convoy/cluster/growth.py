@@ -1,0 +1,73 @@
+"""What a cluster is to have before a job plans on it: an autoscaler starts no machine that nobody asks for."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import NamedTuple
+
+from convoy.core.errors import ClusterError, ConfigError
+
+CPUS_VARIABLE, GPUS_VARIABLE = "CONVOY_CLUSTER_CPUS", "CONVOY_CLUSTER_GPUS"
+# A machine with a GPU and its image may take a quarter of an hour.
+_TIMEOUT_S = 1200.0
+_POLL_S = 1.0
+
+
+class ClusterSize(NamedTuple):
+    """CPUs and GPUs of all nodes together."""
+
+    cpus: int
+    gpus: int
+
+    def covers(self, other: ClusterSize) -> bool:
+        """Whether it has as many of both."""
+        return self.cpus >= other.cpus and self.gpus >= other.gpus
+
+
+def wanted_size() -> ClusterSize:
+    """What the environment asks for, or else a single CPU. Raises ConfigError for what is no number."""
+    return ClusterSize(_number(CPUS_VARIABLE, 1), _number(GPUS_VARIABLE, 0))
+
+
+def grow_cluster(wanted: ClusterSize, *, timeout_s: float = _TIMEOUT_S) -> None:
+    """Return when the cluster has so much; ask its autoscaler for it where it has not.
+
+    Raises ClusterError with the numbers if it has less after `timeout_s`.
+    """
+    if _size().covers(wanted):
+        return
+    from ray.autoscaler.sdk import request_resources  # noqa: PLC0415
+
+    request_resources(num_cpus=wanted.cpus, bundles=[{"GPU": 1}] * wanted.gpus)
+    try:
+        _wait(wanted, timeout_s)
+    finally:
+        # It would outlive a driver that is killed. Machines that work stay without it.
+        request_resources(num_cpus=0)
+
+
+def _wait(wanted: ClusterSize, timeout_s: float) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not (size := _size()).covers(wanted):
+        if time.monotonic() > deadline_s:
+            raise ClusterError(
+                f"after {timeout_s:.0f} s the cluster has {size.cpus} CPUs and {size.gpus} GPUs"
+                f" where {wanted.cpus} and {wanted.gpus} are wanted",
+                next_step=f"see why no machine joins (`ray status`), or lower {CPUS_VARIABLE} or {GPUS_VARIABLE}",
+            )
+        time.sleep(min(_POLL_S, timeout_s))
+
+
+def _size() -> ClusterSize:
+    import ray  # noqa: PLC0415
+
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return ClusterSize(*(int(sum(node.get(name, 0) for node in alive)) for name in ("CPU", "GPU")))
+
+
+def _number(variable: str, default: int) -> int:
+    text = os.environ.get(variable, str(default))
+    if not text.isdecimal():
+        raise ConfigError(f"{variable} is '{text}'", next_step="set it to a whole number, or not at all")
+    return int(text)
