@@ -93,11 +93,12 @@ def _ray_address() -> Check:
     address = os.environ.get("RAY_ADDRESS", "")
     if not address:
         return Check(verdict=Verdict.GREEN, what="ray", found="no RAY_ADDRESS: jobs start a local Ray")
+    runs = "`convoy submit` sends jobs to" if address.startswith("http") else "jobs run on"
     token = os.environ.get("RAY_AUTH_MODE") == "token" or "RAY_AUTH_TOKEN" in os.environ
     return Check(
         verdict=Verdict.GREEN if token else Verdict.YELLOW,
         what="ray",
-        found=f"jobs run on {address}",
+        found=f"{runs} {address}",
         advice="" if token else "set RAY_AUTH_MODE=token: an open Ray port lets anybody run code",
     )
 

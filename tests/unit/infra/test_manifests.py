@@ -15,6 +15,7 @@ import yaml
 from typer.main import get_command
 
 from convoy.cli.main import app
+from convoy.cluster.growth import CPUS_VARIABLE, GPUS_VARIABLE
 from convoy.cluster.submission import Submission
 from convoy.core.config import read_settings
 from convoy.core.errors import ConfigError
@@ -224,6 +225,26 @@ def test_pods_run_without_rights() -> None:
             assert container["securityContext"]["capabilities"]["drop"] == ["ALL"]
             assert {"cpu", "memory"} <= set(container["resources"]["limits"])
             assert re.search(r":\d+\.\d+\.\d+", container["image"])
+
+
+def test_the_object_store_of_ray_fits_its_shared_memory() -> None:
+    """Where it does not, Ray puts it on the disk of the node."""
+    for cluster in clusters():
+        for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+            volumes = {one["name"]: one for one in group["template"]["spec"]["volumes"]}
+            size = volumes["shm"]["emptyDir"]["sizeLimit"]
+            assert size.endswith("Gi")
+            most_bytes = 0.95 * int(size.removesuffix("Gi")) * 2**30
+            assert int(group["rayStartParams"]["object-store-memory"]) <= most_bytes
+
+
+def test_jobs_on_clusters_that_shrink_to_their_head_say_what_they_wait_for() -> None:
+    for cluster in clusters():
+        assert all(group["minReplicas"] == 0 for group in cluster["workerGroupSpecs"])
+        (head,) = cluster["headGroupSpec"]["template"]["spec"]["containers"]
+        wanted = {one["name"]: int(one["value"]) for one in head["env"]}
+        assert wanted.keys() == {CPUS_VARIABLE, GPUS_VARIABLE}
+        assert wanted[CPUS_VARIABLE] > 0
 
 
 def test_network_policies_leave_ray_to_its_own() -> None:
