@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -53,8 +54,10 @@ def new_run(
     slice_rows: int = 4,
     run_id: str = "r1",
     open_key: str = "",
+    identity: dict[str, Any] | None = None,
+    prefix: str | None = None,
 ) -> RunRecord:
-    """A run over made samples, frozen and recorded, with no slice done."""
+    """A run over made samples, frozen and recorded, with no slice done; a cache's, unless `prefix` is elsewhere."""
     folder = RunFolder(store, run_id, open_key=open_key)
     groups = freeze_input(
         folder, missing_rows([made_manifest(names)], {SET_ID: NOTHING}), slice_rows=slice_rows
@@ -62,9 +65,9 @@ def new_run(
     record = RunRecord.new(
         run_id,
         verb="cache",
-        identity={"names": list(names)},
+        identity=identity or {"names": list(names)},
         config={},
-        outputs={SET_ID: feature_prefix(SET_ID, run_id)},
+        outputs={SET_ID: prefix or feature_prefix(SET_ID, run_id)},
         groups=groups,
     )
     folder.write_record(record)
@@ -86,8 +89,7 @@ def finish_slice(
         if wanted
         else np.empty((0, 4), np.float32),
     )
-    prefix = feature_prefix(SET_ID, run.run_id)
-    part = write_features(store, part_key(prefix, name, attempt), features, {})
+    part = write_features(store, part_key(run.outputs[SET_ID], name, attempt), features, {})
     lost = [sample for sample in rows["sample_id"].to_pylist() if sample in rejected]
     reject_part = _write_rejects(store, run, name, attempt, lost) if lost else None
     record = SliceRecord(

@@ -25,6 +25,7 @@ from convoy.storage.commits import (
     write_record,
     written_files,
 )
+from convoy.storage.datasets import open_dataset
 from convoy.storage.leases import RunLease, hold_run
 from convoy.storage.object_store import ObjectInfo, ObjectStore, put_looking_first
 from convoy.storage.runs import RunFolder, RunRecord, parse_slice_name, require_run
@@ -63,8 +64,8 @@ def repair_run(store: ObjectStore, run_id: str, changes: Changes) -> RepairRepor
     """Read every file of a run again, and say what is damaged or belongs to nothing; with `made` mend it.
 
     That holds the run: LeaseHeld if a driver is at work. Raises ConfigError for a run without slices and where
-    another unfinished run of the same target is in the way, DataError where the frozen input is damaged as well:
-    then there is nothing to compute from.
+    another unfinished run of the same target is in the way, DataError where the frozen input is damaged as well,
+    so that there is nothing to compute from, and where the dataset has another version by now.
     """
     folder, run = require_run(store, run_id)
     if not run.groups:
@@ -113,6 +114,7 @@ def _set_aside(folder: RunFolder, run: RunRecord, findings: _Findings, lease: Ru
         _require_input(folder, run, attempt.slice)
     store = folder.store
     if findings.manifest is not None:
+        _require_dataset(store, run)
         _open_again(store, run)
         lease.confirm()
         _unpublish(folder, run, findings.manifest, findings.sound, lease.token)
@@ -134,6 +136,24 @@ def _require_input(folder: RunFolder, run: RunRecord, name: str) -> None:
             where=error.where,
             next_step="run the job's command with --new-run: the dataset is read again",
         ) from None
+
+
+def _require_dataset(store: ObjectStore, run: RunRecord) -> None:
+    """Refuse to take published results back that no command could publish again.
+
+    The rows of a feature set are published one part at a time, and any later run adds those that are missing.
+    """
+    if all(prefix.startswith(FEATURES) for prefix in run.outputs.values()):
+        return
+    name, frozen = run.identity["dataset"], run.identity["dataset_fingerprint"]
+    current = open_dataset(store, name).fingerprint
+    if current != frozen:
+        raise DataError(
+            f"no command would finish this run again: it is of version {frozen} of dataset '{name}', which has"
+            f" version {current} now",
+            where=f"runs/{run.run_id}",
+            next_step="leave it, without its damaged slices, and run the job's command again for the new version",
+        )
 
 
 def _open_again(store: ObjectStore, run: RunRecord) -> None:

@@ -35,6 +35,7 @@ from convoy.storage.commits import (
     write_record,
 )
 from convoy.storage.conditional_put import PROBE_FOLDER
+from convoy.storage.datasets import freeze_dataset
 from convoy.storage.leases import give_up, hold_run
 from convoy.storage.local_store import LocalStore
 from convoy.storage.object_store import ObjectStore
@@ -43,6 +44,7 @@ from convoy.storage.run_input import freeze_input, missing_rows
 from convoy.storage.runs import OpenRun, RunFolder, RunRecord, open_pointers
 from made_leases import put_lease
 from made_runs import NOTHING, SET_ID, finish_slice, made_manifest, new_run
+from made_sources import write_files
 
 NAMES = [f"s{index:02d}" for index in range(10)]
 SLICES = ["0-000000", "0-000001", "0-000002"]
@@ -431,6 +433,40 @@ def test_repair_does_not_push_another_run_of_the_job_aside(store: LocalStore) ->
         repair_run(store, folder.run_id, Changes.MADE)
     assert folder.is_finished()
     assert other.run_id in open_pointers(store)
+
+
+def test_results_of_a_dataset_version_that_was_refreshed_are_not_taken_back(
+    store: LocalStore, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    write_files(source, "cat/0.jpg", "dog/0.jpg")
+    version = freeze_dataset(store, "pets", str(source))
+    identity = {"dataset": "pets", "dataset_fingerprint": version.header.fingerprint}
+    folder = OpenRun(store, verb="score", target="nightly").start()
+    record = new_run(
+        store,
+        NAMES,
+        run_id=folder.run_id,
+        open_key=folder.open_key,
+        identity=identity,
+        prefix=folder.key("scores/"),
+    )
+    do_rest(folder, record)
+    store.delete([folder.open_key])
+    lose(store, read_records(folder)[1].parts[SET_ID].key)
+    write_files(source, "cat/1.jpg")
+    freeze_dataset(store, "pets", str(source))
+
+    with pytest.raises(DataError, match="no command would finish this run again"):
+        repair_run(store, folder.run_id, Changes.MADE)
+    assert folder.is_finished()
+    assert read_manifest(folder) is not None
+    assert open_pointers(store) == {}
+
+    (source / "cat/1.jpg").unlink()
+    freeze_dataset(store, "pets", str(source))
+    repair_run(store, folder.run_id, Changes.MADE)
+    assert set(open_pointers(store)) == {folder.run_id}
 
 
 def test_a_slice_without_its_input_cannot_be_repaired(store: LocalStore) -> None:
