@@ -131,6 +131,12 @@ def test_bad_jsonl_rows_are_reported_with_their_lines(root: Path) -> None:
     [
         ("a.jsonl", '{"path": "images/1.jpg", "split": ["train"]}', 1, "split: a single text or number"),
         ("a.csv", 'path,label\nimages/1.jpg,cat\nimages/2.jpg,"' + "x" * 140_000, 3, "no CSV from here on"),
+        (
+            "a.csv",
+            'path,label\nimages/1.jpg,cat\nimages/2.jpg,"dog\nimages/deep/3.jpg,owl\n',
+            3,
+            "no CSV from here on",
+        ),
         ("a.csv", "path,label,label\nimages/1.jpg,cat,dog\n", 1, "more than one column is called label"),
     ],
 )

@@ -39,13 +39,13 @@ class KnownContainers:
         return pa.concat_tables(self._rows.slice(start, length) for start, length in runs) if runs else None
 
     def _index(self, manifest: Manifest) -> None:
-        rows = manifest.read_table().combine_chunks()
+        rows = manifest.read_table()
         names = label_names(rows, manifest.classes)
         rows = rows.set_column(rows.schema.get_field_index("label"), "label", names)
         self._rows = rows.cast(SOURCE_SCHEMA)
         # Rows of a container lie together, as its key begins their ids; so there are few runs.
         start = 0
-        encoded = pc.run_end_encode(rows["uri"].combine_chunks())
+        encoded = pc.run_end_encode(rows["uri"].cast(pa.large_string()).combine_chunks())
         for uri, end in zip(encoded.values.to_pylist(), encoded.run_ends.to_pylist(), strict=True):
             if uri not in manifest.header.incomplete:
                 self._runs[uri, rows["etag"][start].as_py()].append((start, end - start))

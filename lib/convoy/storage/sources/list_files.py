@@ -71,7 +71,8 @@ def _read_records(store: ObjectStore, key: str, bad_rows: BadRows) -> Iterator[t
 
 
 def _read_csv(text: str, bad_rows: BadRows) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.reader(io.StringIO(text, newline=""))
+    # Not strict, a quote that is not closed takes the rest of the file for its cell.
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     first_line = 1
     try:
         header = [name.strip() for name in next(reader, [])]
