@@ -176,7 +176,7 @@ def validation_sums(
 ) -> Tensor:
     """[sum of NLL, correct predictions, images] of a batch, in float64 on the device of a network in eval mode."""
     device = next(network.parameters()).device
-    labels_B = batch.labels_B.to(device)
+    labels_B = batch.labels_B.to(device, non_blocking=True)
     images_BCHW = normalise(batch.images_BCHW.to(device, non_blocking=True), preset)
     with autocast(device, precision):
         logits_BK = network(images_BCHW).float()

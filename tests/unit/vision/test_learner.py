@@ -3,11 +3,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from convoy.core.epochs import even_share
 from convoy.vision.backbone_config import BackboneConfig
@@ -310,3 +312,24 @@ def test_batchnorm_over_a_group_keeps_weights_and_activations() -> None:
     # In eval mode it runs without a group.
     with torch.no_grad():
         assert torch.equal(converted.eval()(images_BCHW), network.eval()(images_BCHW))
+
+
+class _FromNumbers(TorchDispatchMode):
+    """Counts the tensors that are made of Python's numbers: on a GPU each waits for all that runs there."""
+
+    num_made = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.num_made += func is torch.ops.aten.lift_fresh.default
+        return func(*args, **kwargs or {})
+
+
+def test_passes_make_no_tensor_of_numbers() -> None:
+    network = build()
+    made = learner(network)
+    with _FromNumbers() as watch:
+        made.step([whole_batch()], num_group_rows=7, factor=1.0, step=0)
+        validation_sums(network, PRESET, whole_batch(), Precision.FP32)
+    assert watch.num_made == 0

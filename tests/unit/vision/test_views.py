@@ -164,3 +164,10 @@ def test_normalise_compiles_without_a_graph_break() -> None:
     batch = pixels(8, 8)[None]
     compiled = torch.compile(lambda images: normalise(images, PRESET), backend="eager", fullgraph=True)
     assert torch.equal(compiled(batch), normalise(batch, PRESET))
+
+
+def test_normalised_pixels_are_those_by_tensors_of_mean_and_standard_deviation() -> None:
+    batch = torch.randint(0, 256, (2, 3, 5, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    mean_C, std_C = torch.tensor(PRESET.mean), torch.tensor(PRESET.std)
+    expected = (batch.float() / 255 - mean_C[:, None, None]) / std_C[:, None, None]
+    assert torch.equal(normalise(batch, PRESET), expected)
