@@ -6,6 +6,7 @@ import os
 import time
 from typing import NamedTuple
 
+from convoy.cluster.nodes import alive_nodes
 from convoy.core.errors import ClusterError, ConfigError
 
 CPUS_VARIABLE, GPUS_VARIABLE = "CONVOY_CLUSTER_CPUS", "CONVOY_CLUSTER_GPUS"
@@ -60,10 +61,8 @@ def _wait(wanted: ClusterSize, timeout_s: float) -> None:
 
 
 def _size() -> ClusterSize:
-    import ray  # noqa: PLC0415
-
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return ClusterSize(*(int(sum(node.get(name, 0) for node in alive)) for name in ("CPU", "GPU")))
+    nodes = alive_nodes()
+    return ClusterSize(*(int(sum(node[name] for node in nodes)) for name in ("CPU", "GPU")))
 
 
 def _number(variable: str, default: int) -> int:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 from convoy.cluster.deadly_slices import DeathWatch
 from convoy.cluster.library_versions import library_versions, require_versions
+from convoy.cluster.nodes import alive_nodes
 from convoy.cluster.ray_data import first_cause, quiet_ray_data
 from convoy.cluster.slice_metrics import SliceMetrics
 from convoy.core.config import StrictModel
@@ -53,13 +54,7 @@ def plan_pool(
     num_workers: int | None, cpus_per_worker: int | None = None, *, num_rows: int = 0
 ) -> WorkerPool:
     """The pool for `num_rows` on the cluster as it is; ClusterError where no node offers a CPU."""
-    import ray  # noqa: PLC0415
-
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    nodes = [
-        NodeSize(int(node.get("CPU", 0)), int(node.get("GPU", 0)), int(node.get("memory", 0)))
-        for node in alive
-    ]
+    nodes = [NodeSize(int(node["CPU"]), int(node["GPU"]), int(node["memory"])) for node in alive_nodes()]
     return fit_pool(num_workers, nodes, cpus_per_worker, num_rows=num_rows)
 
 

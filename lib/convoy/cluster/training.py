@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import Field, PositiveInt
 
 from convoy.cluster.library_versions import library_versions, require_versions
+from convoy.cluster.nodes import alive_nodes
 from convoy.cluster.own_node import actor_here
 from convoy.cluster.ray_data import first_cause
 from convoy.cluster.training_board import Board, BoardReader
@@ -197,17 +198,6 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     except (ConfigError, DataError, VersionMismatch) as error:
         ray.get(board.give_up.remote(error))
         raise
-
-
-def alive_nodes() -> list[dict[str, float]]:
-    """The `CPU` and `GPU` of each node that is alive."""
-    import ray  # noqa: PLC0415
-
-    return [
-        {name: float(node["Resources"].get(name, 0)) for name in ("CPU", "GPU")}
-        for node in ray.nodes()
-        if node["Alive"]
-    ]
 
 
 def _shown(nodes: Sequence[Mapping[str, float]]) -> str:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from convoy.cluster.nodes import alive_nodes
 from convoy.cluster.ray_data import first_cause
 from convoy.cluster.search_plan import (
     Concurrency,
@@ -25,7 +26,7 @@ from convoy.cluster.search_plan import (
     TrialProgress,
     fit_trials,
 )
-from convoy.cluster.training import WorkerOptions, alive_nodes, plan_workers
+from convoy.cluster.training import WorkerOptions, plan_workers
 from convoy.core.trial_events import TrialStatus
 
 # A trial's own process mostly waits: its workers do the work, and have reservations of their own.

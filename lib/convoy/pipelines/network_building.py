@@ -37,7 +37,9 @@ class NewNetwork:
 
     @property
     def head_tap(self) -> str | None:
-        """The tap whose features the classifier takes, or None where the classifier is not one linear layer."""
+        """The tap whose features the classifier takes, or None where what is new is not one linear layer."""
+        if self.axis.num_reused < len(self.axis) - 1:
+            return None
         body, last = self.axis[len(self.axis) - 2], self.axis[len(self.axis) - 1]
         module = self.network.get_submodule(last.name)
         is_linear = isinstance(module, nn.Linear) and module.bias is not None

@@ -6,7 +6,6 @@ from convoy.core.config import StrictModel
 from convoy.core.errors import ConfigError
 from convoy.core.progress import Progress
 from convoy.pipelines.backbone_record import BackboneRecord
-from convoy.pipelines.classifiers import Strategy
 from convoy.pipelines.distillation import TaughtRows
 from convoy.pipelines.network_building import NewNetwork
 from convoy.pipelines.network_plan import NetworkPlan, plan_network, trained_backbone_config
@@ -77,11 +76,7 @@ def set_up_training(
 def _takes_head_from_cache(config: TrainConfig, plan: NetworkPlan, new: NewNetwork) -> bool:
     if config.head_source is HeadSource.NETWORK:
         return False
-    is_possible = (
-        config.strategy is not Strategy.PARTIAL_REUSE  # Its head takes features that no cache has yet.
-        and plan.phases[0].freeze_depth == len(new.axis) - 1
-        and new.head_tap is not None
-    )
+    is_possible = plan.phases[0].freeze_depth == len(new.axis) - 1 and new.head_tap is not None
     if config.head_source is HeadSource.CACHE and not is_possible:
         raise ConfigError(
             "the head cannot come from the feature cache: the first phase must train only the head, and the"

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from convoy.cluster.nodes import alive_nodes
 from convoy.cluster.search_plan import GivenUp, SearchPlan
 from convoy.cluster.session import ray_session
-from convoy.cluster.training import alive_nodes
 from convoy.cluster.tuning import plan_trials, run_search
 from convoy.core.config import StrictModel
 from convoy.core.errors import ConfigError, DataError, TrainingError
