@@ -8,14 +8,8 @@ import pyarrow as pa
 
 from convoy.core.records import Split
 from convoy.storage.local_store import LocalStore
-from convoy.storage.manifests import (
-    MANIFEST_SCHEMA,
-    Manifest,
-    ManifestHeader,
-    count_samples,
-    fingerprint_samples,
-    write_manifest,
-)
+from convoy.storage.manifests import MANIFEST_SCHEMA, Manifest
+from made_manifests import write_samples
 from made_runs import content_id
 
 
@@ -36,13 +30,4 @@ def frozen_rows(folder: Path, counts: dict[Split, tuple[int, ...]], classes: tup
         for index in range(number)
     ]
     table = pa.Table.from_pylist(rows, MANIFEST_SCHEMA).sort_by("sample_id")
-    header = ManifestHeader(
-        fingerprint=fingerprint_samples(table, classes),
-        num_samples=table.num_rows,
-        classes=classes,
-        counts=count_samples(table, len(classes)),
-        source="/data",
-    )
-    store = LocalStore(str(folder))
-    write_manifest(store, "manifest.parquet", table, header)
-    return Manifest.open(store, "manifest.parquet")
+    return write_samples(LocalStore(str(folder)), table, classes)

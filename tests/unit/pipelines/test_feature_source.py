@@ -24,16 +24,12 @@ from convoy.storage.feature_cache import FeatureCache
 from convoy.storage.local_store import LocalStore
 from convoy.storage.manifests import (
     MANIFEST_SCHEMA,
-    Manifest,
-    ManifestHeader,
-    count_samples,
-    fingerprint_samples,
-    write_manifest,
 )
 from convoy.storage.parts import FeatureRows, write_features
 from convoy.storage.runs import RunFolder
 from convoy.vision.head_fitting import fit_head
 from convoy.vision.heads import FeatureSource, HeadConfig, TensorFeatures
+from made_manifests import write_samples
 from made_runs import SET_ID, content_id, feature_of, finish_slice, made_manifest, new_run
 
 NAMES = [f"s{index:02d}" for index in range(10)]
@@ -87,16 +83,7 @@ def samples_of(names: Sequence[str], **columns: Sequence[Any]) -> pa.Table:
 
 
 def labelled(store: LocalStore, samples: pa.Table, splits: Sequence[Split] = (Split.TRAIN,)) -> LabelledRows:
-    classes = ("a", "b", "c")
-    header = ManifestHeader(
-        fingerprint=fingerprint_samples(samples, classes),
-        num_samples=samples.num_rows,
-        classes=classes,
-        counts=count_samples(samples, len(classes)),
-        source="/data",
-    )
-    write_manifest(store, "manifest.parquet", samples, header)
-    manifest = Manifest.open(store, "manifest.parquet")
+    manifest = write_samples(store, samples, ("a", "b", "c"))
     return LabelledRows.of(pa.concat_tables([read_split(manifest, split) for split in splits]))
 
 

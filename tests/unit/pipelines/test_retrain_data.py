@@ -11,8 +11,9 @@ from convoy.core.errors import DataError
 from convoy.core.records import Split
 from convoy.pipelines.retrain_data import open_rows
 from convoy.storage.local_store import LocalStore
-from convoy.storage.manifests import MANIFEST_SCHEMA, Manifest, ManifestHeader, count_samples, write_manifest
+from convoy.storage.manifests import MANIFEST_SCHEMA, Manifest
 from convoy.storage.retrains import RetrainFolder
+from made_manifests import write_samples
 
 CLASSES = ("cat", "dog")
 TRAIN, VAL, TEST = Split.TRAIN, Split.VAL, Split.TEST
@@ -35,16 +36,7 @@ def version(folder: Path, name: str, *rows: tuple[str, Split]) -> Manifest:
         ],
         schema=MANIFEST_SCHEMA,
     )
-    header = ManifestHeader(
-        fingerprint=name,
-        num_samples=len(rows),
-        classes=CLASSES,
-        counts=count_samples(samples, len(CLASSES)),
-        source=str(folder),
-    )
-    store = LocalStore(str(folder))
-    write_manifest(store, f"{name}.parquet", samples, header)
-    return Manifest.open(store, f"{name}.parquet")
+    return write_samples(LocalStore(str(folder)), samples, CLASSES, key=f"{name}.parquet", fingerprint=name)
 
 
 def test_a_dataset_without_a_test_split_is_refused_though_it_has_val_rows(tmp_path: Path) -> None:

@@ -25,12 +25,9 @@ from convoy.storage.local_store import LocalStore
 from convoy.storage.manifests import (
     MANIFEST_SCHEMA,
     Manifest,
-    ManifestHeader,
-    count_samples,
-    fingerprint_samples,
-    write_manifest,
 )
 from convoy.storage.member_predictions import MemberLogits
+from made_manifests import write_samples
 from made_runs import content_id
 
 CLASSES = ("cat", "dog", "owl")
@@ -56,16 +53,7 @@ def made_manifest(folder: Path, rows: Sequence[Row]) -> Manifest:
         ],
         MANIFEST_SCHEMA,
     )
-    header = ManifestHeader(
-        fingerprint=fingerprint_samples(table, CLASSES),
-        num_samples=table.num_rows,
-        classes=CLASSES,
-        counts=count_samples(table, len(CLASSES)),
-        source="/data",
-    )
-    store = LocalStore(str(folder))
-    write_manifest(store, "manifest.parquet", table, header)
-    return Manifest.open(store, "manifest.parquet")
+    return write_samples(LocalStore(str(folder)), table, CLASSES)
 
 
 def rows_of_classes(*sizes: int) -> list[Row]:

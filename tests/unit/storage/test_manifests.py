@@ -19,13 +19,11 @@ from convoy.storage.manifests import (
     MANIFEST_SCHEMA,
     ROWS_PER_GROUP,
     Manifest,
-    ManifestHeader,
-    count_samples,
     fingerprint_samples,
     iter_sorted,
     with_long_columns,
-    write_manifest,
 )
+from made_manifests import write_samples
 
 CLASSES = ("cat", "dog")
 
@@ -48,16 +46,7 @@ def samples_of(*ids: str, root: str = "/data", label: int | None = 1, split: str
 
 
 def write(root: Path, samples: pa.Table, key: str = "m.parquet") -> Manifest:
-    header = ManifestHeader(
-        fingerprint=fingerprint_samples(samples, CLASSES),
-        num_samples=samples.num_rows,
-        classes=CLASSES,
-        counts=count_samples(samples, len(CLASSES)),
-        source="/data",
-    )
-    store = LocalStore(str(root))
-    write_manifest(store, key, samples, header)
-    return Manifest.open(store, key)
+    return write_samples(LocalStore(str(root)), samples, CLASSES, key=key)
 
 
 def test_rows_come_back_in_the_byte_order_of_their_ids(tmp_path: Path) -> None:
