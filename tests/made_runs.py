@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from convoy.core.fingerprints import digest_bytes
 from convoy.core.records import Reject, RejectCode, Stage
-from convoy.storage.commits import SliceRecord, feature_prefix, part_key, write_record
+from convoy.storage.commits import PartFile, SliceRecord, feature_prefix, part_key, write_record
 from convoy.storage.feature_cache import KnownContent
 from convoy.storage.manifests import MANIFEST_SCHEMA
 from convoy.storage.object_store import ObjectStore
@@ -74,6 +74,35 @@ def new_run(
     return record
 
 
+def slice_record(
+    name: str,
+    parts: dict[str, PartFile],
+    *,
+    num_results: int,
+    run_id: str = "r1",
+    attempt: str = "a0",
+    rejects: PartFile | None = None,
+    num_rejects: int = 0,
+) -> SliceRecord:
+    """What a worker leaves of a slice that it was two seconds at."""
+    return SliceRecord(
+        run_id=run_id,
+        slice=name,
+        attempt=attempt,
+        parts=parts,
+        rejects=rejects,
+        num_results=num_results,
+        num_rejects=num_rejects,
+        reject_codes={},
+        flags={},
+        seconds={},
+        started_unix_s=1.0,
+        first_row_unix_s=2.0,
+        finished_unix_s=3.0,
+        precision_effect={},
+    )
+
+
 def finish_slice(
     store: ObjectStore, run: RunRecord, name: str, *, attempt: str = "a0", rejected: Sequence[str] = ()
 ) -> SliceRecord:
@@ -92,21 +121,14 @@ def finish_slice(
     part = write_features(store, part_key(run.outputs[SET_ID], name, attempt), features, {})
     lost = [sample for sample in rows["sample_id"].to_pylist() if sample in rejected]
     reject_part = _write_rejects(store, run, name, attempt, lost) if lost else None
-    record = SliceRecord(
-        run_id=run.run_id,
-        slice=name,
-        attempt=attempt,
-        parts={SET_ID: part},
-        rejects=reject_part,
+    record = slice_record(
+        name,
+        {SET_ID: part},
         num_results=len(wanted),
+        run_id=run.run_id,
+        attempt=attempt,
+        rejects=reject_part,
         num_rejects=len(lost),
-        reject_codes={},
-        flags={},
-        seconds={},
-        started_unix_s=1.0,
-        first_row_unix_s=2.0,
-        finished_unix_s=3.0,
-        precision_effect={},
     )
     write_record(store, record)
     return record

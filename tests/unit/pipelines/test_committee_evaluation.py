@@ -18,6 +18,7 @@ from convoy.storage.local_store import LocalStore
 from convoy.storage.member_predictions import member_output, write_member_predictions
 from convoy.vision.ensembling import mean_of_views
 from made_bundles import DIGITS, made_classifier
+from made_runs import slice_record
 
 ROWS_A_SLICE = (5, 3)
 TEMPERATURES = (1.0, 2.5)
@@ -37,22 +38,7 @@ def made_slice(store: LocalStore, number: int, logits_MNVK: np.ndarray, labels_N
         )
         for member, logits_NVK in enumerate(logits_MNVK)
     }
-    return SliceRecord(
-        run_id="r1",
-        slice=f"0-{number:06d}",
-        attempt="a",
-        parts=parts,
-        rejects=None,
-        num_results=samples.num_rows,
-        num_rejects=0,
-        reject_codes={},
-        flags={},
-        seconds={},
-        started_unix_s=0,
-        first_row_unix_s=0,
-        finished_unix_s=0,
-        precision_effect={},
-    )
+    return slice_record(f"0-{number:06d}", parts, num_results=samples.num_rows, attempt="a")
 
 
 @pytest.mark.parametrize(("keep", "num_views"), [(MemberOutputs.MEMBERS, 1), (MemberOutputs.VIEWS, 2)])

@@ -16,6 +16,7 @@ from convoy.storage.commits import RunManifest, SliceRecord, part_key
 from convoy.storage.local_store import LocalStore
 from convoy.storage.predictions import PREDICTIONS, predictions_table, write_predictions
 from convoy.storage.runs import RunFolder, RunRecord, SliceGroup, slice_name
+from made_runs import slice_record
 
 PETS = ("cat", "dog", "owl")
 # The same classes in another order, and one that the other model does not know.
@@ -97,22 +98,7 @@ def finished_slice(
     )
     key = part_key(run.outputs[PREDICTIONS], name, "a0")
     part = write_predictions(store, key, table, model_digest="m", run_id=run.run_id, metadata={})
-    return SliceRecord(
-        run_id=run.run_id,
-        slice=name,
-        attempt="a0",
-        parts={PREDICTIONS: part},
-        rejects=None,
-        num_results=len(rows),
-        num_rejects=0,
-        reject_codes={},
-        flags={},
-        seconds={},
-        started_unix_s=0.0,
-        first_row_unix_s=0.0,
-        finished_unix_s=0.0,
-        precision_effect={},
-    )
+    return slice_record(name, {PREDICTIONS: part}, num_results=len(rows), run_id=run.run_id)
 
 
 def test_labelled_rows_of_both_runs_are_paired_by_id_and_classes_by_name(store: LocalStore) -> None:

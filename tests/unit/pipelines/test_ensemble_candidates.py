@@ -15,13 +15,14 @@ from convoy.core.fingerprints import canonical_json
 from convoy.core.progress import Silent
 from convoy.pipelines.dataset import DatasetConfig, freeze
 from convoy.pipelines.ensemble_candidates import Candidate, paired_rows, read_candidates
-from convoy.storage.commits import RunManifest, SliceRecord
+from convoy.storage.commits import RunManifest
 from convoy.storage.datasets import open_dataset
 from convoy.storage.local_store import LocalStore
 from convoy.storage.manifests import Manifest
 from convoy.storage.member_predictions import member_output, write_member_predictions
 from convoy.storage.runs import RunFolder, RunRecord, SliceGroup
 from made_bundles import DIGITS, made_classifier, write_classifier
+from made_runs import slice_record
 
 ROWS = ("a", "b", "c", "d")
 LABELS = (0, 1, 2, 9)
@@ -85,22 +86,7 @@ def candidate(
         logits_NVK=logits_VNK.transpose(1, 0, 2),
         metadata={},
     )
-    record = SliceRecord(
-        run_id=folder.run_id,
-        slice="0-000000",
-        attempt="a0",
-        parts={output: part},
-        rejects=None,
-        num_results=len(rows),
-        num_rejects=0,
-        reject_codes={},
-        flags={},
-        seconds={},
-        started_unix_s=0.0,
-        first_row_unix_s=0.0,
-        finished_unix_s=0.0,
-        precision_effect={},
-    )
+    record = slice_record("0-000000", {output: part}, num_results=len(rows), run_id=folder.run_id)
     published = RunManifest(run_id=folder.run_id, slices=(record,))
     store.put(folder.key("manifest.json"), canonical_json(published))
     return Candidate(bundle=str(bundle), predictions_run=folder.run_id, seconds_per_pass=0.5)

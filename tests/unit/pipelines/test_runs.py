@@ -43,7 +43,7 @@ from convoy.storage.predictions import PREDICTIONS, predictions_table, write_pre
 from convoy.storage.run_input import freeze_input, missing_rows
 from convoy.storage.runs import OpenRun, RunFolder, RunRecord, open_pointers
 from made_leases import put_lease
-from made_runs import NOTHING, SET_ID, finish_slice, made_manifest, new_run
+from made_runs import NOTHING, SET_ID, finish_slice, made_manifest, new_run, slice_record
 from made_sources import write_files
 
 NAMES = [f"s{index:02d}" for index in range(10)]
@@ -224,22 +224,7 @@ def predicted_run(store: ObjectStore, run_id: str, classes: np.ndarray, **identi
         )
         key = f"{record.outputs[PREDICTIONS]}part-{name}-a.parquet"
         part = write_predictions(store, key, table, model_digest="m", run_id=run_id, metadata={})
-        made = SliceRecord(
-            run_id=run_id,
-            slice=name,
-            attempt="a",
-            parts={PREDICTIONS: part},
-            rejects=None,
-            num_results=5,
-            num_rejects=0,
-            reject_codes={},
-            flags={},
-            seconds={},
-            started_unix_s=1,
-            first_row_unix_s=1,
-            finished_unix_s=2,
-            precision_effect={},
-        )
+        made = slice_record(name, {PREDICTIONS: part}, num_results=5, run_id=run_id, attempt="a")
         write_record(store, made)
     publish(folder, record, read_records(folder))
     finish(folder, {})

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from convoy.core.errors import DataError, StorageError
-from convoy.storage.commits import PartFile, RunManifest, SliceRecord
+from convoy.storage.commits import PartFile, RunManifest
 from convoy.storage.local_store import LocalStore
 from convoy.storage.member_predictions import (
     iter_member_parts,
@@ -16,6 +16,7 @@ from convoy.storage.member_predictions import (
     read_member_logits,
     write_member_predictions,
 )
+from made_runs import slice_record
 
 NUM_MEMBERS, NUM_VIEWS, NUM_CLASSES = 2, 3, 4
 
@@ -44,24 +45,14 @@ def write_part(store: LocalStore, member: int, name: str, labels: list[int | Non
 
 def made_manifest(store: LocalStore, labels_of: dict[str, list[int | None]]) -> RunManifest:
     records = [
-        SliceRecord(
-            run_id="r1",
-            slice=name,
-            attempt="a",
-            parts={
+        slice_record(
+            name,
+            {
                 member_output(member): write_part(store, member, name, labels, seed)
                 for member in range(NUM_MEMBERS)
             },
-            rejects=None,
             num_results=len(labels),
-            num_rejects=0,
-            reject_codes={},
-            flags={},
-            seconds={},
-            started_unix_s=0,
-            first_row_unix_s=0,
-            finished_unix_s=0,
-            precision_effect={},
+            attempt="a",
         )
         for seed, (name, labels) in enumerate(labels_of.items())
     ]
