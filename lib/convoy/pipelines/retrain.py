@@ -11,7 +11,6 @@ from convoy.core.progress import Progress
 from convoy.pipelines.network_training import CurveDrawer
 from convoy.pipelines.retrain_config import RetrainConfig, RetrainReport
 from convoy.pipelines.retrain_plan import (
-    decided_reports,
     plan_retrain,
     refuse_other_settings,
     settled_report,
@@ -57,13 +56,12 @@ def _retrain(
     draw_curves: CurveDrawer,
 ) -> RetrainReport:
     started_s = time.monotonic()
-    reports = decided_reports(folder)
     plan = folder.plan(date)
     if plan is None:
-        plan = plan_retrain(store, config, reports, progress)
+        plan = plan_retrain(store, folder, config, progress)
         folder.write_plan(plan)
     refuse_other_settings(plan, config)
-    report = settled_report(folder, plan, reports)
+    report = settled_report(folder, plan)
     if report is None:
         # Imports torch, which a date without anything to decide need not wait for.
         from convoy.pipelines.retrain_work import RetrainJob  # noqa: PLC0415

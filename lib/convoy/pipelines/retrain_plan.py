@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from convoy.core.differences import describe_changes
@@ -20,19 +20,15 @@ _FREE_KEYS = ("workspace", "writers", "date", "mirror")
 _OPEN = (Decision.HELD, Decision.SHADOW)
 
 
-def decided_reports(folder: RetrainFolder) -> list[RetrainReport]:
-    """The decisions so far, oldest first."""
-    return [RetrainReport.model_validate(folder.decision(date)) for date in folder.decided_dates()]
-
-
 def plan_retrain(
-    store: ObjectStore, config: RetrainConfig, reports: Sequence[RetrainReport], progress: Progress
+    store: ObjectStore, folder: RetrainFolder, config: RetrainConfig, progress: Progress
 ) -> RetrainPlan:
     """Freeze what the date of a config is about. Raises ConfigError for a date before one that was decided."""
     date = config.logical_date
-    if reports and date < reports[-1].date:
+    dates = folder.decided_dates()
+    if dates and date < dates[-1]:
         raise ConfigError(
-            f"{reports[-1].date} was decided already, and {date} is before it",
+            f"{dates[-1]} was decided already, and {date} is before it",
             where="date",
             next_step="retrain for a later date: it takes all that is new since then",
         )
@@ -45,7 +41,7 @@ def plan_retrain(
     return RetrainPlan(
         date=date,
         fingerprint=open_dataset(store, config.dataset).fingerprint,
-        previous_fingerprint=_learnt_fingerprint(reports, f"{config.name}@{champion}"),
+        previous_fingerprint=_learnt_fingerprint(_newest_first(folder), f"{config.name}@{champion}"),
         champion=champion,
         config=_settings(config),
     )
@@ -62,16 +58,14 @@ def refuse_other_settings(plan: RetrainPlan, config: RetrainConfig) -> None:
         )
 
 
-def settled_report(
-    folder: RetrainFolder, plan: RetrainPlan, reports: Sequence[RetrainReport]
-) -> RetrainReport | None:
+def settled_report(folder: RetrainFolder, plan: RetrainPlan) -> RetrainReport | None:
     """The report of a date that has nothing to decide, or None.
 
     What was held stays held until the data, the settings or the champion are others.
     """
-    if plan.champion is None or not reports:
+    last = next(_newest_first(folder), None)
+    if plan.champion is None or last is None:
         return None
-    last = reports[-1]
     nothing_new = RetrainReport(
         decision=Decision.NOTHING_NEW,
         reason="the dataset is the one that was decided about last",
@@ -93,15 +87,24 @@ def settled_report(
     return nothing_new
 
 
-def _learnt_fingerprint(reports: Sequence[RetrainReport], champion: str) -> str | None:
+def _newest_first(folder: RetrainFolder) -> Iterator[RetrainReport]:
+    """The decisions so far, each read as it is asked for: there may be years of them."""
+    for date in reversed(folder.decided_dates()):
+        yield RetrainReport.model_validate(folder.decision(date))
+
+
+def _learnt_fingerprint(newest_first: Iterable[RetrainReport], champion: str) -> str | None:
     """The version of the dataset that the champion was made from.
 
     Of a champion that no date made, the version that was promoted on last; None where there is neither.
     """
-    made = [report for report in reports if report.candidate == champion]
-    promoted = [report for report in reports if report.decision is Decision.PROMOTED]
-    known = made or promoted
-    return known[-1].dataset_fingerprint if known else None
+    promoted = None
+    for report in newest_first:
+        if report.candidate == champion:
+            return report.dataset_fingerprint
+        if promoted is None and report.decision is Decision.PROMOTED:
+            promoted = report.dataset_fingerprint
+    return promoted
 
 
 def _settings(config: RetrainConfig) -> dict[str, object]:

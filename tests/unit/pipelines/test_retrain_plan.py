@@ -15,7 +15,7 @@ from convoy.core.config import parse_config
 from convoy.core.errors import ConfigError
 from convoy.core.progress import Silent
 from convoy.pipelines.retrain_config import Decision, RetrainConfig, RetrainReport
-from convoy.pipelines.retrain_plan import decided_reports, plan_retrain, settled_report
+from convoy.pipelines.retrain_plan import plan_retrain, settled_report
 from convoy.storage.local_store import LocalStore
 from convoy.storage.registry import Alias, AliasMove, move_aliases
 from convoy.storage.retrains import RetrainFolder, RetrainPlan
@@ -56,12 +56,12 @@ class Dates:
             **settings,
         }
         config = parse_config(RetrainConfig, given, where="test")
-        plan = plan_retrain(self.store, config, decided_reports(self.retrains), Silent())
+        plan = plan_retrain(self.store, self.retrains, config, Silent())
         self.retrains.write_plan(plan)
         return plan
 
     def settled(self, plan: RetrainPlan) -> RetrainReport | None:
-        return settled_report(self.retrains, plan, decided_reports(self.retrains))
+        return settled_report(self.retrains, plan)
 
     def decide(self, plan: RetrainPlan, decision: Decision, *, candidate: str | None = None) -> None:
         """Put a decision down, and promote its candidate where it says so."""
