@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import ray
 from PIL import Image
 
 from cache_jobs import convoy_json, last_json, settings_arguments
@@ -72,7 +73,16 @@ def test_a_search_keeps_what_its_trials_are_worth_and_survives_one_that_fails(jo
     table = pq.read_table(folder / "trials.parquet").to_pylist()
     assert [row["state"] for row in table] == states
     assert (folder / "_SUCCESS").exists()
+    assert restarts("ActorLocationTracker") == [0], (
+        "an actor of all pipelines died with the trial that made it"
+    )
     assert not [path for path in (folder / "ray_tune").rglob("*") if path.is_file()], "pickles stay behind"
+
+
+def restarts(name: str) -> list[int]:
+    """How often each actor of a name, dead ones too, was started again in the cluster of this process."""
+    actors: Mapping[str, Mapping[str, Any]] = ray._private.state.actors()
+    return [actor["NumRestarts"] for actor in actors.values() if actor["Name"] == name]
 
 
 def assert_kept(job: TuneJob, trial: dict[str, Any]) -> None:
@@ -164,7 +174,7 @@ def test_a_killed_driver_goes_on_with_the_trials_that_have_not_ended(job: TuneJo
     "point", [CrashPoint.TRIAL_TRAINED, pytest.param(CrashPoint.TRIAL_RECORDED, marks=pytest.mark.slow)]
 )
 def test_a_killed_trial_goes_on_in_another_process(point: CrashPoint, job: TuneJob, tmp_path: Path) -> None:
-    job = job.changed(*PROBES)
+    job = job.changed(*PROBES[:2], f"space.config={{grid: [{NETWORK}, {EARLY}]}}")
     arrivals = tmp_path / "arrivals"
     # For the workers only: the driver records no trial here.
     workers = {"env_vars": {"CONVOY_CRASH_POINT": f"{point}:1:{arrivals}"}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from convoy.core.errors import ClusterError, ConvoyError
 
@@ -15,6 +16,26 @@ def quiet_ray_data() -> None:
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
             handler.setLevel(logging.ERROR)
+
+
+def settle_ray_data() -> None:
+    """Let Ray Data start here the actors that all jobs of the cluster share, before others start them.
+
+    Whoever uses it first starts them, and within a reservation that captures what is started, as that of a trial is,
+    they die with it: under the hands of all the others.
+    """
+    import ray.data  # noqa: PLC0415
+
+    quiet_ray_data()
+    pool = ray.data.ActorPoolStrategy(size=1)
+    ray.data.range(1, override_num_blocks=1).map_batches(_Settler, compute=pool, num_cpus=0).materialize()
+
+
+class _Settler:
+    """An operator that does nothing."""
+
+    def __call__(self, batch: Any) -> Any:
+        return batch
 
 
 def first_cause(error: BaseException) -> ConvoyError:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from convoy.cluster.nodes import alive_nodes
-from convoy.cluster.ray_data import first_cause
+from convoy.cluster.ray_data import first_cause, settle_ray_data
 from convoy.cluster.search_plan import (
     Concurrency,
     PastTrial,
@@ -83,6 +83,7 @@ def run_search(
     from convoy.cluster.trial_reporting import Obstructed, TrialWatch  # noqa: PLC0415
 
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    settle_ray_data()
     deadline_s = math.inf if plan.time_s is None else time.monotonic() + plan.time_s
     watch = TrialWatch(journal, show, deadline_s=deadline_s)
     tuner = tune.Tuner(

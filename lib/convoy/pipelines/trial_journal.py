@@ -19,6 +19,7 @@ from convoy.core.fingerprints import canonical_json, digest
 from convoy.core.search_space import Values
 from convoy.core.statistics import Interval
 from convoy.core.trial_events import TrialState, TrialStatus
+from convoy.pipelines.train import TrainReport
 from convoy.pipelines.train_config import TrainConfig
 from convoy.pipelines.tune_config import TuneConfig
 from convoy.storage.documents import read_json
@@ -58,6 +59,7 @@ _TRIALS_SCHEMA = pa.schema(
     ]
 )
 _DRAWN = "drawn/"
+_TRAINED = "trained/"
 _TRIALS = "trials/"
 
 
@@ -148,6 +150,15 @@ class TrialJournal:
         """Remember a trial before it starts."""
         self._put_once(f"{_DRAWN}{point.trial}.json", canonical_json(point))
         crash_point(CrashPoint.TRIAL_DRAWN)
+
+    def trained(self, point: TrialPoint) -> TrainReport | None:
+        """What an earlier attempt at a trial has trained, or None."""
+        document = read_json(self._store, self._key(f"{_TRAINED}{point.trial}.json"))
+        return None if document is None else TrainReport.model_validate(document)
+
+    def keep_trained(self, point: TrialPoint, report: TrainReport) -> None:
+        """Keep what a trial has trained, so that no other attempt at it trains again."""
+        self._put_once(f"{_TRAINED}{point.trial}.json", canonical_json(report))
 
     def ended(self, point: TrialPoint) -> TrialStatus | None:
         """How a trial ended, or None while it has no record."""

@@ -64,9 +64,8 @@ def _attempt(
     draw_curves: CurveDrawer,
 ) -> TrialRecord:
     started_unix_s = time.time()
-    config = journal.train_config(point)
     try:
-        outcome = _train_and_predict(job, config, progress, draw_curves)
+        outcome = _train_and_predict(job, journal, point, progress, draw_curves)
     except Exception as error:
         if isinstance(error, (ClusterError, *OBSTACLES)):
             # Not the trial's fault: another attempt goes on from its checkpoint.
@@ -80,7 +79,7 @@ def _attempt(
         }
     return TrialRecord(
         **point.model_dump(),
-        config=config.model_dump(mode="json"),
+        config=journal.train_config(point).model_dump(mode="json"),
         started_unix_s=started_unix_s,
         finished_unix_s=time.time(),
         **outcome,
@@ -88,23 +87,28 @@ def _attempt(
 
 
 def _train_and_predict(
-    job: TrialJob, config: TrainConfig, progress: TrialProgress, draw_curves: CurveDrawer
+    job: TrialJob,
+    journal: TrialJournal,
+    point: TrialPoint,
+    progress: TrialProgress,
+    draw_curves: CurveDrawer,
 ) -> dict[str, Any]:
-    """The fields of a finished trial's record."""
-    store, here = open_store(job.workspace), _here(job, config)
-    manifest = open_dataset(store, config.dataset, job.dataset_fingerprint)
+    """The fields of a finished trial's record; what an earlier attempt has trained is not trained again."""
+    store, here = open_store(job.workspace), _here(job, journal.train_config(point))
+    manifest = open_dataset(store, here.dataset, job.dataset_fingerprint)
     setting = TrialSetting(store=store, manifest=manifest, training=here, crops=job.config.crops)
     given: dict[str, Any] = {
         "progress": progress,
         "draw_curves": draw_curves,
         "fingerprint": manifest.fingerprint,
     }
+    outcome: Callable[[], dict[str, Any]]
     if job.config.folds is None:
-        outcome: Callable[[], dict[str, Any]] = partial(
-            outcome_of_training,
-            setting,
-            run_train(here, evaluated=Split.VAL, when_held=WhenHeld.WAIT, **given),
-        )
+        report = journal.trained(point)
+        if report is None:
+            report = run_train(here, evaluated=Split.VAL, when_held=WhenHeld.WAIT, **given)
+            journal.keep_trained(point, report)
+        outcome = partial(outcome_of_training, setting, report)
     else:
         outcome = partial(outcome_of_folds, setting, train_folds(here, job.config.folds, **given))
     crash_point(CrashPoint.TRIAL_TRAINED)
