@@ -130,12 +130,17 @@ def test_another_attempt_is_another_job_that_finds_nothing_to_do(
     [("dataset=nobody-has-frozen-it", 1), ("error_budget={rate: 0, rows: 0}", 3)],
     ids=["no such dataset", "more rejects than the budget"],
 )
-def test_the_exit_code_of_the_driver_comes_back(
+def test_the_exit_code_of_the_driver_comes_back_and_decides_whether_it_may_run_again(
     first: Any, head: RayHead, job: CacheJob, setting: str, exit_code: int
 ) -> None:
     finished = submitted(head, job.changed(setting))
     assert (finished.returncode, last_json(finished)["exit_code"]) == (exit_code, exit_code)
     assert last_json(finished)["status"] == "FAILED"
+    # More tries are for what may end otherwise; when they are used up, the last one's end is told.
+    allowed = [last_json(submitted(head, job.changed(setting), "--tries", "2")) for _ in range(2)]
+    sent = [(report["submitted"], report["number_of_try"]) for report in allowed]
+    assert sent == ([(True, 2), (False, 2)] if exit_code == 1 else [(False, 1), (False, 1)])
+    assert [report["exit_code"] for report in allowed] == [exit_code] * 2
 
 
 def test_status_list_and_cancel(first: Any, head: RayHead) -> None:

@@ -37,6 +37,14 @@ AttemptOption = Annotated[
     str,
     typer.Option("--attempt", help="Makes the same job another submission: a number, or a scheduler's date."),
 ]
+TriesOption = Annotated[
+    int,
+    typer.Option(
+        "--tries",
+        min=1,
+        help="How often this attempt may run: where the last try failed, the same command sends the next.",
+    ),
+]
 FollowOption = Annotated[
     bool,
     typer.Option("--follow/--no-wait", help="Show the log on stderr until the job ends, or return at once."),
@@ -48,11 +56,13 @@ SubmissionArgument = Annotated[
 
 def _submit_command(verb: Verb) -> Callable[..., None]:
     def submit(
+        *,
         config: ConfigOption = None,
         overrides: SetOption = None,
         workspace: WorkspaceOption = None,
         address: AddressOption = None,
         attempt: AttemptOption = "1",
+        tries: TriesOption = 1,
         follow: FollowOption = True,
         new_run: NewRunOption = False,
         as_json: JsonOption = False,
@@ -63,6 +73,7 @@ def _submit_command(verb: Verb) -> Callable[..., None]:
             settings=read_settings(config, [*(overrides or []), *named]),
             arguments=("--new-run",) if new_run else (),
             attempt=attempt,
+            tries=tries,
         )
         waiting = Waiting.FOLLOW if follow else Waiting.NOT
         where = address_of(address, os.environ)

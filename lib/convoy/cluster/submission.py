@@ -22,8 +22,10 @@ _POLL_S = 1.0
 _POLL_FAILURES = 30
 # A tail that breaks (a proxy's time limit, a restarted dashboard) is taken up again where it broke.
 _TAIL_ATTEMPTS = 5
-_SUCCEEDED, _STOPPED = "SUCCEEDED", "STOPPED"
-_TERMINAL = frozenset({_SUCCEEDED, _STOPPED, "FAILED"})
+_SUCCEEDED, _STOPPED, _FAILED = "SUCCEEDED", "STOPPED", "FAILED"
+_TERMINAL = frozenset({_SUCCEEDED, _STOPPED, _FAILED})
+# Another try of the same would end the same.
+_FOR_A_PERSON = frozenset({ExitCode.USAGE, ExitCode.ERROR_BUDGET_EXCEEDED, ExitCode.REFUSED_BY_GATE})
 _TALKATIVE_LOGGERS = (
     "ray.dashboard.modules.job.sdk",
     "ray.dashboard.modules.dashboard_sdk",
@@ -64,6 +66,11 @@ class SubmittedJob:
     def ended(self) -> bool:
         """Whether the job will change no more."""
         return self.status in _TERMINAL
+
+    @property
+    def may_be_tried_again(self) -> bool:
+        """Whether it failed in a way that another try may not. What was stopped was stopped by a person."""
+        return self.status == _FAILED and self.exit_code not in _FOR_A_PERSON
 
 
 class JobService:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from convoy.core.config import StrictModel
-from convoy.core.statistics import Interval, McNemarResult, bootstrap_difference, mcnemar_test
+from convoy.core.statistics import Interval, McNemarResult, mcnemar_test, paired_rate_difference
 
 # A difference with a smaller p is one: of the tests that look for harm.
 _SIGNIFICANCE = 0.05
@@ -127,11 +127,10 @@ def pair(first: ModelScores, second: ModelScores) -> PairedScores:
     """Two models on the rows that both saw; DataError where there is none."""
     both_N = first.found_N & second.found_N
     ours_N, theirs_N = first.correct_N[both_N], second.correct_N[both_N]
-    difference = bootstrap_difference(ours_N, theirs_N)
     return PairedScores(
         rows=int(both_N.sum()),
         top1=(float(ours_N.mean()), float(theirs_N.mean())),
-        difference=difference,
+        difference=paired_rate_difference(ours_N, theirs_N),
         mcnemar=mcnemar_test(ours_N, theirs_N),
     )
 
@@ -150,12 +149,19 @@ def _holdout_checks(holdout: PairedScores, config: GateConfig) -> Iterator[GateC
         limit=config.min_gain,
         text=f"top-1 on the holdout changes by {gain.estimate:+.4f}, wanted is {config.min_gain:+.4f}",
     )
+    all_N = np.ones(holdout.rows, np.bool_)
+    of_equals = -paired_rate_difference(all_N, all_N).low
+    too_few = (
+        f"; on {holdout.rows} rows even of equal models that is {of_equals:.4f}: it takes more test rows, or a wider"
+        " gate.margin"
+    )
     yield GateCheck(
         name="margin",
         passed=gain.low >= -config.margin,
         found=gain.low,
         limit=-config.margin,
-        text=f"top-1 on the holdout may fall by {-gain.low:.4f}, more than the margin of {config.margin:.4f}",
+        text=f"top-1 on the holdout may fall by {-gain.low:.4f}, more than the margin of {config.margin:.4f}"
+        + (too_few if of_equals > config.margin else ""),
     )
 
 

@@ -60,12 +60,16 @@ _CONFIGS = {
 
 
 class JobRequest(StrictModel):
-    """A job to submit: its settings as its config file and overrides say them, and which attempt at it this is."""
+    """A job to submit: its settings as its config file and overrides say them, and which attempt at it this is.
+
+    An attempt that fails is sent again by the same command until it had `tries`: each is a submission of its own.
+    """
 
     verb: Verb
     settings: Mapping[str, Any] = Field(default_factory=dict)
     arguments: tuple[str, ...] = ()
     attempt: str = "1"
+    tries: int = Field(default=1, ge=1)
 
 
 class JobStatus(BaseModel):
@@ -76,6 +80,7 @@ class JobStatus(BaseModel):
     exit_code: int | None
     verb: str = ""
     attempt: str = ""
+    number_of_try: int = 1
     started: datetime | None = None
     ended: datetime | None = None
 
@@ -119,12 +124,18 @@ def run_submit(
 ) -> SubmitReport:
     """Submit a job, unless the cluster has it already, and report its end.
 
-    The submission id is a digest of verb, settings, arguments, code and attempt. So the same command again finds the
-    job of the first one: it shows its log to the end, or just its end, and changes nothing. Raises ConfigError for
-    settings that do not fit or hold what looks like a secret, ClusterError if the cluster refuses.
+    The submission id is a digest of verb, settings, arguments, code, attempt and try. So the same command again finds
+    the job of the first one: it shows its log to the end, or just its end, and changes nothing. Where that job failed
+    in a way that another try may not, and has tries left, the next try is sent. Raises ConfigError for settings that
+    do not fit or hold what looks like a secret, ClusterError if the cluster refuses.
     """
     submission = plan_submission(request)
     service = JobService(address)
+    for number in range(2, request.tries + 1):
+        earlier = service.find(submission.submission_id)
+        if earlier is None or not earlier.may_be_tried_again:
+            break
+        submission = plan_submission(request, number_of_try=number)
     submitted = service.submit(submission)
     if waiting is Waiting.FOLLOW:
         service.follow_logs(submission.submission_id, write_log)
@@ -139,8 +150,8 @@ def run_submit(
     )
 
 
-def plan_submission(request: JobRequest) -> Submission:
-    """The submission of a job, with an id that is a function of what it is. Sends nothing.
+def plan_submission(request: JobRequest, *, number_of_try: int = 1) -> Submission:
+    """The submission of a try at a job, with an id that is a function of what it is. Sends nothing.
 
     Raises ConfigError for settings that do not fit the job, or that hold what looks like a secret.
     """
@@ -157,6 +168,7 @@ def plan_submission(request: JobRequest) -> Submission:
         "arguments": list(request.arguments),
         "code": code_digest(package),
         "attempt": request.attempt,
+        "try": number_of_try,
     }
     command = ["python", "-m", "convoy.cli", request.verb.value, "--config", CONFIG_FILE, "--json"]
     return Submission(
@@ -167,6 +179,7 @@ def plan_submission(request: JobRequest) -> Submission:
         metadata={
             "verb": request.verb.value,
             "attempt": request.attempt,
+            "try": str(number_of_try),
             "config": digest(parts["config"]),
             "code": parts["code"],
         },
@@ -245,6 +258,7 @@ def _status(job: SubmittedJob) -> JobStatus:
         exit_code=job.exit_code,
         verb=job.metadata.get("verb", ""),
         attempt=job.metadata.get("attempt", ""),
+        number_of_try=int(job.metadata.get("try", 1)),
         started=_time(job.started_ms),
         ended=_time(job.ended_ms),
     )
@@ -259,7 +273,7 @@ def _repeat_note(job: SubmittedJob) -> str:
         return "submitted before, and still at work; nothing was sent"
     return (
         f"submitted before, and ended with exit code {job.exit_code}; nothing was sent. To run it again, name another "
-        "--attempt: what its run has finished is kept"
+        "--attempt, or allow more --tries of this one: what its run has finished is kept"
     )
 
 

@@ -10,6 +10,7 @@ from convoy.core.statistics import (
     bootstrap_mean,
     holm_adjusted,
     mcnemar_test,
+    paired_rate_difference,
     rise_test,
     wilson_interval,
 )
@@ -32,6 +33,30 @@ def test_wilson_agrees_with_scipy(successes, trials, confidence):
     expected = stats.binomtest(successes, trials).proportion_ci(confidence, method="wilson")
     assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
     assert interval.low <= interval.estimate <= interval.high
+
+
+@pytest.mark.parametrize(
+    ("of_first", "of_second"), [(0.0, 0.0), (0.02, 0.02), (0.05, 0.15), (0.3, 0.2), (0.0, 0.4)]
+)
+def test_the_interval_of_a_paired_difference_holds_the_truth_as_often_as_it_says(of_first, of_second):
+    num_rows = 40
+    held = 0.0
+    for first in range(num_rows + 1):
+        for second in range(num_rows + 1 - first):
+            interval = paired_rate_difference(*discordant(first, second, both=num_rows - first - second))
+            assert interval.low <= interval.estimate <= interval.high
+            chance = stats.multinomial.pmf(
+                [first, second, num_rows - first - second],
+                num_rows,
+                [of_first, of_second, 1 - of_first - of_second],
+            )
+            held += chance * (interval.low <= of_first - of_second <= interval.high)
+    assert held > 0.93
+
+
+def test_few_rows_on_which_two_models_agree_show_little():
+    widths = [paired_rate_difference(*discordant(0, 0, both=rows)).high for rows in (20, 200, 2000)]
+    assert widths == pytest.approx([1.96 * math.sqrt(2) / (rows + 2) for rows in (20, 200, 2000)], rel=1e-3)
 
 
 @pytest.mark.parametrize("pair", [(0, 0), (1, 0), (1, 7), (5, 5), (40, 61), (700, 820), (0, 3000)])

@@ -162,12 +162,15 @@ def test_entrypoints_name_jobs_that_exist() -> None:
     for job in jobs():
         assert (ROOT / shlex.split(job["entrypoint"])[1]).is_file()
     (cron,) = of_kind("CronJob")
-    (line,) = cron["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0]["args"]
+    job = cron["spec"]["jobTemplate"]["spec"]
+    (line,) = job["template"]["spec"]["containers"][0]["args"]
     words = shlex.split(line)
     assert words[1:4] == ["convoy", "submit", "score"]
     attempt = words.index("--attempt")
     assert words[attempt + 1] == "$(date -u +%F)"
-    assert planned("score", words[4:attempt] + words[attempt + 2 :])
+    tries = words.index("--tries")
+    assert int(words[tries + 1]) == 1 + job["backoffLimit"], "each pod must have a try to send"
+    assert planned("score", words[4:attempt] + words[tries + 2 :])
 
 
 def planned(verb: str, words: list[str]) -> Submission:

@@ -59,6 +59,13 @@ def test_a_small_gain_that_may_be_a_loss_is_held_by_the_margin() -> None:
     assert gated(scores(list(range(36))), scores(list(range(100, 140))), GateConfig(margin=0.05)).passed
 
 
+def test_few_rows_do_not_show_that_nothing_is_lost_and_the_reason_says_how_many_it_takes() -> None:
+    evidence = gated(scores(0, rows=60), scores(0, rows=60))
+    assert failed(evidence) == {"margin"}
+    assert "on 60 rows even of equal models that is 0.0447" in evidence.reason
+    assert gated(scores(0), scores(0)).passed
+
+
 def test_a_class_that_is_given_up_for_the_others_is_no_gain() -> None:
     cats = list(range(0, 80, 2))
     dogs = list(range(1, 181, 2))

@@ -28,7 +28,13 @@ def test_the_same_job_has_the_same_id_and_any_change_another_one() -> None:
         {"arguments": ("--new-run",)},
     ]
     others = {plan_submission(CACHE.model_copy(update=change)).submission_id for change in changes}
-    assert len(others | {name}) == len(changes) + 1
+    others.add(plan_submission(CACHE, number_of_try=2).submission_id)
+    assert len(others | {name}) == len(changes) + 2
+
+
+def test_how_many_tries_there_may_be_does_not_make_another_job() -> None:
+    allowed = CACHE.model_copy(update={"tries": 3})
+    assert plan_submission(allowed).submission_id == plan_submission(CACHE).submission_id
 
 
 def test_a_default_that_is_spelled_out_is_the_same_job() -> None:
