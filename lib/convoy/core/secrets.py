@@ -22,6 +22,8 @@ _SECRET_FORMS = (
     re.compile(r"\b(?:gh[pousr]_|github_pat_|hf_|glpat-|xox[abprs]-)[A-Za-z0-9_-]{20,}"),
     re.compile(r"\beyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}\."),
 )
+# RAY_AUTH_TOKEN_PATH and its like hold no secret. The value does not tell: a secret key may begin with a slash.
+_NAMES_A_FILE = re.compile(r"_(?:path|file|dir)$|^GOOGLE_APPLICATION_CREDENTIALS$", re.IGNORECASE)
 # A shorter value of a secret variable may be a word that settings use as well.
 _SHORTEST_SECRET = 8
 
@@ -66,10 +68,5 @@ def _secrets_of(environment: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in environment.items()
-        if _SECRET_KEY.search(name) and len(value) >= _SHORTEST_SECRET and not _is_path(value)
+        if _SECRET_KEY.search(name) and len(value) >= _SHORTEST_SECRET and not _NAMES_A_FILE.search(name)
     }
-
-
-def _is_path(value: str) -> bool:
-    # RAY_AUTH_TOKEN_PATH and its like name a file, which is no secret.
-    return value.startswith(("/", "~", "./"))

@@ -37,6 +37,11 @@ def test_the_value_of_a_secret_variable_is_found_wherever_it_stands() -> None:
     assert secret not in found
 
 
+def test_a_secret_may_look_like_a_path() -> None:
+    environment = {"AWS_SECRET_ACCESS_KEY": "/Jalr/K7MDENG+bPxRfiCY"}
+    assert find_secrets({"name": environment["AWS_SECRET_ACCESS_KEY"]}, environment)
+
+
 @pytest.mark.parametrize("key", ["password", "api_key", "hf_token", "AWS_SECRET_ACCESS_KEY", "credentials"])
 def test_keys_that_name_secrets_may_have_no_value(key: str) -> None:
     assert find_secrets({"tracking": {key: "anything"}}, {}) == [f"tracking.{key}: has the name of a secret"]
