@@ -58,9 +58,15 @@ def test_days_of_digits_end_as_they_should(
     unchanged = days.run("2026-01-06", exit_code=5)
     assert (unchanged["reason"], unchanged["recomputed"]) == (still["reason"], 0)
 
+    # Nor do good ones, however many.
+    days.arrive(1450, 200)
+    diluted = days.run("2026-01-07", exit_code=5)
+    assert (diluted["decision"], diluted["data"]["rows"]) == ("held", 305)
+    assert "labels that were held on 2026-01-04" in diluted["reason"]
+
     # Without that check the candidate learns the wrong labels, and the gate has to notice.
     days.arrive_shuffled(800, 500)
-    gated = days.run("2026-01-07", "checks.when_labels_disagree=note", exit_code=5)
+    gated = days.run("2026-01-08", "checks.when_labels_disagree=note", exit_code=5)
     assert gated["decision"] == "held"
     assert gated["steps"][0]["candidate"] != second["champion"]
     assert "top-1 on the holdout" in gated["reason"]
@@ -74,7 +80,7 @@ def test_days_of_digits_end_as_they_should(
 def _check_registry(days: RetrainDays, *, champion: str, previous: str) -> None:
     """What was promoted and held is in the history, and people can undo it."""
     record = days.aliases()
-    assert [entry.action for entry in record.history] == ["promoted", "promoted", "held", "held", "held"]
+    assert [entry.action for entry in record.history] == ["promoted", "promoted", *["held"] * 4]
     assert set(record.aliases.values()) <= days.versions()
     shown = days.models("show", f"{NAME}@champion")
     assert (shown["model"], shown["aliases"]) == (champion, ["champion"])
@@ -108,12 +114,12 @@ def _check_mirror(mlflow_uri: str, **wanted: str) -> None:
 def _check_refusals(days: RetrainDays) -> None:
     earlier = days.start("2025-12-31")
     assert earlier.returncode == 2
-    assert "2026-01-07 was decided already" in earlier.stderr
+    assert "2026-01-08 was decided already" in earlier.stderr
 
     folder = RetrainFolder(open_store(days.workspace), NAME)
     with hold_retrain(folder):
         holder = json.loads(folder.store.get(folder.key(LEASE)).data)["holder"]
-        refused = days.start("2026-01-08")
+        refused = days.start("2026-01-09")
     assert refused.returncode == 1
     assert f"process {holder['pid']} on {holder['host']}" in refused.stderr
 
@@ -126,9 +132,9 @@ def _check_shadow_of_an_ensemble(days: RetrainDays) -> None:
     days.models("promote", NAME, "--digest", made.digest, "--reason", "two are better")
     days.arrive(1300, 50)
     # What was held before is still new, and asked about.
-    shadow = days.run("2026-01-09", "mode=shadow", "checks.when_labels_disagree=note")
+    shadow = days.run("2026-01-10", "mode=shadow", "checks.when_labels_disagree=note")
     assert shadow["decision"] == "shadow"
-    assert shadow["data"]["rows"] == 655
+    assert shadow["data"]["rows"] == 855
     assert [step["step"] for step in shadow["steps"]] == ["refit_weights"]
     assert shadow["champion"] == str(made)
     assert shadow["candidate"] != str(made)

@@ -67,6 +67,10 @@ def _submit_command(verb: Verb) -> Callable[..., None]:
         new_run: NewRunOption = False,
         as_json: JsonOption = False,
     ) -> None:
+        if new_run and verb is Verb.RETRAIN:
+            raise typer.BadParameter(
+                "a retraining goes on by its date, and has no runs to leave", param_hint="--new-run"
+            )
         named = [] if workspace is None else [f"workspace={json.dumps(workspace)}"]
         request = JobRequest(
             verb=verb,

@@ -12,6 +12,7 @@ from convoy.pipelines.network_training import CurveDrawer
 from convoy.pipelines.retrain_config import RetrainConfig, RetrainReport
 from convoy.pipelines.retrain_plan import (
     plan_retrain,
+    refuse_date,
     refuse_other_settings,
     settled_report,
 )
@@ -26,12 +27,14 @@ def run_retrain(config: RetrainConfig, *, progress: Progress, draw_curves: Curve
     """Bring a model up to date, or find that nothing has to be done; the same date again changes nothing.
 
     Raises LeaseHeld, naming the holder, where another process retrains this model, and ConfigError for a date before
-    one that was decided, or for a date that was begun with other settings.
+    one that was decided, also if it was begun then, for one to come, or for one that was begun with other settings.
     """
     check_bundle_name(config.name)
     store = open_workspace(config.workspace, config.writers)
     folder = RetrainFolder(store, config.name)
     date = config.logical_date
+    # Midnight may pass while this waits for another driver.
+    config = config.model_copy(update={"date": date})
     decided = folder.decision(date)
     if decided is not None:
         return RetrainReport.model_validate(decided)
@@ -56,6 +59,7 @@ def _retrain(
     draw_curves: CurveDrawer,
 ) -> RetrainReport:
     started_s = time.monotonic()
+    refuse_date(folder, date)
     plan = folder.plan(date)
     if plan is None:
         plan = plan_retrain(store, folder, config, progress)

@@ -44,6 +44,9 @@ class DataChecks(StrictModel):
     `max_reject_rate`: of the new rows, those that could not be used. `max_class_shift`: total variation distance of
     the new rows' classes from the old ones'. `max_embedding_shift`: distance of the new embeddings from the old ones,
     in their spread. `max_label_drop`: how much less often than on the holdout the champion agrees with new labels.
+    Rejects and labels are looked at in all new rows together, and in those of each date that was held for them.
+    `max_removed_rate`: of the rows that the champion was made from, of the frozen holdout and of each of its classes,
+    those that are gone. Classes that are gone are those that the champion knows and the dataset has not.
     """
 
     min_rows: PositiveInt = 20
@@ -56,6 +59,9 @@ class DataChecks(StrictModel):
     max_label_drop: float = Field(default=0.3, ge=0, le=1)
     when_labels_disagree: WhenFound = WhenFound.HOLD
     when_new_classes: WhenFound = WhenFound.NOTE
+    max_removed_rate: float = Field(default=0.2, ge=0, le=1)
+    when_rows_removed: WhenFound = WhenFound.HOLD
+    when_classes_gone: WhenFound = WhenFound.HOLD
 
 
 class FineTuneSettings(StrictModel):

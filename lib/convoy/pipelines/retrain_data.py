@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,15 +33,19 @@ class RetrainRows:
     """A version of a dataset as a retraining sees it; some 80 bytes a row.
 
     `table` has the columns of the manifest that count here and `class`, the class name or null. `is_new_N` marks rows
-    whose content and class were not in the version that the champion was made from. `holdout` are rows of the frozen
-    holdout that the version still has, with the classes that were frozen.
+    whose content and class were not in the version that the champion was made from, and `held_N` tells by date those
+    of them that came with a version whose data was objected to. `holdout` are rows of the frozen holdout that the
+    version still has, with the classes that were frozen; `frozen_by_class` counts all that were frozen.
     """
 
     manifest: Manifest
     table: pa.Table
     is_new_N: NDArray[np.bool_]
     is_held_out_N: NDArray[np.bool_]
+    held_N: dict[str, NDArray[np.bool_]]
     holdout: NamedRows
+    frozen_by_class: Counter[str]
+    num_before: int
     num_removed: int
     shared_classes: tuple[str, ...]
 
@@ -65,16 +70,21 @@ class RetrainRows:
         is_learnt_N = np.isin(content_id_array(table["content_id"]), content_id_array(elsewhere))
         return _named(table.filter(pa.array(~is_learnt_N)))
 
-    @property
-    def new_labelled(self) -> NamedRows:
-        """New labelled rows of all splits."""
-        return _named(self.table.filter(pa.array(_mask(pc.is_valid(self.table["label"])) & self.is_new_N)))
+    def chosen(self, is_chosen_N: NDArray[np.bool_]) -> pa.Table:
+        """The rows of a mask."""
+        return self.table.filter(pa.array(is_chosen_N))
 
 
-def open_rows(manifest: Manifest, previous: Manifest | None, folder: RetrainFolder) -> RetrainRows:
+def open_rows(
+    manifest: Manifest,
+    previous: Manifest | None,
+    folder: RetrainFolder,
+    held: Mapping[str, Manifest] | None = None,
+) -> RetrainRows:
     """The rows of a version. The first time, its labelled test rows become the holdout for good.
 
-    Raises DataError where no test row is labelled, or nothing of the holdout is left.
+    `held` are versions since `previous` whose data was objected to, by date and oldest first. Raises
+    DataError where no test row is labelled, or nothing of the holdout is left.
     """
     table = _read(manifest)
     holdout = folder.holdout()
@@ -89,20 +99,25 @@ def open_rows(manifest: Manifest, previous: Manifest | None, folder: RetrainFold
             where=manifest.uri,
             next_step="bring those images back, or retrain under another name",
         )
-    is_new_N, num_removed = _compare(table, previous)
+    pairs = _pairs(table)
+    before = set() if previous is None else set(_pairs(_read(previous)))
+    is_new_N = np.array([pair not in before for pair in pairs], np.bool_)
     return RetrainRows(
         manifest=manifest,
         table=table,
         is_new_N=is_new_N,
         is_held_out_N=_mask(held_ids) | held_content,
+        held_N=_held_back(pairs, is_new_N, held or {}),
         holdout=NamedRows.of(kept["content_id"], kept["class"].to_pylist()),
-        num_removed=num_removed,
+        frozen_by_class=_counts(holdout),
+        num_before=len(before),
+        num_removed=len(before - set(pairs)),
         shared_classes=tuple(dict.fromkeys([*manifest.classes, *holdout["class"].to_pylist()])),
     )
 
 
 @dataclass(slots=True)
-class _Findings:
+class Findings:
     """What checks found, sorted by what it does."""
 
     notes: list[str] = field(default_factory=list)
@@ -124,23 +139,20 @@ def examine_new_data(
     on_holdout: ModelScores | None,
 ) -> NewData:
     """Whether the new rows look like data to learn from; `set_id` holds the embeddings that are compared."""
-    findings = _Findings()
-    new = rows.table.filter(pa.array(rows.is_new_N))
-    old = rows.table.filter(pa.array(~rows.is_new_N))
+    findings = Findings()
+    new, old = rows.chosen(rows.is_new_N), rows.chosen(~rows.is_new_N)
     is_usable_N = scorer.known_content(set_id).has_rows(new["content_id"].combine_chunks())
     num_usable = int(is_usable_N.sum())
     new_classes = sorted({*new["class"].drop_null().to_pylist()} - {*champion.classes} if champion else ())
     shift = class_shift(_counts(new), _counts(old))
     if new.num_rows >= checks.min_rows:
-        rate = 1 - num_usable / new.num_rows
-        text = f"{rate:.1%} of the {new.num_rows} new rows cannot be used"
-        findings.add(rate > checks.max_reject_rate, text, checks.when_rejects)
         text = f"the classes of the new rows are {shift:.2f} away from those before"
         findings.add(shift > checks.max_class_shift, text, checks.when_classes_shift)
     text = f"{len(new_classes)} new classes: {', '.join(new_classes[:5])}"
     findings.add(bool(new_classes), text, checks.when_new_classes)
     embeddings = _embedding_shift(scorer, set_id, new, old, checks, findings)
-    top1 = _label_agreement(rows, scorer, champion, on_holdout, checks, findings)
+    top1 = _examine_batches(rows, scorer, checks, findings, set_id, champion, on_holdout)
+    look_for_losses(rows, checks, champion, findings)
     empty = _empty_classes(rows)
     findings.add(bool(empty), f"no training image can be used of: {', '.join(empty[:5])}", WhenFound.HOLD)
     return NewData(
@@ -163,7 +175,7 @@ def _embedding_shift(
     new: pa.Table,
     old: pa.Table,
     checks: DataChecks,
-    findings: _Findings,
+    findings: Findings,
 ) -> EmbeddingShift | None:
     """The shift of the new rows' embeddings, by evenly spaced rows of both sides; None for too few of them."""
     sides = []
@@ -183,16 +195,50 @@ def _embedding_shift(
     return found
 
 
+def _examine_batches(
+    rows: RetrainRows,
+    scorer: CachedScorer,
+    checks: DataChecks,
+    findings: Findings,
+    set_id: str,
+    champion: CommitteeRecord | None,
+    on_holdout: ModelScores | None,
+) -> float | None:
+    """Rejects and labels of the new rows, and of those that were held before: good rows of later days hide no bad ones.
+
+    Returns the champion's top-1 on all new rows, or None where it was not measured.
+    """
+    batches = {
+        "": rows.is_new_N,
+        **{f" that were held on {date}": one_N for date, one_N in rows.held_N.items()},
+    }
+    agreements = []
+    for which, is_chosen_N in batches.items():
+        table = rows.chosen(is_chosen_N)
+        if table.num_rows >= checks.min_rows:
+            is_usable_N = scorer.known_content(set_id).has_rows(table["content_id"].combine_chunks())
+            rate = 1 - float(is_usable_N.mean())
+            text = f"{rate:.1%} of the {table.num_rows} new rows{which} cannot be used"
+            findings.add(rate > checks.max_reject_rate, text, checks.when_rejects)
+        labelled = _named(table.filter(pc.is_valid(table["label"])))
+        agreements.append(
+            _label_agreement(rows, labelled, scorer, champion, on_holdout, checks, findings, which=which)
+        )
+    return agreements[0]
+
+
 def _label_agreement(
     rows: RetrainRows,
+    labelled: NamedRows,
     scorer: CachedScorer,
     champion: CommitteeRecord | None,
     on_holdout: ModelScores | None,
     checks: DataChecks,
-    findings: _Findings,
+    findings: Findings,
+    *,
+    which: str,
 ) -> float | None:
-    """How often the champion agrees with new labels of classes that it knows."""
-    labelled = rows.new_labelled
+    """How often the champion agrees with labels of classes that it knows."""
     if champion is None or on_holdout is None or not len(labelled):
         return None
     scores = scorer.scores(champion, labelled, rows.shared_classes)
@@ -203,11 +249,39 @@ def _label_agreement(
     agreement = float(scores.correct_N[judged_N].mean())
     usual = float(on_holdout.correct_N[on_holdout.found_N].mean())
     text = (
-        f"the champion agrees with {agreement:.1%} of the new labels and with {usual:.1%} of the holdout's:"
+        f"the champion agrees with {agreement:.1%} of the new labels{which} and with {usual:.1%} of the holdout's:"
         " the new labels look wrong, or the new images are of another kind"
     )
     findings.add(usual - agreement > checks.max_label_drop, text, checks.when_labels_disagree)
     return agreement
+
+
+def look_for_losses(
+    rows: RetrainRows, checks: DataChecks, champion: CommitteeRecord | None, findings: Findings
+) -> None:
+    """Rows and classes that are gone: a model without them may well be better on what is left."""
+    gone = (
+        [] if champion is None else [name for name in champion.classes if name not in rows.manifest.classes]
+    )
+    text = f"the dataset has no {', '.join(gone[:5])} any more, which the champion knows"
+    findings.add(bool(gone), text, checks.when_classes_gone)
+    kept = Counter(rows.holdout.names_N)
+    counts = {
+        "rows that the champion was made from, with their classes,": (rows.num_before, rows.num_removed),
+        "rows of the frozen holdout": (
+            rows.frozen_by_class.total(),
+            rows.frozen_by_class.total() - kept.total(),
+        ),
+        **{
+            f"rows of {name} in the frozen holdout": (count, count - kept[name])
+            for name, count in rows.frozen_by_class.items()
+            if name not in gone
+        },
+    }
+    for what, (num_before, num_gone) in counts.items():
+        if num_before >= checks.min_rows:
+            text = f"{num_gone} of the {num_before} {what} are gone"
+            findings.add(num_gone > checks.max_removed_rate * num_before, text, checks.when_rows_removed)
 
 
 def _empty_classes(rows: RetrainRows) -> list[str]:
@@ -245,13 +319,19 @@ def _still_there(table: pa.Table, holdout: pa.Table) -> pa.Table:
     return present.filter(pc.equal(present["content_id"], now))
 
 
-def _compare(table: pa.Table, previous: Manifest | None) -> tuple[NDArray[np.bool_], int]:
-    """A mask of the rows whose content and class are new, and how many of the former are gone."""
-    if previous is None:
-        return np.ones(table.num_rows, np.bool_), 0
-    now, before = _pairs(table), _pairs(_read(previous))
-    known, present = set(before), set(now)
-    return np.array([pair not in known for pair in now], np.bool_), len(known - present)
+def _held_back(
+    pairs: Sequence[tuple[bytes, str | None]], is_new_N: NDArray[np.bool_], held: Mapping[str, Manifest]
+) -> dict[str, NDArray[np.bool_]]:
+    """Masks of the new rows that came with each of some versions, by date; a row is that of the first one."""
+    batches = {}
+    left_N = is_new_N.copy()
+    for date, version in held.items():
+        known = set(_pairs(_read(version)))
+        came_N = left_N & np.array([pair in known for pair in pairs], np.bool_)
+        left_N &= ~came_N
+        if came_N.any():
+            batches[date] = came_N
+    return batches
 
 
 def _pairs(table: pa.Table) -> list[tuple[bytes, str | None]]:

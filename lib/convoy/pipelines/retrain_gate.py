@@ -135,6 +135,12 @@ def pair(first: ModelScores, second: ModelScores) -> PairedScores:
     )
 
 
+def least_margin(num_rows: int) -> float:
+    """The narrowest margin that a candidate can keep on so many rows without a gain: that of two equal models."""
+    all_N = np.ones(num_rows, np.bool_)
+    return -paired_rate_difference(all_N, all_N).low
+
+
 def pair_if_enough(first: ModelScores, second: ModelScores, min_rows: int) -> PairedScores | None:
     """The same, or None where fewer rows than that were seen by both."""
     return pair(first, second) if int((first.found_N & second.found_N).sum()) >= min_rows else None
@@ -149,19 +155,15 @@ def _holdout_checks(holdout: PairedScores, config: GateConfig) -> Iterator[GateC
         limit=config.min_gain,
         text=f"top-1 on the holdout changes by {gain.estimate:+.4f}, wanted is {config.min_gain:+.4f}",
     )
-    all_N = np.ones(holdout.rows, np.bool_)
-    of_equals = -paired_rate_difference(all_N, all_N).low
-    too_few = (
-        f"; on {holdout.rows} rows even of equal models that is {of_equals:.4f}: it takes more test rows, or a wider"
-        " gate.margin"
-    )
+    least = least_margin(holdout.rows)
+    too_few = f"; on {holdout.rows} rows even of equal models that is {least:.4f}: gate.margin must be wider"
     yield GateCheck(
         name="margin",
         passed=gain.low >= -config.margin,
         found=gain.low,
         limit=-config.margin,
         text=f"top-1 on the holdout may fall by {-gain.low:.4f}, more than the margin of {config.margin:.4f}"
-        + (too_few if of_equals > config.margin else ""),
+        + (too_few if least > config.margin else ""),
     )
 
 

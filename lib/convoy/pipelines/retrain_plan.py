@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from convoy.core.differences import describe_changes
@@ -23,8 +24,26 @@ _OPEN = (Decision.HELD, Decision.SHADOW)
 def plan_retrain(
     store: ObjectStore, folder: RetrainFolder, config: RetrainConfig, progress: Progress
 ) -> RetrainPlan:
-    """Freeze what the date of a config is about. Raises ConfigError for a date before one that was decided."""
-    date = config.logical_date
+    """Freeze what the date of a config is about."""
+    if config.source is not None:
+        progress.stage(f"looking at {config.source}")
+        # A path in a config is meant from where the command runs, as in `convoy dataset`.
+        source = config.source if "://" in config.source else str(Path(config.source).absolute())
+        freeze_dataset(store, config.dataset, source, reading=config.reading, splits=config.splits)
+    champion = read_aliases(store, config.name).aliases.get(Alias.CHAMPION)
+    learnt, held = _since_champion(_newest_first(folder), f"{config.name}@{champion}")
+    return RetrainPlan(
+        date=config.logical_date,
+        fingerprint=open_dataset(store, config.dataset).fingerprint,
+        previous_fingerprint=learnt,
+        champion=champion,
+        held=held,
+        config=_settings(config),
+    )
+
+
+def refuse_date(folder: RetrainFolder, date: str) -> None:
+    """ConfigError for a date before one that was decided, or one that is not there yet in any time zone."""
     dates = folder.decided_dates()
     if dates and date < dates[-1]:
         raise ConfigError(
@@ -32,19 +51,13 @@ def plan_retrain(
             where="date",
             next_step="retrain for a later date: it takes all that is new since then",
         )
-    if config.source is not None:
-        progress.stage(f"looking at {config.source}")
-        # A path in a config is meant from where the command runs, as in `convoy dataset`.
-        source = config.source if "://" in config.source else str(Path(config.source).absolute())
-        freeze_dataset(store, config.dataset, source, reading=config.reading, splits=config.splits)
-    champion = read_aliases(store, config.name).aliases.get(Alias.CHAMPION)
-    return RetrainPlan(
-        date=date,
-        fingerprint=open_dataset(store, config.dataset).fingerprint,
-        previous_fingerprint=_learnt_fingerprint(_newest_first(folder), f"{config.name}@{champion}"),
-        champion=champion,
-        config=_settings(config),
-    )
+    latest = (datetime.now(UTC) + timedelta(days=1)).date().isoformat()
+    if date > latest:
+        raise ConfigError(
+            f"{date} is not there yet, and once it was decided no earlier date could be",
+            where="date",
+            next_step="name the date of the data, or leave it out for today",
+        )
 
 
 def refuse_other_settings(plan: RetrainPlan, config: RetrainConfig) -> None:
@@ -93,18 +106,30 @@ def _newest_first(folder: RetrainFolder) -> Iterator[RetrainReport]:
         yield RetrainReport.model_validate(folder.decision(date))
 
 
-def _learnt_fingerprint(newest_first: Iterable[RetrainReport], champion: str) -> str | None:
-    """The version of the dataset that the champion was made from.
+def _since_champion(
+    newest_first: Iterable[RetrainReport], champion: str
+) -> tuple[str | None, dict[str, str]]:
+    """The version of the dataset that the champion was made from, and those that were objected to since, by date.
 
     Of a champion that no date made, the version that was promoted on last; None where there is neither.
     """
-    promoted = None
+    promoted: str | None = None
+    held: dict[str, str] = {}
+    held_since_promoted: dict[str, str] = {}
     for report in newest_first:
         if report.candidate == champion:
-            return report.dataset_fingerprint
+            return report.dataset_fingerprint, _oldest_first(held)
+        if report.data is not None and report.data.objections and report.decision is Decision.HELD:
+            held[report.date] = report.dataset_fingerprint
         if promoted is None and report.decision is Decision.PROMOTED:
-            promoted = report.dataset_fingerprint
-    return promoted
+            promoted, held_since_promoted = report.dataset_fingerprint, dict(held)
+    return promoted, _oldest_first(held_since_promoted if promoted is not None else held)
+
+
+def _oldest_first(held: dict[str, str]) -> dict[str, str]:
+    """Each version once, under the first date that was about it."""
+    dates = {fingerprint: date for date, fingerprint in sorted(held.items(), reverse=True)}
+    return {date: fingerprint for fingerprint, date in sorted(dates.items(), key=lambda one: one[1])}
 
 
 def _settings(config: RetrainConfig) -> dict[str, object]:

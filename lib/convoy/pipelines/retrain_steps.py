@@ -76,6 +76,15 @@ class CandidateMaker:
             lineage["champion before"] = f"{config.name}@{plan.champion}"
         self._lineage = lineage
 
+    def objections(self, champion: CommitteeRecord | None) -> list[str]:
+        """Why no step can be taken from this champion."""
+        if champion is None or champion.gate is None:
+            return []
+        # A gate is calibrated for its members' weights, on outputs of every view, which nothing here keeps.
+        return [
+            "the champion has a gate that new weights would not fit: build it anew with convoy tune, and promote it"
+        ]
+
     def steps(self, champion: CommitteeRecord | None) -> dict[str, Step]:
         """What could help, in order of cost."""
         if champion is None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from convoy.core.progress import Progress
 from convoy.pipelines.committees import CommitteeRecord, open_committee
-from convoy.pipelines.model_registry import record_decision
+from convoy.pipelines.model_registry import ROLLED_BACK, record_decision
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.network_training import CurveDrawer
 from convoy.pipelines.retrain_config import (
@@ -19,7 +19,7 @@ from convoy.pipelines.retrain_config import (
     StepResult,
 )
 from convoy.pipelines.retrain_data import examine_new_data, open_rows
-from convoy.pipelines.retrain_gate import ModelScores, judge, pair, pair_if_enough, summary
+from convoy.pipelines.retrain_gate import ModelScores, judge, least_margin, pair, pair_if_enough, summary
 from convoy.pipelines.retrain_scoring import CachedScorer
 from convoy.pipelines.retrain_steps import CandidateMaker, pinned
 from convoy.storage.bundles import BundleRef
@@ -75,7 +75,8 @@ class RetrainJob:
         manifest = open_dataset(store, config.dataset, plan.fingerprint)
         before = plan.previous_fingerprint
         previous = None if before is None else open_dataset(store, config.dataset, before)
-        self._rows = open_rows(manifest, previous, folder)
+        held = {date: open_dataset(store, config.dataset, version) for date, version in plan.held.items()}
+        self._rows = open_rows(manifest, previous, folder, held)
         self._scorer = CachedScorer(
             store,
             manifest,
@@ -100,8 +101,9 @@ class RetrainJob:
         on_champion = None if self._champion is None else self._scores(self._champion)
         data = self._examine(on_champion)
         steps: list[StepResult] = []
-        if data.objections:
-            outcome = _Outcome(decision=Decision.HELD, reason="; ".join(data.objections))
+        objections = data.objections or self._maker.objections(self._champion)
+        if objections:
+            outcome = _Outcome(decision=Decision.HELD, reason="; ".join(objections))
         else:
             steps = take_until_settled(self._results(lease, on_champion))
             outcome = self._decide(steps[-1], on_champion)
@@ -160,8 +162,16 @@ class RetrainJob:
         reason = f"{last.step}: {last.reason}"
         if self._config.mode is RetrainMode.SHADOW:
             return _Outcome(decision=Decision.SHADOW, reason=reason, candidate=candidate)
-        if on_champion is None or last.passed:
+        if on_champion is None:
             return _Outcome(decision=Decision.PROMOTED, reason=reason, candidate=candidate)
+        if last.passed:
+            answer = self._answer_of_a_person()
+            decision = Decision.PROMOTED if answer is None else Decision.HELD
+            return _Outcome(
+                decision=decision,
+                reason=reason + ("" if answer is None else f"; but {answer}"),
+                candidate=candidate,
+            )
         harm = self._champion_is_worse_than_before(on_champion)
         if harm is not None:
             return _Outcome(
@@ -171,11 +181,21 @@ class RetrainJob:
             return _Outcome(decision=Decision.NOTHING_NEW, reason=f"nothing new to learn from: {reason}")
         return _Outcome(decision=Decision.HELD, reason=reason, candidate=candidate)
 
+    def _answer_of_a_person(self) -> str | None:
+        """Why only a person may promote, or None: one of them took the last champion back."""
+        last = read_aliases(self._store, self._config.name).last_champion_move()
+        if last is None or last.run or last.action != ROLLED_BACK:
+            return None
+        return f"a person took the champion back ({last.reason}): if this one is good, promote it by hand"
+
     def _champion_is_worse_than_before(self, on_champion: tuple[ModelScores, ModelScores]) -> str | None:
         """Why the previous champion should come back, or None: it is better on the newest rows, and no worse else."""
-        aliases = read_aliases(self._store, self._config.name).aliases
-        previous = aliases.get(Alias.PREVIOUS)
-        if previous is None or aliases.get(Alias.CHAMPION) != self._plan.champion:
+        record = read_aliases(self._store, self._config.name)
+        previous, last = record.aliases.get(Alias.PREVIOUS), record.last_champion_move()
+        if previous is None or record.aliases.get(Alias.CHAMPION) != self._plan.champion:
+            return None
+        if last is None or last.action == ROLLED_BACK:
+            # What is called previous was taken back.
             return None
         on_previous = self._scores(self._open(previous))
         newest = pair_if_enough(on_champion[1], on_previous[1], self._config.gate.min_newest_rows)
@@ -238,8 +258,18 @@ class RetrainJob:
             holdout_rows=len(self._rows.holdout),
             data=data,
             steps=steps,
-            notes=data.notes,
+            notes=[*data.notes, *self._gate_notes()],
         )
+
+    def _gate_notes(self) -> list[str]:
+        """What a person should know before a holdout that was just frozen holds every candidate."""
+        rows, margin = len(self._rows.holdout), self._config.gate.margin
+        if self._plan.champion is not None or least_margin(rows) <= margin:
+            return []
+        return [
+            f"the holdout that is now frozen has {rows} rows: even of two equal models it cannot exclude a loss of"
+            f" {least_margin(rows):.4f}, and gate.margin is {margin}, so only a clear gain will be promoted"
+        ]
 
     def _named(self, digest: str | None) -> str | None:
         return None if digest is None else f"{self._config.name}@{digest}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -157,6 +157,8 @@ def plan_submission(request: JobRequest, *, number_of_try: int = 1) -> Submissio
     """
     _refuse_secrets(request)
     settings = {**request.settings, "workspace": _place(request.settings.get("workspace"))}
+    if request.verb is Verb.RETRAIN:
+        settings["date"] = settings.get("date") or _date_of(request.attempt)
     module, name = _CONFIGS[request.verb]
     config = parse_config(
         getattr(importlib.import_module(module), name), settings, where=f"submit {request.verb}"
@@ -173,7 +175,8 @@ def plan_submission(request: JobRequest, *, number_of_try: int = 1) -> Submissio
     command = ["python", "-m", "convoy.cli", request.verb.value, "--config", CONFIG_FILE, "--json"]
     return Submission(
         submission_id=f"convoy-{request.verb.value}-{digest(parts)[:_ID_DIGITS]}",
-        entrypoint=shlex.join([*command, *request.arguments]),
+        # A second try goes on with the run that the first one began.
+        entrypoint=shlex.join([*command, *(request.arguments if number_of_try == 1 else ())]),
         package=package,
         files={CONFIG_FILE: write_settings(settings)},
         metadata={
@@ -243,6 +246,14 @@ def _refuse_secrets(request: JobRequest) -> None:
             where="; ".join(found),
             next_step="give the cluster's nodes a role, or credentials where they are started",
         )
+
+
+def _date_of(attempt: str) -> str:
+    """The logical date of a retraining: that of a scheduler, or today. Tries that follow must not take their own."""
+    try:
+        return date.fromisoformat(attempt).isoformat()
+    except ValueError:
+        return datetime.now(UTC).date().isoformat()
 
 
 def _place(workspace: Any) -> str:

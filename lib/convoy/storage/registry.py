@@ -98,6 +98,10 @@ class AliasRecord(StrictModel):
         """The last move that a run made, or None."""
         return next((entry for entry in reversed(self.history) if entry.run == run), None)
 
+    def last_champion_move(self) -> HistoryEntry | None:
+        """The move that made the champion the one that it is, or None."""
+        return next((entry for entry in reversed(self.history) if Alias.CHAMPION in entry.moves), None)
+
     def aliases_of(self, digest: str) -> list[str]:
         """The aliases that a version goes by, sorted."""
         return sorted(alias.value for alias, held in self.aliases.items() if held == digest)

@@ -9,10 +9,13 @@ import pytest
 
 from convoy.core.errors import DataError
 from convoy.core.records import Split
-from convoy.pipelines.retrain_data import open_rows
+from convoy.pipelines.committees import single_committee
+from convoy.pipelines.retrain_config import DataChecks
+from convoy.pipelines.retrain_data import Findings, look_for_losses, open_rows
 from convoy.storage.local_store import LocalStore
 from convoy.storage.manifests import MANIFEST_SCHEMA, Manifest
 from convoy.storage.retrains import RetrainFolder
+from made_bundles import made_classifier
 from made_manifests import write_samples
 
 CLASSES = ("cat", "dog")
@@ -53,3 +56,47 @@ def test_an_image_that_training_sees_too_is_none_of_the_newest_rows(tmp_path: Pa
     twice = (("d", TRAIN), ("d", TEST), ("e", VAL), ("e", TEST), ("f", TEST))
     rows = open_rows(version(tmp_path, "second", *before, *twice), first, folder)
     assert [one.rstrip() for one in rows.newest.content_ids_N.tolist()] == [b"f"]
+
+
+def test_rows_that_were_held_stay_a_batch_of_their_own_among_those_that_follow(tmp_path: Path) -> None:
+    before = (("a", TRAIN), ("c", TEST))
+    first = version(tmp_path, "first", *before)
+    folder = RetrainFolder(LocalStore(str(tmp_path)), "pets")
+    open_rows(first, None, folder)
+    bad = (*before, ("b", TRAIN), ("d", TRAIN))
+    held = {
+        "2026-01-02": version(tmp_path, "second", *bad),
+        "2026-01-03": version(tmp_path, "third", *bad, ("e", TRAIN)),
+    }
+    # One of the two is taken away since.
+    now = version(tmp_path, "now", *bad[:-1], ("e", TRAIN), ("f", TRAIN))
+    rows = open_rows(now, first, folder, held)
+    batches = {date: rows.chosen(one_N)["content_id"].to_pylist() for date, one_N in rows.held_N.items()}
+    assert {date: [one.rstrip() for one in batch] for date, batch in batches.items()} == {
+        "2026-01-02": [b"b"],
+        "2026-01-03": [b"e"],
+    }
+
+
+def test_rows_of_the_champion_and_of_the_holdout_that_are_gone_are_objected_to(tmp_path: Path) -> None:
+    all_rows = [(f"{number}", TEST if number % 2 else TRAIN) for number in range(40)]
+    first = version(tmp_path, "first", *all_rows)
+    store = LocalStore(str(tmp_path))
+    folder = RetrainFolder(store, "pets")
+    open_rows(first, None, folder)
+
+    def objections(*left: tuple[str, Split], classes: tuple[str, ...] = CLASSES) -> list[str]:
+        rows = open_rows(version(tmp_path, f"left-{len(left)}", *left), first, folder)
+        champion = single_committee(made_classifier(store, 0, classes=classes), name="pets", digest="")
+        findings = Findings()
+        look_for_losses(rows, DataChecks(), champion, findings)
+        return findings.objections
+
+    assert objections(*all_rows[:36]) == []
+    assert [text[:20] for text in objections(*all_rows[:24])] == [
+        "16 of the 40 rows th",
+        "8 of the 20 rows of ",
+        "8 of the 20 rows of ",
+    ]
+    (gone,) = objections(*all_rows[:38], classes=(*CLASSES, "truck"))
+    assert gone == "the dataset has no truck any more, which the champion knows"

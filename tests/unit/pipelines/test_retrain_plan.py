@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from cache_jobs import write_digits
 from convoy.core.config import parse_config
 from convoy.core.errors import ConfigError
 from convoy.core.progress import Silent
-from convoy.pipelines.retrain_config import Decision, RetrainConfig, RetrainReport
-from convoy.pipelines.retrain_plan import plan_retrain, settled_report
+from convoy.pipelines.retrain_config import Decision, NewData, RetrainConfig, RetrainReport
+from convoy.pipelines.retrain_plan import plan_retrain, refuse_date, settled_report
 from convoy.storage.local_store import LocalStore
 from convoy.storage.registry import Alias, AliasMove, move_aliases
 from convoy.storage.retrains import RetrainFolder, RetrainPlan
@@ -63,7 +64,14 @@ class Dates:
     def settled(self, plan: RetrainPlan) -> RetrainReport | None:
         return settled_report(self.retrains, plan)
 
-    def decide(self, plan: RetrainPlan, decision: Decision, *, candidate: str | None = None) -> None:
+    def decide(
+        self,
+        plan: RetrainPlan,
+        decision: Decision,
+        *,
+        candidate: str | None = None,
+        objections: Sequence[str] = (),
+    ) -> None:
         """Put a decision down, and promote its candidate where it says so."""
         if decision is Decision.PROMOTED:
             self.promote(candidate)
@@ -79,6 +87,18 @@ class Dates:
             dataset_fingerprint=plan.fingerprint,
             candidate=None if candidate is None else f"{NAME}@{candidate}",
             champion=f"{NAME}@{champion}",
+            data=NewData(
+                rows=1,
+                removed=0,
+                usable=1,
+                by_class={},
+                new_classes=[],
+                class_shift=0.0,
+                embedding_shift=None,
+                champion_top1=None,
+                notes=[],
+                objections=list(objections),
+            ),
         )
         self.retrains.write_decision(plan.date, report.model_dump(mode="json"))
 
@@ -96,11 +116,11 @@ def dates(tmp_path: Path) -> Dates:
     return dates
 
 
-def held(dates: Dates, *, candidate: str | None = None) -> RetrainPlan:
+def held(dates: Dates, *, candidate: str | None = None, objections: Sequence[str] = ()) -> RetrainPlan:
     """A date with new data that is held."""
     dates.arrive()
     plan = dates.plan()
-    dates.decide(plan, Decision.HELD, candidate=candidate)
+    dates.decide(plan, Decision.HELD, candidate=candidate, objections=objections)
     return plan
 
 
@@ -175,4 +195,28 @@ def test_bad_files_that_are_taken_away_leave_nothing_new(dates: Dates) -> None:
 
 def test_a_date_before_a_decided_one_is_refused(dates: Dates) -> None:
     with pytest.raises(ConfigError, match="2026-01-01 was decided already"):
-        dates.plan(date="2025-12-31")
+        refuse_date(dates.retrains, "2025-12-31")
+
+
+def test_a_date_to_come_is_refused_for_it_would_end_all_earlier_ones(dates: Dates) -> None:
+    today = datetime.now(UTC).date()
+    refuse_date(dates.retrains, today.isoformat())
+    with pytest.raises(ConfigError, match="is not there yet"):
+        refuse_date(dates.retrains, (today + timedelta(days=2)).isoformat())
+
+
+def test_versions_that_were_objected_to_are_kept_in_mind_until_a_promotion(dates: Dates) -> None:
+    plans = [held(dates, objections=["wrong labels"]) for _ in range(2)]
+    gated = held(dates)
+    plan = dates.plan()
+    assert plan.held == {one.date: one.fingerprint for one in plans}
+    assert gated.fingerprint not in plan.held.values()
+    dates.decide(plan, Decision.PROMOTED, candidate=SECOND)
+    assert dates.plan().held == {}
+
+
+def test_a_version_that_is_objected_to_twice_is_that_of_its_first_date(dates: Dates) -> None:
+    first = held(dates, objections=["wrong labels"])
+    again = dates.plan()
+    dates.decide(again, Decision.HELD, objections=["wrong labels"])
+    assert dates.plan().held == {first.date: first.fingerprint}

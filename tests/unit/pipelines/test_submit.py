@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,35 @@ def test_what_travels_is_the_package_and_the_settings_and_no_variables() -> None
     assert list(submission.files) == ["job.yaml"]
     assert yaml.safe_load(submission.files["job.yaml"]) == SETTINGS
     assert submission.entrypoint == "python -m convoy.cli cache --config job.yaml --json"
+
+
+RETRAIN = JobRequest(
+    verb=Verb.RETRAIN,
+    settings={
+        "workspace": "s3://bucket/workspace",
+        "name": "pets",
+        "dataset": "photos",
+        "backbone": SETTINGS["backbone"],
+    },
+)
+
+
+@pytest.mark.parametrize(
+    ("attempt", "date"), [("2026-11-26", "2026-11-26"), ("1", datetime.now(UTC).date().isoformat())]
+)
+def test_a_retraining_is_told_its_date_so_that_later_tries_do_not_take_their_own(
+    attempt: str, date: str
+) -> None:
+    request = RETRAIN.model_copy(update={"attempt": attempt})
+    assert str(yaml.safe_load(plan_submission(request).files["job.yaml"])["date"]) == date
+    named = request.model_copy(update={"settings": {**RETRAIN.settings, "date": "2026-01-05"}})
+    assert str(yaml.safe_load(plan_submission(named).files["job.yaml"])["date"]) == "2026-01-05"
+
+
+def test_only_the_first_try_leaves_an_earlier_run_behind() -> None:
+    request = CACHE.model_copy(update={"arguments": ("--new-run",)})
+    assert plan_submission(request).entrypoint.endswith(" --new-run")
+    assert "--new-run" not in plan_submission(request, number_of_try=2).entrypoint
 
 
 def test_a_workspace_that_is_a_path_is_told_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
