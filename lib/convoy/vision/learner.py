@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, one_hot
+from torch.nn.functional import cross_entropy, log_softmax, one_hot
 from torchvision.transforms import v2
 
 from convoy.core.randomness import position_digest
@@ -116,14 +116,19 @@ class Learner:
             self.sums_3[2] += len(labels_B)
 
     def _losses(self, logits_BK: Tensor, targets: Tensor, soft: SoftTargets | None) -> Tensor:
-        losses_B = cross_entropy(
-            logits_BK,
-            targets,
-            weight=self._class_weights_K,
-            label_smoothing=self._recipe.label_smoothing,
-            reduction="none",
-        )
+        losses_B = self._label_losses(logits_BK, targets)
         return losses_B if soft is None else distilled_losses(losses_B, logits_BK, soft)
+
+    def _label_losses(self, logits_BK: Tensor, targets: Tensor) -> Tensor:
+        """The cross-entropy of each row, smoothed, times the weight of its class; targets are labels or mixtures."""
+        smoothing, weights_K = self._recipe.label_smoothing, self._class_weights_K
+        if weights_K is None:
+            return cross_entropy(logits_BK, targets, label_smoothing=smoothing, reduction="none")
+        # torch weighs what smoothing gives to other classes by theirs: so a common class would be taught the rare one.
+        sharp_B = cross_entropy(logits_BK, targets, weight=weights_K, reduction="none")
+        row_weights_B = weights_K[targets] if targets.ndim == 1 else targets @ weights_K
+        even_B = -log_softmax(logits_BK, dim=1).mean(dim=1)
+        return sharp_B.lerp(row_weights_B * even_B, smoothing)
 
     def _backward_nothing(self, batch: TrainBatch) -> None:
         """Gradients of zero for a pass without usable images: the other workers wait for this one's."""

@@ -134,8 +134,8 @@ def test_a_step_has_the_gradients_of_a_plain_loop() -> None:
     network, batch = lenet(), batch_of(soft)
     expected_network = copy.deepcopy(network)
     logits_BK = expected_network(normalise(batch.images_BCHW, PRESET))
-    labels_B = cross_entropy(
-        logits_BK, batch.labels_B, weight=class_weights_K, label_smoothing=0.1, reduction="none"
+    labels_B = class_weights_K[batch.labels_B] * cross_entropy(
+        logits_BK, batch.labels_B, label_smoothing=0.1, reduction="none"
     )
     student_BK, q_BK = torch.log_softmax(logits_BK / 3, 1), soft.probabilities_BK
     divergence_B = (q_BK * (q_BK.log() - student_BK)).sum(1)

@@ -117,10 +117,9 @@ def test_a_step_has_the_gradients_of_a_plain_loop(num_passes: int) -> None:
     class_weights_K = torch.tensor([0.5, 1.0, 2.0, 1.5, 0.25])
     network, batch = build(), whole_batch()
     expected_network = copy.deepcopy(network)
-    losses_B = cross_entropy(
+    losses_B = class_weights_K[batch.labels_B] * cross_entropy(
         expected_network(normalise(batch.images_BCHW, PRESET)),
         batch.labels_B,
-        weight=class_weights_K,
         label_smoothing=0.1,
         reduction="none",
     )
@@ -135,6 +134,37 @@ def test_a_step_has_the_gradients_of_a_plain_loop(num_passes: int) -> None:
     logits_BK = expected_network(normalise(batch.images_BCHW, PRESET))
     assert num_correct == int((logits_BK.argmax(1) == batch.labels_B).sum())
     assert num_rows == 7
+
+
+@pytest.mark.parametrize("mixing", [{}, {"mixup_alpha": 0.2}])
+def test_smoothing_does_not_teach_a_common_class_to_be_the_rare_one(mixing: dict[str, float]) -> None:
+    """99 dark images and a bright one, with the weights that balance them."""
+    labels_B = torch.tensor([0] * 99 + [1])
+    images_BCHW = torch.where(labels_B == 1, 255, 0).to(torch.uint8)[:, None, None, None]
+    images_BCHW = images_BCHW.expand(-1, 3, 32, 32).contiguous()
+    batch = TrainBatch(images_BCHW=images_BCHW, labels_B=labels_B, weights_B=torch.ones(100))
+    class_weights_K = torch.tensor([100 / 198, 100 / 2, 1.0, 1.0, 1.0])
+    torch.manual_seed(0)
+    network = build()
+    recipe = PLAIN.model_copy(update={"label_smoothing": 0.1, **mixing})
+    made = learner(network, recipe, class_weights_K=class_weights_K)
+    for step in range(60):
+        made.step([batch], num_group_rows=100, factor=1.0, step=step)
+    with torch.no_grad():
+        predicted_B = network(normalise(images_BCHW, PRESET)).argmax(1)
+    assert torch.equal(predicted_B, labels_B)
+
+
+def test_without_class_weights_smoothing_is_torchs_own() -> None:
+    network, batch = build(), whole_batch()
+    losses_B = cross_entropy(
+        network(normalise(batch.images_BCHW, PRESET)), batch.labels_B, label_smoothing=0.1, reduction="none"
+    )
+    expected = torch.autograd.grad((losses_B * batch.weights_B).sum() * (1 / 7), list(network.parameters()))
+    found = step_gradients(
+        learner(network, PLAIN.model_copy(update={"label_smoothing": 0.1})), network, [batch]
+    )
+    assert all(torch.equal(one, other) for one, other in zip(found.values(), expected, strict=True))
 
 
 def test_a_step_moves_the_weights_by_the_rate_and_leaves_no_gradient() -> None:
