@@ -52,13 +52,9 @@ def plan_network(
 
     Raises ConfigError for an impossible freeze depth, or a batch that the training rows or workers do not fit.
     """
-    recipe, phases, source = _defaults(config)
-    recipe = recipe.model_copy(
-        update={name: getattr(config.recipe, name) for name in config.recipe.model_fields_set}
-    )
+    recipe = wanted_recipe(config)
     batch_size = group_batch_size(recipe, num_workers)
-    if phases is None:
-        phases = _paper_phases(config, recipe.batch_size)
+    phases = _wanted_phases(config, recipe)
     factor = rate_factor(recipe, num_workers)
     _check_batch(batch_size, sum(counts), num_workers)
     images_per_class = statistics.median(counts)
@@ -76,7 +72,7 @@ def plan_network(
     balance = _balance(recipe.balance, counts)
     if recipe.precision is Precision.AUTO:
         recipe = recipe.model_copy(update={"precision": Precision(best_precision().value)})
-    notes = [source, *_notes(phases, resolved, axis, images_per_class)]
+    notes = [_source(config), *_notes(phases, resolved, axis, images_per_class)]
     if balance is not Balance.NONE:
         notes.append(f"classes are balanced by {balance.value}: {min(counts)} to {max(counts)} images")
     if factor != 1.0:
@@ -88,31 +84,47 @@ def plan_network(
     )
 
 
-def _defaults(config: TrainConfig) -> tuple[Recipe, tuple[Phase, ...] | None, str]:
-    """The strategy's recipe and phases, or None for those of the architecture's paper; and where they are from."""
+def wanted_recipe(config: TrainConfig) -> Recipe:
+    """The recipe of the strategy, or of the architecture's paper, with what the config sets in its place."""
+    default = _default_recipe(config)
+    given, optimiser = _what_is_set(config.recipe), _what_is_set(config.recipe.optimiser)
+    # The weight decay of one kind of optimiser means nothing to another.
+    if optimiser.get("kind", default.optimiser.kind) is default.optimiser.kind:
+        given["optimiser"] = default.optimiser.model_copy(update=optimiser)
+    return default.model_copy(update=given)
+
+
+def _what_is_set(model: StrictModel) -> dict[str, Any]:
+    return {name: getattr(model, name) for name in model.model_fields_set}
+
+
+def _default_recipe(config: TrainConfig) -> Recipe:
     if config.strategy is Strategy.FROM_SCRATCH:
-        paper = paper_recipe(config.backbone.arch)
-        return paper.recipe, config.phases, f"recipe: {paper.source}"
-    recipe, source = transfer_recipe(), f"recipe: Convoy's for {config.strategy.value}"
+        return paper_recipe(config.backbone.arch).recipe
+    return transfer_recipe()
+
+
+def _source(config: TrainConfig) -> str:
+    if config.strategy is Strategy.FROM_SCRATCH:
+        return f"recipe: {paper_recipe(config.backbone.arch).source}"
+    return f"recipe: Convoy's for {config.strategy.value}"
+
+
+def _wanted_phases(config: TrainConfig, recipe: Recipe) -> tuple[Phase, ...]:
+    """The phases of the config, or else those of the strategy or the paper at the rate of the config."""
     if config.phases is not None:
-        return recipe, config.phases, source
+        return config.phases
     depth = config.wanted_freeze_depth
     if config.strategy is Strategy.FINE_TUNE:
         phases = fine_tuning_phases(config.epochs or _FINE_TUNING_EPOCHS, depth)
-    else:
+    elif config.strategy is Strategy.PARTIAL_REUSE:
         phases = reuse_phases(config.epochs or _REUSE_EPOCHS, depth)
-    if config.learning_rate is not None:
-        rate = {"learning_rate": config.learning_rate}
-        phases = tuple(phase.model_copy(update=rate) for phase in phases)
-    return recipe, phases, source
-
-
-def _paper_phases(config: TrainConfig, batch_size: int) -> tuple[Phase, ...]:
-    phase = paper_recipe(config.backbone.arch).scaled_to(batch_size, config.epochs)
-    update: dict[str, Any] = {"freeze_depth": config.wanted_freeze_depth}
-    if config.learning_rate is not None:
-        update["learning_rate"] = config.learning_rate
-    return (phase.model_copy(update=update),)
+    else:
+        phase = paper_recipe(config.backbone.arch).scaled_to(recipe.batch_size, config.epochs)
+        phases = (phase.model_copy(update={"freeze_depth": depth}),)
+    if config.learning_rate is None:
+        return phases
+    return tuple(phase.model_copy(update={"learning_rate": config.learning_rate}) for phase in phases)
 
 
 def _check_batch(batch_size: int, num_rows: int, num_workers: int) -> None:

@@ -4,30 +4,37 @@ from typing import Any
 
 import pytest
 
-from convoy.pipelines.network_plan import plan_network, trained_backbone_config
+from convoy.pipelines.network_plan import (
+    NetworkPlan,
+    plan_network,
+    trained_backbone_config,
+    wanted_recipe,
+)
 from convoy.pipelines.train_config import TrainConfig
 from convoy.vision.backbones import build_network, depth_axis
+from convoy.vision.recipes import paper_recipe
+from convoy.vision.training_config import Optimiser, OptimiserKind
 
 COUNTS = (40, 40)
+CONVNEXT = "timm:convnext_atto"
+
+
+def config_of(strategy: str = "from_scratch", arch: str = "cifar_resnet20", **settings: Any) -> TrainConfig:
+    return TrainConfig.model_validate(
+        {"dataset": "d", "name": "n", "strategy": strategy, "backbone": {"arch": arch}, **settings}
+    )
+
+
+def plan_of(num_workers: int = 1, recipe: dict[str, Any] | None = None, **settings: Any) -> NetworkPlan:
+    config = config_of(recipe={"batch_size": 8, **(recipe or {})}, **settings)
+    backbone = trained_backbone_config(config, len(COUNTS)).model_copy(update={"weights": "random"})
+    axis = depth_axis(backbone, build_network(backbone))
+    return plan_network(config, axis, COUNTS, num_workers=num_workers)
 
 
 def learning_rate(num_workers: int, rate: float | None = None, **recipe: Any) -> float:
     """Of the only phase of a training from scratch."""
-    config = TrainConfig.model_validate(
-        {
-            "dataset": "d",
-            "name": "n",
-            "strategy": "from_scratch",
-            "backbone": {"arch": "cifar_resnet20"},
-            "learning_rate": rate,
-            "recipe": {"batch_size": 8, **recipe},
-        }
-    )
-    backbone = trained_backbone_config(config, len(COUNTS))
-    plan = plan_network(
-        config, depth_axis(backbone, build_network(backbone)), COUNTS, num_workers=num_workers
-    )
-    (phase,) = plan.phases
+    (phase,) = plan_of(num_workers, recipe, learning_rate=rate).phases
     return phase.learning_rate
 
 
@@ -42,3 +49,15 @@ def test_from_scratch_follows_the_scaling_of_rates(rate: float | None, scaling: 
 
 def test_where_the_batch_is_the_groups_so_is_the_rate() -> None:
     assert learning_rate(4) == learning_rate(1)
+
+
+def test_one_key_of_an_optimiser_leaves_the_others_of_the_paper() -> None:
+    paper = paper_recipe(CONVNEXT).recipe
+    recipe = wanted_recipe(config_of(arch=CONVNEXT, recipe={"optimiser": {"weight_decay": 0.1}}))
+    assert recipe.optimiser == paper.optimiser.model_copy(update={"weight_decay": 0.1})
+    assert recipe == paper.model_copy(update={"optimiser": recipe.optimiser})
+
+
+def test_an_optimiser_of_another_kind_takes_nothing_of_the_papers() -> None:
+    sgd = wanted_recipe(config_of(arch=CONVNEXT, recipe={"optimiser": {"kind": "sgd"}}))
+    assert sgd.optimiser == Optimiser(kind=OptimiserKind.SGD)
