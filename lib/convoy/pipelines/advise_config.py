@@ -16,7 +16,7 @@ from convoy.pipelines.training_rows import RowLimit
 from convoy.vision.augmentation_policy import AugmentationPolicy
 from convoy.vision.backbone_config import BackboneConfig, NewLayers
 from convoy.vision.heads import HeadConfig
-from convoy.vision.training_config import Recipe
+from convoy.vision.training_config import Recipe, RecipeChanges
 
 _SPREAD_TAPS = 5
 
@@ -74,7 +74,7 @@ class NetworkSettings(StrictModel):
     """
 
     epochs: PositiveInt = 30
-    recipe: Recipe = Recipe(batch_size=32)
+    recipe: RecipeChanges = Recipe(batch_size=32)
     augmentation: AugmentationPolicy = AugmentationPolicy()
     learning_rate: Annotated[float, Field(gt=0)] = 0.1
     reuse: NewLayers | None = None

@@ -308,7 +308,7 @@ def _settings(config: AdviseConfig, one: BackboneEvidence, strategy: Strategy, *
     if config.rows != RowLimit():
         settings["rows"] = config.rows.model_dump(mode="json", exclude_defaults=True)
     if strategy in NETWORKS and one.is_unbalanced:
-        settings["recipe"] = {**settings.get("recipe", {}), "balance": "auto"}
+        settings["recipe"] = {"balance": "auto", **settings.get("recipe", {})}
     extraction = config.extraction.model_dump(mode="json", exclude_defaults=True)
     return settings | ({"extraction": extraction} if extraction else {})
 
@@ -329,7 +329,7 @@ def _training(config: AdviseConfig) -> dict[str, Any]:
     return {
         "epochs": network.epochs,
         "learning_rate": network.learning_rate,
-        "recipe": network.recipe.model_dump(mode="json", exclude_defaults=True),
+        "recipe": network.recipe.model_dump(mode="json", exclude_unset=True),
         "augmentation": network.augmentation.model_dump(mode="json", exclude_defaults=True),
     }
 

@@ -18,7 +18,7 @@ from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.classifiers import Strategy
 from convoy.pipelines.comparison import labelled_parts
 from convoy.pipelines.feature_plan import ExtractionConfig
-from convoy.pipelines.network_training import NOT_IDENTITY, CurveDrawer
+from convoy.pipelines.network_training import CurveDrawer, config_identity
 from convoy.pipelines.probe_judging import UNKNOWN
 from convoy.pipelines.train import run_train
 from convoy.pipelines.train_config import TrainConfig
@@ -87,11 +87,14 @@ class FineTunings:
     def _train(self, backbone: BackboneRecord, policy: NamedPolicy, progress: Progress) -> str:
         """The run that predicted the judged rows by a network that was trained with a policy."""
         config = self._config(backbone, policy)
+        trained = config_identity(config)
+        # The name comes from the identity.
+        del trained["name"]
         identity = digest(
             {
                 "dataset_fingerprint": self._manifest.fingerprint,
                 "weights_digest": backbone.weights_digest,
-                "config": config.model_dump(mode="json", exclude=NOT_IDENTITY | {"name": True}),
+                "config": trained,
             }
         )
         key = f"{_FOLDER}{identity}.json"

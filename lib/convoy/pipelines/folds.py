@@ -24,7 +24,7 @@ from convoy.pipelines.committees import open_committee
 from convoy.pipelines.distillation import with_pinned_teacher
 from convoy.pipelines.feature_plan import ExtractionConfig
 from convoy.pipelines.models import fetch_backbone
-from convoy.pipelines.network_training import NOT_IDENTITY, CurveDrawer
+from convoy.pipelines.network_training import CurveDrawer, config_identity
 from convoy.pipelines.prediction_request import PredictionRequest
 from convoy.pipelines.train import random_weights, run_train
 from convoy.pipelines.train_config import NETWORKS, TrainConfig
@@ -200,7 +200,7 @@ def _identity(store: ObjectStore, manifest: Manifest, training: TrainConfig) -> 
         {
             "dataset_fingerprint": manifest.fingerprint,
             "weights_digest": first.weights_digest,
-            "config": training.model_dump(mode="json", exclude=NOT_IDENTITY),
+            "config": config_identity(training),
         }
     )
 

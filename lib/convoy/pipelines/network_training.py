@@ -22,7 +22,7 @@ from convoy.core.progress import Progress
 from convoy.core.training_events import EpochResult, TrainingEvent
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.distillation import TaughtRows, taught_rows
-from convoy.pipelines.network_plan import trained_backbone_config
+from convoy.pipelines.network_plan import trained_backbone_config, wanted_recipe
 from convoy.pipelines.network_setup import TrainingSetup, set_up_training
 from convoy.pipelines.train_config import TrainConfig
 from convoy.pipelines.training_rows import class_weights, count_classes, validation_rows
@@ -38,7 +38,7 @@ from convoy.vision.training_config import Balance, Distillation, Precision
 _VERB = "train"
 _TRAINED = "trained.json"
 # What of a config may change between a kill and the next call: where and how fast, not what is computed.
-NOT_IDENTITY: dict[str, Any] = {
+_NOT_IDENTITY: dict[str, Any] = {
     **dict.fromkeys(
         ("workspace", "writers", "workers", "local_cache", "tracking", "checkpoint_steps", "error_budget"),
         True,
@@ -47,6 +47,12 @@ NOT_IDENTITY: dict[str, Any] = {
 }
 
 CurveDrawer = Callable[[Sequence[EpochResult]], bytes]
+
+
+def config_identity(config: TrainConfig) -> dict[str, Any]:
+    """What of a config determines the training; its recipe is what it comes to, however much of that it spells out."""
+    recipe = wanted_recipe(config).model_dump(mode="json")
+    return {**config.model_dump(mode="json", exclude=_NOT_IDENTITY), "recipe": recipe}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +86,7 @@ def network_training(
     identity = {
         "dataset_fingerprint": manifest.fingerprint,
         "weights_digest": pretrained.weights_digest,
-        "config": config.model_dump(mode="json", exclude=NOT_IDENTITY),
+        "config": config_identity(config),
     }
     folder, _ = open_run.resume(identity, new_run=new_run)
     folder = folder or open_run.start()

@@ -18,7 +18,7 @@ from convoy.storage.object_store import WriterMode
 from convoy.vision.augmentation_policy import AugmentationPolicy
 from convoy.vision.backbone_config import BackboneConfig, NewLayers
 from convoy.vision.heads import HeadConfig, HeadKind
-from convoy.vision.training_config import AUTO, Distillation, Phase, Recipe
+from convoy.vision.training_config import AUTO, Distillation, Phase, Recipe, RecipeChanges
 
 PROBES = (Strategy.LINEAR_PROBE, Strategy.EARLY_LAYER_PROBE)
 NETWORKS = (Strategy.PARTIAL_REUSE, Strategy.FINE_TUNE, Strategy.FROM_SCRATCH)
@@ -84,7 +84,7 @@ class TrainConfig(StrictModel):
     freeze_depth: int | str | None = None
     learning_rate: PositiveFloat | None = None
     phases: tuple[Phase, ...] | None = Field(default=None, min_length=1)
-    recipe: Recipe = Recipe()
+    recipe: RecipeChanges = Recipe()
     head_source: HeadSource = HeadSource.AUTO
     checkpoint_steps: PositiveInt = 200
     workers: WorkerOptions = WorkerOptions()

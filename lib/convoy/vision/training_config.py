@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import math
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PlainSerializer,
+    PositiveFloat,
+    PositiveInt,
+    SerializationInfo,
+    model_validator,
+)
 
 from convoy.core.config import StrictModel
 
@@ -166,6 +175,14 @@ class Recipe(StrictModel):
                 " leave that out, or choose averaging: best, soup or ema"
             )
         return self
+
+
+def _what_was_set(recipe: Recipe, info: SerializationInfo) -> dict[str, Any]:
+    return recipe.model_dump(mode=info.mode, exclude_unset=True)
+
+
+# What a config sets of a recipe, in place of a default that may be a paper's: written out, it says no more than that.
+RecipeChanges = Annotated[Recipe, PlainSerializer(_what_was_set)]
 
 
 class Distillation(StrictModel):

@@ -252,3 +252,22 @@ def test_a_probe_on_fewer_images_than_there_are_is_extrapolated_and_not_measured
     probes = (Strategy.LINEAR_PROBE, Strategy.EARLY_LAYER_PROBE)
     assert {by_strategy(config())[one].basis for one in probes} == {Basis.MEASURED}
     assert {by_strategy(config(), evidence=ahead)[one].basis for one in probes} == {Basis.EXTRAPOLATED}
+
+
+@pytest.mark.parametrize(("given", "batch_size"), [((), 32), (("network.recipe={batch_size: 128}",), 128)])
+def test_networks_get_the_batch_that_was_set_or_that_of_the_advice(
+    given: tuple[str, ...], batch_size: int
+) -> None:
+    settings = config(*given)
+    for settings_ in (settings, AdviseConfig.model_validate_json(settings.model_dump_json())):
+        option = by_strategy(settings_)[Strategy.FROM_SCRATCH]
+        parsed, _ = train_config(option.settings, where="here")
+        assert parsed.recipe.model_fields_set == {"batch_size"}
+        assert parsed.recipe.batch_size == batch_size
+
+
+def test_a_balance_that_was_set_is_kept_where_classes_are_unbalanced() -> None:
+    for given, balance in (("network.epochs=3", "auto"), ("network.recipe={balance: none}", "none")):
+        option = by_strategy(config(given), is_unbalanced=True)[Strategy.FINE_TUNE]
+        parsed, _ = train_config(option.settings, where="here")
+        assert parsed.recipe.balance == balance

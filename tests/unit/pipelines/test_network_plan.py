@@ -61,3 +61,11 @@ def test_one_key_of_an_optimiser_leaves_the_others_of_the_paper() -> None:
 def test_an_optimiser_of_another_kind_takes_nothing_of_the_papers() -> None:
     sgd = wanted_recipe(config_of(arch=CONVNEXT, recipe={"optimiser": {"kind": "sgd"}}))
     assert sgd.optimiser == Optimiser(kind=OptimiserKind.SGD)
+
+
+def test_a_config_that_was_written_out_and_read_back_trains_the_same() -> None:
+    config = config_of(arch=CONVNEXT, recipe={"label_smoothing": 0.0, "optimiser": {"momentum": 0.9}})
+    read = TrainConfig.model_validate_json(config.model_dump_json())
+    assert wanted_recipe(read) == wanted_recipe(config)
+    assert read.model_dump(mode="json") == config.model_dump(mode="json")
+    assert wanted_recipe(config).mixup_alpha == 0.8

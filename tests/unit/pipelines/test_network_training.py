@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from convoy.core.errors import LeaseHeld, RunCancelled, RunMismatch
 from convoy.core.progress import Silent
 from convoy.core.splits import SplitOptions
 from convoy.pipelines.models import fetch_backbone
-from convoy.pipelines.network_training import NetworkTraining, network_training
+from convoy.pipelines.network_training import NetworkTraining, config_identity, network_training
 from convoy.pipelines.runs_cancel import cancel_run
 from convoy.pipelines.train import random_weights
 from convoy.pipelines.train_config import TrainConfig
@@ -111,3 +112,30 @@ def test_a_training_that_was_given_up_stops_at_its_next_event(opened: Opened) ->
         cancel_run(training.folder.store, training.folder.run_id)
         with pytest.raises(RunCancelled):
             tell_for(training, PATIENCE_S)
+
+
+def identity_of(strategy: str, arch: str, recipe: dict[str, Any]) -> dict[str, Any]:
+    settings = {"name": "n", "dataset": "d", "strategy": strategy, "backbone": {"arch": arch}}
+    return config_identity(parse_config(TrainConfig, {**settings, "recipe": recipe}, where="test"))
+
+
+def test_a_recipe_that_turns_the_papers_off_makes_another_training() -> None:
+    papers = identity_of("from_scratch", "timm:convnext_atto", {})
+    off = identity_of("from_scratch", "timm:convnext_atto", {"label_smoothing": 0.0, "mixup_alpha": 0.0})
+    assert papers != off
+
+
+@pytest.mark.parametrize(
+    ("strategy", "recipe"),
+    [
+        ("fine_tune", {"label_smoothing": 0.0, "optimiser": {"kind": "sgd"}}),
+        ("from_scratch", {"label_smoothing": 0.1, "optimiser": {"kind": "adamw", "weight_decay": 0.05}}),
+        ("linear_probe", {"batch_size": 128}),
+    ],
+)
+def test_a_recipe_that_spells_out_what_holds_anyway_makes_the_same_training(
+    strategy: str, recipe: dict[str, Any]
+) -> None:
+    assert identity_of(strategy, "timm:convnext_atto", recipe) == identity_of(
+        strategy, "timm:convnext_atto", {}
+    )

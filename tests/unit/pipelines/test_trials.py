@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 
 from cache_jobs import write_digits
-from convoy.cluster.search_plan import Concurrency
+from convoy.cluster.search_plan import Concurrency, GivenUp
 from convoy.cluster.training import WorkerOptions
 from convoy.core.config import parse_config
 from convoy.core.errors import OBSTACLES, ConvoyError, DataError
 from convoy.core.progress import Silent
 from convoy.core.splits import SplitOptions
 from convoy.core.trial_events import TrialState
+from convoy.pipelines.network_plan import wanted_recipe
+from convoy.pipelines.train_config import TrainConfig
 from convoy.pipelines.trial_journal import TrialJournal
 from convoy.pipelines.trials import TrialJob, run_trial
 from convoy.pipelines.tune_config import TuneConfig
@@ -78,3 +80,19 @@ def test_an_error_of_the_trial_is_recorded(job: TrialJob) -> None:
     record = journal.record(point.trial)
     assert record is not None
     assert (record.state, record.reason) == (TrialState.FAILED, "no image can be used")
+
+
+def test_a_job_and_a_record_that_were_written_out_train_what_was_drawn(job: TrialJob) -> None:
+    """Also where a value of the search is the one that a recipe has without a paper."""
+    base = {"backbone": {"arch": "timm:convnext_atto"}, "strategy": "from_scratch"}
+    space = {"recipe.label_smoothing": {"grid": [0.0, 0.2]}}
+    config = parse_config(TuneConfig, {**CONFIG, "base": base, "space": space}, where="test")
+    sent = job.model_copy(update={"config": config})
+    arrived = journal_of(TrialJob.model_validate_json(sent.model_dump_json()))
+    point = arrived.point(0, {"recipe.label_smoothing": 0.0})
+    arrived.give_up(point, GivenUp(state=TrialState.STOPPED, reason="no time", epochs=(), seconds=0))
+    record = arrived.record(point.trial)
+    assert record is not None
+    for training in (arrived.train_config(point), TrainConfig.model_validate(record.config)):
+        recipe = wanted_recipe(training)
+        assert (recipe.label_smoothing, recipe.mixup_alpha, recipe.batch_size) == (0.0, 0.8, 4096)
