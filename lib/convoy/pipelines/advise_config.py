@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Self
 
-from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from convoy.core.config import StrictModel
 from convoy.pipelines.advise_rule import TransferPrior
@@ -71,12 +71,13 @@ class NetworkSettings(StrictModel):
     """What the configs of the strategies that train a network have in common.
 
     `reuse` of null makes no config of `partial_reuse`. `epochs` and `recipe` also decide what the trainings cost.
+    `learning_rate` of null is that of each strategy; from scratch it is the paper's always.
     """
 
     epochs: PositiveInt = 30
     recipe: RecipeChanges = Recipe(batch_size=32)
     augmentation: AugmentationPolicy = AugmentationPolicy()
-    learning_rate: Annotated[float, Field(gt=0)] = 0.1
+    learning_rate: PositiveFloat | None = None
     reuse: NewLayers | None = None
 
 

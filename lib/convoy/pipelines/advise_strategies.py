@@ -249,7 +249,7 @@ def _from_scratch(config: AdviseConfig, one: BackboneEvidence) -> list[Option]:
     untrained = one.evidence.untrained
     training = _training(config)
     # The paper's own rate: that of the transfer would be too small.
-    del training["learning_rate"]
+    training.pop("learning_rate", None)
     return [
         Option(
             strategy=Strategy.FROM_SCRATCH,
@@ -326,9 +326,9 @@ def config_name(dataset: str, strategy: Strategy, backbone: str) -> str:
 
 def _training(config: AdviseConfig) -> dict[str, Any]:
     network = config.network
-    return {
+    rate = {} if network.learning_rate is None else {"learning_rate": network.learning_rate}
+    return rate | {
         "epochs": network.epochs,
-        "learning_rate": network.learning_rate,
         "recipe": network.recipe.model_dump(mode="json", exclude_unset=True),
         "augmentation": network.augmentation.model_dump(mode="json", exclude_defaults=True),
     }

@@ -14,9 +14,23 @@ from convoy.pipelines.train_config import TrainConfig
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.engine_options import best_precision
 from convoy.vision.freezing import resolve_freeze_depth
-from convoy.vision.recipes import fine_tuning_phases, paper_recipe, reuse_phases, transfer_recipe
+from convoy.vision.recipes import (
+    ADAMW_RATE,
+    fine_tuning_phases,
+    paper_recipe,
+    reuse_phases,
+    transfer_recipe,
+)
 from convoy.vision.stages import DepthAxis
-from convoy.vision.training_config import Balance, Phase, Precision, Recipe, group_batch_size, rate_factor
+from convoy.vision.training_config import (
+    Balance,
+    OptimiserKind,
+    Phase,
+    Precision,
+    Recipe,
+    group_batch_size,
+    rate_factor,
+)
 
 _FINE_TUNING_EPOCHS = 5
 _REUSE_EPOCHS = 10
@@ -75,6 +89,10 @@ def plan_network(
     notes = [_source(config), *_notes(phases, resolved, axis, images_per_class)]
     if balance is not Balance.NONE:
         notes.append(f"classes are balanced by {balance.value}: {min(counts)} to {max(counts)} images")
+    if _takes_adamw_rate(config, recipe):
+        notes.append(
+            f"learning rate {ADAMW_RATE:g}, for AdamW: without learning_rate the default would be SGD's"
+        )
     if factor != 1.0:
         notes.append(
             f"learning rates times {factor:g} for {num_workers} workers ({recipe.rate_scaling.value})"
@@ -111,7 +129,7 @@ def _source(config: TrainConfig) -> str:
 
 
 def _wanted_phases(config: TrainConfig, recipe: Recipe) -> tuple[Phase, ...]:
-    """The phases of the config, or else those of the strategy or the paper at the rate of the config."""
+    """The phases of the config, or else those of the strategy or the paper, at the rate of the config or AdamW's."""
     if config.phases is not None:
         return config.phases
     depth = config.wanted_freeze_depth
@@ -122,9 +140,17 @@ def _wanted_phases(config: TrainConfig, recipe: Recipe) -> tuple[Phase, ...]:
     else:
         phase = paper_recipe(config.backbone.arch).scaled_to(recipe.batch_size, config.epochs)
         phases = (phase.model_copy(update={"freeze_depth": depth}),)
-    if config.learning_rate is None:
+    rate = ADAMW_RATE if _takes_adamw_rate(config, recipe) else config.learning_rate
+    if rate is None:
         return phases
-    return tuple(phase.model_copy(update={"learning_rate": config.learning_rate}) for phase in phases)
+    return tuple(phase.model_copy(update={"learning_rate": rate}) for phase in phases)
+
+
+def _takes_adamw_rate(config: TrainConfig, recipe: Recipe) -> bool:
+    """Whether AdamW stands in for SGD and no rate is given: SGD's would wreck the weights."""
+    is_given = config.phases is not None or config.learning_rate is not None
+    kinds = (recipe.optimiser.kind, _default_recipe(config).optimiser.kind)
+    return not is_given and kinds == (OptimiserKind.ADAMW, OptimiserKind.SGD)
 
 
 def _check_batch(batch_size: int, num_rows: int, num_workers: int) -> None:

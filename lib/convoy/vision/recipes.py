@@ -21,6 +21,9 @@ from convoy.vision.training_config import (
     ScheduleKind,
 )
 
+# Of new layers under AdamW, whatever the batch: torch's own default. The rates below are SGD's, as are most papers'.
+ADAMW_RATE = 1e-3
+
 _HEAD_PHASE, _BODY_PHASE, _ONLY_PHASE = "head", "body", "train"
 
 

@@ -271,3 +271,16 @@ def test_a_balance_that_was_set_is_kept_where_classes_are_unbalanced() -> None:
         option = by_strategy(config(given), is_unbalanced=True)[Strategy.FINE_TUNE]
         parsed, _ = train_config(option.settings, where="here")
         assert parsed.recipe.balance == balance
+
+
+def test_without_a_rate_each_strategy_takes_its_own() -> None:
+    """One that is written down would be SGD's under any optimiser."""
+    for given, rate in ((), None), (("network.learning_rate=0.3",), 0.3):
+        found_ = by_strategy(config("network.reuse={after: layer1}", *given))
+        for strategy, expected in (
+            (Strategy.FINE_TUNE, rate),
+            (Strategy.PARTIAL_REUSE, rate),
+            (Strategy.FROM_SCRATCH, None),
+        ):
+            parsed, _ = train_config(found_[strategy].settings, where="here")
+            assert parsed.learning_rate == expected

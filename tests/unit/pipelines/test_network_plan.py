@@ -34,8 +34,12 @@ def plan_of(num_workers: int = 1, recipe: dict[str, Any] | None = None, **settin
 
 def learning_rate(num_workers: int, rate: float | None = None, **recipe: Any) -> float:
     """Of the only phase of a training from scratch."""
-    (phase,) = plan_of(num_workers, recipe, learning_rate=rate).phases
-    return phase.learning_rate
+    (found,) = rates(plan_of(num_workers, recipe, learning_rate=rate))
+    return found
+
+
+def rates(plan: NetworkPlan) -> list[float]:
+    return [phase.learning_rate for phase in plan.phases]
 
 
 @pytest.mark.parametrize("rate", [None, 0.05])
@@ -69,3 +73,36 @@ def test_a_config_that_was_written_out_and_read_back_trains_the_same() -> None:
     assert wanted_recipe(read) == wanted_recipe(config)
     assert read.model_dump(mode="json") == config.model_dump(mode="json")
     assert wanted_recipe(config).mixup_alpha == 0.8
+
+
+ADAMW = {"optimiser": {"kind": "adamw"}}
+REUSE = {"reuse": {"after": "layer2", "convs": []}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "sgd", "body_rate"),
+    [
+        ({"strategy": "fine_tune"}, 0.1, 0.1),
+        ({"strategy": "partial_reuse", **REUSE}, 0.1, 0.1),
+        ({"strategy": "from_scratch"}, 0.1 * 8 / 128, 1.0),
+    ],
+)
+def test_adamw_has_a_default_rate_of_its_own_and_says_so(
+    settings: dict[str, Any], sgd: float, body_rate: float
+) -> None:
+    by_sgd, by_adamw = plan_of(**settings), plan_of(recipe=ADAMW, **settings)
+    assert rates(by_sgd) == pytest.approx([sgd] * len(by_sgd.phases))
+    assert rates(by_adamw) == [1e-3] * len(by_adamw.phases)
+    assert by_adamw.phases[-1].body_rate == by_sgd.phases[-1].body_rate == body_rate
+    assert any("AdamW" in note for note in by_adamw.notes)
+    assert not any("AdamW" in note for note in by_sgd.notes)
+
+
+def test_a_rate_that_is_given_or_is_the_papers_for_adamw_stays() -> None:
+    given = plan_of(recipe=ADAMW, strategy="fine_tune", learning_rate=0.02)
+    phase = {"name": "all", "epochs": 1, "learning_rate": 0.02}
+    of_phases = plan_of(recipe=ADAMW, strategy="fine_tune", phases=[phase])
+    papers = plan_of(arch=CONVNEXT, recipe=ADAMW)
+    for plan, rate in ((given, 0.02), (of_phases, 0.02), (papers, 4e-3 * 8 / 4096)):
+        assert rates(plan) == pytest.approx([rate] * len(plan.phases))
+        assert not any("AdamW" in note for note in plan.notes)
