@@ -12,7 +12,7 @@ from convoy.pipelines.network_plan import NetworkPlan, plan_network, trained_bac
 from convoy.pipelines.pixel_statistics import resolve_augmentation
 from convoy.pipelines.probing import HeadSummary, fit_probe
 from convoy.pipelines.train_config import HeadSource, TrainConfig
-from convoy.pipelines.training_rows import class_weights, count_classes
+from convoy.pipelines.training_rows import class_weights, count_classes, weigh_classes
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.vision.augmentation_policy import AugmentationPolicy
@@ -54,8 +54,10 @@ def set_up_training(
     head = None
     if _takes_head_from_cache(config, plan, new):
         # For a fit that sees all rows at once, drawing rare classes more often comes to the same as weights.
-        is_balanced = plan.balance is not Balance.NONE
-        balanced = taught.weighted_by_class(class_weights(counts)) if is_balanced else taught
+        balanced = taught
+        if plan.balance is not Balance.NONE:
+            totals = weigh_classes(taught.rows, manifest.classes)
+            balanced = taught.weighted_by_class(class_weights(totals))
         probe = fit_probe(
             store,
             manifest,

@@ -25,7 +25,12 @@ from convoy.pipelines.distillation import TaughtRows, taught_rows
 from convoy.pipelines.network_plan import trained_backbone_config, wanted_recipe
 from convoy.pipelines.network_setup import TrainingSetup, set_up_training
 from convoy.pipelines.train_config import TrainConfig
-from convoy.pipelines.training_rows import class_weights, count_classes, validation_rows
+from convoy.pipelines.training_rows import (
+    class_weights,
+    validation_rows,
+    weigh_classes,
+    with_mean_weight_one,
+)
 from convoy.storage.commits import finish
 from convoy.storage.documents import read_json
 from convoy.storage.leases import RunLease, WhenHeld, hold_run
@@ -201,6 +206,7 @@ class NetworkTraining:
     def _freeze(self, workers: WorkerPlan) -> RunRecord:
         """Decide everything once, so that a resumed run trains the very same network."""
         taught = taught_rows(self._store, self._manifest, self._config, progress=self._progress)
+        train = with_mean_weight_one(taught.rows)
         setup, weights = set_up_training(
             self._store,
             self._manifest,
@@ -220,10 +226,10 @@ class NetworkTraining:
         settings = {
             "setup": setup,
             "initial_weights_key": weights_key,
-            "train": self._freeze_rows("train", taught.rows),
+            "train": self._freeze_rows("train", train),
             "val": val,
             "teacher": self._freeze_teacher(taught),
-            "class_counts": count_classes(taught.rows, self._manifest.classes),
+            "class_counts": weigh_classes(train, self._manifest.classes),
             "left_out": taught.reject_codes,
         }
         record = RunRecord.new(

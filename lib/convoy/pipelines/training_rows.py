@@ -159,7 +159,33 @@ def count_classes(rows: pa.Table, classes: Sequence[str]) -> list[int]:
     return [int(count) for count in counts]
 
 
-def class_weights(counts: Sequence[int]) -> tuple[float, ...]:
-    """One weight a class, inverse to its images, with a mean of 1 over the images, as in scikit-learn."""
-    total = sum(counts)
-    return tuple(total / (len(counts) * count) for count in counts)
+def with_mean_weight_one(rows: pa.Table) -> pa.Table:
+    """The rows with weights of a mean of 1, so that their scale is no learning rate; equal ones become exactly 1.
+
+    Raises DataError where no row counts.
+    """
+    weights_N = rows["weight"].to_numpy().astype(np.float64)
+    mean = weights_N.mean()
+    if mean == 0:
+        raise DataError(
+            f"all {rows.num_rows} training images have a weight of 0",
+            next_step="give weights above 0 to what shall be learnt, or leave the column out",
+        )
+    place = rows.schema.get_field_index("weight")
+    column = rows.schema.field(place)
+    return rows.set_column(place, column, pa.array((weights_N / mean).astype(np.float32), column.type))
+
+
+def weigh_classes(rows: pa.Table, classes: Sequence[str]) -> list[float]:
+    """The weights of each class's rows together: their number where all weights are 1."""
+    labels_N, weights_N = rows["label"].to_numpy(), rows["weight"].to_numpy()
+    return [float(one) for one in np.bincount(labels_N, weights_N, minlength=len(classes))]
+
+
+def class_weights(totals: Sequence[float]) -> tuple[float, ...]:
+    """One weight a class, inverse to what its images count together, with a mean of 1 over them, as in scikit-learn.
+
+    A class whose images count nothing has 0.
+    """
+    share = sum(totals) / sum(total > 0 for total in totals)
+    return tuple(share / total if total else 0.0 for total in totals)

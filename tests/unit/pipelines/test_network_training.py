@@ -5,16 +5,21 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cache_jobs import write_digits
+from convoy.cluster.training import WorkerPlan
+from convoy.cluster.training_spec import Ingest, TrainingSpec
 from convoy.core.config import parse_config
 from convoy.core.errors import LeaseHeld, RunCancelled, RunMismatch
 from convoy.core.progress import Silent
 from convoy.core.splits import SplitOptions
+from convoy.pipelines import network_training as network_training_module
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.network_training import NetworkTraining, config_identity, network_training
 from convoy.pipelines.runs_cancel import cancel_run
@@ -139,3 +144,74 @@ def test_a_recipe_that_spells_out_what_holds_anyway_makes_the_same_training(
     assert identity_of(strategy, "timm:convnext_atto", recipe) == identity_of(
         strategy, "timm:convnext_atto", {}
     )
+
+
+class _Stopped(Exception):
+    """Where the workers would begin."""
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[TrainingSpec]:
+    """What workers were told; none starts."""
+    specs: list[TrainingSpec] = []
+    one = WorkerPlan(
+        num_workers=1,
+        num_threads=1,
+        cpus_per_worker=1,
+        gpus_per_worker=0,
+        ingest=Ingest.FUSED,
+        preparers_per_worker=1,
+        max_failures=0,
+    )
+
+    def start(spec: TrainingSpec, *_: object) -> None:
+        specs.append(spec)
+        raise _Stopped
+
+    monkeypatch.setattr(network_training_module, "ray_session", nullcontext)
+    monkeypatch.setattr(network_training_module, "plan_workers", lambda options: one)
+    monkeypatch.setattr(network_training_module, "run_training", start)
+    return specs
+
+
+def test_the_scale_of_a_lists_weights_is_no_learning_rate(tmp_path: Path, told: list[TrainingSpec]) -> None:
+    write_digits(tmp_path / "images", 60)
+    paths = sorted((tmp_path / "images").rglob("*.jpg"))
+    store = LocalStore(str(tmp_path / "workspace"))
+    settings = {
+        "name": "lenet",
+        "dataset": "digits",
+        "strategy": "from_scratch",
+        "backbone": {"arch": "lenet5"},
+        "recipe": {"balance": "weights", "batch_size": 8},
+    }
+    config = parse_config(TrainConfig, settings, where="test")
+    for scale in (1, 100):
+        lines = [
+            f"images/{path.parent.name}/{path.name},{path.parent.name},{scale * (1 + number % 2)}"
+            for number, path in enumerate(paths)
+        ]
+        (tmp_path / "list.csv").write_text("\n".join(["path,label,weight", *lines]))
+        freeze_dataset(store, "digits", str(tmp_path / "list.csv"), splits=SplitOptions(val_fraction=0.3))
+        manifest = open_dataset(store, "digits")
+        pretrained = fetch_backbone(store, random_weights(config, manifest))
+        with (
+            network_training(
+                store,
+                manifest,
+                pretrained,
+                config,
+                Silent(),
+                new_run=True,
+                when_held=WhenHeld.REFUSE,
+            ) as training,
+            pytest.raises(_Stopped),
+        ):
+            training.run()
+    once, hundredfold = told
+    weights, heavy = (store.open_parquet(spec.train.key).read()["weight"].to_numpy() for spec in told)
+    np.testing.assert_allclose(heavy, weights, rtol=1e-6)
+    assert heavy.mean() == pytest.approx(1, rel=1e-6)
+    assert heavy.max() == pytest.approx(2 * heavy.min(), rel=1e-6)
+    assert once.class_weights is not None
+    assert hundredfold.class_weights == pytest.approx(once.class_weights, rel=1e-6)

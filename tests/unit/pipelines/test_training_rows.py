@@ -20,6 +20,8 @@ from convoy.pipelines.training_rows import (
     fold_rows,
     read_split,
     validation_rows,
+    weigh_classes,
+    with_mean_weight_one,
 )
 from convoy.storage.local_store import LocalStore
 from convoy.storage.manifests import (
@@ -205,3 +207,36 @@ def test_class_weights_are_those_of_scikit_learn() -> None:
     labels_N = np.repeat([0, 1, 2], [50, 7, 13])
     expected = compute_class_weight("balanced", classes=np.arange(3), y=labels_N)
     assert class_weights([50, 7, 13]) == pytest.approx(expected, rel=1e-6)
+
+
+def weighted_rows(labels: Sequence[int], weights: Sequence[float]) -> pa.Table:
+    return pa.table({"label": pa.array(labels, pa.int32()), "weight": pa.array(weights, pa.float32())})
+
+
+def test_a_class_weighs_what_its_rows_do_and_its_weight_makes_up_for_that() -> None:
+    rows = weighted_rows([0, 0, 1, 1, 1], [3.0, 3.0, 0.5, 1.0, 0.5])
+    totals = weigh_classes(rows, ["cat", "dog"])
+    assert totals == [6.0, 2.0]
+    weights = class_weights(totals)
+    assert [total * weight for total, weight in zip(totals, weights, strict=True)] == pytest.approx([4, 4])
+    assert class_weights(weigh_classes(weighted_rows([0, 1, 1], [1, 1, 1]), "ab")) == class_weights([1, 2])
+    assert class_weights([2.0, 6.0, 0.0]) == (2.0, pytest.approx(2 / 3), 0.0)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.1, 100.0, 1e-30])
+def test_equal_weights_become_exactly_one(weight: float) -> None:
+    rows = pa.concat_tables([weighted_rows([0] * 1001, [weight] * 1001), weighted_rows([1], [weight])])
+    scaled = with_mean_weight_one(rows)
+    assert set(scaled["weight"].to_pylist()) == {1.0}
+    assert scaled.schema == rows.schema
+    assert scaled["label"] == rows["label"]
+
+
+def test_weights_keep_their_ratios_and_have_a_mean_of_one() -> None:
+    scaled = with_mean_weight_one(weighted_rows([0, 1, 1], [0.0, 100.0, 200.0]))
+    assert scaled["weight"].to_pylist() == [0.0, 1.0, 2.0]
+
+
+def test_rows_that_all_count_nothing_are_refused() -> None:
+    with pytest.raises(DataError, match="all 2 training images have a weight of 0"):
+        with_mean_weight_one(weighted_rows([0, 1], [0.0, 0.0]))
