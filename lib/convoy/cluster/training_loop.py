@@ -1,7 +1,8 @@
 """The training worker: phases, epochs and steps, with checkpoints from which it goes on to the bit.
 
 Every worker of the group runs this same code. Order, augmentation, dropout and learning rate are pure functions
-of the spec and the position, so all that a checkpoint needs beside tensors are its position and the history.
+of the spec, the position and the worker's rank, so all that a checkpoint needs beside tensors are its position and
+the history.
 """
 
 from __future__ import annotations
@@ -152,6 +153,7 @@ class TrainingWorker:
                 num_group_rows=len(self._plan.batch(step)),
                 factor=self._times.rate(self._position),
                 step=self._times.step(self._position),
+                rank=self._group.rank,
             )
             meter.count(len(self._plan.batch(step)))
             self._keeper.after_step(self._network)

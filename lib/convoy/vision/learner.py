@@ -74,18 +74,26 @@ class Learner:
         set_train_mode(self._network, self._axis, self._freeze_depth)
         self.sums_3.zero_()
 
-    def step(self, batches: Sequence[TrainBatch], *, num_group_rows: int, factor: float, step: int) -> None:
-        """One update from this worker's share of a batch, given in one or more passes.
+    def step(
+        self, batches: Sequence[TrainBatch], *, num_group_rows: int, factor: float, step: int, rank: int = 0
+    ) -> None:
+        """One update from the share of a batch that the worker `rank` of the group has, in one or more passes.
 
         `num_group_rows` are the images of the whole group's batch; `factor` is the schedule's. All random
-        numbers (dropout, mixing) depend on the recipe's seed and on `step` only, so a resumed training draws the
-        same ones.
+        numbers depend on the recipe's seed and the step, so a resumed training draws the same ones: those of the
+        mixing are the same for all workers, those of the network (dropout) each worker's own.
         """
-        torch.manual_seed(int.from_bytes(position_digest(self._recipe.seed, "step", step)[:8], "big") >> 1)
+        self._seed("step", step)
         set_rate(self.optimiser, factor)
         for number, batch in enumerate(batches):
+            place = ("step", step, "pass", number)
+            if number and self._num_workers > 1:
+                # The pass before has left each worker elsewhere in its stream.
+                self._seed(*place)
+            # The first worker goes on with the stream of the mixing, as a single one does.
+            own_place = (*place, "rank", rank) if rank else ()
             with self._without_sync(number < len(batches) - 1):
-                self._backward(batch, num_group_rows)
+                self._backward(batch, num_group_rows, own_place)
         if self._recipe.clip_norm is not None:
             self.scaler.unscale_(self.optimiser)
             parameters = [one for group in self.optimiser.param_groups for one in group["params"]]
@@ -94,7 +102,10 @@ class Learner:
         self.scaler.update()
         self.optimiser.zero_grad(set_to_none=True)
 
-    def _backward(self, batch: TrainBatch, num_group_rows: int) -> None:
+    def _seed(self, *place: str | int) -> None:
+        torch.manual_seed(int.from_bytes(position_digest(self._recipe.seed, *place)[:8], "big") >> 1)
+
+    def _backward(self, batch: TrainBatch, num_group_rows: int, own_place: tuple[str | int, ...]) -> None:
         if not len(batch.labels_B):
             self._backward_nothing(batch)
             return
@@ -103,6 +114,8 @@ class Learner:
         weights_B = batch.weights_B.to(self.device, non_blocking=True)
         soft = None if batch.soft is None else batch.soft.to(self.device)
         images, targets, weights_B, soft = self._mixed(images, labels_B, weights_B, soft)
+        if own_place:
+            self._seed(*own_place)
         with autocast(self.device, self._recipe.precision):
             logits_BK = self._model(images)
         losses_B = self._losses(logits_BK.float(), targets, soft)

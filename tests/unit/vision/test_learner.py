@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.transforms import v2
 
 from convoy.core.epochs import even_share
+from convoy.core.randomness import position_digest
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.backbones import build_network, depth_axis
 from convoy.vision.freezing import freeze
@@ -48,11 +50,12 @@ def learner(
     depth: int = 0,
     class_weights_K: Tensor | None = None,
     num_workers: int = 1,
+    dropout: float = 0.0,
 ) -> Learner:
     made = Learner(
         network,
         depth_axis(BackboneConfig(arch=arch, weights="random", num_classes=5), network),
-        model=network,
+        model=nn.Sequential(nn.Dropout(dropout), network) if dropout else network,
         preset=PRESET,
         phase=Phase(name="train", epochs=1, freeze_depth=depth, learning_rate=0.01),
         recipe=recipe,
@@ -91,6 +94,7 @@ def step_gradients(
     *,
     num_group_rows: int = 7,
     step: int = 0,
+    rank: int = 0,
 ) -> Gradients:
     """The gradients from which a real step makes its update."""
     found: Gradients = {}
@@ -101,7 +105,7 @@ def step_gradients(
         )
 
     handle = made.optimiser.register_step_pre_hook(look)
-    made.step(batches, num_group_rows=num_group_rows, factor=1.0, step=step)
+    made.step(batches, num_group_rows=num_group_rows, factor=1.0, step=step, rank=rank)
     handle.remove()
     return found
 
@@ -207,6 +211,48 @@ def test_mixing_repeats_with_the_step_and_differs_with_another(mixing: dict[str,
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
     assert not same(found[0], found[2])
     assert not same(found[0], found[3])
+
+
+def group_gradients(rank: int, *, dropout: float, **recipe: float) -> Gradients:
+    """Those of a worker of a group, all of which have the same images in two passes."""
+    network = build()
+    changed = PLAIN.model_copy(update={"accumulate": 2, **recipe})
+    made = learner(network, changed, num_workers=2, dropout=dropout)
+    return step_gradients(made, network, parts(whole_batch(8), 2), num_group_rows=16, step=3, rank=rank)
+
+
+def test_each_worker_draws_dropout_of_its_own_and_the_first_that_of_a_single_one() -> None:
+    first, again, second, third = (group_gradients(rank, dropout=0.5) for rank in (0, 0, 1, 2))
+    assert same(first, again)
+    assert not same(first, second)
+    assert not same(second, third)
+    network = build()
+    made = learner(network, dropout=0.5)
+    torch.manual_seed(0)
+    alone = step_gradients(made, network, [whole_batch()], step=3)
+    torch.manual_seed(int.from_bytes(position_digest(0, "step", 3)[:8], "big") >> 1)
+    copied = build()
+    images_BCHW = nn.Dropout(0.5)(normalise(whole_batch().images_BCHW, PRESET))
+    losses_B = cross_entropy(copied(images_BCHW), whole_batch().labels_B, reduction="none")
+    ((losses_B * whole_batch().weights_B).sum() * (1 / 7)).backward()
+    assert all(torch.equal(alone[name], one.grad) for name, one in copied.named_parameters())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_all_workers_mix_alike(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares: list[float] = []
+    blend = v2.MixUp.make_params
+
+    def watched(mixer: v2.MixUp, inputs: list[Any]) -> dict[str, Any]:
+        params = blend(mixer, inputs)
+        shares.append(params["lam"])
+        return params
+
+    monkeypatch.setattr(v2.MixUp, "make_params", watched)
+    for rank in (0, 1):
+        group_gradients(rank, dropout=dropout, mixup_alpha=0.8)
+    assert shares[:2] == shares[2:]
+    assert shares[0] != shares[1]
 
 
 @pytest.mark.parametrize("mixing", [{"mixup_alpha": 0.8}, {"cutmix_alpha": 1.0}])
