@@ -23,6 +23,7 @@ from convoy.vision.recipes import (
 )
 from convoy.vision.stages import DepthAxis
 from convoy.vision.training_config import (
+    Averaging,
     Balance,
     OptimiserKind,
     Phase,
@@ -34,6 +35,8 @@ from convoy.vision.training_config import (
 
 _FINE_TUNING_EPOCHS = 5
 _REUSE_EPOCHS = 10
+# What an average of epochs takes at least, also where that is more than half of a short phase.
+_LEAST_AVERAGED = 2
 # From this ratio between the largest and the smallest class on, `balance: auto` weighs the classes.
 _UNBALANCED_FROM = 3.0
 
@@ -89,6 +92,12 @@ def plan_network(
     notes = [_source(config), *_notes(phases, resolved, axis, images_per_class)]
     if balance is not Balance.NONE:
         notes.append(f"classes are balanced by {balance.value}: {min(counts)} to {max(counts)} images")
+    most = max(_LEAST_AVERAGED, phases[-1].epochs // 2)
+    if recipe.averaging in (Averaging.SWA, Averaging.SOUP) and recipe.average_epochs > most:
+        recipe = recipe.model_copy(update={"average_epochs": most})
+        notes.append(
+            f"{recipe.averaging.value} takes {most} epochs: no more than half of phase {phases[-1].name}"
+        )
     if _takes_adamw_rate(config, recipe):
         notes.append(
             f"learning rate {ADAMW_RATE:g}, for AdamW: without learning_rate the default would be SGD's"

@@ -143,7 +143,8 @@ class Recipe(StrictModel):
     `clip_norm` bounds the norm of the gradient. `mixup_alpha` and `cutmix_alpha` are the parameters of their
     Beta distributions (Zhang et al. 2018, arXiv:1710.09412; Yun et al. 2019, arXiv:1905.04899), 0 is off; with
     both on, each batch gets one of them. `patience_epochs` stops a phase whose validation top-1 does not rise.
-    `average_epochs` is how many epochs `swa` and `soup` take.
+    `average_epochs` is how many epochs `swa` and `soup` take: at most half of the last phase's, but two, as the
+    early epochs of a phase are far from its end.
     """
 
     batch_size: PositiveInt = 128

@@ -106,3 +106,22 @@ def test_a_rate_that_is_given_or_is_the_papers_for_adamw_stays() -> None:
     for plan, rate in ((given, 0.02), (of_phases, 0.02), (papers, 4e-3 * 8 / 4096)):
         assert rates(plan) == pytest.approx([rate] * len(plan.phases))
         assert not any("AdamW" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize("averaging", ["swa", "soup"])
+@pytest.mark.parametrize(
+    ("epochs", "wanted", "taken"), [(5, None, 2), (2, None, 2), (8, None, 4), (10, None, 5), (8, 3, 3)]
+)
+def test_at_most_half_of_the_last_phase_is_averaged(
+    averaging: str, epochs: int, wanted: int | None, taken: int
+) -> None:
+    recipe = {"averaging": averaging} | ({"average_epochs": wanted} if wanted else {})
+    plan = plan_of(recipe=recipe, strategy="fine_tune", epochs=epochs)
+    assert plan.recipe.average_epochs == taken
+    said = f"{averaging} takes {taken} epochs: no more than half of phase body"
+    assert (said in plan.notes) == (taken < (wanted or 5))
+
+
+def test_who_averages_no_epochs_is_told_nothing_of_them() -> None:
+    plan = plan_of(recipe={"averaging": "ema"}, strategy="fine_tune", epochs=3)
+    assert not any("half" in note for note in plan.notes)
