@@ -69,9 +69,10 @@ def plan_network(
 
     Raises ConfigError for an impossible freeze depth, or a batch that the training rows or workers do not fit.
     """
-    recipe = wanted_recipe(config)
+    wanted = wanted_recipe(config)
+    phases = _wanted_phases(config, wanted)
+    recipe = _resolve_recipe(wanted, phases[-1])
     batch_size = group_batch_size(recipe, num_workers)
-    phases = _wanted_phases(config, recipe)
     factor = rate_factor(recipe, num_workers)
     _check_batch(batch_size, sum(counts), num_workers)
     images_per_class = statistics.median(counts)
@@ -87,20 +88,15 @@ def plan_network(
         for phase in phases
     )
     balance = _balance(recipe.balance, counts)
-    if recipe.precision is Precision.AUTO:
-        recipe = recipe.model_copy(update={"precision": Precision(best_precision().value)})
     notes = [_source(config), *_notes(phases, resolved, axis, images_per_class)]
     if balance is not Balance.NONE:
         notes.append(f"classes are balanced by {balance.value}: {min(counts)} to {max(counts)} images")
-    most = max(_LEAST_AVERAGED, phases[-1].epochs // 2)
-    if recipe.averaging in (Averaging.SWA, Averaging.SOUP) and recipe.average_epochs > most:
-        recipe = recipe.model_copy(update={"average_epochs": most})
-        notes.append(
-            f"{recipe.averaging.value} takes {most} epochs: no more than half of phase {phases[-1].name}"
-        )
+    if recipe.average_epochs < wanted.average_epochs:
+        half = f"no more than half of phase {phases[-1].name}"
+        notes.append(f"{recipe.averaging.value} takes {recipe.average_epochs} epochs: {half}")
     if _takes_adamw_rate(config, recipe):
         notes.append(
-            f"learning rate {ADAMW_RATE:g}, for AdamW: without learning_rate the default would be SGD's"
+            f"learning rate {ADAMW_RATE:g}, for AdamW: none is given, and the default would be SGD's"
         )
     if factor != 1.0:
         notes.append(
@@ -129,6 +125,17 @@ def _default_recipe(config: TrainConfig) -> Recipe:
     if config.strategy is Strategy.FROM_SCRATCH:
         return paper_recipe(config.backbone.arch).recipe
     return transfer_recipe()
+
+
+def _resolve_recipe(recipe: Recipe, last: Phase) -> Recipe:
+    """The recipe with the precision that is best here, and an average of no more than half of the last phase."""
+    update: dict[str, Any] = {}
+    if recipe.precision is Precision.AUTO:
+        update["precision"] = Precision(best_precision().value)
+    if recipe.averaging in (Averaging.SWA, Averaging.SOUP):
+        most = max(_LEAST_AVERAGED, last.epochs // 2)
+        update["average_epochs"] = min(recipe.average_epochs, most)
+    return recipe.model_copy(update=update)
 
 
 def _source(config: TrainConfig) -> str:
