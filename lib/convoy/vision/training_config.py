@@ -190,8 +190,9 @@ class Distillation(StrictModel):
     """How a student learns from the soft targets of a teacher (Hinton et al. 2015, arXiv:1503.02531, section 2).
 
     The loss of an image is `weight` * T^2 * KL(teacher || student), both softened by the `temperature` T, plus
-    (1 - `weight`) * the loss against its label. Class weights and label smoothing belong to the labels. Mixup and
-    cutmix mix both kinds of targets by the same shares.
+    (1 - `weight`) * the loss against its label. Class weights and label smoothing belong to the labels; only a head
+    that is fitted from the cache weighs both parts by class. Mixup and cutmix mix both kinds of targets by the same
+    shares.
     """
 
     temperature: PositiveFloat = 4.0
