@@ -116,6 +116,8 @@ class Scorer:
 
     def _behind_gate(self, images: SliceImages, gated: GatedCommittee) -> SliceLogits:
         joint_NK = np.zeros((images.rows.num_rows, len(self._spec.classes)), np.float32)
+        # A slice that failed half way left its rows behind the gate, under numbers that are other rows here.
+        gated.forget()
 
         def take(finished: Sequence[GatedRows]) -> None:
             for rows in finished:

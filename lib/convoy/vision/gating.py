@@ -77,6 +77,11 @@ class GatedCommittee:
         """Run every network once on zeros, so that compilation and allocation happen before the first image."""
         self._committee.warm_up()
 
+    def forget(self) -> None:
+        """Drop the rows that still wait: those of work that failed before its flush."""
+        for waiting in self._waiting:
+            waiting.rows = []
+
     @torch.no_grad()
     def run(self, batch: Mapping[CropGeometry, Tensor], row_numbers: Sequence[int | None]) -> list[GatedRows]:
         """What a filled batch finishes: rows that the first look is sure of, and those of any batch that got full.

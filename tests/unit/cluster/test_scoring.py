@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,8 @@ from convoy.cluster.scoring import Scorer, weights_budget_bytes
 from convoy.cluster.scoring_spec import MemberSpec, ScoringSpec
 from convoy.cluster.slices import SliceTask
 from convoy.core.crop_policies import CropPlan, CropPolicy, MemberOutputs
-from convoy.core.errors import DataError
-from convoy.core.records import Reject, RejectCode, Split, Stage
+from convoy.core.errors import DataError, StoreUnavailable
+from convoy.core.records import Reject, RejectCode, SampleRejected, Split, Stage
 from convoy.pipelines.dataset import DatasetConfig, freeze
 from convoy.storage.commits import SliceRecord
 from convoy.storage.datasets import open_dataset
@@ -26,6 +27,7 @@ from convoy.storage.member_predictions import member_output
 from convoy.storage.predictions import PREDICTIONS
 from convoy.storage.run_input import freeze_input
 from convoy.storage.runs import FIRST_SLICE, RunFolder
+from convoy.storage.samples import SampleReader
 from convoy.vision.committee_options import CommitteeOptions, GateOptions, MemberOptions
 from convoy.vision.decode_rule import DecodeRule
 from convoy.vision.engine_options import Precision
@@ -164,6 +166,34 @@ def test_every_image_passes_one_stage_of_the_gate(store: LocalStore) -> None:
     easy = score(made_spec(store, gate=gate.model_copy(update={"threshold": 0.0})))
     assert easy.flags == {"grey_expanded": NUM_IMAGES, "first_look": NUM_IMAGES}
     assert np.abs(joint_logits(store, easy) - joint_logits(store, exact)).max() > 1e-4
+
+
+def test_rows_of_a_slice_that_failed_half_way_do_not_come_into_the_next(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = GateOptions(members=(0,), policy=CropPolicy.CENTER, threshold=1.1)
+    spec = made_spec(store, gate=gate)
+    # One batch has come to the gate, and two of its rows wait there, when the store fails.
+    spec = spec.model_copy(update={"committee": spec.committee.model_copy(update={"batch_size": 3})})
+    untouched = score(spec)
+    scorer, task = Scorer(spec), SliceTask(slice=FIRST_SLICE, outputs=tuple(spec.outputs))
+
+    def other_images_until_the_store_fails(
+        reader: SampleReader, rows: pa.Table
+    ) -> Iterator[tuple[int, bytes | SampleRejected]]:
+        images = [data for _, data in read(reader, rows)][::-1]
+        yield 0, SampleRejected(RejectCode.GONE, Stage.FETCH, "made")
+        yield from list(enumerate(images))[1:10]
+        raise StoreUnavailable("the store went away")
+
+    read = SampleReader.read
+    with monkeypatch.context() as patched:
+        patched.setattr(SampleReader, "read", other_images_until_the_store_fails)
+        with pytest.raises(StoreUnavailable):
+            scorer(task)
+    record = scorer(task)
+    assert record.flags == untouched.flags
+    np.testing.assert_array_equal(joint_logits(store, record), joint_logits(store, untouched))
 
 
 def test_outputs_that_are_no_numbers_stop_the_run(store: LocalStore) -> None:

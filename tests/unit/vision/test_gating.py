@@ -119,6 +119,18 @@ def test_hard_rows_wait_until_there_is_a_batch_of_them_or_a_flush() -> None:
     assert gated.flush() == []
 
 
+def test_rows_that_were_forgotten_are_in_no_later_output() -> None:
+    gated = GatedCommittee(made_committee(three_members()), gate(1.0))
+    batch = gated.new_batch()
+    fill(batch, made_images(4), TEN)
+    assert gated.run(batch, [0, 1, 2]) == []
+    gated.forget()
+    assert gated.flush() == []
+    assert gated.run(batch, [10, 11]) == []
+    (rest,) = gated.flush()
+    assert rest.rows == (10, 11)
+
+
 def test_places_without_an_image_are_left_out() -> None:
     gated = GatedCommittee(made_committee(three_members()), gate(0.0))
     batch = gated.new_batch()
