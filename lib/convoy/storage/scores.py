@@ -63,9 +63,9 @@ def scores_table(rows: ScoredRows, *, outputs: ClassOutputs, partition_by: Parti
     )
     if partition_by is not PartitionBy.LABEL:
         table = table.append_column("label_name", rows.label_names)
-    table = table.append_column(
-        pa.field("status", pa.string(), nullable=False), pa.array([status.value for status in rows.statuses])
-    )
+    # The type is said here too: without it a slice without a usable row would have a column of nulls.
+    statuses = pa.array([status.value for status in rows.statuses], pa.string())
+    table = table.append_column(pa.field("status", pa.string(), nullable=False), statuses)
     if outputs is not ClassOutputs.NONE:
         values_NK = rows.logits_NK if outputs is ClassOutputs.LOGITS else rows.scores_NK
         table = table.append_column(outputs.value, float_lists(values_NK))

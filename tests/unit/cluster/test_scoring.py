@@ -14,11 +14,12 @@ import pytest
 from cache_jobs import write_digits
 from convoy.cluster.prepared_batches import SliceImages
 from convoy.cluster.scoring import Scorer, weights_budget_bytes
-from convoy.cluster.scoring_spec import MemberSpec, ScoringSpec
+from convoy.cluster.scoring_spec import MemberSpec, ScoreTable, ScoringSpec
 from convoy.cluster.slices import SliceTask
 from convoy.core.crop_policies import CropPlan, CropPolicy, MemberOutputs
 from convoy.core.errors import DataError, StoreUnavailable
 from convoy.core.records import Reject, RejectCode, SampleRejected, Split, Stage
+from convoy.core.result_columns import ClassOutputs, PartitionBy
 from convoy.pipelines.dataset import DatasetConfig, freeze
 from convoy.storage.commits import SliceRecord
 from convoy.storage.datasets import open_dataset
@@ -119,6 +120,29 @@ def test_a_slice_becomes_one_row_an_image_and_one_reject(store: LocalStore) -> N
         pq.read_table(store.uri(record.parts[member_output(1)].key))["logits"].to_pylist(), np.float32
     )
     assert logits_NVK.shape == (NUM_IMAGES, 2, 10)
+
+
+@pytest.mark.parametrize("table", [None, "alone", "with_features"])
+def test_a_slice_without_a_usable_image_is_all_rejects(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch, table: str | None
+) -> None:
+    spec = made_spec(store)
+    if table is not None:
+        columns = ScoreTable(
+            outputs=ClassOutputs.PROBABILITIES,
+            partition_by=PartitionBy.NONE,
+            label_names=DIGITS,
+            features_tap="pooled" if table == "with_features" else None,
+            features_dtype="float16",
+        )
+        options = spec.members[0].options.model_copy(update={"weight": 1.0})
+        alone = spec.members[0].model_copy(update={"options": options})
+        spec = spec.model_copy(update={"members": (alone,), "table": columns})
+    gone = SampleRejected(RejectCode.GONE, Stage.FETCH, "made")
+    monkeypatch.setattr(SampleReader, "read", lambda _, rows: ((row, gone) for row in range(rows.num_rows)))
+    record = score(spec)
+    assert (record.num_results, record.num_rejects) == (0, NUM_IMAGES + 1)
+    assert pq.read_table(store.uri(record.parts[PREDICTIONS].key)).num_rows == 0
 
 
 @pytest.mark.parametrize("keep", MemberOutputs)

@@ -111,6 +111,40 @@ def test_all_classes_are_kept_on_request(
     assert np.allclose(np.array(table[outputs.value].to_pylist()), expected_NK)
 
 
+@pytest.mark.parametrize("partition_by", PartitionBy)
+@pytest.mark.parametrize("features_ND", [None, FEATURES_ND], ids=["alone", "with_features"])
+@pytest.mark.parametrize("outputs", ClassOutputs)
+def test_a_slice_without_a_usable_row_is_a_part_of_the_same_columns(
+    store: LocalStore, outputs: ClassOutputs, features_ND: np.ndarray | None, partition_by: PartitionBy
+) -> None:
+    rows = scored_rows(features_ND)
+    nothing = ScoredRows(
+        samples=rows.samples.slice(0, 0),
+        labels=rows.labels.slice(0, 0),
+        label_names=rows.label_names.slice(0, 0),
+        statuses=[],
+        logits_NK=LOGITS_NK[:0],
+        scores_NK=PROBABILITIES_NK[:0],
+        features_ND=None if features_ND is None else features_ND[:0],
+        classes=MODEL_CLASSES,
+    )
+    full, empty = (
+        write_scores(
+            store,
+            part_key("predictions/", name, "a0"),
+            scores_table(some, outputs=outputs, partition_by=partition_by),
+            some.logits_NK,
+            model_digest="m1",
+            run_id="r1",
+            metadata={},
+        )
+        for name, some in (("0-000000", rows), ("0-000001", nothing))
+    )
+    assert empty.num_rows == 0
+    schemas = [store.open_parquet(part.key).schema_arrow for part in (full, empty)]
+    assert schemas[0].equals(schemas[1])
+
+
 def test_duckdb_reads_scores(store: LocalStore, tmp_path: Path) -> None:
     write(store, outputs=ClassOutputs.PROBABILITIES, features_ND=FEATURES_ND)
     query = f"""
