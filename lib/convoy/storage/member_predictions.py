@@ -21,6 +21,7 @@ from convoy.storage.object_store import ObjectStore
 from convoy.storage.parts import write_table
 
 MEMBER_PREDICTIONS_SCHEMA_VERSION = 1
+_MEMBER = "member_"
 
 # Logits of the committee's classes, a list for each view in the order of the crop plan; where views were not kept,
 # one list: the mean over the views by the averaging rule, at the member's temperature.
@@ -58,7 +59,7 @@ class MemberPart:
 
 def member_output(member: int) -> str:
     """The id of the output that holds a member's predictions."""
-    return f"member_{member:02d}"
+    return f"{_MEMBER}{member:02d}"
 
 
 def write_member_predictions(
@@ -89,18 +90,23 @@ def iter_member_parts(
 
     Raises DataError for a run that kept none.
     """
-    outputs = sorted(
-        {name for record in manifest.slices for name in record.parts if name.startswith("member_")}
+    members = sorted(
+        {
+            int(output.removeprefix(_MEMBER))
+            for record in manifest.slices
+            for output in record.parts
+            if output.startswith(_MEMBER)
+        }
     )
-    if not outputs:
+    if not members:
         raise DataError(
             "the run did not keep its members' predictions",
             where=f"runs/{manifest.run_id}",
             next_step="run it again with --set keep=views",
         )
     for record in manifest.slices:
-        for member, output in enumerate(outputs):
-            table = store.open_parquet(record.parts[output].key).read()
+        for member in members:
+            table = store.open_parquet(record.parts[member_output(member)].key).read()
             if labelled_only:
                 table = table.filter(pc.is_valid(table["label"]))
             if table.num_rows:

@@ -68,6 +68,24 @@ def test_logits_come_back_by_member_and_view(store: LocalStore) -> None:
     assert list(found.sample_ids) == ["0-000000/0", "0-000000/1", "0-000000/2", "0-000001/0", "0-000001/1"]
 
 
+def test_members_from_the_hundredth_on_keep_their_places(store: LocalStore) -> None:
+    samples = pa.table({"sample_id": ["a"]})
+    parts = {
+        member_output(member): write_member_predictions(
+            store,
+            f"{member_output(member)}/0-000000.parquet",
+            samples,
+            labels=pa.array([0], pa.int32()),
+            logits_NVK=np.full((1, 1, 2), member, np.float32),
+            metadata={},
+        )
+        for member in range(103)
+    }
+    record = slice_record("0-000000", parts, num_results=1, attempt="a")
+    found = read_member_logits(store, RunManifest(run_id="r1", slices=(record,)))
+    assert found.logits_MVNK[:, 0, 0, 0].tolist() == list(range(103))
+
+
 def test_unlabelled_rows_are_read_only_if_asked_for(store: LocalStore) -> None:
     manifest = made_manifest(store, {"0-000000": [None, 3], "0-000001": [None, None], "0-000002": [1]})
     labelled = read_member_logits(store, manifest)
