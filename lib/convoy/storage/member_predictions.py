@@ -19,6 +19,7 @@ from convoy.core.fingerprints import MultisetDigest
 from convoy.storage.commits import PartFile, RunManifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.parts import write_table
+from convoy.storage.predictions import list_offsets
 
 MEMBER_PREDICTIONS_SCHEMA_VERSION = 1
 _MEMBER = "member_"
@@ -145,12 +146,8 @@ def read_member_logits(
 def _nested_lists(logits_NVK: NDArray[np.float32]) -> pa.ListArray:
     num_rows, num_views, num_classes = logits_NVK.shape
     values = pa.array(np.ascontiguousarray(logits_NVK).reshape(-1), pa.float32())
-    views = pa.ListArray.from_arrays(pa.array(_offsets(num_rows * num_views, num_classes)), values)
-    return pa.ListArray.from_arrays(pa.array(_offsets(num_rows, num_views)), views)
-
-
-def _offsets(num_lists: int, length: int) -> NDArray[np.int32]:
-    return np.arange(num_lists + 1, dtype=np.int32) * np.int32(length)
+    views = pa.ListArray.from_arrays(list_offsets(num_rows * num_views, num_classes), values)
+    return pa.ListArray.from_arrays(list_offsets(num_rows, num_views), views)
 
 
 def _nested_array(column: pa.ChunkedArray) -> NDArray[np.float32]:

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from convoy.core.errors import ConfigError
 from convoy.core.fingerprints import MultisetDigest
 from convoy.storage.commits import PartFile, RunManifest
 from convoy.storage.object_store import ObjectStore
@@ -17,6 +18,7 @@ from convoy.storage.parts import write_table
 PREDICTIONS = "predictions"
 PREDICTIONS_SCHEMA_VERSION = 1
 TOP_K = 5
+_MAX_LIST_VALUES = 2**31 - 1
 
 PREDICTIONS_SCHEMA = pa.schema(
     [
@@ -141,6 +143,20 @@ def float_lists(values_BK: np.ndarray) -> pa.ListArray:
 
 
 def _lists(values_BK: np.ndarray, value_type: pa.DataType) -> pa.ListArray:
-    num_rows, length = values_BK.shape
-    offsets = np.arange(num_rows + 1, dtype=np.int32) * length
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values_BK.reshape(-1), value_type))
+    offsets = list_offsets(*values_BK.shape)
+    return pa.ListArray.from_arrays(offsets, pa.array(values_BK.reshape(-1), value_type))
+
+
+def list_offsets(num_lists: int, length: int) -> pa.Array:
+    """Where lists of one length begin among their values, and where the last one ends, as int32.
+
+    Raises ConfigError for more values than the offsets of a column of lists can count.
+    """
+    num_values = num_lists * length
+    if num_values > _MAX_LIST_VALUES:
+        raise ConfigError(
+            f"{num_values} outputs of a slice are more than the {_MAX_LIST_VALUES} that a column of lists can hold",
+            where="extraction.slice_rows",
+            next_step="make extraction.slice_rows smaller, and start afresh with --new-run",
+        )
+    return pa.array(np.arange(num_lists + 1, dtype=np.int64) * length, pa.int32())
