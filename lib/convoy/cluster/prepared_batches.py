@@ -28,6 +28,8 @@ from convoy.vision.decode_rule import DecodeFlag, DecodeRule
 from convoy.vision.decoding import decode_image, quiet_decoders
 
 _BATCHES_AHEAD = 2
+# What is worth counting, but leaves the pixels as they are.
+_UNCHANGED = {DecodeFlag.ICC_PROFILE_IGNORED}
 
 KeyT = TypeVar("KeyT", bound=Hashable)
 
@@ -208,7 +210,7 @@ class ImagePreparer(Generic[KeyT]):
             known.content_digests[row] = prepared.content_digest
             known.bytes_read += prepared.size_bytes
             known.flags.update(prepared.flags)
-            if prepared.flags:
+            if prepared.flags - _UNCHANGED:
                 known.converted.add(row)
             known.seconds["decode"] += prepared.seconds
         known.seconds["wait"] += time.perf_counter() - started_s
