@@ -25,8 +25,9 @@ class DecodeRule(StrictModel):
     applied; colour profiles are ignored; a JPEG or PNG without its end marker is truncated.
     """
 
-    # Raised when the same bytes and fields would give other pixels or another verdict.
-    version: Literal[1] = 1
+    # Raised when the same bytes and fields would give other pixels or another verdict. Version 1, which bundles and
+    # caches remember, shows 16-bit grey TIFFs whose zero is white as negatives.
+    version: Literal[1, 2] = 2
     formats: tuple[ImageFormat, ...] = tuple(ImageFormat)
     max_pixels: int = Field(default=50_000_000, gt=0, le=PILLOW_MAX_PIXELS)
     max_bytes: int = Field(default=256 << 20, gt=0)

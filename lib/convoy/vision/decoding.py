@@ -36,6 +36,8 @@ class DecodedImage:
 
 
 _SIXTEEN_BIT_GREY = ("I;16", "I;16L", "I;16B", "I;16N")
+# TIFF 6.0, section 8: a value of PhotometricInterpretation.
+_WHITE_IS_ZERO = 0
 
 _MODE_FLAGS: dict[str, DecodeFlag | None] = {
     "1": DecodeFlag.GREY_EXPANDED,
@@ -186,25 +188,32 @@ def _decode_with_pillow(image: Image.Image, data: bytes, rule: DecodeRule) -> to
     image.load()
     if image.format in (ImageFormat.JPEG, "MPO") and is_cut_short(data, ImageFormat.JPEG):
         raise _reject(RejectCode.TRUNCATED, "JPEG: no end marker")
-    pixels_HWC = np.array(_as_rgb(image, rule.background_rgb))
+    pixels_HWC = np.array(_as_rgb(image, rule))
     return torch.from_numpy(pixels_HWC).permute(2, 0, 1)
 
 
-def _as_rgb(image: Image.Image, background_rgb: tuple[int, int, int]) -> Image.Image:
+def _as_rgb(image: Image.Image, rule: DecodeRule) -> Image.Image:
     if image.mode in _SIXTEEN_BIT_GREY:
-        image = _high_bytes(image)
+        image = _high_bytes(image, inverted=rule.version > 1 and _zero_is_white(image))
     if not image.has_transparency_data:
         return image.convert("RGB")
     layer = image.convert("RGBA")
-    canvas = Image.new("RGB", image.size, background_rgb)
+    canvas = Image.new("RGB", image.size, rule.background_rgb)
     canvas.paste(layer, mask=layer)
     return canvas
 
 
-def _high_bytes(image: Image.Image) -> Image.Image:
+def _zero_is_white(image: Image.Image) -> bool:
+    """Whether a TIFF counts its grey from white to black. Pillow turns that round, but not at 16 bits."""
+    photometric = getattr(image, "tag_v2", {}).get(ExifTags.Base.PhotometricInterpretation)
+    return image.format == ImageFormat.TIFF and photometric == _WHITE_IS_ZERO
+
+
+def _high_bytes(image: Image.Image, *, inverted: bool) -> Image.Image:
     """16-bit grey as 8-bit grey; a transparent grey level, which is a 16-bit number, becomes alpha."""
     samples_HW = np.asarray(image)
-    grey = Image.fromarray((samples_HW >> 8).astype(np.uint8))
+    levels_HW = ~samples_HW if inverted else samples_HW
+    grey = Image.fromarray((levels_HW >> 8).astype(np.uint8))
     transparent_level = image.info.get("transparency")
     if transparent_level is None:
         return grey

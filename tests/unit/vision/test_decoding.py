@@ -18,7 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from awkward_images import AwkwardCase, awkward_cases, write_awkward_folder
 from convoy.core.fingerprints import digest
@@ -144,6 +144,21 @@ def test_transparent_pixels_show_the_background_of_the_rule() -> None:
     assert (pixels_HWC(image) == (1, 2, 3)).all()
 
 
+def test_sixteen_bit_grey_that_counts_from_white_is_no_negative() -> None:
+    levels_HW = np.linspace(0, 65535, 48 * 64).astype(np.uint16).reshape(48, 64)
+    data = encode(Image.fromarray(levels_HW), "TIFF", tiffinfo={ExifTags.Base.PhotometricInterpretation: 0})
+    image = decode_image(data, RULE)
+    assert np.array_equal(pixels_HWC(image)[..., 0], 255 - (levels_HW >> 8))
+    assert image.flags == {DecodeFlag.GREY_EXPANDED, DecodeFlag.SIXTEEN_BIT_SCALED}
+
+
+def test_models_of_the_first_version_of_the_rule_see_what_they_were_trained_on() -> None:
+    levels_HW = np.linspace(0, 65535, 48 * 64).astype(np.uint16).reshape(48, 64)
+    data = encode(Image.fromarray(levels_HW), "TIFF", tiffinfo={ExifTags.Base.PhotometricInterpretation: 0})
+    negative = decode_image(data, DecodeRule(version=1))
+    assert np.array_equal(pixels_HWC(negative)[..., 0], levels_HW >> 8)
+
+
 def test_every_field_of_the_rule_changes_its_digest() -> None:
     others = (
         DecodeRule(max_pixels=1),
@@ -151,8 +166,9 @@ def test_every_field_of_the_rule_changes_its_digest() -> None:
         DecodeRule(min_side_px=3),
         DecodeRule(background_rgb=(0, 0, 0)),
         DecodeRule(formats=(ImageFormat.PNG,)),
+        DecodeRule(version=1),
     )
-    assert len({digest(rule) for rule in (RULE, *others)}) == 6
+    assert len({digest(rule) for rule in (RULE, *others)}) == 7
 
 
 def test_png_under_a_jpeg_name_tells_its_real_format() -> None:
