@@ -6,7 +6,7 @@ import ctypes
 import io
 import logging
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -69,23 +69,29 @@ _MAX_SCANS = 100
 # The marker and the upper byte of its header's length: the marker alone occurs by chance in what follows an image.
 _START_OF_SCAN = b"\xff\xda\x00"
 _REASON_CHARACTERS = 160
+# torchvision.io.ImageReadMode.RGB, whose module is imported late.
+_AS_RGB = 3
 
 
 def decode_image(data: bytes, rule: DecodeRule) -> DecodedImage:
     """The image in some bytes, upright and in RGB.
 
-    Raises SampleRejected with the stage DECODE: a property of the bytes and the rule, never of the machine; a
-    MemoryError passes through. Size limits hold before pixels are allocated. Thread-safe; releases the GIL
-    while it decodes. Of the metadata only the orientation is used.
+    Raises SampleRejected with the stage DECODE: a property of the bytes and the rule, never of the machine. What is
+    the machine's passes: a MemoryError, torch's failed allocation, a broken torchvision. Size limits hold before
+    pixels are allocated. Thread-safe; releases the GIL while it decodes. Of the metadata only the orientation is used.
     """
     if not data:
         raise _reject(RejectCode.EMPTY, "the object has no bytes")
     if len(data) > rule.max_bytes:
         raise _reject(RejectCode.TOO_LARGE, f"{len(data)} bytes; the limit is {rule.max_bytes}")
+    # Here because it takes seconds that planning a job need not pay, and before anything is the image's fault.
+    import torchvision.io  # noqa: F401, PLC0415
+
     try:
         with Image.open(io.BytesIO(data), formats=rule.formats) as image:
             _check_header(image, rule)
-            return _decode_opened(image, data, rule)
+            decoded = _decode_opened(image, data, rule)
+            orientation = _orientation(image)
     except (SampleRejected, MemoryError):
         raise
     except Image.DecompressionBombError:
@@ -93,6 +99,7 @@ def decode_image(data: bytes, rule: DecodeRule) -> DecodedImage:
         raise _reject(RejectCode.TOO_LARGE, reason) from None
     except Exception as error:  # hostile bytes make decoders fail in any way
         raise _verdict(data, rule, error) from error
+    return _upright(decoded, orientation)
 
 
 def quiet_decoders() -> None:
@@ -137,10 +144,6 @@ def _decode_opened(image: ImageFile.ImageFile, data: bytes, rule: DecodeRule) ->
         pixels_CHW = _decode_jpeg(image, data, rule)
     else:
         pixels_CHW = _decode_with_pillow(image, data, rule)
-    orientation = _orientation(image)
-    if orientation in _TURNS:
-        flags.add(DecodeFlag.EXIF_ROTATED)
-        pixels_CHW = _turn(pixels_CHW, orientation)
     return DecodedImage(pixels_CHW=pixels_CHW, format=image_format, flags=frozenset(flags))
 
 
@@ -166,15 +169,10 @@ def _decode_jpeg(image: Image.Image, data: bytes, rule: DecodeRule) -> torch.Ten
     """torchvision's decoder gives Pillow's pixels faster; where it fails, Pillow has the last word."""
     if data.count(_START_OF_SCAN) > _MAX_SCANS:
         raise _reject(RejectCode.CORRUPT, f"a JPEG of more than {_MAX_SCANS} scans")
-    # Imported here because it takes seconds that planning a job need not pay.
-    import torchvision.io  # noqa: PLC0415
-
     try:
         # The operator itself: its wrapper is deprecated and warns. Without the operator, JPEGs are slower.
         pixels_CHW: torch.Tensor = torch.ops.image.decode_jpeg(
-            torch.frombuffer(bytearray(data), dtype=torch.uint8),
-            torchvision.io.ImageReadMode.RGB.value,
-            False,
+            torch.frombuffer(bytearray(data), dtype=torch.uint8), _AS_RGB, False
         )
     except (RuntimeError, AttributeError):
         return _decode_with_pillow(image, data, rule)
@@ -224,15 +222,19 @@ def _high_bytes(image: Image.Image, *, inverted: bool) -> Image.Image:
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except MemoryError:
+        raise
     except Exception:  # broken metadata is no reason to lose good pixels
         return 1
 
 
-def _turn(pixels_CHW: torch.Tensor, orientation: int) -> torch.Tensor:
+def _upright(decoded: DecodedImage, orientation: int) -> DecodedImage:
+    if orientation not in _TURNS:
+        return decoded
     axes, flipped = _TURNS[orientation]
-    if axes == "swap":
-        pixels_CHW = pixels_CHW.transpose(1, 2)
-    return pixels_CHW.flip(flipped).permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    pixels_CHW = decoded.pixels_CHW.transpose(1, 2) if axes == "swap" else decoded.pixels_CHW
+    turned_CHW = pixels_CHW.flip(flipped).permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    return replace(decoded, pixels_CHW=turned_CHW, flags=decoded.flags | {DecodeFlag.EXIF_ROTATED})
 
 
 def _verdict(data: bytes, rule: DecodeRule, error: Exception) -> SampleRejected:

@@ -26,7 +26,7 @@ from convoy.core.records import RejectCode, SampleRejected, Stage
 from convoy.vision.decode_rule import DecodeFlag, DecodeRule
 from convoy.vision.decoding import DecodedImage, decode_image
 from convoy.vision.sniffing import ImageFormat, sniff
-from image_files import encode, photo, scan_a_channel
+from image_files import encode, orientation_exif, photo, scan_a_channel
 
 ROOT = Path(__file__).parents[3]
 REAL_DATA = Path(os.environ.get("CONVOY_TEST_DATA") or ROOT.parent / "shared" / "data")
@@ -216,6 +216,37 @@ def test_jpegs_decode_alike_without_torchvisions_operator(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.ops, "image", object())
     for case in jpegs:
         test_awkward_file_gets_its_verdict(case)
+
+
+def test_memory_that_torch_lacks_to_turn_an_image_is_no_fault_of_the_image(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_memory(*_: object) -> torch.Tensor:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(torch.Tensor, "flip", no_memory)
+    with pytest.raises(RuntimeError, match="can't allocate"):
+        decode_image(encode(photo(), "PNG", exif=orientation_exif(6)), RULE)
+
+
+def test_memory_that_lacks_to_read_the_orientation_does_not_leave_the_image_lying(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_memory(_: Image.Image) -> Image.Exif:
+        raise MemoryError
+
+    data = encode(photo(), "WEBP", exif=orientation_exif(6))
+    monkeypatch.setattr(Image.Image, "getexif", no_memory)
+    with pytest.raises(MemoryError):
+        decode_image(data, RULE)
+
+
+def test_a_torchvision_that_cannot_be_imported_is_no_fault_of_the_image(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchvision.io", None)
+    with pytest.raises(ImportError):
+        decode_image(encode(photo(), "JPEG"), RULE)
 
 
 def test_threads_decode_alike() -> None:
