@@ -103,9 +103,19 @@ def open_parquet_file(source: str | io.BufferedIOBase | pa.BufferReader, *, wher
     kind = pq.ParquetFile if isinstance(source, str) else _FileOfPython
     try:
         return kind(source, page_checksum_verification=True)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
+        if not is_damage(error):
+            raise
         raise DataError(
             f"this is not a whole parquet file ({error})",
             where=where,
             next_step="write it again, or remove it",
         ) from None
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether an error of Arrow's is about the bytes of a file, and not about memory or a file system.
+
+    For damaged pages and footers it raises OSError too, but with a number only where the system gave one.
+    """
+    return not isinstance(error, MemoryError) and getattr(error, "errno", None) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import threading
@@ -15,7 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from convoy.core.errors import AccessDenied, ChecksumMismatch, CredentialsExpired, StoreUnavailable
+from convoy.core.errors import (
+    AccessDenied,
+    ChecksumMismatch,
+    CredentialsExpired,
+    StorageError,
+    StoreUnavailable,
+)
 from convoy.core.records import RejectCode, SampleRejected, Stage
 from convoy.core.splits import SplitOptions
 from convoy.storage.local_cache import LocalImageCache
@@ -165,6 +172,60 @@ def test_parquet_files_that_are_gone_changed_or_damaged(parquet: Path) -> None:
     assert set(read(rows)) == {RejectCode.UNREADABLE}
     parquet.unlink()
     assert set(read(rows)) == {RejectCode.GONE}
+
+
+def test_a_parquet_file_whose_footer_is_damaged_is_unreadable(parquet: Path) -> None:
+    rows = rows_of(parquet)
+    status = parquet.stat()
+    data = bytearray(parquet.read_bytes())
+    footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    data[footer : footer + 60] = b"\xff" * 60
+    parquet.write_bytes(data)
+    os.utime(parquet, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert set(read(rows)) == {RejectCode.UNREADABLE}
+
+
+def fail_row_groups(monkeypatch: pytest.MonkeyPatch, *errors: Exception) -> None:
+    """The first reads of row groups raise these errors."""
+    to_come = list(errors)
+    read_row_group = pq.ParquetFile.read_row_group
+
+    def failing(file: pq.ParquetFile, group: int, **options: Any) -> pa.Table:
+        if to_come:
+            raise to_come.pop(0)
+        return read_row_group(file, group, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", failing)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "made"), OSError("a damaged page"), pa.ArrowInvalid("made")]
+)
+def test_a_row_group_that_failed_once_is_read_again(
+    parquet: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    rows = rows_of(parquet)
+    fail_row_groups(monkeypatch, error)
+    assert read(rows, num_threads=1) == [jpeg_bytes(index) for index in range(20)]
+
+
+def test_a_disk_that_keeps_failing_is_no_fault_of_a_parquet_file(
+    parquet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = rows_of(parquet)
+    fail_row_groups(monkeypatch, *[OSError(errno.EIO, "made")] * 2)
+    with pytest.raises(StorageError, match="made") as caught:
+        read(rows, num_threads=1)
+    assert (caught.value.where, caught.value.fields["errno"]) == (str(parquet), errno.EIO)
+
+
+def test_memory_that_a_row_group_lacks_is_no_fault_of_it(
+    parquet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = rows_of(parquet)
+    fail_row_groups(monkeypatch, pa.ArrowMemoryError("made"))
+    with pytest.raises(MemoryError):
+        read(rows, num_threads=1)
 
 
 def test_a_wrong_checksum_is_a_reject_and_a_right_one_is_not(folder: Path) -> None:
