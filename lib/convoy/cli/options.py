@@ -27,7 +27,11 @@ WorkspaceOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object last on stdout.")]
 NewRunOption = Annotated[
-    bool, typer.Option("--new-run", help="Leave an unfinished run of the same target and start afresh.")
+    bool,
+    typer.Option(
+        "--new-run",
+        help="Leave an unfinished run of the same target, or finished predictions, and start afresh.",
+    ),
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
 
@@ -59,9 +63,13 @@ def run_job(job: Callable[[TerminalProgress], ReportT], *, as_json: bool) -> Non
     else:
         print_report(report)
     if not getattr(report, "within_error_budget", True):
+        unfetched = getattr(report, "unfetched", 0)
+        again = (
+            f"; the {unfetched} that could not be fetched are tried again with --new-run" if unfetched else ""
+        )
         raise ErrorBudgetExceeded(
             "more samples were rejected than the error budget allows; the results are kept",
-            next_step="look at the rejects of the run, then mend the data or raise error_budget",
+            next_step=f"look at the rejects of the run, then mend the data or raise error_budget{again}",
         )
     if not getattr(report, "ok", True):
         sys.exit(ExitCode.ERROR)

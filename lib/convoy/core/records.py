@@ -38,11 +38,23 @@ class RejectCode(StrEnum):
     UNREADABLE = "unreadable"
 
 
+# Codes of the fetch stage.
+FETCH_CODES = frozenset(
+    {
+        RejectCode.CHECKSUM_MISMATCH,
+        RejectCode.GONE,
+        RejectCode.CHANGED,
+        RejectCode.ACCESS_DENIED,
+        RejectCode.UNREADABLE,
+    }
+)
+
+
 class SampleRejected(Exception):
     """One sample cannot be used; the job goes on without it.
 
-    A decode-stage reject is a property of the bytes and is remembered; a fetch-stage reject may heal and is
-    tried again by the next run.
+    A decode-stage reject is a property of the bytes and is remembered; a fetch-stage reject may heal. The next job
+    that needs the sample's features tries it again; to a finished run of scores it stays a reject.
     """
 
     def __init__(self, code: RejectCode, stage: Stage, reason: str) -> None:

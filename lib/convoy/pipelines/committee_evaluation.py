@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+from pydantic import Field
+
 from convoy.core.config import StrictModel
 from convoy.core.crop_policies import Averaging, CropPolicy, EvaluationMode, MemberOutputs, crop_views
 from convoy.core.metrics import EvaluationCounts
@@ -64,7 +66,10 @@ class ModeEffect(StrictModel):
 
 
 class CommitteeEvaluation(Evaluation):
-    """The evaluation of a committee. `members` is empty in the gated mode, where not every member saw every image."""
+    """The evaluation of a committee. `members` is empty in the gated mode, where not every member saw every image.
+
+    Of the rejects `unfetched` could not be fetched, which a later run may; `notes` say how.
+    """
 
     crops: CropPolicy
     averaging: Averaging
@@ -72,6 +77,8 @@ class CommitteeEvaluation(Evaluation):
     members: list[MemberEvaluation]
     cost: CommitteeCost
     effect: ModeEffect | None
+    unfetched: int = 0
+    notes: list[str] = Field(default_factory=list)
 
 
 def evaluate_committee(
@@ -112,6 +119,8 @@ def evaluate_committee(
         members=evaluate_members(store, request.committee, predictions),
         cost=_cost(request, predictions),
         effect=effect,
+        unfetched=predictions.unfetched,
+        notes=predictions.fetch_notes(),
     )
 
 

@@ -19,6 +19,7 @@ from convoy.core.crop_policies import EvaluationMode, MemberOutputs
 from convoy.core.errors import ConfigError
 from convoy.core.fingerprints import canonical_json, digest
 from convoy.core.progress import Progress
+from convoy.core.records import FETCH_CODES
 from convoy.pipelines.committees import CommitteeRecord
 from convoy.pipelines.feature_summary import slice_totals, timings
 from convoy.pipelines.prediction_request import PredictionRequest
@@ -63,6 +64,28 @@ class CommitteePredictions:
     images_per_s: float | None
     seconds: dict[str, float]
     flags: dict[str, int]
+
+    @property
+    def reject_codes(self) -> dict[str, int]:
+        """How many images were rejected for each reason."""
+        codes: dict[str, int] = slice_totals(self.manifest.slices)["reject_codes"]
+        return codes
+
+    @property
+    def unfetched(self) -> int:
+        """How many of the rejects are images that could not be fetched."""
+        return sum(self.reject_codes.get(code, 0) for code in FETCH_CODES)
+
+    def fetch_notes(self) -> list[str]:
+        """How to try again what could not be fetched, for people; nothing where all was."""
+        if not self.unfetched:
+            return []
+        counts = sorted(self.reject_codes.items())
+        codes = ", ".join(f"{count} {code}" for code, count in counts if code in FETCH_CODES)
+        return [
+            f"images that could not be fetched: {codes}. They stay rejects of this run; once they can be had again,"
+            " the same command with --new-run predicts every row anew"
+        ]
 
     def report(self) -> dict[str, Any]:
         """What the run's folder says of it, if nobody has more to say."""

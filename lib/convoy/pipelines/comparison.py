@@ -73,11 +73,12 @@ class ComparedModel(StrictModel):
 
 
 class Comparison(PairedComparison):
-    """The paired comparison of two bundles, and the evaluations that it is made from."""
+    """The paired comparison of two bundles, and the evaluations that it is made from, `unfetched` of both together."""
 
     dataset: str
     splits: list[str]
     models: tuple[ComparedModel, ComparedModel]
+    unfetched: int = 0
     within_error_budget: bool
 
 
@@ -98,6 +99,7 @@ def compare_bundles(config: CompareConfig, *, progress: Progress, new_run: bool 
         dataset=config.dataset,
         splits=sorted(config.splits),
         models=(_compared_model(first, reports[0]), _compared_model(second, reports[1])),
+        unfetched=sum(report.unfetched for report in reports),
         within_error_budget=all(report.within_error_budget for report in reports),
     )
 

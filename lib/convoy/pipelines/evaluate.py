@@ -51,7 +51,8 @@ class EvaluateConfig(EvaluationSettings, ModelChoice):
 class EvaluateReport(Evaluation):
     """The evaluation, and whether the rejects are within the error budget.
 
-    What is null was not asked for: a single model at its central crop has no `averaging`, `cost` or `effect`.
+    What is null was not asked for: a single model at its central crop has no `averaging`, `cost` or `effect`. Of the
+    rejects of a committee `unfetched` could not be fetched; those of a single model are tried again each time.
     """
 
     crops: CropPolicy = CropPolicy.CENTER
@@ -60,6 +61,8 @@ class EvaluateReport(Evaluation):
     members: list[MemberEvaluation] = Field(default_factory=list)
     cost: CommitteeCost | None = None
     effect: ModeEffect | None = None
+    unfetched: int = 0
+    notes: list[str] = Field(default_factory=list)
     within_error_budget: bool
 
 

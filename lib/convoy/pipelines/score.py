@@ -12,7 +12,7 @@ from convoy.core.fingerprints import canonical_json, digest
 from convoy.core.progress import Progress
 from convoy.core.result_columns import PartitionBy
 from convoy.pipelines.committee_predictions import CommitteeJob, CommitteePredictions
-from convoy.pipelines.feature_summary import slice_totals, timings
+from convoy.pipelines.feature_summary import timings
 from convoy.pipelines.forecast import Actual, Forecast, actual_of
 from convoy.pipelines.forecast_sampling import forecast_scoring
 from convoy.pipelines.model_choice import chosen_committee
@@ -34,7 +34,8 @@ FORECASTS = "forecasts/"
 class ScoreReport(StrictModel):
     """Every input row of a scoring ended once: `results + rejects == inputs`.
 
-    `recomputed` samples were scored by this call, the others by earlier ones. `predictions` is the glob of the
+    Of the rejects `unfetched` could not be fetched, which a later run may. `recomputed` samples were scored by this
+    call, the others by earlier ones. `predictions` is the glob of the
     parquet parts, `reject_parts` that of the rejected rows. `images_per_s` is the steady rate of this call, from the
     start of its first slice to the end of its last, or that of the run where nothing was left to do; `first_row_s` is
     when its first batch was through the network, `seconds` sums over workers. `forecast` is that of an earlier
@@ -48,6 +49,7 @@ class ScoreReport(StrictModel):
     inputs: int
     results: int
     rejects: int
+    unfetched: int = 0
     recomputed: int
     reject_codes: dict[str, int]
     flags: dict[str, int]
@@ -151,7 +153,8 @@ def _report(
         results=published.num_results,
         rejects=published.num_rejects,
         recomputed=sum(one.num_results + one.num_rejects for one in found.finished),
-        reject_codes=slice_totals(published.slices)["reject_codes"],
+        unfetched=found.unfetched,
+        reject_codes=found.reject_codes,
         flags=found.flags,
         predictions=store.uri(folder.key(f"{PREDICTIONS}/{levels}*.parquet")),
         reject_parts=store.uri(folder.key("rejects/*.parquet")),
@@ -161,7 +164,10 @@ def _report(
         seconds=measured["seconds"],
         forecast=None if forecast is None else Forecast.model_validate(forecast),
         actual=actual_of(published, config.prices),
-        notes=[record.settings["compile_reason"]] if found.finished else ["every row was scored already"],
+        notes=[
+            record.settings["compile_reason"] if found.finished else "every row was scored already",
+            *found.fetch_notes(),
+        ],
         within_error_budget=config.error_budget.allows(published.num_rejects, record.num_inputs),
     )
 

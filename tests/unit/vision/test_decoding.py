@@ -22,7 +22,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from awkward_images import AwkwardCase, awkward_cases, write_awkward_folder
 from convoy.core.fingerprints import digest
-from convoy.core.records import RejectCode, SampleRejected, Stage
+from convoy.core.records import FETCH_CODES, RejectCode, SampleRejected, Stage
 from convoy.vision.decode_rule import DecodeFlag, DecodeRule
 from convoy.vision.decoding import DecodedImage, decode_image
 from convoy.vision.sniffing import ImageFormat, sniff
@@ -81,14 +81,7 @@ def test_awkward_file_gets_its_verdict(case: AwkwardCase) -> None:
 def test_awkward_files_have_distinct_names_and_cover_every_flag_and_decode_code() -> None:
     assert len({case.name for case in CASES}) == len(CASES)
     assert {flag for case in CASES for flag in case.flags} == set(DecodeFlag)
-    fetch_codes = {
-        RejectCode.CHECKSUM_MISMATCH,
-        RejectCode.GONE,
-        RejectCode.CHANGED,
-        RejectCode.ACCESS_DENIED,
-        RejectCode.UNREADABLE,
-    }
-    assert {case.expected for case in CASES} - {None} == set(RejectCode) - fetch_codes
+    assert {case.expected for case in CASES} - {None} == set(RejectCode) - FETCH_CODES
 
 
 def test_awkward_folder_holds_the_bytes_of_every_case(tmp_path: Path) -> None:

@@ -1,0 +1,24 @@
+"""What every job's command makes of its report."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import BaseModel
+
+from convoy.cli.options import run_job
+from convoy.core.errors import ErrorBudgetExceeded
+
+
+class Report(BaseModel):
+    unfetched: int = 0
+    within_error_budget: bool = False
+
+
+@pytest.mark.parametrize(("unfetched", "is_named"), [(0, False), (3, True)])
+def test_an_exceeded_error_budget_names_new_run_where_images_could_not_be_fetched(
+    unfetched: int, is_named: bool
+) -> None:
+    with pytest.raises(ErrorBudgetExceeded) as caught:
+        run_job(lambda _: Report(unfetched=unfetched), as_json=True)
+    assert ("3 that could not be fetched" in caught.value.next_step) == is_named
+    assert ("--new-run" in caught.value.next_step) == is_named

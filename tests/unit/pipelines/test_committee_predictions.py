@@ -1,0 +1,90 @@
+"""Scorings and evaluations of committees that are asked for again, without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cache_jobs import write_digits
+from convoy.cluster.scoring import Scorer
+from convoy.cluster.scoring_spec import ScoringSpec
+from convoy.cluster.slices import SliceTask, WorkerPool
+from convoy.core.progress import Silent
+from convoy.pipelines.dataset import DatasetConfig, freeze
+from convoy.pipelines.evaluate import EvaluateConfig, run_evaluate
+from convoy.pipelines.feature_plan import ExtractionConfig
+from convoy.pipelines.score import ScoreConfig, run_score
+from convoy.storage.commits import SliceRecord
+from convoy.storage.local_store import LocalStore
+from convoy.storage.runs import RunFolder, RunRecord
+from made_bundles import made_classifier, write_classifier
+
+NUM_IMAGES = 12
+EXTRACTION = ExtractionConfig(batch_size=4)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Digits beside their workspace, which has two models; one of them is no image."""
+    write_digits(tmp_path / "images", NUM_IMAGES)
+    (tmp_path / "images" / "0" / "damaged.png").write_bytes(b"not much of an image")
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def store(images: Path, monkeypatch: pytest.MonkeyPatch) -> LocalStore:
+    store = LocalStore(str(images.parent / "workspace"))
+    freeze(DatasetConfig(workspace=store.root_uri, name="digits", source=str(images)))
+    for seed, name in enumerate(("one", "two")):
+        write_classifier(store, name, made_classifier(store, seed))
+
+    def do_slices(_: RunFolder, record: RunRecord, run: Any, **_options: Any) -> list[SliceRecord]:
+        tasks = [SliceTask(slice=name, outputs=record.outputs_of(name)) for name in record.slice_names()]
+        return list(run(tasks, WorkerPool(num_workers=1, num_cpus=1, num_gpus=0, num_threads=1)))
+
+    def score_slices(spec: ScoringSpec, tasks: Sequence[SliceTask], _: WorkerPool) -> Iterator[SliceRecord]:
+        return map(Scorer(spec), tasks)
+
+    monkeypatch.setattr("convoy.pipelines.committee_predictions.do_slices", do_slices)
+    monkeypatch.setattr("convoy.pipelines.committee_predictions.score_slices", score_slices)
+    return store
+
+
+def score(store: LocalStore, *, new_run: bool = False) -> Any:
+    config = ScoreConfig(workspace=store.root_uri, dataset="digits", bundle="one", extraction=EXTRACTION)
+    return run_score(config, progress=Silent(), new_run=new_run)
+
+
+def evaluate(store: LocalStore, *, new_run: bool = False) -> Any:
+    config = EvaluateConfig.model_validate(
+        {
+            "workspace": store.root_uri,
+            "dataset": "digits",
+            "splits": ["train", "val", "test"],
+            "ensemble": {"members": [{"bundle": "one"}, {"bundle": "two"}]},
+            "extraction": EXTRACTION,
+        }
+    )
+    return run_evaluate(config, progress=Silent(), new_run=new_run)
+
+
+@pytest.mark.parametrize("job", [score, evaluate])
+def test_images_that_could_not_be_fetched_are_counted_and_the_report_says_how_to_try_them_again(
+    store: LocalStore, images: Path, job: Any
+) -> None:
+    away = images / "1" / "away"
+    image = next(path for path in sorted((images / "1").iterdir()))
+    image.rename(away)
+    first = job(store)
+    away.rename(image)
+    again = job(store)
+    for report in (first, again):
+        assert (report.run, report.rejects, report.unfetched) == (first.run, 2, 1)
+        assert "1 gone" in report.notes[-1]
+        assert "--new-run" in report.notes[-1]
+    anew = job(store, new_run=True)
+    assert (anew.rejects, anew.unfetched) == (1, 0)
+    assert not any("--new-run" in note for note in anew.notes)
