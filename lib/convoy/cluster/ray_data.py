@@ -7,12 +7,18 @@ from typing import Any
 
 from convoy.core.errors import ClusterError, ConvoyError
 
+# By which Ray Data's guard against executions without progress is switched off.
+_NO_LIMIT = -1
+
 
 def quiet_ray_data() -> None:
-    """Leave the terminal to our own progress; Ray's log files stay complete."""
+    """Leave the terminal to our own progress, and wait for room as long as it takes; Ray's log files stay complete."""
     import ray.data  # noqa: PLC0415
 
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    # It ends an execution without progress for half an hour: whoever waits for room in a busy cluster.
+    context.execution_no_progress_timeout_s = _NO_LIMIT
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
             handler.setLevel(logging.ERROR)
@@ -28,7 +34,8 @@ def settle_ray_data() -> None:
 
     quiet_ray_data()
     pool = ray.data.ActorPoolStrategy(size=1)
-    ray.data.range(1, override_num_blocks=1).map_batches(_Settler, compute=pool, num_cpus=0).materialize()
+    # Not `range`: its task wants a whole CPU, and others may hold them all.
+    ray.data.from_items([{"item": 0}]).map_batches(_Settler, compute=pool, num_cpus=0).materialize()
 
 
 class _Settler:
