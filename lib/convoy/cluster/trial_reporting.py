@@ -98,6 +98,17 @@ class TrialWatch(tune.Callback):  # type: ignore[misc] # Ray has no types
         else:
             self._end(_point(trial), TrialState.FAILED, str(error or "its process was lost"))
 
+    def cut_short(self) -> dict[str, GivenUp]:
+        """How the trials that started and did not end have ended, by name, once the time is up.
+
+        Ray Tune stops them without telling its callbacks.
+        """
+        return {
+            trial: self._given_up(trial, TrialState.STOPPED, _TIME_IS_UP)
+            for trial, status in self._statuses.items()
+            if status.state is TrialState.RUNNING
+        }
+
     def _end(self, point: TrialPoint, state: TrialState, reason: str) -> None:
         try:
             self._document(point, state, reason)
@@ -109,25 +120,30 @@ class TrialWatch(tune.Callback):  # type: ignore[misc] # Ray has no types
         """Take the trial's own document, or else leave one for it."""
         ended = self._journal.ended(point)
         if ended is None:
-            epochs = tuple(sorted(self._epochs.get(point.trial, {}).items()))
-            seconds = self._status(point).seconds or 0.0
-            self._journal.give_up(point, GivenUp(state=state, reason=reason, epochs=epochs, seconds=seconds))
+            self._journal.give_up(point, self._given_up(point.trial, state, reason))
             ended = self._journal.ended(point)
         if ended is not None:
             self._statuses[point.trial] = ended
         self._show(list(self._statuses.values()))
+
+    def _given_up(self, trial: str, state: TrialState, reason: str) -> GivenUp:
+        epochs = tuple(sorted(self._epochs.get(trial, {}).items()))
+        return GivenUp(state=state, reason=reason, epochs=epochs, seconds=self._seconds(trial))
 
     def _update(self, point: TrialPoint, **known: Any) -> None:
         self._statuses[point.trial] = self._status(point).model_copy(update=known)
         self._show(list(self._statuses.values()))
 
     def _status(self, point: TrialPoint) -> TrialStatus:
-        now_s = time.monotonic()
         status = self._statuses.get(
             point.trial, TrialStatus(trial=point.trial, state=TrialState.RUNNING, values=point.values)
         )
-        seconds = now_s - self._started_s.get(point.trial, now_s)
-        return status.model_copy(update={"seconds": seconds})
+        return status.model_copy(update={"seconds": self._seconds(point.trial)})
+
+    def _seconds(self, trial: str) -> float:
+        """Since it started; 0 for one that did not."""
+        now_s = time.monotonic()
+        return now_s - self._started_s.get(trial, now_s)
 
 
 class Obstructed(Stopper):  # type: ignore[misc] # Ray has no types

@@ -17,6 +17,7 @@ from convoy.cluster.nodes import alive_nodes
 from convoy.cluster.ray_data import first_cause, settle_ray_data
 from convoy.cluster.search_plan import (
     Concurrency,
+    GivenUp,
     PastTrial,
     SchedulerConfig,
     SchedulerKind,
@@ -67,8 +68,11 @@ def run_search(
     journal: SearchJournal,
     show: Callable[[Sequence[TrialStatus]], None],
     check: Callable[[], None],
-) -> None:
-    """Run trials until the space or the budget is used up; every one that started has its document then.
+) -> dict[str, GivenUp]:
+    """Run trials until the space or the budget is used up; every one that ended has its document then.
+
+    Returned is how those ended, by name, that still ran when the time was up: their documents are the caller's to
+    leave, once nobody else can be running them.
 
     `run_trial` gets the trial's point and a progress to tell, in a process of its own on any node. Raises what
     `check` raises, as soon as it does; what keeps trials from going on and is not their fault, which leaves them
@@ -116,6 +120,7 @@ def run_search(
     (error,) = ended
     if error is not None:
         raise first_cause(error) from error
+    return watch.cut_short()
 
 
 def _fit(tuner: Any, ended: list[BaseException | None]) -> None:

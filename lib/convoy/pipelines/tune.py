@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -41,7 +41,9 @@ from convoy.vision.heads import HeadKind
 _VERB = "tune"
 _RAY_TUNE = "ray_tune"
 _PAGE = "ensemble.html"
-_NO_TIME = "the budget was used up before it came to run"
+_NEVER_RAN = GivenUp(
+    state=TrialState.STOPPED, reason="the budget was used up before it came to run", epochs=(), seconds=0
+)
 # What of a config may change between a kill and the next call: where, how fast and how long, not what is searched.
 _NOT_IDENTITY: dict[str, Any] = dict.fromkeys(("workspace", "writers", "budget", "max_concurrent"), True)
 
@@ -181,6 +183,7 @@ class _Search:
         )
         plan = self._plan(share.max_concurrent)
         progress.stage("trials")
+        cut_short: dict[str, GivenUp] = {}
         if plan.time_s is None or plan.time_s > 0:
             timer = SearchTimer(self._folder, self._lease.token)
 
@@ -188,12 +191,13 @@ class _Search:
                 self._lease.check()
                 timer.tick()
 
-            run_search(plan, partial(run_trial, job, draw_curves), self._journal, progress.trials, check)
+            trial = partial(run_trial, job, draw_curves)
+            cut_short = run_search(plan, trial, self._journal, progress.trials, check)
             timer.keep()
         # Before trials that another driver may be running are given up.
         self._lease.confirm()
         self._forget_ray_tune()
-        return self._ended()
+        return self._ended(cut_short)
 
     def build_ensemble(self, records: Sequence[TrialRecord]) -> EnsembleReport:
         """The ensemble of the trials that finished."""
@@ -253,12 +257,10 @@ class _Search:
             storage_uri=self._store.uri(self._folder.key(_RAY_TUNE)),
         )
 
-    def _ended(self) -> list[TrialRecord]:
-        """The records of all trials; those that were drawn and never came to run are given up."""
+    def _ended(self, cut_short: Mapping[str, GivenUp]) -> list[TrialRecord]:
+        """The records of all trials; those that were cut short, or drawn and never came to run, are given up."""
         for point in self._journal.waiting(self._journal.records()):
-            self._journal.give_up(
-                point, GivenUp(state=TrialState.STOPPED, reason=_NO_TIME, epochs=(), seconds=0)
-            )
+            self._journal.give_up(point, cut_short.get(point.trial, _NEVER_RAN))
         records = self._journal.records()
         if any(record.state is TrialState.FINISHED for record in records):
             return records

@@ -9,8 +9,8 @@ from ray import cloudpickle
 from ray.exceptions import ActorDiedError, RayTaskError
 
 from convoy.cluster.search_plan import GivenUp, TrialPoint
-from convoy.cluster.trial_queue import POINT
-from convoy.cluster.trial_reporting import Obstructed, TrialWatch
+from convoy.cluster.trial_queue import METRIC, POINT
+from convoy.cluster.trial_reporting import EPOCH, Obstructed, TrialWatch
 from convoy.core.errors import ExitCode, StorageFull
 from convoy.core.search_space import Values
 from convoy.core.trial_events import TrialState, TrialStatus
@@ -22,6 +22,7 @@ FULL = StorageFull("the disk is full", where="checkpoints/", next_step="free spa
 class MemoryJournal:
     is_full: bool = False
     given_up: dict[str, GivenUp] = field(default_factory=dict)
+    finished: set[str] = field(default_factory=set)
 
     def point(self, index: int, values: Values) -> TrialPoint:
         return TrialPoint(trial=f"{index:03}", index=index, values=values)
@@ -30,7 +31,9 @@ class MemoryJournal:
         raise AssertionError("a watch draws nothing")
 
     def ended(self, point: TrialPoint) -> TrialStatus | None:
-        return None
+        if point.trial not in self.finished:
+            return None
+        return TrialStatus(trial=point.trial, state=TrialState.FINISHED, values=point.values)
 
     def give_up(self, point: TrialPoint, end: GivenUp) -> None:
         if self.is_full:
@@ -38,11 +41,18 @@ class MemoryJournal:
         self.given_up[point.trial] = end
 
 
-class FailedTuneTrial:
-    """What a watch asks of a trial of Ray Tune's: its config, and where the driver wrote its last error."""
+class TuneTrial:
+    """What a watch asks of a trial of Ray Tune's."""
+
+    def __init__(self, index: int = 0) -> None:
+        self.config = {POINT: TrialPoint(trial=f"{index:03}", index=index, values={}).model_dump_json()}
+
+
+class FailedTuneTrial(TuneTrial):
+    """One that knows where the driver wrote its last error."""
 
     def __init__(self, folder: Path, error: Exception) -> None:
-        self.config = {POINT: TrialPoint(trial="000", index=0, values={}).model_dump_json()}
+        super().__init__()
         path = folder / "error.pkl"
         path.write_bytes(cloudpickle.dumps(error))
         self.pickled_error_file = str(path)
@@ -84,3 +94,22 @@ def test_a_document_that_cannot_be_left_ends_the_search(tmp_path: Path) -> None:
     watch = watched(MemoryJournal(is_full=True))
     watch.on_trial_complete(0, [], FailedTuneTrial(tmp_path, from_trial(FULL)))
     assert watch.obstacle is FULL
+
+
+def test_trials_that_still_run_when_the_time_is_up_end_with_their_epochs() -> None:
+    """Ray Tune stops them without a word to its callbacks."""
+    journal = MemoryJournal(finished={"001"})
+    watch = watched(journal)
+    running, finished = TuneTrial(0), TuneTrial(1)
+    for trial in (running, finished):
+        watch.on_trial_start(0, [], trial)
+    for epoch in (1, 2):
+        watch.on_trial_result(0, [], running, {EPOCH: epoch, METRIC: epoch / 10, "images_per_s": 1.0})
+    watch.on_trial_complete(0, [], finished)
+    (end,) = watch.cut_short().items()
+    assert end[0] == "000"
+    assert (end[1].state, end[1].epochs) == (TrialState.STOPPED, ((1, 0.1), (2, 0.2)))
+    assert "time budget" in end[1].reason
+    assert end[1].seconds > 0
+    # Their documents are left by whoever knows that nobody else runs them.
+    assert journal.given_up == {}

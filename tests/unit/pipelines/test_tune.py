@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from cache_jobs import write_digits
+from convoy.cluster.search_plan import GivenUp
 from convoy.core.config import parse_config
-from convoy.core.errors import LeaseHeld
+from convoy.core.errors import LeaseHeld, TrainingError
 from convoy.core.fingerprints import digest
 from convoy.core.progress import Silent
 from convoy.core.splits import SplitOptions
-from convoy.pipelines.tune import TuneDrawers, run_tune
+from convoy.core.trial_events import TrialState
+from convoy.pipelines.trial_journal import TrialJournal
+from convoy.pipelines.tune import TuneDrawers, _Search, run_tune
 from convoy.pipelines.tune_config import TuneConfig
-from convoy.storage.datasets import freeze_dataset
+from convoy.storage.datasets import freeze_dataset, open_dataset
 from convoy.storage.leases import hold_run
 from convoy.storage.local_store import LocalStore
 from convoy.storage.runs import OpenRun
@@ -27,10 +31,15 @@ DRAW = TuneDrawers(
 )
 
 
-def test_a_search_that_is_at_work_is_refused_to_a_second_driver(tmp_path: Path) -> None:
+@pytest.fixture
+def store(tmp_path: Path) -> LocalStore:
     write_digits(tmp_path / "images", 30)
     store = LocalStore(str(tmp_path / "workspace"))
     freeze_dataset(store, "digits", str(tmp_path / "images"), splits=SplitOptions(val_fraction=0.3))
+    return store
+
+
+def config_in(store: LocalStore) -> TuneConfig:
     settings = {
         "workspace": store.root_uri,
         "name": "search",
@@ -38,7 +47,18 @@ def test_a_search_that_is_at_work_is_refused_to_a_second_driver(tmp_path: Path) 
         "base": {"backbone": {"arch": "lenet5", "weights": "random"}, "strategy": "from_scratch"},
         "space": {"recipe.seed": {"grid": [0, 1, 2]}},
     }
-    config = parse_config(TuneConfig, settings, where="test")
+    return parse_config(TuneConfig, settings, where="test")
+
+
+@pytest.fixture
+def search(store: LocalStore) -> Iterator[_Search]:
+    folder = OpenRun(store, verb="tune", target=digest(["search"])).start()
+    with hold_run(folder) as lease:
+        yield _Search(store, open_dataset(store, "digits"), config_in(store), Silent(), folder, lease)
+
+
+def test_a_search_that_is_at_work_is_refused_to_a_second_driver(store: LocalStore) -> None:
+    config = config_in(store)
     folder = OpenRun(store, verb="tune", target=digest([config.name])).start()
     with (
         hold_run(folder, ttl_s=1.5),
@@ -46,3 +66,18 @@ def test_a_search_that_is_at_work_is_refused_to_a_second_driver(tmp_path: Path) 
     ):
         run_tune(config, progress=Silent(), draw=DRAW)
     assert folder.record() is None
+
+
+def test_a_trial_that_the_end_of_the_time_cut_short_keeps_its_epochs(search: _Search) -> None:
+    journal: TrialJournal = search._journal
+    ran, waited = (journal.point(index, {"recipe.seed": index}) for index in range(2))
+    for point in (ran, waited):
+        journal.drawn(point)
+    end = GivenUp(state=TrialState.STOPPED, reason="late", epochs=((1, 0.5),), seconds=9.0)
+    with pytest.raises(TrainingError, match="none of 2 trials finished"):
+        search._ended({ran.trial: end})
+    of_ran, of_waited = journal.records()
+    assert (of_ran.reason, of_ran.epochs, of_ran.top1) == ("late", ((1, 0.5),), 0.5)
+    assert of_waited.epochs == ()
+    assert of_waited.reason is not None
+    assert "before it came to run" in of_waited.reason
