@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import ray
 from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
+from ray.util.placement_group import PlacementGroup
 
 from convoy.cluster.reservation_keeper import ReservationKeeper
 
@@ -25,6 +28,24 @@ class KeptTrainer(TorchTrainer):  # type: ignore[misc] # Ray has no types
         return [*(one for one in callbacks if type(one).__name__ != _RAYS_OWN), _KeptReservation()]
 
 
+def tell_of_reservations(told: Callable[[PlacementGroup], None]) -> None:
+    """From now on tell of what each group of workers of this process reserves, before anyone waits for it.
+
+    Ray Train's own callbacks come when the workers have started: what is killed while they start stayed reserved.
+    """
+    create = getattr(WorkerGroup, "_create_placement_group", None)
+    if create is None:
+        # Another Ray: a test says so, and trainings hear of a reservation when its workers have started.
+        return
+
+    def create_and_tell(group: WorkerGroup, *args: Any, **kwargs: Any) -> Any:
+        handle = create(group, *args, **kwargs)
+        told(handle.placement_group)
+        return handle
+
+    WorkerGroup._create_placement_group = create_and_tell
+
+
 class _KeptReservation(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
     """Runs in the controller; leaves its reservations to a keeper on the head node, which is lost last."""
 
@@ -38,10 +59,13 @@ class _KeptReservation(ControllerCallback, WorkerGroupCallback):  # type: ignore
         )
         self._keeper = keeper.remote(ray.get_runtime_context().current_actor)
         self._keeper.watch.remote()
+        tell_of_reservations(self._keep)
 
     def after_worker_group_start(self, worker_group: Any) -> None:
-        handle = worker_group.get_worker_group_state().placement_group_handle
-        ray.get(self._keeper.keep.remote(handle.placement_group))
+        self._keep(worker_group.get_worker_group_state().placement_group_handle.placement_group)
+
+    def _keep(self, reservation: PlacementGroup) -> None:
+        ray.get(self._keeper.keep.remote(reservation))
 
     async def before_controller_shutdown(self) -> None:
         ray.kill(self._keeper)
