@@ -105,7 +105,7 @@ def test_a_cluster_that_cannot_hold_the_group_any_more_says_so_and_fewer_workers
         wait_for_checkpoint(job, IN_BODY_PHASE, process)
         kill_a_node(two_nodes, job)
         _, stderr = process.communicate(timeout=TIMEOUT_S)
-    assert process.returncode == 1
+    assert process.returncode == 4
     assert "the cluster cannot hold 2 workers of 2 CPUs any more: it has " in stderr
     assert "2 CPUs and 0 GPUs" in stderr
     assert "run the same command again to go on" in stderr

@@ -9,11 +9,14 @@ from typing import Any, Protocol
 
 from pydantic import Field, PositiveInt
 
-from convoy.cluster.training import WorkerOptions, fit_workers
+from convoy.cluster.training import TrialWorkers, WorkerOptions, fit_workers
 from convoy.core.config import StrictModel
 from convoy.core.progress import Progress
 from convoy.core.search_space import SearchSpace, Values
 from convoy.core.trial_events import TrialState, TrialStatus
+
+# A trial's own process mostly waits: its workers do the work, and have reservations of their own.
+CPUS_A_TRIAL = 0.1
 
 
 class SearchKind(StrEnum):
@@ -133,7 +136,7 @@ class Concurrency(StrictModel):
     """
 
     max_concurrent: int
-    workers: WorkerOptions
+    workers: TrialWorkers
     operator_cpus: int | None = None
 
 
@@ -142,25 +145,26 @@ def fit_trials(
 ) -> Concurrency | None:
     """The trials that nodes with so many `CPU` and `GPU` each hold at once, or None if they cannot hold one.
 
-    A trial has the workers of its options, one by default: on GPUs one GPU each, else all CPUs of a node. More
-    trials than `wanted`, or than the nodes can hold, are never planned: trials that wait for each other's CPUs
-    would run into the time limits of Ray Train.
+    A trial has the workers of its options, one by default: on GPUs one GPU each, else all CPUs of a node, and a
+    process of its own beside them. More trials than `wanted`, or than the nodes can hold, are never planned: trials
+    that wait for each other's CPUs would run into the time limits of Ray Train.
     """
     workers_per_trial = options.num_workers or 1
     most = wanted or _most_trials(options, nodes, workers_per_trial)
     for num_trials in range(most, 0, -1):
         together = options.model_copy(update={"num_workers": num_trials * workers_per_trial})
-        plan = fit_workers(together, nodes)
+        plan = fit_workers(together, nodes, cpus_beside=num_trials * CPUS_A_TRIAL)
         if plan is not None:
             share = {
                 "num_workers": workers_per_trial,
                 "cpus_per_worker": plan.num_threads,
                 "ingest": plan.ingest,
                 "preparers_per_worker": plan.preparers_per_worker,
+                "on_gpus": plan.gpus_per_worker > 0,
             }
             return Concurrency(
                 max_concurrent=num_trials,
-                workers=options.model_copy(update=share),
+                workers=TrialWorkers.model_validate({**dict(options), **share}),
                 operator_cpus=None if plan.gpus_per_worker else plan.num_threads,
             )
     return None

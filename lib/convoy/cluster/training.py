@@ -22,7 +22,7 @@ from convoy.cluster.ray_data import first_cause
 from convoy.cluster.training_board import Board, BoardReader
 from convoy.cluster.training_spec import CPUS_A_PREPARER, Ingest, TrainingSpec
 from convoy.core.config import StrictModel
-from convoy.core.errors import ClusterError, ConfigError, ConvoyError, DataError, VersionMismatch
+from convoy.core.errors import ClusterError, ConfigError, ConvoyError, DataError, NoRoom, VersionMismatch
 from convoy.core.training_events import TrainingEvent
 
 # How long the cluster may take to show the resources that are asked for.
@@ -54,6 +54,12 @@ class WorkerOptions(StrictModel):
     max_failures: int = Field(default=3, ge=0)
 
 
+class TrialWorkers(WorkerOptions):
+    """The workers of a trial, as its search was planned: on GPUs or not, whatever the cluster has at the moment."""
+
+    on_gpus: bool
+
+
 class WorkerPlan(StrictModel):
     """The workers as the cluster allows them."""
 
@@ -69,7 +75,7 @@ class WorkerPlan(StrictModel):
 def plan_workers(options: WorkerOptions, *, timeout_s: float = _RESOURCES_TIMEOUT_S) -> WorkerPlan:
     """How the group is made up; waits for nodes that are still starting.
 
-    Raises ClusterError with the numbers if after `timeout_s` the cluster cannot hold the group.
+    Raises NoRoom with the numbers if after `timeout_s` the cluster cannot hold the group.
     """
     deadline_s = time.monotonic() + timeout_s
     while True:
@@ -79,9 +85,11 @@ def plan_workers(options: WorkerOptions, *, timeout_s: float = _RESOURCES_TIMEOU
             return plan
         if time.monotonic() > deadline_s:
             wanted = f"{options.num_workers or 1} workers of {options.cpus_per_worker or 1} CPUs"
+            if isinstance(options, TrialWorkers) and options.on_gpus:
+                wanted += " and a GPU"
             if options.ingest is Ingest.SPLIT:
                 wanted += f" and a preparer of {CPUS_A_PREPARER} CPUs for each"
-            raise ClusterError(
+            raise NoRoom(
                 f"the cluster cannot hold {wanted}: after {timeout_s:.0f} s it has {_shown(nodes)}",
                 next_step="lower workers.num_workers or workers.cpus_per_worker, or add nodes",
             )
@@ -94,8 +102,8 @@ def run_training(
     """Train in a group of workers, and return the first worker's TrainingOutcome as JSON-like values.
 
     The group is restarted from the newest checkpoint when a worker or a node is lost, but not for what is wrong
-    with data or config. `tell` hears how far it is, in the calling thread. Raises the ConvoyError of a worker, or a
-    ClusterError.
+    with data or config. `tell` hears how far it is, in the calling thread. Raises the ConvoyError of a worker, NoRoom
+    if none came free for the group, or another ClusterError.
     """
     board = actor_here(Board).remote()
     trainer = _trainer(spec, plan, board)
@@ -119,16 +127,34 @@ def run_training(
 
 
 def _explained(error: BaseException, plan: WorkerPlan) -> ConvoyError:
-    """Why the group failed for good: with numbers where the nodes that are left cannot hold it."""
+    """Why the group failed for good: with numbers where the nodes cannot hold it, or others hold them."""
     cause, nodes = first_cause(error), alive_nodes()
     num_slots = _num_slots(nodes, plan.cpus_per_worker, on_gpus=plan.gpus_per_worker > 0)
-    if type(cause) is not ClusterError or num_slots >= plan.num_workers:
+    if type(cause) is not ClusterError:
         return cause
-    return ClusterError(
-        f"the cluster cannot hold {plan.num_workers} workers of {plan.num_threads} CPUs any more:"
-        f" it has {_shown(nodes)}",
-        next_step="add nodes or lower workers.num_workers, and run the same command again to go on",
+    wanted = f"{plan.num_workers} workers of {plan.num_threads} CPUs"
+    if num_slots < plan.num_workers:
+        return NoRoom(
+            f"the cluster cannot hold {wanted} any more: it has {_shown(nodes)}",
+            next_step="add nodes or lower workers.num_workers, and run the same command again to go on",
+        )
+    if _waited_in_vain(error):
+        return NoRoom(
+            f"no room came free for {wanted}: the cluster has {_shown(nodes)}, and others use them",
+            next_step="run the same command again to go on when other jobs have ended, or add nodes",
+        )
+    return cause
+
+
+def _waited_in_vain(error: BaseException) -> bool:
+    """Whether Ray Train gave up because it could not reserve what the group needs."""
+    from ray.train.v2._internal.exceptions import (  # noqa: PLC0415
+        InsufficientClusterResourcesError,
+        WorkerGroupStartupTimeoutError,
     )
+
+    failure = getattr(error, "controller_failure", None)
+    return isinstance(failure, InsufficientClusterResourcesError | WorkerGroupStartupTimeoutError)
 
 
 def _fit(trainer: Any, ended: list[Any]) -> None:
@@ -204,20 +230,31 @@ def _shown(nodes: Sequence[Mapping[str, float]]) -> str:
     return ", ".join(f"{node['CPU']:g} CPUs and {node['GPU']:g} GPUs" for node in nodes) or "no node"
 
 
-def fit_workers(options: WorkerOptions, nodes: Sequence[Mapping[str, float]]) -> WorkerPlan | None:
-    """The group on nodes with so many `CPU` and `GPU` each, or None if they cannot hold it."""
+def fit_workers(
+    options: WorkerOptions, nodes: Sequence[Mapping[str, float]], *, cpus_beside: float = 0.0
+) -> WorkerPlan | None:
+    """The group on nodes with so many `CPU` and `GPU` each, or None if they cannot hold it.
+
+    `cpus_beside` are CPUs that other processes take, on whichever of the nodes.
+    """
     num_gpus = int(sum(node["GPU"] for node in nodes))
+    if isinstance(options, TrialWorkers):
+        if options.on_gpus and not num_gpus:
+            return None
+        num_gpus = num_gpus if options.on_gpus else 0
     hosts = [node for node in nodes if node["CPU"] >= 1 and (node["GPU"] or not num_gpus)]
     num_workers = options.num_workers or num_gpus or 1
     ingest = _ingest(options.ingest, nodes, hosts, num_gpus)
     if num_gpus and ingest is Ingest.SPLIT:
         num_threads = options.cpus_per_worker or _THREADS_BESIDE_PREPARERS
     else:
-        num_threads = options.cpus_per_worker or _threads(hosts, num_workers, on_gpus=num_gpus > 0)
+        num_threads = options.cpus_per_worker or _threads(
+            hosts, num_workers, on_gpus=num_gpus > 0, cpus_beside=cpus_beside
+        )
     asked = num_threads - _CPUS_LEFT
-    if _num_slots(hosts, asked, on_gpus=num_gpus > 0) < num_workers:
+    if _num_slots(hosts, asked, on_gpus=num_gpus > 0, cpus_beside=cpus_beside) < num_workers:
         return None
-    free_cpus = sum(node["CPU"] for node in nodes) - num_workers * asked
+    free_cpus = sum(node["CPU"] for node in nodes) - num_workers * asked - cpus_beside
     # Were there more, the preparers of one worker could keep those of another from starting, and it from going on.
     most = int(free_cpus / CPUS_A_PREPARER) // num_workers
     wanted = options.preparers_per_worker or max(1, min(_MOST_PREPARERS, int(free_cpus / num_workers)))
@@ -246,18 +283,24 @@ def _ingest(
     return Ingest.SPLIT if num_gpus and (has_helpers or has_cpus) else Ingest.FUSED
 
 
-def _threads(hosts: Sequence[Mapping[str, float]], num_workers: int, *, on_gpus: bool) -> int:
+def _threads(
+    hosts: Sequence[Mapping[str, float]], num_workers: int, *, on_gpus: bool, cpus_beside: float
+) -> int:
     """The most threads that every worker can have without sharing a CPU; 1 where CPUs must be shared."""
     most = max((int(node["CPU"]) for node in hosts), default=1)
     for num_threads in range(most, 1, -1):
-        if _num_slots(hosts, num_threads, on_gpus=on_gpus) >= num_workers:
+        slots = _num_slots(hosts, num_threads, on_gpus=on_gpus)
+        reserved = _num_slots(hosts, num_threads - _CPUS_LEFT, on_gpus=on_gpus, cpus_beside=cpus_beside)
+        if min(slots, reserved) >= num_workers:
             return num_threads
     return 1
 
 
-def _num_slots(nodes: Sequence[Mapping[str, float]], cpus_per_worker: float, *, on_gpus: bool) -> int:
-    """How many workers of so many CPUs, and a GPU each, the nodes can hold."""
-    by_cpus = [int(node["CPU"] / cpus_per_worker) for node in nodes]
+def _num_slots(
+    nodes: Sequence[Mapping[str, float]], cpus_per_worker: float, *, on_gpus: bool, cpus_beside: float = 0.0
+) -> int:
+    """How many workers of so many CPUs, and a GPU each, the nodes can hold, wherever the CPUs beside are taken."""
+    by_cpus = [int(max(node["CPU"] - cpus_beside, 0) / cpus_per_worker) for node in nodes]
     if not on_gpus:
         return sum(by_cpus)
     return sum(min(most, int(node["GPU"])) for most, node in zip(by_cpus, nodes, strict=True))

@@ -16,6 +16,7 @@ from typing import Any
 from convoy.cluster.nodes import alive_nodes
 from convoy.cluster.ray_data import first_cause, settle_ray_data
 from convoy.cluster.search_plan import (
+    CPUS_A_TRIAL,
     Concurrency,
     GivenUp,
     PastTrial,
@@ -27,11 +28,9 @@ from convoy.cluster.search_plan import (
     TrialProgress,
     fit_trials,
 )
-from convoy.cluster.training import WorkerOptions, plan_workers
+from convoy.cluster.training import TrialWorkers, WorkerOptions, plan_workers
 from convoy.core.trial_events import TrialStatus
 
-# A trial's own process mostly waits: its workers do the work, and have reservations of their own.
-_CPUS_A_TRIAL = 0.1
 # How often a trial goes on after its process was lost, from where its training was.
 _MAX_FAILURES = 2
 # ASHA ends every trial that reaches this epoch, so no trial must: it would not be evaluated.
@@ -54,12 +53,12 @@ TrialFunction = Callable[[TrialPoint, TrialProgress], None]
 def plan_trials(options: WorkerOptions, wanted: int | None) -> Concurrency:
     """How many trials run at once, and the workers of each; waits for nodes that are still starting.
 
-    Raises ClusterError with the numbers if the cluster cannot hold one trial.
+    Raises NoRoom with the numbers if the cluster cannot hold one trial.
     """
-    alone = options.model_copy(update={"num_workers": options.num_workers or 1})
-    plan_workers(alone)
-    fitting = fit_trials(options, alive_nodes(), wanted)
-    return fitting or Concurrency(max_concurrent=1, workers=alone)
+    alone = {**dict(options), "num_workers": options.num_workers or 1}
+    on_gpus = plan_workers(WorkerOptions(**alone)).gpus_per_worker > 0
+    workers = TrialWorkers(**alone, on_gpus=on_gpus)
+    return fit_trials(workers, alive_nodes(), wanted) or Concurrency(max_concurrent=1, workers=workers)
 
 
 def run_search(
@@ -91,7 +90,7 @@ def run_search(
     deadline_s = math.inf if plan.time_s is None else time.monotonic() + plan.time_s
     watch = TrialWatch(journal, show, deadline_s=deadline_s)
     tuner = tune.Tuner(
-        tune.with_resources(_trainable(run_trial), {"cpu": _CPUS_A_TRIAL}),
+        tune.with_resources(_trainable(run_trial), {"cpu": CPUS_A_TRIAL}),
         tune_config=tune.TuneConfig(
             search_alg=TrialQueue(plan, journal),
             scheduler=_scheduler(plan.scheduler, plan.past),

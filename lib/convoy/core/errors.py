@@ -134,6 +134,12 @@ class ClusterError(ConvoyError):
     """Ray or a worker failed."""
 
 
+class NoRoom(ClusterError):
+    """The cluster has not, or not soon enough, what the work needs; with room the same command goes on."""
+
+    exit_code = ExitCode.STOPPED_RESUMABLE
+
+
 class VersionMismatch(ClusterError):
     """A worker has other libraries than the driver: another attempt would meet them again."""
 
@@ -150,5 +156,6 @@ OBSTACLES: tuple[type[ConvoyError], ...] = (
     LeaseHeld,
     LeaseLost,
     RunCancelled,
+    NoRoom,
     VersionMismatch,
 )

@@ -3,9 +3,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from ray.train import ControllerError, WorkerGroupError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
-from convoy.cluster.training import WorkerOptions, fit_workers
+from convoy.cluster import training
+from convoy.cluster.training import TrialWorkers, WorkerOptions, fit_workers, plan_workers
 from convoy.cluster.training_spec import CPUS_A_PREPARER, Ingest
+from convoy.core.errors import OBSTACLES, ClusterError, ExitCode, NoRoom
 
 
 def nodes(*sizes: tuple[float, float]) -> list[dict[str, float]]:
@@ -110,3 +114,65 @@ def test_the_preparers_of_all_workers_fit_beside_the_workers(
 
 def test_workers_that_leave_no_cpu_for_preparers_are_no_plan() -> None:
     assert fit_workers(WorkerOptions(ingest=Ingest.SPLIT, num_workers=2), nodes((1, 0))) is None
+
+
+@pytest.mark.parametrize(
+    ("sizes", "num_workers", "cpus_beside", "num_threads"),
+    [
+        # Half a CPU that a worker does not ask for is enough for a few.
+        ([(4, 0)], 1, 0.1, 4),
+        ([(4, 0)], 1, 0.6, 3),
+        # They may be taken from any of the nodes.
+        ([(4, 0), (4, 0)], 2, 0.6, 3),
+        ([(2, 0)], 4, 0.1, None),
+    ],
+)
+def test_workers_leave_room_for_the_processes_beside_them(
+    sizes: list[tuple[float, float]], num_workers: int, cpus_beside: float, num_threads: int | None
+) -> None:
+    plan = fit_workers(WorkerOptions(num_workers=num_workers), nodes(*sizes), cpus_beside=cpus_beside)
+    assert (plan and plan.num_threads) == num_threads
+
+
+def test_the_workers_of_a_trial_are_where_its_search_planned_them() -> None:
+    """Not on CPUs because GPUs are gone for a while, nor the other way round."""
+    on_gpus, on_cpus = (TrialWorkers(num_workers=1, on_gpus=value) for value in (True, False))
+    assert fit_workers(on_gpus, nodes((8, 0))) is None
+    with_gpus = [fit_workers(workers, nodes((8, 1))) for workers in (on_gpus, on_cpus)]
+    assert [plan and plan.gpus_per_worker for plan in with_gpus] == [1, 0]
+
+
+def test_workers_wait_for_gpus_that_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = iter([nodes((8, 0)), nodes((8, 0)), nodes((8, 1))])
+    monkeypatch.setattr(training, "alive_nodes", lambda: next(seen))
+    monkeypatch.setattr(training.time, "sleep", lambda seconds: None)
+    assert plan_workers(TrialWorkers(num_workers=1, on_gpus=True)).gpus_per_worker == 1
+
+
+def test_a_group_that_no_node_can_hold_has_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "alive_nodes", lambda: nodes((8, 0)))
+    with pytest.raises(NoRoom, match="1 workers of 2 CPUs and a GPU: after 0 s it has 8 CPUs and 0 GPUs"):
+        plan_workers(TrialWorkers(num_workers=1, cpus_per_worker=2, on_gpus=True), timeout_s=0)
+    # Which is nobody's fault: it ends no trial, and the same command goes on.
+    assert NoRoom in OBSTACLES
+    assert NoRoom.exit_code is ExitCode.STOPPED_RESUMABLE
+
+
+@pytest.mark.parametrize(
+    ("cpus_left", "error", "kind", "words"),
+    [
+        (8, ControllerError(WorkerGroupStartupTimeoutError(2)), NoRoom, "no room came free for 2 workers"),
+        (2, ControllerError(WorkerGroupStartupTimeoutError(2)), NoRoom, "cannot hold 2 workers of 2 CPUs any"),
+        (2, WorkerGroupError("lost", {0: ValueError("lost")}), NoRoom, "it has 2 CPUs and 0 GPUs"),
+        (8, WorkerGroupError("lost", {0: ValueError("lost")}), ClusterError, "lost"),
+    ],
+)
+def test_a_group_that_failed_says_whether_it_had_no_room(
+    monkeypatch: pytest.MonkeyPatch, cpus_left: float, error: Exception, kind: type[ClusterError], words: str
+) -> None:
+    plan = fit_workers(WorkerOptions(num_workers=2, cpus_per_worker=2), nodes((8, 0)))
+    assert plan is not None
+    monkeypatch.setattr(training, "alive_nodes", lambda: nodes((cpus_left, 0)))
+    explained = training._explained(error, plan)
+    assert type(explained) is kind
+    assert words in explained.what

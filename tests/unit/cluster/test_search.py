@@ -19,7 +19,7 @@ from convoy.cluster.search_plan import (
     TrialPoint,
     fit_trials,
 )
-from convoy.cluster.training import WorkerOptions
+from convoy.cluster.training import TrialWorkers, WorkerOptions
 from convoy.cluster.trial_queue import METRIC, POINT, TrialQueue
 from convoy.cluster.trial_reporting import EPOCH
 from convoy.cluster.tuning import _PastTuneTrial, _scheduler
@@ -42,7 +42,11 @@ GPU_NODE = {"CPU": 16.0, "GPU": 4.0}
         ({}, [GPU_NODE], None, (4, 1, 2)),
         ({"num_workers": 2}, [GPU_NODE], None, (2, 2, 2)),
         ({}, [GPU_NODE] * 2, 3, (3, 1, 2)),
-        ({"cpus_per_worker": 8}, [GPU_NODE], None, (2, 1, 8)),
+        ({"cpus_per_worker": 7}, [GPU_NODE], None, (2, 1, 7)),
+        # Two of 7.5 CPUs, a preparer for each, and the trials' own processes would need more than all 16.
+        ({"cpus_per_worker": 8}, [GPU_NODE], None, (1, 1, 8)),
+        # Trials of one thread each ask for half a CPU, and a tenth for their own process.
+        ({"cpus_per_worker": 1}, LAPTOP, 4, (3, 1, 1)),
         # More than fit are not planned, however many are wanted.
         ({"cpus_per_worker": 2}, LAPTOP, 5, (1, 1, 2)),
     ],
@@ -54,6 +58,17 @@ def test_trials_share_the_cluster_without_waiting_for_each_other(
     assert fitting is not None
     workers = fitting.workers
     assert (fitting.max_concurrent, workers.num_workers, workers.cpus_per_worker) == expected
+
+
+@pytest.mark.parametrize(("node", "on_gpus"), [(GPU_NODE, True), (LAPTOP[0], False)])
+def test_the_share_of_a_trial_says_whether_it_has_gpus(node: dict[str, float], on_gpus: bool) -> None:
+    fitting = fit_trials(WorkerOptions(), [node], None)
+    assert fitting is not None
+    assert fitting.workers.on_gpus is on_gpus
+    # Also where GPUs came while the search was planned.
+    planned = fit_trials(TrialWorkers(on_gpus=False), [GPU_NODE], None)
+    assert planned is not None
+    assert not planned.workers.on_gpus
 
 
 def test_a_cluster_too_small_for_one_trial_gives_no_plan() -> None:

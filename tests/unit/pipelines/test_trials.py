@@ -6,7 +6,7 @@ import pytest
 
 from cache_jobs import write_digits
 from convoy.cluster.search_plan import Concurrency, GivenUp
-from convoy.cluster.training import WorkerOptions
+from convoy.cluster.training import TrialWorkers
 from convoy.core.config import parse_config
 from convoy.core.errors import OBSTACLES, ConvoyError, DataError
 from convoy.core.progress import Silent
@@ -53,7 +53,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> TrialJob:
         run_id="run-1",
         dataset_fingerprint=open_dataset(store, "digits").fingerprint,
         config=parse_config(TuneConfig, CONFIG, where="test"),
-        share=Concurrency(max_concurrent=1, workers=WorkerOptions(num_workers=1)),
+        share=Concurrency(max_concurrent=1, workers=TrialWorkers(num_workers=1, on_gpus=False)),
         weights={},
     )
 
