@@ -38,19 +38,18 @@ def grow_cluster(wanted: ClusterSize, *, timeout_s: float = _TIMEOUT_S) -> None:
     """
     if _size().covers(wanted):
         return
-    from ray.autoscaler.sdk import request_resources  # noqa: PLC0415
-
-    request_resources(num_cpus=wanted.cpus, bundles=[{"GPU": 1}] * wanted.gpus)
     try:
         _wait(wanted, timeout_s)
     finally:
         # It would outlive a driver that is killed. Machines that work stay without it.
-        request_resources(num_cpus=0)
+        _request(ClusterSize(0, 0))
 
 
 def _wait(wanted: ClusterSize, timeout_s: float) -> None:
     deadline_s = time.monotonic() + timeout_s
     while not (size := _size()).covers(wanted):
+        # Again and again: a cluster has one such request, and Ray Data and other drivers replace it by theirs.
+        _request(wanted)
         if time.monotonic() > deadline_s:
             raise ClusterError(
                 f"after {timeout_s:.0f} s the cluster has {size.cpus} CPUs and {size.gpus} GPUs"
@@ -58,6 +57,12 @@ def _wait(wanted: ClusterSize, timeout_s: float) -> None:
                 next_step=f"see why no machine joins (`ray status`), or lower {CPUS_VARIABLE} or {GPUS_VARIABLE}",
             )
         time.sleep(min(_POLL_S, timeout_s))
+
+
+def _request(size: ClusterSize) -> None:
+    from ray.autoscaler.sdk import request_resources  # noqa: PLC0415
+
+    request_resources(num_cpus=size.cpus, bundles=[{"GPU": 1}] * size.gpus)
 
 
 def _size() -> ClusterSize:
