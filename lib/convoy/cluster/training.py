@@ -18,7 +18,7 @@ from pydantic import Field, PositiveInt
 from convoy.cluster.library_versions import library_versions, require_versions
 from convoy.cluster.nodes import alive_nodes
 from convoy.cluster.own_node import actor_here
-from convoy.cluster.ray_data import first_cause
+from convoy.cluster.ray_data import first_cause, settle_ray_data
 from convoy.cluster.training_board import Board, BoardReader
 from convoy.cluster.training_spec import CPUS_A_PREPARER, Ingest, TrainingSpec
 from convoy.core.config import StrictModel
@@ -108,7 +108,7 @@ def run_training(
     board = actor_here(Board).remote()
     trainer = _trainer(spec, plan, board)
     ended: list[Any] = []
-    thread = threading.Thread(target=_fit, args=(trainer, ended), name="train", daemon=True)
+    thread = threading.Thread(target=_fit, args=(trainer, plan.ingest, ended), name="train", daemon=True)
     thread.start()
     reader, has_ended = BoardReader(board), False
     while not has_ended:
@@ -157,8 +157,11 @@ def _waited_in_vain(error: BaseException) -> bool:
     return isinstance(failure, InsufficientClusterResourcesError | WorkerGroupStartupTimeoutError)
 
 
-def _fit(trainer: Any, ended: list[Any]) -> None:
+def _fit(trainer: Any, ingest: Ingest, ended: list[Any]) -> None:
     try:
+        if ingest is Ingest.SPLIT:
+            # Workers would start them on their own nodes, and a node that is lost takes them from all the others.
+            settle_ray_data()
         ended.append(trainer.fit().return_value)
     except BaseException as error:
         ended.append(error)
