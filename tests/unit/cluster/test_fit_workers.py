@@ -162,7 +162,12 @@ def test_a_group_that_no_node_can_hold_has_no_room(monkeypatch: pytest.MonkeyPat
     ("cpus_left", "error", "kind", "words"),
     [
         (8, ControllerError(WorkerGroupStartupTimeoutError(2)), NoRoom, "no room came free for 2 workers"),
-        (2, ControllerError(WorkerGroupStartupTimeoutError(2)), NoRoom, "cannot hold 2 workers of 2 CPUs any"),
+        (
+            2,
+            ControllerError(WorkerGroupStartupTimeoutError(2)),
+            NoRoom,
+            "cannot hold 2 workers of 2 CPUs any",
+        ),
         (2, WorkerGroupError("lost", {0: ValueError("lost")}), NoRoom, "it has 2 CPUs and 0 GPUs"),
         (8, WorkerGroupError("lost", {0: ValueError("lost")}), ClusterError, "lost"),
     ],
