@@ -14,6 +14,7 @@ from convoy.core.crash_points import CrashPoint, crash_point
 from convoy.core.errors import OBSTACLES, ClusterError, ConvoyError
 from convoy.core.records import Split
 from convoy.core.trial_events import TrialState
+from convoy.pipelines.feature_plan import PrecisionChoice
 from convoy.pipelines.folds import train_folds
 from convoy.pipelines.network_training import CurveDrawer
 from convoy.pipelines.train import run_train
@@ -26,13 +27,14 @@ from convoy.storage.datasets import open_dataset
 from convoy.storage.leases import WhenHeld
 from convoy.storage.runs import RunFolder
 from convoy.storage.stores import open_store
+from convoy.vision.training_config import Precision
 
 
 class TrialJob(StrictModel):
     """What all trials of a search are told: where it is, and the share of the cluster that each may use.
 
     `weights` are copies in the workspace, which every node can read, of the files that networks begin with: by
-    `network_key`.
+    `network_key`. `precision` is what `auto` means in all trials, on whichever node they run.
     """
 
     workspace: str
@@ -41,6 +43,7 @@ class TrialJob(StrictModel):
     config: TuneConfig
     share: Concurrency
     weights: Mapping[str, str]
+    precision: PrecisionChoice
 
 
 def run_trial(job: TrialJob, draw_curves: CurveDrawer, point: TrialPoint, progress: TrialProgress) -> None:
@@ -116,15 +119,24 @@ def _train_and_predict(
 
 
 def _here(job: TrialJob, config: TrainConfig) -> TrainConfig:
-    """The training as it runs in this process: its share of the cluster, and files that are on every node."""
+    """The training as it runs in this process: its share of the cluster, and what is the same on every node."""
     backbone = config.backbone
     weights = job.weights.get(network_key(backbone), backbone.weights)
-    operators = {"num_workers": job.share.workers.num_workers, "cpus_per_worker": job.share.operator_cpus}
+    extraction: dict[str, Any] = {
+        "num_workers": job.share.workers.num_workers,
+        "cpus_per_worker": job.share.operator_cpus,
+    }
+    if config.extraction.precision is PrecisionChoice.AUTO:
+        extraction["precision"] = job.precision
+    recipe = config.recipe
+    if recipe.precision is Precision.AUTO:
+        recipe = recipe.model_copy(update={"precision": Precision(job.precision.value)})
     return config.model_copy(
         update={
             "workspace": job.workspace,
             "backbone": backbone.model_copy(update={"weights": weights}),
             "workers": job.share.workers,
-            "extraction": config.extraction.model_copy(update=operators),
+            "extraction": config.extraction.model_copy(update=extraction),
+            "recipe": recipe,
         }
     )

@@ -21,7 +21,7 @@ from convoy.core.statistics import Interval
 from convoy.core.trial_events import TrialState
 from convoy.pipelines.ensemble_building import EnsembleReport, ReportDrawer, build_ensemble
 from convoy.pipelines.ensemble_candidates import Candidate
-from convoy.pipelines.feature_plan import forward_s
+from convoy.pipelines.feature_plan import PrecisionChoice, forward_s
 from convoy.pipelines.network_training import CurveDrawer
 from convoy.pipelines.search_time import SearchTimer, seconds_spent
 from convoy.pipelines.train_config import PROBES, TrainConfig
@@ -36,11 +36,14 @@ from convoy.storage.leases import RunLease, WhenHeld, hold_run
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import OpenRun, RunFolder, RunRecord, refuse_changed_identity
+from convoy.vision.engine_options import best_precision
 from convoy.vision.heads import HeadKind
 
 _VERB = "tune"
 _RAY_TUNE = "ray_tune"
 _PAGE = "ensemble.html"
+# In the settings of a search's record.
+_PRECISION = "precision"
 _NEVER_RAN = GivenUp(
     state=TrialState.STOPPED, reason="the budget was used up before it came to run", epochs=(), seconds=0
 )
@@ -117,10 +120,11 @@ def run_tune(
         if (known := folder.report()) is not None:
             # By a driver that was at work until now.
             return TuneReport.model_validate(known)
-        refuse_changed_identity(folder.record() or _record(folder, identity, config), identity)
+        record = folder.record() or _record(folder, identity, config)
+        refuse_changed_identity(record, identity)
         search = _Search(store, manifest, config, progress, folder, lease)
         with ray_session():
-            records = search.run(draw.training)
+            records = search.run(draw.training, _precision(record))
             ensemble = search.build_ensemble(records)
         report = TuneReport(
             **ensemble.model_dump(),
@@ -142,9 +146,15 @@ def _record(folder: RunFolder, identity: dict[str, Any], config: TuneConfig) -> 
         config=config.model_dump(mode="json"),
         outputs={},
         groups=(),
+        settings={_PRECISION: best_precision().value},
     )
     folder.write_record(record)
     return record
+
+
+def _precision(record: RunRecord) -> PrecisionChoice:
+    """What `auto` means in every trial of a search; in those that began without a word on it each trial decides."""
+    return PrecisionChoice(record.settings.get(_PRECISION, PrecisionChoice.AUTO))
 
 
 class _Search:
@@ -164,8 +174,8 @@ class _Search:
         self._journal = TrialJournal(folder, config)
         self.notes: list[str] = []
 
-    def run(self, draw_curves: CurveDrawer) -> list[TrialRecord]:
-        """All trials, ended; TrainingError if none finished."""
+    def run(self, draw_curves: CurveDrawer, precision: PrecisionChoice) -> list[TrialRecord]:
+        """All trials, ended; TrainingError if none finished. `precision` is what `auto` means in all of them."""
         config, progress = self._config, self._progress
         progress.stage("bringing the networks into the workspace")
         examples = fetch_networks(self._store, self._manifest, config)
@@ -180,6 +190,7 @@ class _Search:
             config=config,
             share=share,
             weights=copied_weights(self._store, examples),
+            precision=precision,
         )
         plan = self._plan(share.max_concurrent)
         progress.stage("trials")

@@ -12,14 +12,16 @@ from convoy.core.errors import OBSTACLES, ConvoyError, DataError
 from convoy.core.progress import Silent
 from convoy.core.splits import SplitOptions
 from convoy.core.trial_events import TrialState
+from convoy.pipelines.feature_plan import PrecisionChoice
 from convoy.pipelines.network_plan import wanted_recipe
 from convoy.pipelines.train_config import TrainConfig
 from convoy.pipelines.trial_journal import TrialJournal
-from convoy.pipelines.trials import TrialJob, run_trial
+from convoy.pipelines.trials import TrialJob, _here, run_trial
 from convoy.pipelines.tune_config import TuneConfig
 from convoy.storage.datasets import freeze_dataset, open_dataset
 from convoy.storage.local_store import LocalStore
 from convoy.storage.runs import RunFolder
+from convoy.vision.training_config import Precision
 
 CONFIG = {
     "name": "search",
@@ -55,6 +57,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> TrialJob:
         config=parse_config(TuneConfig, CONFIG, where="test"),
         share=Concurrency(max_concurrent=1, workers=TrialWorkers(num_workers=1, on_gpus=False)),
         weights={},
+        precision=PrecisionChoice.BF16,
     )
 
 
@@ -96,3 +99,24 @@ def test_a_job_and_a_record_that_were_written_out_train_what_was_drawn(job: Tria
     for training in (arrived.train_config(point), TrainConfig.model_validate(record.config)):
         recipe = wanted_recipe(training)
         assert (recipe.label_smoothing, recipe.mixup_alpha, recipe.batch_size) == (0.0, 0.8, 4096)
+
+
+def test_auto_means_one_precision_in_all_trials(job: TrialJob) -> None:
+    """Not what the node is good for on which a trial happens to be."""
+    train_config = journal_of(job).train_config(journal_of(job).point(0, {"recipe.seed": 0}))
+    here = _here(job, train_config)
+    assert (here.extraction.precision, here.recipe.precision) == (PrecisionChoice.BF16, Precision.BF16)
+    explicit = train_config.model_copy(
+        update={
+            "extraction": train_config.extraction.model_copy(update={"precision": PrecisionChoice.FP32}),
+            "recipe": train_config.recipe.model_copy(update={"precision": Precision.FP16}),
+        }
+    )
+    kept = _here(job, explicit)
+    assert (kept.extraction.precision, kept.recipe.precision) == (PrecisionChoice.FP32, Precision.FP16)
+
+
+def test_a_trial_trains_with_the_workers_of_its_share_and_records_none_of_it(job: TrialJob) -> None:
+    here = _here(job, journal_of(job).train_config(journal_of(job).point(0, {"recipe.seed": 0})))
+    assert here.workers == job.share.workers
+    assert "on_gpus" not in here.model_dump()["workers"]

@@ -15,13 +15,16 @@ from convoy.core.fingerprints import digest
 from convoy.core.progress import Silent
 from convoy.core.splits import SplitOptions
 from convoy.core.trial_events import TrialState
+from convoy.pipelines import tune
+from convoy.pipelines.feature_plan import PrecisionChoice
 from convoy.pipelines.trial_journal import TrialJournal
-from convoy.pipelines.tune import TuneDrawers, _Search, run_tune
+from convoy.pipelines.tune import TuneDrawers, _precision, _record, _Search, run_tune
 from convoy.pipelines.tune_config import TuneConfig
 from convoy.storage.datasets import freeze_dataset, open_dataset
 from convoy.storage.leases import hold_run
 from convoy.storage.local_store import LocalStore
 from convoy.storage.runs import OpenRun
+from convoy.vision.engine_options import Precision
 
 DRAW = TuneDrawers(
     training=lambda history: b"",
@@ -81,3 +84,17 @@ def test_a_trial_that_the_end_of_the_time_cut_short_keeps_its_epochs(search: _Se
     assert of_waited.epochs == ()
     assert of_waited.reason is not None
     assert "before it came to run" in of_waited.reason
+
+
+def test_a_search_that_goes_on_elsewhere_keeps_its_precision(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = OpenRun(store, verb="tune", target=digest(["search"])).start()
+    monkeypatch.setattr(tune, "best_precision", lambda: Precision.FP32)
+    _record(folder, {}, config_in(store))
+    monkeypatch.setattr(tune, "best_precision", lambda: Precision.BF16)
+    known = folder.record()
+    assert known is not None
+    assert _precision(known) is PrecisionChoice.FP32
+    # One that began without a word on it keeps what its trials have decided.
+    assert _precision(known.model_copy(update={"settings": {}})) is PrecisionChoice.AUTO
