@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import pytest
@@ -17,7 +18,11 @@ def context() -> Iterator[DataContext]:
         yield DataContext.get_current()
 
 
-def test_a_job_may_wait_for_room_as_long_as_it_takes(context: DataContext) -> None:
+def test_a_job_may_wait_for_room_as_long_as_it_takes(
+    context: DataContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # During a test those of pytest are among its handlers, and what it quiets stays quiet.
+    monkeypatch.setattr(logging.getLogger("ray.data"), "handlers", [])
     assert NoProgressGuard({}, context.execution_no_progress_timeout_s).enabled
     quiet_ray_data()
     assert not NoProgressGuard({}, context.execution_no_progress_timeout_s).enabled
