@@ -42,7 +42,7 @@ def last_image(folder: Path) -> Path:
 
 @contextmanager
 def working(job: CacheJob, environment: Mapping[str, str]) -> Iterator[subprocess.Popen[str]]:
-    """A driver that has done all slices but the last, whose worker waits for an image."""
+    """A driver that has done most slices, whose worker waits for the image of the last one."""
     command = [str(CONVOY), *job.arguments(), "--json"]
     with subprocess.Popen(
         command,
@@ -52,15 +52,16 @@ def working(job: CacheJob, environment: Mapping[str, str]) -> Iterator[subproces
         env={**os.environ, **environment},
     ) as driver:
         try:
-            wait_until(lambda: all_but_the_last_are_done(job))
+            wait_until(lambda: only_the_last_are_left(job))
             yield driver
         finally:
             driver.kill()
 
 
-def all_but_the_last_are_done(job: CacheJob) -> bool:
+def only_the_last_are_left(job: CacheJob) -> bool:
+    # On a busy machine Ray may hand a worker the last slice before the last but one, which waits behind it then.
     listed = list_runs(open_store(job.workspace)).runs
-    return any(run.done == job.num_images - SLICE_ROWS for run in listed)
+    return any(run.done >= job.num_images - 2 * SLICE_ROWS for run in listed)
 
 
 def test_second_driver_exits_and_names_the_first(tmp_path: Path, ray_cluster: dict[str, str]) -> None:
@@ -72,10 +73,11 @@ def test_second_driver_exits_and_names_the_first(tmp_path: Path, ray_cluster: di
         assert f"another driver works on this run: process {first.pid} on " in second.stderr
 
         (listed,) = runs(job, "list")["runs"]
-        assert (listed["state"], listed["done"], listed["inputs"]) == ("held", 80, 96)
+        assert (listed["state"], listed["inputs"]) == ("held", 96)
+        assert listed["done"] in (64, 80)
         assert f"process {first.pid} on " in listed["held_by"]
         shown = runs(job, "show", listed["run"])
-        assert (shown["slices_done"], shown["slices"]) == (5, 6)
+        assert (shown["slices_done"] in (4, 5), shown["slices"]) == (True, 6)
         assert shown["images_per_s"] > 0
 
         image.release()
