@@ -61,7 +61,7 @@ def working(job: CacheJob, environment: Mapping[str, str]) -> Iterator[subproces
 def only_the_last_are_left(job: CacheJob) -> bool:
     # On a busy machine Ray may hand a worker the last slice before the last but one, which waits behind it then.
     listed = list_runs(open_store(job.workspace)).runs
-    return any(run.done >= job.num_images - 2 * SLICE_ROWS for run in listed)
+    return any((run.done or 0) >= job.num_images - 2 * SLICE_ROWS for run in listed)
 
 
 def test_second_driver_exits_and_names_the_first(tmp_path: Path, ray_cluster: dict[str, str]) -> None:
