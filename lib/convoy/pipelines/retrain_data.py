@@ -151,7 +151,8 @@ def examine_new_data(
     text = f"{len(new_classes)} new classes: {', '.join(new_classes[:5])}"
     findings.add(bool(new_classes), text, checks.when_new_classes)
     embeddings = _embedding_shift(scorer, set_id, new, old, checks, findings)
-    top1 = _examine_batches(rows, scorer, checks, findings, set_id, champion, on_holdout)
+    agreement = _agreement(rows, new, scorer, champion, on_holdout)
+    top1 = _examine_batches(rows, is_usable_N, agreement, checks, findings)
     look_for_losses(rows, checks, champion, findings)
     empty = _empty_classes(rows)
     findings.add(bool(empty), f"no training image can be used of: {', '.join(empty[:5])}", WhenFound.HOLD)
@@ -195,65 +196,81 @@ def _embedding_shift(
     return found
 
 
-def _examine_batches(
+@dataclass(frozen=True, slots=True, eq=False)
+class _Agreement:
+    """Which new rows have labels that the champion knows, where it agrees, and its top-1 on the holdout."""
+
+    judged_N: NDArray[np.bool_]
+    agrees_N: NDArray[np.bool_]
+    usual: float
+
+
+def _agreement(
     rows: RetrainRows,
+    new: pa.Table,
     scorer: CachedScorer,
-    checks: DataChecks,
-    findings: Findings,
-    set_id: str,
     champion: CommitteeRecord | None,
     on_holdout: ModelScores | None,
+) -> _Agreement | None:
+    """What the champion says of the new labels of classes that it knows; None where nothing can be compared."""
+    is_labelled_N = _mask(pc.is_valid(new["label"]))
+    if champion is None or on_holdout is None or not is_labelled_N.any() or not on_holdout.found_N.any():
+        return None
+    scores = scorer.scores(champion, _named(new.filter(pa.array(is_labelled_N))), rows.shared_classes)
+    known = [rows.shared_classes.index(name) for name in champion.classes if name in rows.shared_classes]
+    judged_N, agrees_N = np.zeros(new.num_rows, np.bool_), np.zeros(new.num_rows, np.bool_)
+    judged_N[is_labelled_N] = scores.found_N & np.isin(scores.labels_N, known)
+    agrees_N[is_labelled_N] = scores.correct_N
+    usual = float(on_holdout.correct_N[on_holdout.found_N].mean())
+    return _Agreement(judged_N, agrees_N, usual)
+
+
+def _examine_batches(
+    rows: RetrainRows,
+    is_usable_N: NDArray[np.bool_],
+    agreement: _Agreement | None,
+    checks: DataChecks,
+    findings: Findings,
 ) -> float | None:
     """Rejects and labels of the new rows, and of those that were held before: good rows of later days hide no bad ones.
 
-    Returns the champion's top-1 on all new rows, or None where it was not measured.
+    The masks are of the new rows. Returns the champion's top-1 on all of them, or None where it was not measured.
     """
     batches = {
-        "": rows.is_new_N,
-        **{f" that were held on {date}": one_N for date, one_N in rows.held_N.items()},
+        "": np.ones(len(is_usable_N), np.bool_),
+        **{f" that were held on {date}": one_N[rows.is_new_N] for date, one_N in rows.held_N.items()},
     }
-    agreements = []
+    top1 = []
     for which, is_chosen_N in batches.items():
-        table = rows.chosen(is_chosen_N)
-        if table.num_rows >= checks.min_rows:
-            is_usable_N = scorer.known_content(set_id).has_rows(table["content_id"].combine_chunks())
-            rate = 1 - float(is_usable_N.mean())
-            text = f"{rate:.1%} of the {table.num_rows} new rows{which} cannot be used"
+        num_rows = int(is_chosen_N.sum())
+        if num_rows >= checks.min_rows:
+            rate = 1 - float(is_usable_N[is_chosen_N].mean())
+            text = f"{rate:.1%} of the {num_rows} new rows{which} cannot be used"
             findings.add(rate > checks.max_reject_rate, text, checks.when_rejects)
-        labelled = _named(table.filter(pc.is_valid(table["label"])))
-        agreements.append(
-            _label_agreement(rows, labelled, scorer, champion, on_holdout, checks, findings, which=which)
-        )
-    return agreements[0]
+        top1.append(_examine_labels(is_chosen_N, agreement, checks, findings, which))
+    return top1[0]
 
 
-def _label_agreement(
-    rows: RetrainRows,
-    labelled: NamedRows,
-    scorer: CachedScorer,
-    champion: CommitteeRecord | None,
-    on_holdout: ModelScores | None,
+def _examine_labels(
+    is_chosen_N: NDArray[np.bool_],
+    agreement: _Agreement | None,
     checks: DataChecks,
     findings: Findings,
-    *,
     which: str,
 ) -> float | None:
-    """How often the champion agrees with labels of classes that it knows."""
-    if champion is None or on_holdout is None or not len(labelled):
+    """The champion's top-1 on some of the new rows, or None for too few that it can be asked about."""
+    if agreement is None:
         return None
-    scores = scorer.scores(champion, labelled, rows.shared_classes)
-    known = [rows.shared_classes.index(name) for name in champion.classes if name in rows.shared_classes]
-    judged_N = scores.found_N & np.isin(scores.labels_N, known)
-    if judged_N.sum() < checks.min_rows or not on_holdout.found_N.any():
+    judged_N = is_chosen_N & agreement.judged_N
+    if judged_N.sum() < checks.min_rows:
         return None
-    agreement = float(scores.correct_N[judged_N].mean())
-    usual = float(on_holdout.correct_N[on_holdout.found_N].mean())
+    top1 = float(agreement.agrees_N[judged_N].mean())
     text = (
-        f"the champion agrees with {agreement:.1%} of the new labels{which} and with {usual:.1%} of the holdout's:"
-        " the new labels look wrong, or the new images are of another kind"
+        f"the champion agrees with {top1:.1%} of the new labels{which} and with {agreement.usual:.1%} of the"
+        " holdout's: the new labels look wrong, or the new images are of another kind"
     )
-    findings.add(usual - agreement > checks.max_label_drop, text, checks.when_labels_disagree)
-    return agreement
+    findings.add(agreement.usual - top1 > checks.max_label_drop, text, checks.when_labels_disagree)
+    return top1
 
 
 def look_for_losses(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -114,22 +114,22 @@ def _since_champion(
     Of a champion that no date made, the version that was promoted on last; None where there is neither.
     """
     promoted: str | None = None
+    # By version: the oldest date that was about one is the last to be put down.
     held: dict[str, str] = {}
-    held_since_promoted: dict[str, str] = {}
+    held_since_promoted: dict[str, str] | None = None
     for report in newest_first:
         if report.candidate == champion:
-            return report.dataset_fingerprint, _oldest_first(held)
+            return report.dataset_fingerprint, _by_date(held)
         if report.data is not None and report.data.objections and report.decision is Decision.HELD:
-            held[report.date] = report.dataset_fingerprint
+            held[report.dataset_fingerprint] = report.date
         if promoted is None and report.decision is Decision.PROMOTED:
             promoted, held_since_promoted = report.dataset_fingerprint, dict(held)
-    return promoted, _oldest_first(held_since_promoted if promoted is not None else held)
+    return promoted, _by_date(held if held_since_promoted is None else held_since_promoted)
 
 
-def _oldest_first(held: dict[str, str]) -> dict[str, str]:
-    """Each version once, under the first date that was about it."""
-    dates = {fingerprint: date for date, fingerprint in sorted(held.items(), reverse=True)}
-    return {date: fingerprint for fingerprint, date in sorted(dates.items(), key=lambda one: one[1])}
+def _by_date(dates: Mapping[str, str]) -> dict[str, str]:
+    """Versions by their dates, oldest first, from dates by version."""
+    return dict(sorted((date, fingerprint) for fingerprint, date in dates.items()))
 
 
 def _settings(config: RetrainConfig) -> dict[str, object]:
