@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 
-from convoy.cluster.ray_data import first_cause, quiet_ray_data
+from convoy.cluster.ray_data import first_cause, set_up_ray_data
 from convoy.cluster.slices import WorkerPool
 from convoy.vision.decode_rule import DecodeRule
 from convoy.vision.pixel_statistics import MeasuredImages
@@ -25,7 +25,7 @@ def measure_slices(
     import ray.data  # noqa: PLC0415
     from ray.exceptions import RayError  # noqa: PLC0415
 
-    quiet_ray_data()
+    set_up_ray_data()
     dataset = ray.data.from_arrow(list(slices)).map_batches(
         _PixelWorker,
         fn_constructor_args=(decode_rule.model_dump_json(), pool.num_threads),

@@ -11,8 +11,11 @@ from convoy.core.errors import ClusterError, ConvoyError
 _NO_LIMIT = -1
 
 
-def quiet_ray_data() -> None:
-    """Leave the terminal to our own progress, and wait for room as long as it takes; Ray's log files stay complete."""
+def set_up_ray_data() -> None:
+    """Ray Data leaves the terminal to our own progress, and waits for room as long as it takes.
+
+    Its log files stay complete.
+    """
     import ray.data  # noqa: PLC0415
 
     context = ray.data.DataContext.get_current()
@@ -32,7 +35,7 @@ def settle_ray_data() -> None:
     """
     import ray.data  # noqa: PLC0415
 
-    quiet_ray_data()
+    set_up_ray_data()
     pool = ray.data.ActorPoolStrategy(size=1)
     # Not `range`: its task wants a whole CPU, and others may hold them all.
     ray.data.from_items([{"item": 0}]).map_batches(_Settler, compute=pool, num_cpus=0).materialize()

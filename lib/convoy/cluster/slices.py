@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 from convoy.cluster.deadly_slices import DeathWatch
 from convoy.cluster.library_versions import library_versions, require_versions
 from convoy.cluster.nodes import alive_nodes
-from convoy.cluster.ray_data import first_cause, quiet_ray_data
+from convoy.cluster.ray_data import first_cause, set_up_ray_data
 from convoy.cluster.slice_metrics import SliceMetrics
 from convoy.core.config import StrictModel
 from convoy.core.errors import ClusterError, ConvoyError
@@ -143,7 +143,7 @@ def run_slices(
     import ray.data  # noqa: PLC0415
     from ray.exceptions import RayError  # noqa: PLC0415
 
-    quiet_ray_data()
+    set_up_ray_data()
     metrics = SliceMetrics(verb, spec.run_id, num_slices=len(tasks))
     rows = [{"task": task.model_dump_json()} for task in tasks]
     # A block a slice: slices are handed out one by one, and a record comes back as soon as its slice is done.

@@ -24,7 +24,7 @@ import torch
 from convoy.cluster.batch_feed import EpochOrder
 from convoy.cluster.image_loading import ImageLoader, PreparedBatch, RejectedRow
 from convoy.cluster.own_node import actor_here
-from convoy.cluster.ray_data import quiet_ray_data
+from convoy.cluster.ray_data import set_up_ray_data
 from convoy.cluster.running_ahead import ahead
 from convoy.cluster.training_spec import CPUS_A_PREPARER, TrainingSpec
 from convoy.core.errors import ClusterError
@@ -137,7 +137,7 @@ class _TaskStream:
     """The actor that runs Ray Data for one training worker, on its node."""
 
     def __init__(self, place: _Place, preset: EvalPreset) -> None:
-        quiet_ray_data()
+        set_up_ray_data()
         self._place, self._preset = place, preset
 
     def run(

@@ -9,7 +9,7 @@ import pytest
 from ray.data import DataContext
 from ray.data._internal.execution.no_progress_guard import NoProgressGuard
 
-from convoy.cluster.ray_data import quiet_ray_data
+from convoy.cluster.ray_data import set_up_ray_data
 
 
 @pytest.fixture
@@ -24,5 +24,5 @@ def test_a_job_may_wait_for_room_as_long_as_it_takes(
     # During a test those of pytest are among its handlers, and what it quiets stays quiet.
     monkeypatch.setattr(logging.getLogger("ray.data"), "handlers", [])
     assert NoProgressGuard({}, context.execution_no_progress_timeout_s).enabled
-    quiet_ray_data()
+    set_up_ray_data()
     assert not NoProgressGuard({}, context.execution_no_progress_timeout_s).enabled
