@@ -107,6 +107,10 @@ def test_ten_days_cost_their_new_images_and_promote_nothing_worse(tmp_path: Path
     # What a person put right is new beside what came in, and no date is held for it.
     assert [ledger[day - 1][0]["data"]["objections"] for day in (5, 8)] == [[], []]
     assert ledger[8][0]["data"]["new_classes"] == [LATE_CLASS]
+    # Its test rows judge from the day after its promotion.
+    assert decisions[8] == "promoted"
+    late = ledger[9][0]["holdout_rows"] - ledger[8][0]["holdout_rows"]
+    assert f"{late} test rows of {LATE_CLASS} joined the holdout" in ledger[9][0]["notes"]
     # No promotion was one to a worse model on the frozen holdout.
     for report, _ in ledger[1:]:
         if report["decision"] == "promoted":

@@ -35,7 +35,8 @@ class RetrainRows:
     `table` has the columns of the manifest that count here and `class`, the class name or null. `is_new_N` marks rows
     whose content and class were not in the version that the champion was made from, and `held_N` tells by date those
     of them that came with a version whose data was objected to. `holdout` are rows of the frozen holdout that the
-    version still has, with the classes that were frozen; `frozen_by_class` counts all that were frozen.
+    version still has, with the classes that were frozen; `frozen_by_class` counts all that were frozen, and `joined`
+    those that a date added.
     """
 
     manifest: Manifest
@@ -45,6 +46,7 @@ class RetrainRows:
     held_N: dict[str, NDArray[np.bool_]]
     holdout: NamedRows
     frozen_by_class: Counter[str]
+    joined: Counter[str]
     num_before: int
     num_removed: int
     shared_classes: tuple[str, ...]
@@ -63,12 +65,7 @@ class RetrainRows:
     @property
     def newest(self) -> NamedRows:
         """New labelled rows that no training ever sees: of the test split, and equal to no row that is elsewhere."""
-        in_test_N = _mask(pc.equal(self.table["split"], Split.TEST.value))
-        labelled_N = _mask(pc.is_valid(self.table["label"]))
-        table = self.table.filter(pa.array(in_test_N & labelled_N & self.is_new_N & ~self.is_held_out_N))
-        elsewhere = self.table["content_id"].filter(pa.array(~in_test_N))
-        is_learnt_N = np.isin(content_id_array(table["content_id"]), content_id_array(elsewhere))
-        return _named(table.filter(pa.array(~is_learnt_N)))
+        return _named(_unseen(self.table, self.is_new_N & ~self.is_held_out_N))
 
     def chosen(self, is_chosen_N: NDArray[np.bool_]) -> pa.Table:
         """The rows of a mask."""
@@ -80,18 +77,35 @@ def open_rows(
     previous: Manifest | None,
     folder: RetrainFolder,
     held: Mapping[str, Manifest] | None = None,
+    *,
+    date: str,
+    champion_classes: Sequence[str] = (),
+    min_class_rows: int = 1,
 ) -> RetrainRows:
     """The rows of a version. The first time, its labelled test rows become the holdout for good.
+
+    Later, test rows of classes that the champion knows and the holdout has fewer than `min_class_rows` of join it, if
+    they were there when the champion was chosen: neither today's data nor what was objected to can choose its judges.
 
     `held` are versions since `previous` whose data was objected to, by date and oldest first. Raises
     DataError where no test row is labelled, or nothing of the holdout is left.
     """
     table = _read(manifest)
+    pairs = _pairs(table)
+    before = set() if previous is None else set(_pairs(_read(previous)))
+    is_new_N = np.array([pair not in before for pair in pairs], np.bool_)
     holdout = folder.holdout()
     if holdout is None:
-        holdout = folder.freeze_holdout(_first_holdout(table, manifest))
-    held_ids = pc.is_in(table["sample_id"], holdout["sample_id"])
-    held_content = np.isin(content_id_array(table["content_id"]), content_id_array(holdout["content_id"]))
+        folder.freeze_holdout(_first_holdout(table, manifest))
+    elif folder.joined_holdout(date) is None:
+        counts = _counts(_still_there(table, holdout))
+        scarce = [name for name in champion_classes if counts[name] < min_class_rows]
+        unseen = _unseen(table, ~is_new_N & ~_is_held_out(table, holdout))
+        joining = unseen.filter(pc.is_in(unseen["class"], pa.array(scarce, pa.string())))
+        if joining.num_rows:
+            folder.extend_holdout(date, joining.select(HOLDOUT_SCHEMA.names))
+    holdout, joined = folder.holdout(), folder.joined_holdout(date)
+    assert holdout is not None
     kept = _still_there(table, holdout)
     if not kept.num_rows:
         raise DataError(
@@ -99,17 +113,15 @@ def open_rows(
             where=manifest.uri,
             next_step="bring those images back, or retrain under another name",
         )
-    pairs = _pairs(table)
-    before = set() if previous is None else set(_pairs(_read(previous)))
-    is_new_N = np.array([pair not in before for pair in pairs], np.bool_)
     return RetrainRows(
         manifest=manifest,
         table=table,
         is_new_N=is_new_N,
-        is_held_out_N=_mask(held_ids) | held_content,
+        is_held_out_N=_is_held_out(table, holdout),
         held_N=_held_back(pairs, is_new_N, held or {}),
         holdout=NamedRows.of(kept["content_id"], kept["class"].to_pylist()),
         frozen_by_class=_counts(holdout),
+        joined=Counter() if joined is None else _counts(joined),
         num_before=len(before),
         num_removed=len(before - set(pairs)),
         shared_classes=tuple(dict.fromkeys([*manifest.classes, *holdout["class"].to_pylist()])),
@@ -326,6 +338,21 @@ def _first_holdout(table: pa.Table, manifest: Manifest) -> pa.Table:
             next_step="give the dataset a test split: --set splits.test_fraction=0.1",
         )
     return rows
+
+
+def _is_held_out(table: pa.Table, holdout: pa.Table) -> NDArray[np.bool_]:
+    """Which rows are, or equal, rows of the holdout."""
+    same_id_N = _mask(pc.is_in(table["sample_id"], holdout["sample_id"]))
+    return same_id_N | np.isin(content_id_array(table["content_id"]), content_id_array(holdout["content_id"]))
+
+
+def _unseen(table: pa.Table, is_wanted_N: NDArray[np.bool_]) -> pa.Table:
+    """The labelled test rows among the wanted ones that no training ever sees: equal to no row of another split."""
+    in_test_N = _mask(pc.equal(table["split"], Split.TEST.value))
+    chosen = table.filter(pa.array(in_test_N & _mask(pc.is_valid(table["label"])) & is_wanted_N))
+    elsewhere = table["content_id"].filter(pa.array(~in_test_N))
+    is_learnt_N = np.isin(content_id_array(chosen["content_id"]), content_id_array(elsewhere))
+    return chosen.filter(pa.array(~is_learnt_N))
 
 
 def _still_there(table: pa.Table, holdout: pa.Table) -> pa.Table:

@@ -76,7 +76,16 @@ class RetrainJob:
         before = plan.previous_fingerprint
         previous = None if before is None else open_dataset(store, config.dataset, before)
         held = {date: open_dataset(store, config.dataset, version) for date, version in plan.held.items()}
-        self._rows = open_rows(manifest, previous, folder, held)
+        self._champion = None if plan.champion is None else self._open(plan.champion)
+        self._rows = open_rows(
+            manifest,
+            previous,
+            folder,
+            held,
+            date=plan.date,
+            champion_classes=() if self._champion is None else self._champion.classes,
+            min_class_rows=config.gate.min_class_rows,
+        )
         self._scorer = CachedScorer(
             store,
             manifest,
@@ -85,7 +94,6 @@ class RetrainJob:
             note_missing=lambda set_id, missing: folder.note_missing(plan.date, set_id, missing),
             progress=progress,
         )
-        self._champion = None if plan.champion is None else self._open(plan.champion)
         self._maker = CandidateMaker(
             store,
             config,
@@ -258,18 +266,21 @@ class RetrainJob:
             holdout_rows=len(self._rows.holdout),
             data=data,
             steps=steps,
-            notes=[*data.notes, *self._gate_notes()],
+            notes=[*data.notes, *self._holdout_notes()],
         )
 
-    def _gate_notes(self) -> list[str]:
-        """What a person should know before a holdout that was just frozen holds every candidate."""
+    def _holdout_notes(self) -> list[str]:
+        """What a person should know of the rows that judge: what joined them, and whether they are too few."""
         rows, margin = len(self._rows.holdout), self._config.gate.margin
-        if self._plan.champion is not None or least_margin(rows) <= margin:
-            return []
-        return [
-            f"the holdout that is now frozen has {rows} rows: even of two equal models it cannot exclude a loss of"
-            f" {least_margin(rows):.4f}, and gate.margin is {margin}, so only a clear gain will be promoted"
+        notes = [
+            f"{count} test rows of {name} joined the holdout" for name, count in self._rows.joined.items()
         ]
+        if self._plan.champion is None and least_margin(rows) > margin:
+            notes.append(
+                f"the holdout that is now frozen has {rows} rows: even of two equal models it cannot exclude a loss of"
+                f" {least_margin(rows):.4f}, and gate.margin is {margin}, so only a clear gain will be promoted"
+            )
+        return notes
 
     def _named(self, digest: str | None) -> str | None:
         return None if digest is None else f"{self._config.name}@{digest}"

@@ -1,6 +1,6 @@
 """Retrainings of a model: a folder for each logical date, a lease for all of them, and the frozen holdout.
 
-    retrains/<model>/lease.json, holdout.parquet
+    retrains/<model>/lease.json, holdout.parquet, holdout-<date>.parquet
     retrains/<model>/<date>/plan.json, work.json, decision.json
 
 A date with a decision is finished for good. A plan says which version of the dataset and which champion its date
@@ -31,7 +31,7 @@ HOLDOUT_SCHEMA = pa.schema(
     [
         pa.field("sample_id", pa.string(), nullable=False),
         pa.field("content_id", pa.binary(16), nullable=False),
-        # The class as it was when the holdout was frozen: later labels do not count.
+        # The class as it was when the row was frozen: later labels do not count.
         pa.field("class", pa.string(), nullable=False),
     ]
 )
@@ -107,19 +107,32 @@ class RetrainFolder(RunFolder):
             self.store.put(self.key(f"{date}/work.json"), canonical_json(RetrainWork(missing=missing)))
 
     def holdout(self) -> pa.Table | None:
-        """The frozen holdout, columns of HOLDOUT_SCHEMA, or None before the first retraining."""
-        key = self.key("holdout.parquet")
+        """The frozen holdout and all that joined it, columns of HOLDOUT_SCHEMA, or None before the first retraining."""
+        keys = [found.key for found in self.store.list_objects(self.key("holdout"))]
+        return pa.concat_tables([self.store.open_parquet(key).read() for key in keys]) if keys else None
+
+    def joined_holdout(self, date: str) -> pa.Table | None:
+        """The rows that joined the holdout on a date, or None."""
+        key = self.key(_joined_name(date))
         return self.store.open_parquet(key).read() if exists(self.store, key) else None
 
-    def freeze_holdout(self, rows: pa.Table) -> pa.Table:
-        """Freeze rows as the holdout, unless one is frozen already; returns the one that holds."""
+    def freeze_holdout(self, rows: pa.Table) -> None:
+        """Freeze rows as the holdout, unless one is frozen already."""
+        self._freeze("holdout.parquet", rows)
+
+    def extend_holdout(self, date: str, rows: pa.Table) -> None:
+        """Freeze rows that join the holdout on a date, unless others did."""
+        self._freeze(_joined_name(date), rows)
+
+    def _freeze(self, name: str, rows: pa.Table) -> None:
         buffer = io.BytesIO()
         pq.write_table(rows.cast(HOLDOUT_SCHEMA), buffer, compression="zstd")
         with suppress(PreconditionFailed):
-            put_looking_first(self.store, self.key("holdout.parquet"), buffer.getvalue())
-        frozen = self.holdout()
-        assert frozen is not None
-        return frozen
+            put_looking_first(self.store, self.key(name), buffer.getvalue())
+
+
+def _joined_name(date: str) -> str:
+    return f"holdout-{date}.parquet"
 
 
 @contextmanager

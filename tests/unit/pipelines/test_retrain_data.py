@@ -19,11 +19,12 @@ from made_bundles import made_classifier
 from made_manifests import write_samples
 
 CLASSES = ("cat", "dog")
+DAY = "2026-01-05"
 TRAIN, VAL, TEST = Split.TRAIN, Split.VAL, Split.TEST
 
 
-def version(folder: Path, name: str, *rows: tuple[str, Split]) -> Manifest:
-    """A version of a dataset from the content and the split of its rows, all of them cats."""
+def version(folder: Path, name: str, *rows: tuple[str, Split], dogs: str = "") -> Manifest:
+    """A version of a dataset from the content and the split of its rows, cats but for `dogs`."""
     samples = pa.Table.from_pylist(
         [
             {
@@ -31,7 +32,7 @@ def version(folder: Path, name: str, *rows: tuple[str, Split]) -> Manifest:
                 "uri": f"/images/{number:03}.png",
                 "etag": content,
                 "content_id": content.encode().ljust(16),
-                "label": 0,
+                "label": int(content in dogs),
                 "split": split.value,
                 "weight": 1.0,
             }
@@ -45,16 +46,16 @@ def version(folder: Path, name: str, *rows: tuple[str, Split]) -> Manifest:
 def test_a_dataset_without_a_test_split_is_refused_though_it_has_val_rows(tmp_path: Path) -> None:
     manifest = version(tmp_path, "first", ("a", TRAIN), ("b", VAL))
     with pytest.raises(DataError, match="test_fraction"):
-        open_rows(manifest, None, RetrainFolder(LocalStore(str(tmp_path)), "pets"))
+        open_rows(manifest, None, RetrainFolder(LocalStore(str(tmp_path)), "pets"), date=DAY)
 
 
 def test_an_image_that_training_sees_too_is_none_of_the_newest_rows(tmp_path: Path) -> None:
     before = (("a", TRAIN), ("b", VAL), ("c", TEST))
     first = version(tmp_path, "first", *before)
     folder = RetrainFolder(LocalStore(str(tmp_path)), "pets")
-    open_rows(first, None, folder)
+    open_rows(first, None, folder, date="2026-01-01")
     twice = (("d", TRAIN), ("d", TEST), ("e", VAL), ("e", TEST), ("f", TEST))
-    rows = open_rows(version(tmp_path, "second", *before, *twice), first, folder)
+    rows = open_rows(version(tmp_path, "second", *before, *twice), first, folder, date=DAY)
     assert [one.rstrip() for one in rows.newest.content_ids_N.tolist()] == [b"f"]
 
 
@@ -62,7 +63,7 @@ def test_rows_that_were_held_stay_a_batch_of_their_own_among_those_that_follow(t
     before = (("a", TRAIN), ("c", TEST))
     first = version(tmp_path, "first", *before)
     folder = RetrainFolder(LocalStore(str(tmp_path)), "pets")
-    open_rows(first, None, folder)
+    open_rows(first, None, folder, date="2026-01-01")
     bad = (*before, ("b", TRAIN), ("d", TRAIN))
     held = {
         "2026-01-02": version(tmp_path, "second", *bad),
@@ -70,7 +71,7 @@ def test_rows_that_were_held_stay_a_batch_of_their_own_among_those_that_follow(t
     }
     # One of the two is taken away since.
     now = version(tmp_path, "now", *bad[:-1], ("e", TRAIN), ("f", TRAIN))
-    rows = open_rows(now, first, folder, held)
+    rows = open_rows(now, first, folder, held, date=DAY)
     batches = {date: rows.chosen(one_N)["content_id"].to_pylist() for date, one_N in rows.held_N.items()}
     assert {date: [one.rstrip() for one in batch] for date, batch in batches.items()} == {
         "2026-01-02": [b"b"],
@@ -83,10 +84,10 @@ def test_rows_of_the_champion_and_of_the_holdout_that_are_gone_are_objected_to(t
     first = version(tmp_path, "first", *all_rows)
     store = LocalStore(str(tmp_path))
     folder = RetrainFolder(store, "pets")
-    open_rows(first, None, folder)
+    open_rows(first, None, folder, date="2026-01-01")
 
     def objections(*left: tuple[str, Split], classes: tuple[str, ...] = CLASSES) -> list[str]:
-        rows = open_rows(version(tmp_path, f"left-{len(left)}", *left), first, folder)
+        rows = open_rows(version(tmp_path, f"left-{len(left)}", *left), first, folder, date=DAY)
         champion = single_committee(made_classifier(store, 0, classes=classes), name="pets", digest="")
         findings = Findings()
         look_for_losses(rows, DataChecks(), champion, findings)
@@ -100,3 +101,33 @@ def test_rows_of_the_champion_and_of_the_holdout_that_are_gone_are_objected_to(t
     ]
     (gone,) = objections(*all_rows[:38], classes=(*CLASSES, "truck"))
     assert gone == "the dataset has no truck any more, which the champion knows"
+
+
+def test_test_rows_of_a_class_that_the_champion_learnt_later_join_the_holdout(tmp_path: Path) -> None:
+    first = version(tmp_path, "first", ("a", TRAIN), ("b", TEST), ("c", TEST))
+    folder = RetrainFolder(LocalStore(str(tmp_path)), "pets")
+    open_rows(first, None, folder, date="2026-01-01")
+    learnt = (("a", TRAIN), ("b", TEST), ("c", TEST), ("d", TEST), ("e", TRAIN), ("f", TEST), ("f", VAL))
+    second = version(tmp_path, "second", *learnt, dogs="def")
+    today = version(tmp_path, "today", *learnt, ("g", TEST), dogs="defg")
+
+    def joined(
+        date: str, previous: Manifest, champion_classes: tuple[str, ...] = CLASSES
+    ) -> tuple[list[bytes], int]:
+        rows = open_rows(
+            today, previous, folder, date=date, champion_classes=champion_classes, min_class_rows=2
+        )
+        contents = [one.rstrip() for one in rows.holdout.content_ids_N.tolist()]
+        found = dict(zip(contents, rows.holdout.names_N, strict=True))
+        assert {one for one in found if found[one] == "cat"} == {b"b", b"c"}
+        return sorted(one for one in found if found[one] == "dog"), rows.joined["dog"]
+
+    # A class that no champion knows yet, and rows that are as new as their class, judge nobody.
+    assert joined("2026-01-03", second, ("cat",)) == ([], 0)
+    assert joined("2026-01-04", first) == ([], 0)
+    # What is in another split, too, never does.
+    assert joined(DAY, second) == ([b"d"], 1)
+    assert joined(DAY, second) == ([b"d"], 1)
+    # A class that stays scarce is filled up.
+    assert joined("2026-01-06", today) == ([b"d", b"g"], 1)
+    assert joined("2026-01-07", today) == ([b"d", b"g"], 0)

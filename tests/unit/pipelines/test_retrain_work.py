@@ -90,7 +90,7 @@ def test_what_a_person_took_back_is_promoted_by_nobody_else(job: RetrainJob) -> 
 
 
 def test_a_first_holdout_that_is_too_small_for_the_gate_is_said_at_once(job: RetrainJob) -> None:
-    (note,) = job._gate_notes()
+    (note,) = job._holdout_notes()
     assert "only a clear gain will be promoted" in note
 
 
