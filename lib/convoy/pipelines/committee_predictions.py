@@ -115,16 +115,19 @@ class CommitteeJob:
     ) -> CommitteePredictions:
         """Predict what no run has predicted yet; a killed call goes on where it stopped.
 
+        A call with `new_run` that was killed is gone on with by one without.
+
         `describe` gives what the folder of a run that ends now says of it. Where another driver is at work on the
         same request, LeaseHeld is raised, or its end waited for.
         """
-        if not new_run and (known := self._known()) is not None:
-            progress.stage("the predictions are there already")
-            return known
-        progress.stage("predicting")
         request = self._request
         identity = request.identity(self._manifest)
         open_run = OpenRun(self._store, verb=request.verb, target=request.target(self._manifest))
+        is_begun = new_run or open_run.is_open_for(identity)
+        if not is_begun and (known := self._known()) is not None:
+            progress.stage("the predictions are there already")
+            return known
+        progress.stage("predicting")
         folder, record = open_run.resume(identity, new_run=new_run)
         folder = folder or open_run.start()
         with hold_run(folder, when_held=when_held) as lease:

@@ -23,7 +23,6 @@ from convoy.storage.registry import (
     AliasMove,
     AliasRecord,
     HistoryEntry,
-    aliased_digest,
     move_aliases,
     read_aliases,
 )
@@ -74,8 +73,8 @@ def promote_model(
     """
     store = open_workspace(workspace, writers)
     check_bundle_name(name)
-    wanted = digest or aliased_digest(store, name, Alias.CANDIDATE)
-    _require_version(store, name, wanted)
+    # The digest may be given as another alias.
+    wanted = _require_version(store, name, digest or Alias.CANDIDATE.value)
 
     def decide(record: AliasRecord) -> AliasMove | None:
         if record.aliases.get(Alias.CHAMPION) == wanted:
@@ -174,9 +173,9 @@ def _to_champion(record: AliasRecord, digest: str) -> dict[Alias, str | None]:
     return {Alias.CHAMPION: digest, **({} if former is None else {Alias.PREVIOUS: former})}
 
 
-def _require_version(store: ObjectStore, name: str, digest: str) -> None:
-    """All bytes but the tensors' are read and compared: an alias must never lead to a broken version."""
-    peek_bundle(store, resolve_bundle(store, f"{name}@{digest}"))
+def _require_version(store: ObjectStore, name: str, version: str) -> str:
+    """The digest of a version, of which all bytes but the tensors' were read: an alias must lead to no broken one."""
+    return peek_bundle(store, resolve_bundle(store, f"{name}@{version}")).ref.digest
 
 
 def _moved(store: ObjectStore, name: str, decide: AliasDecision, writers: WriterMode) -> AliasReport:

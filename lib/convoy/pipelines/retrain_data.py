@@ -84,24 +84,27 @@ def open_rows(
 ) -> RetrainRows:
     """The rows of a version. The first time, its labelled test rows become the holdout for good.
 
-    Later, test rows of classes that the champion knows and the holdout has fewer than `min_class_rows` of join it, if
-    they were there when the champion was chosen: neither today's data nor what was objected to can choose its judges.
+    Later, each class that the champion knows and of which fewer than `min_class_rows` are frozen is filled up to that
+    by test rows that were test rows already in the version that the champion was made from: no model was trained on
+    them, and neither today's data nor what was objected to can choose its judges.
 
     `held` are versions since `previous` whose data was objected to, by date and oldest first. Raises
     DataError where no test row is labelled, or nothing of the holdout is left.
     """
     table = _read(manifest)
     pairs = _pairs(table)
-    before = set() if previous is None else set(_pairs(_read(previous)))
+    learnt = table.slice(0, 0) if previous is None else _read(previous)
+    before = set(_pairs(learnt))
     is_new_N = np.array([pair not in before for pair in pairs], np.bool_)
     holdout = folder.holdout()
     if holdout is None:
         folder.freeze_holdout(_first_holdout(table, manifest))
     elif folder.joined_holdout(date) is None:
-        counts = _counts(_still_there(table, holdout))
-        scarce = [name for name in champion_classes if counts[name] < min_class_rows]
-        unseen = _unseen(table, ~is_new_N & ~_is_held_out(table, holdout))
-        joining = unseen.filter(pc.is_in(unseen["class"], pa.array(scarce, pa.string())))
+        were_unseen = set(_pairs(_unseen(learnt)))
+        is_trusted_N = np.array([pair in were_unseen for pair in pairs], np.bool_)
+        unseen = _unseen(table, is_trusted_N & ~_is_held_out(table, holdout))
+        frozen = _counts(holdout)
+        joining = _some_of_each(unseen, {name: min_class_rows - frozen[name] for name in champion_classes})
         if joining.num_rows:
             folder.extend_holdout(date, joining.select(HOLDOUT_SCHEMA.names))
     holdout, joined = folder.holdout(), folder.joined_holdout(date)
@@ -210,7 +213,7 @@ def _embedding_shift(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Agreement:
-    """Which new rows have labels that the champion knows, where it agrees, and its top-1 on the holdout."""
+    """Which new rows have labels that the champion knows, where it agrees, and its top-1 on the holdout's."""
 
     judged_N: NDArray[np.bool_]
     agrees_N: NDArray[np.bool_]
@@ -226,15 +229,17 @@ def _agreement(
 ) -> _Agreement | None:
     """What the champion says of the new labels of classes that it knows; None where nothing can be compared."""
     is_labelled_N = _mask(pc.is_valid(new["label"]))
-    if champion is None or on_holdout is None or not is_labelled_N.any() or not on_holdout.found_N.any():
+    if champion is None or on_holdout is None or not is_labelled_N.any():
         return None
     scores = scorer.scores(champion, _named(new.filter(pa.array(is_labelled_N))), rows.shared_classes)
     known = [rows.shared_classes.index(name) for name in champion.classes if name in rows.shared_classes]
+    comparable_N = on_holdout.found_N & np.isin(on_holdout.labels_N, known)
+    if not comparable_N.any():
+        return None
     judged_N, agrees_N = np.zeros(new.num_rows, np.bool_), np.zeros(new.num_rows, np.bool_)
     judged_N[is_labelled_N] = scores.found_N & np.isin(scores.labels_N, known)
     agrees_N[is_labelled_N] = scores.correct_N
-    usual = float(on_holdout.correct_N[on_holdout.found_N].mean())
-    return _Agreement(judged_N, agrees_N, usual)
+    return _Agreement(judged_N, agrees_N, float(on_holdout.correct_N[comparable_N].mean()))
 
 
 def _examine_batches(
@@ -346,13 +351,28 @@ def _is_held_out(table: pa.Table, holdout: pa.Table) -> NDArray[np.bool_]:
     return same_id_N | np.isin(content_id_array(table["content_id"]), content_id_array(holdout["content_id"]))
 
 
-def _unseen(table: pa.Table, is_wanted_N: NDArray[np.bool_]) -> pa.Table:
-    """The labelled test rows among the wanted ones that no training ever sees: equal to no row of another split."""
+def _unseen(table: pa.Table, is_wanted_N: NDArray[np.bool_] | None = None) -> pa.Table:
+    """The labelled test rows (among the wanted ones) that no training ever sees: equal to no row of another split."""
     in_test_N = _mask(pc.equal(table["split"], Split.TEST.value))
-    chosen = table.filter(pa.array(in_test_N & _mask(pc.is_valid(table["label"])) & is_wanted_N))
+    is_chosen_N = in_test_N & _mask(pc.is_valid(table["label"]))
+    chosen = table.filter(pa.array(is_chosen_N if is_wanted_N is None else is_chosen_N & is_wanted_N))
     elsewhere = table["content_id"].filter(pa.array(~in_test_N))
     is_learnt_N = np.isin(content_id_array(chosen["content_id"]), content_id_array(elsewhere))
     return chosen.filter(pa.array(~is_learnt_N))
+
+
+def _some_of_each(table: pa.Table, wanted: Mapping[str, int]) -> pa.Table:
+    """At most so many rows of each class and no content twice, by the order of their content ids: as good as random."""
+    order = table.sort_by("content_id")
+    left = Counter({name: count for name, count in wanted.items() if count > 0})
+    taken: list[int] = []
+    before = None
+    for row, (content, name) in enumerate(_pairs(order)):
+        if left[str(name)] > 0 and content != before:
+            taken.append(row)
+            left[str(name)] -= 1
+            before = content
+    return order.take(pa.array(taken, pa.int64()))
 
 
 def _still_there(table: pa.Table, holdout: pa.Table) -> pa.Table:

@@ -44,6 +44,11 @@ class NamedRows:
         return cls(content_id_array(content_ids), names)
 
 
+def can_be_compared(committee: CommitteeRecord) -> bool:
+    """Whether a model looks at the central crop only: that of the cached features."""
+    return committee.plan.policy is CropPolicy.CENTER
+
+
 class CachedScorer:
     """Sees to it that features of a dataset's version exist, and reads models' outputs from them.
 
@@ -90,7 +95,11 @@ class CachedScorer:
 
     def member_values(self, committee: CommitteeRecord, rows: NamedRows) -> tuple[Floats, NDArray[np.bool_]]:
         """What the averaging rule averages, values_MNK in the committee's classes, and found_N."""
-        _require_central_crop(committee)
+        if not can_be_compared(committee):
+            raise ConfigError(
+                f"a retraining compares models at the central crop, and this ensemble looks at {committee.plan.policy}",
+                next_step="promote a version of the ensemble with the crop policy center",
+            )
         found_N = np.ones(len(rows), np.bool_)
         values = []
         for member in committee.members:
@@ -140,11 +149,3 @@ def _ece(logits_NK: Floats, labels_N: NDArray[np.int64]) -> float | None:
     counts = EvaluationCounts(logits_NK.shape[1])
     counts.add(logits_NK, labels_N)
     return counts.summary().ece
-
-
-def _require_central_crop(committee: CommitteeRecord) -> None:
-    if committee.plan.policy is not CropPolicy.CENTER:
-        raise ConfigError(
-            f"a retraining compares models at the central crop, and this ensemble looks at {committee.plan.policy}",
-            next_step="promote a version of the ensemble with the crop policy center",
-        )

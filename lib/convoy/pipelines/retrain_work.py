@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from convoy.core.errors import DataError
 from convoy.core.progress import Progress
 from convoy.pipelines.committees import CommitteeRecord, open_committee
 from convoy.pipelines.model_registry import ROLLED_BACK, record_decision
@@ -20,7 +21,7 @@ from convoy.pipelines.retrain_config import (
 )
 from convoy.pipelines.retrain_data import examine_new_data, open_rows
 from convoy.pipelines.retrain_gate import ModelScores, judge, least_margin, pair, pair_if_enough, summary
-from convoy.pipelines.retrain_scoring import CachedScorer
+from convoy.pipelines.retrain_scoring import CachedScorer, can_be_compared
 from convoy.pipelines.retrain_steps import CandidateMaker, pinned
 from convoy.storage.bundles import BundleRef
 from convoy.storage.datasets import open_dataset
@@ -116,8 +117,7 @@ class RetrainJob:
             steps = take_until_settled(self._results(lease, on_champion))
             outcome = self._decide(steps[-1], on_champion)
         lease.confirm()
-        if outcome.decision is not Decision.NOTHING_NEW:
-            outcome = self._move_aliases(outcome, steps)
+        outcome = self._move_aliases(outcome, steps)
         return self._report(outcome, data, steps)
 
     def _examine(self, on_champion: tuple[ModelScores, ModelScores] | None) -> NewData:
@@ -198,14 +198,10 @@ class RetrainJob:
 
     def _champion_is_worse_than_before(self, on_champion: tuple[ModelScores, ModelScores]) -> str | None:
         """Why the previous champion should come back, or None: it is better on the newest rows, and no worse else."""
-        record = read_aliases(self._store, self._config.name)
-        previous, last = record.aliases.get(Alias.PREVIOUS), record.last_champion_move()
-        if previous is None or record.aliases.get(Alias.CHAMPION) != self._plan.champion:
+        previous = self._former_champion()
+        if previous is None:
             return None
-        if last is None or last.action == ROLLED_BACK:
-            # What is called previous was taken back.
-            return None
-        on_previous = self._scores(self._open(previous))
+        on_previous = self._scores(previous)
         newest = pair_if_enough(on_champion[1], on_previous[1], self._config.gate.min_newest_rows)
         if newest is None or not newest.first_is_worse:
             return None
@@ -216,16 +212,34 @@ class RetrainJob:
             f" ({newest.top1[0]:.4f} against {newest.top1[1]:.4f}) and no better on the holdout"
         )
 
+    def _former_champion(self) -> CommitteeRecord | None:
+        """The previous champion, if it may come back: nobody took it back, it is whole, and it can be compared."""
+        record = read_aliases(self._store, self._config.name)
+        digest, last = record.aliases.get(Alias.PREVIOUS), record.last_champion_move()
+        if digest is None or record.aliases.get(Alias.CHAMPION) != self._plan.champion:
+            return None
+        if last is None or last.action == ROLLED_BACK:
+            return None
+        try:
+            previous = self._open(digest)
+        except DataError:
+            return None
+        return previous if can_be_compared(previous) else None
+
     def _move_aliases(self, outcome: _Outcome, steps: list[StepResult]) -> _Outcome:
         """The outcome as the registry has it: the champion may have been changed meanwhile."""
         config, plan = self._config, self._plan
+        run = f"retrains/{config.name}/{plan.date}"
+        moved = read_aliases(self._store, config.name).move_by(run)
+        if outcome.decision is Decision.NOTHING_NEW and moved is None:
+            return outcome
         entry = record_decision(
             self._store,
             config.name,
             AliasMove(
                 action=outcome.decision.value,
                 moves=self._moves(outcome),
-                run=f"retrains/{config.name}/{plan.date}",
+                run=run,
                 reason=outcome.reason,
                 evidence={
                     "dataset_fingerprint": plan.fingerprint,

@@ -155,8 +155,8 @@ def plan_submission(request: JobRequest, *, number_of_try: int = 1) -> Submissio
 
     Raises ConfigError for settings that do not fit the job, or that hold what looks like a secret.
     """
-    _refuse_secrets(request)
     settings = {**request.settings, "workspace": _place(request.settings.get("workspace"))}
+    _refuse_secrets({**settings, "arguments": list(request.arguments), "attempt": request.attempt})
     if request.verb is Verb.RETRAIN:
         settings["date"] = settings.get("date") or _date_of(request.attempt)
     module, name = _CONFIGS[request.verb]
@@ -236,11 +236,8 @@ def list_jobs(address: str) -> JobList:
     return JobList(address=address, jobs=[_status(job) for job in JobService(address).jobs()])
 
 
-def _refuse_secrets(request: JobRequest) -> None:
-    found = find_secrets(
-        {**request.settings, "arguments": list(request.arguments), "attempt": request.attempt}
-    )
-    if found:
+def _refuse_secrets(told: Mapping[str, Any]) -> None:
+    if found := find_secrets(told):
         raise ConfigError(
             "a submission may hold no secret: Ray keeps settings and shows them on its dashboard",
             where="; ".join(found),

@@ -207,6 +207,14 @@ class OpenRun:
             refuse_changed_identity(record, identity)
         return folder, record
 
+    def is_open_for(self, identity: dict[str, Any]) -> bool:
+        """Whether `resume` would go on with an unfinished run of this target."""
+        folder = self.current()
+        if folder is None or folder.is_finished():
+            return False
+        record = folder.record()
+        return record is None or not _changes(record, identity)
+
     def start(self) -> RunFolder:
         """Open a new run, or join the one that another process opened in the meantime."""
         # Begins with the time, so that ids sort by age; nothing but the order in lists depends on it.
@@ -242,10 +250,13 @@ def open_pointers(store: ObjectStore) -> dict[str, str]:
     return found
 
 
+def _changes(record: RunRecord, identity: dict[str, Any]) -> list[str]:
+    return describe_changes(record.identity, json.loads(canonical_json(identity)))
+
+
 def refuse_changed_identity(record: RunRecord, identity: dict[str, Any]) -> None:
     """Raise RunMismatch, naming each difference, unless the unfinished run has this identity."""
-    changes = describe_changes(record.identity, json.loads(canonical_json(identity)))
-    if changes:
+    if changes := _changes(record, identity):
         raise RunMismatch(
             "an unfinished run for the same target had other inputs or settings:\n" + "\n".join(changes),
             where=f"runs/{record.run_id}",

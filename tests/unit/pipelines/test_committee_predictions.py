@@ -19,7 +19,7 @@ from convoy.pipelines.feature_plan import ExtractionConfig
 from convoy.pipelines.score import ScoreConfig, run_score
 from convoy.storage.commits import SliceRecord
 from convoy.storage.local_store import LocalStore
-from convoy.storage.runs import RunFolder, RunRecord
+from convoy.storage.runs import RunFolder, RunRecord, open_pointers
 from made_bundles import made_classifier, write_classifier
 
 NUM_IMAGES = 12
@@ -88,3 +88,23 @@ def test_images_that_could_not_be_fetched_are_counted_and_the_report_says_how_to
     anew = job(store, new_run=True)
     assert (anew.rejects, anew.unfetched) == (1, 0)
     assert not any("--new-run" in note for note in anew.notes)
+
+
+@pytest.mark.parametrize("job", [score, evaluate])
+def test_a_new_run_that_was_cut_off_is_gone_on_with_by_the_plain_command(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch, job: Any
+) -> None:
+    first = job(store)
+
+    def cut_off(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("convoy.pipelines.committee_predictions.do_slices", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            job(store, new_run=True)
+    (begun,) = open_pointers(store)
+    again = job(store)
+    assert again.run == begun != first.run
+    assert open_pointers(store) == {}
+    assert job(store).run == begun

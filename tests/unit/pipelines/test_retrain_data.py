@@ -103,31 +103,62 @@ def test_rows_of_the_champion_and_of_the_holdout_that_are_gone_are_objected_to(t
     assert gone == "the dataset has no truck any more, which the champion knows"
 
 
+def named(contents: object) -> list[str]:
+    return sorted(one.rstrip().decode() for one in contents)  # type: ignore[attr-defined]
+
+
 def test_test_rows_of_a_class_that_the_champion_learnt_later_join_the_holdout(tmp_path: Path) -> None:
-    first = version(tmp_path, "first", ("a", TRAIN), ("b", TEST), ("c", TEST))
+    cats = (("a", TRAIN), ("b", TEST), ("c", TEST))
+    first = version(tmp_path, "first", *cats)
     folder = RetrainFolder(LocalStore(str(tmp_path)), "pets")
     open_rows(first, None, folder, date="2026-01-01")
-    learnt = (("a", TRAIN), ("b", TEST), ("c", TEST), ("d", TEST), ("e", TRAIN), ("f", TEST), ("f", VAL))
-    second = version(tmp_path, "second", *learnt, dogs="def")
-    today = version(tmp_path, "today", *learnt, ("g", TEST), dogs="defg")
+    dogs = (("e", TRAIN), ("f", TEST), ("f", VAL), ("g", TRAIN))
+    second = version(tmp_path, "second", *cats, *dogs, ("d", TEST), dogs="defg")
+    today = version(
+        tmp_path,
+        "today",
+        *cats,
+        *dogs[:-1],
+        ("g", TEST),
+        ("d", TEST),
+        ("h", TEST),
+        ("i", TEST),
+        dogs="defghi",
+    )
 
     def joined(
         date: str, previous: Manifest, champion_classes: tuple[str, ...] = CLASSES
-    ) -> tuple[list[bytes], int]:
+    ) -> tuple[list[str], int]:
         rows = open_rows(
             today, previous, folder, date=date, champion_classes=champion_classes, min_class_rows=2
         )
-        contents = [one.rstrip() for one in rows.holdout.content_ids_N.tolist()]
-        found = dict(zip(contents, rows.holdout.names_N, strict=True))
-        assert {one for one in found if found[one] == "cat"} == {b"b", b"c"}
-        return sorted(one for one in found if found[one] == "dog"), rows.joined["dog"]
+        kept = zip(rows.holdout.content_ids_N.tolist(), rows.holdout.names_N, strict=True)
+        by_class: dict[str, list[bytes]] = {"cat": [], "dog": []}
+        for content, name in kept:
+            by_class[name].append(content)
+        assert named(by_class["cat"]) == ["b", "c"]
+        return named(by_class["dog"]), rows.joined["dog"]
 
     # A class that no champion knows yet, and rows that are as new as their class, judge nobody.
     assert joined("2026-01-03", second, ("cat",)) == ([], 0)
     assert joined("2026-01-04", first) == ([], 0)
-    # What is in another split, too, never does.
-    assert joined(DAY, second) == ([b"d"], 1)
-    assert joined(DAY, second) == ([b"d"], 1)
-    # A class that stays scarce is filled up.
-    assert joined("2026-01-06", today) == ([b"d", b"g"], 1)
-    assert joined("2026-01-07", today) == ([b"d", b"g"], 0)
+    # What a training saw, in its split of then (g) or under another name (f), never does.
+    assert joined(DAY, second) == (["d"], 1)
+    assert joined(DAY, second) == (["d"], 1)
+    # A class that stays scarce is filled up, and no further.
+    assert joined("2026-01-06", today) == (["d", "g"], 1)
+    assert joined("2026-01-07", today) == (["d", "g"], 0)
+
+
+def test_a_loss_of_judges_is_objected_to_before_others_take_their_place(tmp_path: Path) -> None:
+    frozen = [(f"{number:02}", TEST) for number in range(25)]
+    first = version(tmp_path, "first", ("a", TRAIN), *frozen)
+    folder = RetrainFolder(LocalStore(str(tmp_path)), "pets")
+    open_rows(first, None, folder, date="2026-01-01")
+    later = [(f"{number}", TEST) for number in range(100, 200)]
+    second = version(tmp_path, "second", ("a", TRAIN), *frozen, *later)
+    today = version(tmp_path, "today", ("a", TRAIN), *frozen[:10], *later)
+    rows = open_rows(today, second, folder, date=DAY, champion_classes=CLASSES, min_class_rows=20)
+    findings = Findings()
+    look_for_losses(rows, DataChecks(), None, findings)
+    assert "15 of the 25 rows of the frozen holdout are gone" in findings.objections

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,16 +10,21 @@ import pytest
 
 from cache_jobs import write_digits
 from convoy.core.config import parse_config
+from convoy.core.crop_policies import CropPlan, CropPolicy
 from convoy.core.progress import Silent
 from convoy.core.splits import SplitOptions
+from convoy.pipelines.committees import open_committee, write_ensemble
+from convoy.pipelines.model_registry import promote_model
 from convoy.pipelines.retrain_config import Decision, RetrainConfig, StepResult
 from convoy.pipelines.retrain_gate import GateConfig, ModelScores, judge
 from convoy.pipelines.retrain_work import RetrainJob, take_until_settled
 from convoy.report.curves import draw_learning_curves
 from convoy.storage.datasets import freeze_dataset
 from convoy.storage.local_store import LocalStore
-from convoy.storage.registry import Alias, AliasMove, move_aliases
+from convoy.storage.object_store import WriterMode
+from convoy.storage.registry import Alias, AliasMove, move_aliases, read_aliases
 from convoy.storage.retrains import RetrainFolder, RetrainPlan
+from made_bundles import made_classifier, write_classifier
 
 NAME = "digits"
 CHAMPION = f"{NAME}@{'a' * 32}"
@@ -92,6 +98,43 @@ def test_what_a_person_took_back_is_promoted_by_nobody_else(job: RetrainJob) -> 
 def test_a_first_holdout_that_is_too_small_for_the_gate_is_said_at_once(job: RetrainJob) -> None:
     (note,) = job._holdout_notes()
     assert "only a clear gain will be promoted" in note
+
+
+def test_a_date_that_was_killed_after_its_move_is_decided_by_the_move(job: RetrainJob) -> None:
+    run = f"retrains/{NAME}/2026-01-01"
+    nothing_new = job._decide(AGAIN, (right_scores(2), right_scores(0)))
+    assert job._move_aliases(nothing_new, [AGAIN]).decision is Decision.NOTHING_NEW
+    assert not read_aliases(job._store, NAME).history
+    back = AliasMove(action="rolled_back", moves={Alias.CHAMPION: "b" * 32}, run=run, reason="it was worse")
+    move_aliases(job._store, NAME, lambda _: back)
+    moved = job._move_aliases(nothing_new, [AGAIN])
+    assert (moved.decision, moved.reason) == (Decision.ROLLED_BACK, "it was worse")
+
+
+@pytest.mark.parametrize("crops", [CropPolicy.CENTER, CropPolicy.TEN])
+def test_only_a_former_champion_that_can_be_compared_may_come_back(
+    job: RetrainJob, crops: CropPolicy
+) -> None:
+    store = job._store
+    refs = [write_classifier(store, NAME, made_classifier(store, seed)) for seed in (0, 1)]
+    alone = replace(open_committee(store, str(refs[0])), plan=CropPlan(policy=crops))
+    ensemble = write_ensemble(
+        store, NAME, alone, metrics={"top1": 0.5, "splits": ["test"]}, card="# former\n"
+    )
+    move = AliasMove(
+        action="promoted",
+        moves={Alias.CHAMPION: refs[1].digest, Alias.PREVIOUS: ensemble.digest},
+        run=f"retrains/{NAME}/2025-12-31",
+        reason="better",
+    )
+    move_aliases(job._store, NAME, lambda _: move)
+    job._plan = job._plan.model_copy(update={"champion": refs[1].digest})
+    found = job._former_champion()
+    assert (found is not None) == (crops is CropPolicy.CENTER)
+    promoted = promote_model(
+        store.root_uri, NAME, digest="previous", reason="by name", writers=WriterMode.MANY
+    )
+    assert promoted.aliases[Alias.CHAMPION] == ensemble.digest
 
 
 def test_the_champion_made_again_is_nothing_new_and_no_refusal(job: RetrainJob) -> None:

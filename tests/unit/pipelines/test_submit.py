@@ -124,6 +124,9 @@ def test_a_secret_is_refused_without_being_shown(monkeypatch: pytest.MonkeyPatch
         with pytest.raises(ConfigError, match="RAY_AUTH_TOKEN") as refused:
             plan_submission(request)
         assert "c0ffee" not in str(refused.value)
+    monkeypatch.setenv("CONVOY_WORKSPACE", "s3://bucket/c0ffee-c0ffee-c0ffee")
+    with pytest.raises(ConfigError, match="workspace"):
+        plan_submission(JobRequest(verb=Verb.CACHE, settings={"dataset": "digits"}))
 
 
 def test_the_address_is_named_or_found_in_the_environment() -> None:
