@@ -103,8 +103,8 @@ class SearchJournal(Protocol):
 class TrialProgress(Progress, Protocol):
     """What a trial tells the search while it runs. Each epoch may be its last: then `training` does not return."""
 
-    def finish(self, num_epochs: int, top1: float) -> None:
-        """The trial has its record, with this validation top-1."""
+    def finish(self, epochs: EpochAccuracies, top1: float) -> None:
+        """The trial has its record, with these epochs and this validation top-1."""
         ...
 
 

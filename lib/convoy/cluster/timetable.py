@@ -43,6 +43,7 @@ class Timetable:
         *,
         images_per_s: float = 0.0,
         train_loss: float | None = None,
+        history: tuple[EpochResult, ...] = (),
         notes: tuple[str, ...] = (),
     ) -> TrainingEvent:
         """A glimpse of the epoch at the position."""
@@ -57,6 +58,7 @@ class Timetable:
             images_per_s=images_per_s,
             seconds_left=left * self._images_a_step / images_per_s if images_per_s else None,
             train_loss=train_loss,
+            history=history,
             notes=notes,
         )
 

@@ -102,7 +102,8 @@ class TrainingWorker:
         if self._spec.recipe.sync_batchnorm and self._group.device.type == "cuda":
             self._network = with_group_batchnorm(self._network)
         if resumed.notes:
-            self._board.post(self._times.event(self._position, notes=resumed.notes))
+            event = self._times.event(self._position, history=resumed.history, notes=resumed.notes)
+            self._board.post(event)
 
     def _train_phase(self, phase: Phase) -> None:
         freeze(self._network, self._axis, frozen_stages(phase))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,16 +11,19 @@ from typing import Any
 from ray import cloudpickle, tune
 from ray.tune import Stopper
 from ray.tune.experiment import Trial
+from ray.tune.schedulers import ASHAScheduler
 
 from convoy.cluster.ray_data import first_cause
-from convoy.cluster.search_plan import GivenUp, SearchJournal, TrialPoint
+from convoy.cluster.search_plan import EpochAccuracies, GivenUp, SearchJournal, TrialPoint
 from convoy.cluster.trial_queue import METRIC, POINT
 from convoy.core.errors import OBSTACLES, ConvoyError
 from convoy.core.progress import Silent
-from convoy.core.training_events import TrainingEvent
+from convoy.core.training_events import EpochResult, TrainingEvent
 from convoy.core.trial_events import TrialState, TrialStatus
 
 EPOCH = "epoch"
+# All epochs of the trial so far with their accuracies, also those that an earlier call trained.
+CURVE = "curve"
 _IMAGES_PER_S = "images_per_s"
 _STOPPED_EARLY = "its validation top-1 was not among the best at this epoch"
 _TIME_IS_UP = "the time budget was used up"
@@ -28,20 +32,53 @@ _TIME_IS_UP = "the time budget was used up"
 class TrialReporter(Silent):
     """A trial's progress: every epoch but the last goes to Ray Tune, which may then end the trial.
 
-    Not the last one: a training that is done shall not be thrown away before it is evaluated.
+    Not the last one: a training that is done shall not be thrown away before it is evaluated. Of a trial with a
+    training a fold, the curve is that of the first fold.
     """
 
+    def __init__(self) -> None:
+        self._curve: dict[int, float] = {}
+
     def training(self, event: TrainingEvent) -> None:
-        """Report a finished epoch, and wait for the scheduler's word."""
+        """Report a finished epoch, and wait for the scheduler's word; or what was trained before a checkpoint."""
+        for one in event.history:
+            self._remember(one)
+        if event.history:
+            # Without an epoch of its own: what was decided then is not decided anew.
+            tune.report({CURVE: self._epochs})
         result = event.result
         if result is None or result.val_top1 is None or not event.steps_left:
             return
+        self._remember(result)
         report = {EPOCH: result.epoch, METRIC: result.val_top1, _IMAGES_PER_S: result.images_per_s}
-        tune.report(report)
+        tune.report({**report, CURVE: self._epochs})
 
-    def finish(self, num_epochs: int, top1: float) -> None:
+    def finish(self, epochs: EpochAccuracies, top1: float) -> None:
         """Report the accuracy of the finished trial."""
-        tune.report({EPOCH: num_epochs, METRIC: top1})
+        tune.report({EPOCH: epochs[-1][0] if epochs else 0, METRIC: top1, CURVE: epochs})
+
+    @property
+    def _epochs(self) -> EpochAccuracies:
+        return tuple(sorted(self._curve.items()))
+
+    def _remember(self, result: EpochResult) -> None:
+        if result.val_top1 is not None:
+            self._curve.setdefault(result.epoch, result.val_top1)
+
+
+class CurveScheduler(ASHAScheduler):  # type: ignore[misc] # Ray has no types
+    """ASHA that knows the whole curve of each trial.
+
+    It files a trial's accuracy in the highest rung that the trial is not in. One that went on from epoch 5 would be
+    in the rungs of the epochs before with what it reached later, and new trials would not bear the comparison.
+    """
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        """The word on the result; filing what is filed already changes nothing."""
+        for epoch, top1 in result.get(CURVE, ()):
+            if epoch < result.get(EPOCH, math.inf):
+                super().on_trial_result(tune_controller, trial, {EPOCH: epoch, METRIC: top1})
+        return str(super().on_trial_result(tune_controller, trial, result))
 
 
 class TrialWatch(tune.Callback):  # type: ignore[misc] # Ray has no types
@@ -78,10 +115,9 @@ class TrialWatch(tune.Callback):  # type: ignore[misc] # Ray has no types
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
-        """A trial reported an epoch."""
+        """A trial reported an epoch, or those of an earlier call."""
         point = _point(trial)
-        if EPOCH in result:
-            self._epochs.setdefault(point.trial, {})[result[EPOCH]] = result[METRIC]
+        self._epochs[point.trial] = {**dict(result.get(CURVE, ())), **self._epochs.get(point.trial, {})}
         known = {name: result[name] for name in (EPOCH, METRIC, _IMAGES_PER_S) if name in result}
         self._update(point, **known)
 

@@ -142,14 +142,14 @@ def _trainable(run_trial: TrialFunction) -> Callable[[dict[str, Any]], None]:
 
 def _scheduler(config: SchedulerConfig, past: Sequence[PastTrial]) -> Any:
     """The scheduler, with what it would know had it seen the past trials itself."""
-    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler  # noqa: PLC0415
+    from ray.tune.schedulers import FIFOScheduler  # noqa: PLC0415
 
     from convoy.cluster.trial_queue import METRIC  # noqa: PLC0415
-    from convoy.cluster.trial_reporting import EPOCH  # noqa: PLC0415
+    from convoy.cluster.trial_reporting import CURVE, EPOCH, CurveScheduler  # noqa: PLC0415
 
     if config.kind is SchedulerKind.NONE:
         return FIFOScheduler()
-    scheduler = ASHAScheduler(
+    scheduler = CurveScheduler(
         time_attr=EPOCH,
         metric=METRIC,
         mode="max",
@@ -160,8 +160,7 @@ def _scheduler(config: SchedulerConfig, past: Sequence[PastTrial]) -> Any:
     for trial in past:
         stand_in = _PastTuneTrial(trial.point.trial)
         scheduler.on_trial_add(None, stand_in)
-        for epoch, top1 in trial.epochs:
-            scheduler.on_trial_result(None, stand_in, {EPOCH: epoch, METRIC: top1})
+        scheduler.on_trial_result(None, stand_in, {CURVE: trial.epochs})
     return scheduler
 
 

@@ -30,7 +30,8 @@ class EpochResult(StrictModel):
 class TrainingEvent(StrictModel):
     """How far an epoch is, with its result if it has just ended. `notes` say what a person should know.
 
-    `steps_left` counts to the end of all phases, `train_loss` is the mean of the epoch so far.
+    `steps_left` counts to the end of all phases, `train_loss` is the mean of the epoch so far. `history` are the
+    epochs before a checkpoint, told by a training that goes on from it.
     """
 
     phase: str
@@ -43,4 +44,5 @@ class TrainingEvent(StrictModel):
     seconds_left: float | None
     train_loss: float | None
     result: EpochResult | None = None
+    history: tuple[EpochResult, ...] = ()
     notes: tuple[str, ...] = ()

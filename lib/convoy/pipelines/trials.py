@@ -56,7 +56,7 @@ def run_trial(job: TrialJob, draw_curves: CurveDrawer, point: TrialPoint, progre
     if record is None:
         record = journal.write(_attempt(job, journal, point, progress, draw_curves))
     if record.state is TrialState.FINISHED and record.top1 is not None:
-        progress.finish(record.epochs[-1][0] if record.epochs else 0, record.top1)
+        progress.finish(record.epochs, record.top1)
 
 
 def _attempt(

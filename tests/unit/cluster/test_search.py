@@ -21,7 +21,7 @@ from convoy.cluster.search_plan import (
 )
 from convoy.cluster.training import TrialWorkers, WorkerOptions
 from convoy.cluster.trial_queue import METRIC, POINT, TrialQueue
-from convoy.cluster.trial_reporting import EPOCH
+from convoy.cluster.trial_reporting import CURVE, EPOCH
 from convoy.cluster.tuning import _PastTuneTrial, _scheduler
 from convoy.core.search_space import Values, parse_space
 from convoy.core.trial_events import TrialState, TrialStatus
@@ -201,3 +201,46 @@ def test_asha_of_a_resumed_search_compares_with_the_past_and_lets_last_epochs_be
     scheduler.on_trial_add(None, best)
     decisions = {scheduler.on_trial_result(None, best, {EPOCH: e, METRIC: 0.9}) for e in range(1, 200)}
     assert decisions == {TrialScheduler.CONTINUE}
+
+
+def test_a_trial_that_goes_on_counts_at_each_rung_with_what_it_had_there() -> None:
+    """Else a new trial is compared at its first epoch with the sixth of others, and stopped."""
+    config = SchedulerConfig(kind=SchedulerKind.ASHA, reduction_factor=3)
+    curve = tuple((epoch, 0.5 + 0.04 * epoch) for epoch in range(1, 9))
+    scheduler = _scheduler(config, ())
+    for name in ("first", "second"):
+        resumed = _PastTuneTrial(name)
+        scheduler.on_trial_add(None, resumed)
+        scheduler.on_trial_result(None, resumed, {CURVE: curve[:4]})
+        for epoch, top1 in curve[4:7]:
+            scheduler.on_trial_result(None, resumed, {EPOCH: epoch, METRIC: top1, CURVE: curve[:epoch]})
+    for gain, expected in ((0.0, TrialScheduler.CONTINUE), (-0.1, TrialScheduler.STOP)):
+        new = _PastTuneTrial(f"new{gain}")
+        scheduler.on_trial_add(None, new)
+        top1 = curve[0][1] + gain
+        result = {EPOCH: 1, METRIC: top1, CURVE: ((1, top1),)}
+        assert scheduler.on_trial_result(None, new, result) == expected
+
+
+def test_a_trial_that_goes_on_is_not_judged_anew_where_it_was() -> None:
+    config = SchedulerConfig(kind=SchedulerKind.ASHA, reduction_factor=3)
+    past = [
+        PastTrial(
+            point=TrialPoint(trial=str(number), index=number, values={}),
+            state=TrialState.FINISHED,
+            top1=0.9,
+            epochs=((1, 0.8), (2, 0.8), (3, 0.9)),
+        )
+        for number in range(3)
+    ]
+    scheduler = _scheduler(config, past)
+    resumed = _PastTuneTrial("resumed")
+    scheduler.on_trial_add(None, resumed)
+    curve = ((1, 0.1), (2, 0.15), (3, 0.95))
+    results = (
+        {CURVE: curve[:1]},
+        {EPOCH: 2, METRIC: 0.15, CURVE: curve[:2]},
+        {EPOCH: 3, METRIC: 0.95, CURVE: curve},
+    )
+    for result in results:
+        assert scheduler.on_trial_result(None, resumed, result) == TrialScheduler.CONTINUE

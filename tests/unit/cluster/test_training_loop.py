@@ -282,6 +282,18 @@ def test_a_phase_without_progress_ends_early_and_the_next_one_begins(tmp_path: P
     assert [event.steps_left for event in results] == [50, 45, 10, 5, 0]
 
 
+def test_a_training_that_goes_on_tells_the_epochs_before_its_checkpoint(
+    tmp_path: Path, rows: pa.Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = reuse_spec(tmp_path, rows)
+    train_until_killed(spec, 12, monkeypatch)
+    board = Notes()
+    outcome = TrainingWorker(spec, GroupOfOne(), board).run()
+    assert len(board.events[0].history) == 2
+    told = [*board.events[0].history, *(event.result for event in board.events if event.result)]
+    assert told == list(outcome.history)
+
+
 def test_the_frozen_body_stays_and_after_a_resume_in_the_second_phase_it_trains(
     tmp_path: Path, rows: pa.Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from ray import cloudpickle
+import pytest
+from ray import cloudpickle, tune
 from ray.exceptions import ActorDiedError, RayTaskError
 
 from convoy.cluster.search_plan import GivenUp, TrialPoint
 from convoy.cluster.trial_queue import METRIC, POINT
-from convoy.cluster.trial_reporting import EPOCH, Obstructed, TrialWatch
+from convoy.cluster.trial_reporting import CURVE, EPOCH, Obstructed, TrialReporter, TrialWatch
 from convoy.core.errors import ExitCode, StorageFull
 from convoy.core.search_space import Values
+from convoy.core.training_events import EpochResult, TrainingEvent
 from convoy.core.trial_events import TrialState, TrialStatus
 
 FULL = StorageFull("the disk is full", where="checkpoints/", next_step="free space")
@@ -104,7 +107,9 @@ def test_trials_that_still_run_when_the_time_is_up_end_with_their_epochs() -> No
     for trial in (running, finished):
         watch.on_trial_start(0, [], trial)
     for epoch in (1, 2):
-        watch.on_trial_result(0, [], running, {EPOCH: epoch, METRIC: epoch / 10, "images_per_s": 1.0})
+        watch.on_trial_result(
+            0, [], running, {EPOCH: epoch, METRIC: epoch / 10, CURVE: ((epoch, epoch / 10),)}
+        )
     watch.on_trial_complete(0, [], finished)
     (end,) = watch.cut_short().items()
     assert end[0] == "000"
@@ -113,3 +118,63 @@ def test_trials_that_still_run_when_the_time_is_up_end_with_their_epochs() -> No
     assert end[1].seconds > 0
     # Their documents are left by whoever knows that nobody else runs them.
     assert journal.given_up == {}
+
+
+def trained(epoch: int, val_top1: float) -> EpochResult:
+    numbers = dict.fromkeys(EpochResult.model_fields, 1)
+    return EpochResult.model_validate(
+        {**numbers, "phase": "body", "epoch": epoch, "phase_epoch": epoch, "val_top1": val_top1}
+    )
+
+
+def told(epoch: int, result: EpochResult | None, *history: EpochResult) -> TrainingEvent:
+    """An event of a training of four epochs of one step."""
+    return TrainingEvent(
+        phase="body",
+        epoch=epoch,
+        num_epochs=4,
+        step=1,
+        num_steps=1,
+        steps_left=4 - epoch,
+        images_per_s=1.0,
+        seconds_left=None,
+        train_loss=None,
+        result=result,
+        history=history,
+    )
+
+
+@pytest.fixture
+def reports(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    monkeypatch.setattr(tune, "report", found.append)
+    return found
+
+
+def test_a_trial_that_goes_on_reports_the_epochs_of_the_earlier_call(reports: list[dict[str, Any]]) -> None:
+    reporter = TrialReporter()
+    reporter.training(told(2, None, trained(1, 0.1), trained(2, 0.2)))
+    reporter.training(told(3, trained(3, 0.3)))
+    reporter.training(told(4, trained(4, 0.4)))
+    curve = ((1, 0.1), (2, 0.2), (3, 0.3))
+    assert [report[CURVE] for report in reports] == [curve[:2], curve]
+    assert [report.get(EPOCH) for report in reports] == [None, 3], "what was decided is not decided anew"
+    watch, trial = watched(MemoryJournal()), TuneTrial()
+    watch.on_trial_start(0, [], trial)
+    for report in reports:
+        watch.on_trial_result(0, [], trial, report)
+    assert watch.cut_short()["000"].epochs == curve
+
+
+def test_the_epochs_of_a_trial_with_folds_are_those_of_its_first_fold(reports: list[dict[str, Any]]) -> None:
+    reporter, watch, trial = TrialReporter(), watched(MemoryJournal()), TuneTrial()
+    for fold in (0, 1):
+        for epoch in (1, 2, 3):
+            reporter.training(told(epoch, trained(epoch, epoch / 10 + fold / 2)))
+    # A lost process: the next one knows the first fold only from its bundle.
+    reporter = TrialReporter()
+    reporter.training(told(1, None, trained(1, 0.6)))
+    watch.on_trial_start(0, [], trial)
+    for report in reports:
+        watch.on_trial_result(0, [], trial, report)
+    assert watch.cut_short()["000"].epochs == ((1, 0.1), (2, 0.2), (3, 0.3))

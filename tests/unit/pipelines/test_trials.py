@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cache_jobs import write_digits
-from convoy.cluster.search_plan import Concurrency, GivenUp
+from convoy.cluster.search_plan import Concurrency, EpochAccuracies, GivenUp
 from convoy.cluster.training import TrialWorkers
 from convoy.core.config import parse_config
 from convoy.core.errors import OBSTACLES, ConvoyError, DataError
@@ -40,7 +40,7 @@ class Meeting(Silent):
     def stage(self, text: str) -> None:
         raise self._error
 
-    def finish(self, num_epochs: int, top1: float) -> None:
+    def finish(self, epochs: EpochAccuracies, top1: float) -> None:
         raise AssertionError("it does not finish")
 
 
