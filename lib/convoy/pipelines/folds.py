@@ -43,11 +43,12 @@ _POINTERS = "folds/"
 
 
 class FoldModel(StrictModel):
-    """The bundle of a training that left a fold out, and its top-1 on that fold."""
+    """The bundle of a training that left a fold out, and its top-1 on that fold: in the end, and after each epoch."""
 
     bundle: str
     fold: Fold
     top1: float
+    epochs: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +103,9 @@ def train_folds(
                     when_held=WhenHeld.WAIT,
                     fingerprint=manifest.fingerprint,
                 )
-                model = FoldModel(bundle=report.bundle, fold=fold, top1=report.top1)
+                model = FoldModel(
+                    bundle=report.bundle, fold=fold, top1=report.top1, epochs=report.val_top1_by_epoch
+                )
                 store.put(key, canonical_json(model))
             models.append(model)
     return models

@@ -61,6 +61,11 @@ class TrainReport(Evaluation):
     notes: list[str] = Field(default_factory=list)
     within_error_budget: bool
 
+    @property
+    def val_top1_by_epoch(self) -> tuple[tuple[int, float], ...]:
+        """The validation top-1 after each epoch of a network."""
+        return tuple((one.epoch, one.val_top1) for one in self.history if one.val_top1 is not None)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Trained:

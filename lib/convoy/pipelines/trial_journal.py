@@ -83,7 +83,8 @@ class TrialRecord(StrictModel):
     `config` is the training as `convoy train` takes it. `top1` and `nll` are of the validation rows: those of the
     whole evaluation for a finished trial, else the last epoch's. `epochs` are numbers of epochs and their validation
     top-1. Each of `predictions_runs` holds the validation logits of the bundle at its place, for every view. With folds
-    there is a bundle for each, its validation rows are its fold, and `top1` is of all training rows.
+    there is a bundle for each, its validation rows are its fold, `top1` is of all training rows, and `epochs` are those
+    of the first fold.
     """
 
     trial: str

@@ -49,7 +49,7 @@ def outcome_of_training(setting: TrialSetting, report: TrainReport) -> dict[str,
         "top1": report.top1,
         "top1_interval": report.intervals["top1_wilson"],
         "nll": report.nll,
-        "epochs": tuple((one.epoch, one.val_top1) for one in report.history if one.val_top1 is not None),
+        "epochs": report.val_top1_by_epoch,
         "train_run": report.train_run,
         "bundles": (report.bundle,),
         "predictions_runs": (run,),
@@ -74,6 +74,8 @@ def outcome_of_folds(setting: TrialSetting, models: Sequence[FoldModel]) -> dict
     return {
         "state": TrialState.FINISHED,
         **_worth(rows, plan),
+        # By which it was compared with other trials while it ran.
+        "epochs": models[0].epochs,
         "bundles": tuple(model.bundle for model in models),
         "predictions_runs": rows.runs,
         "cost": _cost(setting.store, members, rows.runs, plan),

@@ -1,0 +1,110 @@
+"""What a trial with a training a fold records, without the trainings and predictions of its folds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cache_jobs import write_digits
+from convoy.core.config import parse_config
+from convoy.core.crop_policies import CropPolicy
+from convoy.core.progress import Silent
+from convoy.core.splits import SplitOptions
+from convoy.core.training_events import EpochResult
+from convoy.pipelines import folds, trial_outcomes
+from convoy.pipelines.folds import FoldModel, OutOfFold, train_folds
+from convoy.pipelines.train import TrainReport
+from convoy.pipelines.train_config import TrainConfig
+from convoy.pipelines.training_rows import Fold
+from convoy.pipelines.trial_outcomes import TrialSetting, outcome_of_folds
+from convoy.storage.datasets import freeze_dataset
+from convoy.storage.local_store import LocalStore
+from convoy.storage.member_predictions import MemberLogits
+from convoy.vision.presets import EvalPreset
+
+PRESET = EvalPreset(resize_px=None, crop_px=32)
+MODELS = [
+    FoldModel(
+        bundle=f"bundles/fold{index}/v1",
+        fold=Fold(index=index, count=2),
+        top1=0.5,
+        epochs=((1, 0.1 + index / 2), (2, 0.2 + index / 2)),
+    )
+    for index in range(2)
+]
+
+
+def outcome(
+    monkeypatch: pytest.MonkeyPatch,
+    logits_VNK: np.ndarray[Any, Any],
+    crops: CropPolicy,
+    *,
+    gives_probabilities: bool = True,
+) -> dict[str, Any]:
+    """Of two folds together, all of whose rows have label 0."""
+    num_rows = logits_VNK.shape[1]
+    logits = MemberLogits(
+        sample_ids=[str(row) for row in range(num_rows)],
+        labels_N=np.zeros(num_rows, np.int32),
+        logits_MVNK=logits_VNK[None],
+    )
+    classifier = SimpleNamespace(
+        backbone=SimpleNamespace(preset=PRESET), gives_probabilities=gives_probabilities
+    )
+    fakes = {
+        "_member": lambda setting, bundle: SimpleNamespace(classifier=classifier),
+        "_cost": lambda *args: None,
+        "out_of_fold": lambda *args, **named: OutOfFold(logits=logits, rejected=(), runs=("a", "b")),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(trial_outcomes, name, fake)
+    training: Any = SimpleNamespace(dataset="digits", rows=None, extraction=None)
+    nothing: Any = None
+    setting = TrialSetting(store=nothing, manifest=nothing, training=training, crops=crops)
+    return outcome_of_folds(setting, MODELS)
+
+
+def test_the_epochs_of_a_trial_with_folds_are_those_of_its_first_fold(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = outcome(monkeypatch, np.zeros((1, 3, 2)), CropPolicy.CENTER)
+    assert found["epochs"] == MODELS[0].epochs
+
+
+def test_the_model_of_a_fold_keeps_its_epochs_for_a_call_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_digits(tmp_path / "images", 30)
+    store = LocalStore(str(tmp_path / "workspace"))
+    freeze_dataset(store, "digits", str(tmp_path / "images"), splits=SplitOptions())
+    config = parse_config(
+        TrainConfig,
+        {
+            "workspace": store.root_uri,
+            "name": "probe",
+            "dataset": "digits",
+            "backbone": {"arch": "lenet5", "weights": "random"},
+            "tap": "f6",
+        },
+        where="test",
+    )
+    numbers = dict.fromkeys(EpochResult.model_fields, 1)
+    epochs = [
+        EpochResult.model_validate({**numbers, "phase": "all", "epoch": epoch, "val_top1": epoch / 10})
+        for epoch in (1, 2)
+    ]
+    report = TrainReport.model_construct(bundle="bundles/probe/v1", top1=0.2, history=epochs)
+    monkeypatch.setattr(folds, "run_train", lambda training, **named: report)
+    monkeypatch.setattr(folds, "peek_bundle", lambda store, bundle: None)
+    monkeypatch.setattr(folds, "resolve_bundle", lambda store, bundle: None)
+
+    def trained() -> list[FoldModel]:
+        return train_folds(config, 2, progress=Silent(), draw_curves=lambda history: b"")
+
+    assert [model.epochs for model in trained()] == [((1, 0.1), (2, 0.2))] * 2
+    monkeypatch.delattr(folds, "run_train")
+    assert trained()[0].epochs == ((1, 0.1), (2, 0.2)), "known, so not trained again"
