@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from convoy.core.crop_policies import CropPlan, CropPolicy, MemberOutputs, crop_views, view_indices
+from convoy.core.crop_policies import (
+    Averaging,
+    CropPlan,
+    CropPolicy,
+    MemberOutputs,
+    crop_views,
+    view_indices,
+)
 from convoy.core.metrics import EvaluationCounts
 from convoy.core.progress import Silent
 from convoy.core.records import Split
@@ -26,6 +33,7 @@ from convoy.storage.leases import WhenHeld
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import RunFolder
+from convoy.vision.ensembling import mean_of_views
 from convoy.vision.presets import EvalPreset
 
 
@@ -73,7 +81,7 @@ def outcome_of_folds(setting: TrialSetting, models: Sequence[FoldModel]) -> dict
     )
     return {
         "state": TrialState.FINISHED,
-        **_worth(rows, plan),
+        **_worth(rows, plan, gives_probabilities=members[0].classifier.gives_probabilities),
         # By which it was compared with other trials while it ran.
         "epochs": models[0].epochs,
         "bundles": tuple(model.bundle for model in models),
@@ -111,12 +119,20 @@ def _predict_validation_rows(setting: TrialSetting, bundle: str, plan: CropPlan)
     return predictions.run_id
 
 
-def _worth(rows: OutOfFold, plan: CropPlan) -> dict[str, Any]:
-    """Of all training rows, each by the model that did not see it, at the preset's own crop."""
+def _worth(rows: OutOfFold, plan: CropPlan, *, gives_probabilities: bool) -> dict[str, Any]:
+    """Of all training rows, each by the model that did not see it: at the preset's own crop, or all crops together.
+
+    All, averaged as one model's are, where the plan does not hold the preset's own.
+    """
     logits_VNK, labels_N = rows.logits.logits_MVNK[0], rows.logits.labels_N
-    (center,) = view_indices(CropPolicy.CENTER, plan) or (0,)
-    counts = EvaluationCounts(logits_VNK.shape[2])
-    counts.add(logits_VNK[center], labels_N)
+    center = view_indices(CropPolicy.CENTER, plan)
+    if center is None:
+        averaging = Averaging.PROBABILITIES if gives_probabilities else Averaging.LOGITS
+        logits_NK = mean_of_views(logits_VNK, averaging)
+    else:
+        logits_NK = logits_VNK[center[0]]
+    counts = EvaluationCounts(logits_NK.shape[1])
+    counts.add(logits_NK, labels_N)
     metrics = counts.summary()
     num_correct = round(metrics.top1 * metrics.num_rows)
     return {

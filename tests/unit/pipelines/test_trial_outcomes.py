@@ -11,7 +11,7 @@ import pytest
 
 from cache_jobs import write_digits
 from convoy.core.config import parse_config
-from convoy.core.crop_policies import CropPolicy
+from convoy.core.crop_policies import CropPlan, CropPolicy, crop_views
 from convoy.core.progress import Silent
 from convoy.core.splits import SplitOptions
 from convoy.core.training_events import EpochResult
@@ -108,3 +108,32 @@ def test_the_model_of_a_fold_keeps_its_epochs_for_a_call_that_goes_on(
     assert [model.epochs for model in trained()] == [((1, 0.1), (2, 0.2))] * 2
     monkeypatch.delattr(folds, "run_train")
     assert trained()[0].epochs == ((1, 0.1), (2, 0.2)), "known, so not trained again"
+
+
+@pytest.mark.parametrize("gives_probabilities", [True, False])
+def test_without_a_central_crop_a_trial_is_worth_what_the_mean_of_its_crops_is(
+    monkeypatch: pytest.MonkeyPatch, *, gives_probabilities: bool
+) -> None:
+    """Of the corner that comes first alone, half of the rows would be wrong."""
+    num_views = len(crop_views(CropPlan(policy=CropPolicy.MULTISCALE)))
+    logits_VNK = np.tile(np.array([2.0, 0.0]), (num_views, 4, 1))
+    logits_VNK[0, :2] = [0.0, 2.0]
+    found = outcome(monkeypatch, logits_VNK, CropPolicy.MULTISCALE, gives_probabilities=gives_probabilities)
+    likely = 1 / (1 + np.exp(-2))
+    one_corner_less = (
+        likely + (1 - 2 * likely) / num_views if gives_probabilities else 1 / (1 + np.exp(-2 + 4 / num_views))
+    )
+    assert found["top1"] == 1.0
+    assert found["nll"] == pytest.approx(-(np.log(one_corner_less) + np.log(likely)) / 2)
+
+
+def test_a_trial_with_a_central_crop_is_worth_what_that_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for policy, center in (
+        (CropPolicy.CENTER, 0),
+        (CropPolicy.FLIP, 0),
+        (CropPolicy.FIVE, 4),
+        (CropPolicy.TEN, 4),
+    ):
+        logits_VNK = np.tile(np.array([0.0, 2.0]), (len(crop_views(CropPlan(policy=policy))), 4, 1))
+        logits_VNK[center] = [2.0, 0.0]
+        assert outcome(monkeypatch, logits_VNK, policy)["top1"] == 1.0
