@@ -10,10 +10,10 @@ from convoy.core.fingerprints import digest
 from convoy.core.records import Split
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.classifiers import Strategy
-from convoy.pipelines.feature_plan import FeatureRequest, forecast_forward_s
+from convoy.pipelines.feature_plan import forward_s
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.train import random_weights
-from convoy.pipelines.train_config import PROBES, TrainConfig
+from convoy.pipelines.train_config import NETWORKS, TrainConfig
 from convoy.pipelines.tune_config import TuneConfig
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
@@ -70,7 +70,7 @@ def check_budget(
 ) -> None:
     """Raise ConfigError if even the shortest trial takes longer than the budget, by a forecast that errs on its side.
 
-    On GPUs there is no forecast.
+    There is none on GPUs, nor of trials that train no network.
     """
     allowed_s = config.budget.seconds
     if allowed_s is None or any(node["GPU"] for node in nodes):
@@ -86,14 +86,11 @@ def check_budget(
 
 
 def _forecast_s(example: Example, manifest: Manifest) -> float:
-    """Seconds of a training on two cores, in the network alone."""
+    """Seconds of a training on two cores, in the network alone; 0 where its features may lie in the cache."""
     training, num_rows = example.training, manifest.counts[Split.TRAIN].num_samples
+    if training.strategy not in NETWORKS:
+        return 0.0
     if training.rows.max_per_class is not None:
         num_rows = min(num_rows, training.rows.max_per_class * len(manifest.classes))
-    if training.strategy is Strategy.AS_IS:
-        num_rows = 0
-    elif training.strategy not in PROBES:
-        phases = sum(phase.epochs for phase in training.phases or ())
-        num_rows *= _PASSES_A_TRAINED_IMAGE * (training.epochs or phases or 1)
-    request = FeatureRequest(dataset=training.dataset, backbone=training.backbone)
-    return forecast_forward_s(example.network, request, num_rows)
+    epochs = training.epochs or sum(phase.epochs for phase in training.phases or ()) or 1
+    return forward_s(num_rows * epochs * _PASSES_A_TRAINED_IMAGE * example.network.macs)

@@ -148,3 +148,15 @@ def test_a_budget_too_small_for_one_trial_is_refused_with_the_numbers(
     check_budget(config, examples, manifest, [{"CPU": 2.0, "GPU": 1.0}])
     enough = config.model_copy(update={"budget": config.budget.model_copy(update={"hours": 10.0})})
     check_budget(enough, examples, manifest, laptop)
+
+
+def test_a_search_over_heads_needs_no_time_for_features_that_may_be_cached(
+    digits: tuple[LocalStore, Manifest],
+) -> None:
+    store, manifest = digits
+    config = parsed(
+        base={"backbone": {"arch": "torchvision:resnet50", "weights": "random"}, "strategy": "linear_probe"},
+        space={"head.C": {"grid": [[0.1], [1.0]]}},
+        budget={"hours": 1e-6},
+    )
+    check_budget(config, fetch_networks(store, manifest, config), manifest, [{"CPU": 2.0, "GPU": 0.0}])
