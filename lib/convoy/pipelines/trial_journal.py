@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from convoy.cluster.search_plan import GivenUp, PastTrial, TrialPoint
 from convoy.core.config import StrictModel
 from convoy.core.crash_points import CrashPoint, crash_point
-from convoy.core.errors import PreconditionFailed
+from convoy.core.errors import ConfigError, PreconditionFailed
 from convoy.core.fingerprints import canonical_json, digest
 from convoy.core.search_space import Values
 from convoy.core.statistics import Interval
@@ -80,11 +80,11 @@ class TrialCost(StrictModel):
 class TrialRecord(StrictModel):
     """`trials/<trial>.json`: written once, as the last thing that a trial does. A trial that has one never runs again.
 
-    `config` is the training as `convoy train` takes it. `top1` and `nll` are of the validation rows: those of the
-    whole evaluation for a finished trial, else the last epoch's. `epochs` are numbers of epochs and their validation
-    top-1. Each of `predictions_runs` holds the validation logits of the bundle at its place, for every view. With folds
-    there is a bundle for each, its validation rows are its fold, `top1` is of all training rows, and `epochs` are those
-    of the first fold.
+    `config` is the training as `convoy train` takes it, empty where what was drawn makes none. `top1` and `nll` are of
+    the validation rows: those of the whole evaluation for a finished trial, else the last epoch's. `epochs` are numbers
+    of epochs and their validation top-1. Each of `predictions_runs` holds the validation logits of the bundle at its
+    place, for every view. With folds there is a bundle for each, its validation rows are its fold, `top1` is of all
+    training rows, and `epochs` are those of the first fold.
     """
 
     trial: str
@@ -144,8 +144,16 @@ class TrialJournal:
         return TrialPoint(trial=f"{index:03d}-{name}", index=index, values=values)
 
     def train_config(self, point: TrialPoint) -> TrainConfig:
-        """The training of a trial."""
+        """The training of a trial; ConfigError where what was drawn makes none."""
         return self._config.trial_config(point.values, name=f"{self._config.name}-{point.trial}")
+
+    def recorded_config(self, point: TrialPoint) -> dict[str, Any]:
+        """The training as the record of a trial holds it; empty where what was drawn makes none."""
+        try:
+            return self.train_config(point).model_dump(mode="json")
+        except ConfigError:
+            # Not all draws are checked before the search: such a trial fails, and must not take the others with it.
+            return {}
 
     def drawn(self, point: TrialPoint) -> None:
         """Remember a trial before it starts."""
@@ -174,7 +182,7 @@ class TrialJournal:
                 trial=point.trial,
                 index=point.index,
                 values=point.values,
-                config=self.train_config(point).model_dump(mode="json"),
+                config=self.recorded_config(point),
                 state=end.state,
                 reason=end.reason,
                 top1=end.epochs[-1][1] if end.epochs else None,

@@ -82,7 +82,7 @@ def _attempt(
         }
     return TrialRecord(
         **point.model_dump(),
-        config=journal.train_config(point).model_dump(mode="json"),
+        config=journal.recorded_config(point),
         started_unix_s=started_unix_s,
         finished_unix_s=time.time(),
         **outcome,

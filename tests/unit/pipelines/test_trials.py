@@ -85,6 +85,20 @@ def test_an_error_of_the_trial_is_recorded(job: TrialJob) -> None:
     assert (record.state, record.reason) == (TrialState.FAILED, "no image can be used")
 
 
+def test_a_drawn_point_that_is_no_training_fails_alone(job: TrialJob) -> None:
+    """Of a search with hours for a budget not all draws were checked."""
+    journal = journal_of(job)
+    drawn, never_ran = (journal.point(index, {"recipe.seed": -index}) for index in (2, 3))
+    run_trial(job, lambda history: b"", drawn, Silent())
+    journal.give_up(never_ran, GivenUp(state=TrialState.STOPPED, reason="no time", epochs=(), seconds=0))
+    failed, stopped = (journal.record(point.trial) for point in (drawn, never_ran))
+    assert failed is not None
+    assert (failed.state, failed.values, failed.config) == (TrialState.FAILED, {"recipe.seed": -2}, {})
+    assert "recipe.seed" in (failed.reason or "")
+    assert stopped is not None
+    assert (stopped.state, stopped.config) == (TrialState.STOPPED, {})
+
+
 def test_a_job_and_a_record_that_were_written_out_train_what_was_drawn(job: TrialJob) -> None:
     """Also where a value of the search is the one that a recipe has without a paper."""
     base = {"backbone": {"arch": "timm:convnext_atto"}, "strategy": "from_scratch"}
