@@ -90,6 +90,33 @@ class EnsembleSettings(StrictModel):
     budget: EnsembleBudget = EnsembleBudget()
     gate: float | None = Field(default=None, gt=0.5, le=1)
 
+    def policies(self, plan: CropPlan) -> list[CropPolicy]:
+        """The policies to choose from, cheapest first, where predictions keep the views of `plan`.
+
+        Raises ConfigError for a policy whose views are not kept, and for a gate without the centre crop.
+        """
+        kept = [policy for policy in CropPolicy if view_indices(policy, plan) is not None]
+        missing = [policy.value for policy in self.crops or () if policy not in kept]
+        if missing:
+            raise ConfigError(
+                f"the candidates keep no views of {', '.join(missing)}: they hold {', '.join(kept)}",
+                where="ensemble.crops",
+                next_step="choose among these, or search with other `crops`",
+            )
+        chosen = [policy for policy in kept if self.crops is None or policy in self.crops]
+        if self.gate is None:
+            return chosen
+        with_centre = [
+            policy for policy in chosen if view_indices(CropPolicy.CENTER, CropPlan(policy=policy))
+        ]
+        if not with_centre:
+            raise ConfigError(
+                f"a gate begins at the centre crop, which {', '.join(chosen)} has not",
+                where="ensemble.gate",
+                next_step="leave `gate` out, or keep the crops ten",
+            )
+        return with_centre
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CandidatePredictions:
@@ -104,28 +131,6 @@ class CandidatePredictions:
     seconds_per_pass_M: tuple[float, ...]
     macs_M: tuple[int, ...]
     num_networks_M: tuple[int, ...]
-
-    def policies(self, wanted: Sequence[CropPolicy] | None, *, with_centre: bool) -> list[CropPolicy]:
-        """The policies whose views are kept, cheapest first; ConfigError for a wanted one that is not."""
-        kept = [policy for policy in CropPolicy if view_indices(policy, self.plan) is not None]
-        missing = [policy.value for policy in wanted or () if policy not in kept]
-        if missing:
-            raise ConfigError(
-                f"the candidates kept no views of {', '.join(missing)}: they hold {', '.join(kept)}",
-                where="ensemble.crops",
-                next_step="choose among these, or search again with other `crops`",
-            )
-        chosen = [policy for policy in kept if wanted is None or policy in wanted]
-        if not with_centre:
-            return chosen
-        with_it = [policy for policy in chosen if view_indices(CropPolicy.CENTER, CropPlan(policy=policy))]
-        if not with_it:
-            raise ConfigError(
-                f"a gate begins at the centre crop, which {', '.join(chosen)} has not",
-                where="ensemble.gate",
-                next_step="leave `gate` out, or keep the crops ten",
-            )
-        return with_it
 
 
 class FrontPoint(StrictModel):
@@ -167,7 +172,7 @@ class EnsembleChooser:
         self._candidates, self._settings = candidates, settings
         self._labels_N = candidates.labels_N
         plan, averaging = candidates.plan, settings.averaging
-        self._policies = candidates.policies(settings.crops, with_centre=settings.gate is not None)
+        self._policies = settings.policies(plan)
         self.temperatures_M = tuple(
             fit_temperature(logits_VNK.mean(axis=0), self._labels_N) if settings.calibrate else 1.0
             for logits_VNK in candidates.logits_MVNK
@@ -188,7 +193,7 @@ class EnsembleChooser:
             raise ConfigError(
                 f"no candidate is within the budget: the cheapest gives {cheapest.images_per_s:.1f} images/s",
                 where="ensemble.budget",
-                next_step="raise the budget, or search among smaller networks",
+                next_step="ask for less speed or allow more money, or search among smaller networks",
             )
         best = min(affordable, key=self._loss)
         singles = [point for point in points if len(point.members) == 1 and point.crops is best.crops]

@@ -21,6 +21,7 @@ from convoy.core.statistics import Interval
 from convoy.core.trial_events import TrialState
 from convoy.pipelines.ensemble_building import EnsembleReport, ReportDrawer, build_ensemble
 from convoy.pipelines.ensemble_candidates import Candidate
+from convoy.pipelines.ensemble_choice import EnsembleSettings
 from convoy.pipelines.feature_plan import PrecisionChoice, forward_s
 from convoy.pipelines.network_training import CurveDrawer
 from convoy.pipelines.search_time import SearchTimer, seconds_spent
@@ -47,8 +48,11 @@ _PRECISION = "precision"
 _NEVER_RAN = GivenUp(
     state=TrialState.STOPPED, reason="the budget was used up before it came to run", epochs=(), seconds=0
 )
-# What of a config may change between a kill and the next call: where, how fast and how long, not what is searched.
-_NOT_IDENTITY: dict[str, Any] = dict.fromkeys(("workspace", "writers", "budget", "max_concurrent"), True)
+# What of a config may change between a kill and the next call: where, how fast and how long, and what is built of the
+# trials; not what is searched.
+_NOT_IDENTITY: dict[str, Any] = dict.fromkeys(
+    ("workspace", "writers", "budget", "max_concurrent", "ensemble"), True
+)
 
 TrialDrawer = Callable[[Sequence[TrialRecord]], bytes]
 
@@ -88,8 +92,12 @@ class TrialSummary(StrictModel):
 
 
 class TuneReport(EnsembleReport):
-    """The ensemble of a search's trials, and the trials. `page` is its report as one HTML file."""
+    """The ensemble of a search's trials, and the trials. `page` is its report as one HTML file.
 
+    `settings` are those of this ensemble; the run's record has those of the call that began the search.
+    """
+
+    settings: EnsembleSettings
     run: str
     trials: list[TrialSummary]
     page: str
@@ -101,9 +109,9 @@ def run_tune(
 ) -> TuneReport:
     """Search, and build the ensemble of the trials; the same call again goes on where it was killed.
 
-    A trial that ended never runs again. Raises ConfigError for a dataset without validation rows and for a budget
-    that cannot suffice, TrainingError where no trial finished, LeaseHeld where another driver is at work on the same
-    search.
+    A trial that ended never runs again: another `ensemble` is built of the same trials. Raises ConfigError for a
+    dataset without validation rows and for a budget that cannot suffice, TrainingError where no trial finished,
+    LeaseHeld where another driver is at work on the same search.
     """
     store = open_workspace(config.workspace, config.writers)
     manifest = open_dataset(store, config.dataset)
@@ -128,6 +136,7 @@ def run_tune(
             ensemble = search.build_ensemble(records)
         report = TuneReport(
             **ensemble.model_dump(),
+            settings=config.ensemble,
             run=folder.run_id,
             trials=[TrialSummary.of(record) for record in records],
             page=store.uri(folder.key(_PAGE)),

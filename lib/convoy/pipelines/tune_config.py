@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_va
 
 from convoy.cluster.search_plan import SchedulerConfig, SearchKind
 from convoy.core.config import StrictModel, parse_config
-from convoy.core.crop_policies import CropPolicy
+from convoy.core.crop_policies import CropPlan, CropPolicy
 from convoy.core.errors import ConfigError
 from convoy.core.search_space import Grid, SearchSpace, Values, parse_space, with_values
 from convoy.pipelines.ensemble_choice import EnsembleSettings
@@ -97,6 +97,8 @@ class TuneConfig(StrictModel):
                 where="ensemble.gate",
                 next_step="leave out ensemble.gate, or folds",
             )
+        if self.crops is not None:
+            self.ensemble.policies(CropPlan(policy=self.crops))
         self._check_keys()
         space = self.search_space
         if self.search is SearchKind.OPTUNA and any(isinstance(one, Grid) for one in space.domains.values()):

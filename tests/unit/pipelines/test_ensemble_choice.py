@@ -77,7 +77,7 @@ def test_at_most_so_many_members_are_taken() -> None:
 
 def test_crops_that_were_not_kept_are_refused() -> None:
     settings = EnsembleSettings(crops=(CropPolicy.TEN,))
-    with pytest.raises(ConfigError, match="kept no views of ten: they hold center, flip"):
+    with pytest.raises(ConfigError, match="keep no views of ten: they hold center, flip"):
         EnsembleChooser(made_candidates(1.0, 1.0), settings)
 
 

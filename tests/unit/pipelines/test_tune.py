@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,14 @@ import pytest
 from cache_jobs import write_digits
 from convoy.cluster.search_plan import GivenUp
 from convoy.core.config import parse_config
-from convoy.core.errors import LeaseHeld, TrainingError
+from convoy.core.errors import ConfigError, LeaseHeld, RunMismatch, TrainingError
 from convoy.core.fingerprints import digest
 from convoy.core.progress import Silent
 from convoy.core.splits import SplitOptions
 from convoy.core.trial_events import TrialState
 from convoy.pipelines import tune
+from convoy.pipelines.ensemble_building import EnsembleReport
+from convoy.pipelines.ensemble_choice import EnsembleBudget, EnsembleSettings
 from convoy.pipelines.feature_plan import PrecisionChoice
 from convoy.pipelines.trial_journal import TrialJournal
 from convoy.pipelines.tune import TuneDrawers, _precision, _record, _Search, run_tune
@@ -25,6 +28,7 @@ from convoy.storage.leases import hold_run
 from convoy.storage.local_store import LocalStore
 from convoy.storage.runs import OpenRun
 from convoy.vision.engine_options import Precision
+from made_ensembles import made_candidates, made_report
 
 DRAW = TuneDrawers(
     training=lambda history: b"",
@@ -98,3 +102,27 @@ def test_a_search_that_goes_on_elsewhere_keeps_its_precision(
     assert _precision(known) is PrecisionChoice.FP32
     # One that began without a word on it keeps what its trials have decided.
     assert _precision(known.model_copy(update={"settings": {}})) is PrecisionChoice.AUTO
+
+
+def test_another_ensemble_is_built_of_the_trials_that_there_are(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(search: _Search, records: object) -> EnsembleReport:
+        return made_report(made_candidates(1.0, 1.2), search._config.ensemble)
+
+    monkeypatch.setattr(tune, "ray_session", nullcontext)
+    monkeypatch.setattr(_Search, "run", lambda *_: [])
+    monkeypatch.setattr(_Search, "build_ensemble", build)
+    config = config_in(store)
+    too_fast, slower = (
+        config.model_copy(update={"ensemble": EnsembleSettings(budget=EnsembleBudget(min_images_per_s=rate))})
+        for rate in (1e6, 1.0)
+    )
+    with pytest.raises(ConfigError, match="no candidate is within the budget"):
+        run_tune(too_fast, progress=Silent(), draw=DRAW)
+    unfinished = OpenRun(store, verb="tune", target=digest(["search"])).current()
+    assert unfinished is not None
+    with pytest.raises(RunMismatch, match="seed"):
+        run_tune(slower.model_copy(update={"seed": 1}), progress=Silent(), draw=DRAW)
+    report = run_tune(slower, progress=Silent(), draw=DRAW)
+    assert (report.run, report.settings) == (unfinished.run_id, slower.ensemble)

@@ -87,6 +87,8 @@ def test_overrides_reach_into_base_and_space(tmp_path: Path) -> None:
         ({"budget": {"cost_usd": 3}}, "cost_usd needs price_per_hour"),
         ({"search": "optuna"}, "goes through no grid"),
         ({"search": "optunna"}, "'random' or 'optuna'"),
+        ({"crops": "five", "ensemble": {"crops": ["ten"]}}, "keep no views of ten: they hold center, five"),
+        ({"crops": "multiscale", "ensemble": {"gate": 0.99}}, "a gate begins at the centre crop"),
         ({"name": "No Name"}, "a model's name"),
         ({"budgett": {}}, "did you mean 'budget'"),
     ],
