@@ -31,12 +31,14 @@ from convoy.pipelines.trials import TrialJob, run_trial
 from convoy.pipelines.tune_config import TuneConfig
 from convoy.pipelines.tune_plan import check_budget, copied_weights, fetch_networks
 from convoy.pipelines.workspace import open_workspace
+from convoy.storage.bundles import peek_bundle, resolve_bundle
 from convoy.storage.commits import finish
 from convoy.storage.datasets import open_dataset
 from convoy.storage.leases import RunLease, WhenHeld, hold_run
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import OpenRun, RunFolder, RunRecord, refuse_changed_identity
+from convoy.vision.decode_rule import DecodeRule
 from convoy.vision.engine_options import best_precision
 from convoy.vision.heads import HeadKind
 
@@ -234,21 +236,35 @@ class _Search:
         )
 
     def _candidates(self, records: Sequence[TrialRecord]) -> list[Candidate]:
-        """The finished trials whose outputs are probabilities; ConfigError where there is none."""
+        """The finished trials that can vote with the best of them; ConfigError where none gives probabilities."""
         finished = [record for record in records if record.state is TrialState.FINISHED]
-        candidates = [_candidate(record) for record in finished if not _gives_margins(record)]
-        if len(candidates) < len(finished):
+        probable = [record for record in finished if not _gives_margins(record)]
+        if len(probable) < len(finished):
             self.notes.append(
-                f"{len(finished) - len(candidates)} trials with a linear SVM cannot be members: margins are no"
+                f"{len(finished) - len(probable)} trials with a linear SVM cannot be members: margins are no"
                 " probabilities"
             )
-        if not candidates:
+        if not probable:
             raise ConfigError(
                 "every finished trial has a linear SVM for a head: its margins cannot be averaged with others",
                 where="space",
                 next_step="search among softmax or mlp heads too, and add --new-run",
             )
-        return candidates
+        best = max(probable, key=lambda record: record.top1 or 0.0)
+        ballots = {record.trial: self._ballot(record) for record in probable}
+        joining = [record for record in probable if ballots[record.trial] == ballots[best.trial]]
+        if len(joining) < len(probable):
+            self.notes.append(
+                f"{len(probable) - len(joining)} trials cannot be members beside the best, {best.trial}: they know"
+                " other classes, or decode images by another rule"
+            )
+        return [_candidate(record) for record in joining]
+
+    def _ballot(self, record: TrialRecord) -> tuple[frozenset[str], DecodeRule]:
+        """What members must have in common: their classes, and how they decode an image."""
+        bundle = peek_bundle(self._store, resolve_bundle(self._store, _candidate(record).bundle))
+        decode = TrainConfig.model_validate(record.config).extraction.decode
+        return frozenset(bundle.read_json("classes.json")), decode
 
     def finish(self, report: TuneReport, draw: TuneDrawers, records: Sequence[TrialRecord]) -> None:
         """Write the pictures, the page, the table of trials and the report, and end the run."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ from convoy.pipelines import tune
 from convoy.pipelines.ensemble_building import EnsembleReport
 from convoy.pipelines.ensemble_choice import EnsembleBudget, EnsembleSettings
 from convoy.pipelines.feature_plan import PrecisionChoice
-from convoy.pipelines.trial_journal import TrialJournal
+from convoy.pipelines.trial_journal import TrialCost, TrialJournal, TrialRecord
 from convoy.pipelines.tune import TuneDrawers, _precision, _record, _Search, run_tune
 from convoy.pipelines.tune_config import TuneConfig
 from convoy.storage.datasets import freeze_dataset, open_dataset
@@ -28,6 +29,7 @@ from convoy.storage.leases import hold_run
 from convoy.storage.local_store import LocalStore
 from convoy.storage.runs import OpenRun
 from convoy.vision.engine_options import Precision
+from made_bundles import DIGITS, made_classifier, write_classifier
 from made_ensembles import made_candidates, made_report
 
 DRAW = TuneDrawers(
@@ -126,3 +128,37 @@ def test_another_ensemble_is_built_of_the_trials_that_there_are(
         run_tune(slower.model_copy(update={"seed": 1}), progress=Silent(), draw=DRAW)
     report = run_tune(slower, progress=Silent(), draw=DRAW)
     assert (report.run, report.settings) == (unfinished.run_id, slower.ensemble)
+
+
+def finished(
+    search: _Search, index: int, *, top1: float, classes: tuple[str, ...], **values: Any
+) -> TrialRecord:
+    point = search._journal.point(index, {"recipe.seed": index, **values})
+    bundle = write_classifier(
+        search._store, point.trial, made_classifier(search._store, index, classes=classes)
+    )
+    return TrialRecord(
+        **point.model_dump(),
+        config=search._journal.recorded_config(point),
+        state=TrialState.FINISHED,
+        top1=top1,
+        bundles=(str(bundle),),
+        predictions_runs=("run-1",),
+        cost=TrialCost(parameters=10, macs=20, size_bytes=30, num_views=1, images_per_s=100.0),
+        started_unix_s=0,
+        finished_unix_s=1,
+    )
+
+
+def test_trials_that_cannot_vote_with_the_best_one_are_no_candidates(search: _Search) -> None:
+    """A pretrained network as it is knows all its classes, a trained one those of the dataset."""
+    records = [
+        finished(search, 0, top1=0.5, classes=DIGITS),
+        finished(search, 1, top1=0.7, classes=(*DIGITS, "ten")),
+        finished(search, 2, top1=0.8, classes=DIGITS[::-1]),
+        finished(search, 3, top1=0.6, classes=DIGITS, **{"extraction.decode.version": 1}),
+    ]
+    candidates = search._candidates(records)
+    assert [one.bundle for one in candidates] == [*records[0].bundles, *records[2].bundles]
+    (note,) = search.notes
+    assert note.startswith(f"2 trials cannot be members beside the best, {records[2].trial}")
