@@ -62,6 +62,15 @@ class SearchSpace:
     domains: Mapping[str, Domain]
 
     @property
+    def keys(self) -> Iterator[str]:
+        """All dotted keys that get a value, those of the mappings under `config` among them."""
+        for key, domain in self.domains.items():
+            if key == WHOLE_CONFIG and not isinstance(domain, Range):
+                yield from (str(inner) for value in domain.values for inner in value)
+            else:
+                yield key
+
+    @property
     def grid_size(self) -> int:
         """Cells of the grids together; 1 without any."""
         return math.prod(len(one.values) for one in self.domains.values() if isinstance(one, Grid))
@@ -135,15 +144,13 @@ def parse_space(settings: Mapping[str, Any]) -> SearchSpace:
 def with_values(settings: Mapping[str, Any], values: Values) -> dict[str, Any]:
     """The settings of a config with some values put in at their dotted keys; neither argument is changed.
 
-    A value under the key `config` is merged over the settings first. Raises ConfigError where a key leads
-    through something that is no section.
+    The keys of a value under `config`, dotted as well, are put in first. A value that is a section replaces the
+    whole section. Raises ConfigError where a key leads through something that is no section.
     """
     result = copy.deepcopy(dict(settings))
-    if WHOLE_CONFIG in values:
-        result.update(copy.deepcopy(values[WHOLE_CONFIG]))
-    for dotted, value in values.items():
-        if dotted != WHOLE_CONFIG:
-            _put(result, dotted, copy.deepcopy(value))
+    others = {dotted: value for dotted, value in values.items() if dotted != WHOLE_CONFIG}
+    for dotted, value in (*values.get(WHOLE_CONFIG, {}).items(), *others.items()):
+        _put(result, str(dotted), copy.deepcopy(value))
     return result
 
 

@@ -59,9 +59,10 @@ class TuneConfig(StrictModel):
 
     `base` holds the keys of `convoy train` that all trials share. `space` gives dotted keys of it a domain:
     `{choice: [...]}`, `{grid: [...]}` (every value with every other grid's), `{uniform: [a, b]}`,
-    `{log_uniform: [a, b]}`, or `{int: [a, b]}`; the key `config` stands for several keys at once. `crops` is what
-    the trials' validation predictions keep, by default `ten`, or `flip` where the preset does not resize. `seed` is
-    that of the draws; a training's own is `recipe.seed`. `ensemble` says how members are chosen among the trials.
+    `{log_uniform: [a, b]}`, or `{int: [a, b]}`; the key `config` stands for several keys at once, dotted as well. A
+    value that is a section replaces the whole section of `base`. `crops` is what the trials' validation predictions
+    keep, by default `ten`, or `flip` where the preset does not resize. `seed` is that of the draws; a training's own is
+    `recipe.seed`. `ensemble` says how members are chosen among the trials.
 
     With `folds` a trial trains so many models, each without one part of the training rows, which it then predicts: so
     all training rows choose, and a split `val` is not needed.
@@ -150,7 +151,7 @@ class TuneConfig(StrictModel):
             yield from islice(space.points(self.seed), min(self.max_trials or 0, _MAX_CHECKED_DRAWS))
 
     def _check_keys(self) -> None:
-        for section, keys in (("base", self.base), ("space", self.search_space.domains)):
+        for section, keys in (("base", self.base), ("space", self.search_space.keys)):
             for key in keys:
                 first = key.partition(".")[0]
                 if first in _OF_THE_SEARCH:

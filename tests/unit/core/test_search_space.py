@@ -86,19 +86,20 @@ def test_spot_checks_hold_every_value_and_every_end() -> None:
 def test_values_are_put_in_at_their_keys() -> None:
     base = {"recipe": {"batch_size": 32}, "strategy": "linear_probe", "reuse": None}
     values = {
-        "config": {"strategy": "partial_reuse", "reuse": {"after": "layer1"}},
+        "config": {"strategy": "partial_reuse", "reuse": {"after": "layer1"}, "recipe.mixup_alpha": 0.2},
         "recipe.seed": 3,
         "reuse.dropout": 0.5,
         "backbone.preset.crop_px": 64,
     }
     assert with_values(base, values) == {
-        "recipe": {"batch_size": 32, "seed": 3},
+        "recipe": {"batch_size": 32, "mixup_alpha": 0.2, "seed": 3},
         "strategy": "partial_reuse",
         "reuse": {"after": "layer1", "dropout": 0.5},
         "backbone": {"preset": {"crop_px": 64}},
     }
     assert base == {"recipe": {"batch_size": 32}, "strategy": "linear_probe", "reuse": None}
-    assert values["config"] == {"strategy": "partial_reuse", "reuse": {"after": "layer1"}}
+    assert values["config"]["reuse"] == {"after": "layer1"}
+    assert with_values(base, {"config": {"recipe": {"seed": 3}}})["recipe"] == {"seed": 3}
     with pytest.raises(ConfigError, match="'augmentation' is 'cifar', not a section"):
         with_values({"augmentation": "cifar"}, {"augmentation.rotation.degrees": 5})
 

@@ -79,6 +79,11 @@ def test_overrides_reach_into_base_and_space(tmp_path: Path) -> None:
         ({"space": {"strategy": {"choice": ["fine_tune", "guess"]}}}, "strategy"),
         ({"space": {"strategy": {"grid": ["partial_reuse"]}}}, "partial_reuse needs `reuse"),
         ({"space": {"name": {"grid": ["a"]}}}, "'name' is the same for all trials"),
+        (
+            {"space": {"config": {"grid": [{"epochs": 3, "dataset": "b"}]}}},
+            "'dataset' is the same for all trials",
+        ),
+        ({"space": {"config": {"choice": [{"tracking": {}}]}}}, "tracked in the run folder"),
         ({"base": {**CONFIG["base"], "workspace": "/tmp"}}, "'workspace' is the same for all trials"),
         ({"base": {**CONFIG["base"], "tracking.mlflow_uri": "x"}}, "tracked in the run folder"),
         ({"base": {**CONFIG["base"], "epoch": 3}}, "did you mean 'epochs'"),
@@ -102,6 +107,11 @@ def test_several_keys_may_be_chosen_together() -> None:
     ways = [{"strategy": "fine_tune"}, {"strategy": "partial_reuse", "reuse": {"after": "c1"}}]
     config = parsed(space={"config": {"grid": ways}}, budget={})
     assert sorted(one.strategy.value for one in config.examples()) == ["fine_tune", "partial_reuse"]
+    ways = [{"recipe.seed": 1, "epochs": 3}, {"recipe.seed": 2, "epochs": 4}]
+    base = {**CONFIG["base"], "recipe": {"batch_size": 32}}
+    config = parsed(base=base, space={"config": {"grid": ways}}, budget={})
+    recipes = [(one.epochs, one.recipe.seed, one.recipe.batch_size) for one in config.examples()]
+    assert recipes == [(3, 1, 32), (4, 2, 32)]
 
 
 @pytest.fixture(scope="module")
