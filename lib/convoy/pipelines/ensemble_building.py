@@ -13,6 +13,7 @@ from convoy.core.config import StrictModel
 from convoy.core.crop_policies import CropPlan, CropPolicy, view_indices
 from convoy.core.metrics import ReliabilityBin
 from convoy.core.progress import Progress
+from convoy.core.records import Split
 from convoy.core.statistics import Interval
 from convoy.pipelines.committee_evaluation import CommitteeEvaluation, MemberEvaluation
 from convoy.pipelines.committees import CommitteeRecord, committee_of, write_ensemble
@@ -32,7 +33,7 @@ from convoy.pipelines.ensemble_measuring import (
     SizeWorth,
     UntouchedRows,
     cross_fitted,
-    has_labelled_test,
+    has_labels,
 )
 from convoy.pipelines.feature_plan import ExtractionConfig
 from convoy.storage.bundles import ModelCard, model_card
@@ -92,7 +93,7 @@ def build_ensemble(
     progress.stage("choosing the ensemble")
     predictions, networks = read_candidates(store, manifest, candidates, settings.averaging)
     chosen = _choose(predictions, networks, settings)
-    if has_labelled_test(manifest):
+    if has_labels(manifest, Split.TEST):
         rows = UntouchedRows(
             store,
             manifest,

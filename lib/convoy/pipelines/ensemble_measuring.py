@@ -208,9 +208,9 @@ def cross_fitted(predictions: CandidatePredictions, settings: EnsembleSettings) 
     )
 
 
-def has_labelled_test(manifest: Manifest) -> bool:
-    """Whether the dataset has test rows on which something can be measured."""
-    return Split.TEST in manifest.counts and sum(manifest.counts[Split.TEST].by_class) > 0
+def has_labels(manifest: Manifest, split: Split) -> bool:
+    """Whether the dataset has rows of a split on which something can be measured."""
+    return split in manifest.counts and sum(manifest.counts[split].by_class) > 0
 
 
 def _joint_logits(

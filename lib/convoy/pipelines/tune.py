@@ -22,6 +22,7 @@ from convoy.core.trial_events import TrialState
 from convoy.pipelines.ensemble_building import EnsembleReport, ReportDrawer, build_ensemble
 from convoy.pipelines.ensemble_candidates import Candidate
 from convoy.pipelines.ensemble_choice import EnsembleSettings
+from convoy.pipelines.ensemble_measuring import has_labels
 from convoy.pipelines.feature_plan import PrecisionChoice, forward_s
 from convoy.pipelines.network_training import CurveDrawer
 from convoy.pipelines.search_time import SearchTimer, seconds_spent
@@ -112,8 +113,8 @@ def run_tune(
     """Search, and build the ensemble of the trials; the same call again goes on where it was killed.
 
     A trial that ended never runs again: another `ensemble` is built of the same trials. Raises ConfigError for a
-    dataset without validation rows and for a budget that cannot suffice, TrainingError where no trial finished,
-    LeaseHeld where another driver is at work on the same search.
+    dataset without labelled validation rows and for a budget that cannot suffice, TrainingError where no trial
+    finished, LeaseHeld where another driver is at work on the same search.
     """
     store = open_workspace(config.workspace, config.writers)
     manifest = open_dataset(store, config.dataset)
@@ -333,9 +334,9 @@ def _candidate(record: TrialRecord) -> Candidate:
 
 
 def _require_validation_rows(manifest: Manifest) -> None:
-    if Split.VAL not in manifest.counts:
+    if not has_labels(manifest, Split.VAL):
         raise ConfigError(
-            "trials are compared on validation rows, and the dataset has none",
+            "trials are compared on labelled validation rows, and the dataset has none",
             where=manifest.uri,
-            next_step="freeze it with --set splits.val_fraction=0.1, name a folder `val`, or set folds",
+            next_step="freeze it with --set splits.val_fraction=0.1, label its split `val`, or set folds",
         )

@@ -7,6 +7,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from cache_jobs import write_digits
@@ -15,6 +17,7 @@ from convoy.core.config import parse_config
 from convoy.core.errors import ConfigError, LeaseHeld, RunMismatch, TrainingError
 from convoy.core.fingerprints import digest
 from convoy.core.progress import Silent
+from convoy.core.records import Split
 from convoy.core.splits import SplitOptions
 from convoy.core.trial_events import TrialState
 from convoy.pipelines import tune
@@ -31,6 +34,7 @@ from convoy.storage.runs import OpenRun
 from convoy.vision.engine_options import Precision
 from made_bundles import DIGITS, made_classifier, write_classifier
 from made_ensembles import made_candidates, made_report
+from made_sources import jpeg_bytes
 
 DRAW = TuneDrawers(
     training=lambda history: b"",
@@ -75,6 +79,20 @@ def test_a_search_that_is_at_work_is_refused_to_a_second_driver(store: LocalStor
     ):
         run_tune(config, progress=Silent(), draw=DRAW)
     assert folder.record() is None
+
+
+def test_validation_rows_without_labels_are_found_out_before_a_trial(
+    store: LocalStore, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for split, labels in (("train", ["cat", "dog"]), ("val", [None, None])):
+        table = pa.table({"image": [jpeg_bytes(0), jpeg_bytes(1)], "label": pa.array(labels, pa.string())})
+        pq.write_table(table, source / f"{split}.parquet")
+    freeze_dataset(store, "digits", str(source))
+    assert open_dataset(store, "digits").counts[Split.VAL].num_unlabelled == 2
+    with pytest.raises(ConfigError, match="labelled validation rows, and the dataset has none"):
+        run_tune(config_in(store), progress=Silent(), draw=DRAW)
 
 
 def test_a_trial_that_the_end_of_the_time_cut_short_keeps_its_epochs(search: _Search) -> None:
