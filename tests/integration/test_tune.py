@@ -138,6 +138,26 @@ def test_asha_stops_a_trial_that_lags_behind_and_the_next_one_has_its_cpus(job: 
         assert trial["bundles"] == []
 
 
+def test_asha_knows_the_epochs_before_the_checkpoint_that_a_trial_goes_on_from(
+    job: TuneJob, tmp_path: Path
+) -> None:
+    job = job.changed(
+        "name=search",
+        "base.strategy=from_scratch",
+        "base.epochs=4",
+        "space.learning_rate={grid: [0.05]}",
+        "scheduler={kind: asha, reduction_factor: 2}",
+    )
+    arrivals = tmp_path / "arrivals"
+    # In the third epoch of six steps each; the driver of a training steps nowhere.
+    workers = {"env_vars": {"CONVOY_CRASH_POINT": f"{CrashPoint.TRAINING_STEP}:15:{arrivals}"}}
+    finished = job.start({"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": workers})})
+    assert finished.returncode == 0, finished.stderr
+    assert arrivals.stat().st_size > 24, "the fault did not fire"
+    (record,) = job.records().values()
+    assert (record["state"], [epoch for epoch, _ in record["epochs"]]) == ("finished", [1, 2, 3, 4])
+
+
 def test_optuna_searches_without_repeating_itself(job: TuneJob) -> None:
     space = "space={tap: {choice: [c1, c3, f6]}, head.gradient_tolerance: {log_uniform: [1.0e-6, 1.0e-4]}}"
     report = job.changed(
