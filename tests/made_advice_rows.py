@@ -13,15 +13,21 @@ from made_manifests import write_samples
 from made_runs import content_id
 
 
-def frozen_rows(folder: Path, counts: dict[Split, tuple[int, ...]], classes: tuple[str, ...]) -> Manifest:
-    """A manifest with so many rows of each class in each split."""
+def frozen_rows(
+    folder: Path,
+    counts: dict[Split, tuple[int, ...]],
+    classes: tuple[str, ...],
+    *,
+    unlabelled: tuple[Split, ...] = (),
+) -> Manifest:
+    """A manifest with so many rows of each class in each split; those of some splits do not say which."""
     rows = [
         {
             "sample_id": (name := f"{split.value}/{label}/{index:03d}"),
             "uri": f"/data/{name}",
             "etag": "1",
             "content_id": content_id(name),
-            "label": label,
+            "label": None if split in unlabelled else label,
             "split": split.value,
             "weight": 1.0,
         }

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from convoy.core.learning_curve import AS_MEASURED, LearningCurve, Shrink, fit_curve
+from convoy.core.records import Split
 from convoy.core.transferability import DomainDistance, domain_distance
 from convoy.pipelines.advise_config import AdviseConfig, CandidateBackbone
 from convoy.pipelines.advise_probes import Look, Prober, TapProbe
@@ -21,6 +22,7 @@ from convoy.pipelines.feature_plan import FeatureRequest
 from convoy.pipelines.feature_source import gather_features
 from convoy.pipelines.features import FeatureJob
 from convoy.pipelines.models import fetch_backbone
+from convoy.pipelines.training_rows import has_labels
 from convoy.storage.datasets import open_dataset
 from convoy.storage.feature_cache import FeatureCache, content_id_array
 from convoy.storage.manifests import Manifest
@@ -157,6 +159,7 @@ class Gatherer:
             looked_images=num_seen,
             missing_images=max(sum(counts) - num_seen, 0),
             has_val=has_judges(self._manifest, self._config.look),
+            has_held_out=any(has_labels(self._manifest, split) for split in (Split.VAL, Split.TEST)),
             is_unbalanced=max(counts) >= _UNBALANCED_FROM * min(counts),
         )
 

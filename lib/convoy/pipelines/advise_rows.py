@@ -11,7 +11,7 @@ from convoy.core.errors import DataError
 from convoy.core.records import Split
 from convoy.pipelines.advise_config import AdviseConfig, LookSettings
 from convoy.pipelines.probe_judging import JUDGING_FOLD
-from convoy.pipelines.training_rows import RowLimit, count_classes, fold_rows, read_split
+from convoy.pipelines.training_rows import RowLimit, count_classes, fold_rows, has_labels, read_split
 from convoy.storage.manifests import MANIFEST_SCHEMA, Manifest
 
 _LEAST_PER_CLASS = 4
@@ -59,7 +59,7 @@ def choose_rows(manifest: Manifest, config: AdviseConfig) -> LookRows:
     count_classes(train, manifest.classes)
     _check_judges(judged, manifest)
     held_out = train.slice(0, 0)
-    if Split.TEST in manifest.counts and any(manifest.counts[Split.TEST].by_class):
+    if has_labels(manifest, Split.TEST):
         held_out = read_split(manifest, Split.TEST, judged_per_class)
     return LookRows(train=train, judged=judged, held_out=held_out)
 

@@ -22,6 +22,7 @@ from convoy.pipelines.advise_rule import (
     rank,
 )
 from convoy.pipelines.classifiers import Strategy
+from convoy.pipelines.probe_judging import JUDGING_FOLD
 from convoy.pipelines.train_config import NETWORKS, TrainConfig
 from convoy.pipelines.training_rows import RowLimit
 from convoy.vision.backbone_config import BackboneConfig
@@ -81,7 +82,8 @@ class BackboneEvidence(StrictModel):
     `svm` is the probe of `early_layer_probe`, None where no tap lies below the top; `reused` the probe at the stage
     that `partial_reuse` keeps. `untrained_rate` are images/s of the untrained network, None where that of another
     architecture stands for it. `missing_images` are those that no pass has seen yet. Without `has_val` configs of heads
-    name the C that was chosen here, as a training has no rows, or too few, to choose by.
+    name the C that was chosen here, as a training has no rows, or too few, to choose by. Without `has_held_out`, a label in
+    test or val, configs leave a fold out to be measured on.
     """
 
     probes: BackboneProbes
@@ -96,6 +98,7 @@ class BackboneEvidence(StrictModel):
     looked_images: int
     missing_images: int
     has_val: bool
+    has_held_out: bool
     is_unbalanced: bool
 
 
@@ -305,8 +308,9 @@ def _settings(config: AdviseConfig, one: BackboneEvidence, strategy: Strategy, *
     }
     if config.workspace is not None:
         settings["workspace"] = config.workspace
-    if config.rows != RowLimit():
-        settings["rows"] = config.rows.model_dump(mode="json", exclude_defaults=True)
+    rows = config.rows if one.has_held_out else config.rows.model_copy(update={"fold": JUDGING_FOLD})
+    if rows != RowLimit():
+        settings["rows"] = rows.model_dump(mode="json", exclude_defaults=True)
     if strategy in NETWORKS and one.is_unbalanced:
         settings["recipe"] = {"balance": "auto", **settings.get("recipe", {})}
     extraction = config.extraction.model_dump(mode="json", exclude_defaults=True)

@@ -49,7 +49,7 @@ class AugmentationEffectConfig(StrictModel):
 
     `policies` are the user's own, by names of theirs, measured beside the kinds as they are. A probe learns from the
     eval view and from `views` drawn ones of at most `rows.max_per_class` images a class, by the features of `tap`;
-    it is judged on the eval view of `val`, or of a fifth of `train` where there is no `val`.
+    it is judged on the eval view of `val`, or of a fifth of `train` where `val` has no labels.
     """
 
     kinds: tuple[AugmentationKind, ...] = tuple(AugmentationKind)

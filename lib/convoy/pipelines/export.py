@@ -15,8 +15,12 @@ from convoy.core.fingerprints import canonical_json
 from convoy.core.progress import Progress
 from convoy.pipelines.backbone_loading import read_backbone_state
 from convoy.pipelines.classifiers import Classifier, read_classifier
-from convoy.pipelines.export_images import batches_of_two_sizes, held_out_images, random_images
-from convoy.pipelines.train import held_out_split
+from convoy.pipelines.export_images import (
+    batches_of_two_sizes,
+    held_out_images,
+    images_split,
+    random_images,
+)
 from convoy.pipelines.workspace import workspace_uri
 from convoy.storage.bundles import Bundle, open_bundle
 from convoy.storage.datasets import open_dataset
@@ -186,4 +190,4 @@ def _check_batches(
         return "random pixels", batches_of_two_sizes(random_images(preset.crop_px, config.images))
     manifest = open_dataset(store, config.dataset)
     images = held_out_images(manifest, classifier.decode_rule, preset, config.images)
-    return f"{config.dataset}, {held_out_split(manifest).value} split", batches_of_two_sizes(images)
+    return f"{config.dataset}, {images_split(manifest).value} split", batches_of_two_sizes(images)

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from convoy.core.batching import batched
 from convoy.core.errors import DataError
-from convoy.core.records import SampleRejected
-from convoy.pipelines.train import held_out_split
+from convoy.core.records import SampleRejected, Split
 from convoy.storage.manifests import Manifest
 from convoy.storage.samples import SampleReader
 from convoy.vision.augmentation_policy import EVAL_VIEW
@@ -77,9 +76,14 @@ def _eval_view(
     return image_CHW
 
 
+def images_split(manifest: Manifest) -> Split:
+    """The split whose images are taken: test, or val where there is no test. Labels are not asked for."""
+    return Split.TEST if Split.TEST in manifest.counts else Split.VAL
+
+
 def _spread_rows(manifest: Manifest, num_rows: int) -> pa.Table:
     """So many rows of the held-out split, as evenly spaced as whole numbers allow."""
-    split = held_out_split(manifest)
+    split = images_split(manifest)
     if split not in manifest.counts:
         raise DataError(
             "the dataset has no held-out split",

@@ -12,13 +12,20 @@ from numpy.typing import NDArray
 
 from convoy.core.records import Split
 from convoy.pipelines.feature_source import LabelledRows, gather_features, open_features
-from convoy.pipelines.training_rows import Fold, RowLimit, count_classes, read_split, validation_rows
+from convoy.pipelines.training_rows import (
+    Fold,
+    RowLimit,
+    count_classes,
+    has_labels,
+    read_split,
+    validation_rows,
+)
 from convoy.storage.feature_cache import FeatureCache
 from convoy.storage.manifests import Manifest
 from convoy.vision.head_fitting import choose_head, fit_path
 from convoy.vision.heads import Head, HeadConfig, Selection, TensorFeatures
 
-# A fifth of the training rows judges where the dataset has no validation rows.
+# A fifth of the training rows judges where the dataset has no labelled validation rows.
 JUDGING_FOLD = Fold(index=0, count=5)
 # What is said of a row that could not be read.
 UNKNOWN = -1
@@ -35,11 +42,11 @@ class ProbeRows:
 
     @classmethod
     def of(cls, manifest: Manifest, limit: RowLimit) -> ProbeRows:
-        """The training rows of a limit, and those of its fold, or of `val`, or else of a fold that is made here.
+        """The training rows of a limit, and those of its fold, or of a labelled `val`, or else of a fold made here.
 
         Raises DataError where a class has no training row.
         """
-        if limit.fold is None and Split.VAL not in manifest.counts:
+        if limit.fold is None and not has_labels(manifest, Split.VAL):
             limit = limit.model_copy(update={"fold": JUDGING_FOLD})
         train, judged = read_split(manifest, Split.TRAIN, limit), validation_rows(manifest, limit)
         count_classes(train, manifest.classes)

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import Field
 
 from convoy.cluster.session import ray_session
-from convoy.core.errors import ConfigError
+from convoy.core.errors import ConfigError, DataError
 from convoy.core.fingerprints import canonical_json
 from convoy.core.progress import Progress
 from convoy.core.records import Split
@@ -18,14 +18,14 @@ from convoy.core.training_events import EpochResult
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.classifiers import Classifier, Strategy, as_is, classifier_files
 from convoy.pipelines.distillation import taught_rows, with_pinned_teacher
-from convoy.pipelines.evaluation import Evaluation, EvaluationTask, evaluate_classifier
+from convoy.pipelines.evaluation import Evaluation, EvaluationTask, evaluate_classifier, require_labels
 from convoy.pipelines.feature_plan import FeatureDtype, resolve_precision
 from convoy.pipelines.model_cards import training_card
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.network_training import CurveDrawer, TrainedNetwork, network_training
 from convoy.pipelines.probing import HeadSummary, TrialSummary, fit_probe
 from convoy.pipelines.train_config import NETWORKS, TrainConfig
-from convoy.pipelines.training_rows import Fold, count_classes, fold_rows, read_split
+from convoy.pipelines.training_rows import Fold, count_classes, fold_rows, has_labels, read_split
 from convoy.pipelines.workspace import open_workspace
 from convoy.storage.bundles import bundle_digest, check_bundle_name, model_card, write_bundle
 from convoy.storage.datasets import open_dataset
@@ -88,12 +88,8 @@ class _Job:
     draw_curves: CurveDrawer
     new_run: bool
     when_held: WhenHeld
-    evaluated: Split | None
-
-    @property
-    def measured_fold(self) -> Fold | None:
-        """The fold of the training rows that the model is measured on, if it is one."""
-        return self.config.rows.fold if self.evaluated is None else None
+    measured_split: Split
+    measured_fold: Fold | None
 
 
 def run_train(
@@ -111,11 +107,13 @@ def run_train(
     `draw_curves` makes the picture of the learning curves that is kept in the run folder. The model is measured on
     the split `evaluated`, by default on its own fold, or else on the held-out split: a search measures on val, and
     leaves test alone. `fingerprint` names a version of the dataset, by default the current one. Where another driver
-    trains the same network, LeaseHeld is raised, or its end waited for.
+    trains the same network, LeaseHeld is raised, or its end waited for. DataError where nothing could be measured.
     """
     check_bundle_name(config.name)
     store = open_workspace(config.workspace, config.writers)
     manifest = open_dataset(store, config.dataset, fingerprint)
+    # Before hours of training: a bundle is written with what it is worth, or not at all.
+    split, fold = measured_on(manifest, config, evaluated)
     if config.strategy is not Strategy.AS_IS:
         # Before any network is fetched or Ray is there: a class without images can be learnt by no strategy.
         count_classes(read_split(manifest, Split.TRAIN, config.rows), manifest.classes)
@@ -128,7 +126,8 @@ def run_train(
         draw_curves=draw_curves,
         new_run=new_run,
         when_held=when_held,
-        evaluated=evaluated,
+        measured_split=split,
+        measured_fold=fold,
     )
     if config.strategy not in NETWORKS:
         return _run(job)
@@ -137,9 +136,23 @@ def run_train(
         return _run(job)
 
 
-def held_out_split(manifest: Manifest) -> Split:
-    """Where a model is measured: test, or val where there is no test."""
-    return Split.TEST if Split.TEST in manifest.counts else Split.VAL
+def measured_on(
+    manifest: Manifest, config: TrainConfig, evaluated: Split | None = None
+) -> tuple[Split, Fold | None]:
+    """The split that a model is measured on, and which fold of it; DataError where it has no labelled row."""
+    if evaluated is not None:
+        require_labels(manifest, [evaluated])
+        return evaluated, None
+    if config.rows.fold is not None:
+        return Split.TRAIN, config.rows.fold
+    for split in (Split.TEST, Split.VAL):
+        if has_labels(manifest, split):
+            return split, None
+    raise DataError(
+        "neither test nor val has a labelled sample: nothing could be measured",
+        where=manifest.uri,
+        next_step="leave a fold of the training images out with --set 'rows.fold={index: 0, count: 5}', or add labels",
+    )
 
 
 def _run(job: _Job) -> TrainReport:
@@ -183,7 +196,7 @@ def _evaluate(job: _Job, classifier: Classifier, model_digest: str) -> Evaluatio
         classifier=classifier,
         model_digest=model_digest,
         dataset=config.dataset,
-        splits=(Split.TRAIN if fold else job.evaluated or held_out_split(job.manifest),),
+        splits=(job.measured_split,),
         extraction=classifier.extraction_like(config.extraction),
         config=config.model_dump(mode="json"),
         rows=fold_rows(job.manifest, config.rows) if fold else None,

@@ -11,7 +11,7 @@ from convoy.pipelines.classifiers import Strategy
 from convoy.pipelines.distillation import with_pinned_teacher
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.network_plan import plan_network, trained_backbone_config
-from convoy.pipelines.train import random_weights
+from convoy.pipelines.train import measured_on, random_weights
 from convoy.pipelines.train_config import NETWORKS, TrainConfig
 from convoy.pipelines.training_rows import count_classes, read_split
 from convoy.pipelines.workspace import open_workspace
@@ -54,6 +54,7 @@ def plan_train(config: TrainConfig) -> TrainPlan:
     check_bundle_name(config.name)
     store = open_workspace(config.workspace, config.writers)
     manifest = open_dataset(store, config.dataset)
+    measured_on(manifest, config)
     config = with_pinned_teacher(store, manifest, config)
     rows = read_split(manifest, Split.TRAIN, config.rows)
     counts = count_classes(rows, manifest.classes)

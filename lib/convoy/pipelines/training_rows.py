@@ -50,6 +50,12 @@ class RowLimit(StrictModel):
         return self.model_copy(update={"fold": None})
 
 
+def has_labels(manifest: Manifest, split: Split) -> bool:
+    """Whether a split is there and has a labelled row."""
+    counts = manifest.counts.get(split)
+    return counts is not None and any(counts.by_class)
+
+
 def read_split(manifest: Manifest, split: Split, limit: RowLimit | None = None) -> pa.Table:
     """The labelled rows of a split with all columns of the manifest, in its order: about 250 bytes a row.
 
@@ -83,10 +89,10 @@ def fold_rows(manifest: Manifest, limit: RowLimit) -> pa.Table:
 
 
 def validation_rows(manifest: Manifest, limit: RowLimit) -> pa.Table | None:
-    """The labelled rows by which a training is watched: its fold, or the split `val`, or None without such a split."""
+    """The labelled rows by which a training is watched: its fold, or `val`, or None where `val` has no label."""
     if limit.fold is not None:
         return fold_rows(manifest, limit)
-    return read_split(manifest, Split.VAL) if Split.VAL in manifest.counts else None
+    return read_split(manifest, Split.VAL) if has_labels(manifest, Split.VAL) else None
 
 
 def _is_in_fold(manifest: Manifest, rows: pa.Table, limit: RowLimit) -> NDArray[np.bool_]:

@@ -27,6 +27,7 @@ from convoy.pipelines.advise_strategies import (
 )
 from convoy.pipelines.classifiers import Strategy
 from convoy.pipelines.train_config import TrainConfig
+from convoy.pipelines.training_rows import Fold
 
 TAPS = {"layer1.2": (0.3, 0.45), "layer2.2": (0.6, 0.75), "pooled": (0.9, 0.8)}
 
@@ -81,6 +82,7 @@ def found(settings: AdviseConfig, **changes: Any) -> BackboneEvidence:
         "looked_images": 500,
         "missing_images": 500,
         "has_val": True,
+        "has_held_out": True,
         "is_unbalanced": False,
     }
     return BackboneEvidence(**(fields | changes))
@@ -147,6 +149,13 @@ def test_without_validation_rows_configs_name_the_chosen_c() -> None:
     }
     assert chosen[Strategy.LINEAR_PROBE] == chosen[Strategy.FINE_TUNE] == (0.01,)
     assert chosen[Strategy.EARLY_LAYER_PROBE] == (0.1,)
+
+
+def test_where_neither_test_nor_val_has_labels_configs_leave_a_fold_out_to_be_measured_on() -> None:
+    options_ = by_strategy(config("rows={max_per_class: 100}"), has_val=False, has_held_out=False)
+    for option in options_.values():
+        rows = train_config(option.settings, where="here")[0].rows
+        assert (rows.fold, rows.max_per_class) == (Fold(index=0, count=5), 100)
 
 
 def test_uneven_classes_are_weighed() -> None:

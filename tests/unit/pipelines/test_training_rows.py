@@ -144,6 +144,8 @@ def test_a_training_is_watched_by_its_fold_or_else_by_the_validation_rows(
     bare = made_manifest(tmp_path / "bare", rows_of_classes(4, 4))
     assert validation_rows(bare, RowLimit()) is None
     assert validation_rows(bare, limit_of(0, 2)) is not None
+    mute: list[Row] = [("mute", "mute", None, Split.VAL)]
+    assert validation_rows(made_manifest(tmp_path / "mute", rows_of_classes(4, 4) + mute), RowLimit()) is None
 
 
 def test_too_few_rows_are_refused(tmp_path: Path) -> None:
