@@ -59,7 +59,7 @@ class DataCard(StrictModel):
 
     `imbalance` is the largest class over the smallest of the train split, null where a class has no row there.
     `unknown_sizes` are images in parquet files, whose size is known only to who reads them. `duplicates` are exact
-    ones among the images that a cache job read, null before one did.
+    ones among the images of the splits that a cache job read, null before one did.
     """
 
     name: str
@@ -159,10 +159,15 @@ def _suffixes(batch: pa.RecordBatch) -> Iterator[str]:
 
 
 def _duplicates(store: ObjectStore, name: str, manifest: Manifest) -> DuplicateReport | None:
-    """By the newest finished cache run of this very version that read all of its splits, or else any."""
+    """By the newest finished cache run of this very version that read all of its splits, or else whole ones.
+
+    What was found among a sample of the rows, as advice and inspections take it, says nothing of the dataset.
+    """
     candidates: list[tuple[bool, str]] = []
     for folder, record in newest_first(store, RunFolder.record, most=_MAX_RUNS):
         if record is None or record.verb != "cache" or record.identity.get("dataset") != name:
+            continue
+        if "rows" in record.identity:
             continue
         if record.identity.get("dataset_fingerprint") == manifest.fingerprint and folder.is_finished():
             candidates.append((record.identity.get("splits") == "all", next(iter(record.outputs))))

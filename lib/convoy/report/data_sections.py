@@ -188,7 +188,7 @@ def _size_figure(card: DataCard) -> Iterator[Figure]:
 def _findings(card: DataCard) -> Iterator[Block]:
     found = card.duplicates
     if found is None:
-        text = "Exact duplicates are not known: no cache job has read the images of this version."
+        text = "Exact duplicates are not known: no cache job has read a whole split of this version."
         yield Notes(title="Duplicates", texts=[text])
     else:
         rows = [
