@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
@@ -19,6 +20,11 @@ from convoy.vision.heads import HeadConfig
 from convoy.vision.training_config import Recipe, RecipeChanges
 
 _SPREAD_TAPS = 5
+
+
+def plain_name(text: str) -> str:
+    """A text in the letters that names of bundles may have, all others being dashes."""
+    return re.sub("[^a-z0-9]", "-", text.lower())
 
 
 class CandidateBackbone(StrictModel):

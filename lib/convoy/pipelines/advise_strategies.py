@@ -7,9 +7,10 @@ from enum import StrEnum
 from typing import Any
 
 from convoy.core.config import StrictModel, parse_config, write_settings
+from convoy.core.fingerprints import digest
 from convoy.core.learning_curve import AS_MEASURED
 from convoy.core.statistics import Interval
-from convoy.pipelines.advise_config import AdviseConfig
+from convoy.pipelines.advise_config import AdviseConfig, plain_name
 from convoy.pipelines.advise_probes import BackboneProbes
 from convoy.pipelines.advise_rule import (
     Evidence,
@@ -30,6 +31,8 @@ from convoy.vision.heads import HeadKind
 
 # A step is a forward pass and, at twice its price, a backward pass (Kaplan et al. 2020, arXiv:2001.08361, section 2.1).
 _PASSES_PER_STEP = 3.0
+# Of the 128 characters of a bundle's name.
+_LONGEST_NAME = 120
 # Loading, augmentation, and steps that do not fill the machine: a network's cost is known to a factor of two.
 _COST_SPREAD = 2.0
 
@@ -82,8 +85,8 @@ class BackboneEvidence(StrictModel):
     `svm` is the probe of `early_layer_probe`, None where no tap lies below the top; `reused` the probe at the stage
     that `partial_reuse` keeps. `untrained_rate` are images/s of the untrained network, None where that of another
     architecture stands for it. `missing_images` are those that no pass has seen yet. Without `has_val` configs of heads
-    name the C that was chosen here, as a training has no rows, or too few, to choose by. Without `has_held_out`, a label in
-    test or val, configs leave a fold out to be measured on.
+    name the C that was chosen here, as a training has no rows, or too few, to choose by. Without `has_held_out`,
+    labels in test or val, configs leave a fold out to be measured on.
     """
 
     probes: BackboneProbes
@@ -323,9 +326,12 @@ def _head(one: BackboneEvidence, kind: HeadKind, chosen: float) -> dict[str, Any
 
 
 def config_name(dataset: str, strategy: Strategy, backbone: str) -> str:
-    """A name for a bundle, of letters that every store takes."""
-    plain = "".join(sign if sign.isalnum() else "-" for sign in f"{strategy.value}-{backbone}".lower())
-    return f"{dataset}-{plain}"
+    """A name for a bundle, of letters that every store takes, with room for what a verification adds."""
+    name = f"{dataset.lower()}-{plain_name(f'{strategy.value}-{backbone}')}"
+    if len(name) <= _LONGEST_NAME:
+        return name
+    end = f"-{digest([dataset, strategy.value, backbone])[:8]}"
+    return name[: _LONGEST_NAME - len(end)] + end
 
 
 def _training(config: AdviseConfig) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from convoy.pipelines.backbone_costs import BackboneCost, measure_costs
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.cost_front import CostFront, cost_fronts
 from convoy.pipelines.network_training import CurveDrawer
+from convoy.storage.bundles import check_bundle_name
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import RunFolder
@@ -98,6 +99,7 @@ class AdviceWork:
         """The URI of an option's config, written into the run folder after it was checked as `convoy train` would."""
         key = self.folder.key(f"configs/train.{option.settings['name']}.yaml")
         _, text = train_config(option.settings, where=key)
+        check_bundle_name(option.settings["name"])
         self.store.put(key, text.encode())
         return self.store.uri(key)
 

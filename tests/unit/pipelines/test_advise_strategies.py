@@ -22,12 +22,14 @@ from convoy.pipelines.advise_strategies import (
     Option,
     SvmProbe,
     advice,
+    config_name,
     options,
     train_config,
 )
 from convoy.pipelines.classifiers import Strategy
 from convoy.pipelines.train_config import TrainConfig
 from convoy.pipelines.training_rows import Fold
+from convoy.storage.bundles import check_bundle_name
 
 TAPS = {"layer1.2": (0.3, 0.45), "layer2.2": (0.6, 0.75), "pooled": (0.9, 0.8)}
 
@@ -156,6 +158,25 @@ def test_where_neither_test_nor_val_has_labels_configs_leave_a_fold_out_to_be_me
     for option in options_.values():
         rows = train_config(option.settings, where="here")[0].rows
         assert (rows.fold, rows.max_per_class) == (Fold(index=0, count=5), 100)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "backbone", "name"),
+    [
+        ("Hands.v2", "cifar_resnet20/Best.1", "hands.v2-fine-tune-cifar-resnet20-best-1"),
+        ("hands", "lenet5/caf\u00e9", "hands-fine-tune-lenet5-caf-"),
+    ],
+)
+def test_configs_have_names_that_a_bundle_can_have(dataset: str, backbone: str, name: str) -> None:
+    assert config_name(dataset, Strategy.FINE_TUNE, backbone) == name
+    check_bundle_name(name)
+
+
+def test_long_names_are_cut_and_stay_different_with_room_for_a_verification() -> None:
+    names = {config_name("Hands" * 30, Strategy.FINE_TUNE, backbone) for backbone in ("one", "other")}
+    assert len(names) == 2
+    for name in names:
+        check_bundle_name(f"{name}-verify")
 
 
 def test_uneven_classes_are_weighed() -> None:
