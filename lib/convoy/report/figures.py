@@ -50,8 +50,13 @@ def bars_by_name(
     return svg("".join(body), _NAME + _BAR + _VALUE, height, description)
 
 
-def confusion_matrix(names: Sequence[str], counts: Sequence[Sequence[int]], description: str) -> Markup:
-    """Rows are true classes, columns predicted ones; the deeper the colour, the larger the share of the row."""
+def confusion_matrix(
+    names: Sequence[str], counts: Sequence[Sequence[int]], totals: Sequence[int], description: str
+) -> Markup:
+    """Rows are true classes, columns predicted ones; the deeper the colour, the larger the share of the row.
+
+    `totals` are of whole rows: more than the counts where some predicted classes are not shown.
+    """
     cell = _CELL if len(names) <= 14 else _MIN_CELL
     body = [text_tag(_MATRIX_NAME, 12, "predicted", soft=True), text_tag(4, 12, "true", soft=True)]
     top_px = 100
@@ -60,14 +65,21 @@ def confusion_matrix(names: Sequence[str], counts: Sequence[Sequence[int]], desc
         body.append(
             f'<g transform="translate({left:g} {top_px - 6}) rotate(-55)">{text_tag(0, 0, shorten(name, 13))}</g>'
         )
-    for row, values in enumerate(counts):
+    for row, (values, total) in enumerate(zip(counts, totals, strict=True)):
         top = top_px + row * cell
-        total = sum(values) or 1
         body.append(text_tag(_MATRIX_NAME - 8, top + cell / 2 + 4, shorten(names[row], 16), anchor="end"))
         for column, count in enumerate(values):
-            title = f"{names[row]} taken for {names[column]}: {count} of {sum(values)}"
+            title = f"{names[row]} taken for {names[column]}: {count} of {total}"
             body.append(
-                _cell(_MATRIX_NAME + column * cell, top, cell, count, count / total, row == column, title)
+                _cell(
+                    _MATRIX_NAME + column * cell,
+                    top,
+                    cell,
+                    count,
+                    count / max(total, 1),
+                    row == column,
+                    title,
+                )
             )
     side = len(names) * cell
     return svg("".join(body), max(_MATRIX_NAME + side + 60, 420), top_px + side + 4, description)

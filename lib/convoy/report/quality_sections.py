@@ -179,14 +179,16 @@ def _confusion(evaluation: Evaluation) -> Iterator[Block]:
     if len(names) > _MAX_MATRIX:
         errors = [sum(row) - row[label] for label, row in enumerate(counts)]
         chosen = sorted(sorted(chosen, key=lambda label: -errors[label])[:_MAX_MATRIX])
-        caption += f" The {_MAX_MATRIX} of {len(names):,} classes with the most errors."
+        caption += f" The {_MAX_MATRIX} of {len(names):,} classes with the most errors;"
+        caption += " totals and shares count the others too."
     shown = [[counts[row][column] for column in chosen] for row in chosen]
+    totals = [sum(counts[row]) for row in chosen]
     shown_names = [names[label] for label in chosen]
     yield Figure(
         key="confusion-matrix",
         title="Confusion matrix",
-        picture=confusion_matrix(shown_names, shown, "Counts of true against predicted classes"),
-        data={"classes": shown_names, "rows_true_columns_predicted": shown},
+        picture=confusion_matrix(shown_names, shown, totals, "Counts of true against predicted classes"),
+        data={"classes": shown_names, "rows_true_columns_predicted": shown, "row_totals": totals},
         caption=caption,
         is_wide=len(chosen) > 14,
     )

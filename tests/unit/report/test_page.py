@@ -103,6 +103,7 @@ def test_the_json_beside_a_figure_is_what_it_draws(parts: PageParts) -> None:
     assert parts.json_of("confusion-matrix") == {
         "classes": list(HOSTILE),
         "rows_true_columns_predicted": evaluation.confusion,
+        "row_totals": [sum(row) for row in evaluation.confusion],
     }
     assert evaluation.reliability is not None
     assert parts.json_of("reliability") == [one.model_dump() for one in evaluation.reliability]
@@ -154,10 +155,13 @@ def test_what_could_not_be_read_is_said(parts: PageParts) -> None:
 
 def test_a_page_of_a_thousand_classes_stays_small() -> None:
     classes = tuple(f"class {number}" for number in range(1000))
-    page = draw_page(made_page(evaluation=made_evaluation(classes, num_rows=3000), predictions=None))
+    evaluation = made_evaluation(classes, num_rows=3000)
+    page = draw_page(made_page(evaluation=evaluation, predictions=None))
     assert len(page) < 2_000_000
     matrix = PageParts(page).json_of("confusion-matrix")
     assert len(matrix["classes"]) == 30
+    labels = [classes.index(name) for name in matrix["classes"]]
+    assert matrix["row_totals"] == [sum(evaluation.confusion[label]) for label in labels]
 
 
 def test_a_target_without_results_has_a_page() -> None:

@@ -73,7 +73,7 @@ def test_texts_of_drawings_are_escaped() -> None:
     drawings = [
         chart.draw(QUOTES),
         bars_by_name([(SCRIPT, [1, 2])], [QUOTES, SCRIPT], SCRIPT),
-        confusion_matrix([SCRIPT, QUOTES], [[1, 2], [3, 4]], QUOTES),
+        confusion_matrix([SCRIPT, QUOTES], [[1, 2], [3, 4]], [3, 7], QUOTES),
     ]
     for drawn in drawings:
         assert "<script" not in drawn
@@ -81,15 +81,17 @@ def test_texts_of_drawings_are_escaped() -> None:
         assert drawn.count("<svg") == 1
 
 
-def test_the_matrix_shows_each_count_in_its_place() -> None:
-    drawn = confusion_matrix(["a", "b"], [[11, 22], [33, 44]], "counts")
+def test_the_matrix_shows_each_count_in_its_place_and_of_how_many_it_is() -> None:
+    drawn = confusion_matrix(["a", "b"], [[11, 22], [33, 44]], [33, 100], "counts")
     titles = re.findall(r"<title>(\w) taken for (\w): (\d+) of (\d+)</title>", drawn)
     assert titles == [
         ("a", "a", "11", "33"),
         ("a", "b", "22", "33"),
-        ("b", "a", "33", "77"),
-        ("b", "b", "44", "77"),
+        ("b", "a", "33", "100"),
+        ("b", "b", "44", "100"),
     ]
+    shares = [float(one) for one in re.findall(r'fill-opacity="([\d.]+)"', drawn)]
+    assert shares[3] / shares[0] == pytest.approx(0.44 / (11 / 33), abs=0.01)
 
 
 @pytest.mark.parametrize("theme", ["light", "dark", "print"])
