@@ -26,6 +26,7 @@ from convoy.pipelines.classifiers import Strategy
 from convoy.pipelines.probe_judging import JUDGING_FOLD
 from convoy.pipelines.train_config import NETWORKS, TrainConfig
 from convoy.pipelines.training_rows import RowLimit
+from convoy.storage.object_store import WriterMode
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.heads import HeadKind
 
@@ -311,6 +312,8 @@ def _settings(config: AdviseConfig, one: BackboneEvidence, strategy: Strategy, *
     }
     if config.workspace is not None:
         settings["workspace"] = config.workspace
+    if config.writers is not WriterMode.MANY:
+        settings["writers"] = config.writers.value
     rows = config.rows if one.has_held_out else config.rows.model_copy(update={"fold": JUDGING_FOLD})
     if rows != RowLimit():
         settings["rows"] = rows.model_dump(mode="json", exclude_defaults=True)

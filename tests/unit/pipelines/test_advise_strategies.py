@@ -179,6 +179,12 @@ def test_long_names_are_cut_and_stay_different_with_room_for_a_verification() ->
         check_bundle_name(f"{name}-verify")
 
 
+@pytest.mark.parametrize("writers", ["many", "single"])
+def test_configs_let_as_many_write_as_the_advice_does(writers: str) -> None:
+    for option in by_strategy(config(f"writers={writers}")).values():
+        assert train_config(option.settings, where="here")[0].writers == writers
+
+
 def test_uneven_classes_are_weighed() -> None:
     option = by_strategy(config(), is_unbalanced=True)[Strategy.FINE_TUNE]
     assert train_config(option.settings, where="here")[0].recipe.balance == "auto"
