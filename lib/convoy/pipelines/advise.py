@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from convoy.core.errors import DataError
+from convoy.core.errors import ConfigError, DataError
 from convoy.core.fingerprints import canonical_json, digest
 from convoy.core.progress import Progress
-from convoy.pipelines.advise_config import AdviseConfig
+from convoy.pipelines.advise_config import AdviseConfig, plain_name
 from convoy.pipelines.advise_report import AdviceReport
 from convoy.pipelines.advise_work import AdviceWork
 from convoy.pipelines.backbone_record import BackboneRecord
@@ -47,6 +47,7 @@ def run_advise(
             next_step="label the dataset: class folders, or a list with labels",
         )
     records = [fetch_backbone(store, candidate.backbone) for candidate in config.candidates]
+    _refuse_equal_networks(config, records)
     identity = _identity(manifest, config, records)
     pointer = f"{_POINTERS}{digest(identity)}.json"
     if not new_run and (known := _known(store, pointer)) is not None:
@@ -73,6 +74,18 @@ def run_advise(
         finish(folder, report.model_dump(mode="json"))
         open_run.close(folder)
     return report
+
+
+def _refuse_equal_networks(config: AdviseConfig, records: list[BackboneRecord]) -> None:
+    """ConfigError where files of one name hold the same weights: nothing tells these candidates apart."""
+    named = zip(config.candidates, records, strict=True)
+    names = [plain_name(config.name_of(candidate, record.weights_digest)) for candidate, record in named]
+    if len(set(names)) < len(names):
+        raise ConfigError(
+            "two candidates of one architecture have equal weights",
+            where="candidates",
+            next_step="name every network once",
+        )
 
 
 def _identity(manifest: Manifest, config: AdviseConfig, records: list[BackboneRecord]) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class CandidateBackbone(StrictModel):
 
     @property
     def name(self) -> str:
-        """Architecture and weights, in a word."""
+        """Architecture and weights, in a word; `AdviseConfig.name_of` tells those of like names apart."""
         weights = self.backbone.weights.rpartition("/")[2].rpartition(".")[0] or self.backbone.weights
         return f"{self.backbone.arch}/{weights}"
 
@@ -131,7 +131,12 @@ class AdviseConfig(DatasetChoice):
     def _keys_fit_together(self) -> Self:
         if self.rows.fold is not None:
             raise ValueError("advice needs the rows of all folds: leave rows.fold out")
-        names = [candidate.name for candidate in self.candidates]
-        if len(set(names)) < len(names):
+        networks = {(one.backbone.arch, one.backbone.weights) for one in self.candidates}
+        if len(networks) < len(self.candidates):
             raise ValueError("every candidate is another backbone: name each architecture and weights once")
         return self
+
+    def name_of(self, candidate: CandidateBackbone, weights_digest: str) -> str:
+        """The candidate's name, with a digest of its weights where that of another is alike, or becomes so in files."""
+        alike = [one for one in self.candidates if plain_name(one.name) == plain_name(candidate.name)]
+        return candidate.name if len(alike) < 2 else f"{candidate.name} {weights_digest[:8]}"

@@ -154,7 +154,7 @@ class Prober:
         self.progress.stage(f"probing {candidate.name}")
         probed = [self._probe(record, tap, job.set_id(tap)) for tap in taps]
         probes = BackboneProbes(
-            backbone=candidate.name,
+            backbone=self._config.name_of(candidate, record.weights_digest),
             weights_digest=record.weights_digest,
             macs=record.macs,
             num_parameters=record.num_parameters,

@@ -8,7 +8,11 @@ import pytest
 
 from convoy.core.config import load_config
 from convoy.core.errors import ConfigError
+from convoy.pipelines.advise import _refuse_equal_networks
 from convoy.pipelines.advise_config import AdviseConfig
+from convoy.pipelines.advise_strategies import config_name
+from convoy.pipelines.backbone_record import BackboneRecord
+from convoy.pipelines.classifiers import Strategy
 
 CONFIG = Path(__file__).parents[3] / "jobs" / "configs" / "advise.sign_digits.yaml"
 LENET = "candidates=[{backbone: {arch: lenet5, weights: random}}]"
@@ -41,6 +45,34 @@ def test_a_source_becomes_the_dataset_of_its_name() -> None:
 def test_what_does_not_fit_together_is_refused(settings: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(AdviseConfig, None, [LENET, *settings])
+
+
+def candidates_of(*weights: str) -> AdviseConfig:
+    backbones = ", ".join(f"{{backbone: {{arch: lenet5, weights: {one}}}}}" for one in weights)
+    return load_config(AdviseConfig, None, ["dataset=a", f"candidates=[{backbones}]"])
+
+
+@pytest.mark.parametrize(
+    "weights", [("/one/best.pt", "/two/best.pt"), ("net.v1.safetensors", "net-v1.safetensors")]
+)
+def test_checkpoints_of_like_names_are_told_apart_by_their_weights(weights: tuple[str, str]) -> None:
+    config = candidates_of(*weights)
+    names = [config.name_of(one, digit * 32) for one, digit in zip(config.candidates, "ab", strict=True)]
+    configs = {config_name("a", Strategy.FINE_TUNE, name) for name in names}
+    assert len(configs) == 2
+    assert names[0].endswith(" aaaaaaaa")
+
+
+def test_names_that_differ_stay_short() -> None:
+    config = candidates_of("/one/best.pt", "/one/last.pt")
+    assert config.name_of(config.candidates[0], "a" * 32) == "lenet5/best"
+
+
+def test_a_checkpoint_and_its_copy_are_refused() -> None:
+    config = candidates_of("/one/best.pt", "/two/best.pt")
+    records = [BackboneRecord.model_construct(weights_digest="a" * 32)] * 2
+    with pytest.raises(ConfigError, match="equal weights"):
+        _refuse_equal_networks(config, records)
 
 
 def test_a_candidate_is_named_once() -> None:

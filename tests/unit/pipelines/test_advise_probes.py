@@ -158,8 +158,8 @@ def test_a_probe_that_is_always_right_is_not_sure_of_the_next_row() -> None:
     assert top1.low == pytest.approx(0.896, abs=0.001)
 
 
-@pytest.mark.parametrize(("num_val", "has_val"), [(40, True), (10, False)])
-def test_configs_choose_their_c_by_val_only_where_val_can_judge(
+@pytest.mark.parametrize(("num_val", "has_val"), [(40, True), (10, False), (0, False)])
+def test_configs_choose_their_c_by_val_only_where_val_can_judge_and_are_measured_on_it_where_it_is_there(
     tmp_path: Path, num_val: int, has_val: bool
 ) -> None:
     counts = {Split.TRAIN: (60, 60), Split.VAL: (num_val, num_val)}
@@ -169,3 +169,4 @@ def test_configs_choose_their_c_by_val_only_where_val_can_judge(
     look = cached_look(store, manifest, {"stage 2": np.eye(len(manifest.read_table()), 8, dtype=np.float32)})
     evidence = gatherer._evidence(CONFIG.candidates[0], look, look, is_best=True, shrink=AS_MEASURED)
     assert evidence.has_val is has_val
+    assert evidence.has_held_out is (num_val > 0)
