@@ -50,7 +50,7 @@ def run_advise(
     _refuse_equal_networks(config, records)
     identity = _identity(manifest, config, records)
     pointer = f"{_POINTERS}{digest(identity)}.json"
-    if not new_run and (known := _known(store, pointer)) is not None:
+    if not new_run and (known := _known(store, pointer, config)) is not None:
         progress.stage("the advice was given already")
         return known
     open_run = OpenRun(store, verb=_VERB, target=config.dataset_name)
@@ -98,10 +98,15 @@ def _identity(manifest: Manifest, config: AdviseConfig, records: list[BackboneRe
     }
 
 
-def _known(store: ObjectStore, pointer: str) -> AdviceReport | None:
+def _known(store: ObjectStore, pointer: str, config: AdviseConfig) -> AdviceReport | None:
+    """The advice that was given already, by the error budget of now."""
     document = read_json(store, pointer)
-    report = None if document is None else RunFolder(store, document["run_id"]).report()
-    return None if report is None else AdviceReport.model_validate(report)
+    stored = None if document is None else RunFolder(store, document["run_id"]).report()
+    if stored is None:
+        return None
+    report = AdviceReport.model_validate(stored)
+    allowed = config.error_budget.allows(report.size.rejects, report.size.looked_at)
+    return report.model_copy(update={"within_error_budget": allowed})
 
 
 def _record(folder: RunFolder, identity: dict[str, Any], config: AdviseConfig) -> RunRecord:
