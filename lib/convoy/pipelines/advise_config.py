@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
@@ -16,10 +16,12 @@ from convoy.pipelines.feature_plan import ErrorBudget, ExtractionConfig
 from convoy.pipelines.training_rows import RowLimit
 from convoy.vision.augmentation_policy import AugmentationPolicy
 from convoy.vision.backbone_config import BackboneConfig, NewLayers
-from convoy.vision.heads import HeadConfig
+from convoy.vision.heads import HeadConfig, HeadKind
 from convoy.vision.training_config import Recipe, RecipeChanges
 
 _SPREAD_TAPS = 5
+# Coarser than that of a training, as one is fitted at every tap and for every point of the curve.
+_PROBE = HeadConfig(C=(1e-4, 1e-3, 1e-2, 1e-1, 1.0), gradient_tolerance=1e-4)
 
 
 def plain_name(text: str) -> str:
@@ -112,7 +114,7 @@ class AdviseConfig(DatasetChoice):
     candidates: tuple[CandidateBackbone, ...] = Field(min_length=1)
     rows: RowLimit = RowLimit()
     look: LookSettings = LookSettings()
-    head: HeadConfig = HeadConfig(C=(1e-4, 1e-3, 1e-2, 1e-1, 1.0), gradient_tolerance=1e-4)
+    head: HeadConfig = _PROBE
     num_neighbours: PositiveInt = 5
     curve: CurveSettings = CurveSettings()
     wanted_top1: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -131,10 +133,20 @@ class AdviseConfig(DatasetChoice):
     def _keys_fit_together(self) -> Self:
         if self.rows.fold is not None:
             raise ValueError("advice needs the rows of all folds: leave rows.fold out")
+        if self.head.kind is not HeadKind.SOFTMAX:
+            raise ValueError("advice fits softmax heads, and a linear SVM below the top: leave head.kind out")
         networks = {(one.backbone.arch, one.backbone.weights) for one in self.candidates}
         if len(networks) < len(self.candidates):
             raise ValueError("every candidate is another backbone: name each architecture and weights once")
         return self
+
+    @property
+    def head_changes(self) -> dict[str, Any]:
+        """What is set of the head of the probes: configs say the same."""
+        default = _PROBE.model_dump(mode="json")
+        return {
+            key: value for key, value in self.head.model_dump(mode="json").items() if value != default[key]
+        }
 
     def name_of(self, candidate: CandidateBackbone, weights_digest: str) -> str:
         """The candidate's name, with a digest of its weights where that of another is alike, or becomes so in files."""

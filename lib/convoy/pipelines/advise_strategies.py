@@ -206,7 +206,7 @@ def _linear_probe(config: AdviseConfig, one: BackboneEvidence) -> Option:
         cost=_probe_cost(config, one, top.fit_seconds),
         basis=_probe_basis(one),
         settings=_settings(
-            config, one, Strategy.LINEAR_PROBE, tap=top.tap, head=_head(one, HeadKind.SOFTMAX, top.C)
+            config, one, Strategy.LINEAR_PROBE, tap=top.tap, head=_head(config, one, HeadKind.SOFTMAX, top.C)
         ),
         why=f"measured: a softmax head at {top.tap} gets {one.evidence.top.num_correct} of {one.probes.judged_rows}",
     )
@@ -217,7 +217,7 @@ def _early_probe(config: AdviseConfig, one: BackboneEvidence) -> list[Option]:
     if svm is None:
         return []
     tap = svm.judged.tap
-    head = _head(one, HeadKind.LINEAR_SVM, svm.C)
+    head = _head(config, one, HeadKind.LINEAR_SVM, svm.C)
     return [
         Option(
             strategy=Strategy.EARLY_LAYER_PROBE,
@@ -237,7 +237,7 @@ def _fine_tune(config: AdviseConfig, one: BackboneEvidence) -> Option:
     # Unlike the pretraining data no stage is right as it is; else as many train as the images allow.
     depth: int | str = 0 if scenario.likeness is Likeness.DIFFERENT else "auto"
     unlike = dissimilarity(one.evidence)
-    head = {} if one.has_val else {"head": _head(one, HeadKind.SOFTMAX, one.probes.top.C)}
+    head = _head(config, one, HeadKind.SOFTMAX, one.probes.top.C)
     return Option(
         strategy=Strategy.FINE_TUNE,
         backbone=one.probes.backbone,
@@ -245,7 +245,9 @@ def _fine_tune(config: AdviseConfig, one: BackboneEvidence) -> Option:
         top1=network_top1(one, config, Strategy.FINE_TUNE),
         cost=_network_cost(config, one, one.probes.images_per_s),
         basis=Basis.PRIOR,
-        settings=_settings(config, one, Strategy.FINE_TUNE, freeze_depth=depth, **head, **_training(config)),
+        settings=_settings(
+            config, one, Strategy.FINE_TUNE, freeze_depth=depth, head=head, **_training(config)
+        ),
         why=f"from the probe at {one.evidence.best.tap} and dissimilarity {unlike:.2f}",
     )
 
@@ -323,9 +325,9 @@ def _settings(config: AdviseConfig, one: BackboneEvidence, strategy: Strategy, *
     return settings | ({"extraction": extraction} if extraction else {})
 
 
-def _head(one: BackboneEvidence, kind: HeadKind, chosen: float) -> dict[str, Any]:
-    """The head of a config; where no validation rows can choose, with the C that was chosen here."""
-    return {"kind": kind.value} | ({} if one.has_val else {"C": [chosen]})
+def _head(config: AdviseConfig, one: BackboneEvidence, kind: HeadKind, chosen: float) -> dict[str, Any]:
+    """The head of a config, as it was measured; where no validation rows can choose, with the C chosen here."""
+    return {**config.head_changes, "kind": kind.value} | ({} if one.has_val else {"C": [chosen]})
 
 
 def config_name(dataset: str, strategy: Strategy, backbone: str) -> str:

@@ -39,6 +39,8 @@ def test_a_source_becomes_the_dataset_of_its_name() -> None:
         ([], "either dataset"),
         (["source=b"], "needs a name"),
         (["dataset=a", "rows={fold: {index: 0, count: 5}}"], "leave rows.fold out"),
+        (["dataset=a", "head={kind: linear_svm}"], "leave head.kind out"),
+        (["dataset=a", "head={kind: mlp}"], "leave head.kind out"),
         (["dataset=a", "look={images_per_class: 3}"], "greater than or equal to 4"),
     ],
 )

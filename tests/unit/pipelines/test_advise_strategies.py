@@ -185,6 +185,15 @@ def test_configs_let_as_many_write_as_the_advice_does(writers: str) -> None:
         assert train_config(option.settings, where="here")[0].writers == writers
 
 
+@pytest.mark.parametrize("has_val", [True, False])
+def test_heads_are_trained_as_they_were_measured(has_val: bool) -> None:
+    options_ = by_strategy(config("head={standardisation: none, C: [0.01, 0.1]}"), has_val=has_val)
+    for strategy in (Strategy.LINEAR_PROBE, Strategy.EARLY_LAYER_PROBE, Strategy.FINE_TUNE):
+        head = train_config(options_[strategy].settings, where="here")[0].head
+        assert head.standardisation == "none"
+        assert len(head.C) == (2 if has_val else 1)
+
+
 def test_uneven_classes_are_weighed() -> None:
     option = by_strategy(config(), is_unbalanced=True)[Strategy.FINE_TUNE]
     assert train_config(option.settings, where="here")[0].recipe.balance == "auto"
