@@ -12,7 +12,7 @@ from convoy.core.config import StrictModel
 from convoy.core.records import SampleRejected, Split
 from convoy.pipelines.advise_config import AdviseConfig
 from convoy.pipelines.advise_probes import Look, Prober
-from convoy.pipelines.advise_rows import unjudged_classes
+from convoy.pipelines.advise_rows import missing_classes
 from convoy.pipelines.near_duplicates import NearDuplicateReport
 from convoy.pipelines.stratified_sample import stratified_rows
 from convoy.storage.duplicates import DuplicateReport, find_duplicates
@@ -85,7 +85,7 @@ def data_facts(
         reject_codes=summary.reject_codes if summary.rejects else {},
         duplicates=find_duplicates(store, manifest, next(iter(summary.sets.values()))),
         near_duplicates=prober.near_duplicates(look),
-        unjudged_classes=unjudged_classes(prober.rows.judged, manifest.classes),
+        unjudged_classes=missing_classes(prober.rows.judged, manifest.classes),
         warnings=[],
     )
     return facts.model_copy(update={"warnings": find_warnings(facts)})

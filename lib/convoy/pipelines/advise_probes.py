@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
 from convoy.core.config import StrictModel
+from convoy.core.errors import DataError
 from convoy.core.learning_curve import CurveSample
 from convoy.core.progress import Progress
 from convoy.core.randomness import generator
@@ -18,7 +21,7 @@ from convoy.core.statistics import Interval, wilson_interval
 from convoy.core.transferability import knn_correct, logme
 from convoy.pipelines.advise_as_is import judge_as_is, own_classifier
 from convoy.pipelines.advise_config import AdviseConfig, CandidateBackbone
-from convoy.pipelines.advise_rows import choose_rows
+from convoy.pipelines.advise_rows import choose_rows, missing_classes
 from convoy.pipelines.advise_rule import JudgedProbe
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.classifiers import Classifier
@@ -192,10 +195,16 @@ class Prober:
         return look.summary.sets[f"{tap}/0"]
 
     def features(self, set_id: str) -> LabelledFeatures:
-        """The features of the rows to learn from and to judge by."""
+        """The features of the rows to learn from and to judge by.
+
+        DataError where none of those that judge, or none of a class to learn from, could be read.
+        """
         train, judged = LabelledRows.of(self.rows.train), LabelledRows.of(self.rows.judged)
         train_ND, found_N = gather_features(self._cache, set_id, train.content_ids_N)
+        self._require_readable(set_id, found_N)
         judged_MD, found_M = gather_features(self._cache, set_id, judged.content_ids_N)
+        if not found_M.any():
+            raise self._unreadable(set_id, self.rows.judged, f"none of {len(found_M)} images that judge")
         return LabelledFeatures(
             train_ND[found_N], train.labels_N[found_N], judged_MD[found_M], judged.labels_N[found_M]
         )
@@ -235,6 +244,29 @@ class Prober:
             ]
             samples.append(CurveSample(float(size), np.stack(correct)))
         return [*samples, CurveSample(float(largest), whole_M[None, :])]
+
+    def _require_readable(self, set_id: str, found_N: NDArray[np.bool_]) -> None:
+        """DataError for a class of which none of the train rows was found."""
+        train, classes = self.rows.train, self._manifest.classes
+        lost = missing_classes(train.filter(pa.array(found_N)), classes)
+        if lost:
+            labels = pa.array([classes.index(name) for name in lost], pa.int32())
+            rows = train.filter(pc.is_in(train["label"], labels))
+            more = f" ({len(lost)} such classes)" if lost[1:] else ""
+            raise self._unreadable(set_id, rows, f"no image of '{lost[0]}'{more} to learn from")
+
+    def _unreadable(self, set_id: str, rows: pa.Table, what: str) -> DataError:
+        """That none of some rows could be read, and why not."""
+        wanted = set(rows["content_id"].to_pylist())
+        rejects = self._cache.rejected_content(set_id).to_pylist()
+        # A fetch may have failed in several runs.
+        codes = {row["content_id"]: row["code"] for row in rejects if row["content_id"] in wanted}
+        splits = ", ".join(sorted(set(rows["split"].to_pylist())))
+        return DataError(
+            f"{what} could be read, of split {splits}: {dict(Counter(codes.values()))}",
+            where=self._manifest.uri,
+            next_step="look at the rejects with `convoy cache`, and freeze the dataset anew where images have moved",
+        )
 
     def _own(self, candidate: CandidateBackbone, record: BackboneRecord) -> Classifier | None:
         return own_classifier(candidate, record, self._manifest.classes, self._config.extraction)

@@ -77,14 +77,14 @@ def has_judges(manifest: Manifest, look: LookSettings) -> bool:
     return sum(by_class) >= look.least_judged and sum(count > 0 for count in by_class) > 1
 
 
-def unjudged_classes(judged: pa.Table, classes: Sequence[str]) -> list[str]:
-    """The classes of which no row judges."""
-    known = set(judged["label"].to_pylist())
+def missing_classes(rows: pa.Table, classes: Sequence[str]) -> list[str]:
+    """The classes of which a table has no row."""
+    known = set(rows["label"].to_pylist())
     return [name for label, name in enumerate(classes) if label not in known]
 
 
 def _check_judges(judged: pa.Table, manifest: Manifest) -> None:
-    missing = unjudged_classes(judged, manifest.classes)
+    missing = missing_classes(judged, manifest.classes)
     if len(manifest.classes) - len(missing) < 2:
         raise DataError(
             f"all {judged.num_rows} images that judge are of one class, none is of '{missing[0]}'"

@@ -10,6 +10,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
+from convoy.core.errors import DataError
 from convoy.core.records import Split
 from convoy.pipelines.feature_source import LabelledRows, gather_features, open_features
 from convoy.pipelines.training_rows import (
@@ -114,6 +115,11 @@ class ProbeBench:
         train = open_features(self._cache, train_sets, rows)
         heads = fit_path(self._head, train, num_classes=self._num_classes)
         features_ND, found_N = self.judged_features(judged_set)
+        if not found_N.any():
+            raise DataError(
+                f"none of {len(found_N)} images that judge could be read",
+                next_step="look at the rejects with `convoy cache`",
+            )
         labels_N = self._rows.judged.labels_N
         return CrossFittedProbe.choose(heads, features_ND, found_N, labels_N, self._head.selection)
 

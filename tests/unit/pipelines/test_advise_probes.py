@@ -18,19 +18,21 @@ from convoy.pipelines.advise_config import AdviseConfig
 from convoy.pipelines.advise_data import find_warnings
 from convoy.pipelines.advise_evidence import Gatherer
 from convoy.pipelines.advise_probes import JudgedHead, Look, Prober, judge_head, spread_taps, subset_rows
-from convoy.pipelines.advise_rows import choose_rows, unjudged_classes
+from convoy.pipelines.advise_rows import choose_rows, missing_classes
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.feature_summary import FeatureSummary
-from convoy.storage.commits import SetCommit, feature_prefix, part_key
+from convoy.storage.commits import SetCommit, feature_prefix, part_key, publish, read_records
 from convoy.storage.local_store import LocalStore
 from convoy.storage.manifests import Manifest
 from convoy.storage.parts import FeatureRows, write_features
+from convoy.storage.runs import RunFolder
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.backbones import build_network, depth_axis
 from convoy.vision.heads import HeadConfig, TensorFeatures
 from convoy.vision.presets import EvalPreset
 from made_advice import made_advice, made_probes
 from made_advice_rows import frozen_rows
+from made_runs import SET_ID, finish_slice, new_run
 
 CONFIG = load_config(AdviseConfig, None, ["candidates=[{backbone: {arch: resnet18}}]", "dataset=parts"])
 HEAD = HeadConfig(C=(1e-3, 1e-1, 10.0), gradient_tolerance=1e-4)
@@ -105,7 +107,7 @@ def test_judges_of_one_class_are_refused_before_any_image_is_looked_at(tmp_path:
 def test_classes_that_no_image_judges_are_warned_of(tmp_path: Path) -> None:
     classes = ("good", "scratch", "dent")
     manifest = frozen_rows(tmp_path, {Split.TRAIN: (100, 50, 4), Split.VAL: (50, 10, 0)}, classes)
-    unjudged = unjudged_classes(choose_rows(manifest, CONFIG).judged, classes)
+    unjudged = missing_classes(choose_rows(manifest, CONFIG).judged, classes)
     assert unjudged == ["dent"]
     warnings = find_warnings(made_advice().size.model_copy(update={"unjudged_classes": unjudged}))
     assert any("no image of 1 of 3 classes judges (dent)" in warning for warning in warnings)
@@ -150,6 +152,30 @@ def test_a_picture_in_the_training_rows_and_in_the_judging_fold_is_a_leak(tmp_pa
     report = prober.near_duplicates(cached_look(store, manifest, features))
     assert (report.compared, report.groups, report.across_splits) == (240, 1, 1)
     assert {one.split for one in report.examples[0].samples} == {"train", "val"}
+
+
+@pytest.mark.parametrize(
+    ("unreadable", "message"),
+    [
+        ("val/", "none of 60 images that judge could be read, of split val: {'corrupt': 60}"),
+        ("train/1/", "no image of 'defect' to learn from could be read, of split train: {'corrupt': 10}"),
+        (
+            "",
+            r"no image of 'good' \(2 such classes\) to learn from could be read, of split train: {'corrupt': 20}",
+        ),
+    ],
+)
+def test_images_that_cannot_be_read_are_named_by_class_split_and_reason(
+    tmp_path: Path, unreadable: str, message: str
+) -> None:
+    manifest = frozen_rows(tmp_path, {Split.TRAIN: (10, 10), Split.VAL: (30, 30)}, ("good", "defect"))
+    store = LocalStore(str(tmp_path))
+    names = manifest.read_table(["sample_id"])["sample_id"].to_pylist()
+    record = new_run(store, names, slice_rows=len(names))
+    finish_slice(store, record, "0-000000", rejected=[name for name in names if name.startswith(unreadable)])
+    publish(RunFolder(store, record.run_id), record, read_records(RunFolder(store, record.run_id)))
+    with pytest.raises(DataError, match=message):
+        Prober(store, manifest, CONFIG, Silent()).features(SET_ID)
 
 
 def test_a_probe_that_is_always_right_is_not_sure_of_the_next_row() -> None:

@@ -11,7 +11,6 @@ from convoy.core.errors import DataError
 from convoy.core.progress import Silent
 from convoy.core.records import Split
 from convoy.pipelines import train
-from convoy.pipelines.probe_judging import ProbeRows
 from convoy.pipelines.train import measured_on, run_train
 from convoy.pipelines.train_config import TrainConfig
 from convoy.pipelines.training_rows import Fold, RowLimit
@@ -54,9 +53,3 @@ def test_where_nothing_could_be_measured_nothing_is_trained(
     with pytest.raises(DataError, match="neither test nor val") as caught:
         run_train(config, progress=Silent(), draw_curves=lambda *_: b"")
     assert "rows.fold" in str(caught.value.next_step)
-
-
-def test_a_fold_judges_probes_where_val_has_no_labels(tmp_path: Path) -> None:
-    rows = ProbeRows.of(manifest_of(tmp_path, Split.VAL, unlabelled=(Split.VAL,)), RowLimit())
-    assert rows.limit.fold is not None
-    assert len(rows.judged.labels_N) == 4

@@ -1,0 +1,40 @@
+"""Probes are judged by rows that are there: labelled ones, which could be read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from convoy.core.errors import DataError
+from convoy.core.records import Split
+from convoy.pipelines.probe_judging import ProbeBench, ProbeRows
+from convoy.pipelines.training_rows import RowLimit
+from convoy.storage.commits import publish, read_records
+from convoy.storage.feature_cache import FeatureCache
+from convoy.storage.local_store import LocalStore
+from convoy.storage.runs import RunFolder
+from convoy.vision.heads import HeadConfig
+from made_advice_rows import frozen_rows
+from made_runs import SET_ID, finish_slice, new_run
+
+COUNTS = {Split.TRAIN: (10, 10), Split.VAL: (10, 10)}
+CLASSES = ("good", "defect")
+
+
+def test_a_fold_judges_probes_where_val_has_no_labels(tmp_path: Path) -> None:
+    rows = ProbeRows.of(frozen_rows(tmp_path, COUNTS, CLASSES, unlabelled=(Split.VAL,)), RowLimit())
+    assert rows.limit.fold is not None
+    assert len(rows.judged.labels_N) == 4
+
+
+def test_a_probe_that_no_image_judges_is_refused(tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path))
+    rows = ProbeRows.of(frozen_rows(tmp_path, COUNTS, CLASSES), RowLimit())
+    names = rows.table["sample_id"].to_pylist()
+    record = new_run(store, names, slice_rows=len(names))
+    finish_slice(store, record, "0-000000", rejected=[name for name in names if name.startswith("val/")])
+    publish(RunFolder(store, record.run_id), record, read_records(RunFolder(store, record.run_id)))
+    bench = ProbeBench(FeatureCache(store), rows, HeadConfig(C=(1.0,)), num_classes=2)
+    with pytest.raises(DataError, match="none of 20 images that judge could be read"):
+        bench.fit([SET_ID], SET_ID)
