@@ -36,7 +36,7 @@ from convoy.pipelines.near_duplicates import (
     report_near_duplicates,
 )
 from convoy.pipelines.probe_judging import CrossFittedProbe
-from convoy.storage.commits import read_manifest
+from convoy.storage.commits import read_commits, read_manifest
 from convoy.storage.feature_cache import FeatureCache, content_id_array
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
@@ -65,13 +65,17 @@ class TapProbe(StrictModel):
 
 
 class BackboneProbes(StrictModel):
-    """A backbone at its taps, from the stem up. `images_per_s` is that of its pass, over all workers."""
+    """A backbone at its taps, from the stem up. `images_per_s` is that of its largest pass, over all workers.
+
+    That pass was of `timed_images`, null in advice that was given before this was told.
+    """
 
     backbone: str
     weights_digest: str
     macs: int
     num_parameters: int
     images_per_s: float
+    timed_images: int | None = None
     judged_rows: int
     taps: list[TapProbe]
 
@@ -156,12 +160,14 @@ class Prober:
         summary = job.ensure(progress=self.progress, new_run=self._new_run)
         self.progress.stage(f"probing {candidate.name}")
         probed = [self._probe(record, tap, job.set_id(tap)) for tap in taps]
+        timed_images, images_per_s = self._rate(summary)
         probes = BackboneProbes(
             backbone=self._config.name_of(candidate, record.weights_digest),
             weights_digest=record.weights_digest,
             macs=record.macs,
             num_parameters=record.num_parameters,
-            images_per_s=self._images_per_s(summary.run),
+            images_per_s=images_per_s,
+            timed_images=timed_images,
             judged_rows=len(probed[0][1]),
             taps=sorted((probe for probe, _ in probed), key=lambda probe: probe.depth),
         )
@@ -307,13 +313,21 @@ class Prober:
         )
         return probe, head.correct_M
 
-    def _images_per_s(self, run_id: str | None) -> float:
-        """Of the run that computed the features: over the time in which it was at work."""
-        manifest = None if run_id is None else read_manifest(RunFolder(self._store, run_id))
-        if manifest is None:
-            return 0.0
-        num_images = manifest.num_results + manifest.num_rejects
-        return num_images / max(seconds_under_way(manifest.slices), 1e-9)
+    def _rate(self, summary: FeatureSummary) -> tuple[int, float]:
+        """Images of the largest run that computed features of the sets, and how many a second: of its time at work.
+
+        The last one may be of the three images that were new, and of nothing but a start.
+        """
+        num_rows = Counter[str]()
+        for commit in (one for set_id in summary.sets.values() for one in read_commits(self._store, set_id)):
+            rows = sum(part.num_rows for part in commit.parts)
+            num_rows[commit.run_id] = max(num_rows[commit.run_id], rows)
+        for run_id, _ in num_rows.most_common():
+            manifest = read_manifest(RunFolder(self._store, run_id))
+            if manifest is not None:
+                num_images = manifest.num_results + manifest.num_rejects
+                return num_images, num_images / max(seconds_under_way(manifest.slices), 1e-9)
+        return 0, 0.0
 
 
 def judge_head(

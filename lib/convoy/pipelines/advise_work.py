@@ -37,6 +37,9 @@ from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import RunFolder
 
+# Below it a pass is start more than work.
+_LEAST_TIMED = 300
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AdviceWork:
@@ -178,6 +181,12 @@ def _notes(gathered: Gathered, first: StrategyAdvice, by_rule: str) -> list[str]
     if others:
         notes.append(
             f"the untrained network of {gathered.best.probes.backbone} stands for those of {', '.join(sorted(others))}"
+        )
+    looks = (*gathered.looks, gathered.untrained)
+    rough = [look.probes.backbone for look in looks if (look.probes.timed_images or 0) < _LEAST_TIMED]
+    if rough:
+        notes.append(
+            f"no pass of {_LEAST_TIMED} images was timed of {', '.join(rough)}: their seconds and money are rough"
         )
     notes.append(
         "expectations of networks follow from probes and a prior, see `prior`: --verify runs them at a small budget"

@@ -1,9 +1,10 @@
-"""Advice that was given already is read from its run."""
+"""Advice that was given already is read from its run, and notes say how far advice can be relied on."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from convoy.core.config import load_config
@@ -12,11 +13,16 @@ from convoy.core.progress import Silent
 from convoy.core.records import Split
 from convoy.pipelines import advise
 from convoy.pipelines.advise_config import AdviseConfig
+from convoy.pipelines.advise_evidence import Gathered
+from convoy.pipelines.advise_probes import Look
+from convoy.pipelines.advise_work import _notes
 from convoy.pipelines.backbone_record import BackboneRecord
+from convoy.pipelines.classifiers import Strategy
+from convoy.pipelines.feature_summary import FeatureSummary
 from convoy.storage.commits import finish
 from convoy.storage.local_store import LocalStore
 from convoy.storage.runs import RunFolder
-from made_advice import made_advice
+from made_advice import made_advice, made_probes
 from made_advice_rows import frozen_rows
 
 
@@ -37,3 +43,13 @@ def test_advice_that_is_known_is_judged_by_the_error_budget_of_now(
     store.put(f"advice/{digest(identity)}.json", canonical_json({"run_id": "r"}))
     given = [advise.run_advise(one, progress=Silent(), draw_curves=lambda *_: b"") for one in configs]
     assert [one.within_error_budget for one in given] == [False, True]
+
+
+@pytest.mark.parametrize(("timed_images", "is_rough"), [(299, True), (300, False)])
+def test_costs_that_follow_from_a_small_pass_are_said_to_be_rough(timed_images: int, is_rough: bool) -> None:
+    probes = made_probes("resnet20", 0.0).model_copy(update={"timed_images": timed_images})
+    record = BackboneRecord.model_construct()
+    look = Look(record, FeatureSummary.model_construct(), probes, np.ones(0, np.bool_), None)
+    gathered = Gathered(looks=(look,), best=look, untrained=look, curve=None, evidence=())
+    notes = _notes(gathered, made_advice().strategies[0], Strategy.FINE_TUNE.value)
+    assert any("are rough" in note for note in notes) is is_rough
