@@ -112,12 +112,12 @@ def run_train(
     check_bundle_name(config.name)
     store = open_workspace(config.workspace, config.writers)
     manifest = open_dataset(store, config.dataset, fingerprint)
-    # Before hours of training: a bundle is written with what it is worth, or not at all.
-    split, fold = measured_on(manifest, config, evaluated)
     if config.strategy is not Strategy.AS_IS:
         # Before any network is fetched or Ray is there: a class without images can be learnt by no strategy.
         count_classes(read_split(manifest, Split.TRAIN, config.rows), manifest.classes)
         config = with_pinned_teacher(store, manifest, config)
+    # Before hours of training: a bundle is written with what it is worth, or not at all.
+    split, fold = measured_on(manifest, config, evaluated)
     job = _Job(
         store=store,
         manifest=manifest,

@@ -54,10 +54,10 @@ def plan_train(config: TrainConfig) -> TrainPlan:
     check_bundle_name(config.name)
     store = open_workspace(config.workspace, config.writers)
     manifest = open_dataset(store, config.dataset)
-    measured_on(manifest, config)
     config = with_pinned_teacher(store, manifest, config)
     rows = read_split(manifest, Split.TRAIN, config.rows)
     counts = count_classes(rows, manifest.classes)
+    measured_on(manifest, config)
     folder = OpenRun(store, verb="train", target=digest([config.name])).current()
     plan = TrainPlan(
         config=config,
