@@ -33,9 +33,9 @@ from convoy.pipelines.ensemble_measuring import (
     SizeWorth,
     UntouchedRows,
     cross_fitted,
-    has_labels,
 )
 from convoy.pipelines.feature_plan import ExtractionConfig
+from convoy.pipelines.training_rows import has_labels
 from convoy.storage.bundles import ModelCard, model_card
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore

@@ -208,11 +208,6 @@ def cross_fitted(predictions: CandidatePredictions, settings: EnsembleSettings) 
     )
 
 
-def has_labels(manifest: Manifest, split: Split) -> bool:
-    """Whether the dataset has rows of a split on which something can be measured."""
-    return split in manifest.counts and sum(manifest.counts[split].by_class) > 0
-
-
 def _joint_logits(
     committee: CommitteeRecord, logits_MVNK: NDArray[np.float32], views: Sequence[int]
 ) -> Floats:

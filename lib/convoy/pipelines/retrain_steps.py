@@ -22,7 +22,7 @@ from convoy.pipelines.feature_source import LabelledRows, open_features
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.network_training import CurveDrawer
 from convoy.pipelines.retrain_config import RetrainConfig
-from convoy.pipelines.retrain_data import RetrainRows
+from convoy.pipelines.retrain_rows import RetrainRows
 from convoy.pipelines.retrain_scoring import CachedScorer, NamedRows
 from convoy.pipelines.train import run_train
 from convoy.pipelines.train_config import TrainConfig

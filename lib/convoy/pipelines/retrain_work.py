@@ -19,8 +19,9 @@ from convoy.pipelines.retrain_config import (
     RetrainReport,
     StepResult,
 )
-from convoy.pipelines.retrain_data import examine_new_data, open_rows
+from convoy.pipelines.retrain_data import examine_new_data
 from convoy.pipelines.retrain_gate import ModelScores, judge, least_margin, pair, pair_if_enough, summary
+from convoy.pipelines.retrain_rows import open_rows
 from convoy.pipelines.retrain_scoring import CachedScorer, can_be_compared
 from convoy.pipelines.retrain_steps import CandidateMaker, pinned
 from convoy.storage.bundles import BundleRef

@@ -22,11 +22,11 @@ from convoy.core.trial_events import TrialState
 from convoy.pipelines.ensemble_building import EnsembleReport, ReportDrawer, build_ensemble
 from convoy.pipelines.ensemble_candidates import Candidate
 from convoy.pipelines.ensemble_choice import EnsembleSettings
-from convoy.pipelines.ensemble_measuring import has_labels
 from convoy.pipelines.feature_plan import PrecisionChoice, forward_s
 from convoy.pipelines.network_training import CurveDrawer
 from convoy.pipelines.search_time import SearchTimer, seconds_spent
 from convoy.pipelines.train_config import PROBES, TrainConfig
+from convoy.pipelines.training_rows import has_labels
 from convoy.pipelines.trial_journal import TrialCost, TrialJournal, TrialRecord, trials_parquet
 from convoy.pipelines.trials import TrialJob, run_trial
 from convoy.pipelines.tune_config import TuneConfig

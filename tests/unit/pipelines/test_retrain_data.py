@@ -11,7 +11,8 @@ from convoy.core.errors import DataError
 from convoy.core.records import Split
 from convoy.pipelines.committees import single_committee
 from convoy.pipelines.retrain_config import DataChecks
-from convoy.pipelines.retrain_data import Findings, look_for_losses, open_rows
+from convoy.pipelines.retrain_data import Findings, look_for_losses
+from convoy.pipelines.retrain_rows import open_rows
 from convoy.storage.local_store import LocalStore
 from convoy.storage.manifests import MANIFEST_SCHEMA, Manifest
 from convoy.storage.retrains import RetrainFolder
