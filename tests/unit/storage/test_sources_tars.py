@@ -121,6 +121,23 @@ def test_a_damaged_header_in_the_middle_is_no_end(tmp_path: Path) -> None:
     assert f"{header:,} of {len(shard):,} bytes are readable" in scan.warnings[0]
 
 
+def test_joined_archives_give_the_samples_of_the_first_with_a_warning(tmp_path: Path) -> None:
+    path = tmp_path / "all.tar"
+    first = shard_bytes({"0": "cat"})
+    path.write_bytes(first + shard_bytes({"1": "dog"}))
+    scan = read(path)
+    assert labels_of(scan) == {"all.tar#0": "cat"}
+    assert f"what follows byte {len(first):,} of" in scan.warnings[0]
+    assert "tar --concatenate" in scan.warnings[0]
+    assert scan.incomplete == (str(path),)
+
+
+def test_zeros_behind_the_end_are_no_loss(tmp_path: Path) -> None:
+    (tmp_path / "0.tar").write_bytes(shard_bytes({"0": "cat"}) + bytes(100_000))
+    scan = read(tmp_path)
+    assert (scan.warnings, scan.incomplete) == ((), ())
+
+
 def test_what_is_no_tar_is_refused(tmp_path: Path) -> None:
     for data in (b"", b"PK\x03\x04" * 400):
         (tmp_path / "0.tar").write_bytes(data)

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from convoy.core.errors import DataError
 from convoy.storage.object_store import ObjectInfo, ObjectStore
-from convoy.storage.parquet_files import buffered_reader
+from convoy.storage.parquet_files import BUFFER_BYTES, buffered_reader
 from convoy.storage.sources.containers import (
     KnownContainers,
     open_containers,
@@ -67,8 +67,8 @@ def read_tars(uri: str, options: ReadingOptions, known: KnownContainers) -> Sour
     headers and labels are looked at, through a buffer of 1 MiB. That much moves in about the latency of one
     request: so small members come many to a request, large ones are stepped over, and neither takes more than
     twice the best time. Shards that are known in the same version are not read. Of a shard that is cut off
-    the whole samples are kept, and a warning names the loss. Raises DataError for a file that is no tar, and
-    for two images in a sample.
+    the whole samples are kept, of joined archives those of the first, and a warning names the loss. Raises
+    DataError for a file that is no tar, and for two images in a sample.
     """
     skips = Skips()
     store, infos = open_containers(uri, ".tar", skips)
@@ -83,7 +83,7 @@ def read_tars(uri: str, options: ReadingOptions, known: KnownContainers) -> Sour
     for shard in shards:
         skips.update(shard.skips)
     losses = [(info, shard.loss) for info, shard in zip(infos, shards, strict=True) if shard.loss]
-    warnings = [f"{info.key} is cut off: {loss}" for info, loss in losses]
+    warnings = [f"{info.key} {loss}" for info, loss in losses]
     if skips.counts[_NO_IMAGE]:
         warnings.append(f"samples without an image were left out: {skips.describe(_NO_IMAGE)}")
     return SourceScan(
@@ -97,22 +97,30 @@ def read_tars(uri: str, options: ReadingOptions, known: KnownContainers) -> Sour
 def _read_shard(store: ObjectStore, info: ObjectInfo, options: ReadingOptions) -> _Shard:
     samples: dict[str, _Sample] = {}
     uri = store.uri(info.key)
-    loss = ""
+    tail = b""
     with buffered_reader(store, info.key) as stream, _open_tar(stream, uri) as archive:
         try:
             for member in archive:
                 if member.isreg() and not is_hidden(_member_name(member)):
                     _add_member(samples, archive, member, uri, options)
-            is_whole = _ends_here(stream, archive.offset)
+            tail = _read_tail(stream, archive.offset)
         except tarfile.ReadError:
-            is_whole = False
-        if not is_whole:
-            last_key = next(reversed(samples), "")
-            samples.pop(last_key, None)
-            loss = (
-                f"{archive.offset:,} of {info.size_bytes:,} bytes are readable, "
-                f"and the sample there ('{last_key}') and all behind it were left out"
-            )
+            pass
+    loss = ""
+    # tarfile takes a missing, cut or damaged header for the end; the true end is a block of zeros.
+    if not tail.startswith(bytes(_BLOCK_BYTES)):
+        last_key = next(reversed(samples), "")
+        samples.pop(last_key, None)
+        loss = (
+            f"is cut off: {archive.offset:,} of {info.size_bytes:,} bytes are readable, "
+            f"and the sample there ('{last_key}') and all behind it were left out"
+        )
+    elif behind_end := tail.lstrip(b"\0"):
+        end = archive.offset + len(tail) - len(behind_end)
+        loss = (
+            f"goes on behind its end: what follows byte {end:,} of {info.size_bytes:,} was left out; "
+            "join archives with `tar --concatenate`, or keep them apart"
+        )
     skips = Skips()
     return _Shard(rows=tabulate(_to_rows(uri, info, samples, skips)), skips=skips, loss=loss)
 
@@ -128,10 +136,10 @@ def _open_tar(stream: BinaryIO, uri: str) -> tarfile.TarFile:
         ) from None
 
 
-def _ends_here(stream: BinaryIO, offset_bytes: int) -> bool:
-    # tarfile takes a missing, cut or damaged header for the end; the true end is a block of zeros.
+def _read_tail(stream: BinaryIO, offset_bytes: int) -> bytes:
+    """What lies behind the last member, as far as zeros fill up an archive: tar writes 10 KiB at a time."""
     stream.seek(offset_bytes)
-    return stream.read(_BLOCK_BYTES) == bytes(_BLOCK_BYTES)
+    return stream.read(BUFFER_BYTES)
 
 
 def _member_name(member: tarfile.TarInfo) -> str:
