@@ -26,6 +26,7 @@ from convoy.storage.local_walk import (
     ABSENT,
     PRIVATE_PREFIX,
     Chain,
+    dangling_links,
     folder_id,
     local_etag,
     sorted_entries,
@@ -87,6 +88,11 @@ class LocalStore:
                 for name, entry in sorted_entries(path)
                 if name.endswith("/") and any(walk_into(entry, prefix + name, chain, "", ""))
             )
+
+    def list_dangling_links(self) -> list[str]:
+        """The keys of links that lead nowhere, sorted; `list_objects` leaves them out."""
+        with _reading(self.root):
+            return sorted(dangling_links(self.root, "", self._chain("")))
 
     def head(self, key: str) -> ObjectInfo:
         """As in ObjectStore."""

@@ -51,6 +51,22 @@ def walk_into(
         yield from walk(entry.path, folder, (*chain, entered), prefix, start_after)
 
 
+def dangling_links(path: str, folder: str, chain: Chain) -> Iterator[str]:
+    """The keys, in any order, of the links in the folder `path` and below that lead nowhere."""
+    try:
+        with os.scandir(path) as scan:
+            entries = list(scan)
+    except ABSENT:
+        return
+    for entry in entries:
+        if entry.is_symlink() and not os.path.exists(entry.path):
+            yield folder + entry.name
+        elif entry.is_dir():
+            entered = folder_id(entry.path)
+            if entered not in chain:
+                yield from dangling_links(entry.path, f"{folder}{entry.name}/", (*chain, entered))
+
+
 def sorted_entries(path: str) -> list[tuple[str, os.DirEntry[str]]]:
     """The files and folders in a folder in the order of their keys; folders get a '/' at the end.
 

@@ -72,6 +72,19 @@ def test_files_without_a_class_are_left_out_with_a_warning(tmp_path: Path) -> No
     assert "2 (metadata.csv, stray.jpg)" in scan.warnings[0]
 
 
+def test_links_that_lead_nowhere_are_counted_with_a_warning(tmp_path: Path) -> None:
+    write_files(tmp_path, "cat/1.jpg")
+    (tmp_path / "cat/2.jpg").symlink_to("1.jpg")
+    (tmp_path / "cat/3.jpg").symlink_to("nothing.jpg")
+    (tmp_path / "cat/4.jpg").symlink_to("4.jpg")
+    (tmp_path / "cat/.#1.jpg").symlink_to("somebody@somewhere")
+    (tmp_path / "cat/circle").symlink_to(tmp_path)
+    scan = read(tmp_path)
+    assert list(rows_of(scan)) == ["cat/1.jpg", "cat/2.jpg"]
+    assert scan.skipped == {"dangling_link": 2}
+    assert "2 (cat/3.jpg, cat/4.jpg)" in scan.warnings[-1]
+
+
 def test_a_flat_folder_is_unlabelled(tmp_path: Path) -> None:
     write_files(tmp_path, "1.jpg", "2.jpg")
     assert rows_of(read(tmp_path)) == {"1.jpg": (None, None), "2.jpg": (None, None)}

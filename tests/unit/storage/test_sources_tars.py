@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,32 @@ def test_samples_without_an_image_are_left_out_with_a_warning(tmp_path: Path) ->
     assert labels_of(scan) == {"0.tar#1": "1"}
     assert scan.skipped == {"no_image": 1}
     assert "0.tar#0" in scan.warnings[0]
+
+
+def test_hard_links_are_read_at_their_files_and_other_links_are_counted(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, data in (("./0.jpg", jpeg_bytes(0)), ("./0.cls", b"cat")):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+        for name, kind, target in (
+            ("./1.jpg", tarfile.LNKTYPE, "./0.jpg"),
+            ("./1.cls", tarfile.LNKTYPE, "./0.cls"),
+            ("./2.jpg", tarfile.SYMTYPE, "0.jpg"),
+            ("./3.jpg", tarfile.LNKTYPE, "./elsewhere.jpg"),
+            ("./._0.jpg", tarfile.SYMTYPE, "0.jpg"),
+        ):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, target
+            archive.addfile(link)
+    (tmp_path / "0.tar").write_bytes(buffer.getvalue())
+    scan = read(tmp_path)
+    assert labels_of(scan) == {"0.tar#0": "cat", "0.tar#1": "cat"}
+    assert len(set(scan.samples["offset_bytes"].to_pylist())) == 1
+    assert set(scan.samples["size_bytes"].to_pylist()) == {len(jpeg_bytes(0))}
+    assert scan.skipped == {"link": 2}
+    assert "2 (0.tar#2.jpg, 0.tar#3.jpg)" in scan.warnings[0]
 
 
 def test_two_images_need_a_choice(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 
 from convoy.core.errors import ConfigError, DataError, ObjectNotFound
+from convoy.storage.local_store import LocalStore
 from convoy.storage.manifests import Manifest
 from convoy.storage.sources.containers import KnownContainers
 from convoy.storage.sources.folders import read_folders
@@ -14,7 +16,7 @@ from convoy.storage.sources.list_files import LIST_SUFFIXES
 from convoy.storage.sources.listing import is_hidden
 from convoy.storage.sources.lists import read_list
 from convoy.storage.sources.parquets import image_columns, read_parquets
-from convoy.storage.sources.rows import LabelRule, ReadingOptions, SourceKind, SourceScan
+from convoy.storage.sources.rows import LabelRule, ReadingOptions, SourceKind, SourceScan, describe_examples
 from convoy.storage.sources.tars import read_tars
 from convoy.storage.stores import open_object, open_store
 
@@ -38,18 +40,19 @@ def read_source(
     kind = options.kind or find_kind(uri)
     _refuse_unused(options, kind, uri)
     match kind:
-        case SourceKind.FOLDERS:
-            return kind, read_folders(uri, options.labels)
-        case SourceKind.IMAGES:
-            return kind, read_folders(uri, LabelRule.NONE)
         case SourceKind.LIST:
             return kind, read_list(uri, options)
-        case SourceKind.PARQUET:
-            return kind, read_parquets(uri, options, KnownContainers(previous))
-        case SourceKind.TARS:
-            return kind, read_tars(uri, options, KnownContainers(previous))
         case SourceKind.INVENTORY:
             return kind, read_inventory(uri, options)
+        case SourceKind.FOLDERS:
+            scan = read_folders(uri, options.labels)
+        case SourceKind.IMAGES:
+            scan = read_folders(uri, LabelRule.NONE)
+        case SourceKind.PARQUET:
+            scan = read_parquets(uri, options, KnownContainers(previous))
+        case SourceKind.TARS:
+            scan = read_tars(uri, options, KnownContainers(previous))
+    return kind, _with_dangling_links(uri, scan)
 
 
 def find_kind(uri: str) -> SourceKind:
@@ -72,6 +75,21 @@ def find_kind(uri: str) -> SourceKind:
     if may_hold_report(keys) and is_report(uri):
         return SourceKind.INVENTORY
     return _kind_of_keys([key.lower() for key in keys], uri)
+
+
+def _with_dangling_links(uri: str, scan: SourceScan) -> SourceScan:
+    """The scan, and a count of the links below a local root that a listing leaves out."""
+    store = open_store(uri)
+    links = store.list_dangling_links() if isinstance(store, LocalStore) else []
+    keys = [key for key in links if not is_hidden(key)]
+    if not keys:
+        return scan
+    warning = f"links that lead nowhere were left out: {describe_examples(len(keys), keys)}"
+    return replace(
+        scan,
+        skipped={**scan.skipped, "dangling_link": len(keys)},
+        warnings=(*scan.warnings, warning),
+    )
 
 
 def _refuse_unused(options: ReadingOptions, kind: SourceKind, uri: str) -> None:

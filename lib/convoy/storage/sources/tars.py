@@ -37,7 +37,7 @@ _IMAGE_SUFFIXES = frozenset((
     "avif", "heic", "heif", "jxl", "img", "image",
 ))
 # fmt: on
-_NO_IMAGE = "no_image"
+_NO_IMAGE, _LINK = "no_image", "link"
 # The first that a sample has is its label.
 _LABEL_SUFFIXES = ("cls", "json", "txt")
 _BLOCK_BYTES = 512
@@ -68,7 +68,8 @@ def read_tars(uri: str, options: ReadingOptions, known: KnownContainers) -> Sour
     request: so small members come many to a request, large ones are stepped over, and neither takes more than
     twice the best time. Shards that are known in the same version are not read. Of a shard that is cut off
     the whole samples are kept, of joined archives those of the first, and a warning names the loss. Raises
-    DataError for a file that is no tar, and for two images in a sample.
+    DataError for a file that is no tar, and for two images in a sample. A hard link to an earlier member is read
+    there; other links are counted.
     """
     skips = Skips()
     store, infos = open_containers(uri, ".tar", skips)
@@ -86,6 +87,10 @@ def read_tars(uri: str, options: ReadingOptions, known: KnownContainers) -> Sour
     warnings = [f"{info.key} {loss}" for info, loss in losses]
     if skips.counts[_NO_IMAGE]:
         warnings.append(f"samples without an image were left out: {skips.describe(_NO_IMAGE)}")
+    if skips.counts[_LINK]:
+        warnings.append(
+            f"links were left out: {skips.describe(_LINK)}; `tar --dereference` packs the files themselves"
+        )
     return SourceScan(
         samples=with_splits(store, infos, [shard.rows for shard in shards]),
         skipped=dict(skips.counts),
@@ -96,13 +101,22 @@ def read_tars(uri: str, options: ReadingOptions, known: KnownContainers) -> Sour
 
 def _read_shard(store: ObjectStore, info: ObjectInfo, options: ReadingOptions) -> _Shard:
     samples: dict[str, _Sample] = {}
+    files: dict[str, tarfile.TarInfo] = {}
+    skips = Skips()
     uri = store.uri(info.key)
     tail = b""
     with buffered_reader(store, info.key) as stream, _open_tar(stream, uri) as archive:
         try:
             for member in archive:
-                if member.isreg() and not is_hidden(_member_name(member)):
-                    _add_member(samples, archive, member, uri, options)
+                name = _member_name(member.name)
+                # tar writes a file once: its further names are hard links to the first.
+                file = files.get(_member_name(member.linkname)) if member.islnk() else member
+                if file is not None and file.isreg():
+                    files[name] = file
+                    if not is_hidden(name):
+                        _add_member(samples, archive, name, file, uri, options)
+                elif (member.islnk() or member.issym()) and not is_hidden(name):
+                    skips.add(_LINK, f"{info.key}#{name}")
             tail = _read_tail(stream, archive.offset)
         except tarfile.ReadError:
             pass
@@ -121,7 +135,6 @@ def _read_shard(store: ObjectStore, info: ObjectInfo, options: ReadingOptions) -
             f"goes on behind its end: what follows byte {end:,} of {info.size_bytes:,} was left out; "
             "join archives with `tar --concatenate`, or keep them apart"
         )
-    skips = Skips()
     return _Shard(rows=tabulate(_to_rows(uri, info, samples, skips)), skips=skips, loss=loss)
 
 
@@ -142,35 +155,36 @@ def _read_tail(stream: BinaryIO, offset_bytes: int) -> bytes:
     return stream.read(BUFFER_BYTES)
 
 
-def _member_name(member: tarfile.TarInfo) -> str:
-    return member.name.removeprefix("./")
+def _member_name(name: str) -> str:
+    return name.removeprefix("./")
 
 
 def _add_member(
     samples: dict[str, _Sample],
     archive: tarfile.TarFile,
-    member: tarfile.TarInfo,
+    path: str,
+    file: tarfile.TarInfo,
     uri: str,
     options: ReadingOptions,
 ) -> None:
-    folder, slash, name = _member_name(member).rpartition("/")
+    folder, slash, name = path.rpartition("/")
     stem, _, suffix = name.partition(".")
     key, suffix = f"{folder}{slash}{stem}", suffix.lower()
     # Kept in the order of the shard, so that the sample at a cut is the last.
     sample = samples.pop(key, None) or _Sample()
     samples[key] = sample
     if suffix in _LABEL_SUFFIXES:
-        label = _read_label(archive, member, suffix, uri)
+        label = _read_label(archive, file, suffix, uri)
         if label:
             sample.labels[suffix] = label
     elif _is_image(suffix, options):
         if sample.image is not None:
             raise DataError(
-                f"the sample '{key}' has two images, {sample.image.name} and {member.name}",
+                f"the sample '{key}' has two images, {sample.image.name} and {path}",
                 where=uri,
                 next_step="name the right one with reading.image_column, such as input.jpg",
             )
-        sample.image = member
+        sample.image = file
 
 
 def _is_image(suffix: str, options: ReadingOptions) -> bool:
