@@ -184,3 +184,5 @@ def test_options_of_another_kind_are_refused(tmp_path: Path) -> None:
     write_files(tmp_path, "cat/1.jpg")
     with pytest.raises(ConfigError, match="images_root"):
         read_source(str(tmp_path), ReadingOptions(images_root="/data"))
+    with pytest.raises(ConfigError, match="label_column"):
+        read_source(str(tmp_path), ReadingOptions(labels="none", label_column="breed"))

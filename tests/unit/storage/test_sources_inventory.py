@@ -165,12 +165,6 @@ def test_folders_are_no_labels_where_they_are_told_not_to_be(tmp_path: Path) -> 
     assert rows == dict.fromkeys(keys, (None, None))
 
 
-def test_labels_none_is_refused_where_no_folder_is_a_label(tmp_path: Path) -> None:
-    (tmp_path / "list.csv").write_text("path\n1.jpg\n")
-    with pytest.raises(ConfigError, match="labels"):
-        read_source(str(tmp_path / "list.csv"), ReadingOptions(labels=LabelRule.NONE))
-
-
 def test_a_report_is_found_by_its_folder_and_by_the_folder_of_all_reports(tmp_path: Path) -> None:
     write_report(tmp_path, made_report("photos", [[entry("old.jpg")]]))
     reports = tmp_path / REPORT

@@ -54,6 +54,12 @@ def test_byte_order_mark_crlf_and_quotes(root: Path) -> None:
     ]
 
 
+def test_without_labels_a_partly_labelled_list_is_unlabelled(root: Path) -> None:
+    records = [{"path": "images/1.jpg", "label": ["a", "b"]}, {"path": "images/2.jpg"}]
+    rows = read(write(root / "a.jsonl", "\n".join(map(json.dumps, records))), labels="none")
+    assert [row["label"] for row in rows] == [None, None]
+
+
 def test_jsonl_and_parquet_say_the_same_as_csv(root: Path) -> None:
     records = [{"path": "images/1.jpg", "label": 3}, {"path": "./images/deep/3.jpg", "label": 10}]
     write(root / "a.csv", "path,label\nimages/1.jpg,3\n./images/deep/3.jpg,10\n")

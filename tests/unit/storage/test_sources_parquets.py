@@ -80,6 +80,13 @@ def test_one_file_with_a_plain_binary_column(tmp_path: Path) -> None:
     assert rows[0]["container_field"] == "img"
 
 
+def test_without_labels_no_label_column_is_looked_for(tmp_path: Path) -> None:
+    pq.write_table(hugging_face_table([0, -1, 7], ["wolf", "ant"]), tmp_path / "a.parquet")
+    scan = read(tmp_path, labels="none")
+    assert scan.samples["label"].to_pylist() == [None, None, None]
+    assert scan.classes is None
+
+
 def test_unclear_columns_need_a_choice(tmp_path: Path) -> None:
     table = pa.table({"photo": [b"a"], "mask": [b"b"], "label": ["cat"], "breed": ["manx"]})
     pq.write_table(table, tmp_path / "a.parquet")

@@ -63,6 +63,12 @@ def test_labels_come_from_cls_then_json_then_txt(tmp_path: Path) -> None:
     }
 
 
+def test_without_labels_no_label_is_read(tmp_path: Path) -> None:
+    members = {"0.jpg": jpeg_bytes(0), "0.txt": b"a caption", "1.jpg": jpeg_bytes(1), "1.json": b"{"}
+    (tmp_path / "0.tar").write_bytes(tar_bytes(members))
+    assert labels_of(read(tmp_path, labels="none")) == {"0.tar#0": None, "0.tar#1": None}
+
+
 def test_members_of_a_sample_need_not_be_neighbours(tmp_path: Path) -> None:
     names = [
         "./0.jpg",

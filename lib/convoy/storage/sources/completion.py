@@ -67,7 +67,7 @@ def _require_labels_of_all_or_none(rows: pa.Table) -> None:
             raise DataError(
                 f"samples without a label: {describe_examples(unlabelled.num_rows, examples)}; "
                 f"{part.num_rows - unlabelled.num_rows} others of {split or 'the source'} have one",
-                next_step="label them, or move them away",
+                next_step="label them, move them away, or read no labels at all with --set reading.labels=none",
             )
 
 

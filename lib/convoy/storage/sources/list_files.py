@@ -34,21 +34,27 @@ class ListedSample(NamedTuple):
 
 
 def read_listed_samples(
-    store: ObjectStore, key: str, bad_rows: BadRows, *, label_column: str | None = None
+    store: ObjectStore,
+    key: str,
+    bad_rows: BadRows,
+    *,
+    label_column: str | None = None,
+    with_labels: bool = True,
 ) -> Iterator[ListedSample]:
     """The usable rows of a list; the others go to `bad_rows`. Raises DataError where the file is no list.
 
     Columns: one of `path`, `uri`, `file_name`; and where there are any, `label` (or `label_column`), `split`,
-    `id`, `weight` and `md5` or `sha256`; others are ignored. A CSV is UTF-8 and has a header; a byte order
-    mark and any line ends are fine.
+    `id`, `weight` and `md5` or `sha256`; others are ignored, and labels too unless `with_labels`. A CSV is
+    UTF-8 and has a header; a byte order mark and any line ends are fine.
     """
     path_column = ""
+    read_label_from = (label_column or "label") if with_labels else None
     seen: set[str] = set()
     for line, record in _read_records(store, key, bad_rows):
         if not path_column:
             path_column = _find_path_column(record, label_column, store.uri(key))
         problems: list[str] = []
-        sample = _check(record, line, path_column, label_column or "label", problems)
+        sample = _check(record, line, path_column, read_label_from, problems)
         if sample.sample_id in seen:
             problems.append(f"the id '{sample.sample_id}' was there before")
         seen.add(sample.sample_id)
@@ -133,7 +139,7 @@ def _find_path_column(record: Mapping[str, Any], label_column: str | None, where
 
 
 def _check(
-    record: Mapping[str, Any], line: int, path_column: str, label_column: str, problems: list[str]
+    record: Mapping[str, Any], line: int, path_column: str, label_column: str | None, problems: list[str]
 ) -> ListedSample:
     def parsed(column: str, parse: Callable[[Any], Any]) -> Any:
         try:
@@ -149,7 +155,7 @@ def _check(
         line=line,
         sample_id=parsed("id", _text) or path,
         path=path,
-        label=parsed(label_column, _text),
+        label=parsed(label_column, _text) if label_column else None,
         split=parsed("split", _split) if "split" in record else None,
         weight=parsed("weight", _weight),
         checksum=parsed("sha256", lambda value: _checksum("sha256", value))

@@ -14,6 +14,7 @@ from convoy.storage.sources.list_files import ListedSample, read_listed_samples
 from convoy.storage.sources.listing import NUM_THREADS
 from convoy.storage.sources.rows import (
     BadRows,
+    LabelRule,
     ReadingOptions,
     SourceRow,
     SourceScan,
@@ -35,7 +36,14 @@ def read_list(uri: str, options: ReadingOptions) -> SourceScan:
     """
     store, key = open_object(uri)
     bad_rows = BadRows(store.uri(key))
-    samples = list(read_listed_samples(store, key, bad_rows, label_column=options.label_column))
+    listed = read_listed_samples(
+        store,
+        key,
+        bad_rows,
+        label_column=options.label_column,
+        with_labels=options.labels is not LabelRule.NONE,
+    )
+    samples = list(listed)
     if any(sample.label is not None for sample in samples):
         for sample in samples:
             if sample.label is None:

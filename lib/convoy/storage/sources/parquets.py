@@ -19,6 +19,7 @@ from convoy.storage.sources.containers import (
 )
 from convoy.storage.sources.rows import (
     SOURCE_SCHEMA,
+    LabelRule,
     ReadingOptions,
     Skips,
     SourceRow,
@@ -78,6 +79,9 @@ def _choose_columns(schema: pa.Schema, options: ReadingOptions, where: str) -> I
     image = _choose(options.image_column, declared or image_columns(schema), schema, where, "image")
     if image is None:
         raise DataError("no column holds image bytes", where=where, next_step="set reading.image_column")
+    image_field = image if _is_binary(schema.field(image).type) else f"{image}.bytes"
+    if options.labels is LabelRule.NONE:
+        return ImageColumns(image_field=image_field)
     class_labels = [name for name, feature in features.items() if feature.get("_type") == "ClassLabel"]
     labels = class_labels or [name for name in _LABEL_NAMES if name in schema.names]
     label = _choose(options.label_column, labels, schema, where, "label")
@@ -85,7 +89,7 @@ def _choose_columns(schema: pa.Schema, options: ReadingOptions, where: str) -> I
     if isinstance(classes, Mapping):
         classes = [classes[str(index)] for index in range(len(classes))]
     return ImageColumns(
-        image_field=image if _is_binary(schema.field(image).type) else f"{image}.bytes",
+        image_field=image_field,
         label=label,
         classes=tuple(classes) if classes else None,
     )

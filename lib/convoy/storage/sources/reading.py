@@ -98,9 +98,8 @@ def _refuse_unused(options: ReadingOptions, kind: SourceKind, uri: str) -> None:
         raise ConfigError(
             f"images_root belongs to a list or an inventory, but this source is {kind.value}", where=uri
         )
-    by_folder = (SourceKind.FOLDERS, SourceKind.IMAGES, SourceKind.INVENTORY)
-    if options.labels is LabelRule.NONE and kind not in by_folder:
-        raise ConfigError(f"labels belongs to folders, but this source is {kind.value}", where=uri)
+    if options.label_column and options.labels is LabelRule.NONE:
+        raise ConfigError("label_column names labels, but labels is none", where=uri)
 
 
 def _kind_of_keys(keys: list[str], uri: str) -> SourceKind:

@@ -34,7 +34,7 @@ class SourceKind(StrEnum):
 
 
 class LabelRule(StrEnum):
-    """Where the labels of single objects come from."""
+    """Where labels come from: `folders`, or what else the kind of source has for them; or `none`."""
 
     FOLDERS = "folders"
     NONE = "none"
@@ -46,8 +46,8 @@ class ReadingOptions(StrictModel):
     `kind`: `folders` (one folder a class), `images` (any folder, unlabelled), `list` (CSV, JSONL or parquet
     with paths), `parquet` (with image bytes), `tars` (WebDataset), `inventory` (a report of S3 Inventory). A
     list's relative paths begin at `images_root`, else at the folder of the list; of an inventory's objects those
-    below `images_root` are samples, else all of the bucket. With `labels` none, folders and inventories are
-    unlabelled. `image_column` chooses among several columns of a parquet file or several images of a tar's
+    below `images_root` are samples, else all of the bucket. With `labels` none, samples have no label, whatever
+    the source says. `image_column` chooses among several columns of a parquet file or several images of a tar's
     samples; `label_column` chooses the label of a parquet file or a list.
     """
 

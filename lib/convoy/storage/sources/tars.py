@@ -22,6 +22,7 @@ from convoy.storage.sources.containers import (
 from convoy.storage.sources.listing import is_hidden
 from convoy.storage.sources.rows import (
     SOURCE_SCHEMA,
+    LabelRule,
     ReadingOptions,
     Skips,
     SourceRow,
@@ -174,7 +175,7 @@ def _add_member(
     sample = samples.pop(key, None) or _Sample()
     samples[key] = sample
     if suffix in _LABEL_SUFFIXES:
-        label = _read_label(archive, file, suffix, uri)
+        label = _read_label(archive, file, suffix, uri) if options.labels is not LabelRule.NONE else None
         if label:
             sample.labels[suffix] = label
     elif _is_image(suffix, options):
