@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from convoy.core.errors import ConfigError, DataError
+from convoy.storage.local_store import LocalStore
+from convoy.storage.object_store import ObjectInfo
 from convoy.storage.sources.listing import map_listing
 from convoy.storage.sources.reading import find_kind, read_source
 from convoy.storage.sources.rows import ReadingOptions, SourceKind, SourceScan
@@ -153,6 +156,24 @@ def test_listing_by_ranges_loses_and_doubles_nothing(tmp_path: Path) -> None:
     write_files(tmp_path, *keys, "a!", "b.jpg", "zz")
     scan = read(tmp_path, SourceKind.IMAGES)
     assert sorted(scan.samples["sample_id"].to_pylist()) == sorted([*keys, "a!", "b.jpg", "zz"])
+
+
+class _BucketWithSlashKeys(LocalStore):
+    """Has an object at the key that its folder begins with, as only a bucket can."""
+
+    keys = ("cats/", "cats/1.jpg", "dogs/", "dogs/old/", "dogs/old/1.jpg")
+
+    def list_folders(self, prefix: str = "") -> list[str]:
+        return {"": ["cats", "dogs"], "dogs/": ["old"]}.get(prefix, [])
+
+    def list_objects(self, prefix: str = "", *, start_after: str = "") -> Iterator[ObjectInfo]:
+        found = (key for key in self.keys if key.startswith(prefix) and key > start_after)
+        return (ObjectInfo(key=key, size_bytes=1, etag="e") for key in found)
+
+
+def test_an_object_at_the_border_of_two_ranges_is_listed_once(tmp_path: Path) -> None:
+    ranges = map_listing(_BucketWithSlashKeys(str(tmp_path)), lambda objects: [one.key for one in objects])
+    assert [key for keys in ranges for key in keys] == list(_BucketWithSlashKeys.keys)
 
 
 def test_the_kind_is_found_by_looking(tmp_path: Path) -> None:

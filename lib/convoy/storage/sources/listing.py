@@ -51,6 +51,7 @@ def _folder_keys(store: ObjectStore) -> list[str]:
 
 def _list_range(store: ObjectStore, start: str, stop: str | None) -> Iterator[ObjectInfo]:
     for info in store.list_objects(start_after=start):
-        if stop is not None and info.key >= stop:
+        # The next range starts behind `stop`, which may be the key of an object.
+        if stop is not None and info.key > stop:
             return
         yield info
