@@ -98,6 +98,20 @@ def test_unclear_columns_need_a_choice(tmp_path: Path) -> None:
         read(tmp_path / "a.parquet", image_column="pic")
 
 
+def test_a_column_that_no_worker_can_read_is_refused(tmp_path: Path) -> None:
+    images = pa.array([jpeg_bytes(0)])
+    table = pa.table({"image": images, "coded": images.dictionary_encode(), "path": ["1.jpg"]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    for name in ("coded", "path"):
+        with pytest.raises(DataError, match=f"'{name}' of .* holds no image bytes"):
+            read(tmp_path, image_column=name)
+    features = {"info": {"features": {"path": {"_type": "Image"}}}}
+    declared = table.replace_schema_metadata({"huggingface": json.dumps(features)})
+    pq.write_table(declared, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="'path' of string"):
+        read(tmp_path)
+
+
 def test_a_parquet_with_paths_is_a_list(tmp_path: Path) -> None:
     pq.write_table(pa.table({"path": ["1.jpg"]}), tmp_path / "a.parquet")
     assert find_kind(str(tmp_path / "a.parquet")) is SourceKind.LIST

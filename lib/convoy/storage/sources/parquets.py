@@ -79,6 +79,12 @@ def _choose_columns(schema: pa.Schema, options: ReadingOptions, where: str) -> I
     image = _choose(options.image_column, declared or image_columns(schema), schema, where, "image")
     if image is None:
         raise DataError("no column holds image bytes", where=where, next_step="set reading.image_column")
+    if image not in image_columns(schema):
+        raise DataError(
+            f"the column '{image}' of {schema.field(image).type} holds no image bytes",
+            where=where,
+            next_step="write it as binary, or as a struct with binary `bytes`",
+        )
     image_field = image if _is_binary(schema.field(image).type) else f"{image}.bytes"
     if options.labels is LabelRule.NONE:
         return ImageColumns(image_field=image_field)
