@@ -83,8 +83,8 @@ class FeatureJob:
         self.sets = plan_sets(backbone, request, extraction)
         drawn = [policy for _ in dict.fromkeys(request.taps) for policy, _ in request.drawn_views]
         self._policy_of = {spec.set_id: policy for spec, policy in zip(self.sets, drawn, strict=True)}
-        target = digest([request.dataset, [spec.set_id for spec in self.sets]])
-        self._open_run = OpenRun(store, verb=_VERB, target=target)
+        self._target = [request.dataset, [spec.set_id for spec in self.sets]]
+        self._open_run = OpenRun(store, verb=_VERB, target=digest(self._target))
 
     def set_id(self, tap: str | int, view: int = EVAL_VIEW, policy: AugmentationPolicy | None = None) -> str:
         """The id of the set that holds a tap of a view; `policy` says whose, where several draw it."""
@@ -106,33 +106,37 @@ class FeatureJob:
     ) -> FeatureSummary:
         """Compute and commit whatever the cache lacks; a killed call goes on where it stopped.
 
-        A driver that is computing the same at the moment is waited for, or refused with a LeaseHeld. `note_missing`
-        hears how many rows there are to do, or were when the killed call began, before any of them is done.
+        A driver that is computing the same at the moment is waited for, or refused with a LeaseHeld. An unfinished
+        run for other inputs is left to whoever began it by a call that waits, and refused with a RunMismatch by
+        the other. `note_missing` hears how many rows there are to do, or were when the killed call began, before any
+        of them is done.
         """
         started_unix_s = time.time()
         for spec in self.sets:
             self._cache.describe(spec)
         progress.stage("looking for missing features")
         identity = self._identity()
-        opened = self._resume_or_start(identity, new_run=new_run)
+        waits = when_held is WhenHeld.WAIT
+        open_run = self._run_beside_others(identity) if waits else self._open_run
+        opened = self._resume_or_start(open_run, identity, new_run=new_run)
         if opened is None:
             return self._summary(None, (), [], started_unix_s)
         folder, lacking = opened
         if note_missing is not None:
             note_missing(lacking.num_rows)
         with hold_run(folder, when_held=when_held) as lease:
-            if folder.is_finished():
-                # By the driver that was waited for.
-                return self.ensure(progress=progress, when_held=when_held)
-            record = folder.record() or self._freeze(folder, identity, lacking)
-            refuse_changed_identity(record, identity)
-            finished = self._compute(folder, record, lease, progress)
-            progress.stage("committing")
-            manifest = publish(folder, record, read_records(folder))
-            summary = self._summary(record, manifest.slices, finished, started_unix_s)
-            finish(folder, summary.model_dump(mode="json"))
-            self._open_run.close(folder)
-        return summary
+            if not folder.is_finished() and not (waits and open_run.is_anothers(identity)):
+                record = folder.record() or self._freeze(folder, identity, lacking)
+                refuse_changed_identity(record, identity)
+                finished = self._compute(folder, record, lease, progress)
+                progress.stage("committing")
+                manifest = publish(folder, record, read_records(folder))
+                summary = self._summary(record, manifest.slices, finished, started_unix_s)
+                finish(folder, summary.model_dump(mode="json"))
+                open_run.close(folder)
+                return summary
+        # The driver that was waited for has finished it, or had begun it for other inputs.
+        return self.ensure(progress=progress, when_held=when_held)
 
     def plan(self) -> FeaturePlan:
         """What `ensure` would do now, without writing anything."""
@@ -159,20 +163,26 @@ class FeatureJob:
             identity["rows"] = rows_digest(self._rows)
         return identity
 
+    def _run_beside_others(self, identity: dict[str, Any]) -> OpenRun:
+        """The pointer of the target, or, while that is another's or a killed call began one, one for this identity."""
+        own = OpenRun(self._store, verb=_VERB, target=digest([*self._target, identity]))
+        is_needed = own.current() is not None or self._open_run.is_anothers(identity)
+        return own if is_needed else self._open_run
+
     def _resume_or_start(
-        self, identity: dict[str, Any], *, new_run: bool
+        self, open_run: OpenRun, identity: dict[str, Any], *, new_run: bool
     ) -> tuple[RunFolder, _Lacking] | None:
-        """The unfinished run of this target, or a new one, or None if nothing is missing."""
-        folder, record = self._open_run.resume(identity, new_run=new_run)
+        """The unfinished run of a pointer, or a new one, or None if nothing is missing."""
+        folder, record = open_run.resume(identity, new_run=new_run)
         if folder is not None and record is not None:
             return folder, _Lacking({}, record.num_inputs)
         known = self._known()
         num_missing = sum(rows.num_rows for _, rows in self._missing(known, _COUNTED))
         if not num_missing:
             if folder is not None:
-                self._open_run.close(folder)
+                open_run.close(folder)
             return None
-        return folder or self._open_run.start(), _Lacking(known, num_missing)
+        return folder or open_run.start(), _Lacking(known, num_missing)
 
     def _known(self) -> dict[str, KnownContent]:
         return {spec.set_id: self._cache.known_content(spec.set_id) for spec in self.sets}

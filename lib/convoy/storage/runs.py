@@ -209,11 +209,13 @@ class OpenRun:
 
     def is_open_for(self, identity: dict[str, Any]) -> bool:
         """Whether `resume` would go on with an unfinished run of this target."""
-        folder = self.current()
-        if folder is None or folder.is_finished():
-            return False
-        record = folder.record()
-        return record is None or not _changes(record, identity)
+        folder = self._unfinished()
+        return folder is not None and not _is_anothers(folder, identity)
+
+    def is_anothers(self, identity: dict[str, Any]) -> bool:
+        """Whether `resume` would refuse, as the unfinished run of this target has another identity."""
+        folder = self._unfinished()
+        return folder is not None and _is_anothers(folder, identity)
 
     def start(self) -> RunFolder:
         """Open a new run, or join the one that another process opened in the meantime."""
@@ -236,6 +238,10 @@ class OpenRun:
             self._store.delete([self._key])
         crash_point(CrashPoint.RUN_CLOSED)
 
+    def _unfinished(self) -> RunFolder | None:
+        folder = self.current()
+        return None if folder is None or folder.is_finished() else folder
+
     def _folder(self, run_id: str) -> RunFolder:
         return RunFolder(self._store, run_id, open_key=self._key)
 
@@ -248,6 +254,11 @@ def open_pointers(store: ObjectStore) -> dict[str, str]:
         if document is not None:
             found[document["run_id"]] = info.key
     return found
+
+
+def _is_anothers(folder: RunFolder, identity: dict[str, Any]) -> bool:
+    record = folder.record()
+    return record is not None and bool(_changes(record, identity))
 
 
 def _changes(record: RunRecord, identity: dict[str, Any]) -> list[str]:

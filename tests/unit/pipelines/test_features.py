@@ -1,0 +1,168 @@
+"""Jobs that need features while another run of the same sets is unfinished, without Ray."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from cache_jobs import write_digits
+from convoy.cluster.extraction import FeatureExtractor
+from convoy.cluster.extraction_spec import ExtractionSpec
+from convoy.cluster.slices import SliceTask, WorkerPool
+from convoy.core.errors import RunMismatch
+from convoy.core.progress import Silent
+from convoy.pipelines.dataset import DatasetConfig, freeze
+from convoy.pipelines.feature_plan import FeatureRequest
+from convoy.pipelines.feature_summary import FeatureSummary
+from convoy.pipelines.features import FeatureJob
+from convoy.storage.commits import SliceRecord
+from convoy.storage.datasets import open_dataset
+from convoy.storage.leases import WhenHeld, hold_run
+from convoy.storage.local_store import LocalStore
+from convoy.storage.runs import RunFolder, RunRecord, open_pointers
+from made_bundles import FP32, made_classifier
+
+NUM_IMAGES = 8
+PATIENCE_S = 20
+FEATURES = "convoy.pipelines.features"
+
+
+class CutOff(Exception):
+    """The driver dies while it computes."""
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    write_digits(tmp_path / "images", NUM_IMAGES)
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def store(images: Path, monkeypatch: pytest.MonkeyPatch) -> LocalStore:
+    """A workspace with a dataset of digits, whose slices are computed by this process."""
+    store = LocalStore(str(images.parent / "workspace"))
+
+    def do_slices(_: RunFolder, record: RunRecord, run: Any, **_options: Any) -> list[SliceRecord]:
+        tasks = [SliceTask(slice=name, outputs=record.outputs_of(name)) for name in record.slice_names()]
+        return list(run(tasks, WorkerPool(num_workers=1, num_cpus=1, num_gpus=0, num_threads=1)))
+
+    def extract(spec: ExtractionSpec, tasks: Sequence[SliceTask], _: WorkerPool) -> Iterator[SliceRecord]:
+        return map(FeatureExtractor(spec), tasks)
+
+    monkeypatch.setattr(f"{FEATURES}.do_slices", do_slices)
+    monkeypatch.setattr(f"{FEATURES}.extract_slices", extract)
+    refresh(store, images)
+    return store
+
+
+def refresh(store: LocalStore, images: Path) -> None:
+    freeze(DatasetConfig(workspace=store.root_uri, name="digits", source=str(images)))
+
+
+def job(store: LocalStore, *, rows: pa.Table | None = None) -> FeatureJob:
+    """Features of the dataset's current version, or of some rows of it; always the same set."""
+    backbone = made_classifier(store, 0).backbone
+    request = FeatureRequest(dataset="digits", backbone=backbone.config, taps=("f6",))
+    return FeatureJob(store, open_dataset(store, "digits"), backbone, request, FP32, rows=rows)
+
+
+def ensure(job: FeatureJob, **options: Any) -> FeatureSummary:
+    return job.ensure(progress=Silent(), **options)
+
+
+def cut_off(job: FeatureJob, **options: Any) -> None:
+    """A call that is killed while it computes."""
+
+    def die(*_: Any, **__: Any) -> Any:
+        raise CutOff
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(f"{FEATURES}.do_slices", die)
+        with pytest.raises(CutOff):
+            ensure(job, **options)
+
+
+def some_rows(store: LocalStore) -> pa.Table:
+    return open_dataset(store, "digits").read_table().slice(0, 3)
+
+
+def test_who_needs_features_leaves_an_unfinished_run_of_another_version_alone(
+    store: LocalStore, images: Path
+) -> None:
+    cut_off(job(store), when_held=WhenHeld.REFUSE)
+    (begun,) = open_pointers(store)
+    write_digits(images, 2, start=NUM_IMAGES)
+    refresh(store, images)
+    assert ensure(job(store)).rows == NUM_IMAGES + 2
+    assert list(open_pointers(store)) == [begun]
+
+
+def test_who_needs_a_few_rows_is_not_kept_by_a_run_of_all(store: LocalStore) -> None:
+    cut_off(job(store))
+    assert ensure(job(store, rows=some_rows(store))).rows == 3
+
+
+def test_who_needs_all_rows_is_not_kept_by_a_run_of_a_few(store: LocalStore) -> None:
+    cut_off(job(store, rows=some_rows(store)))
+    assert ensure(job(store)).rows == NUM_IMAGES
+
+
+def test_a_killed_call_beside_an_unfinished_run_finds_its_own_again(store: LocalStore) -> None:
+    cut_off(job(store), when_held=WhenHeld.REFUSE)
+    (begun,) = open_pointers(store)
+    needed = job(store, rows=some_rows(store))
+    cut_off(needed)
+    (own,) = open_pointers(store).keys() - {begun}
+    # Also when the other one has ended.
+    assert ensure(job(store), when_held=WhenHeld.REFUSE).run == begun
+    assert ensure(needed).run == own
+    assert open_pointers(store) == {}
+
+
+def test_who_needs_features_goes_on_with_the_same_run_of_another_command(store: LocalStore) -> None:
+    cut_off(job(store), when_held=WhenHeld.REFUSE)
+    (begun,) = open_pointers(store)
+    assert ensure(job(store)).run == begun
+
+
+def test_a_new_run_leaves_that_of_other_inputs_where_it_is(store: LocalStore) -> None:
+    cut_off(job(store), when_held=WhenHeld.REFUSE)
+    (begun,) = open_pointers(store)
+    assert ensure(job(store, rows=some_rows(store)), new_run=True).run != begun
+    assert list(open_pointers(store)) == [begun]
+
+
+def test_the_command_for_features_refuses_an_unfinished_run_of_other_inputs(store: LocalStore) -> None:
+    cut_off(job(store))
+    with pytest.raises(RunMismatch, match="rows"):
+        ensure(job(store, rows=some_rows(store)), when_held=WhenHeld.REFUSE)
+
+
+def test_who_waited_for_a_run_that_turns_out_to_be_of_other_inputs_computes_beside_it(
+    store: LocalStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    cut_off(job(store))
+    (begun,) = open_pointers(store)
+    folder = RunFolder(store, begun)
+    record = folder.record()
+    assert record is not None
+    # As a driver leaves it that has opened its run and not written what it is about.
+    store.delete([folder.key("run.json")])
+    found: list[FeatureSummary] = []
+    second = threading.Thread(target=lambda: found.append(ensure(job(store, rows=some_rows(store)))))
+    with hold_run(folder, ttl_s=1.5):
+        second.start()
+        deadline_s = time.monotonic() + PATIENCE_S
+        while f"run {begun} is held by" not in caplog.text:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.01)
+        RunFolder(store, begun, open_key=record.open_key).write_record(record)
+    second.join()
+    assert [(summary.rows, summary.run == begun) for summary in found] == [(3, False)]
+    assert list(open_pointers(store)) == [begun]
