@@ -10,8 +10,13 @@ from convoy.core.config import StrictModel
 from convoy.core.progress import Progress
 from convoy.core.splits import SplitOptions
 from convoy.pipelines.dataset import DatasetConfig, freeze
-from convoy.storage.object_store import WriterMode
+from convoy.storage.datasets import open_dataset
+from convoy.storage.manifests import Manifest
+from convoy.storage.object_store import ObjectStore, WriterMode
+from convoy.storage.runs import OpenRun
 from convoy.storage.sources.rows import ReadingOptions
+
+_WHICH = {"name", "dataset", "source", "reading", "split_options"}
 
 
 class DatasetChoice(StrictModel):
@@ -37,6 +42,32 @@ class DatasetChoice(StrictModel):
     def dataset_name(self) -> str:
         """The dataset that the job is about."""
         return self.dataset or self.name or ""
+
+    def open_for(
+        self, store: ObjectStore, open_run: OpenRun, *, progress: Progress, new_run: bool = False
+    ) -> tuple[Manifest, list[str]]:
+        """The dataset's manifest, and a note where that is not the source as it is now.
+
+        An unfinished run that the same choice began is ended on the version that it has: a source that has one more
+        image could not be frozen so again. Else, and with `new_run`, a source is frozen now.
+        """
+        begun = None if new_run or self.source is None else self._begun_version(open_run)
+        if begun is None:
+            self.freeze_source(progress)
+            return open_dataset(store, self.dataset_name), []
+        note = (
+            f"an unfinished run goes on, with version {begun} of the source; once it has ended, the same command"
+            " takes the source as it is then"
+        )
+        return open_dataset(store, self.dataset_name, begun), [note]
+
+    def _begun_version(self, open_run: OpenRun) -> str | None:
+        folder = open_run.unfinished()
+        record = None if folder is None else folder.record()
+        which = self.model_dump(mode="json", include=_WHICH)
+        if record is None or any(record.config.get(key) != value for key, value in which.items()):
+            return None
+        return str(record.identity["dataset_fingerprint"])
 
     def freeze_source(self, progress: Progress) -> None:
         """Freeze the source, if there is one, as the dataset of that name."""

@@ -16,17 +16,16 @@ from convoy.pipelines.feature_summary import timings
 from convoy.pipelines.forecast import Actual, Forecast, actual_of
 from convoy.pipelines.forecast_sampling import forecast_scoring
 from convoy.pipelines.model_choice import chosen_committee
-from convoy.pipelines.prediction_request import PredictionRequest, ScoreRequest
+from convoy.pipelines.prediction_request import SCORE, PredictionRequest, ScoreRequest
 from convoy.pipelines.score_config import ScoreConfig
 from convoy.pipelines.verify import count_problems
 from convoy.pipelines.workspace import open_workspace
 from convoy.storage.commits import RunManifest
-from convoy.storage.datasets import open_dataset
 from convoy.storage.documents import read_json
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.predictions import PREDICTIONS
-from convoy.storage.runs import RunFolder, RunRecord
+from convoy.storage.runs import OpenRun, RunFolder, RunRecord
 
 FORECASTS = "forecasts/"
 
@@ -68,11 +67,12 @@ class ScoreReport(StrictModel):
 def run_score(config: ScoreConfig, *, progress: Progress, new_run: bool = False) -> ScoreReport:
     """Score every row of the dataset that has no score yet, and prove that none was lost or doubled."""
     started_unix_s = time.time()
-    store, manifest, request = _open_request(config, progress)
+    store, manifest, request, notes = _open_request(config, progress, new_run=new_run)
     job = CommitteeJob(store, manifest, request)
 
     def report(found: CommitteePredictions) -> ScoreReport:
-        return _report(store, manifest, config, request, found, started_unix_s)
+        told = _report(store, manifest, config, request, found, started_unix_s)
+        return told.model_copy(update={"notes": [*notes, *told.notes]})
 
     def describe(found: CommitteePredictions) -> dict[str, Any]:
         return report(found).model_dump(mode="json")
@@ -83,16 +83,18 @@ def run_score(config: ScoreConfig, *, progress: Progress, new_run: bool = False)
 
 def plan_score(config: ScoreConfig, *, progress: Progress) -> Forecast:
     """What `run_score` would take, from the scores of a sample, which are thrown away; kept for the run's record."""
-    store, manifest, request = _open_request(config, progress)
+    store, manifest, request, notes = _open_request(config, progress)
     forecast = forecast_scoring(store, manifest, request, prices=config.prices, progress=progress)
     store.put(_forecast_key(manifest, request), canonical_json(forecast))
-    return forecast
+    return forecast.model_copy(update={"notes": [*notes, *forecast.notes]})
 
 
-def _open_request(config: ScoreConfig, progress: Progress) -> tuple[ObjectStore, Manifest, PredictionRequest]:
+def _open_request(
+    config: ScoreConfig, progress: Progress, *, new_run: bool = False
+) -> tuple[ObjectStore, Manifest, PredictionRequest, list[str]]:
     store = open_workspace(config.workspace, config.writers)
-    config.freeze_source(progress)
-    manifest = open_dataset(store, config.dataset_name)
+    open_run = OpenRun(store, verb=SCORE, target=config.run_name)
+    manifest, notes = config.open_for(store, open_run, progress=progress, new_run=new_run)
     committee = chosen_committee(store, config, config, config.extraction)
     _require_features(config, len(committee.members))
     request = PredictionRequest(
@@ -104,7 +106,7 @@ def _open_request(config: ScoreConfig, progress: Progress) -> tuple[ObjectStore,
         scores=ScoreRequest(name=config.run_name, columns=config.columns, partition_by=config.partition_by),
     )
     forecast = read_json(store, _forecast_key(manifest, request))
-    return store, manifest, request.with_forecast(forecast)
+    return store, manifest, request.with_forecast(forecast), notes
 
 
 def _forecast_key(manifest: Manifest, request: PredictionRequest) -> str:

@@ -192,6 +192,11 @@ class OpenRun:
         document = read_json(self._store, self._key)
         return None if document is None else self._folder(document["run_id"])
 
+    def unfinished(self) -> RunFolder | None:
+        """The same, without a finished run that died before it closed its pointer."""
+        folder = self.current()
+        return None if folder is None or folder.is_finished() else folder
+
     def resume(self, identity: dict[str, Any], *, new_run: bool) -> tuple[RunFolder | None, RunRecord | None]:
         """The unfinished run of this target and its record, as far as they exist.
 
@@ -209,12 +214,12 @@ class OpenRun:
 
     def is_open_for(self, identity: dict[str, Any]) -> bool:
         """Whether `resume` would go on with an unfinished run of this target."""
-        folder = self._unfinished()
+        folder = self.unfinished()
         return folder is not None and not _is_anothers(folder, identity)
 
     def is_anothers(self, identity: dict[str, Any]) -> bool:
         """Whether `resume` would refuse, as the unfinished run of this target has another identity."""
-        folder = self._unfinished()
+        folder = self.unfinished()
         return folder is not None and _is_anothers(folder, identity)
 
     def start(self) -> RunFolder:
@@ -237,10 +242,6 @@ class OpenRun:
         if current is not None and current.run_id == folder.run_id:
             self._store.delete([self._key])
         crash_point(CrashPoint.RUN_CLOSED)
-
-    def _unfinished(self) -> RunFolder | None:
-        folder = self.current()
-        return None if folder is None or folder.is_finished() else folder
 
     def _folder(self, run_id: str) -> RunFolder:
         return RunFolder(self._store, run_id, open_key=self._key)

@@ -12,11 +12,12 @@ from cache_jobs import write_digits
 from convoy.cluster.scoring import Scorer
 from convoy.cluster.scoring_spec import ScoringSpec
 from convoy.cluster.slices import SliceTask, WorkerPool
+from convoy.core.errors import RunMismatch
 from convoy.core.progress import Silent
 from convoy.pipelines.dataset import DatasetConfig, freeze
 from convoy.pipelines.evaluate import EvaluateConfig, run_evaluate
 from convoy.pipelines.feature_plan import ExtractionConfig
-from convoy.pipelines.score import ScoreConfig, run_score
+from convoy.pipelines.score import ScoreConfig, plan_score, run_score
 from convoy.storage.commits import SliceRecord
 from convoy.storage.local_store import LocalStore
 from convoy.storage.runs import RunFolder, RunRecord, open_pointers
@@ -108,3 +109,60 @@ def test_a_new_run_that_was_cut_off_is_gone_on_with_by_the_plain_command(
     assert again.run == begun != first.run
     assert open_pointers(store) == {}
     assert job(store).run == begun
+
+
+def from_source(images: Path, store: LocalStore, **changes: Any) -> ScoreConfig:
+    settings = {"workspace": store.root_uri, "name": "new", "source": str(images), "bundle": "one"}
+    return ScoreConfig.model_validate({**settings, "extraction": EXTRACTION, **changes})
+
+
+@pytest.fixture
+def begun(images: Path, store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A scoring of a source that was cut off, and whose source has two more images since."""
+
+    def cut_off(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("convoy.pipelines.committee_predictions.do_slices", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            run_score(from_source(images, store), progress=Silent())
+    write_digits(images, 2, start=NUM_IMAGES)
+    (run,) = open_pointers(store)
+    return run
+
+
+def test_a_cut_off_scoring_of_a_source_is_ended_before_newer_images_are_taken(
+    images: Path, store: LocalStore, begun: str
+) -> None:
+    config = from_source(images, store)
+    first = run_score(config, progress=Silent())
+    assert (first.run, first.inputs) == (begun, NUM_IMAGES + 1)
+    assert f"with version {first.fingerprint} of the source" in first.notes[0]
+    second = run_score(config, progress=Silent())
+    assert (second.run != begun, second.inputs) == (True, NUM_IMAGES + 3)
+    assert not any("of the source" in note for note in second.notes)
+
+
+def test_a_dry_run_does_not_keep_a_cut_off_scoring_from_going_on(
+    images: Path, store: LocalStore, begun: str
+) -> None:
+    config = from_source(images, store)
+    forecast = plan_score(config, progress=Silent())
+    assert forecast.images == NUM_IMAGES + 1
+    assert "an unfinished run goes on" in forecast.notes[0]
+    assert run_score(config, progress=Silent()).run == begun
+
+
+def test_a_new_run_takes_the_source_as_it_is(images: Path, store: LocalStore, begun: str) -> None:
+    report = run_score(from_source(images, store), progress=Silent(), new_run=True)
+    assert (report.run != begun, report.inputs) == (True, NUM_IMAGES + 3)
+
+
+@pytest.mark.parametrize("change", [{"crops": "flip"}, {"reading": {"labels": "none"}}])
+def test_a_cut_off_scoring_is_not_ended_with_other_settings(
+    images: Path, store: LocalStore, begun: str, change: dict[str, Any]
+) -> None:
+    with pytest.raises(RunMismatch):
+        run_score(from_source(images, store, **change), progress=Silent())
+    assert list(open_pointers(store)) == [begun]
