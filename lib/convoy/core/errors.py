@@ -78,6 +78,10 @@ class ObjectNotFound(StorageError):
     """The object does not exist."""
 
 
+class ObjectArchived(StorageError):
+    """The object lies in an archive, such as Glacier, and cannot be read before it is restored."""
+
+
 class StorageFull(StorageError):
     """There is no room for what is to be written; with room the same command goes on."""
 

@@ -35,6 +35,7 @@ class RejectCode(StrEnum):
     GONE = "gone"
     CHANGED = "changed"
     ACCESS_DENIED = "access_denied"
+    ARCHIVED = "archived"
     UNREADABLE = "unreadable"
 
 
@@ -45,6 +46,7 @@ FETCH_CODES = frozenset(
         RejectCode.GONE,
         RejectCode.CHANGED,
         RejectCode.ACCESS_DENIED,
+        RejectCode.ARCHIVED,
         RejectCode.UNREADABLE,
     }
 )

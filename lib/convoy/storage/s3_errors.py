@@ -18,6 +18,7 @@ from convoy.core.errors import (
     ConvoyError,
     CredentialsExpired,
     CredentialsRefused,
+    ObjectArchived,
     ObjectNotFound,
     PreconditionFailed,
     StorageError,
@@ -79,7 +80,7 @@ _CODES: dict[str, _Explanation] = {
     "PermanentRedirect": _OTHER_REGION,
     "InvalidRange": (StorageError, "the byte range lies beyond the end of the object", ""),
     "InvalidObjectState": (
-        StorageError,
+        ObjectArchived,
         "the object is in an archive (Glacier) and cannot be read",
         "restore it, or leave it out of the dataset",
     ),
@@ -134,7 +135,7 @@ _NO_ANSWER_ERRORS = (
 def s3_errors(where: str) -> Iterator[None]:
     """Raise what boto3 raises inside as a ConvoyError about the URI `where`.
 
-    StoreUnavailable is what may pass, ObjectNotFound, AccessDenied, PreconditionFailed and
+    StoreUnavailable is what may pass, ObjectNotFound, ObjectArchived, AccessDenied, PreconditionFailed and
     ConditionalWriteUnsupported are what callers decide on. The original is not chained: its text may hold a
     password from an endpoint URL.
     """

@@ -11,6 +11,7 @@ from convoy.core.errors import (
     AccessDenied,
     ChecksumMismatch,
     CredentialsRefused,
+    ObjectArchived,
     ObjectNotFound,
     StorageError,
 )
@@ -58,6 +59,8 @@ def rejecting() -> Iterator[None]:
         raise
     except AccessDenied as error:
         raise _reject(RejectCode.ACCESS_DENIED, error.what) from None
+    except ObjectArchived as error:
+        raise _reject(RejectCode.ARCHIVED, error.what) from None
     except ChecksumMismatch as error:
         raise _reject(RejectCode.CHECKSUM_MISMATCH, error.what) from None
 
@@ -77,7 +80,7 @@ def _get(address: Address, uris: UriReader) -> Blob:
     try:
         return uris.get(address.uri, byte_range=(address.offset_bytes, address.size_bytes))
     except StorageError as error:
-        if error.retryable or isinstance(error, ObjectNotFound | AccessDenied):
+        if error.retryable or isinstance(error, ObjectNotFound | AccessDenied | ObjectArchived):
             raise
         # A range beyond the end: the shard may have been replaced by a shorter one.
         store, key = open_object(address.uri)

@@ -20,6 +20,7 @@ from convoy.core.errors import (
     AccessDenied,
     ChecksumMismatch,
     CredentialsExpired,
+    ObjectArchived,
     StorageError,
     StoreUnavailable,
 )
@@ -280,6 +281,17 @@ def test_a_forbidden_object_is_a_reject(folder: Path) -> None:
     (_, rejected), (_, data) = reader_of(store, num_threads=1).read(rows)
     assert isinstance(rejected, SampleRejected)
     assert (rejected.code, rejected.reason, data) == (RejectCode.ACCESS_DENIED, "not yours", b"data")
+
+
+@pytest.mark.parametrize("in_tar", [False, True])
+def test_an_archived_object_is_a_reject_among_others(folder: Path, in_tar: bool) -> None:
+    rows = with_values(rows_of(folder).slice(0, 2), etag="e")
+    if in_tar:
+        rows = with_values(rows, offset_bytes=0, size_bytes=4)
+    store = _Store(ObjectArchived("in Glacier"), Blob(data=b"data", etag="e"))
+    (_, rejected), (_, data) = reader_of(store, num_threads=1).read(rows)
+    assert isinstance(rejected, SampleRejected)
+    assert (rejected.code, rejected.stage, data) == (RejectCode.ARCHIVED, Stage.FETCH, b"data")
 
 
 def test_credentials_that_the_store_refuses_are_no_reject(folder: Path) -> None:
