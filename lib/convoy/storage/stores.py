@@ -91,7 +91,7 @@ def _local_path(uri: str) -> str:
     if not uri:
         raise ConfigError("the URI is empty", next_step="give a path or s3://bucket/prefix")
     if scheme is None:
-        return os.path.abspath(os.path.expanduser(uri))
+        return _absolute(os.path.expanduser(uri))
     if scheme[1].lower() != "file":
         raise ConfigError(
             f"Convoy does not read {scheme[1]}://",
@@ -102,4 +102,9 @@ def _local_path(uri: str) -> str:
     host, slash, path = uri[scheme.end() :].partition("/")
     if host not in {"", "localhost"} or not slash:
         raise ConfigError("a file URI needs three slashes", where=uri, next_step="write file:///path")
-    return os.path.abspath(f"/{unquote(path)}")
+    return _absolute(f"/{unquote(path)}")
+
+
+def _absolute(path: str) -> str:
+    # Of two slashes at the start POSIX, and abspath with it, keeps both.
+    return "/" + os.path.abspath(path).lstrip("/")

@@ -20,6 +20,9 @@ from convoy.storage.stores import UriReader, join_uri, open_object, open_store
         ("/data/a b/", "/data/a b"),
         ("/", "/"),
         ("/data/../other", "/other"),
+        ("//data/a", "/data/a"),
+        ("//", "/"),
+        ("file:////data", "/data"),
         ("file:///data/a%20b", "/data/a b"),
         ("file://localhost/data", "/data"),
     ],
@@ -70,6 +73,12 @@ def test_an_object_is_split_into_its_folder_and_its_name() -> None:
     ]:
         store, key = open_object(uri)
         assert (store.root_uri, key) == (root_uri, name)
+
+
+def test_a_path_with_two_slashes_at_its_start_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"data")
+    for uri in (f"/{tmp_path}/a", f"file:///{tmp_path}/a"):
+        assert UriReader().get(uri).data == b"data"
 
 
 @pytest.mark.parametrize("uri", ["s3://bucket", "s3://bucket/", "s3://bucket/a/", "/a/"])
