@@ -29,12 +29,13 @@ from convoy.pipelines.train_config import PROBES, TrainConfig
 from convoy.pipelines.training_rows import has_labels
 from convoy.pipelines.trial_journal import TrialCost, TrialJournal, TrialRecord, trials_parquet
 from convoy.pipelines.trials import TrialJob, run_trial
-from convoy.pipelines.tune_config import TuneConfig
+from convoy.pipelines.tune_config import SearchBudget, TuneConfig
 from convoy.pipelines.tune_plan import check_budget, copied_weights, fetch_networks
 from convoy.pipelines.workspace import open_workspace
 from convoy.storage.bundles import peek_bundle, resolve_bundle
 from convoy.storage.commits import finish
 from convoy.storage.datasets import open_dataset
+from convoy.storage.documents import read_json
 from convoy.storage.leases import RunLease, WhenHeld, hold_run
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
@@ -46,6 +47,8 @@ from convoy.vision.heads import HeadKind
 _VERB = "tune"
 _RAY_TUNE = "ray_tune"
 _PAGE = "ensemble.html"
+# A search that is done is found again through `searches/<digest of what is searched>.json`.
+_ANSWERS = "searches/"
 # In the settings of a search's record.
 _PRECISION = "precision"
 _NEVER_RAN = GivenUp(
@@ -97,10 +100,12 @@ class TrialSummary(StrictModel):
 class TuneReport(EnsembleReport):
     """The ensemble of a search's trials, and the trials. `page` is its report as one HTML file.
 
-    `settings` are those of this ensemble; the run's record has those of the call that began the search.
+    `settings` are those of this ensemble, `budget` is what the search had in all; the run's record has those of the
+    call that began it.
     """
 
     settings: EnsembleSettings
+    budget: SearchBudget
     run: str
     trials: list[TrialSummary]
     page: str
@@ -112,7 +117,8 @@ def run_tune(
 ) -> TuneReport:
     """Search, and build the ensemble of the trials; the same call again goes on where it was killed.
 
-    A trial that ended never runs again: another `ensemble` is built of the same trials. Raises ConfigError for a
+    A trial that ended never runs again, whether the search was finished or not: another `ensemble` is built of the
+    same trials, and with a larger budget there may be more. Raises ConfigError for a
     dataset without labelled validation rows and for a budget that cannot suffice, TrainingError where no trial
     finished, LeaseHeld where another driver is at work on the same search.
     """
@@ -126,28 +132,51 @@ def run_tune(
         "config": config.model_dump(mode="json", exclude=_NOT_IDENTITY),
     }
     folder, _ = open_run.resume(identity, new_run=new_run)
-    folder = folder or open_run.start()
+    folder = folder or (None if new_run else _finished(store, identity)) or open_run.start()
     with hold_run(folder, when_held=WhenHeld.REFUSE) as lease:
-        if (known := folder.report()) is not None:
-            # By a driver that was at work until now.
-            return TuneReport.model_validate(known)
+        known = _report(folder)
+        if known is not None and (known.settings, known.budget) == (config.ensemble, config.budget):
+            progress.stage("the search was done already")
+            return known
         record = folder.record() or _record(folder, identity, config)
         refuse_changed_identity(record, identity)
         search = _Search(store, manifest, config, progress, folder, lease)
         with ray_session():
-            records = search.run(draw.training, _precision(record))
+            is_over = known is not None and known.budget == config.budget
+            records = search.records() if is_over else search.run(draw.training, _precision(record))
             ensemble = search.build_ensemble(records)
         report = TuneReport(
             **ensemble.model_dump(),
             settings=config.ensemble,
+            budget=config.budget,
             run=folder.run_id,
             trials=[TrialSummary.of(record) for record in records],
             page=store.uri(folder.key(_PAGE)),
             notes=search.notes,
         )
-        search.finish(report, draw, records)
+        search.draw(report, draw, records)
+        # Before the marker, without which it does not count.
+        store.put(_answer_key(identity), canonical_json({"run_id": folder.run_id}))
+        finish(folder, report.model_dump(mode="json"))
         open_run.close(folder)
     return report
+
+
+def _answer_key(identity: dict[str, Any]) -> str:
+    return f"{_ANSWERS}{digest(identity)}.json"
+
+
+def _finished(store: ObjectStore, identity: dict[str, Any]) -> RunFolder | None:
+    """The finished search of this identity, or None."""
+    document = read_json(store, _answer_key(identity))
+    folder = None if document is None else RunFolder(store, document["run_id"])
+    return folder if folder is not None and folder.is_finished() else None
+
+
+def _report(folder: RunFolder) -> TuneReport | None:
+    """What a finished search found, maybe by a driver that was at work until now."""
+    stored = folder.report()
+    return None if stored is None else TuneReport.model_validate(stored)
 
 
 def _record(folder: RunFolder, identity: dict[str, Any], config: TuneConfig) -> RunRecord:
@@ -222,6 +251,10 @@ class _Search:
         self._forget_ray_tune()
         return self._ended(cut_short)
 
+    def records(self) -> list[TrialRecord]:
+        """Those of all trials so far."""
+        return self._journal.records()
+
     def build_ensemble(self, records: Sequence[TrialRecord]) -> EnsembleReport:
         """The ensemble of the trials that finished."""
         extraction = next(self._config.examples()).extraction
@@ -267,15 +300,14 @@ class _Search:
         decode = TrainConfig.model_validate(record.config).extraction.decode
         return frozenset(bundle.read_json("classes.json")), decode
 
-    def finish(self, report: TuneReport, draw: TuneDrawers, records: Sequence[TrialRecord]) -> None:
-        """Write the pictures, the page, the table of trials and the report, and end the run."""
+    def draw(self, report: TuneReport, draw: TuneDrawers, records: Sequence[TrialRecord]) -> None:
+        """Write the pictures, the page and the table of trials."""
         folder = self._folder
         self._lease.confirm()
         self._store.put(folder.key("parallel_coordinates.png"), draw.space(records))
         self._store.put(folder.key("learning_curves.png"), draw.trials(records))
         self._store.put(folder.key("trials.parquet"), trials_parquet(records))
         self._store.put(folder.key(_PAGE), draw.ensemble(report))
-        finish(folder, report.model_dump(mode="json"))
 
     def _plan(self, max_concurrent: int) -> SearchPlan:
         config, records = self._config, self._journal.records()

@@ -26,7 +26,7 @@ from convoy.pipelines.ensemble_choice import EnsembleBudget, EnsembleSettings
 from convoy.pipelines.feature_plan import PrecisionChoice
 from convoy.pipelines.trial_journal import TrialCost, TrialJournal, TrialRecord
 from convoy.pipelines.tune import TuneDrawers, _precision, _record, _Search, run_tune
-from convoy.pipelines.tune_config import TuneConfig
+from convoy.pipelines.tune_config import SearchBudget, TuneConfig
 from convoy.storage.datasets import freeze_dataset, open_dataset
 from convoy.storage.leases import hold_run
 from convoy.storage.local_store import LocalStore
@@ -146,6 +146,45 @@ def test_another_ensemble_is_built_of_the_trials_that_there_are(
         run_tune(slower.model_copy(update={"seed": 1}), progress=Silent(), draw=DRAW)
     report = run_tune(slower, progress=Silent(), draw=DRAW)
     assert (report.run, report.settings) == (unfinished.run_id, slower.ensemble)
+
+
+def test_a_finished_search_is_answered_and_goes_on_only_by_a_larger_budget(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    def run(search: _Search, *_: Any) -> list[TrialRecord]:
+        done.append("searched")
+        return []
+
+    def build(search: _Search, records: object) -> EnsembleReport:
+        done.append("built")
+        return made_report(made_candidates(1.0, 1.2), search._config.ensemble)
+
+    monkeypatch.setattr(tune, "ray_session", nullcontext)
+    monkeypatch.setattr(_Search, "run", run)
+    monkeypatch.setattr(_Search, "build_ensemble", build)
+    config = config_in(store)
+
+    def again(*, new_run: bool = False, **changes: object) -> str:
+        done.clear()
+        changed = config.model_copy(update=changes)
+        report = run_tune(changed, progress=Silent(), draw=DRAW, new_run=new_run)
+        assert (report.settings, report.budget) == (changed.ensemble, changed.budget)
+        return report.run
+
+    first = again()
+    assert done == ["searched", "built"]
+    assert (again(), done) == (first, [])
+    uniform = {"ensemble": EnsembleSettings(max_members=2)}
+    assert (again(**uniform), done) == (first, ["built"])
+    assert (again(budget=SearchBudget(trials=9), **uniform), done) == (first, ["searched", "built"])
+    other = again(seed=1)
+    assert other != first
+    assert done == ["searched", "built"]
+    anew = again(new_run=True)
+    assert anew not in (first, other)
+    assert (again(), done) == (anew, [])
 
 
 def finished(
