@@ -208,6 +208,25 @@ def test_a_killed_trial_goes_on_in_another_process(point: CrashPoint, job: TuneJ
     assert [record["state"] for record in job.records().values()] == ["finished"] * 2
 
 
+def test_a_finished_search_gives_its_report_again_and_goes_on_by_a_larger_budget(job: TuneJob) -> None:
+    short = job.changed(*PROBES, "budget={trials: 1}")
+    report = short.run_here()
+    first = job.records()
+    assert len(first) == 1
+    assert short.run_here() == report
+
+    larger = job.changed(*PROBES, "budget={trials: 2}")
+    longer = larger.run_here()
+    both = job.records()
+    assert longer["run"] == report["run"]
+    assert len(both) == 2
+    assert {trial: both[trial] for trial in first} == first, "a finished trial ran again"
+
+    alone = larger.changed("ensemble={max_members: 1}").run_here()
+    assert (alone["run"], len(alone["members"])) == (report["run"], 1)
+    assert job.records() == both
+
+
 @pytest.mark.slow
 def test_a_driver_killed_while_it_measures_the_ensemble_trains_nothing_again(
     job: TuneJob, tmp_path: Path

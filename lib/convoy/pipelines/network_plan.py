@@ -16,6 +16,7 @@ from convoy.vision.engine_options import best_precision
 from convoy.vision.freezing import resolve_freeze_depth
 from convoy.vision.recipes import (
     ADAMW_RATE,
+    SGD_RATE_AT_256,
     fine_tuning_phases,
     paper_recipe,
     reuse_phases,
@@ -33,6 +34,7 @@ from convoy.vision.training_config import (
     rate_factor,
 )
 
+_NAMES = {OptimiserKind.ADAMW: "AdamW", OptimiserKind.SGD: "SGD"}
 _FINE_TUNING_EPOCHS = 5
 _REUSE_EPOCHS = 10
 # What an average of epochs takes at least, also where that is more than half of a short phase.
@@ -94,9 +96,10 @@ def plan_network(
     if recipe.average_epochs < wanted.average_epochs:
         half = f"no more than half of phase {phases[-1].name}"
         notes.append(f"{recipe.averaging.value} takes {recipe.average_epochs} epochs: {half}")
-    if _takes_adamw_rate(config, recipe):
+    if (rate := _stand_in_rate(config, recipe)) is not None:
+        kinds = _NAMES[recipe.optimiser.kind], _NAMES[_default_recipe(config).optimiser.kind]
         notes.append(
-            f"learning rate {ADAMW_RATE:g}, for AdamW: none is given, and the default would be SGD's"
+            f"learning rate {rate:g}, for {kinds[0]}: none is given, and the default would be {kinds[1]}'s"
         )
     if factor != 1.0:
         notes.append(
@@ -145,7 +148,7 @@ def _source(config: TrainConfig) -> str:
 
 
 def _wanted_phases(config: TrainConfig, recipe: Recipe) -> tuple[Phase, ...]:
-    """The phases of the config, or else those of the strategy or the paper, at the rate of the config or AdamW's."""
+    """The phases of the config, or else those of the strategy or the paper, at its rate or the optimiser's."""
     if config.phases is not None:
         return config.phases
     depth = config.wanted_freeze_depth
@@ -156,17 +159,23 @@ def _wanted_phases(config: TrainConfig, recipe: Recipe) -> tuple[Phase, ...]:
     else:
         phase = paper_recipe(config.backbone.arch).scaled_to(recipe.batch_size, config.epochs)
         phases = (phase.model_copy(update={"freeze_depth": depth}),)
-    rate = ADAMW_RATE if _takes_adamw_rate(config, recipe) else config.learning_rate
+    stand_in = _stand_in_rate(config, recipe)
+    rate = config.learning_rate if stand_in is None else stand_in
     if rate is None:
         return phases
     return tuple(phase.model_copy(update={"learning_rate": rate}) for phase in phases)
 
 
-def _takes_adamw_rate(config: TrainConfig, recipe: Recipe) -> bool:
-    """Whether AdamW stands in for SGD and no rate is given: SGD's would wreck the weights."""
+def _stand_in_rate(config: TrainConfig, recipe: Recipe) -> float | None:
+    """The rate of an optimiser that stands in for one of another kind, or None where one is given or it is no other.
+
+    SGD's rate would wreck the weights under AdamW, and by AdamW's SGD learns next to nothing.
+    """
     is_given = config.phases is not None or config.learning_rate is not None
-    kinds = (recipe.optimiser.kind, _default_recipe(config).optimiser.kind)
-    return not is_given and kinds == (OptimiserKind.ADAMW, OptimiserKind.SGD)
+    kind, usual = recipe.optimiser.kind, _default_recipe(config).optimiser.kind
+    if is_given or kind is usual:
+        return None
+    return ADAMW_RATE if kind is OptimiserKind.ADAMW else SGD_RATE_AT_256 * recipe.batch_size / 256
 
 
 def _check_batch(batch_size: int, num_rows: int, num_workers: int) -> None:

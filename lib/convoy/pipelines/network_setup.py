@@ -52,7 +52,7 @@ def set_up_training(
         store, manifest, config.dataset, config.augmentation, config.extraction.decode, progress
     )
     head = None
-    if _takes_head_from_cache(config, plan, new):
+    if takes_head_from_cache(config, plan, new):
         # For a fit that sees all rows at once, drawing rare classes more often comes to the same as weights.
         balanced = taught
         if plan.balance is not Balance.NONE:
@@ -75,7 +75,8 @@ def set_up_training(
     return TrainingSetup(plan=plan, augmentation=policy, head=head), new.to_safetensors()
 
 
-def _takes_head_from_cache(config: TrainConfig, plan: NetworkPlan, new: NewNetwork) -> bool:
+def takes_head_from_cache(config: TrainConfig, plan: NetworkPlan, new: NewNetwork) -> bool:
+    """Whether the first phase, of the head alone, is a fit on cached features; ConfigError where it must and cannot."""
     if config.head_source is HeadSource.NETWORK:
         return False
     is_possible = plan.phases[0].freeze_depth == len(new.axis) - 1 and new.head_tap is not None

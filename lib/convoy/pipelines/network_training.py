@@ -190,7 +190,8 @@ class NetworkTraining:
             if not setup.plan.phases:
                 # Only the head was to be trained, and that is done.
                 weights_key = record.settings["initial_weights_key"]
-                return {"weights_key": weights_key, "history": [], "reject_codes": {}}
+                rejects = {} if setup.head is None else setup.head.reject_codes
+                return {"weights_key": weights_key, "history": [], "reject_codes": rejects}
             self._progress.stage("starting the training workers")
             spec = self._spec(record, setup, workers)
             outcome = run_training(spec, workers, self.tell)

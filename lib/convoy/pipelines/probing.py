@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import pyarrow as pa
+from pydantic import Field
+
 from convoy.core.config import StrictModel
 from convoy.core.progress import Progress
-from convoy.core.records import Split
+from convoy.core.records import RejectCode, Split
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.distillation import TaughtRows
 from convoy.pipelines.feature_plan import FeatureRequest
@@ -15,14 +19,14 @@ from convoy.pipelines.feature_source import LabelledRows, open_features
 from convoy.pipelines.features import FeatureJob
 from convoy.pipelines.pixel_statistics import resolve_augmentation
 from convoy.pipelines.train_config import TrainConfig
-from convoy.pipelines.training_rows import validation_rows
+from convoy.pipelines.training_rows import has_labels, validation_rows
 from convoy.storage.commits import read_manifest
 from convoy.storage.feature_cache import FeatureCache
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import RunFolder
 from convoy.vision.distillation import Teacher
-from convoy.vision.head_fitting import FittedHead, fit_head
+from convoy.vision.head_fitting import FittedHead, check_choice, fit_head
 
 # What happens to an image on its way to a feature, in a slice's record of seconds.
 _THROUGH_BODY = ("wait", "forward")
@@ -42,7 +46,8 @@ class HeadSummary(StrictModel):
 
     The fit went `num_passes` times over the rows. Through the frozen body each pass would have taken
     `body_pass_s`, as measured when the features were computed; `saved_s` is that for all passes but the one
-    that filled the cache, less the fit. Null where the cache was filled by another network run.
+    that filled the cache, less the fit. Null where the cache was filled by another network run. `reject_codes` count
+    the training images that have no features, and were left out.
     """
 
     num_rows: int
@@ -52,6 +57,7 @@ class HeadSummary(StrictModel):
     saved_s: float | None
     converged: bool
     trials: list[TrialSummary]
+    reject_codes: dict[str, int] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +66,11 @@ class Probe:
 
     fitted: FittedHead
     summary: HeadSummary
+
+
+def check_head(manifest: Manifest, config: TrainConfig) -> None:
+    """Raise ConfigError, before any feature is computed, where no row could choose among several values of C."""
+    check_choice(config.head, has_val=config.rows.fold is not None or has_labels(manifest, Split.VAL))
 
 
 def fit_probe(
@@ -75,8 +86,9 @@ def fit_probe(
 ) -> Probe:
     """Cache what is missing, then fit: view 0 of all splits, and the other views of the train split only.
 
-    The head learns from the rows of `taught`, and from what a teacher says of them.
+    The head learns from the rows of `taught`, and from what a teacher says of them. Errors are those of `check_head`.
     """
+    check_head(manifest, config)
     request = FeatureRequest(dataset=config.dataset, backbone=backbone.config, taps=(tap,))
     plain = FeatureJob(store, manifest, backbone, request, config.extraction)
     summary = plain.ensure(progress=progress, new_run=new_run)
@@ -91,7 +103,9 @@ def fit_probe(
     watched = validation_rows(manifest, config.rows)
     val = None if watched is None else open_features(cache, [plain.set_id(tap)], LabelledRows.of(watched))
     fitted = fit_head(config.head, train, val, num_classes=len(manifest.classes))
-    return Probe(fitted=fitted, summary=_summarise(store, fitted, summary.run))
+    told = _summarise(store, fitted, summary.run)
+    reject_codes = _reject_codes(cache, train_sets[0], taught.rows)
+    return Probe(fitted=fitted, summary=told.model_copy(update={"reject_codes": reject_codes}))
 
 
 def _teacher(taught: TaughtRows, config: TrainConfig) -> Teacher | None:
@@ -116,7 +130,9 @@ def _augmented_job(
 
 
 def _summarise(store: ObjectStore, fitted: FittedHead, cache_run: str | None) -> HeadSummary:
-    num_passes = sum(trial.num_iterations for trial in fitted.trials)
+    iterations = [trial.num_iterations for trial in fitted.trials]
+    # The epochs of an MLP are counted on, the iterations for each C begin anew.
+    num_passes = iterations[-1] if fitted.trials[-1].C is None else sum(iterations)
     image_s = _seconds_an_image(store, cache_run)
     body_pass_s = None if image_s is None else image_s * fitted.num_train_rows
     return HeadSummary(
@@ -128,6 +144,16 @@ def _summarise(store: ObjectStore, fitted: FittedHead, cache_run: str | None) ->
         converged=fitted.converged,
         trials=_trials(fitted),
     )
+
+
+def _reject_codes(cache: FeatureCache, set_id: str, rows: pa.Table) -> dict[str, int]:
+    """Why some rows have no features, by the reject that was remembered last."""
+    content_ids = rows["content_id"].combine_chunks()
+    lost = content_ids.filter(pa.array(~cache.known_content(set_id).has_rows(content_ids))).to_pylist()
+    if not lost:
+        return {}
+    codes = {row["content_id"]: row["code"] for row in cache.rejected_content(set_id).to_pylist()}
+    return dict(Counter(codes.get(content_id, RejectCode.UNREADABLE.value) for content_id in lost))
 
 
 def _seconds_an_image(store: ObjectStore, cache_run: str | None) -> float | None:

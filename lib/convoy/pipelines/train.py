@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -23,8 +24,8 @@ from convoy.pipelines.feature_plan import FeatureDtype, resolve_precision
 from convoy.pipelines.model_cards import training_card
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.network_training import CurveDrawer, TrainedNetwork, network_training
-from convoy.pipelines.probing import HeadSummary, TrialSummary, fit_probe
-from convoy.pipelines.train_config import NETWORKS, TrainConfig
+from convoy.pipelines.probing import HeadSummary, TrialSummary, check_head, fit_probe
+from convoy.pipelines.train_config import NETWORKS, PROBES, TrainConfig
 from convoy.pipelines.training_rows import Fold, count_classes, fold_rows, has_labels, read_split
 from convoy.pipelines.workspace import open_workspace
 from convoy.storage.bundles import bundle_digest, check_bundle_name, model_card, write_bundle
@@ -69,10 +70,14 @@ class TrainReport(Evaluation):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Trained:
-    """What a strategy brings: a classifier, its part of the report, and how its run ends."""
+    """What a strategy brings: a classifier, its part of the report, and how its run ends.
+
+    It learnt from `num_train_rows`, every view of an image being one, and was given `num_train_images`.
+    """
 
     classifier: Classifier
     num_train_rows: int
+    num_train_images: int
     report: dict[str, Any] = field(default_factory=dict)
     finish: Callable[[dict[str, Any]], None] = lambda report: None
 
@@ -118,6 +123,8 @@ def run_train(
         config = with_pinned_teacher(store, manifest, config)
     # Before hours of training: a bundle is written with what it is worth, or not at all.
     split, fold = measured_on(manifest, config, evaluated)
+    if config.strategy in PROBES:
+        check_head(manifest, config)
     job = _Job(
         store=store,
         manifest=manifest,
@@ -182,7 +189,7 @@ def _run(job: _Job) -> TrainReport:
             tap=classifier.tap,
             num_train_rows=trained.num_train_rows,
             within_error_budget=config.error_budget.allows(
-                evaluation.rejects + num_rejects, evaluation.samples + trained.num_train_rows
+                evaluation.rejects + num_rejects, evaluation.samples + trained.num_train_images
             ),
         )
         trained.finish(report.model_dump(mode="json"))
@@ -220,7 +227,7 @@ def _train(job: _Job) -> AbstractContextManager[_Trained]:
 def _use_as_is(job: _Job, backbone: BackboneRecord) -> _Trained:
     config = job.config
     classifier = as_is(backbone, config.classes, config.extraction, class_map=config.class_map)
-    return _Trained(classifier=classifier, num_train_rows=0)
+    return _Trained(classifier=classifier, num_train_rows=0, num_train_images=0)
 
 
 def random_weights(config: TrainConfig, manifest: Manifest) -> BackboneConfig:
@@ -265,10 +272,15 @@ def _train_probe(job: _Job, backbone: BackboneRecord) -> _Trained:
         "fit_seconds": summary.fit_seconds,
         "trials": summary.trials,
         "head": summary,
-        "train_rejects": taught.reject_codes,
+        "train_rejects": dict(Counter(taught.reject_codes) + Counter(summary.reject_codes)),
         "notes": list(taught.notes),
     }
-    return _Trained(classifier=classifier, num_train_rows=summary.num_rows, report=report)
+    return _Trained(
+        classifier=classifier,
+        num_train_rows=summary.num_rows,
+        num_train_images=taught.rows.num_rows,
+        report=report,
+    )
 
 
 @contextmanager
@@ -286,6 +298,7 @@ def _train_network(job: _Job, backbone: BackboneRecord) -> Iterator[_Trained]:
         yield _Trained(
             classifier=_network_classifier(job, network.backbone),
             num_train_rows=network.num_train_rows,
+            num_train_images=network.num_train_rows,
             report=_network_report(job, training.folder, network),
             finish=lambda report: training.finish(network, report, job.draw_curves),
         )

@@ -11,8 +11,9 @@ from convoy.pipelines.classifiers import Strategy
 from convoy.pipelines.distillation import with_pinned_teacher
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.network_plan import plan_network, trained_backbone_config
+from convoy.pipelines.probing import check_head
 from convoy.pipelines.train import measured_on, random_weights
-from convoy.pipelines.train_config import NETWORKS, TrainConfig
+from convoy.pipelines.train_config import NETWORKS, PROBES, TrainConfig
 from convoy.pipelines.training_rows import count_classes, read_split
 from convoy.pipelines.workspace import open_workspace
 from convoy.storage.bundles import check_bundle_name
@@ -65,15 +66,20 @@ def plan_train(config: TrainConfig) -> TrainPlan:
         images_by_class=dict(zip(manifest.classes, counts, strict=True)),
         unfinished_run=folder.run_id if folder else None,
     )
+    if config.strategy in PROBES:
+        check_head(manifest, config)
     if config.strategy not in NETWORKS:
         return plan
     from convoy.pipelines.network_building import NewNetwork  # noqa: PLC0415
+    from convoy.pipelines.network_setup import takes_head_from_cache  # noqa: PLC0415
 
     is_new = config.strategy is Strategy.FROM_SCRATCH
     pretrained = fetch_backbone(store, random_weights(config, manifest) if is_new else config.backbone)
     new = NewNetwork(trained_backbone_config(config, len(manifest.classes)))
     new.take_weights(store, pretrained)
     network = plan_network(config, new.axis, counts, num_workers=config.workers.num_workers or 1)
+    if takes_head_from_cache(config, network, new):
+        check_head(manifest, config)
     steps_an_epoch = -(-rows.num_rows // network.batch_size)
     stages = [
         StageSummary(

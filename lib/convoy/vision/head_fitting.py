@@ -133,6 +133,16 @@ def fit_path(
         return [head for head, _ in path]
 
 
+def check_choice(config: HeadConfig, *, has_val: bool) -> None:
+    """Raise ConfigError where there are several values of C, and no validation rows to choose by."""
+    if not has_val and config.kind is not HeadKind.MLP and len(set(config.C)) > 1:
+        raise ConfigError(
+            f"there are {len(set(config.C))} values of C and no validation rows to choose by",
+            where="head.C",
+            next_step="give the dataset a val split, or set one value: head.C=[1.0]",
+        )
+
+
 def choose_head(heads: Sequence[Head], val: FeatureSource, selection: Selection) -> Head:
     """The best of some heads on validation rows; of equals the first."""
     return min(heads, key=lambda head: _badness(evaluate_head(head, val).summary(), selection))
@@ -324,12 +334,7 @@ def _check_request(
 ) -> None:
     if num_classes < 2:
         raise ConfigError("a head needs at least two classes", where=f"num_classes={num_classes}")
-    if val is None and config.kind is not HeadKind.MLP and len(set(config.C)) > 1:
-        raise ConfigError(
-            f"there are {len(set(config.C))} values of C and no validation rows to choose by",
-            where="head.C",
-            next_step="give the dataset a val split, or set one value: head.C=[1.0]",
-        )
+    check_choice(config, has_val=val is not None)
     if val is not None and (val.num_features != train.num_features or val.num_rows == 0):
         raise DataError(
             f"validation has {val.num_rows} rows of {val.num_features} features, "

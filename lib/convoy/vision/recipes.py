@@ -23,6 +23,8 @@ from convoy.vision.training_config import (
 
 # Of new layers under AdamW, whatever the batch: torch's own default. The rates below are SGD's, as are most papers'.
 ADAMW_RATE = 1e-3
+# Goyal et al. 2017, arXiv:1706.02677: 0.1 for batches of 256, in proportion for others.
+SGD_RATE_AT_256 = 0.1
 
 _HEAD_PHASE, _BODY_PHASE, _ONLY_PHASE = "head", "body", "train"
 

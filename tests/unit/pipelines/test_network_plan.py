@@ -98,6 +98,12 @@ def test_adamw_has_a_default_rate_of_its_own_and_says_so(
     assert not any("AdamW" in note for note in by_sgd.notes)
 
 
+def test_sgd_in_place_of_the_papers_adamw_has_its_own_rate_and_says_so() -> None:
+    by_sgd = plan_of(arch=CONVNEXT, recipe={"optimiser": {"kind": "sgd"}})
+    assert rates(by_sgd) == pytest.approx([0.1 * 8 / 256] * len(by_sgd.phases))
+    assert any("for SGD: none is given" in note for note in by_sgd.notes)
+
+
 def test_a_rate_that_is_given_or_is_the_papers_for_adamw_stays() -> None:
     given = plan_of(recipe=ADAMW, strategy="fine_tune", learning_rate=0.02)
     phase = {"name": "all", "epochs": 1, "learning_rate": 0.02}

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 from convoy.core.config import parse_config
-from convoy.core.errors import DataError
+from convoy.core.errors import ConfigError, DataError
 from convoy.core.progress import Silent
 from convoy.core.records import Split
-from convoy.pipelines import train
+from convoy.pipelines import train, train_plan
 from convoy.pipelines.train import measured_on, run_train
 from convoy.pipelines.train_config import TrainConfig
+from convoy.pipelines.train_plan import plan_train
 from convoy.pipelines.training_rows import Fold, RowLimit
 from convoy.storage.manifests import Manifest
 from made_advice_rows import frozen_rows
@@ -53,3 +54,19 @@ def test_where_nothing_could_be_measured_nothing_is_trained(
     with pytest.raises(DataError, match="neither test nor val") as caught:
         run_train(config, progress=Silent(), draw_curves=lambda *_: b"")
     assert "rows.fold" in str(caught.value.next_step)
+
+
+def test_several_values_of_c_without_rows_to_choose_by_are_refused_before_any_feature_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = manifest_of(tmp_path, Split.TEST)
+    for module in (train, train_plan):
+        monkeypatch.setattr(module, "open_dataset", lambda *_: manifest)
+    monkeypatch.setattr(train, "_train", lambda job: pytest.fail("it was trained"))
+    config = CONFIG.model_copy(update={"workspace": str(tmp_path)})
+    with pytest.raises(ConfigError, match="7 values of C and no validation rows"):
+        run_train(config, progress=Silent(), draw_curves=lambda *_: b"")
+    with pytest.raises(ConfigError, match="7 values of C and no validation rows"):
+        plan_train(config)
+    fold = RowLimit(fold=Fold(index=0, count=5))
+    assert plan_train(config.model_copy(update={"rows": fold})).num_train_rows == 16
