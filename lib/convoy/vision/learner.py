@@ -24,6 +24,14 @@ from convoy.vision.views import normalise
 
 # What mixed targets are divided by where all that was mixed counts nothing.
 _LEAST_WEIGHT = torch.finfo(torch.float32).tiny
+# Where a module keeps what watches its forward pass; torch has no way to hand that on.
+_FORWARD_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -208,7 +216,13 @@ def with_group_batchnorm(network: nn.Module) -> nn.Module:
     # torch's own conversion would lose the activation that many of timm's BatchNorms contain.
     from timm.layers import convert_sync_batchnorm  # noqa: PLC0415
 
+    before = dict(network.named_modules())
     converted: nn.Module = convert_sync_batchnorm(network)
+    for name, module in converted.named_modules():
+        if before[name] is not module:
+            # A network that reuses early stages watches the last of them, which may be a BatchNorm.
+            for hooks in _FORWARD_HOOKS:
+                getattr(module, hooks).update(getattr(before[name], hooks))
     return converted
 
 

@@ -390,6 +390,17 @@ def test_batchnorm_over_a_group_keeps_weights_and_activations() -> None:
         assert torch.equal(converted.eval()(images_BCHW), network.eval()(images_BCHW))
 
 
+def test_what_watches_a_batchnorm_watches_the_one_of_the_group() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+    seen: list[str] = []
+    network[1].register_forward_hook(lambda module, args, output: seen.append("output"))
+    network[1].register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(f"input {kwargs}"), with_kwargs=True
+    )
+    with_group_batchnorm(network).eval()(torch.randn(2, 3, 8, 8))
+    assert seen == ["input {}", "output"]
+
+
 class _FromNumbers(TorchDispatchMode):
     """Counts the tensors that are made of Python's numbers: on a GPU each waits for all that runs there."""
 
