@@ -19,7 +19,7 @@ from convoy.pipelines.feature_source import LabelledRows, open_features
 from convoy.pipelines.features import FeatureJob
 from convoy.pipelines.pixel_statistics import resolve_augmentation
 from convoy.pipelines.train_config import TrainConfig
-from convoy.pipelines.training_rows import has_labels, validation_rows
+from convoy.pipelines.training_rows import has_labels, read_split, validation_rows
 from convoy.storage.commits import read_manifest
 from convoy.storage.feature_cache import FeatureCache
 from convoy.storage.manifests import Manifest
@@ -86,15 +86,24 @@ def fit_probe(
 ) -> Probe:
     """Cache what is missing, then fit: view 0 of all splits, and the other views of the train split only.
 
+    Where `rows` takes a few of each class, no other training image is looked at, and of the other splits only `val`.
     The head learns from the rows of `taught`, and from what a teacher says of them. Errors are those of `check_head`.
     """
     check_head(manifest, config)
     request = FeatureRequest(dataset=config.dataset, backbone=backbone.config, taps=(tap,))
-    plain = FeatureJob(store, manifest, backbone, request, config.extraction)
+    few, judges = _few_rows(manifest, config)
+    plain = FeatureJob(
+        store,
+        manifest,
+        backbone,
+        request,
+        config.extraction,
+        rows=None if few is None else pa.concat_tables([few, *judges]),
+    )
     summary = plain.ensure(progress=progress, new_run=new_run)
     train_sets = [plain.set_id(tap)]
     if config.views > 1:
-        augmented = _augmented_job(store, manifest, backbone, config, request, progress)
+        augmented = _augmented_job(store, manifest, backbone, config, request, few, progress)
         augmented.ensure(progress=progress, new_run=new_run)
         train_sets = [augmented.set_id(tap, view) for view in range(config.views)]
     progress.stage("fitting the head")
@@ -120,13 +129,25 @@ def _augmented_job(
     backbone: BackboneRecord,
     config: TrainConfig,
     request: FeatureRequest,
+    few: pa.Table | None,
     progress: Progress,
 ) -> FeatureJob:
     policy = resolve_augmentation(
         store, manifest, config.dataset, config.augmentation, config.extraction.decode, progress
     )
     update = {"splits": (Split.TRAIN,), "views": config.views, "augmentation": policy}
-    return FeatureJob(store, manifest, backbone, request.model_copy(update=update), config.extraction)
+    return FeatureJob(
+        store, manifest, backbone, request.model_copy(update=update), config.extraction, rows=few
+    )
+
+
+def _few_rows(manifest: Manifest, config: TrainConfig) -> tuple[pa.Table | None, list[pa.Table]]:
+    """The training rows of a limit, None without one, and those of `val`."""
+    if config.rows.max_per_class is None:
+        return None, []
+    judges = [read_split(manifest, Split.VAL)] if has_labels(manifest, Split.VAL) else []
+    # Those of all folds, so that their trainings share one run.
+    return read_split(manifest, Split.TRAIN, config.rows.without_fold), judges
 
 
 def _summarise(store: ObjectStore, fitted: FittedHead, cache_run: str | None) -> HeadSummary:

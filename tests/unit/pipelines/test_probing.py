@@ -2,19 +2,61 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
-from convoy.pipelines.probing import _reject_codes, _summarise
+from convoy.core.config import parse_config
+from convoy.core.progress import Silent
+from convoy.core.records import Split
+from convoy.pipelines import probing
+from convoy.pipelines.distillation import TaughtRows
+from convoy.pipelines.models import fetch_backbone
+from convoy.pipelines.probing import _reject_codes, _summarise, fit_probe
+from convoy.pipelines.train_config import TrainConfig
+from convoy.pipelines.training_rows import Fold, RowLimit, read_split
 from convoy.storage.commits import publish, read_records
 from convoy.storage.feature_cache import FeatureCache
 from convoy.storage.local_store import LocalStore
 from convoy.storage.runs import RunFolder
 from convoy.vision.head_fitting import FittedHead, HeadTrial
 from convoy.vision.heads import Head, HeadKind, HeadSpec
+from made_advice_rows import frozen_rows
 from made_runs import SET_ID, finish_slice, made_manifest, new_run
+
+
+class Asked(Exception):
+    """What a probe wants features of."""
+
+
+@pytest.mark.parametrize(("max_per_class", "fold"), [(None, None), (4, None), (4, Fold(index=0, count=2))])
+def test_a_few_rows_a_class_are_all_that_a_probe_looks_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_per_class: int | None, fold: Fold | None
+) -> None:
+    class Job:
+        def __init__(self, *_: object, rows: pa.Table | None) -> None:
+            self.rows = rows
+
+        def ensure(self, **_: object) -> None:
+            raise Asked(None if self.rows is None else Counter(self.rows["split"].to_pylist()))
+
+    monkeypatch.setattr(probing, "FeatureJob", Job)
+    rows = {Split.TRAIN: (10, 10), Split.VAL: (5, 5), Split.TEST: (5, 5)}
+    manifest = frozen_rows(tmp_path, rows, ("good", "defect"))
+    settings = {"name": "parts", "dataset": "parts", "backbone": {"arch": "lenet5", "weights": "random"}}
+    config = parse_config(TrainConfig, settings, where="here")
+    config = config.model_copy(update={"rows": RowLimit(max_per_class=max_per_class, fold=fold)})
+    store = LocalStore(str(tmp_path))
+    backbone = fetch_backbone(store, config.backbone)
+    taught = TaughtRows(rows=read_split(manifest, Split.TRAIN, config.rows))
+    with pytest.raises(Asked) as asked:
+        fit_probe(
+            store, manifest, backbone, config, tap="f6", taught=taught, progress=Silent(), new_run=False
+        )
+    assert asked.value.args == (None if max_per_class is None else Counter(train=8, val=10),)
 
 
 def fitted(trials: Sequence[HeadTrial]) -> FittedHead:
