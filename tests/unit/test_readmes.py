@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 import typer
+import yaml
 
 from convoy.cli.main import app
+from convoy.core.config import parse_config
+from convoy.pipelines.tune_config import TuneConfig
 from infra_files import ROOT
 from readme_blocks import fenced_blocks
 
@@ -50,6 +53,12 @@ def test_what_the_readme_scores_on_a_cluster_was_made_by_its_tour() -> None:
     assert scored <= made
     (variable,) = re.findall(r"^export (\w+)=s3://", tour, re.MULTILINE)
     assert f'--workspace "${variable}"' in cluster
+
+
+def test_the_search_of_the_page_is_one() -> None:
+    (text,) = fenced_blocks(ROOT / "jobs/README.md", "yaml")["Search, and average what helps"]
+    config = parse_config(TuneConfig, yaml.safe_load(text), where="jobs/README.md")
+    assert [training.name for training in config.examples()]
 
 
 def test_the_pages_have_commands() -> None:
