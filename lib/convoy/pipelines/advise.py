@@ -16,11 +16,10 @@ from convoy.pipelines.network_training import CurveDrawer
 from convoy.pipelines.workspace import open_workspace
 from convoy.storage.commits import finish
 from convoy.storage.datasets import open_dataset
-from convoy.storage.documents import read_json
 from convoy.storage.leases import WhenHeld, hold_run
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
-from convoy.storage.runs import OpenRun, RunFolder, RunRecord, refuse_changed_identity
+from convoy.storage.runs import OpenRun, RunFolder, RunRecord, finished_run, refuse_changed_identity
 
 _VERB = "advise"
 _FORMAT_VERSION = 3
@@ -100,11 +99,10 @@ def _identity(manifest: Manifest, config: AdviseConfig, records: list[BackboneRe
 
 def _known(store: ObjectStore, pointer: str, config: AdviseConfig) -> AdviceReport | None:
     """The advice that was given already, by the error budget of now."""
-    document = read_json(store, pointer)
-    stored = None if document is None else RunFolder(store, document["run_id"]).report()
-    if stored is None:
+    folder = finished_run(store, pointer)
+    if folder is None:
         return None
-    report = AdviceReport.model_validate(stored)
+    report = AdviceReport.model_validate(folder.report())
     allowed = config.error_budget.allows(report.size.rejects, report.size.looked_at)
     return report.model_copy(update={"within_error_budget": allowed})
 

@@ -263,10 +263,7 @@ class Prober:
 
     def _unreadable(self, set_id: str, rows: pa.Table, what: str) -> DataError:
         """That none of some rows could be read, and why not."""
-        wanted = set(rows["content_id"].to_pylist())
-        rejects = self._cache.rejected_content(set_id).to_pylist()
-        # A fetch may have failed in several runs.
-        codes = {row["content_id"]: row["code"] for row in rejects if row["content_id"] in wanted}
+        codes = self._cache.reject_codes(set_id, rows["content_id"].to_pylist())
         splits = ", ".join(sorted(set(rows["split"].to_pylist())))
         return DataError(
             f"{what} could be read, of split {splits}: {dict(Counter(codes.values()))}",

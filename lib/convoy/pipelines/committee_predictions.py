@@ -33,7 +33,6 @@ from convoy.storage.commits import (
     read_manifest,
     read_records,
 )
-from convoy.storage.documents import read_json
 from convoy.storage.feature_cache import KnownContent
 from convoy.storage.leases import RunLease, WhenHeld, hold_run
 from convoy.storage.manifests import Manifest
@@ -41,7 +40,7 @@ from convoy.storage.member_predictions import member_output
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.predictions import PREDICTIONS
 from convoy.storage.run_input import freeze_input, missing_rows
-from convoy.storage.runs import OpenRun, RunFolder, RunRecord, refuse_changed_identity
+from convoy.storage.runs import OpenRun, RunFolder, RunRecord, finished_run, refuse_changed_identity
 from convoy.storage.scores import partitioned
 from convoy.vision.committee_options import gate_passes
 
@@ -154,12 +153,9 @@ class CommitteeJob:
     def _known(self) -> CommitteePredictions | None:
         """A finished run that answers the request."""
         for keep in _BY_MUCH_KEPT[_BY_MUCH_KEPT.index(self._request.keep) :]:
-            document = read_json(self._store, self._pointer(self._request.keeping(keep)))
-            if document is None:
-                continue
-            folder = RunFolder(self._store, document["run_id"])
-            manifest = read_manifest(folder) if folder.is_finished() else None
-            if manifest is not None:
+            folder = finished_run(self._store, self._pointer(self._request.keeping(keep)))
+            manifest = None if folder is None else read_manifest(folder)
+            if folder is not None and manifest is not None:
                 return _found(folder, manifest, (), keep)
         return None
 

@@ -27,12 +27,19 @@ from convoy.pipelines.slice_work import do_slices
 from convoy.pipelines.workspace import open_workspace
 from convoy.storage.commits import SliceRecord, finish, publish, read_records
 from convoy.storage.datasets import open_dataset
-from convoy.storage.documents import read_json
 from convoy.storage.leases import RunLease, hold_run
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.run_input import freeze_input
-from convoy.storage.runs import OpenRun, RunFolder, RunRecord, SliceGroup, refuse_changed_identity, slice_name
+from convoy.storage.runs import (
+    OpenRun,
+    RunFolder,
+    RunRecord,
+    SliceGroup,
+    finished_run,
+    refuse_changed_identity,
+    slice_name,
+)
 
 _VERB = "inspect"
 _ANSWERS = "inspections/"
@@ -126,13 +133,10 @@ class _Inspection:
 
     def _known(self) -> InspectionReport | None:
         """The report of a finished run that answers the config."""
-        pointer = read_json(self._store, self._pointer)
-        if pointer is None:
+        folder = finished_run(self._store, self._pointer)
+        if folder is None:
             return None
-        document = RunFolder(self._store, pointer["run_id"]).report()
-        if document is None:
-            return None
-        report = InspectionReport.model_validate(document)
+        report = InspectionReport.model_validate(folder.report())
         allowed = self._config.error_budget.allows(report.rejects, report.samples)
         return report.model_copy(update={"within_error_budget": allowed})
 

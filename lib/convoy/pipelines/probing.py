@@ -113,7 +113,8 @@ def fit_probe(
     val = None if watched is None else open_features(cache, [plain.set_id(tap)], LabelledRows.of(watched))
     fitted = fit_head(config.head, train, val, num_classes=len(manifest.classes))
     told = _summarise(store, fitted, summary.run)
-    reject_codes = _reject_codes(cache, train_sets[0], taught.rows)
+    is_whole = train.num_rows == len(train_sets) * taught.rows.num_rows
+    reject_codes = {} if is_whole else _reject_codes(cache, train_sets[0], taught.rows)
     return Probe(fitted=fitted, summary=told.model_copy(update={"reject_codes": reject_codes}))
 
 
@@ -168,12 +169,10 @@ def _summarise(store: ObjectStore, fitted: FittedHead, cache_run: str | None) ->
 
 
 def _reject_codes(cache: FeatureCache, set_id: str, rows: pa.Table) -> dict[str, int]:
-    """Why some rows have no features, by the reject that was remembered last."""
+    """Why some rows have no features."""
     content_ids = rows["content_id"].combine_chunks()
     lost = content_ids.filter(pa.array(~cache.known_content(set_id).has_rows(content_ids))).to_pylist()
-    if not lost:
-        return {}
-    codes = {row["content_id"]: row["code"] for row in cache.rejected_content(set_id).to_pylist()}
+    codes = cache.reject_codes(set_id, lost)
     return dict(Counter(codes.get(content_id, RejectCode.UNREADABLE.value) for content_id in lost))
 
 

@@ -92,12 +92,13 @@ def open_rows(
     holdout = folder.holdout()
     if holdout is None:
         folder.freeze_holdout(_first_holdout(table, manifest))
-    elif folder.joined_holdout(date) is None:
+    elif (wanted := _scarce(holdout, champion_classes, min_class_rows)) and folder.joined_holdout(
+        date
+    ) is None:
         were_unseen = set(_pairs(_unseen(learnt)))
         is_trusted_N = np.array([pair in were_unseen for pair in pairs], np.bool_)
         unseen = _unseen(table, is_trusted_N & ~_is_held_out(table, holdout))
-        frozen = class_counts(holdout)
-        joining = _some_of_each(unseen, {name: min_class_rows - frozen[name] for name in champion_classes})
+        joining = _some_of_each(unseen, wanted)
         if joining.num_rows:
             folder.extend_holdout(date, joining.select(HOLDOUT_SCHEMA.names))
     holdout, joined = folder.holdout(), folder.joined_holdout(date)
@@ -163,10 +164,15 @@ def _unseen(table: pa.Table, is_wanted_N: NDArray[np.bool_] | None = None) -> pa
     return chosen.filter(pa.array(~is_learnt_N))
 
 
-def _some_of_each(table: pa.Table, wanted: Mapping[str, int]) -> pa.Table:
+def _scarce(holdout: pa.Table, classes: Sequence[str], min_class_rows: int) -> Counter[str]:
+    """How many rows the holdout lacks of each class that has too few."""
+    return Counter(dict.fromkeys(classes, min_class_rows)) - class_counts(holdout)
+
+
+def _some_of_each(table: pa.Table, wanted: Counter[str]) -> pa.Table:
     """At most so many rows of each class and no content twice, by the order of their content ids: as good as random."""
     order = table.sort_by("content_id")
-    left = Counter({name: count for name, count in wanted.items() if count > 0})
+    left = wanted.copy()
     taken: list[int] = []
     before = None
     for row, (content, name) in enumerate(_pairs(order)):

@@ -35,11 +35,10 @@ from convoy.pipelines.workspace import open_workspace
 from convoy.storage.bundles import peek_bundle, resolve_bundle
 from convoy.storage.commits import finish
 from convoy.storage.datasets import open_dataset
-from convoy.storage.documents import read_json
 from convoy.storage.leases import RunLease, WhenHeld, hold_run
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
-from convoy.storage.runs import OpenRun, RunFolder, RunRecord, refuse_changed_identity
+from convoy.storage.runs import OpenRun, RunFolder, RunRecord, finished_run, refuse_changed_identity
 from convoy.vision.decode_rule import DecodeRule
 from convoy.vision.engine_options import best_precision
 from convoy.vision.heads import HeadKind
@@ -132,7 +131,8 @@ def run_tune(
         "config": config.model_dump(mode="json", exclude=_NOT_IDENTITY),
     }
     folder, _ = open_run.resume(identity, new_run=new_run)
-    folder = folder or (None if new_run else _finished(store, identity)) or open_run.start()
+    answer_key = f"{_ANSWERS}{digest(identity)}.json"
+    folder = folder or (None if new_run else finished_run(store, answer_key)) or open_run.start()
     with hold_run(folder, when_held=WhenHeld.REFUSE) as lease:
         known = _report(folder)
         if known is not None and (known.settings, known.budget) == (config.ensemble, config.budget):
@@ -156,21 +156,10 @@ def run_tune(
         )
         search.draw(report, draw, records)
         # Before the marker, without which it does not count.
-        store.put(_answer_key(identity), canonical_json({"run_id": folder.run_id}))
+        store.put(answer_key, canonical_json({"run_id": folder.run_id}))
         finish(folder, report.model_dump(mode="json"))
         open_run.close(folder)
     return report
-
-
-def _answer_key(identity: dict[str, Any]) -> str:
-    return f"{_ANSWERS}{digest(identity)}.json"
-
-
-def _finished(store: ObjectStore, identity: dict[str, Any]) -> RunFolder | None:
-    """The finished search of this identity, or None."""
-    document = read_json(store, _answer_key(identity))
-    folder = None if document is None else RunFolder(store, document["run_id"])
-    return folder if folder is not None and folder.is_finished() else None
 
 
 def _report(folder: RunFolder) -> TuneReport | None:

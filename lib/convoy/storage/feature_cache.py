@@ -8,7 +8,7 @@ more images, recomputes nothing that is there.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -96,6 +96,12 @@ class FeatureCache:
         rejects = [part for commit in read_commits(self._store, set_id) for part in commit.rejects]
         tables = list(self._read_parts(rejects, None))
         return pa.concat_tables(tables) if tables else pa.table({})
+
+    def reject_codes(self, set_id: str, content_ids: Iterable[bytes]) -> dict[bytes, str]:
+        """The codes of remembered rejects by content id, as far as some content was rejected; the last one counts."""
+        wanted = set(content_ids)
+        rejects = self.rejected_content(set_id).to_pylist()
+        return {row["content_id"]: row["code"] for row in rejects if row["content_id"] in wanted}
 
     def iter_parts(
         self, set_id: str, columns: Sequence[str], *, having: np.ndarray | None = None

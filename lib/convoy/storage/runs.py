@@ -247,6 +247,13 @@ class OpenRun:
         return RunFolder(self._store, run_id, open_key=self._key)
 
 
+def finished_run(store: ObjectStore, pointer_key: str) -> RunFolder | None:
+    """The finished run that a pointer to an answer names, or None where there is no such pointer or no such run."""
+    document = read_json(store, pointer_key)
+    folder = None if document is None else RunFolder(store, document["run_id"])
+    return folder if folder is not None and folder.is_finished() else None
+
+
 def open_pointers(store: ObjectStore) -> dict[str, str]:
     """The unfinished runs that a command would go on with: their ids, and the keys of the pointers to them."""
     found = {}
