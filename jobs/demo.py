@@ -53,8 +53,8 @@ def main() -> None:
 
     # One Ray for all commands; each of them alone would start its own.
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    # As Convoy does where it starts Ray itself: waiting threads leave the cores to others.
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    # As Convoy does where it starts Ray itself: threads that wait for long leave the cores to others.
+    os.environ["GOMP_SPINCOUNT"] = "10000"
     ray.init("local", include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
 

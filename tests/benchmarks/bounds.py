@@ -19,6 +19,7 @@ from score_network import ScoredNetwork
 from torch import Tensor
 
 from convoy.core.config import StrictModel, load_config
+from convoy.core.processes import keep_freed_memory
 from convoy.storage.parts import FeatureRows, write_features
 from convoy.storage.stores import open_store
 from convoy.vision.augmentation_policy import EVAL_VIEW
@@ -180,6 +181,7 @@ def _forward_round(
     settings: BoundsSettings, options: EngineOptions, images_BCHW: np.ndarray, _place: int
 ) -> Round:
     """Some batches through the network, and the wait for the device at their end."""
+    keep_freed_memory()
     backbone = _backbone(settings)
     network, preset = build_network(backbone), default_preset(backbone)
     axis = derive_depth_axis(network, input_px=preset.crop_px)

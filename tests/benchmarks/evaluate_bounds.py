@@ -14,6 +14,7 @@ from pydantic import PositiveFloat
 
 from convoy.core.config import StrictModel, load_config
 from convoy.core.crop_policies import num_slots
+from convoy.core.processes import keep_freed_memory
 from convoy.vision.backbones import depth_axis
 from convoy.vision.decode_rule import DecodeRule
 from convoy.vision.decoding import decode_image
@@ -49,6 +50,7 @@ class EvaluateBounds(StrictModel):
 
 def measure_bounds(settings: BoundsSettings) -> EvaluateBounds:
     """All rates, those of the networks in one process."""
+    keep_freed_memory()
     prepare = _prepare_rate(settings)
     seconds = [_seconds_per_crop(settings, place) for place in range(len(settings.archs))]
     forward = {size: 1 / (NUM_VIEWS * sum(seconds[:size])) for size in settings.sizes}

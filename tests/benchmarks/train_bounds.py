@@ -7,12 +7,13 @@ import time
 from collections.abc import Iterator
 from itertools import islice
 
-import torch
 from train_job import Training, TrainJob, open_training
 
 from convoy.cluster.batch_feed import EpochOrder, FusedFeed
 from convoy.cluster.image_loading import ImageLoader, PreparedBatch
 from convoy.core.config import StrictModel, load_config
+from convoy.core.processes import keep_freed_memory
+from convoy.vision.forward import use_threads
 
 _WARM_UP_STEPS = 3
 
@@ -39,7 +40,8 @@ class TrainBounds(StrictModel):
 def measure_bounds(job: TrainJob) -> TrainBounds:
     """Both rates in one process, each over as many images as the job's steady epochs have."""
     training = open_training(job)
-    torch.set_num_threads(training.spec.num_threads)
+    keep_freed_memory()
+    use_threads(training.spec.num_threads)
     order = EpochOrder(training.spec, training.rows["label"].to_numpy(), rank=0, num_workers=1)
     num_steps = (job.epochs - 1) * order.plan.num_steps
     batches = _batches(training, order, job.epochs)

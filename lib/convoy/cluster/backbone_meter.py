@@ -11,6 +11,7 @@ from torch import Tensor
 from convoy.cluster.kept_weights import read_kept_weights
 from convoy.cluster.prepared_batches import ImagePreparer, SliceImages
 from convoy.cluster.timing_spec import BackboneTiming, TimingSpec, keep_timing, kept_timing
+from convoy.core.processes import keep_freed_memory
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.stores import open_store
 from convoy.vision.augmentation_policy import EVAL_VIEW
@@ -37,6 +38,8 @@ def measure_backbone(
     kept = kept_timing(store, spec, machine)
     if kept is not None:
         return kept
+    # As the workers of jobs do.
+    keep_freed_memory()
     memory = MemoryMeter(best_device())
     engine = _open_engine(store, spec, num_threads)
     engine.warm_up()

@@ -8,9 +8,15 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from convoy.core.records import SampleRejected
+from convoy.vision.forward import use_threads
 
 ArgumentsT = ParamSpec("ArgumentsT")
 ResultT = TypeVar("ResultT")
+
+
+def decode_threads(num_threads: int) -> ThreadPoolExecutor:
+    """Threads of which each prepares an image alone: torch would split even a copy among all cores."""
+    return ThreadPoolExecutor(num_threads, "decode", initializer=use_threads, initargs=(1,))
 
 
 class DecodeWindow:

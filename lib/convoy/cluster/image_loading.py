@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import islice
 
@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from convoy.cluster.decode_window import DecodeWindow
+from convoy.cluster.decode_window import DecodeWindow, decode_threads
 from convoy.cluster.running_ahead import ahead
 from convoy.cluster.training_spec import TrainingSpec
 from convoy.core.config import StrictModel
@@ -79,7 +79,7 @@ class ImageLoader:
         self._reader = SampleReader(
             num_threads=spec.num_fetch_threads, max_bytes=spec.decode_rule.max_bytes, cache=cache or None
         )
-        self._decoders = ThreadPoolExecutor(num_threads or spec.num_threads, "decode")
+        self._decoders = decode_threads(num_threads or spec.num_threads)
         self._pin_memory = pin_memory
 
     @property

@@ -6,10 +6,9 @@ Krizhevsky et al. 2012 (section 2) trained on, so that large photographs do not 
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import pyarrow as pa
 
+from convoy.cluster.decode_window import decode_threads
 from convoy.core.batching import batched
 from convoy.core.records import SampleRejected
 from convoy.storage.samples import SampleReader
@@ -35,7 +34,7 @@ class PixelMeter:
     def measure(self, rows: pa.Table) -> MeasuredImages:
         """The moments of the images of some rows of a manifest; rejects are counted and skipped."""
         total = MeasuredImages()
-        with ThreadPoolExecutor(self._num_threads, "decode") as decoders:
+        with decode_threads(self._num_threads) as decoders:
             for batch in batched(self._reader.read(rows), _IMAGES_A_THREAD * self._num_threads):
                 for measured in decoders.map(self._measure_image, [data for _, data in batch]):
                     total = total.plus(measured)

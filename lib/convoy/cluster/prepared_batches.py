@@ -9,7 +9,7 @@ import secrets
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from torch import Tensor
 
-from convoy.cluster.decode_window import DecodeWindow
+from convoy.cluster.decode_window import DecodeWindow, decode_threads
 from convoy.core.fingerprints import digest_bytes
 from convoy.core.records import Reject, SampleRejected
 from convoy.storage.commits import PartFile, SliceRecord, write_record
@@ -153,7 +153,7 @@ class ImagePreparer(Generic[KeyT]):
         quiet_decoders()
         self._rule = rule
         self._reader = SampleReader(num_threads=num_fetch_threads, max_bytes=rule.max_bytes)
-        self._decoders = ThreadPoolExecutor(num_decode_threads, "decode")
+        self._decoders = decode_threads(num_decode_threads)
         self._fill = fill
 
     def batches(

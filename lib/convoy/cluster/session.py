@@ -42,9 +42,9 @@ def ray_session() -> Iterator[None]:
     local = {} if address else {"include_dashboard": False, "object_store_memory": _LOCAL_OBJECT_STORE_BYTES}
     on_sigterm = signal.getsignal(signal.SIGTERM)
     if not address:
-        # Threads of an OpenMP team that wait must not hold the cores that decoders need: 8 % more images/s in
-        # `convoy bench cache` on two cores. Workers take it from the process that starts Ray.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        # Threads of an OpenMP team that wait must not hold the cores that decoders need, but to wake them costs more
+        # than a short wait: this is a tenth of a millisecond. Workers take it from the process that starts Ray.
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     # Without "local" Ray would join the last cluster that `ray start` left behind on this machine.
     ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=False, **local)
     if threading.current_thread() is threading.main_thread():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pickle
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 from convoy.cluster.deadly_slices import DeathWatch
@@ -17,6 +18,7 @@ from convoy.cluster.ray_data import first_cause, set_up_ray_data
 from convoy.cluster.slice_metrics import SliceMetrics
 from convoy.core.config import StrictModel
 from convoy.core.errors import ClusterError, ConvoyError
+from convoy.core.processes import keep_freed_memory
 from convoy.storage.commits import SliceRecord
 
 _CPUS_AN_OPERATOR = 4
@@ -176,10 +178,13 @@ class SliceWorker:
         self, factory: OperatorFactory, spec_json: str, token: str, versions: Mapping[str, str]
     ) -> None:
         self._watch = DeathWatch(token)
+        keep_freed_memory()
+        # Ray makes an actor in one thread and calls it in another; torch's threads work for one, see `use_threads`.
+        self._thread = ThreadPoolExecutor(1, "operator")
         self._operator: SliceOperator | ConvoyError
         try:
             require_versions(versions)
-            self._operator = factory(spec_json)
+            self._operator = self._thread.submit(factory, spec_json).result()
         except ConvoyError as error:
             self._operator = error
 
@@ -198,4 +203,4 @@ class SliceWorker:
         if isinstance(self._operator, ConvoyError):
             raise self._operator
         with self._watch.watching(task.slice):
-            return self._operator(task)
+            return self._thread.submit(self._operator, task).result()

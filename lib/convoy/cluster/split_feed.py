@@ -29,6 +29,7 @@ from convoy.cluster.running_ahead import ahead
 from convoy.cluster.training_spec import CPUS_A_PREPARER, TrainingSpec
 from convoy.core.errors import ClusterError
 from convoy.storage.stores import open_store
+from convoy.vision.forward import use_threads
 from convoy.vision.learner import TrainBatch
 from convoy.vision.presets import EvalPreset
 
@@ -174,7 +175,7 @@ class _Preparer:
     """The actor that Ray Data makes for each place in the pool. It decodes in one thread: a pool has many."""
 
     def __init__(self, place: _Place, preset: EvalPreset) -> None:
-        torch.set_num_threads(1)
+        use_threads(1)
         spec = TrainingSpec.model_validate_json(place.spec_json)
         store = open_store(spec.workspace)
         train = store.open_parquet(spec.train.key).read()

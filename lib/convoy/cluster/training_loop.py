@@ -27,6 +27,7 @@ from convoy.cluster.training_results import TrainingOutcome, write_train_rejects
 from convoy.cluster.training_spec import TeacherRows, TrainingSpec
 from convoy.core.crash_points import CrashPoint, crash_point
 from convoy.core.errors import DataError
+from convoy.core.processes import keep_freed_memory
 from convoy.core.training_events import EpochResult
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.stores import open_store
@@ -34,6 +35,7 @@ from convoy.storage.teacher_logits import read_teacher_logits
 from convoy.vision.averaging import build_keeper, measure_batchnorm, swapped_in
 from convoy.vision.backbones import build_network, depth_axis
 from convoy.vision.distillation import Teacher
+from convoy.vision.forward import use_threads
 from convoy.vision.freezing import freeze, frozen_stages
 from convoy.vision.learner import Learner, TrainBatch, validation_sums, with_group_batchnorm
 from convoy.vision.presets import EvalPreset, at_resolution
@@ -54,7 +56,8 @@ class TrainingWorker:
     """One worker of the group, from its start or restart to the end of the training."""
 
     def __init__(self, spec: TrainingSpec, group: TrainingGroup, board: Any | None) -> None:
-        torch.set_num_threads(spec.num_threads)
+        keep_freed_memory()
+        use_threads(spec.num_threads)
         self._spec, self._group = spec, group
         self._board = BoardWriter(board if group.is_first else None)
         self._store = open_store(spec.workspace)

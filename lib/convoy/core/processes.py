@@ -1,13 +1,19 @@
-"""Processes: what tells one from all others, and whether one on this machine has ended."""
+"""Processes: what tells one from all others, whether one on this machine has ended, and how this one uses memory."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 from pathlib import Path
 
 from convoy.core.config import StrictModel
 
+# Parameters of glibc's `mallopt`, from malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+_MOST_KEPT_BYTES = 1 << 30
+# The most that glibc before 2.34 takes.
+_OLD_MMAP_THRESHOLD_BYTES = 32 << 20
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -45,6 +51,23 @@ def has_ended(process: ProcessIdentity) -> bool:
     except PermissionError:
         return False
     return _started(process.pid) != process.started
+
+
+def keep_freed_memory() -> None:
+    """Keep up to 1 GiB of what is freed for what is allocated next. For processes that run networks on CPUs.
+
+    The activations of a layer take tens of MB. glibc gives them back at once, and the kernel clears every page that it
+    hands out again: a sixth of the time of a ResNet. Threads that have not allocated yet share one pool of memory, as
+    the others hold blocks of 64 MB at most. Without glibc nothing happens.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return
+    # Without this one, the next would fix the bound to what comes from the kernel anew at its start, 128 kB.
+    if not mallopt(_M_MMAP_THRESHOLD, _MOST_KEPT_BYTES):
+        mallopt(_M_MMAP_THRESHOLD, _OLD_MMAP_THRESHOLD_BYTES)
+    mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT_BYTES)
+    mallopt(_M_ARENA_MAX, 1)
 
 
 def _place() -> str:

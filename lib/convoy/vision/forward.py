@@ -76,12 +76,23 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def use_threads(num_threads: int) -> None:
+    """Let torch compute with so many threads whatever the calling thread asks of it, and nothing else.
+
+    They are kept for that thread: what two threads of a process compute in parallel by turns takes a fifth longer,
+    as OpenMP sends threads to sleep at once where it holds more of them than the machine has cores.
+    """
+    torch.set_num_threads(num_threads)
+    # Settles it: a thread's first parallel computation takes the number that any thread was the last to set.
+    torch.get_num_threads()
+
+
 def open_device(num_threads: int) -> torch.device:
     """That device, with so many threads of the CPU, set up so that float32 is computed as float32 on either.
 
     By default cuDNN rounds what it convolves to the 10 bits of TF32: features of a GPU were not those of a CPU.
     """
-    torch.set_num_threads(num_threads)
+    use_threads(num_threads)
     torch.backends.cudnn.allow_tf32 = False
     return best_device()
 

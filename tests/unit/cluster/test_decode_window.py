@@ -7,9 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 
 import pytest
+import torch
 
-from convoy.cluster.decode_window import DecodeWindow
+from convoy.cluster.decode_window import DecodeWindow, decode_threads
 from convoy.core.records import RejectCode, SampleRejected, Stage
+from convoy.vision.forward import use_threads
 
 
 def test_an_image_waits_until_there_is_room_for_its_bytes() -> None:
@@ -53,3 +55,17 @@ def test_a_sample_that_could_not_be_fetched_takes_no_room_and_errors_stay_with_t
         assert found.result() == 1
         with pytest.raises(SampleRejected):
             lost.result()
+
+
+def test_a_decoder_computes_alone_and_leaves_the_network_its_threads() -> None:
+    def compute(_: int) -> int:
+        torch.zeros(1 << 20).copy_(torch.ones(1 << 20))
+        return torch.get_num_threads()
+
+    with (
+        ThreadPoolExecutor(1, initializer=use_threads, initargs=(2,)) as operator,
+        decode_threads(2) as decoders,
+    ):
+        assert set(decoders.map(compute, range(8))) == {1}
+        assert operator.submit(compute, 0).result() == 2
+        assert set(decoders.map(compute, range(8))) == {1}

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import platform
+import resource
 import subprocess
 import sys
 import time
+
+import pytest
 
 from convoy.core.processes import ProcessIdentity, has_ended, this_process
 
@@ -39,3 +43,34 @@ def test_of_a_process_elsewhere_nobody_knows() -> None:
     assert not has_ended(this_process().model_copy(update={"place": "another boot", "pid": 2**22}))
     assert not has_ended(this_process().model_copy(update={"host": "elsewhere", "pid": 2**22}))
     assert not has_ended(this_process().model_copy(update={"place": "", "started": "1"}))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told what to keep")
+def test_memory_that_was_freed_is_used_again_without_the_kernel() -> None:
+    script = """
+import resource
+import threading
+import numpy as np
+from convoy.core.processes import keep_freed_memory
+
+def faults_of_ten_rounds():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        np.ones(5_000_000)
+        np.ones(10_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print(faults_of_ten_rounds())
+keep_freed_memory()
+faults_of_ten_rounds()
+print(faults_of_ten_rounds())
+later = threading.Thread(target=lambda: (faults_of_ten_rounds(), print(faults_of_ten_rounds())))
+later.start()
+later.join()
+"""
+    result = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    by_default, kept, in_a_later_thread = map(int, result.stdout.split())
+    one_round_pages = 120_000_000 // resource.getpagesize()
+    # Where large pages are on, a fault brings more than one.
+    assert kept < by_default / 10 <= one_round_pages
+    assert in_a_later_thread < by_default / 10
