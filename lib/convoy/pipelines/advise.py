@@ -15,7 +15,6 @@ from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.network_training import CurveDrawer
 from convoy.pipelines.workspace import open_workspace
 from convoy.storage.commits import finish
-from convoy.storage.datasets import open_dataset
 from convoy.storage.leases import WhenHeld, hold_run
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
@@ -37,8 +36,8 @@ def run_advise(
     `draw_curves` makes the pictures of the trainings of `verify`. DataError for a dataset without two classes.
     """
     store = open_workspace(config.workspace, config.writers)
-    config.freeze_source(progress)
-    manifest = open_dataset(store, config.dataset_name)
+    open_run = OpenRun(store, verb=_VERB, target=config.dataset_name)
+    manifest, notes = config.open_for(store, open_run, progress=progress, new_run=new_run)
     if len(manifest.classes) < 2:
         raise DataError(
             "advice needs two classes or more",
@@ -52,7 +51,6 @@ def run_advise(
     if not new_run and (known := _known(store, pointer, config)) is not None:
         progress.stage("the advice was given already")
         return known
-    open_run = OpenRun(store, verb=_VERB, target=config.dataset_name)
     folder, record = open_run.resume(identity, new_run=new_run)
     folder = folder or open_run.start()
     with hold_run(folder, when_held=WhenHeld.REFUSE) as lease:
@@ -72,7 +70,7 @@ def run_advise(
         store.put(pointer, canonical_json({"run_id": folder.run_id}))
         finish(folder, report.model_dump(mode="json"))
         open_run.close(folder)
-    return report
+    return report.model_copy(update={"notes": [*notes, *report.notes]})
 
 
 def _refuse_equal_networks(config: AdviseConfig, records: list[BackboneRecord]) -> None:

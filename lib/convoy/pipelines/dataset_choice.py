@@ -46,20 +46,24 @@ class DatasetChoice(StrictModel):
     def open_for(
         self, store: ObjectStore, open_run: OpenRun, *, progress: Progress, new_run: bool = False
     ) -> tuple[Manifest, list[str]]:
-        """The dataset's manifest, and a note where that is not the source as it is now.
+        """The dataset's manifest, and a note where that may not be the newest.
 
         An unfinished run that the same choice began is ended on the version that it has: a source that has one more
-        image could not be frozen so again. Else, and with `new_run`, a source is frozen now.
+        image could not be frozen so again, and a dataset may have been refreshed. Else, and with `new_run`, a source
+        is frozen now, and of a dataset the current version taken.
         """
-        begun = None if new_run or self.source is None else self._begun_version(open_run)
+        begun = None if new_run else self._begun_version(open_run)
         if begun is None:
-            self.freeze_source(progress)
+            self._freeze_source(progress)
             return open_dataset(store, self.dataset_name), []
+        manifest = open_dataset(store, self.dataset_name, begun)
+        if self.source is None and open_dataset(store, self.dataset_name).fingerprint == begun:
+            return manifest, []
         note = (
-            f"an unfinished run goes on, with version {begun} of the source; once it has ended, the same command"
-            " takes the source as it is then"
+            f"an unfinished run goes on, with version {begun} of {self.dataset_name}; once it has ended, the same"
+            " command takes the newest images"
         )
-        return open_dataset(store, self.dataset_name, begun), [note]
+        return manifest, [note]
 
     def _begun_version(self, open_run: OpenRun) -> str | None:
         folder = open_run.unfinished()
@@ -69,8 +73,7 @@ class DatasetChoice(StrictModel):
             return None
         return str(record.identity["dataset_fingerprint"])
 
-    def freeze_source(self, progress: Progress) -> None:
-        """Freeze the source, if there is one, as the dataset of that name."""
+    def _freeze_source(self, progress: Progress) -> None:
         if self.source is not None:
             source = DatasetConfig(
                 workspace=self.workspace,

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cache_jobs import write_digits
 from convoy.core.config import load_config
 from convoy.core.fingerprints import canonical_json, digest
 from convoy.core.progress import Silent
@@ -15,7 +16,8 @@ from convoy.pipelines import advise
 from convoy.pipelines.advise_config import AdviseConfig
 from convoy.pipelines.advise_evidence import Gathered
 from convoy.pipelines.advise_probes import Look
-from convoy.pipelines.advise_work import _notes
+from convoy.pipelines.advise_report import AdviceReport
+from convoy.pipelines.advise_work import AdviceWork, _notes
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.classifiers import Strategy
 from convoy.pipelines.feature_summary import FeatureSummary
@@ -32,7 +34,7 @@ def test_advice_that_is_known_is_judged_by_the_error_budget_of_now(
     """The made advice has one reject among 100 images."""
     manifest = frozen_rows(tmp_path, {Split.TRAIN: (10, 10)}, ("good", "defect"))
     record = BackboneRecord.model_construct(weights_digest="a" * 32)
-    monkeypatch.setattr(advise, "open_dataset", lambda *_: manifest)
+    monkeypatch.setattr("convoy.pipelines.dataset_choice.open_dataset", lambda *_: manifest)
     monkeypatch.setattr(advise, "fetch_backbone", lambda *_: record)
     base = ["dataset=parts", "candidates=[{backbone: {arch: lenet5}}]", f"workspace={tmp_path}"]
     configs = [
@@ -43,6 +45,36 @@ def test_advice_that_is_known_is_judged_by_the_error_budget_of_now(
     store.put(f"advice/{digest(identity)}.json", canonical_json({"run_id": "r"}))
     given = [advise.run_advise(one, progress=Silent(), draw_curves=lambda *_: b"") for one in configs]
     assert [one.within_error_budget for one in given] == [False, True]
+
+
+def test_cut_off_advice_on_a_source_is_ended_before_newer_images_are_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_digits(tmp_path / "images", 12)
+    monkeypatch.setattr(
+        advise, "fetch_backbone", lambda *_: BackboneRecord.model_construct(weights_digest="a" * 32)
+    )
+    base = ["name=digits", f"source={tmp_path}/images", "candidates=[{backbone: {arch: lenet5}}]"]
+    config = load_config(AdviseConfig, None, [*base, f"workspace={tmp_path}/W"])
+    looked_at: list[AdviceWork] = []
+
+    def look(work: AdviceWork, _: list[BackboneRecord]) -> AdviceReport:
+        looked_at.append(work)
+        if len(looked_at) == 1:
+            raise KeyboardInterrupt
+        return made_advice()
+
+    monkeypatch.setattr(AdviceWork, "advise", look)
+    with pytest.raises(KeyboardInterrupt):
+        advise.run_advise(config, progress=Silent(), draw_curves=lambda *_: b"")
+    write_digits(tmp_path / "images", 2, start=12)
+    ended, newest = (
+        advise.run_advise(config, progress=Silent(), draw_curves=lambda *_: b"") for _ in range(2)
+    )
+    begun, again, anew = looked_at
+    assert again.folder.run_id == begun.folder.run_id != anew.folder.run_id
+    assert [one.manifest.num_samples for one in looked_at] == [12, 12, 14]
+    assert ["an unfinished run goes on" in str(one.notes) for one in (ended, newest)] == [True, False]
 
 
 @pytest.mark.parametrize(("timed_images", "is_rough"), [(299, True), (300, False)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,19 @@ def store(images: Path, monkeypatch: pytest.MonkeyPatch) -> LocalStore:
     return store
 
 
+@contextmanager
+def cut_off() -> Iterator[None]:
+    """The job within dies before its first slice."""
+
+    def die(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("convoy.pipelines.committee_predictions.do_slices", die)
+        with pytest.raises(KeyboardInterrupt):
+            yield
+
+
 def score(store: LocalStore, *, new_run: bool = False) -> Any:
     config = ScoreConfig(workspace=store.root_uri, dataset="digits", bundle="one", extraction=EXTRACTION)
     return run_score(config, progress=Silent(), new_run=new_run)
@@ -92,18 +106,10 @@ def test_images_that_could_not_be_fetched_are_counted_and_the_report_says_how_to
 
 
 @pytest.mark.parametrize("job", [score, evaluate])
-def test_a_new_run_that_was_cut_off_is_gone_on_with_by_the_plain_command(
-    store: LocalStore, monkeypatch: pytest.MonkeyPatch, job: Any
-) -> None:
+def test_a_new_run_that_was_cut_off_is_gone_on_with_by_the_plain_command(store: LocalStore, job: Any) -> None:
     first = job(store)
-
-    def cut_off(*_: Any, **__: Any) -> Any:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr("convoy.pipelines.committee_predictions.do_slices", cut_off)
-        with pytest.raises(KeyboardInterrupt):
-            job(store, new_run=True)
+    with cut_off():
+        job(store, new_run=True)
     (begun,) = open_pointers(store)
     again = job(store)
     assert again.run == begun != first.run
@@ -117,16 +123,11 @@ def from_source(images: Path, store: LocalStore, **changes: Any) -> ScoreConfig:
 
 
 @pytest.fixture
-def begun(images: Path, store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> str:
+def begun(images: Path, store: LocalStore) -> str:
     """A scoring of a source that was cut off, and whose source has two more images since."""
 
-    def cut_off(*_: Any, **__: Any) -> Any:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr("convoy.pipelines.committee_predictions.do_slices", cut_off)
-        with pytest.raises(KeyboardInterrupt):
-            run_score(from_source(images, store), progress=Silent())
+    with cut_off():
+        run_score(from_source(images, store), progress=Silent())
     write_digits(images, 2, start=NUM_IMAGES)
     (run,) = open_pointers(store)
     return run
@@ -138,10 +139,28 @@ def test_a_cut_off_scoring_of_a_source_is_ended_before_newer_images_are_taken(
     config = from_source(images, store)
     first = run_score(config, progress=Silent())
     assert (first.run, first.inputs) == (begun, NUM_IMAGES + 1)
-    assert f"with version {first.fingerprint} of the source" in first.notes[0]
+    assert f"with version {first.fingerprint} of new" in first.notes[0]
     second = run_score(config, progress=Silent())
     assert (second.run != begun, second.inputs) == (True, NUM_IMAGES + 3)
-    assert not any("of the source" in note for note in second.notes)
+    assert not any("an unfinished run goes on" in note for note in second.notes)
+
+
+@pytest.mark.parametrize("is_refreshed", [True, False])
+def test_a_cut_off_scoring_of_a_dataset_is_ended_though_the_dataset_was_refreshed(
+    images: Path, store: LocalStore, begun: str, is_refreshed: bool
+) -> None:
+    assert run_score(from_source(images, store), progress=Silent()).run == begun
+    config = ScoreConfig.model_validate(
+        {"workspace": store.root_uri, "dataset": "new", "bundle": "one", "extraction": EXTRACTION}
+    )
+    with cut_off():
+        run_score(config, progress=Silent(), new_run=True)
+    (begun_again,) = open_pointers(store)
+    if is_refreshed:
+        freeze(DatasetConfig(workspace=store.root_uri, name="new", source=str(images)), progress=Silent())
+    report = run_score(config, progress=Silent())
+    assert (report.run, report.inputs) == (begun_again, NUM_IMAGES + 1)
+    assert any("an unfinished run goes on" in note for note in report.notes) is is_refreshed
 
 
 def test_a_dry_run_does_not_keep_a_cut_off_scoring_from_going_on(
