@@ -24,6 +24,10 @@ _USAGE = struct.Struct("<qd")
 _OPENING_S = 60.0
 _RECOUNT_AFTER_S = 3600.0
 _LEFTOVER_AFTER_S = 86_400.0
+# A file's modification time says when it was last used, to the hour.
+_USE_NOTED_AFTER_S = 3600.0
+_UNUSED_AFTER_S = 2 * 86_400.0
+_FULL_SHARE = 0.9
 
 
 @dataclass(slots=True, kw_only=True)
@@ -39,9 +43,11 @@ class CacheCounts:
 class LocalImageCache:
     """Encoded images by the content id of their manifest; all processes of a node may share one folder.
 
-    What fits is admitted, until the files have `max_bytes`, and nothing is ever evicted. For training reads
+    What fits is admitted, until the files have `max_bytes`, and nothing in use is ever evicted. For training reads
     all its images in the same cycle, epoch by epoch: the image that was not used for the longest time, which
     others would evict, is the one that is needed next, and a cache that is a little too small would never hit.
+    Only where nine tenths are taken, what nobody has used for two days goes when the files are counted: the images of
+    trainings of the past.
 
     A process may be killed at any moment: files appear whole and hold a digest, so bytes that are not the
     admitted ones are a miss. A cache that cannot be written (a full disk, no permission) admits nothing more
@@ -74,6 +80,7 @@ class LocalImageCache:
         try:
             with open(path, "rb") as file:
                 expected, data = file.read(DIGEST_BYTES), file.read()
+                last_used_unix_s = os.fstat(file.fileno()).st_mtime
         except OSError:
             self._count(misses=1)
             return None
@@ -82,6 +89,9 @@ class LocalImageCache:
                 os.unlink(path)
             self._count(misses=1, note="a damaged file was deleted")
             return None
+        if last_used_unix_s < time.time() - _USE_NOTED_AFTER_S:
+            with suppress(OSError):
+                os.utime(path)
         self._count(hits=1)
         return data
 
@@ -132,20 +142,30 @@ class LocalImageCache:
             os.close(descriptor)
 
     def _recount(self, usage: int) -> tuple[int, float]:
-        """Count the bytes in the folder, and remove what writers left that were killed long ago.
+        """Count the bytes in the folder, and remove what writers left that were killed long ago, and what is unused.
 
         What others are writing at this moment may be missed.
         """
-        used_bytes, now_unix_s = 0, time.time()
+        now_unix_s = time.time()
+        used_bytes = self._remove_and_count(now_unix_s - _LEFTOVER_AFTER_S, None)
+        if used_bytes > _FULL_SHARE * self.max_bytes:
+            used_bytes = self._remove_and_count(now_unix_s - _LEFTOVER_AFTER_S, now_unix_s - _UNUSED_AFTER_S)
+        return _write_usage(usage, used_bytes, now_unix_s)
+
+    def _remove_and_count(self, begun_unix_s: float, used_unix_s: float | None) -> int:
+        """The bytes that stay without unfinished files begun before, and images last used before; None: all stay."""
+        kept_bytes = 0
         for entry in _files_below(self.folder):
+            if entry.name == _USAGE_FILE:
+                continue
             with suppress(FileNotFoundError):
                 status = entry.stat(follow_symlinks=False)
-                is_unfinished = entry.name.startswith(PRIVATE_PREFIX)
-                if is_unfinished and status.st_mtime < now_unix_s - _LEFTOVER_AFTER_S:
+                oldest_unix_s = begun_unix_s if entry.name.startswith(PRIVATE_PREFIX) else used_unix_s
+                if oldest_unix_s is not None and status.st_mtime < oldest_unix_s:
                     os.unlink(entry.path)
-                elif entry.name != _USAGE_FILE:
-                    used_bytes += status.st_size
-        return _write_usage(usage, used_bytes, now_unix_s)
+                else:
+                    kept_bytes += status.st_size
+        return kept_bytes
 
     def _path(self, content_id: bytes) -> str:
         name = content_id.hex()

@@ -191,6 +191,20 @@ def with_old_count(folder: Path) -> None:
     (folder / "usage").write_bytes(struct.pack("<qd", used, counted_unix_s - 120))
 
 
+@pytest.mark.parametrize(("num_places", "left"), [(3, [2, 3, 4]), (9, [1, 2, 3, 4])])
+def test_images_that_nobody_has_used_for_days_make_room_where_there_is_none(
+    folder: Path, num_places: int, left: list[int]
+) -> None:
+    cache = LocalImageCache(str(folder), num_places * (100 + HEADER_BYTES))
+    fill(cache, 1, 2, 3)
+    for number in (1, 2):
+        os.utime(cache._path(image(number)[0]), (time.time() - 3 * 86_400,) * 2)
+    assert found(cache, 2) == [2], "a use, which counts"
+    with_old_count(folder)
+    fill(LocalImageCache(cache.folder, cache.max_bytes), 4)
+    assert found(cache, 1, 2, 3, 4) == left
+
+
 @pytest.mark.parametrize(("age_s", "is_left"), [(60, True), (90_000, False)])
 def test_an_unfinished_file_is_removed_once_it_is_a_day_old(folder: Path, age_s: int, is_left: bool) -> None:
     cache = LocalImageCache(str(folder), 2 * (100 + HEADER_BYTES))
