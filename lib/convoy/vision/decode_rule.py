@@ -20,14 +20,15 @@ class DecodeRule(StrictModel):
     """What is decoded, and how. Part of every cache key.
 
     Sides below `min_side_px` are rejected: images of one pixel are trackers and placeholders. Transparent
-    pixels show `background_rgb`. Fixed parts of the rule: 16-bit samples keep their high byte; 32-bit and
+    pixels show `background_rgb`. Fixed parts of the rule: 12- and 16-bit samples keep their upper 8 bits; 32-bit and
     float samples are refused, as they have no declared white; the first frame counts; EXIF orientation is
     applied; colour profiles are ignored; a JPEG or PNG without its end marker is truncated.
     """
 
-    # Raised when the same bytes and fields would give other pixels or another verdict. Version 1, which bundles and
-    # caches remember, shows 16-bit grey TIFFs whose zero is white as negatives.
-    version: Literal[1, 2] = 2
+    # Raised when the same bytes and fields would give other pixels or another verdict. Bundles and caches remember
+    # earlier ones: version 2 shows 12-bit grey TIFFs almost black, version 1 also 16-bit ones whose zero is white as
+    # negatives.
+    version: Literal[1, 2, 3] = 3
     formats: tuple[ImageFormat, ...] = tuple(ImageFormat)
     max_pixels: int = Field(default=50_000_000, gt=0, le=PILLOW_MAX_PIXELS)
     max_bytes: int = Field(default=256 << 20, gt=0)

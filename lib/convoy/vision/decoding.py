@@ -195,7 +195,8 @@ def _decode_with_pillow(image: Image.Image, data: bytes, rule: DecodeRule) -> to
 
 def _as_rgb(image: Image.Image, rule: DecodeRule) -> Image.Image:
     if image.mode in _SIXTEEN_BIT_GREY:
-        image = _high_bytes(image, inverted=rule.version > 1 and _zero_is_white(image))
+        num_bits = _grey_bits(image) if rule.version > 2 else 16
+        image = _upper_bits(image, num_bits, inverted=rule.version > 1 and _zero_is_white(image))
     if not image.has_transparency_data:
         return image.convert("RGB")
     layer = image.convert("RGBA")
@@ -210,11 +211,17 @@ def _zero_is_white(image: Image.Image) -> bool:
     return image.format == ImageFormat.TIFF and photometric == _WHITE_IS_ZERO
 
 
-def _high_bytes(image: Image.Image, *, inverted: bool) -> Image.Image:
-    """16-bit grey as 8-bit grey; a transparent grey level, which is a 16-bit number, becomes alpha."""
+def _grey_bits(image: Image.Image) -> int:
+    """How many bits of the 16 that Pillow gives a sample of grey are used: a TIFF may have 12, numbers up to 4095."""
+    bits: tuple[int, ...] = getattr(image, "tag_v2", {}).get(ExifTags.Base.BitsPerSample, (16,))
+    return bits[0]
+
+
+def _upper_bits(image: Image.Image, num_bits: int, *, inverted: bool) -> Image.Image:
+    """Grey of more than 8 bits as 8-bit grey; a transparent grey level, which is a 16-bit number, becomes alpha."""
     samples_HW = np.asarray(image)
     levels_HW = ~samples_HW if inverted else samples_HW
-    grey = Image.fromarray((levels_HW >> 8).astype(np.uint8))
+    grey = Image.fromarray((levels_HW >> (num_bits - 8)).astype(np.uint8))
     transparent_level = image.info.get("transparency")
     if transparent_level is None:
         return grey
