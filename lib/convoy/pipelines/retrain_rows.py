@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from convoy.storage.feature_cache import content_id_array
 from convoy.storage.manifests import Manifest, label_names
 from convoy.storage.retrains import HOLDOUT_SCHEMA, RetrainFolder
 
+# A class whose last needed judge is lost would be watched no more.
+_WITH_SPARES = 1.25
 _COLUMNS = ("sample_id", "content_id", "label", "split", "weight")
 
 
@@ -77,9 +80,9 @@ def open_rows(
 ) -> RetrainRows:
     """The rows of a version. The first time, its labelled test rows become the holdout for good.
 
-    Later, each class that the champion knows and of which fewer than `min_class_rows` are frozen is filled up to that
-    by test rows that were test rows already in the version that the champion was made from: no model was trained on
-    them, and neither today's data nor what was objected to can choose its judges.
+    Later, each class that the champion knows and of which few are frozen is filled up to a quarter more than
+    `min_class_rows` by test rows that were test rows already in the version that the champion was made from: no model
+    was trained on them, and neither today's data nor what was objected to can choose its judges.
 
     `held` are versions since `previous` whose data was objected to, by date and oldest first. Raises
     DataError where no test row is labelled, or nothing of the holdout is left.
@@ -165,8 +168,9 @@ def _unseen(table: pa.Table, is_wanted_N: NDArray[np.bool_] | None = None) -> pa
 
 
 def _scarce(holdout: pa.Table, classes: Sequence[str], min_class_rows: int) -> Counter[str]:
-    """How many rows the holdout lacks of each class that has too few."""
-    return Counter(dict.fromkeys(classes, min_class_rows)) - class_counts(holdout)
+    """How many rows the holdout lacks of each class that has too few, with some to spare for images that are lost."""
+    wanted = math.ceil(_WITH_SPARES * min_class_rows)
+    return Counter(dict.fromkeys(classes, wanted)) - class_counts(holdout)
 
 
 def _some_of_each(table: pa.Table, wanted: Counter[str]) -> pa.Table:

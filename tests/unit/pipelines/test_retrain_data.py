@@ -146,9 +146,9 @@ def test_test_rows_of_a_class_that_the_champion_learnt_later_join_the_holdout(tm
     # What a training saw, in its split of then (g) or under another name (f), never does.
     assert joined(DAY, second) == (["d"], 1)
     assert joined(DAY, second) == (["d"], 1)
-    # A class that stays scarce is filled up, and no further.
-    assert joined("2026-01-06", today) == (["d", "g"], 1)
-    assert joined("2026-01-07", today) == (["d", "g"], 0)
+    # A class that stays scarce is filled up, with one to spare, and no further.
+    assert joined("2026-01-06", today) == (["d", "g", "h"], 2)
+    assert joined("2026-01-07", today) == (["d", "g", "h"], 0)
 
 
 def test_a_loss_of_judges_is_objected_to_before_others_take_their_place(tmp_path: Path) -> None:
