@@ -12,7 +12,7 @@ from convoy.core.config import StrictModel
 # Parameters of glibc's `mallopt`, from malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _MOST_KEPT_BYTES = 1 << 30
-# The most that glibc before 2.34 takes.
+# The most that an older glibc takes: half of what one pool of a thread may hold.
 _OLD_MMAP_THRESHOLD_BYTES = 32 << 20
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
