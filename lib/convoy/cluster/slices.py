@@ -23,8 +23,10 @@ from convoy.storage.commits import SliceRecord
 
 _CPUS_AN_OPERATOR = 4
 _MOST_OPERATORS_A_GPU = 4
-# Without GPUs: what a process with a network of usual size takes, and the rows that make up for its start.
+# Without GPUs: what a process takes beside the weights of its networks, which it may hold twice, the second time as
+# kernels want them, and the rows that make up for its start.
 _MEMORY_AN_OPERATOR_BYTES = 2 << 30
+_COPIES_OF_WEIGHTS = 2
 _ROWS_AN_OPERATOR = 1000
 
 
@@ -35,6 +37,16 @@ class WorkerPool(StrictModel):
     num_cpus: float
     num_gpus: float
     num_threads: int
+
+
+class PlannedWork(NamedTuple):
+    """What a pool is to do: so many rows, by networks of so many bytes."""
+
+    num_rows: int = 0
+    weights_bytes: int = 0
+
+
+_NO_WORK = PlannedWork()
 
 
 class SliceTask(StrictModel):
@@ -53,19 +65,18 @@ class NodeSize(NamedTuple):
 
 
 def plan_pool(
-    num_workers: int | None, cpus_per_worker: int | None = None, *, num_rows: int = 0
+    num_workers: int | None, cpus_per_worker: int | None = None, work: PlannedWork = _NO_WORK
 ) -> WorkerPool:
-    """The pool for `num_rows` on the cluster as it is; ClusterError where no node offers a CPU."""
+    """The pool for some work on the cluster as it is; ClusterError where no node offers a CPU."""
     nodes = [NodeSize(int(node["CPU"]), int(node["GPU"]), int(node["memory"])) for node in alive_nodes()]
-    return fit_pool(num_workers, nodes, cpus_per_worker, num_rows=num_rows)
+    return fit_pool(num_workers, nodes, cpus_per_worker, work)
 
 
 def fit_pool(
     num_workers: int | None,
     nodes: Sequence[NodeSize],
     cpus_per_worker: int | None = None,
-    *,
-    num_rows: int = 0,
+    work: PlannedWork = _NO_WORK,
 ) -> WorkerPool:
     """Operators for these nodes; unless their number is given, the CPUs are shared out as threads.
 
@@ -77,7 +88,7 @@ def fit_pool(
         raise ClusterError("no node offers a CPU", next_step="start workers, or look at `ray status`")
     num_gpus = sum(node.gpus for node in nodes)
     if not num_gpus:
-        workers = num_workers or _operators_without_gpus(usable, cpus_per_worker or 1, num_rows)
+        workers = num_workers or _operators_without_gpus(usable, cpus_per_worker or 1, work)
         num_threads = cpus_per_worker or max(sum(node.cpus for node in usable) // workers, 1)
         # A fraction of a CPU too few is asked for, so that Ray Data's own tasks always find room.
         num_cpus = max(min(num_threads, *(node.cpus for node in usable)) - 0.5, 0.1)
@@ -94,15 +105,14 @@ def fit_pool(
     )
 
 
-def _operators_without_gpus(nodes: Sequence[NodeSize], cpus_each: int, num_rows: int) -> int:
+def _operators_without_gpus(nodes: Sequence[NodeSize], cpus_each: int, work: PlannedWork) -> int:
     """One a node, or as many as CPUs and memory hold, if there are rows enough to make up for their start.
 
     The threads of one network wait for each other: while a decoder has one of their cores, all of them stand still.
     """
-    most = sum(
-        max(min(node.cpus // cpus_each, node.memory_bytes // _MEMORY_AN_OPERATOR_BYTES), 1) for node in nodes
-    )
-    return max(len(nodes), min(most, num_rows // _ROWS_AN_OPERATOR))
+    memory_bytes = _MEMORY_AN_OPERATOR_BYTES + _COPIES_OF_WEIGHTS * work.weights_bytes
+    most = sum(max(min(node.cpus // cpus_each, node.memory_bytes // memory_bytes), 1) for node in nodes)
+    return max(len(nodes), min(most, work.num_rows // _ROWS_AN_OPERATOR))
 
 
 class SliceSpec(Protocol):

@@ -27,6 +27,11 @@ class BackboneRecord(StrictModel):
     macs: int
     axis: DepthAxis
 
+    @property
+    def weights_bytes(self) -> int:
+        """What the parameters take in float32."""
+        return 4 * self.num_parameters
+
     def resolve_tap(self, tap: str | int) -> str:
         """The full name of a stage given by name, alias, prefix or number."""
         return resolve_tap(self.axis, tap).name

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from convoy.cluster.committee_scoring import score_slices
-from convoy.cluster.slices import SliceTask, WorkerPool
+from convoy.cluster.slices import PlannedWork, SliceTask, WorkerPool
 from convoy.core.crop_policies import EvaluationMode, MemberOutputs
 from convoy.core.errors import ConfigError
 from convoy.core.fingerprints import canonical_json, digest
@@ -207,7 +207,9 @@ class CommitteeJob:
             lease=lease,
             extraction=extraction,
             progress=progress,
-            planned_rows=self._request.planned_rows,
+            work=PlannedWork(
+                self._request.planned_rows or record.num_inputs, self._request.committee.weights_bytes
+            ),
         )
 
 

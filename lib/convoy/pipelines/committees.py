@@ -90,6 +90,11 @@ class CommitteeRecord:
         return all(member.classifier.gives_probabilities for member in self.members)
 
     @property
+    def weights_bytes(self) -> int:
+        """What the parameters of all members take in float32."""
+        return sum(member.classifier.backbone.weights_bytes for member in self.members)
+
+    @property
     def digest(self) -> str:
         """A digest of everything that determines predictions in the exact mode."""
         members = [[member.digest, member.weight, member.temperature] for member in self.members]

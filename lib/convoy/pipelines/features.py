@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from convoy.cluster.extraction_spec import ExtractionSpec, FeatureOutput
 from convoy.cluster.feature_extraction import extract_slices
-from convoy.cluster.slices import SliceTask, WorkerPool
+from convoy.cluster.slices import PlannedWork, SliceTask, WorkerPool
 from convoy.core.fingerprints import digest
 from convoy.core.progress import Progress
 from convoy.pipelines.backbone_record import BackboneRecord
@@ -231,7 +231,15 @@ class FeatureJob:
         def run(tasks: Sequence[SliceTask], pool: WorkerPool) -> Iterator[SliceRecord]:
             return extract_slices(self._spec(record, pool), tasks, pool)
 
-        return do_slices(folder, record, run, lease=lease, extraction=self._extraction, progress=progress)
+        return do_slices(
+            folder,
+            record,
+            run,
+            lease=lease,
+            extraction=self._extraction,
+            progress=progress,
+            work=PlannedWork(record.num_inputs, self._backbone.weights_bytes),
+        )
 
     def _spec(self, record: RunRecord, pool: WorkerPool) -> ExtractionSpec:
         return ExtractionSpec(

@@ -12,7 +12,7 @@ from typing import Any
 from convoy.cluster.inspecting import inspect_slices
 from convoy.cluster.inspection_spec import InspectionSpec, NetworkSpec, Piece, PieceKind
 from convoy.cluster.session import ray_session
-from convoy.cluster.slices import SliceTask, WorkerPool
+from convoy.cluster.slices import PlannedWork, SliceTask, WorkerPool
 from convoy.core.fingerprints import canonical_json, digest
 from convoy.core.progress import Progress
 from convoy.pipelines.embedding_maps import require_method
@@ -128,7 +128,8 @@ class _Inspection:
             return inspect_slices(self._spec(record, pool), tasks, pool)
 
         extraction = self._config.extraction
-        do_slices(folder, record, run, lease=lease, extraction=extraction, progress=self._progress)
+        work = PlannedWork(record.num_inputs)
+        do_slices(folder, record, run, lease=lease, extraction=extraction, progress=self._progress, work=work)
         publish(folder, record, read_records(folder))
 
     def _known(self) -> InspectionReport | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from convoy.cluster.session import ray_session
-from convoy.cluster.slices import SliceTask, WorkerPool, plan_pool
+from convoy.cluster.slices import PlannedWork, SliceTask, WorkerPool, plan_pool
 from convoy.core.crash_points import CrashPoint, crash_point
 from convoy.core.progress import Progress
 from convoy.pipelines.feature_plan import ExtractionConfig
@@ -25,11 +25,11 @@ def do_slices(
     lease: RunLease,
     extraction: ExtractionConfig,
     progress: Progress,
-    planned_rows: int | None = None,
+    work: PlannedWork,
 ) -> list[SliceRecord]:
-    """Run the slices that have no verified attempt, by a pool for `planned_rows`, or else for the rows of the run.
+    """Run the slices that have no verified attempt; returns the records of those that were finished now.
 
-    Returns the records of those that were finished now.
+    `work` is that of the whole run, whatever is left: the number of threads moves the last bits of what is computed.
 
     The lease is confirmed at the end: what follows is publishing. Raises LeaseLost or RunCancelled between slices, as
     soon as the run is not this driver's any more.
@@ -48,9 +48,7 @@ def do_slices(
     progress.stage("starting Ray and the workers")
     with ray_session():
         num_done = sum(slice_.num_results + slice_.num_rejects for slice_ in done.values())
-        # By all rows, not by those that are left: the number of threads moves the last bits of what is computed.
-        num_rows = planned_rows or record.num_inputs
-        pool = plan_pool(extraction.num_workers, extraction.cpus_per_worker, num_rows=num_rows)
+        pool = plan_pool(extraction.num_workers, extraction.cpus_per_worker, work)
         progress.start(record.num_inputs, num_done)
         for slice_record in run(tasks, pool):
             progress.advance(slice_record.num_results, slice_record.num_rejects)

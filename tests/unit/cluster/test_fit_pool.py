@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from convoy.cluster.slices import NodeSize, fit_pool
+from convoy.cluster.slices import NodeSize, PlannedWork, fit_pool
 from convoy.core.errors import ClusterError
 
 
@@ -69,11 +69,16 @@ GIB = 1 << 30
 def test_many_rows_get_an_operator_for_each_cpu(
     sizes: list[tuple[int, int, int]], num_rows: int, num_workers: int, num_threads: int
 ) -> None:
-    pool = fit_pool(None, [NodeSize(*size) for size in sizes], num_rows=num_rows)
+    pool = fit_pool(None, [NodeSize(*size) for size in sizes], work=PlannedWork(num_rows))
     assert (pool.num_workers, pool.num_threads) == (num_workers, num_threads)
     assert pool.num_cpus * pool.num_workers < sum(cpus for cpus, *_ in sizes)
 
 
 def test_operators_of_given_threads_share_the_cpus() -> None:
-    pool = fit_pool(None, [NodeSize(16, 0, 64 * GIB)], 4, num_rows=10**6)
+    pool = fit_pool(None, [NodeSize(16, 0, 64 * GIB)], 4, PlannedWork(10**6))
     assert (pool.num_workers, pool.num_threads) == (4, 4)
+
+
+def test_an_operator_has_room_for_its_networks() -> None:
+    heavy = PlannedWork(10**6, weights_bytes=3 * GIB)
+    assert fit_pool(None, [NodeSize(16, 0, 64 * GIB)], work=heavy).num_workers == 8
