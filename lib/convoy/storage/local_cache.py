@@ -147,13 +147,14 @@ class LocalImageCache:
         What others are writing at this moment may be missed.
         """
         now_unix_s = time.time()
-        used_bytes = self._remove_and_count(now_unix_s - _LEFTOVER_AFTER_S, None)
+        begun_unix_s = now_unix_s - _LEFTOVER_AFTER_S
+        used_bytes = self._remove_and_count(begun_unix_s)
         if used_bytes > _FULL_SHARE * self.max_bytes:
-            used_bytes = self._remove_and_count(now_unix_s - _LEFTOVER_AFTER_S, now_unix_s - _UNUSED_AFTER_S)
+            used_bytes = self._remove_and_count(begun_unix_s, now_unix_s - _UNUSED_AFTER_S)
         return _write_usage(usage, used_bytes, now_unix_s)
 
-    def _remove_and_count(self, begun_unix_s: float, used_unix_s: float | None) -> int:
-        """The bytes that stay without unfinished files begun before, and images last used before; None: all stay."""
+    def _remove_and_count(self, begun_unix_s: float, used_unix_s: float = 0.0) -> int:
+        """The bytes that stay without unfinished files that were begun before, and images last used before."""
         kept_bytes = 0
         for entry in _files_below(self.folder):
             if entry.name == _USAGE_FILE:
@@ -161,7 +162,7 @@ class LocalImageCache:
             with suppress(FileNotFoundError):
                 status = entry.stat(follow_symlinks=False)
                 oldest_unix_s = begun_unix_s if entry.name.startswith(PRIVATE_PREFIX) else used_unix_s
-                if oldest_unix_s is not None and status.st_mtime < oldest_unix_s:
+                if status.st_mtime < oldest_unix_s:
                     os.unlink(entry.path)
                 else:
                     kept_bytes += status.st_size
