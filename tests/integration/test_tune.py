@@ -28,6 +28,9 @@ pytestmark = pytest.mark.integration
 
 # A training by its form, but the network has no such stage, which only the trial finds out.
 IMPOSSIBLE = "{strategy: from_scratch, epochs: 1, freeze_depth: nowhere}"
+# None of them learns anything: the first begins with a fitted head, the others with what chance gives.
+AHEAD = "{strategy: fine_tune, learning_rate: 1.0e-9}"
+BEHIND = [f"{{strategy: from_scratch, learning_rate: {rate}}}" for rate in ("1.0e-9", "1.0e-8")]
 
 
 @pytest.fixture(scope="module")
@@ -120,10 +123,9 @@ def test_asha_stops_a_trial_that_lags_behind_and_the_next_one_has_its_cpus(job: 
     # One after the other: of two at once, the first to reach a rung is not judged there, and either may be first.
     report = job.changed(
         "name=search",
-        "base.strategy=from_scratch",
         "base.epochs=4",
         "base.workers={cpus_per_worker: null}",
-        "space.learning_rate={grid: [0.05, 1.0e-9, 1.0e-8]}",
+        f"space.config={{grid: [{AHEAD}, {', '.join(BEHIND)}]}}",
         "scheduler={kind: asha, reduction_factor: 2}",
         "max_concurrent=1",
     ).run_here()
