@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from convoy.core.records import SampleRejected
@@ -19,13 +19,32 @@ def decode_threads(num_threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(num_threads, "decode", initializer=use_threads, initargs=(1,))
 
 
+class OwnThread(Executor):
+    """Prepares each image at once, in the thread that hands it over: on a core of its own a second one only waits."""
+
+    def submit(
+        self,
+        work: Callable[ArgumentsT, ResultT],
+        /,
+        *arguments: ArgumentsT.args,
+        **options: ArgumentsT.kwargs,
+    ) -> Future[ResultT]:
+        """What `work(*arguments, **options)` has given."""
+        done: Future[ResultT] = Future()
+        try:
+            done.set_result(work(*arguments, **options))
+        except Exception as error:
+            done.set_exception(error)
+        return done
+
+
 class DecodeWindow:
     """Hands images to decoders, and waits for the oldest ones while more than `max_bytes` would be undecoded.
 
     A single image may be larger; then it is the only one. For one thread at a time.
     """
 
-    def __init__(self, decoders: ThreadPoolExecutor, max_bytes: int) -> None:
+    def __init__(self, decoders: Executor, max_bytes: int) -> None:
         self._decoders = decoders
         self._max_bytes = max_bytes
         self._undecoded: deque[tuple[int, Future[Any]]] = deque()

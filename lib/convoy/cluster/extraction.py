@@ -59,6 +59,7 @@ class FeatureExtractor:
             num_fetch_threads=spec.num_fetch_threads,
             num_decode_threads=spec.num_decode_threads,
             fill=self._fill,
+            digests_content=True,
         )
         network = build_network(spec.backbone)
         axis = depth_axis(spec.backbone, network)
@@ -143,7 +144,7 @@ class FeatureExtractor:
         rows = FeatureRows(
             sample_ids=taken["sample_id"].to_pylist(),
             content_ids=taken["content_id"].to_pylist(),
-            content_digests=[content for content in images.content_digests if content is not None],
+            content_digests=[images.content_digests[int(row)] for row in np.flatnonzero(usable_N)],
             view=output.view,
             features_BD=result.features_BD[output.set_id][usable_N],
         )

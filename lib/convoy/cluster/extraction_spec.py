@@ -33,5 +33,6 @@ class ExtractionSpec(StrictModel):
     outputs: tuple[FeatureOutput, ...]
     dtype: str
     engine: EngineOptions
+    # Of 0 the operator decodes itself.
     num_decode_threads: int
     num_fetch_threads: int | None

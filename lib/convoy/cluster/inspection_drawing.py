@@ -81,7 +81,7 @@ class PieceDrawer:
         return Picture(png, {"units": units, "options": self._options.model_dump(mode="json")})
 
     def _cams(self, piece: Piece, images: SliceImages, pixels_BCHW: Tensor) -> Picture:
-        looks = [look for look in piece.looks if images.content_digests[look.row] is not None]
+        looks = [look for look in piece.looks if images.usable_N[look.row]]
         seen_BCHW = pixels_BCHW[[look.row for look in looks]]
         heats: dict[str, Tensor] = {}
         if looks:

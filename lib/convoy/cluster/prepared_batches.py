@@ -15,9 +15,10 @@ from typing import Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 from torch import Tensor
 
-from convoy.cluster.decode_window import DecodeWindow, decode_threads
+from convoy.cluster.decode_window import DecodeWindow, OwnThread, decode_threads
 from convoy.core.fingerprints import digest_bytes
 from convoy.core.records import Reject, SampleRejected
 from convoy.storage.commits import PartFile, SliceRecord, write_record
@@ -38,13 +39,15 @@ KeyT = TypeVar("KeyT", bound=Hashable)
 class SliceImages:
     """A slice in work: its rows and what is known of their images so far.
 
-    `content_digests[row]` is None until the row is usable; `converted` are rows whose image had to be changed to
-    be used; `bytes_read` counts the bytes of usable images, `num_retries` repeated requests for images.
+    `usable_N[row]` is false until the row has an image; `content_digests` are those of its bytes, where they are asked
+    for; `converted` are rows whose image had to be changed to be used; `bytes_read` counts the bytes of usable
+    images, `num_retries` repeated requests for images.
     """
 
     rows: pa.Table
     started_unix_s: float
-    content_digests: list[bytes | None] = field(init=False)
+    usable_N: NDArray[np.bool_] = field(init=False)
+    content_digests: dict[int, bytes] = field(default_factory=dict)
     rejects: list[Reject] = field(default_factory=list)
     bytes_read: int = 0
     num_retries: int = 0
@@ -55,20 +58,15 @@ class SliceImages:
 
     def __post_init__(self) -> None:
         """Nothing is known yet."""
-        self.content_digests = [None] * self.rows.num_rows
-
-    @property
-    def usable_N(self) -> np.ndarray:
-        """For each row whether it has an image."""
-        return np.array([content is not None for content in self.content_digests], dtype=bool)
+        self.usable_N = np.zeros(self.rows.num_rows, np.bool_)
 
     def reject_too(self, later: SliceImages) -> None:
         """Reject the rows too that only a later pass over them could not use."""
         place_of = {sample_id: row for row, sample_id in enumerate(self.rows["sample_id"].to_pylist())}
         for reject in later.rejects:
             row = place_of[reject.sample_id]
-            if self.content_digests[row] is not None:
-                self.content_digests[row] = None
+            if self.usable_N[row]:
+                self.usable_N[row] = False
                 self.rejects.append(reject)
 
     def through_network(self, started_s: float) -> None:
@@ -121,7 +119,7 @@ class SliceImages:
 class _Prepared:
     """What a decode thread says of one image."""
 
-    content_digest: bytes
+    content_digest: bytes | None
     size_bytes: int
     flags: frozenset[DecodeFlag]
     seconds: float
@@ -139,7 +137,7 @@ class ImageBatch(Generic[KeyT]):
 class ImagePreparer(Generic[KeyT]):
     """Makes batches of slices. `fill(pixels_CHW, content_id, places)` writes one image into its places.
 
-    It runs in decode threads, and may reject the image.
+    It runs in decode threads, or without any in the thread that takes the batches, and may reject the image.
     """
 
     def __init__(
@@ -149,12 +147,14 @@ class ImagePreparer(Generic[KeyT]):
         num_fetch_threads: int | None,
         num_decode_threads: int,
         fill: Callable[[Tensor, bytes, Mapping[KeyT, Tensor]], None],
+        digests_content: bool = False,
     ) -> None:
         quiet_decoders()
         self._rule = rule
         self._reader = SampleReader(num_threads=num_fetch_threads, max_bytes=rule.max_bytes)
-        self._decoders = decode_threads(num_decode_threads)
+        self._decoders = decode_threads(num_decode_threads) if num_decode_threads else OwnThread()
         self._fill = fill
+        self._digests_content = digests_content
 
     def batches(
         self, known: SliceImages, new_buffers: Callable[[], dict[KeyT, Tensor]], batch_size: int
@@ -190,13 +190,14 @@ class ImagePreparer(Generic[KeyT]):
     def _prepare(
         self, data: bytes | SampleRejected, content_id: bytes, places: Mapping[KeyT, Tensor]
     ) -> _Prepared:
-        """Decode one image into its places; runs in a decode thread."""
+        """Decode one image into its places."""
         if isinstance(data, SampleRejected):
             raise data
         started_s = time.perf_counter()
         decoded = decode_image(data, self._rule)
         self._fill(decoded.pixels_CHW, content_id, places)
-        return _Prepared(digest_bytes(data), len(data), decoded.flags, time.perf_counter() - started_s)
+        content_digest = digest_bytes(data) if self._digests_content else None
+        return _Prepared(content_digest, len(data), decoded.flags, time.perf_counter() - started_s)
 
     def _settle(self, batch: ImageBatch[KeyT], known: SliceImages) -> None:
         """Wait for the batch's images, and note which rows have one."""
@@ -207,7 +208,9 @@ class ImagePreparer(Generic[KeyT]):
             except SampleRejected as rejected:
                 known.rejects.append(_reject(known.rows, row, rejected))
                 continue
-            known.content_digests[row] = prepared.content_digest
+            known.usable_N[row] = True
+            if prepared.content_digest is not None:
+                known.content_digests[row] = prepared.content_digest
             known.bytes_read += prepared.size_bytes
             known.flags.update(prepared.flags)
             if prepared.flags - _UNCHANGED:

@@ -126,7 +126,7 @@ class Scorer:
 
         for batch in self._batches(images):
             started_s = time.perf_counter()
-            usable = [row if images.content_digests[row] is not None else None for row in batch.rows]
+            usable = [row if images.usable_N[row] else None for row in batch.rows]
             take(gated.run(batch.images, usable))
             images.through_network(started_s)
         take(gated.flush())

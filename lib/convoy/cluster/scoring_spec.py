@@ -67,6 +67,7 @@ class ScoringSpec(StrictModel):
     decode_rule: DecodeRule
     outputs: dict[str, str]
     metadata: dict[str, str]
+    # Of 0 the operator decodes itself.
     num_decode_threads: int
     num_fetch_threads: int | None
     gpu_share: float = Field(default=1.0, gt=0, le=1)

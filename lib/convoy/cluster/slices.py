@@ -38,6 +38,11 @@ class WorkerPool(StrictModel):
     num_gpus: float
     num_threads: int
 
+    @property
+    def num_decode_threads(self) -> int:
+        """Beside the thread that feeds the network; none where both would share one core."""
+        return self.num_threads if self.num_gpus or self.num_threads > 1 else 0
+
 
 class PlannedWork(NamedTuple):
     """What a pool is to do: so many rows, by networks of so many bytes."""

@@ -257,7 +257,7 @@ class FeatureJob:
                 compiled=record.settings["compiled"],
                 num_threads=pool.num_threads,
             ),
-            num_decode_threads=pool.num_threads,
+            num_decode_threads=pool.num_decode_threads,
             num_fetch_threads=self._extraction.num_fetch_threads,
         )
 

@@ -83,7 +83,7 @@ def scoring_spec(
             "convoy.crops": request.plan.model_dump_json(),
             "convoy.averaging": committee.averaging.value,
         },
-        num_decode_threads=pool.num_threads,
+        num_decode_threads=pool.num_decode_threads,
         num_fetch_threads=request.extraction.num_fetch_threads,
         # Without GPUs in Ray's books nobody shares one.
         gpu_share=pool.num_gpus or 1.0,

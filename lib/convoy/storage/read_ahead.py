@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 from convoy.core.records import SampleRejected
 
@@ -19,6 +20,28 @@ class Read:
 
     size_bytes: int
     run: Callable[[], Outcomes]
+
+
+def joined_reads(reads: Iterator[Read], *, max_reads: int, max_bytes: int) -> Iterator[Read]:
+    """Consecutive reads as one, as far as counts and bytes allow; a single read may be larger."""
+    group: list[Read] = []
+    size_bytes = 0
+    for read in reads:
+        if group and (len(group) == max_reads or size_bytes + read.size_bytes > max_bytes):
+            yield _joined(group)
+            group, size_bytes = [], 0
+        group.append(read)
+        size_bytes += read.size_bytes
+    if group:
+        yield _joined(group)
+
+
+def _joined(reads: Sequence[Read]) -> Read:
+    return Read(sum(read.size_bytes for read in reads), partial(_run_all, tuple(reads)))
+
+
+def _run_all(reads: Sequence[Read]) -> Outcomes:
+    return {row: outcome for read in reads for row, outcome in read.run().items()}
 
 
 class ReadWindow:

@@ -13,13 +13,16 @@ import pyarrow.compute as pc
 
 from convoy.core.records import SampleRejected
 from convoy.storage.local_cache import LocalImageCache
-from convoy.storage.read_ahead import Outcomes, Read, ReadWindow
+from convoy.storage.read_ahead import Outcomes, Read, ReadWindow, joined_reads
 from convoy.storage.row_groups import ImageColumn
 from convoy.storage.sample_fetching import Address, check_size, fetch, rejecting
 from convoy.storage.stores import UriReader
 
 _STORE_THREADS = 16
 _FILE_THREADS = 2
+# A file in the page cache is read in less time than it is handed over in, so threads read several small ones in a row:
+# the window is so many reads, and one may take so small a part of its bytes.
+_READS_OF_FILES, _PART_OF_BYTES = 4, 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +58,7 @@ class SampleReader:
         """
         arrived: Outcomes = {}
         reads = _Sources(self._uris, self.max_bytes, self.cache).plan_reads(rows)
-        num_threads = self.num_threads or _useful_threads(rows)
-        window = ReadWindow(reads, num_threads, self.window_reads, self.window_bytes)
+        window = self._window(reads, is_remote=pc.any(pc.starts_with(rows["uri"], pattern="s3://")).as_py())
         try:
             for row in range(rows.num_rows):
                 # Reads come in the order of their first rows, so the next one has this row.
@@ -66,10 +68,13 @@ class SampleReader:
         finally:
             window.close()
 
-
-def _useful_threads(rows: pa.Table) -> int:
-    is_remote = pc.any(pc.starts_with(rows["uri"], pattern="s3://")).as_py()
-    return _STORE_THREADS if is_remote else _FILE_THREADS
+    def _window(self, reads: Iterator[Read], *, is_remote: bool) -> ReadWindow:
+        if is_remote:
+            return ReadWindow(reads, self.num_threads or _STORE_THREADS, self.window_reads, self.window_bytes)
+        files_a_read = max(self.window_reads // _READS_OF_FILES, 1)
+        joined = joined_reads(reads, max_reads=files_a_read, max_bytes=self.window_bytes // _PART_OF_BYTES)
+        max_reads = self.window_reads // files_a_read
+        return ReadWindow(joined, self.num_threads or _FILE_THREADS, max_reads, self.window_bytes)
 
 
 class _ParquetFile(NamedTuple):

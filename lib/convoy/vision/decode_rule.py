@@ -26,8 +26,8 @@ class DecodeRule(StrictModel):
     """
 
     # Raised when the same bytes and fields would give other pixels or another verdict. Bundles and caches remember
-    # earlier ones: version 2 shows 12-bit grey TIFFs almost black, version 1 also 16-bit ones whose zero is white as
-    # negatives.
+    # earlier ones: version 2 shows 12-bit grey TIFFs almost black, and PNGs of 2, 4 or 3x16 bits without the one colour
+    # that they declare transparent; version 1 also shows 16-bit grey TIFFs whose zero is white as negatives.
     version: Literal[1, 2, 3] = 3
     formats: tuple[ImageFormat, ...] = tuple(ImageFormat)
     max_pixels: int = Field(default=50_000_000, gt=0, le=PILLOW_MAX_PIXELS)

@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError, features
+from PIL.PngImagePlugin import PngImageFile
 
 from convoy.core.records import RejectCode, SampleRejected, Stage
 from convoy.vision.decode_rule import PILLOW_MAX_PIXELS, DecodeFlag, DecodeRule
@@ -40,6 +41,8 @@ class DecodedImage:
 _SIXTEEN_BIT_GREY = ("I;16", "I;16L", "I;16B", "I;16N")
 # TIFF 6.0, section 8: a value of PhotometricInterpretation.
 _WHITE_IS_ZERO = 0
+# By Pillow's raw mode of a PNG: what a sample is multiplied by, and rounded down, on its way to 8 bits.
+_SAMPLE_FACTORS = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
 
 _MODE_FLAGS: dict[str, DecodeFlag | None] = {
     "1": DecodeFlag.GREY_EXPANDED,
@@ -186,11 +189,26 @@ def _decode_with_pillow(image: Image.Image, data: bytes, rule: DecodeRule) -> to
     if image.format == ImageFormat.PNG and (damage := png_damage(data)):
         code = RejectCode.TRUNCATED if damage is Damage.CUT_SHORT else RejectCode.CORRUPT
         raise _reject(code, f"PNG: {damage.replace('_', ' ')}")
+    if rule.version > 2:
+        _scale_colour_key(image)
     image.load()
     if image.format in (ImageFormat.JPEG, "MPO") and is_cut_short(data, ImageFormat.JPEG):
         raise _reject(RejectCode.TRUNCATED, "JPEG: no end marker")
     pixels_HWC = np.array(_as_rgb(image, rule))
     return torch.from_numpy(pixels_HWC).permute(2, 0, 1)
+
+
+def _scale_colour_key(image: Image.Image) -> None:
+    """Give the colour that a PNG declares transparent in the 8 bits of Pillow's samples, which leaves it as it is."""
+    key = image.info.get("transparency")
+    raw_mode = image.tile[0].args if isinstance(image, PngImageFile) and image.tile else None
+    if key is None or raw_mode not in _SAMPLE_FACTORS:
+        return
+    factor = _SAMPLE_FACTORS[raw_mode]
+    is_colour = isinstance(key, tuple)
+    image.info["transparency"] = (
+        tuple(int(level * factor) for level in key) if is_colour else int(key * factor)
+    )
 
 
 def _as_rgb(image: Image.Image, rule: DecodeRule) -> Image.Image:

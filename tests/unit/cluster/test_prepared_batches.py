@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from convoy.cluster.prepared_batches import ImagePreparer, SliceImages
+from convoy.core.fingerprints import digest_bytes
+from convoy.core.records import RejectCode
 from convoy.storage.samples import SampleReader
 from convoy.vision.decode_rule import DecodeFlag, DecodeRule
 from image_files import encode, orientation_exif, photo
@@ -19,10 +21,13 @@ FILES = {
     "plain": encode(photo(), "PNG"),
     "profile": encode(photo(), "PNG", icc_profile=bytes(500)),
     "profile_and_turned": encode(photo(), "PNG", icc_profile=bytes(500), exif=orientation_exif(6)),
+    "cut": encode(photo(), "PNG")[:-30],
 }
 
 
-def prepared(monkeypatch: pytest.MonkeyPatch) -> SliceImages:
+def prepared(
+    monkeypatch: pytest.MonkeyPatch, *, num_decode_threads: int = 1, digests_content: bool = False
+) -> SliceImages:
     """All files through a preparer, as one slice."""
 
     def read(_reader: SampleReader, rows: pa.Table) -> enumerate[bytes]:
@@ -31,7 +36,11 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> SliceImages:
     monkeypatch.setattr(SampleReader, "read", read)
     images = SliceImages(made_manifest(list(FILES)), time.time())
     preparer = ImagePreparer[str](
-        DecodeRule(), num_fetch_threads=1, num_decode_threads=1, fill=lambda *_: None
+        DecodeRule(),
+        num_fetch_threads=1,
+        num_decode_threads=num_decode_threads,
+        fill=lambda *_: None,
+        digests_content=digests_content,
     )
     for _batch in preparer.batches(images, lambda: {"whole": torch.empty(2)}, 2):
         pass
@@ -45,3 +54,22 @@ def test_an_image_of_which_a_profile_is_ignored_is_counted_but_not_converted(
     names = images.rows["sample_id"].to_pylist()
     assert {names[row] for row in images.converted} == {"grey", "profile_and_turned"}
     assert images.flags[DecodeFlag.ICC_PROFILE_IGNORED] == 2
+
+
+@pytest.mark.parametrize("num_decode_threads", [0, 1, 3])
+def test_images_and_rejects_are_the_same_whoever_decodes(
+    monkeypatch: pytest.MonkeyPatch, num_decode_threads: int
+) -> None:
+    images = prepared(monkeypatch, num_decode_threads=num_decode_threads)
+    assert images.usable_N.tolist() == [name != "cut" for name in FILES]
+    (reject,) = images.rejects
+    assert (reject.sample_id, reject.code) == ("cut", RejectCode.TRUNCATED)
+    assert images.bytes_read == sum(len(data) for name, data in FILES.items() if name != "cut")
+
+
+def test_content_is_digested_for_those_who_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert prepared(monkeypatch).content_digests == {}
+    images = prepared(monkeypatch, digests_content=True)
+    assert images.content_digests == {
+        row: digest_bytes(data) for row, (name, data) in enumerate(FILES.items()) if name != "cut"
+    }

@@ -171,7 +171,7 @@ def test_an_image_that_is_lost_between_two_turns_is_a_reject() -> None:
         return Reject(**key, stage=Stage.FETCH, code=code, reason="made")
 
     first, later = SliceImages(rows, time.time()), SliceImages(rows, time.time())
-    first.content_digests = [b"a", None, b"c"]
+    first.usable_N[:] = [True, False, True]
     first.rejects = [reject("b", RejectCode.CORRUPT)]
     later.rejects = [reject("b", RejectCode.GONE), reject("c", RejectCode.GONE)]
     first.reject_too(later)

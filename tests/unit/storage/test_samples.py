@@ -325,12 +325,14 @@ def wait_for(is_so: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("options", [{"window_bytes": 550}, {"window_reads": 5}])
-def test_no_more_is_read_ahead_than_the_window_holds(folder: Path, options: dict[str, int]) -> None:
+@pytest.mark.parametrize(("options", "held"), [({"window_bytes": 350}, 3), ({"window_reads": 5}, 5)])
+def test_no_more_is_read_ahead_than_the_window_holds(
+    folder: Path, options: dict[str, int], held: int
+) -> None:
     store = _Store(Blob(data=b"data", etag="e"))
     rows = with_values(rows_of(folder), etag="e", size_bytes=100)
     iterator = reader_of(store, **options).read(rows)
-    for num_gets in (5, 6):
+    for num_gets in (held, held + 1):
         next(iterator)
         wait_for(lambda wanted=num_gets: store.num_gets >= wanted)
         time.sleep(0.05)  # for one that must not come

@@ -27,7 +27,7 @@ from convoy.core.records import FETCH_CODES, RejectCode, SampleRejected, Stage
 from convoy.vision.decode_rule import DecodeFlag, DecodeRule
 from convoy.vision.decoding import DecodedImage, decode_image
 from convoy.vision.sniffing import ImageFormat, sniff
-from image_files import encode, orientation_exif, photo, scan_a_channel
+from image_files import encode, orientation_exif, photo, png_chunk, png_file, scan_a_channel
 
 ROOT = Path(__file__).parents[3]
 REAL_DATA = Path(os.environ.get("CONVOY_TEST_DATA") or ROOT.parent / "shared" / "data")
@@ -180,6 +180,28 @@ def test_twelve_bit_grey_has_its_whole_range() -> None:
     assert np.array_equal(pixels_HWC(decode_image(data, RULE))[..., 0], levels_HW >> 4)
     almost_black = decode_image(data, DecodeRule(version=2))
     assert np.array_equal(pixels_HWC(almost_black)[..., 0], levels_HW >> 8)
+
+
+@pytest.mark.parametrize(
+    ("num_bits", "colour_type", "rows", "key"),
+    [
+        # Two rows of two samples, each behind its filter byte; the key is the first sample.
+        (1, 0, b"\0\x80\0\x80", b"\0\1"),
+        (2, 0, b"\0\x90\0\x90", b"\0\2"),
+        (4, 0, b"\0\xa5\0\xa5", b"\0\x0a"),
+        (8, 0, b"\0\xa5\1\0\xa5\1", b"\0\xa5"),
+        (16, 0, b"\0\xa5\0\0\1\0\xa5\0\0\1", b"\xa5\0"),
+        (8, 2, b"\0\1\2\3\4\5\6" * 2, b"\0\1\0\2\0\3"),
+        (16, 2, b"\0\1\7\2\7\3\7\4\7\5\7\6\7" * 2, b"\1\7\2\7\3\7"),
+    ],
+)
+def test_the_one_colour_that_a_png_declares_transparent_shows_the_background(
+    num_bits: int, colour_type: int, rows: bytes, key: bytes
+) -> None:
+    png = png_file((2, 2, num_bits, colour_type), rows, png_chunk(b"tRNS", key))
+    image = decode_image(png, DecodeRule(background_rgb=(9, 8, 7)))
+    assert (pixels_HWC(image)[:, 0] == (9, 8, 7)).all()
+    assert (pixels_HWC(image)[:, 1] != (9, 8, 7)).any()
 
 
 def test_every_field_of_the_rule_changes_its_digest() -> None:
