@@ -33,7 +33,7 @@ from equality import compare_features
 from images import ImageSet, link_first, make_images, make_large_images, repeat_images
 from machine import by_device, machine_facts
 from measuring import BenchSettings, WayResult, run_benchmark, run_script, say
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from score_network import RESNET_18, ScoredNetwork
 from score_page import write_page
 from score_swift import swift_copy
@@ -78,14 +78,18 @@ class Workload(StrictModel):
 _LENET = ScoredNetwork(arch="lenet5", resize_px=32, crop_px=32)
 
 
-def _workload(network: ScoredNetwork, *, cpu: tuple[int, int], gpu: tuple[int, int]) -> Any:
-    """By default so many images in batches of that size, by where the network runs."""
+def _workload(network: ScoredNetwork, *, cpu: tuple[int, int], gpu: tuple[int, int]) -> Workload:
+    """So many images in batches of that size, by where the network runs."""
+    num_images, batch_size = (by_device(*one) for one in zip(cpu, gpu, strict=True))
+    return Workload(network=network, num_images=num_images, batch_size=batch_size)
 
-    def make() -> Workload:
-        num_images, batch_size = (by_device(*one) for one in zip(cpu, gpu, strict=True))
-        return Workload(network=network, num_images=num_images, batch_size=batch_size)
 
-    return Field(default_factory=make)
+def _workloads() -> dict[Regime, Workload]:
+    return {
+        Regime.COMPUTE: _workload(RESNET_18, cpu=(2048, 32), gpu=(32768, 256)),
+        Regime.DATA: _workload(_LENET, cpu=(16384, 32), gpu=(32768, 256)),
+        Regime.LARGE: _workload(_LENET, cpu=(128, 8), gpu=(512, 8)),
+    }
 
 
 class ScoreBench(BenchSettings):
@@ -97,15 +101,22 @@ class ScoreBench(BenchSettings):
     """
 
     regimes: tuple[Regime, ...] = Field(default=tuple(Regime), min_length=1)
-    compute: Workload = _workload(RESNET_18, cpu=(2048, 32), gpu=(32768, 256))
-    data: Workload = _workload(_LENET, cpu=(8192, 32), gpu=(32768, 256))
-    large: Workload = _workload(_LENET, cpu=(128, 8), gpu=(512, 8))
+    compute: Workload
+    data: Workload
+    large: Workload
     storages: tuple[Storage, ...] = (Storage.LOCAL,)
     num_compared: PositiveInt = 64
     repeats: PositiveInt = 3
     workers: tuple[NonNegativeInt, ...] | None = Field(default=None, min_length=1)
     probe_s: PositiveFloat = 4.0
     seed: NonNegativeInt = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """Take what is not said of a regime from its usual workload."""
+        usual = {regime.value: workload.model_dump() for regime, workload in _workloads().items()}
+        return {**settings, **{name: _merged(one, settings.get(name, {})) for name, one in usual.items()}}
 
     def workload(self, regime: Regime) -> Workload:
         """That of a regime."""
@@ -116,6 +127,16 @@ class ScoreBench(BenchSettings):
     def worker_counts(self) -> list[int]:
         """The numbers of worker processes, ascending."""
         return sorted(set(self.workers or (0, os.cpu_count() or 1)))
+
+
+def _merged(usual: dict[str, Any], given: Any) -> Any:
+    """The given settings, and what they leave out as usual."""
+    if not isinstance(given, dict):
+        return given
+    inner = {
+        name: _merged(usual[name], one) for name, one in given.items() if isinstance(usual.get(name), dict)
+    }
+    return {**usual, **given, **inner}
 
 
 class ScoreComparison:

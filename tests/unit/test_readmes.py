@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +64,41 @@ def test_the_search_of_the_page_is_one() -> None:
     (text,) = fenced_blocks(ROOT / "jobs/README.md", "yaml")["Search, and average what helps"]
     config = parse_config(TuneConfig, yaml.safe_load(text), where="jobs/README.md")
     assert [training.name for training in config.examples()]
+
+
+# The settings of a benchmark are a class of its script, which has the scripts beside it on its path.
+PARSE_SETTINGS = """
+import importlib, json, sys
+from convoy.core.config import load_config
+from measuring import BenchSettings
+for name, settings in json.loads(sys.argv[1]):
+    module = importlib.import_module(name)
+    (model,) = [
+        one for one in vars(module).values()
+        if isinstance(one, type) and issubclass(one, BenchSettings) and one.__module__ == name
+    ]
+    load_config(model, None, settings)
+print(len(json.loads(sys.argv[1])))
+"""
+
+
+def test_the_benchmarks_take_the_settings_of_their_page() -> None:
+    lines = [shlex.split(line, comments=True) for line in commands_of(ROOT / "tests/benchmarks/README.md")]
+    asked = [
+        (words[2], [value for option, value in pairwise(words) if option == "--set"])
+        for words in lines
+        if words[1] == "bench"
+    ]
+    assert len(asked) > 10
+    paths = os.pathsep.join(str(ROOT / one) for one in ("tests/benchmarks", "tests"))
+    finished = subprocess.run(
+        [sys.executable, "-c", PARSE_SETTINGS, json.dumps(asked)],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.stdout.split() == [str(len(asked))], finished.stderr
 
 
 def test_the_pages_have_commands() -> None:

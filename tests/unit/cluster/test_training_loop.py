@@ -156,6 +156,27 @@ def test_a_killed_distillation_ends_with_the_very_weights_of_one_that_was_not(
     assert_same(killed, train(killed), whole, train(whole))
 
 
+class PartnerWithoutImages(GroupOfOne):
+    """As one worker sees a group of which another has none but rejects in every pass."""
+
+    def total(self, values: Tensor) -> Tensor:
+        return values if values.is_floating_point() else torch.zeros_like(values)
+
+
+def test_statistics_of_averaged_weights_are_those_of_passes_in_which_every_worker_has_images(
+    tmp_path: Path, rows: pa.Table
+) -> None:
+    settings = {"recipe": recipe(averaging="swa", average_epochs=2)}
+    means = {}
+    for group in (GroupOfOne(), PartnerWithoutImages()):
+        spec = reuse_spec(tmp_path / type(group).__name__, rows, **settings)
+        state = weights_of(spec, TrainingWorker(spec, group, None).run())
+        # Of the last BatchNorm, which is trained in the last phase.
+        means[type(group)] = [tensor for name, tensor in state.items() if name.endswith("running_mean")][-1]
+    assert means[GroupOfOne].abs().sum() > 0
+    assert means[PartnerWithoutImages].abs().sum() == 0
+
+
 def test_a_training_killed_before_its_first_checkpoint_begins_anew(
     tmp_path: Path, rows: pa.Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:
