@@ -212,8 +212,7 @@ class S3Store:
 
     def _put(self, key: str, data: bytes, **condition: str) -> str:
         # The server compares the MD5: bytes that were damaged on the way are refused, and sent again.
-        md5 = base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
-        key_and_body = {"Key": self._folder + key, "Body": data, "ContentMD5": md5}
+        key_and_body = {"Key": self._folder + key, "Body": data, "ContentMD5": _content_md5(data)}
         return _etag(self._request("put_object", self.uri(key), **key_and_body, **condition))
 
     def _put_if(self, key: str, data: bytes, **condition: str) -> str:
@@ -276,6 +275,7 @@ class S3Store:
             if self._client is None or self._client_pid != os.getpid():
                 self._client = _new_client(self.read_timeout_s)
                 self._client.meta.events.register("before-send.s3", self._count_request)
+                self._client.meta.events.register("before-call.s3.DeleteObjects", _add_content_md5)
                 self._client_pid = os.getpid()
             return self._client
 
@@ -284,6 +284,15 @@ class S3Store:
         with self._client_lock:
             if client is None or self._client is client:
                 self._client = None
+
+
+def _content_md5(data: bytes) -> str:
+    return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
+
+
+def _add_content_md5(params: dict[str, Any], **_call: Any) -> None:
+    """To a request of which S3 wants a checksum: botocore sends a newer one, which older servers do not know."""
+    params["headers"]["Content-MD5"] = _content_md5(params["body"])
 
 
 def _log_retry(state: tenacity.RetryCallState) -> None:

@@ -83,7 +83,7 @@ class _Handler(BaseHTTPRequestHandler):
         is_refused = (self.headers["If-None-Match"] == "*" and present is not None) or (
             self.headers["If-Match"] not in {None, present}
         )
-        if self.headers["Content-MD5"] != base64.b64encode(hashlib.md5(self.body).digest()).decode():
+        if not self.is_intact:
             self.refuse(400, "BadDigest")
         elif is_refused:
             self.refuse(412, "PreconditionFailed")
@@ -91,7 +91,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.objects[self.key] = self.body
             self.answer(200, b"", ETag=etag_of(self.body))
 
+    @property
+    def is_intact(self) -> bool:
+        return self.headers["Content-MD5"] == base64.b64encode(hashlib.md5(self.body).digest()).decode()
+
     def serve_post(self) -> None:
+        if not self.is_intact:
+            self.refuse(400, "MissingContentMD5")
+            return
         for key in re.findall(rb"<Key>(.*?)</Key>", self.body):
             self.server.objects.pop(key.decode(), None)
         self.answer(200, b"<DeleteResult/>")
