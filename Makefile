@@ -28,7 +28,7 @@ demo: setup  ## Run the main job on real images: local Ray, local folder, no clo
 test: export PYTHONFAULTHANDLER = 1
 test: setup  ## Run all tests that need no special machine.
 	$(BIN)/python -m pytest tests/unit -m "not slow and not gpu"
-	$(BIN)/python -m pytest tests/contract tests/integration tests/chaos -m "not slow and not gpu"
+	$(BIN)/python -m pytest tests/contract tests/integration tests/chaos -m "not slow and not gpu" --durations 25
 
 check: setup  ## Lint, format, strict types, and the floors.
 	$(BIN)/ruff check $(SOURCES)

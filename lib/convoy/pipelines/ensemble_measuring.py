@@ -104,6 +104,8 @@ class UntouchedRows:
         _, (rows, rows_alone) = paired_rows([ensemble.sample_ids, alone.sample_ids])
         self.labels_N = ensemble.labels_N[rows]
         self.logits_MVNK = ensemble.logits_MVNK[:, :, rows]
+        # Another committee may have its classes in another order: labels go with the logits.
+        self._alone_labels_N = alone.labels_N[rows_alone]
         self._alone_1VNK = alone.logits_MVNK[:, :, rows_alone]
 
     def measured(self) -> Measured:
@@ -153,7 +155,8 @@ class UntouchedRows:
         return np.asarray(joint_NK.argmax(axis=1) == self.labels_N)
 
     def _is_single_right(self, views: Sequence[int]) -> NDArray[np.bool_]:
-        return self._is_right(_joint_logits(self._single, self._alone_1VNK, views))
+        joint_NK = _joint_logits(self._single, self._alone_1VNK, views)
+        return np.asarray(joint_NK.argmax(axis=1) == self._alone_labels_N)
 
     def _evaluate(self, committee: CommitteeRecord) -> CommitteeEvaluation:
         request = PredictionRequest(

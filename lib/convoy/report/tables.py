@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 _MAX_ROWS = 40
+_MAX_VALUES = 20
 
 
 def print_report(report: BaseModel) -> None:
@@ -48,5 +49,7 @@ def _cell(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_cell(item)}" for key, item in value.items())
     if isinstance(value, list):
+        if len(value) > _MAX_VALUES or any(isinstance(item, list) for item in value):
+            return f"{len(value)} entries: use --json"
         return ", ".join(_cell(item) for item in value)
     return str(value)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from convoy.core.fingerprints import canonical_json
 from convoy.core.trial_events import TrialState
 from convoy.pipelines.trial_journal import TrialRecord
 from convoy.report.trial_table import describe_values, short_names, shown_value
@@ -79,14 +81,14 @@ def draw_trial_curves(trials: Sequence[TrialRecord]) -> bytes:
 
 
 class _Scale:
-    """Where a value stands on an axis from 0 to 1: numbers by size, everything else in the order of appearance."""
+    """Where a value stands on an axis from 0 to 1: numbers by size, everything else by its name."""
 
     def __init__(self, values: Sequence[Any]) -> None:
         known = [value for value in values if value is not None]
         self._is_number = bool(known) and all(
             isinstance(value, int | float) and not isinstance(value, bool) for value in known
         )
-        self._names = [] if self._is_number else sorted({shown_value(value) for value in known})
+        self._names = {} if self._is_number else _names_of(known)
         self._low: float = min(known) if self._is_number else 0.0
         self._high: float = max(known) if self._is_number else 1.0
         # Rates that span more than a factor of 20 were drawn over orders of magnitude.
@@ -97,7 +99,7 @@ class _Scale:
         if value is None:
             return math.nan
         if not self._is_number:
-            return self._position(self._names.index(shown_value(value)))
+            return self._position(list(self._names).index(canonical_json(value)))
         measure: Callable[[float], float] = math.log if self._is_log else float
         low, high = measure(self._low), measure(self._high)
         return (measure(value) - low) / (high - low) if high > low else 0.5
@@ -105,12 +107,23 @@ class _Scale:
     def ticks(self) -> list[tuple[float, str]]:
         """Heights and what stands at them."""
         if not self._is_number:
-            return [(self._position(index), name) for index, name in enumerate(self._names)]
+            return [(self._position(index), name) for index, name in enumerate(self._names.values())]
         values = [self._low] if self._low == self._high else [self._low, self._high]
         return [(self.height(value), f"{value:.4g}") for value in values]
 
     def _position(self, index: int) -> float:
         return index / (len(self._names) - 1) if len(self._names) > 1 else 0.5
+
+
+def _names_of(values: Sequence[Any]) -> dict[bytes, str]:
+    """A name for each distinct value, by the value's JSON, sorted by name; values that look alike are numbered."""
+    shown = {canonical_json(value): shown_value(value) for value in values}
+    counts: Counter[str] = Counter()
+    names = {}
+    for value, name in sorted(shown.items(), key=lambda item: (item[1], item[0])):
+        counts[name] += 1
+        names[value] = name if counts[name] == 1 else f"{name} ({counts[name]})"
+    return names
 
 
 def _draw_axis(axes: Any, position: int, title: str, scale: _Scale) -> None:

@@ -10,7 +10,7 @@ from rich.table import Table
 from convoy.core.trial_events import TrialState, TrialStatus
 
 _MAX_ROWS = 20
-_MAX_VALUE_CHARACTERS = 24
+_MAX_VALUE_CHARACTERS, _MAX_VALUES_CHARACTERS = 24, 48
 
 
 def trial_table(statuses: Sequence[TrialStatus]) -> Table:
@@ -82,8 +82,10 @@ def shown_value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}"
     if isinstance(value, dict):
-        # A network is known by its architecture, anything else by its first setting.
-        return shown_value(value.get("arch", next(iter(value.values()), "")))
+        # Keys say less than what they are set to; but settings may differ in any of theirs.
+        texts = (shown_value(value[key]) for key in sorted(value, key=lambda key: key != "arch"))
+        text = " ".join(texts)
+        return text if len(text) <= _MAX_VALUES_CHARACTERS else f"{text[: _MAX_VALUES_CHARACTERS - 1]}…"
     text = str(value)
     if len(text) <= _MAX_VALUE_CHARACTERS:
         return text

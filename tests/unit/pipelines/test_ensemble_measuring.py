@@ -1,14 +1,27 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from convoy.core.crop_policies import CropPolicy
 from convoy.core.errors import ConfigError
+from convoy.core.progress import Silent
+from convoy.pipelines import ensemble_measuring
+from convoy.pipelines.committees import CommitteeMember, CommitteeRecord, committee_of
 from convoy.pipelines.ensemble_choice import EnsembleBudget, EnsembleChooser, EnsembleSettings
-from convoy.pipelines.ensemble_measuring import cross_fitted
+from convoy.pipelines.ensemble_measuring import UntouchedRows, cross_fitted
+from convoy.pipelines.feature_plan import ExtractionConfig
+from convoy.pipelines.prediction_request import PredictionRequest
+from convoy.storage.local_store import LocalStore
+from convoy.storage.member_predictions import MemberLogits
+from convoy.storage.runs import RunFolder
+from made_bundles import DIGITS, made_classifier
 from made_ensembles import LABELS_N, NUM_CLASSES, NUM_ROWS, made_candidates
 
 
@@ -58,3 +71,43 @@ def test_a_budget_counts_for_every_fold() -> None:
         cross_fitted(
             made_candidates(1.0, 1.0), EnsembleSettings(budget=EnsembleBudget(min_images_per_s=1000))
         )
+
+
+def test_a_single_member_with_another_class_order_is_judged_by_its_own_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs keep logits and labels in the class order of their own committee."""
+    store = LocalStore(str(tmp_path))
+    truth_N = np.random.default_rng(0).integers(0, len(DIGITS), NUM_ROWS)
+    sure_NK = (10 * np.eye(len(DIGITS))[truth_N]).astype(np.float32)
+
+    def committee(name: str, classes: Sequence[str]) -> CommitteeRecord:
+        classifier = made_classifier(store, 1, classes=tuple(classes))
+        member = CommitteeMember(name=name, digest=name, bundle=None, classifier=classifier, weight=1)
+        return committee_of([member])
+
+    def evaluated(_store: object, _manifest: object, request: PredictionRequest, **_: Any) -> Any:
+        return SimpleNamespace(run=request.committee)
+
+    def kept(folder: RunFolder) -> MemberLogits:
+        order = [DIGITS.index(name) for name in folder.run_id.classes]  # type: ignore[attr-defined]
+        return MemberLogits(
+            sample_ids=[f"{row:04d}" for row in range(NUM_ROWS)],
+            labels_N=np.argsort(order)[truth_N].astype(np.int32),
+            logits_MVNK=sure_NK[None, None][..., order],
+        )
+
+    monkeypatch.setattr(ensemble_measuring, "evaluate_committee", evaluated)
+    monkeypatch.setattr(ensemble_measuring, "read_predictions", kept)
+    monkeypatch.setattr(UntouchedRows, "_by_size", lambda *_: [])
+    rows = UntouchedRows(
+        store,
+        None,  # type: ignore[arg-type]
+        committee("ensemble", DIGITS),
+        committee("single", DIGITS[::-1]),
+        dataset="digits",
+        extraction=ExtractionConfig(),
+        progress=Silent(),
+    )
+    gain = rows.measured().gain
+    assert (gain.top1, gain.best_single_top1) == (1, 1)

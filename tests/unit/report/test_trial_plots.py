@@ -44,6 +44,16 @@ def test_every_search_has_its_picture(draw: Drawer, trials: list[TrialRecord]) -
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 10
 
 
+def test_values_of_the_same_name_have_places_of_their_own() -> None:
+    def picture(*runs: str) -> bytes:
+        weights = [f"s3://models/{run}/lenet5-digits/weights.pth" for run in runs]
+        return draw_parallel_coordinates(
+            [trial(place, 0.5, {"weights": one}) for place, one in enumerate(weights)]
+        )
+
+    assert picture("a", "b") != picture("a", "a")
+
+
 @pytest.mark.parametrize("draw", [draw_parallel_coordinates, draw_trial_curves])
 def test_a_picture_follows_the_accuracy(draw: Drawer) -> None:
     better = [TRIALS[0].model_copy(update={"top1": 0.9}), *TRIALS[1:]]

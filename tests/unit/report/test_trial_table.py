@@ -23,7 +23,7 @@ def status(trial: str, state: TrialState = TrialState.RUNNING, **fields: Any) ->
 def test_lines_tell_each_piece_of_news_once() -> None:
     lines = TrialLines()
     assert list(lines.news([status("001")])) == [
-        "trial 001 begins: backbone cifar_resnet20, learning_rate 0.0123"
+        "trial 001 begins: backbone cifar_resnet20 a.th, learning_rate 0.0123"
     ]
     assert list(lines.news([status("001")])) == []
     assert list(lines.news([status("001", epoch=1, top1=0.5)])) == ["trial 001, epoch 1, val top-1 0.5000"]
@@ -41,6 +41,17 @@ def test_lines_tell_each_piece_of_news_once() -> None:
 def test_keys_are_named_by_their_ends_unless_two_end_alike() -> None:
     assert describe_values({"recipe.seed": 1, "learning_rate": 0.5}) == "seed 1, learning_rate 0.5"
     assert describe_values({"recipe.seed": 1, "rows.seed": 2}) == "recipe.seed 1, rows.seed 2"
+
+
+def test_settings_that_differ_in_any_key_look_different() -> None:
+    crops = [{"kind": "random_resized", "area": {"low": low, "high": 1}} for low in (0.08, 0.5)]
+    assert [describe_values({"crop": crop}) for crop in crops] == [
+        "crop random_resized 0.08 1",
+        "crop random_resized 0.5 1",
+    ]
+    assert describe_values({"backbone": {"weights": "w", "arch": "resnet50"}}) == "backbone resnet50 w"
+    many = describe_values({"policy": {str(number): number for number in range(100)}})
+    assert len(many) == len("policy ") + 48
 
 
 def test_running_trials_stand_first_then_the_best() -> None:
