@@ -26,7 +26,7 @@ from sklearn.linear_model import LogisticRegression
 SIDE_PX = 32
 TRAIN_PER_CLASS = 20
 # Places of each of the digits 0-4: the network that is transferred has seen enough to know strokes.
-PLACES = 4
+PLACES = 3
 ARCH = "lenet5"
 PRESET = {"resize_px": None, "crop_px": SIDE_PX, "mean": [0.5] * 3, "std": [0.25] * 3}
 # Mirrored digits are other shapes, and a crop of a digit may be another digit.
@@ -137,7 +137,7 @@ def tune(folder: Path, settings: dict[str, object], workspace: str) -> dict[str,
     ways = [
         {"strategy": "linear_probe", "tap": "f6"},
         {"strategy": "early_layer_probe", "tap": "c3"},
-        {"strategy": "fine_tune", "epochs": 20, "freeze_depth": 0},
+        {"strategy": "fine_tune", "epochs": 12, "freeze_depth": 0},
     ]
     settings |= {"dataset": "digits-5-9", "space": {"config": {"grid": ways}}, "crops": "center"}
     return convoy("tune", "--config", write_yaml(folder / "tune.yaml", settings), "--workspace", workspace)
