@@ -118,6 +118,41 @@ def test_hard_links_are_read_at_their_files_and_other_links_are_counted(tmp_path
     assert "2 (0.tar#2.jpg, 0.tar#3.jpg)" in scan.warnings[0]
 
 
+def test_images_packed_as_sparse_files_are_left_out_with_a_warning(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        add_sparse(archive, "0.jpg", b"a" * 512, hole_bytes=2048)
+        add_sparse(archive, "1.json", b'{"label": "dog"}', hole_bytes=0)
+        for name, data in (("0.cls", b"cat"), ("1.jpg", jpeg_bytes(1)), ("1.txt", b"a caption")):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+        link = tarfile.TarInfo("2.jpg")
+        link.type, link.linkname = tarfile.LNKTYPE, "0.jpg"
+        archive.addfile(link)
+    (tmp_path / "0.tar").write_bytes(buffer.getvalue())
+    scan = read(tmp_path)
+    assert labels_of(scan) == {"0.tar#1": "dog"}
+    assert scan.skipped == {"sparse": 2}
+    assert "2 (0.tar#0, 0.tar#2); write the shard again without `tar -S`" in scan.warnings[0]
+    start = scan.samples["offset_bytes"][0].as_py()
+    assert buffer.getvalue()[start:].startswith(jpeg_bytes(1))
+
+
+def add_sparse(archive: tarfile.TarFile, name: str, data: bytes, *, hole_bytes: int) -> None:
+    """A member as `tar -S` writes it: its data, a hole behind it, and a map that says so (GNU sparse 1.0)."""
+    packed = f"1\n0\n{len(data)}\n".encode().ljust(512, b"\0") + data
+    member = tarfile.TarInfo(f"GNUSparseFile.0/{name}")
+    member.size = len(packed)
+    member.pax_headers = {
+        "GNU.sparse.major": "1",
+        "GNU.sparse.minor": "0",
+        "GNU.sparse.name": name,
+        "GNU.sparse.realsize": str(len(data) + hole_bytes),
+    }
+    archive.addfile(member, io.BytesIO(packed))
+
+
 def test_two_images_need_a_choice(tmp_path: Path) -> None:
     shard = tar_bytes({"0.input.jpg": jpeg_bytes(0), "0.seg.png": jpeg_bytes(1)})
     (tmp_path / "0.tar").write_bytes(shard)

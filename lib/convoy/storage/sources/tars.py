@@ -38,7 +38,7 @@ _IMAGE_SUFFIXES = frozenset((
     "avif", "heic", "heif", "jxl", "img", "image",
 ))
 # fmt: on
-_NO_IMAGE, _LINK = "no_image", "link"
+_NO_IMAGE, _LINK, _SPARSE = "no_image", "link", "sparse"
 # The first that a sample has is its label.
 _LABEL_SUFFIXES = ("cls", "json", "txt")
 _BLOCK_BYTES = 512
@@ -70,7 +70,7 @@ def read_tars(uri: str, options: ReadingOptions, known: KnownContainers) -> Sour
     twice the best time. Shards that are known in the same version are not read. Of a shard that is cut off
     the whole samples are kept, of joined archives those of the first, and a warning names the loss. Raises
     DataError for a file that is no tar, and for two images in a sample. A hard link to an earlier member is read
-    there; other links are counted.
+    there; other links are counted, and so are samples whose image is a sparse file, which lies in pieces.
     """
     skips = Skips()
     store, infos = open_containers(uri, ".tar", skips)
@@ -91,6 +91,11 @@ def read_tars(uri: str, options: ReadingOptions, known: KnownContainers) -> Sour
     if skips.counts[_LINK]:
         warnings.append(
             f"links were left out: {skips.describe(_LINK)}; `tar --dereference` packs the files themselves"
+        )
+    if skips.counts[_SPARSE]:
+        warnings.append(
+            f"images packed as sparse files were left out: {skips.describe(_SPARSE)}; "
+            "write the shard again without `tar -S` (`--sparse`)"
         )
     return SourceScan(
         samples=with_splits(store, infos, [shard.rows for shard in shards]),
@@ -214,6 +219,10 @@ def _to_rows(uri: str, info: ObjectInfo, samples: dict[str, _Sample], skips: Ski
         sample_id = f"{info.key}#{key}"
         if sample.image is None:
             skips.add(_NO_IMAGE, sample_id)
+            continue
+        if sample.image.issparse():
+            # Without its holes: no range of the shard is the image.
+            skips.add(_SPARSE, sample_id)
             continue
         offset_bytes, size_bytes = sample.image.offset_data, sample.image.size
         yield SourceRow(
