@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from convoy.core.errors import DataError
+from convoy.storage.datasets import freeze_dataset
+from convoy.storage.local_store import LocalStore
 from convoy.storage.sources.reading import find_kind, read_source
 from convoy.storage.sources.rows import ReadingOptions, SourceKind, SourceScan
 from made_sources import jpeg_bytes
@@ -122,6 +124,20 @@ def test_files_that_name_classes_differently_are_refused(tmp_path: Path) -> None
     pq.write_table(hugging_face_table([0], ["ant", "wolf"]), tmp_path / "1.parquet")
     with pytest.raises(DataError, match="differ"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize("names", [["cat", "ant"], ["ant", "wolf"], []])
+def test_a_refresh_refuses_class_names_that_the_unchanged_files_do_not_have(
+    tmp_path: Path, names: list[str]
+) -> None:
+    store, source = LocalStore(str(tmp_path / "workspace")), tmp_path / "source"
+    source.mkdir()
+    for name in ("0.parquet", "1.parquet"):
+        pq.write_table(hugging_face_table([0, 1], ["wolf", "ant"]), source / name)
+    freeze_dataset(store, "pets", str(source))
+    pq.write_table(hugging_face_table([0, 1, 1], names), source / "0.parquet")
+    with pytest.raises(DataError, match=r"here, .*'wolf', 'ant'.* in 1\.parquet"):
+        freeze_dataset(store, "pets", str(source))
 
 
 @pytest.mark.parametrize(

@@ -44,18 +44,34 @@ class ImageColumns:
 def read_parquets(uri: str, options: ReadingOptions, known: KnownContainers) -> SourceScan:
     """All rows of a parquet file, or of all below a root; a sample's id is `<key>#<row>`.
 
-    Only footers and label columns are read, and of files that are known in the same version nothing. Sizes
-    are not known. Raises DataError where the columns, the class names or a label are unclear.
+    Only footers and label columns are read, and of files that are known in the same version nothing but the
+    footer of one. Sizes are not known. Raises DataError where the columns, the class names or a label are unclear,
+    and where files differ in them.
     """
     skips = Skips()
     store, files = open_containers(uri, ".parquet", skips)
     if not files:
         return SourceScan(samples=SOURCE_SCHEMA.empty_table(), skipped=dict(skips.counts))
-    columns = _open_columns(store, files[0], options)[1]
+
+    def known_rows(info: ObjectInfo) -> pa.Table | None:
+        return known.rows_of(store.uri(info.key), info.etag)
+
+    # Known files are alike, so one of them speaks for all: what is read anew must be like it.
+    example = next((info for info in files if known_rows(info) is not None), files[0])
+    columns = _open_columns(store, example, options)[1]
 
     def read(info: ObjectInfo) -> pa.Table:
-        rows = known.rows_of(store.uri(info.key), info.etag)
-        return tabulate(_read_rows(store, info, options, columns)) if rows is None else rows
+        if (rows := known_rows(info)) is not None:
+            return rows
+        uri = store.uri(info.key)
+        file, own_columns = _open_columns(store, info, options)
+        if own_columns != columns:
+            raise DataError(
+                f"the files differ in their columns or class names: {own_columns} here, {columns} in {example.key}",
+                where=uri,
+                next_step="freeze them as datasets of their own, or write them alike",
+            )
+        return tabulate(_read_rows(file, columns, info, uri))
 
     tables = list(read_containers(files, read))
     return SourceScan(
@@ -134,17 +150,7 @@ def _is_binary(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-def _read_rows(
-    store: ObjectStore, info: ObjectInfo, options: ReadingOptions, expected: ImageColumns
-) -> Iterator[SourceRow]:
-    uri = store.uri(info.key)
-    file, columns = _open_columns(store, info, options)
-    if columns != expected:
-        raise DataError(
-            f"the files differ in their columns or class names: {columns} here, {expected} in the first file",
-            where=uri,
-            next_step="freeze them as datasets of their own, or write them alike",
-        )
+def _read_rows(file: Any, columns: ImageColumns, info: ObjectInfo, uri: str) -> Iterator[SourceRow]:
     container = object_content_id(uri, info)
     for row, label in enumerate(_read_labels(file, columns, uri)):
         yield SourceRow(
