@@ -132,6 +132,26 @@ def test_bad_jsonl_rows_are_reported_with_their_lines(root: Path) -> None:
     assert [line.split(":")[0].strip() for line in shown] == ["line 1", "line 2", "line 3"]
 
 
+def test_a_record_without_a_split_is_reported_once_where_another_has_one(root: Path) -> None:
+    records = [
+        {"path": "images/1.jpg"},
+        {"path": "images/2.jpg", "split": "train", "label": "cat"},
+        {"path": "images/deep/3.jpg", "label": "cat"},
+        {"path": "b,c d.jpg", "split": "test", "label": "dog"},
+    ]
+    with pytest.raises(DataError, match="2 rows cannot be used") as caught:
+        read(write(root / "a.jsonl", "\n".join(map(json.dumps, records))))
+    assert caught.value.what.splitlines()[1:] == [
+        "  line 1: no label, though other rows have one; no split, though other rows have one",
+        "  line 3: no split, though other rows have one",
+    ]
+
+
+def test_records_without_any_split_leave_it_open(root: Path) -> None:
+    rows = read(write(root / "a.jsonl", '{"path": "images/1.jpg"}\n{"path": "images/2.jpg"}\n'))
+    assert [row["split"] for row in rows] == [None, None]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "line", "problem"),
     [

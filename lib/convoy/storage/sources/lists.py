@@ -32,7 +32,7 @@ def read_list(uri: str, options: ReadingOptions) -> SourceScan:
     """All samples of a list (see `read_listed_samples`). A sample's id is its `id`, else its path as written.
 
     A relative path begins at `images_root`, else at the list's folder. Raises one DataError for all rows that
-    cannot be used: unreadable, a missing file, an id twice, no label where others have one, no such split.
+    cannot be used: unreadable, a missing file, an id twice, no label or split where others have one, no such split.
     """
     store, key = open_object(uri)
     bad_rows = BadRows(store.uri(key))
@@ -44,10 +44,11 @@ def read_list(uri: str, options: ReadingOptions) -> SourceScan:
         with_labels=options.labels is not LabelRule.NONE,
     )
     samples = list(listed)
-    if any(sample.label is not None for sample in samples):
-        for sample in samples:
-            if sample.label is None:
-                bad_rows.add(sample.line, "no label, though other rows have one")
+    for column in ("label", "split"):
+        without = [sample for sample in samples if getattr(sample, column) is None]
+        if len(without) < len(samples):
+            for sample in without:
+                bad_rows.add(sample.line, f"no {column}, though other rows have one")
     root = open_store(options.images_root).root_uri if options.images_root else store.root_uri
     uris = [_resolve(root, sample.path) for sample in samples]
     rows = tabulate(_join(samples, uris, find_objects(uris), bad_rows))

@@ -167,18 +167,18 @@ class BadRows:
 
     def __init__(self, where: str) -> None:
         self._where = where
-        self._problems: list[tuple[int, str]] = []
+        self._problems: dict[int, list[str]] = {}
 
     def add(self, line: int, problem: str) -> None:
         """Note a row by its line (or row) number, from 1."""
-        self._problems.append((line, problem))
+        self._problems.setdefault(line, []).append(problem)
 
     def raise_any(self) -> None:
         """Raise DataError that names the count and the first bad rows, if there is one."""
         if not self._problems:
             return
-        self._problems.sort()
-        shown = [f"  line {line}: {problem}" for line, problem in self._problems[:_NUM_BAD_ROWS_SHOWN]]
+        first = sorted(self._problems.items())[:_NUM_BAD_ROWS_SHOWN]
+        shown = [f"  line {line}: {'; '.join(problems)}" for line, problems in first]
         rest = len(self._problems) - len(shown)
         more = [f"  and {rest} more"] if rest else []
         raise DataError(
