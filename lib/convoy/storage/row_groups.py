@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from bisect import bisect_right
-from collections.abc import Iterable
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -14,6 +14,10 @@ from convoy.core.errors import DataError, StorageError
 from convoy.core.records import RejectCode, SampleRejected, Stage
 from convoy.storage.parquet_files import is_damage
 from convoy.storage.stores import open_object
+
+# Arrow cannot hold more than 2 GiB of a struct at once. Repeated images are stored once, so rows are bounded too.
+_BATCH_BYTES = 64 << 20
+_BATCH_ROWS = 1024
 
 
 class ImageColumn:
@@ -40,17 +44,16 @@ class ImageColumn:
         return bisect_right(self._first_rows, row_index) - 1
 
     def group_bytes(self, group: int) -> int:
-        """The memory that reading a row group takes."""
+        """The memory that all images of a row group take; while it is read, its stored bytes come on top."""
         return self._group_bytes[group]
 
-    def read(self, group: int, row_indices: Iterable[int]) -> list[bytes]:
-        """The images of some rows of a row group; b"" where there is none."""
-        table = self._read_group(group)
-        values: Any = table.column(0)
-        if pa.types.is_struct(values.type):
-            values = pa.chunked_array([chunk.field("bytes") for chunk in values.chunks])
-        first_row = self._first_rows[group]
-        return [values[index - first_row].as_py() or b"" for index in row_indices]
+    def read(self, group: int, row_indices: Sequence[int]) -> list[bytes]:
+        """The images of some rows of a row group; b"" where there is none.
+
+        The group is read in batches, so that besides its stored bytes only these images are in memory.
+        """
+        images = self._read_group(group, sorted(set(row_indices)))
+        return [images[index] for index in row_indices]
 
     def _open(self) -> Any:
         store, key = open_object(self._uri)
@@ -62,26 +65,42 @@ class ImageColumn:
             raise SampleRejected(RejectCode.CHANGED, Stage.FETCH, "the parquet file is of another version")
         return file
 
-    def _read_group(self, group: int) -> pa.Table:
-        """The column of a row group. What comes back wrong is read once more, from the file opened anew."""
+    def _read_group(self, group: int, wanted: Sequence[int]) -> dict[int, bytes]:
+        """The images of sorted rows. What comes back wrong is read once more, from the file opened anew."""
         with self._lock:
             try:
-                return self._read_once(group)
+                return self._read_once(group, wanted)
             except (SampleRejected, OSError):
                 self._file = self._open()
             try:
-                return self._read_once(group)
+                return self._read_once(group, wanted)
             except OSError as error:
                 what = f"the file system failed: {error.strerror or error}"
                 raise StorageError(what, where=self._uri, errno=error.errno) from error
 
-    def _read_once(self, group: int) -> pa.Table:
+    def _read_once(self, group: int, wanted: Sequence[int]) -> dict[int, bytes]:
+        images: dict[int, bytes] = {}
+        start = self._first_rows[group]
         try:
-            return self._file.read_row_group(group, columns=[self._field])
+            for values in self._iter_batches(group):
+                rows = wanted[len(images) : bisect_left(wanted, start + len(values))]
+                images.update((row, values[row - start].as_py() or b"") for row in rows)
+                if len(images) == len(wanted):
+                    break
+                start += len(values)
         except (pa.ArrowException, OSError) as error:
             if is_damage(error):
                 raise _unreadable(error) from error
             raise
+        return images
+
+    def _iter_batches(self, group: int) -> Iterator[Any]:
+        num_rows = self._first_rows[group + 1] - self._first_rows[group]
+        rows_of_bytes = num_rows * _BATCH_BYTES // max(self._group_bytes[group], 1)
+        batch_size = min(max(rows_of_bytes, 1), _BATCH_ROWS)
+        for batch in self._file.iter_batches(batch_size, row_groups=[group], columns=[self._field]):
+            values = batch.column(0)
+            yield values.field("bytes") if pa.types.is_struct(values.type) else values
 
 
 def _unreadable(error: Exception) -> SampleRejected:

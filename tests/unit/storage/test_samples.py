@@ -7,7 +7,7 @@ import os
 import pickle
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from hashlib import md5
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,28 @@ def test_rows_of_parquet_files_come_in_any_order(parquet: Path) -> None:
     assert read(rows.take(pa.array(order))) == [jpeg_bytes(index) for index in order]
 
 
+@pytest.mark.parametrize(
+    ("limit", "value", "longest"), [("BYTES", 3 * len(jpeg_bytes(0)), 2), ("BYTES", 1, 1), ("ROWS", 4, 4)]
+)
+def test_a_row_group_is_read_in_batches_of_bounded_size(
+    parquet: Path, monkeypatch: pytest.MonkeyPatch, limit: str, value: int, longest: int
+) -> None:
+    lengths = []
+    iter_batches = pq.ParquetFile.iter_batches
+
+    def noting(file: pq.ParquetFile, *args: Any, **options: Any) -> Iterator[pa.RecordBatch]:
+        for batch in iter_batches(file, *args, **options):
+            lengths.append(batch.num_rows)
+            yield batch
+
+    rows = rows_of(parquet)
+    monkeypatch.setattr(f"convoy.storage.row_groups._BATCH_{limit}", value)
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", noting)
+    order = [19, 0, 7, 1, 5, 6, 13, 0, 8, 3]
+    assert read(rows.take(pa.array(order))) == [jpeg_bytes(index) for index in order]
+    assert max(lengths) == longest
+
+
 def test_plain_binary_columns_and_missing_images(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": pa.array([jpeg_bytes(0), None, b""])}), tmp_path / "a.parquet")
     assert read(rows_of(tmp_path / "a.parquet")) == [jpeg_bytes(0), RejectCode.EMPTY, RejectCode.EMPTY]
@@ -121,13 +143,13 @@ def test_plain_binary_columns_and_missing_images(tmp_path: Path) -> None:
 
 def test_a_row_group_is_read_once(parquet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads = []
-    read_row_group = pq.ParquetFile.read_row_group
+    iter_batches = pq.ParquetFile.iter_batches
 
-    def counting(file: pq.ParquetFile, group: int, **options: Any) -> pa.Table:
-        reads.append(group)
-        return read_row_group(file, group, **options)
+    def counting(file: pq.ParquetFile, *args: Any, **options: Any) -> Iterator[pa.RecordBatch]:
+        reads.extend(options["row_groups"])
+        return iter_batches(file, *args, **options)
 
-    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counting)
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", counting)
     read(rows_of(parquet).take(pa.array([1, 7, 2, 8, 0])))
     assert sorted(reads) == [0, 1]
 
@@ -189,14 +211,14 @@ def test_a_parquet_file_whose_footer_is_damaged_is_unreadable(parquet: Path) -> 
 def fail_row_groups(monkeypatch: pytest.MonkeyPatch, *errors: Exception) -> None:
     """The first reads of row groups raise these errors."""
     to_come = list(errors)
-    read_row_group = pq.ParquetFile.read_row_group
+    iter_batches = pq.ParquetFile.iter_batches
 
-    def failing(file: pq.ParquetFile, group: int, **options: Any) -> pa.Table:
+    def failing(file: pq.ParquetFile, *args: Any, **options: Any) -> Iterator[pa.RecordBatch]:
         if to_come:
             raise to_come.pop(0)
-        return read_row_group(file, group, **options)
+        return iter_batches(file, *args, **options)
 
-    monkeypatch.setattr(pq.ParquetFile, "read_row_group", failing)
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", failing)
 
 
 @pytest.mark.parametrize(
