@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from convoy.core.errors import ConfigError, DataError
-from convoy.storage.local_store import LocalStore
 from convoy.storage.object_store import ObjectInfo
+from convoy.storage.s3_store import S3Store
+from convoy.storage.sources.folders import read_folders
 from convoy.storage.sources.listing import map_listing
 from convoy.storage.sources.reading import find_kind, read_source
-from convoy.storage.sources.rows import ReadingOptions, SourceKind, SourceScan
+from convoy.storage.sources.rows import LabelRule, ReadingOptions, SourceKind, SourceScan
 from convoy.storage.stores import open_store
 from made_sources import jpeg_bytes, shard_bytes, write_files
 
@@ -158,22 +159,49 @@ def test_listing_by_ranges_loses_and_doubles_nothing(tmp_path: Path) -> None:
     assert sorted(scan.samples["sample_id"].to_pylist()) == sorted([*keys, "a!", "b.jpg", "zz"])
 
 
-class _BucketWithSlashKeys(LocalStore):
-    """Has an object at the key that its folder begins with, as only a bucket can."""
+class _Bucket(S3Store):
+    """Has objects at keys that no folder on a disk can have."""
 
-    keys = ("cats/", "cats/1.jpg", "dogs/", "dogs/old/", "dogs/old/1.jpg")
+    def __init__(self, *keys: str) -> None:
+        super().__init__("bucket")
+        self.keys = sorted(keys)
 
     def list_folders(self, prefix: str = "") -> list[str]:
-        return {"": ["cats", "dogs"], "dogs/": ["old"]}.get(prefix, [])
+        below = (key.removeprefix(prefix) for key in self.keys if key.startswith(prefix))
+        return sorted({key.partition("/")[0] for key in below if "/" in key})
 
     def list_objects(self, prefix: str = "", *, start_after: str = "") -> Iterator[ObjectInfo]:
         found = (key for key in self.keys if key.startswith(prefix) and key > start_after)
         return (ObjectInfo(key=key, size_bytes=1, etag="e") for key in found)
 
 
-def test_an_object_at_the_border_of_two_ranges_is_listed_once(tmp_path: Path) -> None:
-    ranges = map_listing(_BucketWithSlashKeys(str(tmp_path)), lambda objects: [one.key for one in objects])
-    assert [key for keys in ranges for key in keys] == list(_BucketWithSlashKeys.keys)
+def test_an_object_at_the_border_of_two_ranges_is_listed_once() -> None:
+    bucket = _Bucket("cats/", "cats/1.jpg", "dogs/", "dogs/old/", "dogs/old/1.jpg")
+    ranges = map_listing(bucket, lambda objects: [one.key for one in objects])
+    assert [key for keys in ranges for key in keys] == bucket.keys
+
+
+@pytest.mark.parametrize(
+    ("keys", "where"),
+    [
+        (["/cat/1.jpg", "/dog/2.jpg"], "s3://bucket//"),
+        (["/dog/1.jpg", "train/cat/2.jpg", "test/cat/3.jpg"], "s3://bucket//"),
+        (["train/cat/1.jpg", "train//dog/2.jpg", "test/cat/3.jpg"], "s3://bucket/train//"),
+    ],
+)
+def test_a_double_slash_is_no_class_folder(
+    monkeypatch: pytest.MonkeyPatch, keys: list[str], where: str
+) -> None:
+    monkeypatch.setattr("convoy.storage.sources.folders.open_store", lambda _: _Bucket(*keys))
+    with pytest.raises(DataError, match="double slash") as caught:
+        read_folders("s3://bucket", LabelRule.FOLDERS)
+    assert caught.value.where == where
+
+
+def test_a_double_slash_is_harmless_without_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket = _Bucket("/cat/1.jpg", "/2.jpg", "cat//3.jpg")
+    monkeypatch.setattr("convoy.storage.sources.folders.open_store", lambda _: bucket)
+    assert list(rows_of(read_folders("s3://bucket", LabelRule.NONE))) == bucket.keys
 
 
 def test_the_kind_is_found_by_looking(tmp_path: Path) -> None:

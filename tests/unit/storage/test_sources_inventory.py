@@ -142,6 +142,14 @@ def test_splits_beside_other_folders_are_ambiguous(tmp_path: Path) -> None:
         read(tmp_path / MANIFEST_KEY)
 
 
+def test_a_double_slash_is_no_class_folder(tmp_path: Path) -> None:
+    keys = ["1.jpg", "cat/2.jpg", "/cat/3.jpg"]
+    write_report(tmp_path, made_report("photos", [[entry(key) for key in keys]]))
+    with pytest.raises(DataError, match="double slash") as caught:
+        read(tmp_path / MANIFEST_KEY)
+    assert caught.value.where == "s3://photos//"
+
+
 def test_images_root_chooses_a_part_of_the_bucket_and_names_ids(tmp_path: Path) -> None:
     keys = ["pets/cat/1.jpg", "pets/dog/2.jpg", "pets-2/cat/3.jpg", "logs/2026.txt"]
     write_report(tmp_path, made_report("photos", [[entry(key) for key in keys]]))

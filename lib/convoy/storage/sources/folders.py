@@ -48,9 +48,20 @@ def find_layout(folders_in: Callable[[str], list[str]], labels: LabelRule, *, wh
     """The layout of a root, from the names of its visible folders, and of those in each "<split>/".
 
     Split names are split folders only if all folders have one: a class may be called "train". Two of them
-    beside other folders could mean both, and are a DataError.
+    beside other folders could mean both, and are a DataError; so is a class folder without a name.
     """
-    folders = folders_in("")
+
+    def named_folders(parent: str) -> list[str]:
+        names = folders_in(parent)
+        if "" in names and labels is LabelRule.FOLDERS:
+            raise DataError(
+                "keys have a double slash there, so their class has no name",
+                where=f"{where.rstrip('/')}/{parent}/",
+                next_step="move these objects to keys with one slash, or read no labels with --set reading.labels=none",
+            )
+        return names
+
+    folders = named_folders("")
     named = [name for name in folders if parse_split(name)]
     are_splits = bool(folders) and len(named) == len(folders)
     if len(named) > 1 and not are_splits:
@@ -63,7 +74,9 @@ def find_layout(folders_in: Callable[[str], list[str]], labels: LabelRule, *, wh
         )
     classes: Iterable[str] = ()
     if labels is LabelRule.FOLDERS:
-        classes = (name for split in folders for name in folders_in(f"{split}/")) if are_splits else folders
+        classes = (
+            (name for split in folders for name in named_folders(f"{split}/")) if are_splits else folders
+        )
     warnings = [f"the folder '{name}' was taken for a class, not for a split" for name in named]
     return FolderLayout(
         splits_on_top=are_splits, classes=frozenset(classes), warnings=() if are_splits else tuple(warnings)

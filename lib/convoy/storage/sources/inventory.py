@@ -140,8 +140,8 @@ def _checksums(rows: pa.RecordBatch, etags: pa.Array) -> pa.Array:
 def _folders_in(folders: Iterable[str], above: str) -> list[str]:
     """The visible folders of the root (""), or those of one of its folders (with '/' at the end)."""
     below = (folder.removeprefix(above) for folder in folders if folder.startswith(above))
-    names = {folder.partition("/")[0] for folder in below}
-    return sorted(name for name in names if name and not is_hidden(name))
+    names = {folder.partition("/")[0] for folder in below if folder}
+    return sorted(name for name in names if not is_hidden(name))
 
 
 def _read_samples(
