@@ -92,14 +92,17 @@ class S3Store:
         return f"s3://{self.bucket}/{self._folder}{key}"
 
     def list_objects(self, prefix: str = "", *, start_after: str = "") -> Iterator[ObjectInfo]:
-        """As in ObjectStore. StorageError if the server does not list in order, as S3 Express does not."""
+        """As in ObjectStore, without markers of folders, and without the root's own even if it has content.
+
+        StorageError if the server does not list in order, as S3 Express does not.
+        """
         after = {"StartAfter": self._folder + start_after} if start_after else {}
         previous = ""
         for page in self._pages(prefix, **after):
             for entry in page.get("Contents", ()):
-                if entry["Key"].endswith("/") and entry["Size"] == 0:
-                    continue
                 key = entry["Key"].removeprefix(self._folder)
+                if not key or (key.endswith("/") and entry["Size"] == 0):
+                    continue
                 if key <= previous:
                     raise StorageError(
                         "the store does not list in the order of the keys", where=self.root_uri

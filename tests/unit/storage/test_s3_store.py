@@ -398,6 +398,14 @@ def test_a_listing_out_of_order_is_refused(server: FaultyS3, store: S3Store) -> 
         next(listing)
 
 
+def test_the_marker_of_the_root_is_not_listed_even_if_it_has_content(server: FaultyS3) -> None:
+    entry = "<Contents><Key>{}</Key><Size>1</Size><ETag>e</ETag></Contents>"
+    page = "".join(entry.format(key) for key in ("data/", "data/a", "data/cat/"))
+    end = "<IsTruncated>false</IsTruncated>"
+    server.faults = [answered_with(f"<ListBucketResult>{page}{end}</ListBucketResult>")]
+    assert [info.key for info in S3Store("bucket", "data").list_objects()] == ["a", "cat/"]
+
+
 def test_a_key_that_could_not_be_deleted_is_named(server: FaultyS3, store: S3Store) -> None:
     body = "<DeleteResult><Error><Key>kept</Key><Code>AccessDenied</Code></Error></DeleteResult>"
     server.faults = [answered_with(body)]

@@ -159,6 +159,12 @@ def test_images_root_chooses_a_part_of_the_bucket_and_names_ids(tmp_path: Path) 
     assert scan.skipped == {"outside": 2}
 
 
+def test_the_marker_of_the_root_is_no_sample_even_if_it_has_content(tmp_path: Path) -> None:
+    write_report(tmp_path, made_report("photos", [[entry("pets/"), entry("pets/1.jpg"), entry("pets/old/")]]))
+    scan = read(tmp_path / MANIFEST_KEY, images_root="s3://photos/pets", labels=LabelRule.NONE)
+    assert list(rows_of(scan)) == ["1.jpg", "old/"]
+
+
 @pytest.mark.parametrize("root", ["s3://photos-2/pets", "s3://other", "/data/photos"])
 def test_a_root_outside_of_the_bucket_is_refused(tmp_path: Path, root: str) -> None:
     write_report(tmp_path, made_report("photos", [[entry("cat/1.jpg")]]))

@@ -118,7 +118,8 @@ def _is_archived(rows: pa.RecordBatch) -> pa.Array:
 def _to_objects(rows: pa.RecordBatch, num_prefix: int, where: str) -> pa.RecordBatch:
     # Markers of folders, as a listing leaves them out.
     is_marker = pc.and_(pc.ends_with(rows["key"], "/"), pc.equal(rows["size"], 0))
-    rows = rows.filter(pc.invert(pc.fill_null(is_marker, False)))
+    is_root = pc.equal(pc.utf8_length(rows["key"]), num_prefix)
+    rows = rows.filter(pc.invert(pc.or_(is_root, pc.fill_null(is_marker, False))))
     etags = pc.utf8_trim(rows["e_tag"], '"')
     if rows["size"].null_count or etags.null_count or pc.any(pc.equal(etags, "")).as_py():
         raise DataError(
