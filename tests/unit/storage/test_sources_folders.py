@@ -165,8 +165,10 @@ class _Bucket(S3Store):
     def __init__(self, *keys: str) -> None:
         super().__init__("bucket")
         self.keys = sorted(keys)
+        self.asked_for: list[str] = []
 
     def list_folders(self, prefix: str = "") -> list[str]:
+        self.asked_for.append(prefix)
         below = (key.removeprefix(prefix) for key in self.keys if key.startswith(prefix))
         return sorted({key.partition("/")[0] for key in below if "/" in key})
 
@@ -179,6 +181,13 @@ def test_an_object_at_the_border_of_two_ranges_is_listed_once() -> None:
     bucket = _Bucket("cats/", "cats/1.jpg", "dogs/", "dogs/old/", "dogs/old/1.jpg")
     ranges = map_listing(bucket, lambda objects: [one.key for one in objects])
     assert [key for keys in ranges for key in keys] == bucket.keys
+
+
+def test_the_folders_of_a_prefix_are_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket = _Bucket("train/cat/1.jpg", "train/dog/2.jpg", "test/cat/3.jpg")
+    monkeypatch.setattr("convoy.storage.sources.folders.open_store", lambda _: bucket)
+    assert list(rows_of(read_folders("s3://bucket", LabelRule.FOLDERS))) == bucket.keys
+    assert sorted(bucket.asked_for) == ["", "test/", "train/"]
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import pyarrow as pa
 
 from convoy.core.errors import DataError
 from convoy.core.splits import parse_split
 from convoy.storage.object_store import ObjectInfo, ObjectStore
-from convoy.storage.sources.listing import is_hidden, map_listing, visible_folders
+from convoy.storage.sources.listing import ListFolders, is_hidden, map_listing
 from convoy.storage.sources.rows import (
     SOURCE_SCHEMA,
     LabelRule,
@@ -44,7 +44,7 @@ class FolderLayout:
         return self.splits_on_top + bool(self.classes)
 
 
-def find_layout(folders_in: Callable[[str], list[str]], labels: LabelRule, *, where: str) -> FolderLayout:
+def find_layout(folders_in: ListFolders, labels: LabelRule, *, where: str) -> FolderLayout:
     """The layout of a root, from the names of its visible folders, and of those in each "<split>/".
 
     Split names are split folders only if all folders have one: a class may be called "train". Two of them
@@ -89,8 +89,10 @@ def read_folders(uri: str, labels: LabelRule) -> SourceScan:
     With `labels` none, or without any class folder, the samples have no label.
     """
     store = open_store(uri)
-    layout = find_layout(partial(visible_folders, store), labels, where=store.root_uri)
-    return join_parts(map_listing(store, lambda objects: read_objects(store, objects, layout)), layout)
+    list_folders = cache(store.list_folders)
+    layout = find_layout(partial(_visible_folders, list_folders), labels, where=store.root_uri)
+    parts = map_listing(store, lambda objects: read_objects(store, objects, layout), list_folders)
+    return join_parts(parts, layout)
 
 
 def read_objects(
@@ -115,6 +117,10 @@ def join_parts(parts: Iterable[tuple[pa.Table, Skips]], layout: FolderLayout) ->
         skipped=dict(skips.counts),
         warnings=layout.warnings + _explain(samples, skips, layout.classes),
     )
+
+
+def _visible_folders(list_folders: ListFolders, prefix: str) -> list[str]:
+    return [name for name in list_folders(prefix) if not is_hidden(name)]
 
 
 def _samples_only(objects: Iterable[ObjectInfo], layout: FolderLayout, skips: Skips) -> Iterator[ObjectInfo]:

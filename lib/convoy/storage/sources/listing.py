@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import TypeVar
 
 from convoy.storage.object_store import ObjectInfo, ObjectStore
@@ -14,16 +14,21 @@ _SIDE_NAMES = frozenset({"thumbs.db", "desktop.ini", "_success", "__macosx"})
 _FOLDER_MARKER = "_$folder$"
 
 T = TypeVar("T")
+# As ObjectStore.list_folders.
+ListFolders = Callable[[str], list[str]]
 
 
-def map_listing(store: ObjectStore, read: Callable[[Iterator[ObjectInfo]], T]) -> Iterator[T]:
+def map_listing(
+    store: ObjectStore, read: Callable[[Iterator[ObjectInfo]], T], list_folders: ListFolders | None = None
+) -> Iterator[T]:
     """`read` of the objects of each key range, in the order of the ranges, which together hold all objects.
 
-    Ranges run from folder to folder, so that a listing of 10^6 objects is many short ones at a time.
+    Ranges run from folder to folder, so that a listing of 10^6 objects is many short ones at a time. To name the
+    folders of a prefix, a store passes over all its objects: who has asked before gives its own `list_folders`.
     """
-    starts = ["", *_folder_keys(store)]
-    stops = [*starts[1:], None]
     with ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="list") as pool:
+        starts = ["", *_folder_keys(list_folders or store.list_folders, pool)]
+        stops = [*starts[1:], None]
         yield from pool.map(lambda start, stop: read(_list_range(store, start, stop)), starts, stops)
 
 
@@ -35,16 +40,12 @@ def is_hidden(key: str) -> bool:
     return any(name.startswith(".") or name.lower() in _SIDE_NAMES for name in names)
 
 
-def visible_folders(store: ObjectStore, prefix: str = "") -> list[str]:
-    """The names of the folders directly below a prefix, without hidden ones."""
-    return [name for name in store.list_folders(prefix) if not is_hidden(name)]
-
-
-def _folder_keys(store: ObjectStore) -> list[str]:
+def _folder_keys(list_folders: ListFolders, pool: Executor) -> list[str]:
     """The starts of enough folders to keep all threads busy, sorted: of the first level, or of two levels."""
-    folders = [f"{name}/" for name in store.list_folders()]
+    folders = [f"{name}/" for name in list_folders("")]
     if len(folders) < NUM_THREADS:
-        folders += [f"{folder}{name}/" for folder in folders for name in store.list_folders(folder)]
+        below = zip(folders, pool.map(list_folders, folders), strict=True)
+        folders += [f"{folder}{name}/" for folder, names in below for name in names]
     # Each is a listing of its own, and on a disk a walk through its parent.
     return sorted(folders)[:: max(1, len(folders) // _MOST_RANGES)]
 
