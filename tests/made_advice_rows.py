@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,8 +20,12 @@ def frozen_rows(
     classes: tuple[str, ...],
     *,
     unlabelled: tuple[Split, ...] = (),
+    weigh: Callable[[str], float] = lambda name: 1.0,
 ) -> Manifest:
-    """A manifest with so many rows of each class in each split; those of some splits do not say which."""
+    """A manifest with so many rows of each class in each split; those of some splits do not say which.
+
+    `weigh` says the weight of a row by its name, `<split>/<label>/<number>`.
+    """
     rows = [
         {
             "sample_id": (name := f"{split.value}/{label}/{index:03d}"),
@@ -29,7 +34,7 @@ def frozen_rows(
             "content_id": content_id(name),
             "label": None if split in unlabelled else label,
             "split": split.value,
-            "weight": 1.0,
+            "weight": weigh(name),
         }
         for split, by_class in counts.items()
         for label, number in enumerate(by_class)

@@ -21,7 +21,7 @@ from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import OpenRun, RunFolder, RunRecord, finished_run, refuse_changed_identity
 
 _VERB = "advise"
-_FORMAT_VERSION = 3
+_FORMAT_VERSION = 4
 _POINTERS = "advice/"
 # What changes nothing of the advice; `verify` adds to it, and is asked for later as well.
 _NOT_IDENTITY = {"workspace", "writers", "source", "reading", "split_options", "error_budget"}

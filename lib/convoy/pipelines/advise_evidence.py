@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -97,8 +96,11 @@ class Gatherer:
         return domain_distance(features.train_ND, reference_ND[found_N], reference=reference, tap=tap)
 
     def images_per_class(self) -> float:
-        """The images of the median class that a training has to learn from."""
-        return float(statistics.median(self._counts))
+        """The images of the median class that a training has to learn from: those of weight 0 teach nothing."""
+        train = self._prober.rows.train
+        labels_N, teaches_N = train["label"].to_numpy(), train["weight"].to_numpy() > 0
+        shares_K = np.bincount(labels_N, teaches_N) / np.bincount(labels_N)
+        return float(np.median(self._counts * shares_K))
 
     @property
     def _counts(self) -> list[int]:

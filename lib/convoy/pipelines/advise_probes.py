@@ -97,10 +97,14 @@ class BackboneProbes(StrictModel):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LabelledFeatures:
-    """Features of the train rows and of the judged ones, without those that could not be read."""
+    """Features of the train rows and of the judged ones, without those that could not be read.
+
+    Train rows of weight 0 are left out too: a training learns nothing from them.
+    """
 
     train_ND: NDArray[np.float32]
     train_labels_N: NDArray[np.int64]
+    train_weights_N: NDArray[np.float32]
     judged_MD: NDArray[np.float32]
     judged_labels_M: NDArray[np.int64]
 
@@ -207,12 +211,17 @@ class Prober:
         """
         train, judged = LabelledRows.of(self.rows.train), LabelledRows.of(self.rows.judged)
         train_ND, found_N = gather_features(self._cache, set_id, train.content_ids_N)
-        self._require_readable(set_id, found_N)
+        learnt_N = found_N & (train.weights_N > 0)
+        self._require_readable(set_id, learnt_N)
         judged_MD, found_M = gather_features(self._cache, set_id, judged.content_ids_N)
         if not found_M.any():
             raise self._unreadable(set_id, self.rows.judged, f"none of {len(found_M)} images that judge")
         return LabelledFeatures(
-            train_ND[found_N], train.labels_N[found_N], judged_MD[found_M], judged.labels_N[found_M]
+            train_ND=train_ND[learnt_N],
+            train_labels_N=train.labels_N[learnt_N],
+            train_weights_N=train.weights_N[learnt_N],
+            judged_MD=judged_MD[found_M],
+            judged_labels_M=judged.labels_N[found_M],
         )
 
     def judge(
@@ -222,14 +231,15 @@ class Prober:
         head: HeadConfig | None = None,
         rows_N: NDArray[np.intp] | None = None,
     ) -> JudgedHead:
-        """A head that learnt from some of the train rows, by default from all of them."""
-        train_ND, labels_N = features.train_ND, features.train_labels_N
-        if rows_N is not None:
-            train_ND, labels_N = train_ND[rows_N], labels_N[rows_N]
-        train = TensorFeatures(torch.from_numpy(train_ND), torch.from_numpy(labels_N))
+        """A head that learnt from some of the train rows, by default from all of them, each by its weight.
+
+        Every judged row counts the same, as it does where a training is measured.
+        """
+        chosen = slice(None) if rows_N is None else rows_N
+        columns = (features.train_ND, features.train_labels_N, features.train_weights_N)
         return judge_head(
             head or self._config.head,
-            train,
+            TensorFeatures(*(torch.from_numpy(column[chosen]) for column in columns)),
             features.judged_MD,
             features.judged_labels_M,
             num_classes=len(self._manifest.classes),
@@ -251,10 +261,10 @@ class Prober:
             samples.append(CurveSample(float(size), np.stack(correct)))
         return [*samples, CurveSample(float(largest), whole_M[None, :])]
 
-    def _require_readable(self, set_id: str, found_N: NDArray[np.bool_]) -> None:
-        """DataError for a class of which none of the train rows was found."""
+    def _require_readable(self, set_id: str, learnt_N: NDArray[np.bool_]) -> None:
+        """DataError for a class of which none of the train rows can be learnt from."""
         train, classes = self.rows.train, self._manifest.classes
-        lost = missing_classes(train.filter(pa.array(found_N)), classes)
+        lost = missing_classes(train.filter(pa.array(learnt_N)), classes)
         if lost:
             labels = pa.array([classes.index(name) for name in lost], pa.int32())
             rows = train.filter(pc.is_in(train["label"], labels))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from convoy.core.errors import DataError
 from convoy.core.records import Split
@@ -43,7 +44,7 @@ def choose_rows(manifest: Manifest, config: AdviseConfig) -> LookRows:
     """The rows that are looked at: some of each class, by a hash of their ids, those first that a training would have.
 
     Judged are rows of `val`, or, where it cannot judge, a fifth of the rows of `train`. DataError for a class
-    without images to learn from, and where all judged rows are of one class.
+    without images to learn from, or whose images all have weight 0, and where all judged rows are of one class.
     """
     look, limit = config.look, config.rows
     most = max(look.max_rows // max(len(manifest.classes), 1), _LEAST_PER_CLASS)
@@ -57,6 +58,7 @@ def choose_rows(manifest: Manifest, config: AdviseConfig) -> LookRows:
         folded = per_class.model_copy(update={"fold": JUDGING_FOLD})
         train, judged = read_split(manifest, Split.TRAIN, folded), fold_rows(manifest, folded)
     count_classes(train, manifest.classes)
+    _check_weights(train, manifest)
     _check_judges(judged, manifest)
     held_out = train.slice(0, 0)
     if has_labels(manifest, Split.TEST):
@@ -81,6 +83,17 @@ def missing_classes(rows: pa.Table, classes: Sequence[str]) -> list[str]:
     """The classes of which a table has no row."""
     known = set(rows["label"].to_pylist())
     return [name for label, name in enumerate(classes) if label not in known]
+
+
+def _check_weights(train: pa.Table, manifest: Manifest) -> None:
+    missing = missing_classes(train.filter(pc.greater(train["weight"], 0)), manifest.classes)
+    if missing:
+        raise DataError(
+            f"all images of '{missing[0]}' that are learnt from have a weight of 0"
+            + (f" ({len(missing)} such classes)" if missing[1:] else ""),
+            where=manifest.uri,
+            next_step="give some of them a weight above 0, or raise look.images_per_class and look.max_rows",
+        )
 
 
 def _check_judges(judged: pa.Table, manifest: Manifest) -> None:

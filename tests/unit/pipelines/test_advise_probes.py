@@ -14,14 +14,17 @@ from convoy.core.fingerprints import canonical_json
 from convoy.core.learning_curve import AS_MEASURED
 from convoy.core.progress import Silent
 from convoy.core.records import Split
+from convoy.core.transferability import logme
 from convoy.pipelines.advise_config import AdviseConfig
 from convoy.pipelines.advise_data import find_warnings
 from convoy.pipelines.advise_evidence import Gatherer
 from convoy.pipelines.advise_probes import JudgedHead, Look, Prober, judge_head, spread_taps, subset_rows
 from convoy.pipelines.advise_rows import choose_rows, missing_classes
 from convoy.pipelines.backbone_record import BackboneRecord
+from convoy.pipelines.feature_source import LabelledRows, open_features
 from convoy.pipelines.feature_summary import FeatureSummary
 from convoy.storage.commits import SetCommit, feature_prefix, part_key, publish, read_records
+from convoy.storage.feature_cache import FeatureCache
 from convoy.storage.local_store import LocalStore
 from convoy.storage.manifests import Manifest
 from convoy.storage.parts import FeatureRows, write_features
@@ -152,6 +155,77 @@ def test_a_picture_in_the_training_rows_and_in_the_judging_fold_is_a_leak(tmp_pa
     report = prober.near_duplicates(cached_look(store, manifest, features))
     assert (report.compared, report.groups, report.across_splits) == (240, 1, 1)
     assert {one.split for one in report.examples[0].samples} == {"train", "val"}
+
+
+def is_doubted(name: str) -> bool:
+    """Three of five training rows."""
+    return name.startswith("train/") and int(name[-3:]) % 5 < 3
+
+
+def doubted_rows(folder: Path, weight: float) -> Manifest:
+    """A dataset that does not trust most labels of its training rows."""
+    return frozen_rows(
+        folder,
+        {Split.TRAIN: (100, 100), Split.VAL: (50, 50)},
+        ("good", "defect"),
+        weigh=lambda name: weight if is_doubted(name) else 1.0,
+    )
+
+
+def mislabelled(manifest: Manifest) -> np.ndarray:
+    """Features by which a doubted row is of the other class than it says."""
+    rows = manifest.read_table(["sample_id", "label"])
+    doubted_N = np.array([is_doubted(name) for name in rows["sample_id"].to_pylist()])
+    classes_N = rows["label"].to_numpy() ^ doubted_N
+    noise_ND = np.random.default_rng(0).normal(size=(rows.num_rows, 8))
+    return (4 * np.eye(8)[classes_N] + noise_ND).astype(np.float32)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.01])
+def test_probes_and_learning_curve_weigh_the_rows_as_a_training_does(tmp_path: Path, weight: float) -> None:
+    manifest = doubted_rows(tmp_path, weight)
+    store = LocalStore(str(tmp_path))
+    look = cached_look(store, manifest, {"pooled": mislabelled(manifest)})
+    prober = Prober(store, manifest, CONFIG, Silent())
+    features = prober.features(prober.set_id(look, "pooled"))
+    head = prober.judge(features)
+    train = LabelledRows.of(prober.rows.train)
+    learnt = open_features(FeatureCache(store), [prober.set_id(look, "pooled")], train)
+    as_trained = judge_head(CONFIG.head, learnt, features.judged_MD, features.judged_labels_M, num_classes=2)
+    assert head.correct_M.tolist() == as_trained.correct_M.tolist()
+    assert head.top1.estimate > 0.9
+    half = prober.curve(features, head.correct_M)[-2]
+    assert half.correct_SN.mean() > 0.9
+
+
+def test_rows_of_weight_0_are_no_neighbours_no_evidence_and_no_images_to_learn_from(tmp_path: Path) -> None:
+    manifest = doubted_rows(tmp_path, 0.0)
+    store = LocalStore(str(tmp_path))
+    features_ND = mislabelled(manifest)
+    look = cached_look(store, manifest, {"stage 2": features_ND})
+    prober = Prober(store, manifest, CONFIG, Silent())
+    tap = look.record.axis[2].name
+    probe, _ = prober._probe(look.record, tap, prober.set_id(look, "stage 2"))
+    assert probe.knn_top1 > 0.9
+    rows = manifest.read_table()
+    trusted_N = np.array(
+        [one.startswith("train/") and not is_doubted(one) for one in rows["sample_id"].to_pylist()]
+    )
+    assert probe.logme == logme(features_ND[trusted_N], rows["label"].to_numpy()[trusted_N])
+    assert Gatherer(store, manifest, CONFIG, prober).images_per_class() == 40
+
+
+def test_a_class_whose_images_all_have_weight_0_is_refused_before_any_image_is_looked_at(
+    tmp_path: Path,
+) -> None:
+    manifest = frozen_rows(
+        tmp_path,
+        {Split.TRAIN: (100, 100), Split.VAL: (50, 50)},
+        ("good", "defect"),
+        weigh=lambda name: 0.0 if name.startswith("train/1/") else 1.0,
+    )
+    with pytest.raises(DataError, match="all images of 'defect' that are learnt from have a weight of 0"):
+        choose_rows(manifest, CONFIG)
 
 
 @pytest.mark.parametrize(
