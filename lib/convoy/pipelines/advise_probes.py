@@ -21,13 +21,14 @@ from convoy.core.statistics import Interval, wilson_interval
 from convoy.core.transferability import knn_correct, logme
 from convoy.pipelines.advise_as_is import judge_as_is, own_classifier
 from convoy.pipelines.advise_config import AdviseConfig, CandidateBackbone
+from convoy.pipelines.advise_rate import pass_rate
 from convoy.pipelines.advise_rows import choose_rows, missing_classes
 from convoy.pipelines.advise_rule import JudgedProbe
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.classifiers import Classifier
 from convoy.pipelines.feature_plan import FeatureRequest
 from convoy.pipelines.feature_source import LabelledRows, gather_features
-from convoy.pipelines.feature_summary import FeatureSummary, seconds_under_way
+from convoy.pipelines.feature_summary import FeatureSummary
 from convoy.pipelines.features import FeatureJob
 from convoy.pipelines.near_duplicates import (
     NearDuplicateReport,
@@ -36,11 +37,9 @@ from convoy.pipelines.near_duplicates import (
     report_near_duplicates,
 )
 from convoy.pipelines.probe_judging import CrossFittedProbe
-from convoy.storage.commits import read_commits, read_manifest
 from convoy.storage.feature_cache import FeatureCache, content_id_array
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
-from convoy.storage.runs import RunFolder
 from convoy.vision.head_fitting import fit_path
 from convoy.vision.heads import FeatureSource, HeadConfig, TensorFeatures
 from convoy.vision.stages import POOLED, DepthAxis, StageKind
@@ -67,7 +66,7 @@ class TapProbe(StrictModel):
 class BackboneProbes(StrictModel):
     """A backbone at its taps, from the stem up. `images_per_s` is that of its largest pass, over all workers.
 
-    That pass was of `timed_images`, null in advice that was given before this was told.
+    That pass was of `timed_images`, null in advice that was given before this was told; both are 0 without one.
     """
 
     backbone: str
@@ -164,7 +163,7 @@ class Prober:
         summary = job.ensure(progress=self.progress, new_run=self._new_run)
         self.progress.stage(f"probing {candidate.name}")
         probed = [self._probe(record, tap, job.set_id(tap)) for tap in taps]
-        timed_images, images_per_s = self._rate(summary)
+        timed_images, images_per_s = pass_rate(self._store, record.axis, summary)
         probes = BackboneProbes(
             backbone=self._config.name_of(candidate, record.weights_digest),
             weights_digest=record.weights_digest,
@@ -319,22 +318,6 @@ class Prober:
             fit_seconds=head.seconds,
         )
         return probe, head.correct_M
-
-    def _rate(self, summary: FeatureSummary) -> tuple[int, float]:
-        """Images of the largest run that computed features of the sets, and how many a second: of its time at work.
-
-        The last one may be of the three images that were new, and of nothing but a start.
-        """
-        num_rows = Counter[str]()
-        for commit in (one for set_id in summary.sets.values() for one in read_commits(self._store, set_id)):
-            rows = sum(part.num_rows for part in commit.parts)
-            num_rows[commit.run_id] = max(num_rows[commit.run_id], rows)
-        for run_id, _ in num_rows.most_common():
-            manifest = read_manifest(RunFolder(self._store, run_id))
-            if manifest is not None:
-                num_images = manifest.num_results + manifest.num_rejects
-                return num_images, num_images / max(seconds_under_way(manifest.slices), 1e-9)
-        return 0, 0.0
 
 
 def judge_head(

@@ -252,20 +252,6 @@ def test_images_that_cannot_be_read_are_named_by_class_split_and_reason(
         Prober(store, manifest, CONFIG, Silent()).features(SET_ID)
 
 
-def test_the_rate_is_that_of_the_largest_pass_and_not_of_the_last(tmp_path: Path) -> None:
-    """A made slice takes two seconds."""
-    manifest = frozen_rows(tmp_path, {Split.TRAIN: (20, 20)}, ("good", "defect"))
-    store = LocalStore(str(tmp_path))
-    names = manifest.read_table(["sample_id"])["sample_id"].to_pylist()
-    for run_id, some in (("r1", names[:37]), ("r2", names[37:])):
-        record = new_run(store, some, slice_rows=len(names), run_id=run_id)
-        finish_slice(store, record, "0-000000")
-        publish(RunFolder(store, run_id), record, read_records(RunFolder(store, run_id)))
-    prober = Prober(store, manifest, CONFIG, Silent())
-    assert prober._rate(FeatureSummary.model_construct(sets={"pooled/0": SET_ID})) == (37, 37 / 2)
-    assert prober._rate(FeatureSummary.model_construct(sets={})) == (0, 0)
-
-
 def test_a_probe_that_is_always_right_is_not_sure_of_the_next_row() -> None:
     top1 = JudgedHead(correct_M=np.ones(33, np.bool_), C=1.0, seconds=0.0).top1
     assert top1.estimate == top1.high == 1
