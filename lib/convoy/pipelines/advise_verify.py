@@ -25,7 +25,10 @@ from convoy.storage.runs import RunFolder
 
 
 class Verifier:
-    """Runs strategies of an advice, each once: a killed verification goes on with the one in which it was."""
+    """Runs strategies of an advice, each once: a killed verification goes on with the one in which it was.
+
+    With `new_run` unfinished trainings are left behind instead; those that this advice has verified stay.
+    """
 
     def __init__(
         self,
@@ -36,9 +39,11 @@ class Verifier:
         *,
         progress: Progress,
         draw_curves: CurveDrawer,
+        new_run: bool,
     ) -> None:
         self._manifest, self._config, self._settings = manifest, config, settings
         self._folder, self._progress, self._draw_curves = folder, progress, draw_curves
+        self._new_run = new_run
         # What the fold has to refuse is refused before anything is computed.
         fold_rows(manifest, _limit_at_budget(config, settings))
 
@@ -77,7 +82,7 @@ class Verifier:
             training,
             progress=self._progress,
             draw_curves=self._draw_curves,
-            new_run=False,
+            new_run=self._new_run,
             when_held=WhenHeld.WAIT,
             evaluated=Split.VAL if judges_on_val else None,
             fingerprint=self._manifest.fingerprint,

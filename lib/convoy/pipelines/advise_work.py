@@ -136,6 +136,7 @@ class AdviceWork:
             self.folder,
             progress=self.progress,
             draw_curves=self.draw_curves,
+            new_run=self.new_run,
         )
 
     def _costs(self, records: Sequence[BackboneRecord]) -> list[BackboneCost]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,9 +11,11 @@ from convoy.core.config import load_config
 from convoy.core.errors import DataError
 from convoy.core.progress import Silent
 from convoy.core.records import Split
+from convoy.pipelines import advise_verify
 from convoy.pipelines.advise_config import AdviseConfig, VerifySettings
 from convoy.pipelines.advise_strategies import Option, train_config
 from convoy.pipelines.advise_verify import Verifier, at_budget
+from convoy.pipelines.advise_work import AdviceWork
 from convoy.pipelines.classifiers import Strategy
 from convoy.pipelines.train_config import TrainConfig
 from convoy.pipelines.training_rows import validation_rows
@@ -24,7 +27,7 @@ from made_advice_rows import frozen_rows
 CONFIG = load_config(AdviseConfig, None, ["candidates=[{backbone: {arch: resnet18}}]", "dataset=parts"])
 
 
-def verified_config(strategy: Strategy, settings: VerifySettings) -> TrainConfig:
+def made_option(strategy: Strategy) -> Option:
     base = {
         "name": "parts-x",
         "dataset": "parts",
@@ -32,9 +35,9 @@ def verified_config(strategy: Strategy, settings: VerifySettings) -> TrainConfig
         "backbone": {"arch": "resnet18"},
     }
     made = made_strategy(1, strategy, 0.5, 1.0)
-    option = Option(
+    return Option(
         strategy=strategy,
-        backbone="resnet18",
+        backbone=made.backbone,
         tap=None,
         top1=interval(0.5),
         cost=made.cost,
@@ -42,7 +45,10 @@ def verified_config(strategy: Strategy, settings: VerifySettings) -> TrainConfig
         settings=base | ({"tap": "pooled"} if strategy is Strategy.LINEAR_PROBE else {}),
         why="",
     )
-    return train_config(at_budget(option, CONFIG, settings), where="here")[0]
+
+
+def verified_config(strategy: Strategy, settings: VerifySettings) -> TrainConfig:
+    return train_config(at_budget(made_option(strategy), CONFIG, settings), where="here")[0]
 
 
 @pytest.mark.parametrize("strategy", [Strategy.LINEAR_PROBE, Strategy.FINE_TUNE])
@@ -61,4 +67,42 @@ def test_a_class_that_no_fold_can_hold_is_refused_before_anything_is_computed(tm
     manifest = frozen_rows(tmp_path, {Split.TRAIN: (40, 1), Split.VAL: (30, 30)}, ("good", "defect"))
     folder = RunFolder(LocalStore(str(tmp_path)), "r1")
     with pytest.raises(DataError, match="class defect has one training image"):
-        Verifier(manifest, CONFIG, VerifySettings(), folder, progress=Silent(), draw_curves=lambda *_: b"")
+        Verifier(
+            manifest,
+            CONFIG,
+            VerifySettings(),
+            folder,
+            progress=Silent(),
+            draw_curves=lambda *_: b"",
+            new_run=False,
+        )
+
+
+@pytest.mark.parametrize("new_run", [True, False])
+def test_new_run_leaves_unfinished_trainings_behind_and_repeats_none_that_was_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new_run: bool
+) -> None:
+    begun = []
+
+    def train(training: TrainConfig, *, new_run: bool, **given: object) -> SimpleNamespace:
+        begun.append((training.name, new_run))
+        return SimpleNamespace(intervals={"top1_wilson": interval(0.5)}, bundle="parts-x@1")
+
+    monkeypatch.setattr(advise_verify, "run_train", train)
+    store = LocalStore(str(tmp_path))
+    work = AdviceWork(
+        store=store,
+        manifest=frozen_rows(tmp_path, {Split.TRAIN: (40, 40), Split.VAL: (30, 30)}, ("good", "defect")),
+        config=CONFIG.model_copy(update={"verify": VerifySettings()}),
+        folder=RunFolder(store, "r1"),
+        progress=Silent(),
+        draw_curves=lambda *_: b"",
+        check=lambda: None,
+        new_run=new_run,
+    )
+    strategy = Strategy.FINE_TUNE
+    for _ in range(2):
+        verifier = work._verifier()
+        assert verifier is not None
+        verifier.verify([made_strategy(1, strategy, 0.5, 1.0)], [made_option(strategy)], check=lambda: None)
+    assert begun == [("parts-x-verify", new_run)]
