@@ -46,7 +46,8 @@ class DataChecks(StrictModel):
     in their spread. `max_label_drop`: how much less often than on the holdout the champion agrees with new labels.
     Rejects and labels are looked at in all new rows together, and in those of each date that was held for them.
     `max_removed_rate`: of the rows that the champion was made from, of the frozen holdout and of each of its classes,
-    those that are gone. Classes that are gone are those that the champion knows and the dataset has not.
+    those that are gone; of the holdout, a larger loss that a champion was promoted after counts no more. Classes that
+    are gone are those that the champion knows and the dataset has not.
     """
 
     min_rows: PositiveInt = 20

@@ -31,8 +31,9 @@ class RetrainRows:
     `table` has the columns of the manifest that count here and `class`, the class name or null. `is_new_N` marks rows
     whose content and class were not in the version that the champion was made from, and `held_N` tells by date those
     of them that came with a version whose data was objected to. `holdout` are rows of the frozen holdout that the
-    version still has, with the classes that were frozen; `frozen_by_class` counts all that were frozen, and `joined`
-    those that a date added.
+    version still has, with the classes that were frozen; `frozen_by_class` counts all that were frozen,
+    `remained_by_class` those of them that the champion's version still had (all where there is none), `lost_by_class`
+    those of these that are gone since, and `joined` those that a date added.
     """
 
     manifest: Manifest
@@ -42,6 +43,8 @@ class RetrainRows:
     held_N: dict[str, NDArray[np.bool_]]
     holdout: NamedRows
     frozen_by_class: Counter[str]
+    remained_by_class: Counter[str]
+    lost_by_class: Counter[str]
     joined: Counter[str]
     num_before: int
     num_removed: int
@@ -113,6 +116,7 @@ def open_rows(
             where=manifest.uri,
             next_step="bring those images back, or retrain under another name",
         )
+    remained = holdout if previous is None else _still_there(learnt, holdout)
     return RetrainRows(
         manifest=manifest,
         table=table,
@@ -121,6 +125,8 @@ def open_rows(
         held_N=_held_back(pairs, is_new_N, held or {}),
         holdout=NamedRows.of(kept["content_id"], kept["class"].to_pylist()),
         frozen_by_class=class_counts(holdout),
+        remained_by_class=class_counts(remained),
+        lost_by_class=class_counts(remained) - class_counts(_still_there(table, remained)),
         joined=Counter() if joined is None else class_counts(joined),
         num_before=len(before),
         num_removed=len(before - set(pairs)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from pathlib import Path
 
 import pyarrow as pa
@@ -24,7 +25,13 @@ DAY = "2026-01-05"
 TRAIN, VAL, TEST = Split.TRAIN, Split.VAL, Split.TEST
 
 
-def version(folder: Path, name: str, *rows: tuple[str, Split], dogs: str = "") -> Manifest:
+def version(
+    folder: Path,
+    name: str,
+    *rows: tuple[str, Split],
+    dogs: Container[str] = "",
+    classes: tuple[str, ...] = CLASSES,
+) -> Manifest:
     """A version of a dataset from the content and the split of its rows, cats but for `dogs`."""
     samples = pa.Table.from_pylist(
         [
@@ -41,7 +48,7 @@ def version(folder: Path, name: str, *rows: tuple[str, Split], dogs: str = "") -
         ],
         schema=MANIFEST_SCHEMA,
     )
-    return write_samples(LocalStore(str(folder)), samples, CLASSES, key=f"{name}.parquet", fingerprint=name)
+    return write_samples(LocalStore(str(folder)), samples, classes, key=f"{name}.parquet", fingerprint=name)
 
 
 def test_a_dataset_without_a_test_split_is_refused_though_it_has_val_rows(tmp_path: Path) -> None:
@@ -80,28 +87,62 @@ def test_rows_that_were_held_stay_a_batch_of_their_own_among_those_that_follow(t
     }
 
 
+def objections(today: Manifest, champions: Manifest, *, knows: tuple[str, ...] = CLASSES) -> list[str]:
+    """What is objected to where a champion was made from another version and knows some classes."""
+    champion = single_committee(made_classifier(today.store, 0, classes=knows), name="pets", digest="")
+    findings = Findings()
+    rows = open_rows(today, champions, RetrainFolder(today.store, "pets"), date=DAY)
+    look_for_losses(rows, DataChecks(), champion, findings)
+    return findings.objections
+
+
 def test_rows_of_the_champion_and_of_the_holdout_that_are_gone_are_objected_to(tmp_path: Path) -> None:
     all_rows = [(f"{number}", TEST if number % 2 else TRAIN) for number in range(40)]
     first = version(tmp_path, "first", *all_rows)
-    store = LocalStore(str(tmp_path))
-    folder = RetrainFolder(store, "pets")
-    open_rows(first, None, folder, date="2026-01-01")
-
-    def objections(*left: tuple[str, Split], classes: tuple[str, ...] = CLASSES) -> list[str]:
-        rows = open_rows(version(tmp_path, f"left-{len(left)}", *left), first, folder, date=DAY)
-        champion = single_committee(made_classifier(store, 0, classes=classes), name="pets", digest="")
-        findings = Findings()
-        look_for_losses(rows, DataChecks(), champion, findings)
-        return findings.objections
-
-    assert objections(*all_rows[:36]) == []
-    assert [text[:20] for text in objections(*all_rows[:24])] == [
+    open_rows(first, None, RetrainFolder(first.store, "pets"), date="2026-01-01")
+    left_36, left_24 = (version(tmp_path, f"left-{num}", *all_rows[:num]) for num in (36, 24))
+    assert objections(left_36, first) == []
+    assert [text[:20] for text in objections(left_24, first)] == [
         "16 of the 40 rows th",
         "8 of the 20 rows of ",
         "8 of the 20 rows of ",
     ]
-    (gone,) = objections(*all_rows[:38], classes=(*CLASSES, "truck"))
+    (gone,) = objections(left_36, first, knows=(*CLASSES, "truck"))
     assert gone == "the dataset has no truck any more, which the champion knows"
+
+
+def cats_and_dogs(num_cats: int, num_dogs: int = 0) -> list[tuple[str, Split]]:
+    """Every second row judges."""
+    contents = [f"cat{number}" for number in range(num_cats)] + [f"dog{number}" for number in range(num_dogs)]
+    return [(content, TEST if number % 2 else TRAIN) for number, content in enumerate(contents)]
+
+
+def test_a_loss_that_a_champion_was_promoted_after_holds_no_later_date(tmp_path: Path) -> None:
+    both = cats_and_dogs(100, 100)
+    dogs = {content for content, _ in both if content.startswith("dog")}
+    first = version(tmp_path, "first", *both, dogs=dogs)
+    open_rows(first, None, RetrainFolder(first.store, "pets"), date="2026-01-01")
+    no_dogs = version(tmp_path, "no-dogs", *cats_and_dogs(100), classes=("cat",))
+    assert "50 of the 100 rows of the frozen holdout are gone" in objections(no_dogs, first)
+    assert objections(no_dogs, no_dogs, knows=("cat",)) == []
+    fewer_cats = version(tmp_path, "fewer-cats", *cats_and_dogs(70), classes=("cat",))
+    assert objections(fewer_cats, no_dogs, knows=("cat",))[1:] == [
+        "15 of the 50 rows of the frozen holdout are gone",
+        "15 of the 50 rows of cat in the frozen holdout are gone",
+    ]
+    assert objections(fewer_cats, fewer_cats, knows=("cat",)) == []
+
+
+@pytest.mark.parametrize("is_promoted", [False, True])
+def test_small_losses_of_many_dates_are_objected_to_together(tmp_path: Path, is_promoted: bool) -> None:
+    champions = version(tmp_path, "first", *cats_and_dogs(200))
+    open_rows(champions, None, RetrainFolder(champions.store, "pets"), date="2026-01-01")
+    for num_rows in (190, 180, 170, 160):
+        today = version(tmp_path, f"left-{num_rows}", *cats_and_dogs(num_rows))
+        assert objections(today, champions) == []
+        champions = today if is_promoted else champions
+    today = version(tmp_path, "left-150", *cats_and_dogs(150))
+    assert "25 of the 100 rows of the frozen holdout are gone" in objections(today, champions)
 
 
 def named(contents: object) -> list[str]:
