@@ -18,7 +18,7 @@ from convoy.storage.retrains import RetrainFolder, RetrainPlan
 # What may differ between two calls for one date: where, how fast and who hears of it, not what.
 _FREE_KEYS = ("workspace", "writers", "date", "mirror")
 # Decisions that another setting may turn into a promotion.
-_OPEN = (Decision.HELD, Decision.SHADOW)
+_OPEN = (Decision.HELD, Decision.SHADOW, Decision.NOTHING_NEW)
 
 
 def plan_retrain(
@@ -76,7 +76,7 @@ def settled_report(folder: RetrainFolder, plan: RetrainPlan) -> RetrainReport | 
 
     What was held stays held until the data, the settings or the champion are others.
     """
-    last = next(_newest_first(folder), None)
+    last = _last_examined(_newest_first(folder), plan.fingerprint)
     if plan.champion is None or last is None:
         return None
     nothing_new = RetrainReport(
@@ -104,6 +104,13 @@ def _newest_first(folder: RetrainFolder) -> Iterator[RetrainReport]:
     """The decisions so far, each read as it is asked for: there may be years of them."""
     for date in reversed(folder.decided_dates()):
         yield RetrainReport.model_validate(folder.decision(date))
+
+
+def _last_examined(newest_first: Iterable[RetrainReport], fingerprint: str) -> RetrainReport | None:
+    """The last decision but for those that only found a version as the date before them had left it."""
+    return next(
+        (one for one in newest_first if one.data is not None or one.dataset_fingerprint != fingerprint), None
+    )
 
 
 def _since_champion(

@@ -167,6 +167,28 @@ def test_other_settings_ask_again_about_what_was_held_or_shadowed(dates: Dates) 
     assert dates.settled(dates.plan(**NOTE)) is None
 
 
+def nothing_new(dates: Dates) -> None:
+    """A date of a shadow without anything new is over, as the job ends it."""
+    plan = dates.plan(mode="shadow")
+    report = dates.settled(plan)
+    assert report is not None
+    assert report.decision is Decision.NOTHING_NEW
+    dates.retrains.write_decision(plan.date, report.model_dump(mode="json"))
+
+
+@pytest.mark.parametrize("decision", [Decision.SHADOW, Decision.NOTHING_NEW])
+def test_other_settings_or_another_champion_ask_again_though_dates_without_news_lie_between(
+    dates: Dates, decision: Decision
+) -> None:
+    dates.arrive()
+    dates.decide(dates.plan(mode="shadow"), decision)
+    nothing_new(dates)
+    nothing_new(dates)
+    assert dates.settled(dates.plan(mode="promote")) is None
+    dates.promote(SECOND)
+    assert dates.settled(dates.plan(mode="shadow")) is None
+
+
 def test_a_person_who_promotes_a_held_candidate_has_answered(dates: Dates) -> None:
     plan = held(dates, candidate=SECOND)
     dates.promote(SECOND)
