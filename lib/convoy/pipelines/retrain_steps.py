@@ -24,12 +24,11 @@ from convoy.pipelines.network_training import CurveDrawer
 from convoy.pipelines.retrain_config import RetrainConfig
 from convoy.pipelines.retrain_rows import RetrainRows
 from convoy.pipelines.retrain_scoring import CachedScorer, NamedRows
-from convoy.pipelines.train import run_train
+from convoy.pipelines.train import TrainReport, run_train
 from convoy.pipelines.train_config import TrainConfig
 from convoy.storage.bundles import BundleRef, ModelCard, model_card, resolve_bundle, write_bundle
 from convoy.storage.leases import WhenHeld
-from convoy.storage.object_store import ObjectStore
-from convoy.storage.retrains import RetrainPlan
+from convoy.storage.retrains import RetrainFolder, RetrainPlan
 from convoy.vision.ensembling import least_nll_weights
 from convoy.vision.head_fitting import fit_head
 from convoy.vision.heads import HeadKind
@@ -51,7 +50,7 @@ class CandidateMaker:
 
     def __init__(
         self,
-        store: ObjectStore,
+        folder: RetrainFolder,
         config: RetrainConfig,
         rows: RetrainRows,
         scorer: CachedScorer,
@@ -60,7 +59,9 @@ class CandidateMaker:
         progress: Progress,
         draw_curves: CurveDrawer,
     ) -> None:
-        self._store = store
+        self._folder = folder
+        self._store = folder.store
+        self._date = plan.date
         self._manifest = rows.manifest
         self._config = config
         self._rows = rows
@@ -170,7 +171,16 @@ class CandidateMaker:
         return MadeModel(ref=ref, train_rows=num_rows)
 
     def _fine_tune(self) -> MadeModel:
-        """The network of the config, trained on all training rows of today."""
+        """The network of the config, trained once a date, by the settings of its plan, on all training rows then."""
+        kept = self._folder.fine_tuned(self._date)
+        if kept is None:
+            report = self._train_network()
+            self._folder.keep_fine_tuned(self._date, report.model_dump(mode="json"))
+        else:
+            report = TrainReport.model_validate(kept)
+        return MadeModel(ref=resolve_bundle(self._store, report.bundle), train_rows=report.num_train_rows)
+
+    def _train_network(self) -> TrainReport:
         if self._rows.num_leaks:
             raise DataError(
                 f"{self._rows.num_leaks} training images are images of the holdout, and a network would learn them",
@@ -185,11 +195,10 @@ class CandidateMaker:
             "fingerprint": self._manifest.fingerprint,
         }
         try:
-            report = run_train(config, **arguments)
+            return run_train(config, **arguments)
         except RunMismatch:
             # Left behind by an earlier date; this one has other rows.
-            report = run_train(config, **arguments, new_run=True)
-        return MadeModel(ref=resolve_bundle(self._store, report.bundle), train_rows=report.num_train_rows)
+            return run_train(config, **arguments, new_run=True)
 
     def _training_config(self) -> TrainConfig:
         config, settings = self._config, self._config.fine_tune

@@ -97,7 +97,7 @@ class RetrainJob:
             progress=progress,
         )
         self._maker = CandidateMaker(
-            store,
+            folder,
             config,
             self._rows,
             self._scorer,
@@ -228,7 +228,7 @@ class RetrainJob:
         return previous if can_be_compared(previous) else None
 
     def _move_aliases(self, outcome: _Outcome, steps: list[StepResult]) -> _Outcome:
-        """The outcome as the registry has it: the champion may have been changed meanwhile."""
+        """The outcome as the registry has it: the champion may have been changed, or an earlier attempt have moved."""
         config, plan = self._config, self._plan
         run = f"retrains/{config.name}/{plan.date}"
         moved = read_aliases(self._store, config.name).move_by(run)
@@ -250,7 +250,8 @@ class RetrainJob:
             expected_champion=plan.champion,
             writers=config.writers,
         )
-        return _Outcome(decision=Decision(entry.action), reason=entry.reason, candidate=outcome.candidate)
+        candidate = entry.moves.get(Alias.CANDIDATE)
+        return _Outcome(decision=Decision(entry.action), reason=entry.reason, candidate=candidate)
 
     def _moves(self, outcome: _Outcome) -> dict[Alias, str | None]:
         moves: dict[Alias, str | None] = {}

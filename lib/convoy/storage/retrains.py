@@ -1,10 +1,10 @@
 """Retrainings of a model: a folder for each logical date, a lease for all of them, and the frozen holdout.
 
     retrains/<model>/lease.json, holdout.parquet, holdout-<date>.parquet
-    retrains/<model>/<date>/plan.json, work.json, decision.json
+    retrains/<model>/<date>/plan.json, work.json, fine_tuned.json, decision.json
 
 A date with a decision is finished for good. A plan says which version of the dataset and which champion its date
-began with, so that a killed retraining goes on with the same.
+began with, so that a killed retraining goes on with the same, and with the network that it fine-tuned.
 """
 
 from __future__ import annotations
@@ -105,6 +105,16 @@ class RetrainFolder(RunFolder):
         if set_id not in work.missing:
             missing = {**work.missing, set_id: num_rows}
             self.store.put(self.key(f"{date}/work.json"), canonical_json(RetrainWork(missing=missing)))
+
+    def fine_tuned(self, date: str) -> dict[str, Any] | None:
+        """The report of the network that a date has trained, or None."""
+        found: dict[str, Any] | None = read_json(self.store, self.key(f"{date}/fine_tuned.json"))
+        return found
+
+    def keep_fine_tuned(self, date: str, report: dict[str, Any]) -> None:
+        """Keep what a date has trained, so that no later attempt at it trains again; whoever was first stays."""
+        with suppress(PreconditionFailed):
+            put_looking_first(self.store, self.key(f"{date}/fine_tuned.json"), canonical_json(report))
 
     def holdout(self) -> pa.Table | None:
         """The frozen holdout and all that joined it, columns of HOLDOUT_SCHEMA, or None before the first retraining."""

@@ -16,7 +16,7 @@ from convoy.core.config import parse_config
 from convoy.core.errors import ConfigError
 from convoy.core.progress import Silent
 from convoy.pipelines.retrain_config import Decision, NewData, RetrainConfig, RetrainReport
-from convoy.pipelines.retrain_plan import plan_retrain, refuse_date, settled_report
+from convoy.pipelines.retrain_plan import plan_retrain, refuse_date, refuse_other_settings, settled_report
 from convoy.storage.local_store import LocalStore
 from convoy.storage.registry import Alias, AliasMove, move_aliases
 from convoy.storage.retrains import RetrainFolder, RetrainPlan
@@ -48,18 +48,21 @@ class Dates:
 
     def plan(self, *, date: str | None = None, **settings: Any) -> RetrainPlan:
         """The next date begins."""
+        config = self.config(date or f"2026-01-{next(self.days):02}", **settings)
+        plan = plan_retrain(self.store, self.retrains, config, Silent())
+        self.retrains.write_plan(plan)
+        return plan
+
+    def config(self, date: str, **settings: Any) -> RetrainConfig:
         given = {
             "name": NAME,
             "dataset": NAME,
             "source": str(self.folder / "images"),
-            "date": date or f"2026-01-{next(self.days):02}",
+            "date": date,
             "backbone": {"arch": "lenet5", "weights": "random"},
             **settings,
         }
-        config = parse_config(RetrainConfig, given, where="test")
-        plan = plan_retrain(self.store, self.retrains, config, Silent())
-        self.retrains.write_plan(plan)
-        return plan
+        return parse_config(RetrainConfig, given, where="test")
 
     def settled(self, plan: RetrainPlan) -> RetrainReport | None:
         return settled_report(self.retrains, plan)
@@ -225,6 +228,13 @@ def test_a_date_to_come_is_refused_for_it_would_end_all_earlier_ones(dates: Date
     refuse_date(dates.retrains, today.isoformat())
     with pytest.raises(ConfigError, match="is not there yet"):
         refuse_date(dates.retrains, (today + timedelta(days=2)).isoformat())
+
+
+def test_a_date_that_was_begun_is_not_trained_for_by_other_settings(dates: Dates) -> None:
+    plan = dates.plan(fine_tune={"epochs": 1})
+    refuse_other_settings(plan, dates.config(plan.date, fine_tune={"epochs": 1}))
+    with pytest.raises(ConfigError, match="begun with other settings"):
+        refuse_other_settings(plan, dates.config(plan.date, fine_tune={"epochs": 2}))
 
 
 def test_versions_that_were_objected_to_are_kept_in_mind_until_a_promotion(dates: Dates) -> None:

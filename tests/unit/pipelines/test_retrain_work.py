@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,13 +15,16 @@ from convoy.core.config import parse_config
 from convoy.core.crop_policies import CropPlan, CropPolicy
 from convoy.core.progress import Silent
 from convoy.core.splits import SplitOptions
+from convoy.pipelines import retrain_steps
 from convoy.pipelines.committees import open_committee, write_ensemble
 from convoy.pipelines.model_registry import promote_model
 from convoy.pipelines.retrain_config import Decision, RetrainConfig, StepResult
 from convoy.pipelines.retrain_gate import GateConfig, ModelScores, judge
-from convoy.pipelines.retrain_work import RetrainJob, take_until_settled
+from convoy.pipelines.retrain_steps import MadeModel
+from convoy.pipelines.retrain_work import RetrainJob, _Outcome, take_until_settled
+from convoy.pipelines.train import TrainReport
 from convoy.report.curves import draw_learning_curves
-from convoy.storage.datasets import freeze_dataset
+from convoy.storage.datasets import freeze_dataset, open_dataset
 from convoy.storage.local_store import LocalStore
 from convoy.storage.object_store import WriterMode
 from convoy.storage.registry import Alias, AliasMove, move_aliases, read_aliases
@@ -33,21 +38,42 @@ AGAIN = StepResult(
 )
 OTHER = AGAIN.model_copy(update={"step": "fine_tune", "is_champion": False})
 
+# What a training says of itself, but for its bundle.
+MEASURED = {
+    **dict.fromkeys(("samples", "results", "labelled", "top1", "top5"), 1),
+    **dict.fromkeys(("cache_run", "nll", "brier", "ece", "reliability")),
+    **{name: [] for name in ("splits", "per_class", "classes", "confusion")},
+    "run": "r",
+    "model_digest": "m",
+    "rejects": 0,
+    "intervals": {},
+    "strategy": "fine_tune",
+    "tap": "logits",
+    "num_train_rows": 20,
+    "within_error_budget": True,
+}
+
 
 @pytest.fixture
 def job(tmp_path: Path) -> RetrainJob:
     """A date of a model on a few digits."""
     write_digits(tmp_path / "images", 40)
     store = LocalStore(str(tmp_path / "workspace"))
-    frozen = freeze_dataset(store, NAME, str(tmp_path / "images"), splits=SplitOptions(test_fraction=0.5))
-    settings = {"name": NAME, "dataset": NAME, "backbone": {"arch": "lenet5", "weights": "random"}}
+    freeze_dataset(store, NAME, str(tmp_path / "images"), splits=SplitOptions(test_fraction=0.5))
+    return begun(store)
+
+
+def begun(store: LocalStore, date: str = "2026-01-01", **settings: Any) -> RetrainJob:
+    """A date of the model, by some more settings."""
     plan = RetrainPlan(
-        date="2026-01-01",
-        fingerprint=frozen.header.fingerprint,
+        date=date,
+        fingerprint=open_dataset(store, NAME).fingerprint,
         previous_fingerprint=None,
         champion=None,
         config={},
     )
+    backbone = {"arch": "lenet5", "weights": "random"}
+    settings = {"name": NAME, "dataset": NAME, "backbone": backbone, **settings}
     return RetrainJob(
         store,
         RetrainFolder(store, NAME),
@@ -109,6 +135,39 @@ def test_a_date_that_was_killed_after_its_move_is_decided_by_the_move(job: Retra
     move_aliases(job._store, NAME, lambda _: back)
     moved = job._move_aliases(nothing_new, [AGAIN])
     assert (moved.decision, moved.reason) == (Decision.ROLLED_BACK, "it was worse")
+
+
+def test_a_date_that_was_killed_after_its_move_names_the_candidate_that_was_moved(job: RetrainJob) -> None:
+    moved = [
+        job._move_aliases(_Outcome(decision=Decision.PROMOTED, reason="better", candidate=digest), [])
+        for digest in ("a" * 32, "b" * 32)
+    ]
+    assert moved[1] == moved[0]
+    assert read_aliases(job._store, NAME).aliases[Alias.CHAMPION] == moved[1].candidate == "a" * 32
+
+
+def test_a_date_trains_one_network_however_often_it_is_killed_while_that_is_scored(
+    job: RetrainJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = LocalStore(job._store.root_uri)
+    champion = open_committee(store, str(write_classifier(store, NAME, made_classifier(store, 0))))
+    seeds = count(1)
+
+    def trained(*_: Any, **__: Any) -> TrainReport:
+        """To other weights each time, as on a GPU."""
+        bundle = str(write_classifier(store, NAME, made_classifier(store, next(seeds))))
+        return TrainReport.model_validate({**MEASURED, "bundle": bundle})
+
+    monkeypatch.setattr(retrain_steps, "run_train", trained)
+
+    def made(date: str) -> MadeModel:
+        job = begun(store, date, fine_tune={"epochs": 1})
+        return job._maker.steps(champion)["fine_tune"]()
+
+    first = made("2026-01-01")
+    assert first.train_rows == 20
+    assert made("2026-01-01") == first
+    assert made("2026-01-02").ref != first.ref
 
 
 @pytest.mark.parametrize("crops", [CropPolicy.CENTER, CropPolicy.TEN])
