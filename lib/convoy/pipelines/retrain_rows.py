@@ -83,9 +83,9 @@ def open_rows(
 ) -> RetrainRows:
     """The rows of a version. The first time, its labelled test rows become the holdout for good.
 
-    Later, each class that the champion knows and of which few are frozen is filled up to a quarter more than
-    `min_class_rows` by test rows that were test rows already in the version that the champion was made from: no model
-    was trained on them, and neither today's data nor what was objected to can choose its judges.
+    Later, each class that the champion knows, and of which its version had few frozen rows left, is filled up to a
+    quarter more than `min_class_rows` by rows that were test rows already in that version: no model was trained on
+    them, and neither today's data nor what was objected to can choose its judges.
 
     `held` are versions since `previous` whose data was objected to, by date and oldest first. Raises
     DataError where no test row is labelled, or nothing of the holdout is left.
@@ -98,9 +98,9 @@ def open_rows(
     holdout = folder.holdout()
     if holdout is None:
         folder.freeze_holdout(_first_holdout(table, manifest))
-    elif (wanted := _scarce(holdout, champion_classes, min_class_rows)) and folder.joined_holdout(
-        date
-    ) is None:
+    elif folder.joined_holdout(date) is None and (
+        wanted := _scarce(_still_there(learnt, holdout), champion_classes, min_class_rows)
+    ):
         were_unseen = set(_pairs(_unseen(learnt)))
         is_trusted_N = np.array([pair in were_unseen for pair in pairs], np.bool_)
         unseen = _unseen(table, is_trusted_N & ~_is_held_out(table, holdout))

@@ -204,3 +204,7 @@ def test_a_loss_of_judges_is_objected_to_before_others_take_their_place(tmp_path
     findings = Findings()
     look_for_losses(rows, DataChecks(), None, findings)
     assert "15 of the 25 rows of the frozen holdout are gone" in findings.objections
+    assert rows.joined.total() == 0
+    # Once a champion was promoted after the loss, the class is watched by as many as before.
+    rows = open_rows(today, today, folder, date="2026-01-06", champion_classes=CLASSES, min_class_rows=20)
+    assert (rows.joined.total(), len(rows.holdout.names_N)) == (15, 25)
