@@ -22,8 +22,8 @@ from convoy.storage.commits import (
     read_manifest,
     read_records,
     record_key,
+    stray_files,
     write_record,
-    written_files,
 )
 from convoy.storage.datasets import open_dataset
 from convoy.storage.leases import RunLease, hold_run
@@ -99,12 +99,11 @@ def _examine(folder: RunFolder, run: RunRecord) -> _Findings:
     attempts = list(manifest.slices) if manifest else read_records(folder)
     problems = [next(slice_problems(folder, run, attempt), None) for attempt in attempts]
     examined = list(zip(attempts, problems, strict=True))
-    named = {file.key for attempt in attempts for file in attempt.files}
     return _Findings(
         manifest=manifest,
         sound=tuple(attempt for attempt, problem in examined if problem is None),
         damaged=tuple((attempt, problem) for attempt, problem in examined if problem is not None),
-        orphans=tuple(info for key, info in written_files(folder, run).items() if key not in named),
+        orphans=tuple(stray_files(folder, run, attempts)),
     )
 
 

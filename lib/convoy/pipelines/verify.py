@@ -16,6 +16,7 @@ from convoy.storage.commits import (
     SliceRecord,
     read_commits,
     read_manifest,
+    stray_files,
 )
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.parquet_files import open_parquet_file
@@ -29,6 +30,7 @@ _PICTURES = "inspect"
 class VerifyReport(StrictModel):
     """Whether every input row of a run ended exactly once, in results or rejects, and all files are intact.
 
+    Files of other attempts are a problem as well: who reads the parts by a glob has their rows twice.
     `rows_digest` covers all result rows and does not depend on order, slices, attempts or kills.
     """
 
@@ -83,6 +85,11 @@ def _problems(folder: RunFolder, run: RunRecord, manifest: RunManifest) -> Itera
     for record in manifest.slices:
         yield from slice_problems(folder, run, record)
     yield from _commit_problems(folder.store, run, manifest)
+    for info in stray_files(folder, run, manifest.slices):
+        yield (
+            f"{info.key}: the run does not name this file, but who reads the whole folder does:"
+            f" remove it with convoy runs repair {run.run_id}"
+        )
 
 
 def count_problems(run: RunRecord, manifest: RunManifest) -> Iterator[str]:

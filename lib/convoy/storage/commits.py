@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from convoy.core.config import StrictModel
@@ -146,7 +146,7 @@ def choose_attempts(
     folder: RunFolder, run: RunRecord, records: Iterable[SliceRecord]
 ) -> dict[str, SliceRecord]:
     """One verified attempt for each slice that has one. A record without all its files does not count."""
-    listed = written_files(folder, run)
+    listed = {info.key: info for info in _written_files(folder, run)}
     chosen: dict[str, SliceRecord] = {}
     for record in sorted(records, key=lambda record: (record.slice, record.attempt)):
         if record.slice not in chosen and all(file.is_what(listed.get(file.key)) for file in record.files):
@@ -223,10 +223,17 @@ def _publish_choice(folder: RunFolder, run: RunRecord, records: Iterable[SliceRe
     return manifest
 
 
-def written_files(folder: RunFolder, run: RunRecord) -> dict[str, ObjectInfo]:
-    """Everything, by key, that lies where the run writes parts and rejects, whether it counts or not."""
+def stray_files(folder: RunFolder, run: RunRecord, attempts: Iterable[SliceRecord]) -> Iterator[ObjectInfo]:
+    """The files that lie where the run writes parts and rejects, and that none of these attempts names."""
+    named = {file.key for attempt in attempts for file in attempt.files}
+    return (info for info in _written_files(folder, run) if info.key not in named)
+
+
+def _written_files(folder: RunFolder, run: RunRecord) -> Iterator[ObjectInfo]:
+    """Everything that lies where the run writes parts and rejects, whether it counts or not."""
     prefixes = {folder.key("rejects/"), *(_listed_prefix(folder, prefix) for prefix in run.outputs.values())}
-    return {info.key: info for prefix in sorted(prefixes) for info in folder.store.list_objects(prefix)}
+    for prefix in sorted(prefixes):
+        yield from folder.store.list_objects(prefix)
 
 
 def _listed_prefix(folder: RunFolder, prefix: str) -> str:
@@ -237,5 +244,5 @@ def _listed_prefix(folder: RunFolder, prefix: str) -> str:
 
 
 def _delete_losers(folder: RunFolder, run: RunRecord, manifest: RunManifest) -> None:
-    chosen = {file.key for record in manifest.slices for file in record.files}
-    folder.store.delete(key for key in written_files(folder, run) if key not in chosen)
+    # Listed to the end first: a listing must not meet its own deletions.
+    folder.store.delete([info.key for info in stray_files(folder, run, manifest.slices)])

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from convoy.core.errors import DataError
+from convoy.pipelines.runs_repair import repair_run
+from convoy.pipelines.runs_state import Changes
 from convoy.pipelines.verify import verify_run
 from convoy.storage.commits import RunManifest, finish, publish, read_records
 from convoy.storage.local_store import LocalStore
@@ -90,6 +92,18 @@ def test_commit_that_lists_other_parts_is_noticed(store: LocalStore) -> None:
     finished(store)
     store.delete([f"features/{SET_ID}/commits/r1.json"])
     assert "lists other parts" in verify_run(store, "r1").problems[0]
+
+
+@pytest.mark.parametrize("folder", [f"features/{SET_ID}/run=r1/", "runs/r1/rejects/"])
+def test_a_file_of_an_attempt_that_does_not_count_is_named(store: LocalStore, folder: str) -> None:
+    """Of a worker that hung until its run was published, and was killed before it took its file back."""
+    late = f"{folder}part-0-000000-late.parquet"
+    store.put(late, store.get(finished(store).slices[0].parts[SET_ID].key).data)
+    (problem,) = verify_run(store, "r1").problems
+    assert problem.startswith(late)
+    assert "convoy runs repair r1" in problem
+    repair_run(store, "r1", Changes.MADE)
+    assert verify_run(store, "r1").ok
 
 
 def test_run_without_marker_is_not_ok(store: LocalStore) -> None:
