@@ -17,6 +17,7 @@ from PIL import Image
 
 from cache_jobs import convoy_json, last_json, settings_arguments
 from convoy.core.crash_points import CrashPoint
+from convoy.pipelines.runs_list import list_runs
 from convoy.storage.commits import read_manifest
 from convoy.storage.member_predictions import MemberLogits, read_member_logits
 from convoy.storage.runs import RunFolder
@@ -138,6 +139,9 @@ def test_asha_stops_a_trial_that_lags_behind_and_the_next_one_has_its_cpus(job: 
         assert "not among the best" in trial["reason"]
         assert trial["num_epochs"] < 4
         assert trial["bundles"] == []
+    runs = list_runs(open_store(job.workspace)).runs
+    states = sorted(run.state for run in runs if run.verb == "train")
+    assert states == ["finished", "given up", "given up"]
 
 
 def test_asha_knows_the_epochs_before_the_checkpoint_that_a_trial_goes_on_from(

@@ -190,9 +190,14 @@ def join_folds(
     )
 
 
+def fold_name(name: str, index: int) -> str:
+    """The name of the training of a fold, by that of the training of all folds."""
+    return f"{name}-fold{index}"
+
+
 def _of_fold(config: TrainConfig, fold: Fold) -> tuple[TrainConfig, Fold]:
     rows = config.rows.model_copy(update={"fold": fold})
-    return config.model_copy(update={"name": f"{config.name}-fold{fold.index}", "rows": rows}), fold
+    return config.model_copy(update={"name": fold_name(config.name, fold.index), "rows": rows}), fold
 
 
 def _identity(store: ObjectStore, manifest: Manifest, training: TrainConfig) -> str:

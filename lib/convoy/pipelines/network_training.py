@@ -71,6 +71,11 @@ class TrainedNetwork:
     reject_codes: dict[str, int]
 
 
+def open_training(store: ObjectStore, name: str) -> OpenRun:
+    """The pointer to the unfinished training of that name."""
+    return OpenRun(store, verb=_VERB, target=digest([name]))
+
+
 @contextmanager
 def network_training(
     store: ObjectStore,
@@ -87,7 +92,7 @@ def network_training(
     Raises RunMismatch if the unfinished run is that of another training. Where another driver is at work on it,
     LeaseHeld is raised, or its end waited for.
     """
-    open_run = OpenRun(store, verb=_VERB, target=digest([config.name]))
+    open_run = open_training(store, config.name)
     identity = {
         "dataset_fingerprint": manifest.fingerprint,
         "weights_digest": pretrained.weights_digest,

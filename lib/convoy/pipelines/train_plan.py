@@ -5,12 +5,12 @@ from __future__ import annotations
 from pydantic import Field
 
 from convoy.core.config import StrictModel
-from convoy.core.fingerprints import digest
 from convoy.core.records import Split
 from convoy.pipelines.classifiers import Strategy
 from convoy.pipelines.distillation import with_pinned_teacher
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.network_plan import plan_network, trained_backbone_config
+from convoy.pipelines.network_training import open_training
 from convoy.pipelines.probing import check_head
 from convoy.pipelines.train import measured_on, random_weights
 from convoy.pipelines.train_config import NETWORKS, PROBES, TrainConfig
@@ -18,7 +18,6 @@ from convoy.pipelines.training_rows import count_classes, read_split
 from convoy.pipelines.workspace import open_workspace
 from convoy.storage.bundles import check_bundle_name
 from convoy.storage.datasets import open_dataset
-from convoy.storage.runs import OpenRun
 from convoy.vision.training_config import Phase, Recipe
 
 
@@ -59,7 +58,7 @@ def plan_train(config: TrainConfig) -> TrainPlan:
     rows = read_split(manifest, Split.TRAIN, config.rows)
     counts = count_classes(rows, manifest.classes)
     measured_on(manifest, config)
-    folder = OpenRun(store, verb="train", target=digest([config.name])).current()
+    folder = open_training(store, config.name).current()
     plan = TrainPlan(
         config=config,
         num_train_rows=rows.num_rows,

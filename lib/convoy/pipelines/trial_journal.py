@@ -19,6 +19,7 @@ from convoy.core.fingerprints import canonical_json, digest
 from convoy.core.search_space import Values
 from convoy.core.statistics import Interval
 from convoy.core.trial_events import TrialState, TrialStatus
+from convoy.pipelines.folds import fold_name
 from convoy.pipelines.train import TrainReport
 from convoy.pipelines.train_config import TrainConfig
 from convoy.pipelines.tune_config import TuneConfig
@@ -145,7 +146,12 @@ class TrialJournal:
 
     def train_config(self, point: TrialPoint) -> TrainConfig:
         """The training of a trial; ConfigError where what was drawn makes none."""
-        return self._config.trial_config(point.values, name=f"{self._config.name}-{point.trial}")
+        return self._config.trial_config(point.values, name=self._training_name(point.trial))
+
+    def trainings(self, trial: str) -> list[str]:
+        """The names of the trainings of a trial: one, or one a fold."""
+        name, folds = self._training_name(trial), self._config.folds
+        return [name] if folds is None else [fold_name(name, index) for index in range(folds)]
 
     def recorded_config(self, point: TrialPoint) -> dict[str, Any]:
         """The training as the record of a trial holds it; empty where what was drawn makes none."""
@@ -213,6 +219,9 @@ class TrialJournal:
         ended = {record.trial for record in records}
         points = [TrialPoint.model_validate(one) for one in self._documents(_DRAWN)]
         return sorted((point for point in points if point.trial not in ended), key=lambda point: point.index)
+
+    def _training_name(self, trial: str) -> str:
+        return f"{self._config.name}-{trial}"
 
     def _documents(self, prefix: str) -> list[Any]:
         return [read_json(self._store, info.key) for info in self._store.list_objects(self._key(prefix))]

@@ -28,6 +28,7 @@ from convoy.pipelines.search_time import SearchTimer, seconds_spent
 from convoy.pipelines.train_config import PROBES, TrainConfig
 from convoy.pipelines.training_rows import has_labels
 from convoy.pipelines.trial_journal import TrialCost, TrialJournal, TrialRecord, trials_parquet
+from convoy.pipelines.trial_trainings import give_up_trainings
 from convoy.pipelines.trials import TrialJob, run_trial
 from convoy.pipelines.tune_config import SearchBudget, TuneConfig
 from convoy.pipelines.tune_plan import check_budget, copied_weights, fetch_networks
@@ -316,11 +317,18 @@ class _Search:
         )
 
     def _ended(self, cut_short: Mapping[str, GivenUp]) -> list[TrialRecord]:
-        """The records of all trials; those that were cut short, or drawn and never came to run, are given up."""
+        """The records of all trials; those that were cut short, or drawn and never came to run, are given up.
+
+        So are trainings of trials that did not finish: no command goes on with them.
+        """
         for point in self._journal.waiting(self._journal.records()):
             self._journal.give_up(point, cut_short.get(point.trial, _NEVER_RAN))
         records = self._journal.records()
-        if any(record.state is TrialState.FINISHED for record in records):
+        unfinished = [record.trial for record in records if record.state is not TrialState.FINISHED]
+        give_up_trainings(
+            self._store, [name for trial in unfinished for name in self._journal.trainings(trial)]
+        )
+        if len(unfinished) < len(records):
             return records
         first = next((record for record in records if record.reason), None)
         raise TrainingError(

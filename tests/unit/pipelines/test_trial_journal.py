@@ -12,6 +12,8 @@ import pytest
 from convoy.cluster.search_plan import GivenUp
 from convoy.core.config import parse_config
 from convoy.core.trial_events import TrialState
+from convoy.pipelines.folds import _of_fold
+from convoy.pipelines.training_rows import Fold
 from convoy.pipelines.trial_journal import TrialCost, TrialJournal, TrialRecord, trials_parquet
 from convoy.pipelines.tune_config import TuneConfig
 from convoy.storage.local_store import LocalStore
@@ -74,6 +76,15 @@ def test_names_differ_between_searches_and_points(journal: TrialJournal, tmp_pat
     assert len({point.trial for point in points}) == 4
     assert journal.point(0, {"a": 1}) == points[0]
     assert journal.train_config(journal.point(0, {"recipe.seed": 2})).recipe.seed == 2
+
+
+def test_a_trial_has_the_trainings_that_it_runs(journal: TrialJournal) -> None:
+    point = journal.point(0, {"recipe.seed": 0})
+    training = journal.train_config(point)
+    assert journal.trainings(point.trial) == [training.name]
+    folds = TrialJournal(journal._folder, journal._config.model_copy(update={"folds": 2}))
+    trained = [_of_fold(training, Fold(index=index, count=2))[0].name for index in range(2)]
+    assert folds.trainings(point.trial) == trained
 
 
 def test_a_trial_that_was_given_up_says_why_and_how_far_it_was(journal: TrialJournal) -> None:

@@ -24,16 +24,20 @@ from convoy.pipelines import tune
 from convoy.pipelines.ensemble_building import EnsembleReport
 from convoy.pipelines.ensemble_choice import EnsembleBudget, EnsembleSettings
 from convoy.pipelines.feature_plan import PrecisionChoice
+from convoy.pipelines.network_training import open_training
+from convoy.pipelines.runs_gc import collect_garbage
+from convoy.pipelines.runs_state import Changes
 from convoy.pipelines.trial_journal import TrialCost, TrialJournal, TrialRecord
 from convoy.pipelines.tune import TuneDrawers, _precision, _record, _Search, run_tune
 from convoy.pipelines.tune_config import SearchBudget, TuneConfig
 from convoy.storage.datasets import freeze_dataset, open_dataset
-from convoy.storage.leases import hold_run
+from convoy.storage.leases import hold_run, is_given_up
 from convoy.storage.local_store import LocalStore
-from convoy.storage.runs import OpenRun
+from convoy.storage.runs import OpenRun, RunFolder, open_pointers
 from convoy.vision.engine_options import Precision
 from made_bundles import DIGITS, made_classifier, write_classifier
 from made_ensembles import made_candidates, made_report
+from made_leases import put_lease
 from made_sources import jpeg_bytes
 
 DRAW = TuneDrawers(
@@ -108,6 +112,34 @@ def test_a_trial_that_the_end_of_the_time_cut_short_keeps_its_epochs(search: _Se
     assert of_waited.epochs == ()
     assert of_waited.reason is not None
     assert "before it came to run" in of_waited.reason
+
+
+def opened_trainings(search: _Search, index: int) -> list[RunFolder]:
+    """What the process of a trial left when it was stopped: a run of its training, or of that of each fold."""
+    point = search._journal.point(index, {"recipe.seed": index})
+    search._journal.drawn(point)
+    return [open_training(search._store, name).start() for name in search._journal.trainings(point.trial)]
+
+
+@pytest.mark.parametrize("folds", [None, 2])
+def test_a_training_that_no_trial_goes_on_with_is_given_up(search: _Search, folds: int | None) -> None:
+    search._config = search._config.model_copy(update={"folds": folds})
+    search._journal = TrialJournal(search._folder, search._config)
+    stopped, (going_on, *_), (held, *_) = (opened_trainings(search, index) for index in range(3))
+    assert len(stopped) == (folds or 1)
+    search._journal.write(finished(search, 1, top1=0.5, classes=DIGITS))
+    for folder in stopped:
+        put_lease(folder, ttl_s=0.1)
+    with hold_run(held, ttl_s=1.0):
+        search._ended({})
+    left, kept = {folder.run_id for folder in stopped}, {going_on.run_id, held.run_id}
+    pointers = open_pointers(search._store)
+    assert left.isdisjoint(pointers)
+    assert kept <= pointers.keys()
+    assert not is_given_up(held)
+    removed = {one.what for one in collect_garbage(search._store, Changes.MADE, watch_s=0).garbage}
+    assert left <= removed
+    assert kept.isdisjoint(removed)
 
 
 def test_a_search_that_goes_on_elsewhere_keeps_its_precision(
