@@ -187,7 +187,7 @@ def score(  # noqa: PLR0917 (an option of the command line is an argument)
     )
     settings = load(ScoreConfig, config, [*(overrides or []), *given], workspace)
     if dry_run:
-        run_job(lambda progress: plan_score(settings, progress=progress), as_json=as_json)
+        run_job(lambda progress: plan_score(settings, progress=progress, new_run=new_run), as_json=as_json)
         return
     run_job(lambda progress: run_score(settings, progress=progress, new_run=new_run), as_json=as_json)
 

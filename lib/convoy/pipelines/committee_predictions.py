@@ -121,7 +121,7 @@ class CommitteeJob:
         """
         request = self._request
         identity = request.identity(self._manifest)
-        open_run = OpenRun(self._store, verb=request.verb, target=request.target(self._manifest))
+        open_run = self._open_run()
         is_begun = new_run or open_run.is_open_for(identity)
         if not is_begun and (known := self._known()) is not None:
             progress.stage("the predictions are there already")
@@ -144,11 +144,19 @@ class CommitteeJob:
             open_run.close(folder)
         return found
 
+    def is_barred(self) -> bool:
+        """Whether `ensure` would refuse, as the unfinished run of the same target is that of another request."""
+        return self._open_run().is_anothers(self._request.identity(self._manifest))
+
     def discard(self, found: CommitteePredictions) -> None:
         """Forget predictions that were made to be thrown away, and delete their files."""
         folder = RunFolder(self._store, found.run_id)
         self._store.delete([self._pointer(self._request)])
         self._store.delete([info.key for info in self._store.list_objects(folder.prefix)])
+
+    def _open_run(self) -> OpenRun:
+        request = self._request
+        return OpenRun(self._store, verb=request.verb, target=request.target(self._manifest))
 
     def _known(self) -> CommitteePredictions | None:
         """A finished run that answers the request."""

@@ -33,11 +33,13 @@ def forecast_scoring(
     *,
     prices: Prices,
     progress: Progress,
+    new_run: bool = False,
 ) -> Forecast:
     """What this scoring would take on the cluster as it is, from rows that are spread evenly over it.
 
     The sample is computed as the whole would be: with a compiled network if that pays for the whole. Its run is
-    deleted afterwards; one that is killed is gone on with by the next dry run. Raises DataError for no rows.
+    deleted afterwards; one that is killed is gone on with by the next dry run of the same, and left behind by one of
+    other settings or another version, and with `new_run`. Raises DataError for no rows.
     """
     started_unix_s = time.time()
     num_images = request.num_rows(manifest)
@@ -48,7 +50,11 @@ def forecast_scoring(
     settings = scoring_settings(manifest, request)
     sample = _sample_request(request, rows, compiled=settings["compiled"], planned_rows=num_images)
     job = CommitteeJob(store, manifest, sample)
-    found = job.ensure(progress=progress, config={"forecast_of": request.target(manifest)}, new_run=False)
+    found = job.ensure(
+        progress=progress,
+        config={"forecast_of": request.target(manifest)},
+        new_run=new_run or job.is_barred(),
+    )
     try:
         slices = found.manifest.slices
         first_row_s = min(

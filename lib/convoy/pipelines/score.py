@@ -81,10 +81,12 @@ def run_score(config: ScoreConfig, *, progress: Progress, new_run: bool = False)
     return report(job.ensure(progress=progress, config=settings, new_run=new_run, describe=describe))
 
 
-def plan_score(config: ScoreConfig, *, progress: Progress) -> Forecast:
+def plan_score(config: ScoreConfig, *, progress: Progress, new_run: bool = False) -> Forecast:
     """What `run_score` would take, from the scores of a sample, which are thrown away; kept for the run's record."""
-    store, manifest, request, notes = _open_request(config, progress)
-    forecast = forecast_scoring(store, manifest, request, prices=config.prices, progress=progress)
+    store, manifest, request, notes = _open_request(config, progress, new_run=new_run)
+    forecast = forecast_scoring(
+        store, manifest, request, prices=config.prices, progress=progress, new_run=new_run
+    )
     store.put(_forecast_key(manifest, request), canonical_json(forecast))
     return forecast.model_copy(update={"notes": [*notes, *forecast.notes]})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import BaseModel
 
+from convoy.cli.main import app
 from convoy.cli.options import run_job
 from convoy.core.errors import ErrorBudgetExceeded
 
@@ -22,3 +23,16 @@ def test_an_exceeded_error_budget_names_new_run_where_images_could_not_be_fetche
         run_job(lambda _: Report(unfetched=unfetched), as_json=True)
     assert ("3 that could not be fetched" in caught.value.next_step) == is_named
     assert ("--new-run" in caught.value.next_step) == is_named
+
+
+def test_a_dry_run_of_a_scoring_hears_new_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = []
+
+    def plan_score(*_: object, new_run: bool, **__: object) -> Report:
+        heard.append(new_run)
+        return Report(within_error_budget=True)
+
+    monkeypatch.setattr("convoy.pipelines.score.plan_score", plan_score)
+    for options in ([], ["--new-run"]):
+        app(["score", "one", "--dataset", "digits", "--dry-run", *options], standalone_mode=False)
+    assert heard == [False, True]

@@ -21,7 +21,7 @@ from convoy.pipelines.feature_plan import ExtractionConfig
 from convoy.pipelines.score import ScoreConfig, plan_score, run_score
 from convoy.storage.commits import SliceRecord
 from convoy.storage.local_store import LocalStore
-from convoy.storage.runs import RunFolder, RunRecord, open_pointers
+from convoy.storage.runs import RunFolder, RunRecord, open_pointers, run_ids
 from made_bundles import made_classifier, write_classifier
 
 NUM_IMAGES = 12
@@ -173,7 +173,33 @@ def test_a_dry_run_does_not_keep_a_cut_off_scoring_from_going_on(
     assert run_score(config, progress=Silent()).run == begun
 
 
+@pytest.mark.parametrize(("crops", "is_refreshed"), [("flip", False), ("center", True), ("center", False)])
+def test_a_dry_run_that_was_cut_off_bars_no_other_one(
+    images: Path, store: LocalStore, crops: str, is_refreshed: bool
+) -> None:
+    with cut_off():
+        plan_score(from_source(images, store), progress=Silent())
+    (sample,) = open_pointers(store)
+    if is_refreshed:
+        write_digits(images, 2, start=NUM_IMAGES)
+    config = from_source(images, store, crops=crops)
+    assert plan_score(config, progress=Silent()).images == NUM_IMAGES + 1 + 2 * is_refreshed
+    assert open_pointers(store) == {}
+    is_another = is_refreshed or crops != "center"
+    assert run_ids(store) == ([sample] if is_another else []), "the same one goes on with its sample"
+
+
+def test_a_new_dry_run_leaves_the_sample_behind_that_was_cut_off(images: Path, store: LocalStore) -> None:
+    config = from_source(images, store)
+    with cut_off():
+        plan_score(config, progress=Silent())
+    (sample,) = open_pointers(store)
+    plan_score(config, progress=Silent(), new_run=True)
+    assert (run_ids(store), open_pointers(store)) == ([sample], {})
+
+
 def test_a_new_run_takes_the_source_as_it_is(images: Path, store: LocalStore, begun: str) -> None:
+    assert plan_score(from_source(images, store), progress=Silent(), new_run=True).images == NUM_IMAGES + 3
     report = run_score(from_source(images, store), progress=Silent(), new_run=True)
     assert (report.run != begun, report.inputs) == (True, NUM_IMAGES + 3)
 
