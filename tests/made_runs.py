@@ -56,6 +56,7 @@ def new_run(
     open_key: str = "",
     identity: dict[str, Any] | None = None,
     prefix: str | None = None,
+    verb: str = "cache",
 ) -> RunRecord:
     """A run over made samples, frozen and recorded, with no slice done; a cache's, unless `prefix` is elsewhere."""
     folder = RunFolder(store, run_id, open_key=open_key)
@@ -64,7 +65,7 @@ def new_run(
     )
     record = RunRecord.new(
         run_id,
-        verb="cache",
+        verb=verb,
         identity=identity or {"names": list(names)},
         config={},
         outputs={SET_ID: prefix or feature_prefix(SET_ID, run_id)},

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from convoy.core.config import StrictModel
 from convoy.core.errors import ConfigError, DataError, PreconditionFailed, StorageError
 from convoy.core.fingerprints import canonical_json
+from convoy.pipelines.prediction_request import SCORE
 from convoy.pipelines.runs_state import Changes
 from convoy.pipelines.verify import slice_problems
 from convoy.storage.commits import (
@@ -65,7 +66,8 @@ def repair_run(store: ObjectStore, run_id: str, changes: Changes) -> RepairRepor
 
     That holds the run: LeaseHeld if a driver is at work. Raises ConfigError for a run without slices and where
     another unfinished run of the same target is in the way, DataError where the frozen input is damaged as well,
-    so that there is nothing to compute from, and where the dataset has another version by now.
+    so that there is nothing to compute from, and where no command would finish the run, as its dataset has another
+    version by now.
     """
     folder, run = require_run(store, run_id)
     if not run.groups:
@@ -140,9 +142,10 @@ def _require_input(folder: RunFolder, run: RunRecord, name: str) -> None:
 def _require_dataset(store: ObjectStore, run: RunRecord) -> None:
     """Refuse to take published results back that no command could publish again.
 
-    The rows of a feature set are published one part at a time, and any later run adds those that are missing.
+    The rows of a feature set are published one part at a time, and any later run adds those that are missing. A
+    scoring that is open again is ended on its own version by its command; evaluations and inspections take the newest.
     """
-    if all(prefix.startswith(FEATURES) for prefix in run.outputs.values()):
+    if run.verb == SCORE or all(prefix.startswith(FEATURES) for prefix in run.outputs.values()):
         return
     name, frozen = run.identity["dataset"], run.identity["dataset_fingerprint"]
     current = open_dataset(store, name).fingerprint

@@ -18,9 +18,13 @@ from convoy.core.progress import Silent
 from convoy.pipelines.dataset import DatasetConfig, freeze
 from convoy.pipelines.evaluate import EvaluateConfig, run_evaluate
 from convoy.pipelines.feature_plan import ExtractionConfig
+from convoy.pipelines.runs_repair import repair_run
+from convoy.pipelines.runs_state import Changes
 from convoy.pipelines.score import ScoreConfig, plan_score, run_score
-from convoy.storage.commits import SliceRecord
+from convoy.pipelines.verify import verify_run
+from convoy.storage.commits import SliceRecord, read_manifest
 from convoy.storage.local_store import LocalStore
+from convoy.storage.predictions import PREDICTIONS
 from convoy.storage.runs import RunFolder, RunRecord, open_pointers, run_ids
 from made_bundles import made_classifier, write_classifier
 
@@ -161,6 +165,23 @@ def test_a_cut_off_scoring_of_a_dataset_is_ended_though_the_dataset_was_refreshe
     report = run_score(config, progress=Silent())
     assert (report.run, report.inputs) == (begun_again, NUM_IMAGES + 1)
     assert any("an unfinished run goes on" in note for note in report.notes) is is_refreshed
+
+
+def test_a_damaged_scoring_is_repaired_though_its_dataset_was_refreshed(
+    images: Path, store: LocalStore
+) -> None:
+    first = score(store)
+    manifest = read_manifest(RunFolder(store, first.run))
+    assert manifest is not None
+    store.delete([manifest.slices[0].parts[PREDICTIONS].key])
+    write_digits(images, 2, start=NUM_IMAGES)
+    freeze(DatasetConfig(workspace=store.root_uri, name="digits", source=str(images)))
+    repaired = repair_run(store, first.run, Changes.MADE)
+    assert "run the same convoy score command again" in repaired.left_to_do
+    again = score(store)
+    assert (again.run, again.inputs, again.results) == (first.run, first.inputs, first.results)
+    assert "an unfinished run goes on" in again.notes[0]
+    assert verify_run(store, first.run).ok
 
 
 def test_a_dry_run_does_not_keep_a_cut_off_scoring_from_going_on(

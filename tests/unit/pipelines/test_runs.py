@@ -427,7 +427,7 @@ def test_results_of_a_dataset_version_that_was_refreshed_are_not_taken_back(
     write_files(source, "cat/0.jpg", "dog/0.jpg")
     version = freeze_dataset(store, "pets", str(source))
     identity = {"dataset": "pets", "dataset_fingerprint": version.header.fingerprint}
-    folder = OpenRun(store, verb="score", target="nightly").start()
+    folder = OpenRun(store, verb="evaluate", target="nightly").start()
     record = new_run(
         store,
         NAMES,
@@ -435,6 +435,7 @@ def test_results_of_a_dataset_version_that_was_refreshed_are_not_taken_back(
         open_key=folder.open_key,
         identity=identity,
         prefix=folder.key("scores/"),
+        verb="evaluate",
     )
     do_rest(folder, record)
     store.delete([folder.open_key])
