@@ -66,7 +66,8 @@ class TapProbe(StrictModel):
 class BackboneProbes(StrictModel):
     """A backbone at its taps, from the stem up. `images_per_s` is that of its largest pass, over all workers.
 
-    That pass was of `timed_images`, null in advice that was given before this was told; both are 0 without one.
+    That pass was of `timed_images`, null in advice that was given before this was told. Of 0, no pass tells the rate:
+    it is what the multiply-adds suggest of two cores.
     """
 
     backbone: str
@@ -163,7 +164,7 @@ class Prober:
         summary = job.ensure(progress=self.progress, new_run=self._new_run)
         self.progress.stage(f"probing {candidate.name}")
         probed = [self._probe(record, tap, job.set_id(tap)) for tap in taps]
-        timed_images, images_per_s = pass_rate(self._store, record.axis, summary)
+        timed_images, images_per_s = pass_rate(self._store, record, summary)
         probes = BackboneProbes(
             backbone=self._config.name_of(candidate, record.weights_digest),
             weights_digest=record.weights_digest,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+from convoy.pipelines.backbone_record import BackboneRecord
+from convoy.pipelines.feature_plan import forward_s
 from convoy.pipelines.feature_summary import FeatureSummary, seconds_under_way
 from convoy.storage.commits import read_commits, read_manifest
 from convoy.storage.object_store import ObjectStore
@@ -11,13 +13,14 @@ from convoy.storage.runs import RunFolder, RunRecord
 from convoy.vision.stages import DepthAxis, StageKind
 
 
-def pass_rate(store: ObjectStore, axis: DepthAxis, look: FeatureSummary) -> tuple[int, float]:
+def pass_rate(store: ObjectStore, backbone: BackboneRecord, look: FeatureSummary) -> tuple[int, float]:
     """Images of the largest run that took each once through the network, and how many a second of its time at work.
 
     The last run may be of the three images that were new, and of nothing but a start. Runs of other sets than those of
-    the look do not count, as each further view is a pass of its own, nor those that end before its last map.
+    the look do not count, as each further view is a pass of its own, nor those that end before its last map. Without
+    any the rate is that of the multiply-adds on two cores, for no images.
     """
-    sets, whole = set(look.sets.values()), _whole_passes(axis, look)
+    sets, whole = set(look.sets.values()), _whole_passes(backbone.axis, look)
     num_rows = Counter[str]()
     for commit in (one for set_id in sets for one in read_commits(store, set_id)):
         rows = sum(part.num_rows for part in commit.parts)
@@ -28,7 +31,7 @@ def pass_rate(store: ObjectStore, axis: DepthAxis, look: FeatureSummary) -> tupl
         if record is not None and manifest is not None and _is_one_pass(record, sets, whole):
             num_images = manifest.num_results + manifest.num_rejects
             return num_images, num_images / max(seconds_under_way(manifest.slices), 1e-9)
-    return 0, 0.0
+    return 0, 1 / forward_s(backbone.macs)
 
 
 def _whole_passes(axis: DepthAxis, look: FeatureSummary) -> set[str]:

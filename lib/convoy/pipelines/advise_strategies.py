@@ -355,7 +355,7 @@ def _probe_basis(one: BackboneEvidence) -> Basis:
 
 def _probe_cost(config: AdviseConfig, one: BackboneEvidence, fit_s: float) -> StrategyCost:
     """The rest of the pass, at its measured rate, and fits that take as much longer as there are more rows."""
-    pass_s = one.missing_images / one.probes.images_per_s if one.probes.images_per_s else 0.0
+    pass_s = one.missing_images / one.probes.images_per_s
     seconds = pass_s + fit_s * one.train_images / max(one.looked_images, 1)
     return StrategyCost(
         seconds=seconds, low_s=seconds, high_s=seconds, money=_money(config, seconds), basis=Basis.MEASURED
@@ -365,7 +365,7 @@ def _probe_cost(config: AdviseConfig, one: BackboneEvidence, fit_s: float) -> St
 def _network_cost(config: AdviseConfig, one: BackboneEvidence, images_per_s: float) -> StrategyCost:
     """Epochs at the measured rate of the forward pass, three passes a step."""
     steps = one.train_images * config.network.epochs * _PASSES_PER_STEP
-    seconds = steps / images_per_s if images_per_s else 0.0
+    seconds = steps / images_per_s
     return StrategyCost(
         seconds=seconds,
         low_s=seconds / _COST_SPREAD,
