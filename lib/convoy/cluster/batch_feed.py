@@ -48,9 +48,17 @@ class EpochOrder:
         self._spec = spec
         self._labels_N = labels_N
         self._rank, self._num_workers = rank, num_workers
+        self._last: tuple[int, np.ndarray] | None = None
 
     def rows(self, epoch: int) -> np.ndarray:
         """The rows of an epoch in their order: each once, or classes equally often where the spec says so."""
+        # Whoever prepares single steps asks for the same epoch again and again, and a million rows take 0.1 s to order.
+        last = self._last
+        if last is None or last[0] != epoch:
+            last = self._last = (epoch, self._draw(epoch))
+        return last[1]
+
+    def _draw(self, epoch: int) -> np.ndarray:
         seed = self._spec.recipe.seed
         if self._spec.balanced_sampling:
             return balanced_draw(self._labels_N, seed, epoch)

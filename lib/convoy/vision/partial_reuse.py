@@ -89,9 +89,10 @@ class PartialReuseNetwork(nn.Module):
         call_index, self._num_calls = self._num_calls, self._num_calls + 1
         if call_index == self._tap.call_index:
             self._maps = next(leaf for leaf in tree_leaves(activations) if isinstance(leaf, Tensor))
-            # A compiler drops what lies behind by itself, and cannot follow the exception.
-            if not torch.compiler.is_compiling():
+            if not torch.compiler.is_exporting():
                 raise _ReachedLastStage
+            # An exporter cannot follow the exception, and what is left of the body may change the maps in place.
+            self._maps = self._maps.clone()
 
     def _stages(self, axis: DepthAxis, last: Stage, layers: NewLayers) -> Iterator[Stage]:
         for stage in axis.stages[: last.index]:

@@ -268,13 +268,33 @@ def test_it_pickles() -> None:
         assert torch.equal(copied(images_BCHW), network(images_BCHW))
 
 
-def test_compiled_it_gives_the_same_logits() -> None:
-    network = small().eval()
-    images_BCHW = torch.randn(2, 3, 32, 32)
+# Behind their maps DenseNets have a ReLU in place, and VoVNets modules that an identity cannot stand in for.
+IN_PLACE, OF_SEVERAL_INPUTS = "torchvision:densenet121", "timm:vovnet39a"
+
+
+@pytest.mark.parametrize(
+    ("arch", "after", "px"),
+    [
+        ("cifar_resnet20", "layer1", 32),
+        (IN_PLACE, "features.transition1.conv", 64),
+        (OF_SEVERAL_INPUTS, "stages.2.blocks.1.conv_concat.conv", 64),
+    ],
+)
+def test_compiled_it_gives_the_same_logits(arch: str, after: str | int, px: int) -> None:
+    network = build_network(reuse_config(arch, after)).eval()
+    images_BCHW = torch.randn(2, 3, px, px)
     torch.compiler.reset()
     with torch.no_grad():
         compiled = torch.compile(network, backend="eager", fullgraph=True)
         assert torch.allclose(compiled(images_BCHW), network(images_BCHW), atol=1e-6)
+
+
+def test_exported_it_gives_the_same_logits() -> None:
+    network = build_network(reuse_config(IN_PLACE, "features.transition1.conv")).eval()
+    images_BCHW = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        exported = torch.export.export(network, (images_BCHW,)).module()
+        assert torch.allclose(exported(images_BCHW), network(images_BCHW), atol=1e-6)
 
 
 @pytest.mark.parametrize("images_per_class", [5, 91, 5000])
