@@ -65,7 +65,7 @@ def main() -> None:
         "backbone": {"arch": ARCH, "preset": PRESET},
     }
     scratch = {"strategy": "from_scratch", "augmentation": AUGMENTATION, "recipe": {"batch_size": 32}}
-    pretrained = train(folder, {**learnt, **scratch, "epochs": 6}, workspace)
+    pretrained = train(folder, {**learnt, **scratch, "epochs": 5}, workspace)
     print(f"   top-1 {pretrained['top1']:.1%} on digits 0-4; curves {pretrained['learning_curves']}")
     weights = f"{workspace}/models/{pretrained['bundle'].replace('@', '/')}/model.safetensors"
     backbone = {"arch": ARCH, "weights": weights, "num_classes": 5, "preset": PRESET}
@@ -137,7 +137,7 @@ def tune(folder: Path, settings: dict[str, object], workspace: str) -> dict[str,
     ways = [
         {"strategy": "linear_probe", "tap": "f6"},
         {"strategy": "early_layer_probe", "tap": "c3"},
-        {"strategy": "fine_tune", "epochs": 12, "freeze_depth": 0},
+        {"strategy": "fine_tune", "epochs": 20, "freeze_depth": 0},
     ]
     settings |= {"dataset": "digits-5-9", "space": {"config": {"grid": ways}}, "crops": "center"}
     return convoy("tune", "--config", write_yaml(folder / "tune.yaml", settings), "--workspace", workspace)
