@@ -52,12 +52,12 @@ class DecodeWindow:
 
     def submit(
         self,
-        decode: Callable[Concatenate[bytes | SampleRejected, ArgumentsT], ResultT],
+        decode: Callable[Concatenate[bytes, ArgumentsT], ResultT],
         data: bytes | SampleRejected,
         *arguments: ArgumentsT.args,
         **options: ArgumentsT.kwargs,
-    ) -> Future[ResultT]:
-        """What `decode(data, *arguments, **options)` gives in a decode thread."""
+    ) -> Future[ResultT | SampleRejected]:
+        """What `decode(data, *arguments, **options)` gives in a decode thread, or why there is no such image."""
         size_bytes = 0 if isinstance(data, SampleRejected) else len(data)
         while self._undecoded and (
             self._undecoded[0][1].done() or self._bytes + size_bytes > self._max_bytes
@@ -65,7 +65,21 @@ class DecodeWindow:
             oldest_bytes, oldest = self._undecoded.popleft()
             wait([oldest])
             self._bytes -= oldest_bytes
-        future = self._decoders.submit(decode, data, *arguments, **options)
+        future = self._decoders.submit(_outcome, lambda image: decode(image, *arguments, **options), data)
         self._undecoded.append((size_bytes, future))
         self._bytes += size_bytes
         return future
+
+
+def _outcome(decode: Callable[[bytes], ResultT], data: bytes | SampleRejected) -> ResultT | SampleRejected:
+    """What `decode` gives or rejects. An error that is raised holds the frames that it has passed, and they its pixels.
+
+    Through a future that its taker holds too, such an error would keep them until Python looks for cycles.
+    """
+    if isinstance(data, SampleRejected):
+        return data
+    try:
+        return decode(data)
+    except SampleRejected as rejected:
+        untraced = SampleRejected(rejected.code, rejected.stage, rejected.reason)
+    return untraced

@@ -125,12 +125,8 @@ class ImageLoader:
             shape, dtype=torch.uint8, memory_format=torch.channels_last, pin_memory=self._pin_memory
         )
 
-    def _decode(
-        self, data: bytes | SampleRejected, request: BatchRequest, slot: int, image_CHW: Tensor
-    ) -> None:
+    def _decode(self, data: bytes, request: BatchRequest, slot: int, image_CHW: Tensor) -> None:
         """Decode one image into its slot; runs in a decode thread."""
-        if isinstance(data, SampleRejected):
-            raise data
         pixels_CHW = decode_image(data, self._spec.decode_rule).pixels_CHW
         content_id = self._content_ids[int(request.rows_B[slot])].as_py()
         if request.epoch is None or request.positions_B is None:
@@ -146,12 +142,14 @@ class ImageLoader:
     def _settle(self, pending: _Pending) -> PreparedBatch:
         usable, rejects = [], []
         for slot, future in enumerate(pending.decoded):
-            try:
-                future.result()
+            rejected = future.result()
+            if rejected is None:
                 usable.append(slot)
-            except SampleRejected as error:
-                row = int(pending.request.rows_B[slot])
-                rejects.append(RejectedRow(row=row, stage=error.stage, code=error.code, reason=error.reason))
+                continue
+            row = int(pending.request.rows_B[slot])
+            rejects.append(
+                RejectedRow(row=row, stage=rejected.stage, code=rejected.code, reason=rejected.reason)
+            )
         rows_B, images_BCHW = pending.request.rows_B, pending.images_BCHW
         if rejects:
             rows_B, images_BCHW = rows_B[usable], images_BCHW[usable]
@@ -169,7 +167,7 @@ class _Pending:
 
     request: BatchRequest
     images_BCHW: Tensor
-    decoded: Sequence[Future[None]]
+    decoded: Sequence[Future[SampleRejected | None]]
 
 
 def _grouped(requests: Iterable[BatchRequest], num_rows: int) -> Iterator[list[BatchRequest]]:

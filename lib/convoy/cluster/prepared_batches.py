@@ -131,7 +131,7 @@ class ImageBatch(Generic[KeyT]):
 
     rows: list[int]
     images: dict[KeyT, Tensor]
-    prepared: list[Future[_Prepared]] = field(default_factory=list)
+    prepared: list[Future[_Prepared | SampleRejected]] = field(default_factory=list)
 
 
 class ImagePreparer(Generic[KeyT]):
@@ -187,12 +187,8 @@ class ImagePreparer(Generic[KeyT]):
             self._settle(batch, known)
             yield batch
 
-    def _prepare(
-        self, data: bytes | SampleRejected, content_id: bytes, places: Mapping[KeyT, Tensor]
-    ) -> _Prepared:
+    def _prepare(self, data: bytes, content_id: bytes, places: Mapping[KeyT, Tensor]) -> _Prepared:
         """Decode one image into its places."""
-        if isinstance(data, SampleRejected):
-            raise data
         started_s = time.perf_counter()
         decoded = decode_image(data, self._rule)
         self._fill(decoded.pixels_CHW, content_id, places)
@@ -203,10 +199,9 @@ class ImagePreparer(Generic[KeyT]):
         """Wait for the batch's images, and note which rows have one."""
         started_s = time.perf_counter()
         for row, future in zip(batch.rows, batch.prepared, strict=True):
-            try:
-                prepared = future.result()
-            except SampleRejected as rejected:
-                known.rejects.append(_reject(known.rows, row, rejected))
+            prepared = future.result()
+            if isinstance(prepared, SampleRejected):
+                known.rejects.append(_reject(known.rows, row, prepared))
                 continue
             known.usable_N[row] = True
             if prepared.content_digest is not None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import time
-from concurrent.futures import ThreadPoolExecutor
+import weakref
+from concurrent.futures import Executor, ThreadPoolExecutor
 from threading import Event
 
 import pytest
 import torch
 
-from convoy.cluster.decode_window import DecodeWindow, decode_threads
+from convoy.cluster.decode_window import DecodeWindow, OwnThread, decode_threads
 from convoy.core.records import RejectCode, SampleRejected, Stage
 from convoy.vision.forward import use_threads
 
@@ -18,7 +20,7 @@ def test_an_image_waits_until_there_is_room_for_its_bytes() -> None:
     third_is_asked_for = Event()
     happened = []
 
-    def decode(data: bytes | SampleRejected, name: str) -> None:
+    def decode(data: bytes, name: str) -> None:
         third_is_asked_for.wait()
         # Time for whoever would not wait.
         time.sleep(0.05)
@@ -37,24 +39,48 @@ def test_an_image_waits_until_there_is_room_for_its_bytes() -> None:
 def test_an_image_larger_than_the_window_is_decoded_alone() -> None:
     with ThreadPoolExecutor(2) as decoders:
         window = DecodeWindow(decoders, max_bytes=10)
-        decoded = [window.submit(len, bytes(size)) for size in (4, 100, 5, 5)]  # type: ignore[arg-type]
+        decoded = [window.submit(len, bytes(size)) for size in (4, 100, 5, 5)]
         assert [future.done() for future in decoded[:2]] == [True, True]
         assert [future.result() for future in decoded] == [4, 100, 5, 5]
 
 
-def test_a_sample_that_could_not_be_fetched_takes_no_room_and_errors_stay_with_their_image() -> None:
-    def decode(data: bytes | SampleRejected) -> int:
-        if isinstance(data, SampleRejected):
-            raise data
-        return len(data)
-
+def test_a_sample_that_could_not_be_fetched_takes_no_room_and_no_decoder() -> None:
     gone = SampleRejected(RejectCode.GONE, Stage.FETCH, "made")
     with ThreadPoolExecutor(1) as decoders:
         window = DecodeWindow(decoders, max_bytes=1)
-        lost, found = window.submit(decode, gone), window.submit(decode, b"x")
-        assert found.result() == 1
-        with pytest.raises(SampleRejected):
-            lost.result()
+        lost, found = window.submit(len, gone), window.submit(len, b"x")
+        assert (lost.result(), found.result()) == (gone, 1)
+
+
+class Pixels:
+    """Something that a weak reference may point to."""
+
+
+@pytest.mark.parametrize("decoders", [OwnThread(), ThreadPoolExecutor(1)], ids=["own_thread", "pool"])
+def test_a_rejected_image_leaves_its_pixels_without_a_search_for_cycles(decoders: Executor) -> None:
+    made = []
+
+    def decode(data: bytes) -> None:
+        pixels = Pixels()
+        made.append(weakref.ref(pixels))
+        try:
+            raise OSError("image file is truncated")
+        except OSError as error:
+            raise SampleRejected(RejectCode.TRUNCATED, Stage.DECODE, f"{len(data)} bytes") from error
+
+    def settle() -> RejectCode:
+        future = DecodeWindow(decoders, max_bytes=1).submit(decode, b"x")
+        rejected = future.result()
+        assert isinstance(rejected, SampleRejected)
+        return rejected.code
+
+    gc.disable()
+    try:
+        assert settle() is RejectCode.TRUNCATED
+        decoders.shutdown()
+        assert [pixels() for pixels in made] == [None]
+    finally:
+        gc.enable()
 
 
 def test_a_decoder_computes_alone_and_leaves_the_network_its_threads() -> None:
