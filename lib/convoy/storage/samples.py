@@ -21,7 +21,7 @@ from convoy.storage.stores import UriReader
 _STORE_THREADS = 16
 _FILE_THREADS = 2
 # A file in the page cache is read in less time than it is handed over in, so threads read several small ones in a row:
-# the window is so many reads, and one may take so small a part of its bytes.
+# the window is at least so many reads, one for each thread, and one may take so small a part of its bytes.
 _READS_OF_FILES, _PART_OF_BYTES = 4, 64
 
 
@@ -71,10 +71,11 @@ class SampleReader:
     def _window(self, reads: Iterator[Read], *, is_remote: bool) -> ReadWindow:
         if is_remote:
             return ReadWindow(reads, self.num_threads or _STORE_THREADS, self.window_reads, self.window_bytes)
-        files_a_read = max(self.window_reads // _READS_OF_FILES, 1)
+        num_threads = self.num_threads or _FILE_THREADS
+        files_a_read = max(self.window_reads // max(_READS_OF_FILES, num_threads), 1)
         joined = joined_reads(reads, max_reads=files_a_read, max_bytes=self.window_bytes // _PART_OF_BYTES)
         max_reads = self.window_reads // files_a_read
-        return ReadWindow(joined, self.num_threads or _FILE_THREADS, max_reads, self.window_bytes)
+        return ReadWindow(joined, num_threads, max_reads, self.window_bytes)
 
 
 class _ParquetFile(NamedTuple):

@@ -171,7 +171,9 @@ def test_statistics_of_averaged_weights_are_those_of_passes_in_which_every_worke
     for group in (GroupOfOne(), PartnerWithoutImages()):
         spec = reuse_spec(tmp_path / type(group).__name__, rows, **settings)
         # Of the new layers, which are trained in the last phase; a file of weights keeps no order.
-        means[type(group)] = weights_of(spec, TrainingWorker(spec, group, None).run())["convs.0.1.running_mean"]
+        means[type(group)] = weights_of(spec, TrainingWorker(spec, group, None).run())[
+            "convs.0.1.running_mean"
+        ]
     assert means[GroupOfOne].abs().sum() > 0
     assert means[PartnerWithoutImages].abs().sum() == 0
 

@@ -77,7 +77,7 @@ def test_objects_come_in_the_order_of_the_rows(folder: Path, options: dict[str, 
     assert read(rows, **options) == [Path(uri).read_bytes() for uri in rows["uri"].to_pylist()]
 
 
-def test_files_are_read_by_few_threads_and_objects_of_a_store_by_many(
+def test_files_are_read_by_few_threads_and_objects_of_a_store_by_many_unless_told_otherwise(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def threads_of(rows: pa.Table, **options: Any) -> int:
@@ -99,6 +99,8 @@ def test_files_are_read_by_few_threads_and_objects_of_a_store_by_many(
         pa.array([f"s3://bucket/{row}" for row in range(files.num_rows)]),
     )
     assert threads_of(files) == 2
+    # As for a mount of a network: each has a file under way.
+    assert threads_of(files, num_threads=12, window_reads=12) == 12
     assert threads_of(objects) == 16
     assert threads_of(objects, num_threads=3) == 3
 
