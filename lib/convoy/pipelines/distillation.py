@@ -61,7 +61,13 @@ def with_pinned_teacher(store: ObjectStore, manifest: Manifest, config: TrainCon
     """
     if config.distill is None:
         return config
-    ref = resolve_bundle(store, config.distill.teacher)
+    teacher = pinned_teacher(store, manifest, config.distill.teacher)
+    return config.model_copy(update={"distill": config.distill.model_copy(update={"teacher": teacher})})
+
+
+def pinned_teacher(store: ObjectStore, manifest: Manifest, teacher: str) -> str:
+    """The bundle that the name of a teacher means now, by digest; the errors are those of `with_pinned_teacher`."""
+    ref = resolve_bundle(store, teacher)
     known = peek_bundle(store, ref).read_json("classes.json")
     missing = [name for name in manifest.classes if name not in known]
     if missing:
@@ -70,7 +76,7 @@ def with_pinned_teacher(store: ObjectStore, manifest: Manifest, config: TrainCon
             where="distill.teacher",
             next_step="choose a teacher that was trained on a dataset with these classes",
         )
-    return config.model_copy(update={"distill": config.distill.model_copy(update={"teacher": str(ref)})})
+    return str(ref)
 
 
 def taught_rows(

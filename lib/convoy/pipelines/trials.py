@@ -34,7 +34,8 @@ class TrialJob(StrictModel):
     """What all trials of a search are told: where it is, and the share of the cluster that each may use.
 
     `weights` are copies in the workspace, which every node can read, of the files that networks begin with: by
-    `network_key`. `precision` is what `auto` means in all trials, on whichever node they run.
+    `network_key`. `teachers` are bundles by digest, by what the config calls them. `precision` is what `auto` means in
+    all trials, on whichever node they run.
     """
 
     workspace: str
@@ -43,6 +44,7 @@ class TrialJob(StrictModel):
     config: TuneConfig
     share: Concurrency
     weights: Mapping[str, str]
+    teachers: Mapping[str, str]
     precision: PrecisionChoice
 
 
@@ -119,8 +121,8 @@ def _train_and_predict(
 
 
 def _here(job: TrialJob, config: TrainConfig) -> TrainConfig:
-    """The training as it runs in this process: its share of the cluster, and what is the same on every node."""
-    backbone = config.backbone
+    """The training as it runs in this process: its share of the cluster, and what is the same in all trials."""
+    backbone, distill = config.backbone, config.distill
     weights = job.weights.get(network_key(backbone), backbone.weights)
     extraction: dict[str, Any] = {
         "num_workers": job.share.workers.num_workers,
@@ -128,6 +130,9 @@ def _here(job: TrialJob, config: TrainConfig) -> TrainConfig:
     }
     if config.extraction.precision is PrecisionChoice.AUTO:
         extraction["precision"] = job.precision
+    if distill is not None:
+        teacher = job.teachers.get(distill.teacher, distill.teacher)
+        distill = distill.model_copy(update={"teacher": teacher})
     recipe = config.recipe
     if recipe.precision is Precision.AUTO:
         recipe = recipe.model_copy(update={"precision": Precision(job.precision.value)})
@@ -135,6 +140,7 @@ def _here(job: TrialJob, config: TrainConfig) -> TrainConfig:
         update={
             "workspace": job.workspace,
             "backbone": backbone.model_copy(update={"weights": weights}),
+            "distill": distill,
             "workers": job.share.workers,
             "extraction": config.extraction.model_copy(update=extraction),
             "recipe": recipe,

@@ -22,7 +22,7 @@ from convoy.core.trial_events import TrialState
 from convoy.pipelines.ensemble_building import EnsembleReport, ReportDrawer, build_ensemble
 from convoy.pipelines.ensemble_candidates import Candidate
 from convoy.pipelines.ensemble_choice import EnsembleSettings
-from convoy.pipelines.feature_plan import PrecisionChoice, forward_s
+from convoy.pipelines.feature_plan import forward_s
 from convoy.pipelines.network_training import CurveDrawer
 from convoy.pipelines.search_time import SearchTimer, seconds_spent
 from convoy.pipelines.train_config import PROBES, TrainConfig
@@ -31,7 +31,7 @@ from convoy.pipelines.trial_journal import TrialCost, TrialJournal, TrialRecord,
 from convoy.pipelines.trial_trainings import give_up_trainings
 from convoy.pipelines.trials import TrialJob, run_trial
 from convoy.pipelines.tune_config import SearchBudget, TuneConfig
-from convoy.pipelines.tune_plan import check_budget, copied_weights, fetch_networks
+from convoy.pipelines.tune_plan import SearchPins, check_budget, copied_weights, fetch_networks, pin_names
 from convoy.pipelines.workspace import open_workspace
 from convoy.storage.bundles import peek_bundle, resolve_bundle
 from convoy.storage.commits import finish
@@ -41,7 +41,6 @@ from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import OpenRun, RunFolder, RunRecord, finished_run, refuse_changed_identity
 from convoy.vision.decode_rule import DecodeRule
-from convoy.vision.engine_options import best_precision
 from convoy.vision.heads import HeadKind
 
 _VERB = "tune"
@@ -49,8 +48,6 @@ _RAY_TUNE = "ray_tune"
 _PAGE = "ensemble.html"
 # A search that is done is found again through `searches/<digest of what is searched>.json`.
 _ANSWERS = "searches/"
-# In the settings of a search's record.
-_PRECISION = "precision"
 _NEVER_RAN = GivenUp(
     state=TrialState.STOPPED, reason="the budget was used up before it came to run", epochs=(), seconds=0
 )
@@ -119,8 +116,8 @@ def run_tune(
 
     A trial that ended never runs again, whether the search was finished or not: another `ensemble` is built of the
     same trials, and with a larger budget there may be more. Raises ConfigError for a
-    dataset without labelled validation rows and for a budget that cannot suffice, TrainingError where no trial
-    finished, LeaseHeld where another driver is at work on the same search.
+    dataset without labelled validation rows and for a budget that cannot suffice, what `pin_names` raises,
+    TrainingError where no trial finished, LeaseHeld where another driver is at work on the same search.
     """
     store = open_workspace(config.workspace, config.writers)
     manifest = open_dataset(store, config.dataset)
@@ -139,12 +136,16 @@ def run_tune(
         if known is not None and (known.settings, known.budget) == (config.ensemble, config.budget):
             progress.stage("the search was done already")
             return known
-        record = folder.record() or _record(folder, identity, config)
+        record = folder.record()
+        if record is None:
+            progress.stage("bringing the networks into the workspace")
+            record = _record(folder, identity, config, pin_names(store, manifest, config))
         refuse_changed_identity(record, identity)
+        pins = SearchPins.model_validate(record.settings)
         search = _Search(store, manifest, config, progress, folder, lease)
         with ray_session():
             is_over = known is not None and known.budget == config.budget
-            records = search.records() if is_over else search.run(draw.training, _precision(record))
+            records = search.records() if is_over else search.run(draw.training, pins)
             ensemble = search.build_ensemble(records)
         report = TuneReport(
             **ensemble.model_dump(),
@@ -153,7 +154,7 @@ def run_tune(
             run=folder.run_id,
             trials=[TrialSummary.of(record) for record in records],
             page=store.uri(folder.key(_PAGE)),
-            notes=search.notes,
+            notes=[*pins.notes, *search.notes],
         )
         search.draw(report, draw, records)
         # Before the marker, without which it does not count.
@@ -169,7 +170,7 @@ def _report(folder: RunFolder) -> TuneReport | None:
     return None if stored is None else TuneReport.model_validate(stored)
 
 
-def _record(folder: RunFolder, identity: dict[str, Any], config: TuneConfig) -> RunRecord:
+def _record(folder: RunFolder, identity: dict[str, Any], config: TuneConfig, pins: SearchPins) -> RunRecord:
     record = RunRecord.new(
         folder.run_id,
         verb=_VERB,
@@ -177,15 +178,10 @@ def _record(folder: RunFolder, identity: dict[str, Any], config: TuneConfig) -> 
         config=config.model_dump(mode="json"),
         outputs={},
         groups=(),
-        settings={_PRECISION: best_precision().value},
+        settings=pins.model_dump(mode="json"),
     )
     folder.write_record(record)
     return record
-
-
-def _precision(record: RunRecord) -> PrecisionChoice:
-    """What `auto` means in every trial of a search; in those that began without a word on it each trial decides."""
-    return PrecisionChoice(record.settings.get(_PRECISION, PrecisionChoice.AUTO))
 
 
 class _Search:
@@ -205,23 +201,23 @@ class _Search:
         self._journal = TrialJournal(folder, config)
         self.notes: list[str] = []
 
-    def run(self, draw_curves: CurveDrawer, precision: PrecisionChoice) -> list[TrialRecord]:
-        """All trials, ended; TrainingError if none finished. `precision` is what `auto` means in all of them."""
-        config, progress = self._config, self._progress
-        progress.stage("bringing the networks into the workspace")
-        examples = fetch_networks(self._store, self._manifest, config)
+    def run(self, draw_curves: CurveDrawer, pins: SearchPins) -> list[TrialRecord]:
+        """All trials, ended; TrainingError if none finished."""
+        config, progress, store = self._config, self._progress, self._store
         progress.stage("planning the search")
+        examples = fetch_networks(store, self._manifest, config, pins.weights)
         options = next(config.examples()).workers
         share = plan_trials(options, None if config.max_concurrent == "auto" else config.max_concurrent)
         check_budget(config, examples, self._manifest, alive_nodes())
         job = TrialJob(
-            workspace=self._store.root_uri,
+            workspace=store.root_uri,
             run_id=self._folder.run_id,
             dataset_fingerprint=self._manifest.fingerprint,
             config=config,
             share=share,
-            weights=copied_weights(self._store, examples),
-            precision=precision,
+            weights={network: store.uri(key) for network, key in copied_weights(examples).items()},
+            teachers=pins.teachers,
+            precision=pins.precision,
         )
         plan = self._plan(share.max_concurrent)
         progress.stage("trials")

@@ -1,16 +1,20 @@
-"""What a search needs before its first trial: networks in the workspace, and a budget that can suffice."""
+"""What a search needs before its first trial: what names mean, networks in the workspace, a budget that can suffice."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from pydantic import Field
+
+from convoy.core.config import StrictModel
 from convoy.core.errors import ConfigError
 from convoy.core.fingerprints import digest
 from convoy.core.records import Split
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.classifiers import Strategy
-from convoy.pipelines.feature_plan import forward_s
+from convoy.pipelines.distillation import pinned_teacher
+from convoy.pipelines.feature_plan import PrecisionChoice, forward_s
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.train import random_weights
 from convoy.pipelines.train_config import NETWORKS, TrainConfig
@@ -18,11 +22,34 @@ from convoy.pipelines.tune_config import TuneConfig
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.vision.backbone_config import BackboneConfig, WeightSource, weight_source
+from convoy.vision.engine_options import best_precision
 
 # A pass backward costs about two passes forward.
 _PASSES_A_TRAINED_IMAGE = 3
 # The forecast is for two cores, and true to within a factor of two.
 _FORECAST_CPUS, _FORECAST_FACTOR = 2, 2
+
+
+class SearchPins(StrictModel):
+    """What names and files mean in all trials of a search, as it began: its run record keeps it.
+
+    `precision` is what `auto` means. `teachers` are bundles by digest, by what the config calls them. `weights` are
+    keys of copies in the workspace, by `network_key`, of the files that networks begin with. Where a search began
+    without a word on one of them, each call or trial decides.
+    """
+
+    precision: PrecisionChoice = PrecisionChoice.AUTO
+    teachers: dict[str, str] = Field(default_factory=dict)
+    weights: dict[str, str] = Field(default_factory=dict)
+
+    @property
+    def notes(self) -> list[str]:
+        """Which names were pinned."""
+        return [
+            f"the teacher of all trials is {bundle}: what {name} was when the search began"
+            for name, bundle in self.teachers.items()
+            if name != bundle
+        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,16 +60,36 @@ class Example:
     network: BackboneRecord
 
 
-def fetch_networks(store: ObjectStore, manifest: Manifest, config: TuneConfig) -> list[Example]:
+def pin_names(store: ObjectStore, manifest: Manifest, config: TuneConfig) -> SearchPins:
+    """What a search means that begins now; its networks are in the workspace then.
+
+    Raises DataError for a teacher that does not exist, ConfigError for one that lacks a class of the dataset and for
+    weights that do not fit their network, before any trial starts.
+    """
+    names = dict.fromkeys(one.distill.teacher for one in config.examples() if one.distill is not None)
+    return SearchPins(
+        precision=PrecisionChoice(best_precision().value),
+        teachers={name: pinned_teacher(store, manifest, name) for name in names},
+        weights=copied_weights(fetch_networks(store, manifest, config, {})),
+    )
+
+
+def fetch_networks(
+    store: ObjectStore, manifest: Manifest, config: TuneConfig, weights: Mapping[str, str]
+) -> list[Example]:
     """Examples of the space, one for each network and number of epochs; the networks are in the workspace then.
 
-    Raises ConfigError for weights that do not fit their network, before any trial starts.
+    `weights` are the copies that stand for files, as in `SearchPins`. Raises ConfigError for weights that do not fit
+    their network.
     """
     records: dict[str, BackboneRecord] = {}
     examples: dict[str, Example] = {}
     for training in config.examples():
         is_new = training.strategy is Strategy.FROM_SCRATCH
         wanted = random_weights(training, manifest) if is_new else training.backbone
+        copy = weights.get(network_key(wanted))
+        if copy is not None:
+            wanted = wanted.model_copy(update={"weights": store.uri(copy)})
         name = digest(wanted)
         if name not in records:
             records[name] = fetch_backbone(store, wanted)
@@ -51,10 +98,10 @@ def fetch_networks(store: ObjectStore, manifest: Manifest, config: TuneConfig) -
     return list(examples.values())
 
 
-def copied_weights(store: ObjectStore, examples: Sequence[Example]) -> dict[str, str]:
-    """For each network whose weights come from a file, by `network_key`: their copy in the workspace."""
+def copied_weights(examples: Sequence[Example]) -> dict[str, str]:
+    """For each network whose weights come from a file, by `network_key`: the key of their copy in the workspace."""
     return {
-        network_key(example.training.backbone): store.uri(example.network.weights_key)
+        network_key(example.training.backbone): example.network.weights_key
         for example in examples
         if weight_source(example.training.backbone) is WeightSource.URI
     }

@@ -14,7 +14,7 @@ from convoy.core.splits import SplitOptions
 from convoy.core.trial_events import TrialState
 from convoy.pipelines.feature_plan import PrecisionChoice
 from convoy.pipelines.network_plan import wanted_recipe
-from convoy.pipelines.train_config import TrainConfig
+from convoy.pipelines.train_config import DistillConfig, TrainConfig
 from convoy.pipelines.trial_journal import TrialJournal
 from convoy.pipelines.trials import TrialJob, _here, run_trial
 from convoy.pipelines.tune_config import TuneConfig
@@ -29,6 +29,7 @@ CONFIG = {
     "base": {"backbone": {"arch": "lenet5", "weights": "random"}, "strategy": "linear_probe", "tap": "f6"},
     "space": {"recipe.seed": {"grid": [0, 1]}},
 }
+PINNED = f"photos@{'a' * 32}"
 
 
 class Meeting(Silent):
@@ -57,6 +58,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> TrialJob:
         config=parse_config(TuneConfig, CONFIG, where="test"),
         share=Concurrency(max_concurrent=1, workers=TrialWorkers(num_workers=1, on_gpus=False)),
         weights={},
+        teachers={"photos": PINNED},
         precision=PrecisionChoice.BF16,
     )
 
@@ -128,6 +130,14 @@ def test_auto_means_one_precision_in_all_trials(job: TrialJob) -> None:
     )
     kept = _here(job, explicit)
     assert (kept.extraction.precision, kept.recipe.precision) == (PrecisionChoice.FP32, Precision.FP16)
+
+
+def test_a_name_of_a_teacher_means_one_bundle_in_all_trials(job: TrialJob) -> None:
+    """Not what a nightly job has made of the name by the time that a trial begins, or goes on."""
+    train_config = journal_of(job).train_config(journal_of(job).point(0, {"recipe.seed": 0}))
+    for given, found in (("photos", PINNED), ("other", "other")):
+        taught = train_config.model_copy(update={"distill": DistillConfig(teacher=given, weight=0.5)})
+        assert _here(job, taught).distill == DistillConfig(teacher=found, weight=0.5)
 
 
 def test_a_trial_trains_with_the_workers_of_its_share_and_records_none_of_it(job: TrialJob) -> None:

@@ -20,7 +20,7 @@ from convoy.core.progress import Silent
 from convoy.core.records import Split
 from convoy.core.splits import SplitOptions
 from convoy.core.trial_events import TrialState
-from convoy.pipelines import tune
+from convoy.pipelines import tune, tune_plan
 from convoy.pipelines.ensemble_building import EnsembleReport
 from convoy.pipelines.ensemble_choice import EnsembleBudget, EnsembleSettings
 from convoy.pipelines.feature_plan import PrecisionChoice
@@ -28,13 +28,18 @@ from convoy.pipelines.network_training import open_training
 from convoy.pipelines.runs_gc import collect_garbage
 from convoy.pipelines.runs_state import Changes
 from convoy.pipelines.trial_journal import TrialCost, TrialJournal, TrialRecord
-from convoy.pipelines.tune import TuneDrawers, _precision, _record, _Search, run_tune
+from convoy.pipelines.tune import TuneDrawers, _Search, run_tune
 from convoy.pipelines.tune_config import SearchBudget, TuneConfig
+from convoy.pipelines.tune_plan import SearchPins
+from convoy.storage.bundles import BundleRef
 from convoy.storage.datasets import freeze_dataset, open_dataset
 from convoy.storage.leases import hold_run, is_given_up
 from convoy.storage.local_store import LocalStore
 from convoy.storage.runs import OpenRun, RunFolder, open_pointers
+from convoy.vision.backbone_config import BackboneConfig
+from convoy.vision.backbones import build_network
 from convoy.vision.engine_options import Precision
+from convoy.vision.weights import state_to_safetensors
 from made_bundles import DIGITS, made_classifier, write_classifier
 from made_ensembles import made_candidates, made_report
 from made_leases import put_lease
@@ -142,18 +147,57 @@ def test_a_training_that_no_trial_goes_on_with_is_given_up(search: _Search, fold
     assert kept.isdisjoint(removed)
 
 
-def test_a_search_that_goes_on_elsewhere_keeps_its_precision(
-    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+def test_a_search_that_goes_on_elsewhere_keeps_what_names_meant_when_it_began(
+    store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = OpenRun(store, verb="tune", target=digest(["search"])).start()
-    monkeypatch.setattr(tune, "best_precision", lambda: Precision.FP32)
-    _record(folder, {}, config_in(store))
-    monkeypatch.setattr(tune, "best_precision", lambda: Precision.BF16)
-    known = folder.record()
-    assert known is not None
-    assert _precision(known) is PrecisionChoice.FP32
-    # One that began without a word on it keeps what its trials have decided.
-    assert _precision(known.model_copy(update={"settings": {}})) is PrecisionChoice.AUTO
+    """Its trials are compared: all of them learn from one teacher, and begin with the same weights."""
+    classes = open_dataset(store, "digits").classes
+    file = tmp_path / "lenet.safetensors"
+    backbone = {"arch": "lenet5", "weights": str(file), "num_classes": len(classes)}
+    base = {"backbone": backbone, "strategy": "fine_tune", "epochs": 1, "distill": {"teacher": "photos"}}
+    config = config_in(store).model_copy(update={"base": base})
+
+    def change(seed: int, precision: Precision) -> BundleRef:
+        network = build_network(
+            BackboneConfig.model_validate({**backbone, "weights": "random", "seed": seed})
+        )
+        file.write_bytes(state_to_safetensors(network.state_dict()))
+        monkeypatch.setattr(tune_plan, "best_precision", lambda: precision)
+        return write_classifier(store, "photos", made_classifier(store, seed, classes=classes))
+
+    seen: list[SearchPins] = []
+
+    def run(search: _Search, _: object, pins: SearchPins) -> list[TrialRecord]:
+        seen.append(pins)
+        if len(seen) == 1:
+            raise KeyboardInterrupt
+        return []
+
+    monkeypatch.setattr(tune, "ray_session", nullcontext)
+    monkeypatch.setattr(_Search, "run", run)
+    monkeypatch.setattr(_Search, "build_ensemble", lambda *_: made_report(made_candidates(1.0, 1.2)))
+    first = change(0, Precision.FP32)
+    with pytest.raises(KeyboardInterrupt):
+        run_tune(config, progress=Silent(), draw=DRAW)
+    change(1, Precision.BF16)
+    report = run_tune(config, progress=Silent(), draw=DRAW)
+    begun, resumed = seen
+    assert resumed == begun
+    assert (begun.precision, begun.teachers) == (PrecisionChoice.FP32, {"photos": str(first)})
+    assert len(begun.weights) == 1
+    assert report.notes == begun.notes
+    anew = run_tune(config, progress=Silent(), draw=DRAW, new_run=True)
+    assert anew.run != report.run
+    assert seen[-1].precision is PrecisionChoice.BF16
+    assert seen[-1].teachers != begun.teachers
+    assert seen[-1].weights.keys() == begun.weights.keys()
+    assert seen[-1].weights != begun.weights
+
+
+def test_a_search_that_began_without_a_word_on_names_pins_none() -> None:
+    """Then each of its trials decides, as those before have done."""
+    assert SearchPins.model_validate({}).precision is PrecisionChoice.AUTO
+    assert SearchPins.model_validate({"precision": "fp32"}) == SearchPins(precision=PrecisionChoice.FP32)
 
 
 def test_another_ensemble_is_built_of_the_trials_that_there_are(

@@ -12,13 +12,14 @@ from convoy.core.config import load_config, parse_config
 from convoy.core.errors import ConfigError
 from convoy.core.splits import SplitOptions
 from convoy.pipelines.tune_config import TuneConfig
-from convoy.pipelines.tune_plan import check_budget, copied_weights, fetch_networks, network_key
+from convoy.pipelines.tune_plan import check_budget, copied_weights, fetch_networks, network_key, pin_names
 from convoy.storage.datasets import freeze_dataset, open_dataset
 from convoy.storage.local_store import LocalStore
 from convoy.storage.manifests import Manifest
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.backbones import build_network
 from convoy.vision.weights import state_to_safetensors
+from made_bundles import made_classifier, write_classifier
 
 LENET = {"arch": "lenet5", "weights": "random", "preset": {"resize_px": 32, "crop_px": 32}}
 CONFIG: dict[str, Any] = {
@@ -133,14 +134,39 @@ def test_weights_from_a_file_are_copied_to_where_every_node_can_read_them(
     backbone = {**LENET, "weights": str(file), "num_classes": 10}
     space = {"backbone": {"grid": [LENET, backbone]}, "backbone.preset.resize_px": {"grid": [32, 40]}}
     config = parsed(base={"strategy": "fine_tune", "epochs": 1}, space=space)
-    examples = fetch_networks(store, manifest, config)
-    copies = copied_weights(store, examples)
-    (copy,) = copies.values()
-    assert copies == {network_key(BackboneConfig.model_validate(backbone)): copy}
+    examples = fetch_networks(store, manifest, config, {})
+    copies = copied_weights(examples)
+    assert copies.keys() == {network_key(BackboneConfig.model_validate(backbone))}
     file.unlink()
-    moved = config.model_copy(update={"space": {"backbone": {"grid": [{**backbone, "weights": copy}]}}})
-    (again,) = fetch_networks(store, manifest, moved)
-    assert again.network.weights_digest in {example.network.weights_digest for example in examples}
+    again = fetch_networks(store, manifest, config, copies)
+    assert [one.network.weights_digest for one in again] == [one.network.weights_digest for one in examples]
+    assert copied_weights(again) == copies
+
+
+def test_every_teacher_that_a_space_may_come_to_is_pinned(digits: tuple[LocalStore, Manifest]) -> None:
+    store, manifest = digits
+    refs = {
+        name: write_classifier(store, name, made_classifier(store, seed, classes=manifest.classes))
+        for seed, name in enumerate(("small", "large", "unasked"))
+    }
+    config = parsed(
+        base={**CONFIG["base"], "distill": {"teacher": "small"}},
+        space={"distill.teacher": {"choice": ["small", str(refs["large"])]}},
+    )
+    pins = pin_names(store, manifest, config)
+    assert pins.teachers == {"small": str(refs["small"]), str(refs["large"]): str(refs["large"])}
+    (note,) = pins.notes
+    assert note.startswith(f"the teacher of all trials is {refs['small']}: what small was")
+
+
+def test_a_teacher_that_lacks_a_class_is_refused_before_any_trial(
+    digits: tuple[LocalStore, Manifest],
+) -> None:
+    store, manifest = digits
+    write_classifier(store, "narrow", made_classifier(store, 0, classes=manifest.classes[1:]))
+    config = parsed(base={**CONFIG["base"], "distill": {"teacher": "narrow"}})
+    with pytest.raises(ConfigError, match="the teacher does not know 1 classes"):
+        pin_names(store, manifest, config)
 
 
 def test_a_budget_too_small_for_one_trial_is_refused_with_the_numbers(
@@ -152,7 +178,7 @@ def test_a_budget_too_small_for_one_trial_is_refused_with_the_numbers(
         base={"backbone": resnet, "strategy": "from_scratch", "epochs": 50},
         budget={"trials": 4, "hours": 0.001},
     )
-    examples = fetch_networks(store, manifest, config)
+    examples = fetch_networks(store, manifest, config, {})
     laptop = [{"CPU": 2.0, "GPU": 0.0}]
     with pytest.raises(ConfigError, match=r"the budget of 4 s is too small for one trial, which takes \d+ s"):
         check_budget(config, examples, manifest, laptop)
@@ -171,4 +197,4 @@ def test_a_search_over_heads_needs_no_time_for_features_that_may_be_cached(
         space={"head.C": {"grid": [[0.1], [1.0]]}},
         budget={"hours": 1e-6},
     )
-    check_budget(config, fetch_networks(store, manifest, config), manifest, [{"CPU": 2.0, "GPU": 0.0}])
+    check_budget(config, fetch_networks(store, manifest, config, {}), manifest, [{"CPU": 2.0, "GPU": 0.0}])
