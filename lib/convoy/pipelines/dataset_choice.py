@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import Mapping
+from typing import Any, Self
 
 from pydantic import model_validator
 
@@ -52,26 +53,14 @@ class DatasetChoice(StrictModel):
         image could not be frozen so again, and a dataset may have been refreshed. Else, and with `new_run`, a source
         is frozen now, and of a dataset the current version taken.
         """
-        begun = None if new_run else self._begun_version(open_run)
+        begun = None if new_run else _begun_version(open_run, self.model_dump(mode="json", include=_WHICH))
         if begun is None:
             self._freeze_source(progress)
             return open_dataset(store, self.dataset_name), []
         manifest = open_dataset(store, self.dataset_name, begun)
         if self.source is None and open_dataset(store, self.dataset_name).fingerprint == begun:
             return manifest, []
-        note = (
-            f"an unfinished run goes on, with version {begun} of {self.dataset_name}; once it has ended, the same"
-            " command takes the newest images"
-        )
-        return manifest, [note]
-
-    def _begun_version(self, open_run: OpenRun) -> str | None:
-        folder = open_run.unfinished()
-        record = None if folder is None else folder.record()
-        which = self.model_dump(mode="json", include=_WHICH)
-        if record is None or any(record.config.get(key) != value for key, value in which.items()):
-            return None
-        return str(record.identity["dataset_fingerprint"])
+        return manifest, [_note(self.dataset_name, begun)]
 
     def _freeze_source(self, progress: Progress) -> None:
         if self.source is not None:
@@ -83,3 +72,33 @@ class DatasetChoice(StrictModel):
                 splits=self.split_options,
             )
             freeze(source, progress=progress)
+
+
+def open_as_begun(
+    store: ObjectStore, open_run: OpenRun, dataset: str, *, new_run: bool = False
+) -> tuple[Manifest, list[str]]:
+    """A dataset in the version that an unfinished run on it began with, and a note where that is not the newest.
+
+    Without such a run, and with `new_run`, the newest.
+    """
+    newest = open_dataset(store, dataset)
+    begun = None if new_run else _begun_version(open_run, {"dataset": dataset})
+    if begun is None or begun == newest.fingerprint:
+        return newest, []
+    return open_dataset(store, dataset, begun), [_note(dataset, begun)]
+
+
+def _begun_version(open_run: OpenRun, which: Mapping[str, Any]) -> str | None:
+    """The version of its dataset that an unfinished run has, unless it began with another choice."""
+    folder = open_run.unfinished()
+    record = None if folder is None else folder.record()
+    if record is None or any(record.config.get(key) != value for key, value in which.items()):
+        return None
+    return str(record.identity["dataset_fingerprint"])
+
+
+def _note(dataset: str, begun: str) -> str:
+    return (
+        f"an unfinished run goes on, with version {begun} of {dataset}; once it has ended, the same command takes the"
+        " newest images"
+    )

@@ -18,12 +18,13 @@ from convoy.core.records import Split
 from convoy.core.training_events import EpochResult
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.classifiers import Classifier, Strategy, as_is, classifier_files
+from convoy.pipelines.dataset_choice import open_as_begun
 from convoy.pipelines.distillation import taught_rows, with_pinned_teacher
 from convoy.pipelines.evaluation import Evaluation, EvaluationTask, evaluate_classifier, require_labels
 from convoy.pipelines.feature_plan import FeatureDtype, resolve_precision
 from convoy.pipelines.model_cards import training_card
 from convoy.pipelines.models import fetch_backbone
-from convoy.pipelines.network_training import CurveDrawer, TrainedNetwork, network_training
+from convoy.pipelines.network_training import CurveDrawer, TrainedNetwork, network_training, open_training
 from convoy.pipelines.probing import HeadSummary, TrialSummary, check_head, fit_probe
 from convoy.pipelines.train_config import NETWORKS, PROBES, TrainConfig
 from convoy.pipelines.training_rows import Fold, count_classes, fold_rows, has_labels, read_split
@@ -111,12 +112,12 @@ def run_train(
 
     `draw_curves` makes the picture of the learning curves that is kept in the run folder. The model is measured on
     the split `evaluated`, by default on its own fold, or else on the held-out split: a search measures on val, and
-    leaves test alone. `fingerprint` names a version of the dataset, by default the current one. Where another driver
+    leaves test alone. `fingerprint` names a version of the dataset, see `training_dataset`. Where another driver
     trains the same network, LeaseHeld is raised, or its end waited for. DataError where nothing could be measured.
     """
     check_bundle_name(config.name)
     store = open_workspace(config.workspace, config.writers)
-    manifest = open_dataset(store, config.dataset, fingerprint)
+    manifest, version_notes = training_dataset(store, config, fingerprint, new_run=new_run)
     if config.strategy is not Strategy.AS_IS:
         # Before any network is fetched or Ray is there: a class without images can be learnt by no strategy.
         count_classes(read_split(manifest, Split.TRAIN, config.rows), manifest.classes)
@@ -136,11 +137,22 @@ def run_train(
         measured_split=split,
         measured_fold=fold,
     )
-    if config.strategy not in NETWORKS:
-        return _run(job)
-    # One Ray for head, training and evaluation; each of them alone would start its own.
-    with ray_session():
-        return _run(job)
+    # One Ray for head, training and evaluation of a network; each of them alone would start its own.
+    with ray_session() if config.strategy in NETWORKS else nullcontext():
+        report = _run(job)
+    return report.model_copy(update={"notes": [*version_notes, *report.notes]})
+
+
+def training_dataset(
+    store: ObjectStore, config: TrainConfig, fingerprint: str | None = None, *, new_run: bool = False
+) -> tuple[Manifest, list[str]]:
+    """The dataset of a training in the version of a fingerprint, and a note where that may surprise.
+
+    By default it is the current one; an unfinished training of a network goes on with that on which it began.
+    """
+    if fingerprint is not None or config.strategy not in NETWORKS:
+        return open_dataset(store, config.dataset, fingerprint), []
+    return open_as_begun(store, open_training(store, config.name), config.dataset, new_run=new_run)
 
 
 def measured_on(

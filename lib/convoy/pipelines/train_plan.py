@@ -12,12 +12,11 @@ from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.network_plan import plan_network, trained_backbone_config
 from convoy.pipelines.network_training import open_training
 from convoy.pipelines.probing import check_head
-from convoy.pipelines.train import measured_on, random_weights
+from convoy.pipelines.train import measured_on, random_weights, training_dataset
 from convoy.pipelines.train_config import NETWORKS, PROBES, TrainConfig
 from convoy.pipelines.training_rows import count_classes, read_split
 from convoy.pipelines.workspace import open_workspace
 from convoy.storage.bundles import check_bundle_name
-from convoy.storage.datasets import open_dataset
 from convoy.vision.training_config import Phase, Recipe
 
 
@@ -53,7 +52,7 @@ def plan_train(config: TrainConfig) -> TrainPlan:
     """
     check_bundle_name(config.name)
     store = open_workspace(config.workspace, config.writers)
-    manifest = open_dataset(store, config.dataset)
+    manifest, version_notes = training_dataset(store, config)
     config = with_pinned_teacher(store, manifest, config)
     rows = read_split(manifest, Split.TRAIN, config.rows)
     counts = count_classes(rows, manifest.classes)
@@ -64,6 +63,7 @@ def plan_train(config: TrainConfig) -> TrainPlan:
         num_train_rows=rows.num_rows,
         images_by_class=dict(zip(manifest.classes, counts, strict=True)),
         unfinished_run=folder.run_id if folder else None,
+        notes=version_notes,
     )
     if config.strategy in PROBES:
         check_head(manifest, config)
@@ -96,6 +96,6 @@ def plan_train(config: TrainConfig) -> TrainPlan:
             "phases": list(network.phases),
             "num_steps": steps_an_epoch * sum(phase.epochs for phase in network.phases),
             "stages": stages,
-            "notes": list(network.notes),
+            "notes": [*version_notes, *network.notes],
         }
     )

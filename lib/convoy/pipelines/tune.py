@@ -19,6 +19,7 @@ from convoy.core.progress import Progress
 from convoy.core.records import Split
 from convoy.core.statistics import Interval
 from convoy.core.trial_events import TrialState
+from convoy.pipelines.dataset_choice import open_as_begun
 from convoy.pipelines.ensemble_building import EnsembleReport, ReportDrawer, build_ensemble
 from convoy.pipelines.ensemble_candidates import Candidate
 from convoy.pipelines.ensemble_choice import EnsembleSettings
@@ -35,7 +36,6 @@ from convoy.pipelines.tune_plan import SearchPins, check_budget, copied_weights,
 from convoy.pipelines.workspace import open_workspace
 from convoy.storage.bundles import peek_bundle, resolve_bundle
 from convoy.storage.commits import finish
-from convoy.storage.datasets import open_dataset
 from convoy.storage.leases import RunLease, WhenHeld, hold_run
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
@@ -114,16 +114,17 @@ def run_tune(
 ) -> TuneReport:
     """Search, and build the ensemble of the trials; the same call again goes on where it was killed.
 
+    It goes on with the version of the dataset on which it began, and says so where there is a newer one.
     A trial that ended never runs again, whether the search was finished or not: another `ensemble` is built of the
     same trials, and with a larger budget there may be more. Raises ConfigError for a
     dataset without labelled validation rows and for a budget that cannot suffice, what `pin_names` raises,
     TrainingError where no trial finished, LeaseHeld where another driver is at work on the same search.
     """
     store = open_workspace(config.workspace, config.writers)
-    manifest = open_dataset(store, config.dataset)
+    open_run = OpenRun(store, verb=_VERB, target=digest([config.name]))
+    manifest, version_notes = open_as_begun(store, open_run, config.dataset, new_run=new_run)
     if config.folds is None:
         _require_validation_rows(manifest)
-    open_run = OpenRun(store, verb=_VERB, target=digest([config.name]))
     identity = {
         "dataset_fingerprint": manifest.fingerprint,
         "config": config.model_dump(mode="json", exclude=_NOT_IDENTITY),
@@ -161,7 +162,7 @@ def run_tune(
         store.put(answer_key, canonical_json({"run_id": folder.run_id}))
         finish(folder, report.model_dump(mode="json"))
         open_run.close(folder)
-    return report
+    return report.model_copy(update={"notes": [*version_notes, *report.notes]})
 
 
 def _report(folder: RunFolder) -> TuneReport | None:

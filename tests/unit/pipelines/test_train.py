@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cache_jobs import write_digits
 from convoy.core.config import parse_config
 from convoy.core.errors import ConfigError, DataError
 from convoy.core.progress import Silent
 from convoy.core.records import Split
-from convoy.pipelines import train, train_plan
-from convoy.pipelines.train import measured_on, run_train
+from convoy.core.splits import SplitOptions
+from convoy.pipelines import train
+from convoy.pipelines.network_training import open_training
+from convoy.pipelines.train import TrainReport, measured_on, run_train
 from convoy.pipelines.train_config import TrainConfig
 from convoy.pipelines.train_plan import plan_train
 from convoy.pipelines.training_rows import Fold, RowLimit
+from convoy.storage.datasets import freeze_dataset, open_dataset
+from convoy.storage.local_store import LocalStore
 from convoy.storage.manifests import Manifest
+from convoy.storage.object_store import ObjectStore
+from convoy.storage.runs import RunFolder, RunRecord
 from made_advice_rows import frozen_rows
 
 CLASSES = ("good", "defect")
 SETTINGS = {"name": "parts", "dataset": "parts", "backbone": {"arch": "resnet18"}}
+SPLITS = SplitOptions(val_fraction=0.3)
 CONFIG = parse_config(TrainConfig, SETTINGS, where="here")
 
 
@@ -60,8 +70,7 @@ def test_several_values_of_c_without_rows_to_choose_by_are_refused_before_any_fe
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest = manifest_of(tmp_path, Split.TEST)
-    for module in (train, train_plan):
-        monkeypatch.setattr(module, "open_dataset", lambda *_: manifest)
+    monkeypatch.setattr(train, "open_dataset", lambda *_: manifest)
     monkeypatch.setattr(train, "_train", lambda job: pytest.fail("it was trained"))
     config = CONFIG.model_copy(update={"workspace": str(tmp_path)})
     with pytest.raises(ConfigError, match="7 values of C and no validation rows"):
@@ -70,3 +79,67 @@ def test_several_values_of_c_without_rows_to_choose_by_are_refused_before_any_fe
         plan_train(config)
     fold = RowLimit(fold=Fold(index=0, count=5))
     assert plan_train(config.model_copy(update={"rows": fold})).num_train_rows == 16
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> RunFolder:
+    """An unfinished training of a network, whose dataset has two more images since."""
+    store = LocalStore(str(tmp_path / "workspace"))
+    write_digits(tmp_path / "images", 30)
+    freeze_dataset(store, "digits", str(tmp_path / "images"), splits=SPLITS)
+    folder = open_training(store, "network").start()
+    record = RunRecord.new(
+        folder.run_id,
+        verb="train",
+        identity={"dataset_fingerprint": open_dataset(store, "digits").fingerprint},
+        config=network_in(store).model_dump(mode="json"),
+        outputs={},
+        groups=(),
+    )
+    folder.write_record(record)
+    write_digits(tmp_path / "images", 2, start=30)
+    freeze_dataset(store, "digits", str(tmp_path / "images"), splits=SPLITS)
+    return folder
+
+
+def network_in(store: ObjectStore, **changes: str) -> TrainConfig:
+    settings = {
+        "workspace": store.root_uri,
+        "name": "network",
+        "dataset": "digits",
+        "strategy": "from_scratch",
+        "backbone": {"arch": "lenet5", "weights": "random"},
+        "recipe": {"batch_size": 8},
+    }
+    return parse_config(TrainConfig, {**settings, **changes}, where="test")
+
+
+def test_a_cut_off_training_is_ended_on_the_images_on_which_it_began(
+    begun: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[int] = []
+
+    def run(job: train._Job) -> TrainReport:
+        trained.append(job.manifest.num_samples)
+        return TrainReport.model_construct(notes=["its own"])
+
+    monkeypatch.setattr(train, "ray_session", nullcontext)
+    monkeypatch.setattr(train, "_run", run)
+    config = network_in(begun.store)
+    newest = open_dataset(begun.store, "digits").fingerprint
+
+    def notes(config: TrainConfig, **options: Any) -> list[str]:
+        return run_train(config, progress=Silent(), draw_curves=lambda *_: b"", **options).notes
+
+    plan = plan_train(config)
+    begun_note, own_note = notes(config)
+    assert begun_note.startswith("an unfinished run goes on, with version ")
+    assert (own_note, plan.notes[0]) == ("its own", begun_note)
+    # Who asks for something else gets it: another run, a version, a training that no run is kept of.
+    assert notes(config, new_run=True) == notes(config, fingerprint=newest) == ["its own"]
+    probe = network_in(begun.store, strategy="linear_probe", tap="f6")
+    assert notes(probe) == ["its own"]
+    open_training(begun.store, "network").close(begun)
+    assert notes(config) == ["its own"]
+    assert trained == [30, 32, 32, 32, 32]
+    assert plan_train(config).num_train_rows > plan.num_train_rows

@@ -194,6 +194,36 @@ def test_a_search_that_goes_on_elsewhere_keeps_what_names_meant_when_it_began(
     assert seen[-1].weights != begun.weights
 
 
+def test_a_cut_off_search_is_ended_on_the_images_on_which_it_began(
+    store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched: list[tuple[str, int]] = []
+
+    def run(search: _Search, *_: Any) -> list[TrialRecord]:
+        searched.append((search._folder.run_id, search._manifest.num_samples))
+        if len(searched) == 1:
+            raise KeyboardInterrupt
+        return []
+
+    monkeypatch.setattr(tune, "ray_session", nullcontext)
+    monkeypatch.setattr(_Search, "run", run)
+    monkeypatch.setattr(_Search, "build_ensemble", lambda *_: made_report(made_candidates(1.0, 1.2)))
+    config = config_in(store)
+    with pytest.raises(KeyboardInterrupt):
+        run_tune(config, progress=Silent(), draw=DRAW)
+    write_digits(tmp_path / "images", 2, start=30)
+    freeze_dataset(store, "digits", str(tmp_path / "images"), splits=SplitOptions(val_fraction=0.3))
+    with pytest.raises(RunMismatch) as refused:
+        run_tune(config.model_copy(update={"seed": 1}), progress=Silent(), draw=DRAW)
+    assert "seed" in str(refused.value)
+    assert "fingerprint" not in str(refused.value), "nobody can restore that"
+    ended, newest = (run_tune(config, progress=Silent(), draw=DRAW) for _ in range(2))
+    begun, again, anew = searched
+    assert begun == again == (ended.run, 30)
+    assert anew == (newest.run, 32)
+    assert ["an unfinished run goes on" in str(one.notes) for one in (ended, newest)] == [True, False]
+
+
 def test_a_search_that_began_without_a_word_on_names_pins_none() -> None:
     """Then each of its trials decides, as those before have done."""
     assert SearchPins.model_validate({}).precision is PrecisionChoice.AUTO
