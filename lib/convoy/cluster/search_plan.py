@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from pydantic import Field, PositiveInt
 
-from convoy.cluster.training import TrialWorkers, WorkerOptions, fit_workers
+from convoy.cluster.training import TrialWorkers, WorkerOptions, WorkerPlan, fit_workers
 from convoy.core.config import StrictModel
 from convoy.core.progress import Progress
 from convoy.core.search_space import SearchSpace, Values
@@ -132,12 +132,14 @@ class SearchPlan:
 class Concurrency(StrictModel):
     """How many trials run side by side, the workers of each, and the threads of its operators beside them.
 
-    `operator_cpus` is null where the operators sit on GPUs, of which each trial has its own.
+    `operator_cpus` is null where the operators sit on GPUs, of which each trial has its own. `cluster_share` is the
+    part of the cluster's GPUs, or else CPUs, that the operators of one trial have.
     """
 
     max_concurrent: int
     workers: TrialWorkers
     operator_cpus: int | None = None
+    cluster_share: float = 1.0
 
 
 def fit_trials(
@@ -166,8 +168,15 @@ def fit_trials(
                 max_concurrent=num_trials,
                 workers=TrialWorkers.model_validate({**dict(options), **share}),
                 operator_cpus=None if plan.gpus_per_worker else plan.num_threads,
+                cluster_share=_cluster_share(workers_per_trial, plan, nodes),
             )
     return None
+
+
+def _cluster_share(num_workers: int, plan: WorkerPlan, nodes: Sequence[Mapping[str, float]]) -> float:
+    if plan.gpus_per_worker:
+        return num_workers / sum(node["GPU"] for node in nodes)
+    return min(1.0, num_workers * plan.num_threads / sum(node["CPU"] for node in nodes))
 
 
 def _most_trials(options: WorkerOptions, nodes: Sequence[Mapping[str, float]], workers_per_trial: int) -> int:

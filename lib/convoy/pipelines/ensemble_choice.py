@@ -42,7 +42,9 @@ class SelectionMethod(StrEnum):
 class EnsembleBudget(StrictModel):
     """What the ensemble may cost when it scores: at least so many images a second, or at most so much money.
 
-    Both are those of the machines that predicted the validation rows; money needs their price an hour.
+    Both are of the whole cluster on which the trials were timed, and `price_per_hour`, which money needs, is that of
+    all its machines. They are estimates: each trial predicted validation rows on its share of the cluster, beside
+    others, and its rate is scaled up.
     """
 
     min_images_per_s: PositiveFloat | None = None
@@ -52,7 +54,7 @@ class EnsembleBudget(StrictModel):
     @model_validator(mode="after")
     def _money_has_a_price(self) -> Self:
         if self.max_usd_per_million is not None and self.price_per_hour is None:
-            raise ValueError("max_usd_per_million needs price_per_hour: what the machines cost an hour")
+            raise ValueError("max_usd_per_million needs price_per_hour: what the whole cluster costs an hour")
         return self
 
     def allows(self, seconds_per_image: float) -> bool:
@@ -122,7 +124,7 @@ class EnsembleSettings(StrictModel):
 class CandidatePredictions:
     """Outputs of M candidates for the same N labelled validation rows, in the views of `plan`.
 
-    `seconds_per_pass_M` is what one pass through all of the `num_networks_M` of each takes.
+    `seconds_per_pass_M` is what one pass through all of the `num_networks_M` of each takes the whole cluster.
     """
 
     logits_MVNK: NDArray[np.float32]
@@ -136,8 +138,9 @@ class CandidatePredictions:
 class FrontPoint(StrictModel):
     """Some candidates, by their places, at some crops: what they are worth on validation rows, and what they cost.
 
-    `top1` and `nll`, the latter at the `temperature` of the whole, are of the rows that chose the weights. `is_best`
-    marks points that no cheaper one equals.
+    `top1` and `nll`, the latter at the `temperature` of the whole, are of the rows that chose the weights.
+    `images_per_s` and `usd_per_million` are estimates, see `EnsembleBudget`. `is_best` marks points that no cheaper one
+    equals.
     """
 
     members: tuple[int, ...]

@@ -56,6 +56,7 @@ _TRIALS_SCHEMA = pa.schema(
         pa.field("size_bytes", pa.int64()),
         pa.field("num_views", pa.int32()),
         pa.field("images_per_s", pa.float64()),
+        pa.field("cluster_share", pa.float64()),
         pa.field("seconds", pa.float64(), nullable=False),
     ]
 )
@@ -68,7 +69,7 @@ class TrialCost(StrictModel):
     """What a trial's network costs, or its networks of all folds together.
 
     `macs` are multiply-adds of one pass, `size_bytes` those of the weights. `images_per_s` was measured while the
-    validation rows were predicted, with `num_views` passes an image.
+    validation rows were predicted, with `num_views` passes an image, by a `cluster_share` of all GPUs, or else CPUs.
     """
 
     parameters: int
@@ -76,6 +77,15 @@ class TrialCost(StrictModel):
     size_bytes: int
     num_views: int
     images_per_s: float | None
+    # Trials that were recorded without a share count as timed by the whole cluster.
+    cluster_share: float = 1.0
+
+    @property
+    def seconds_per_pass(self) -> float | None:
+        """What a pass takes with the whole cluster at work, scaled from its share; None where nothing was measured."""
+        return (
+            None if self.images_per_s is None else self.cluster_share / (self.images_per_s * self.num_views)
+        )
 
 
 class TrialRecord(StrictModel):

@@ -39,12 +39,16 @@ from convoy.vision.presets import EvalPreset
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialSetting:
-    """Where a trial is at home: its training as it runs there, and the crops that its predictions keep, if named."""
+    """Where a trial is at home: its training as it runs there, and the crops that its predictions keep, if named.
+
+    `cluster_share` is the part of the cluster that predicts for it.
+    """
 
     store: ObjectStore
     manifest: Manifest
     training: TrainConfig
     crops: CropPolicy | None
+    cluster_share: float
 
 
 def outcome_of_training(setting: TrialSetting, report: TrainReport) -> dict[str, Any]:
@@ -61,7 +65,7 @@ def outcome_of_training(setting: TrialSetting, report: TrainReport) -> dict[str,
         "train_run": report.train_run,
         "bundles": (report.bundle,),
         "predictions_runs": (run,),
-        "cost": _cost(setting.store, [member], [run], plan),
+        "cost": _cost(setting, [member], [run], plan),
     }
 
 
@@ -86,7 +90,7 @@ def outcome_of_folds(setting: TrialSetting, models: Sequence[FoldModel]) -> dict
         "epochs": models[0].epochs,
         "bundles": tuple(model.bundle for model in models),
         "predictions_runs": rows.runs,
-        "cost": _cost(setting.store, members, rows.runs, plan),
+        "cost": _cost(setting, members, rows.runs, plan),
     }
 
 
@@ -143,19 +147,20 @@ def _worth(rows: OutOfFold, plan: CropPlan, *, gives_probabilities: bool) -> dic
 
 
 def _cost(
-    store: ObjectStore, members: Sequence[CommitteeMember], runs: Sequence[str], plan: CropPlan
+    setting: TrialSetting, members: Sequence[CommitteeMember], runs: Sequence[str], plan: CropPlan
 ) -> TrialCost:
     """What the networks cost together: one image goes through all of them."""
     backbones = [member.classifier.backbone for member in members]
     files = [f"{member.bundle.folder}{MODEL_FILE}" for member in members if member.bundle is not None]
-    seconds = [_seconds_an_image(store, run) for run in runs]
+    seconds = [_seconds_an_image(setting.store, run) for run in runs]
     known = [one for one in seconds if one is not None]
     return TrialCost(
         parameters=sum(backbone.num_parameters for backbone in backbones),
         macs=sum(backbone.macs for backbone in backbones),
-        size_bytes=sum(store.head(file).size_bytes for file in files),
+        size_bytes=sum(setting.store.head(file).size_bytes for file in files),
         num_views=len(crop_views(plan)),
         images_per_s=1 / sum(known) if len(known) == len(runs) else None,
+        cluster_share=setting.cluster_share,
     )
 
 

@@ -101,7 +101,13 @@ def _train_and_predict(
     """The fields of a finished trial's record; what an earlier attempt has trained is not trained again."""
     store, here = open_store(job.workspace), _here(job, journal.train_config(point))
     manifest = open_dataset(store, here.dataset, job.dataset_fingerprint)
-    setting = TrialSetting(store=store, manifest=manifest, training=here, crops=job.config.crops)
+    setting = TrialSetting(
+        store=store,
+        manifest=manifest,
+        training=here,
+        crops=job.config.crops,
+        cluster_share=job.share.cluster_share,
+    )
     given: dict[str, Any] = {
         "progress": progress,
         "draw_curves": draw_curves,

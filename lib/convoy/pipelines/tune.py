@@ -352,9 +352,9 @@ def _candidate(record: TrialRecord) -> Candidate:
             where=f"trials/{record.trial}.json",
             next_step="delete it, and run the same command again",
         )
-    cost = record.cost
+    measured = record.cost.seconds_per_pass
     # Without a measured rate the forecast must do.
-    seconds = forward_s(cost.macs) if cost.images_per_s is None else 1 / (cost.images_per_s * cost.num_views)
+    seconds = forward_s(record.cost.macs) if measured is None else measured
     (bundle, run), *others = zip(record.bundles, record.predictions_runs, strict=True)
     return Candidate(bundle=bundle, predictions_run=run, seconds_per_pass=seconds, other_folds=tuple(others))
 

@@ -50,7 +50,8 @@ def ensemble_sections(report: EnsembleReport) -> Iterator[Section]:
         key="front",
         title="Accuracy against cost",
         lead="Every set of candidates that was compared on validation rows, at every crop policy. The table has those"
-        " that no cheaper one equals, and the chosen one: that with the best objective within the budget.",
+        " that no cheaper one equals, and the chosen one: that with the best objective within the budget. Images/s and"
+        " money are estimates for the whole cluster: each trial was timed on its share of it.",
         blocks=[_front_figure(report, names), _front_table(report, names)],
     )
     yield Section(

@@ -60,6 +60,27 @@ def test_trials_share_the_cluster_without_waiting_for_each_other(
     assert (fitting.max_concurrent, workers.num_workers, workers.cpus_per_worker) == expected
 
 
+@pytest.mark.parametrize(
+    ("options", "nodes", "wanted", "expected"),
+    [
+        ({}, [{"CPU": 16.0, "GPU": 0.0}], 1, 1),
+        ({}, [{"CPU": 16.0, "GPU": 0.0}], 8, 1 / 8),
+        ({}, [{"CPU": 8.0, "GPU": 0.0}] * 4, None, 1 / 4),
+        ({"num_workers": 2}, LAPTOP, None, 1),
+        # One trial at a time, and most of the cluster idle meanwhile.
+        ({"cpus_per_worker": 2}, [{"CPU": 16.0, "GPU": 0.0}], 1, 1 / 8),
+        ({}, [GPU_NODE] * 2, 3, 1 / 8),
+        ({"num_workers": 2}, [GPU_NODE], None, 1 / 2),
+    ],
+)
+def test_a_trial_knows_its_share_of_the_cluster(
+    options: dict[str, Any], nodes: list[dict[str, float]], wanted: int | None, expected: float
+) -> None:
+    fitting = fit_trials(WorkerOptions.model_validate(options), nodes, wanted)
+    assert fitting is not None
+    assert fitting.cluster_share == expected
+
+
 @pytest.mark.parametrize(("node", "on_gpus"), [(GPU_NODE, True), (LAPTOP[0], False)])
 def test_the_share_of_a_trial_says_whether_it_has_gpus(node: dict[str, float], on_gpus: bool) -> None:
     fitting = fit_trials(WorkerOptions(), [node], None)

@@ -99,11 +99,12 @@ def test_a_trial_that_was_given_up_says_why_and_how_far_it_was(journal: TrialJou
 
 
 def test_trials_are_a_table_of_plain_types(journal: TrialJournal) -> None:
-    cost = TrialCost(parameters=10, macs=20, size_bytes=30, num_views=2, images_per_s=None)
+    cost = TrialCost(parameters=10, macs=20, size_bytes=30, num_views=2, images_per_s=None, cluster_share=0.5)
     failed = record(journal, 1, state=TrialState.FAILED, top1=None, reason="no number")
     table = pq.read_table(io.BytesIO(trials_parquet([record(journal, 0, cost=cost), failed]))).to_pylist()
     assert [row["state"] for row in table] == ["finished", "failed"]
     assert [row["macs"] for row in table] == [20, None]
+    assert [row["cluster_share"] for row in table] == [0.5, None]
     assert table[0]["values"] == '{"recipe.seed":0}'
     assert table[1]["reason"] == "no number"
     assert table[0]["seconds"] == 8.0

@@ -64,8 +64,17 @@ def outcome(
         monkeypatch.setattr(trial_outcomes, name, fake)
     training: Any = SimpleNamespace(dataset="digits", rows=None, extraction=None)
     nothing: Any = None
-    setting = TrialSetting(store=nothing, manifest=nothing, training=training, crops=crops)
+    setting = TrialSetting(store=nothing, manifest=nothing, training=training, crops=crops, cluster_share=1.0)
     return outcome_of_folds(setting, MODELS)
+
+
+def test_a_cost_says_with_what_share_of_the_cluster_it_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial_outcomes, "_seconds_an_image", lambda store, run: 0.5)
+    nothing: Any = None
+    setting = TrialSetting(store=nothing, manifest=nothing, training=nothing, crops=None, cluster_share=0.25)
+    cost = trial_outcomes._cost(setting, [], ["a", "b"], CropPlan(policy=CropPolicy.TEN))
+    assert (cost.images_per_s, cost.cluster_share) == (1.0, 0.25)
+    assert cost.seconds_per_pass == pytest.approx(0.25 / 10)
 
 
 def test_the_epochs_of_a_trial_with_folds_are_those_of_its_first_fold(

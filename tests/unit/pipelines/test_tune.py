@@ -325,3 +325,21 @@ def test_trials_that_cannot_vote_with_the_best_one_are_no_candidates(search: _Se
     assert [one.bundle for one in candidates] == [*records[0].bundles, *records[2].bundles]
     (note,) = search.notes
     assert note.startswith(f"2 trials cannot be members beside the best, {records[2].trial}")
+
+
+def test_candidates_that_were_timed_with_different_shares_of_the_cluster_are_compared_on_all_of_it(
+    search: _Search,
+) -> None:
+    """Eight at once, then one at a time after a resume; and one of an earlier Convoy, which knew no share."""
+    record = finished(search, 0, top1=0.5, classes=DIGITS)
+    assert record.cost is not None
+    of_eight, alone = (
+        record.model_copy(
+            update={"cost": record.cost.model_copy(update={"images_per_s": rate, "cluster_share": share})}
+        )
+        for rate, share in ((100.0, 1 / 8), (800.0, 1.0))
+    )
+    document = alone.model_dump(mode="json")
+    del document["cost"]["cluster_share"]
+    candidates = search._candidates([of_eight, alone, TrialRecord.model_validate(document)])
+    assert [one.seconds_per_pass for one in candidates] == [1 / 800] * 3
