@@ -50,7 +50,7 @@ def run_advise(
     pointer = f"{_POINTERS}{digest(identity)}.json"
     if not new_run and (known := _known(store, pointer, config)) is not None:
         progress.stage("the advice was given already")
-        return known
+        return known.model_copy(update={"notes": [*notes, *known.notes]})
     folder, record = open_run.resume(identity, new_run=new_run)
     folder = folder or open_run.start()
     with hold_run(folder, when_held=WhenHeld.REFUSE) as lease:

@@ -8,13 +8,15 @@ from typing import Any, Self
 from pydantic import model_validator
 
 from convoy.core.config import StrictModel
+from convoy.core.errors import DataError
 from convoy.core.progress import Progress
 from convoy.core.splits import SplitOptions
 from convoy.pipelines.dataset import DatasetConfig, freeze
-from convoy.storage.datasets import open_dataset
+from convoy.storage.datasets import notes_of_version, open_dataset, reading_notes
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore, WriterMode
 from convoy.storage.runs import OpenRun
+from convoy.storage.sources.folders import NO_CLASS
 from convoy.storage.sources.rows import ReadingOptions
 
 _WHICH = {"name", "dataset", "source", "reading", "split_options"}
@@ -45,33 +47,49 @@ class DatasetChoice(StrictModel):
         return self.dataset or self.name or ""
 
     def open_for(
-        self, store: ObjectStore, open_run: OpenRun, *, progress: Progress, new_run: bool = False
+        self,
+        store: ObjectStore,
+        open_run: OpenRun,
+        *,
+        progress: Progress,
+        new_run: bool = False,
+        every_file: bool = False,
     ) -> tuple[Manifest, list[str]]:
-        """The dataset's manifest, and a note where that may not be the newest.
+        """The dataset's manifest, and notes: what of a source is not in it, and where it may not be the newest.
 
         An unfinished run that the same choice began is ended on the version that it has: a source that has one more
         image could not be frozen so again, and a dataset may have been refreshed. Else, and with `new_run`, a source
-        is frozen now, and of a dataset the current version taken.
+        is frozen now, and of a dataset the current version taken. With `every_file`, files of a source beside
+        its class folders are a DataError, and not left out.
         """
         begun = None if new_run else _begun_version(open_run, self.model_dump(mode="json", include=_WHICH))
         if begun is None:
-            self._freeze_source(progress)
-            return open_dataset(store, self.dataset_name), []
+            notes = self._freeze_source(progress, every_file=every_file)
+            return open_dataset(store, self.dataset_name), notes
         manifest = open_dataset(store, self.dataset_name, begun)
         if self.source is None and open_dataset(store, self.dataset_name).fingerprint == begun:
             return manifest, []
-        return manifest, [_note(self.dataset_name, begun)]
+        left_out = [] if self.source is None else notes_of_version(store, self.dataset_name, begun)
+        return manifest, [_note(self.dataset_name, begun), *left_out]
 
-    def _freeze_source(self, progress: Progress) -> None:
-        if self.source is not None:
-            source = DatasetConfig(
-                workspace=self.workspace,
-                name=self.dataset_name,
-                source=self.source,
-                reading=self.reading,
-                splits=self.split_options,
+    def _freeze_source(self, progress: Progress, *, every_file: bool) -> list[str]:
+        if self.source is None:
+            return []
+        source = DatasetConfig(
+            workspace=self.workspace,
+            name=self.dataset_name,
+            source=self.source,
+            reading=self.reading,
+            splits=self.split_options,
+        )
+        report = freeze(source, progress=progress)
+        if every_file and NO_CLASS in report.skipped:
+            raise DataError(
+                "; ".join(report.warnings),
+                where=self.source,
+                next_step="read all files, without labels, by --set reading.labels=none, or move those away",
             )
-            freeze(source, progress=progress)
+        return list(reading_notes(report.skipped, report.warnings))
 
 
 def open_as_begun(

@@ -96,7 +96,7 @@ def _open_request(
 ) -> tuple[ObjectStore, Manifest, PredictionRequest, list[str]]:
     store = open_workspace(config.workspace, config.writers)
     open_run = OpenRun(store, verb=SCORE, target=config.run_name)
-    manifest, notes = config.open_for(store, open_run, progress=progress, new_run=new_run)
+    manifest, notes = config.open_for(store, open_run, progress=progress, new_run=new_run, every_file=True)
     committee = chosen_committee(store, config, config, config.extraction)
     _require_features(config, len(committee.members))
     request = PredictionRequest(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -28,6 +28,7 @@ from convoy.core.errors import (
 )
 from convoy.core.fingerprints import canonical_json
 from convoy.core.splits import SplitOptions
+from convoy.storage.documents import read_json
 from convoy.storage.manifests import (
     Manifest,
     ManifestHeader,
@@ -39,7 +40,7 @@ from convoy.storage.object_store import ObjectStore, put_in_place_of
 from convoy.storage.sources.comparison import ManifestChanges, compare_samples
 from convoy.storage.sources.completion import complete_rows, find_problems
 from convoy.storage.sources.reading import read_source
-from convoy.storage.sources.rows import ReadingOptions, SourceKind, SourceScan
+from convoy.storage.sources.rows import ReadingOptions, SourceKind
 from convoy.storage.stores import open_store
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -86,8 +87,9 @@ def freeze_dataset(
     previous = Manifest.open(store, _manifest_key(name, pointer.fingerprint)) if pointer.fingerprint else None
     kind, scan = read_source(source_uri, reading, _same_source(previous, source_uri, reading))
     if not scan.samples.num_rows:
+        notes = reading_notes(scan.skipped, scan.warnings)
         raise DataError(
-            "; ".join([f"the source has no sample, read as {kind.value}", *_explain(scan)]),
+            "; ".join([f"the source has no sample, read as {kind.value}", *notes]),
             where=source_uri,
             next_step="check the URI, or name the layout with --set reading.kind=...",
         )
@@ -140,9 +142,16 @@ def list_datasets(store: ObjectStore) -> list[str]:
     return store.list_folders("datasets/")
 
 
-def _explain(scan: SourceScan) -> Iterator[str]:
-    yield from (f"{count} objects skipped as {reason}" for reason, count in scan.skipped.items())
-    yield from scan.warnings
+def reading_notes(skipped: Mapping[str, int], warnings: Iterable[str]) -> Iterator[str]:
+    """For people: how much of a source is no sample, by reason, and what looks wrong."""
+    yield from (f"{count} objects skipped as {reason}" for reason, count in skipped.items())
+    yield from warnings
+
+
+def notes_of_version(store: ObjectStore, name: str, fingerprint: str) -> list[str]:
+    """The same of a version, as it was when that was frozen."""
+    summary = read_json(store, _summary_key(name, fingerprint)) or {}
+    return list(reading_notes(summary.get("skipped", {}), summary.get("warnings", ())))
 
 
 def _same_source(previous: Manifest | None, source_uri: str, reading: ReadingOptions) -> Manifest | None:
@@ -160,7 +169,7 @@ def _publish(
         return version
     key = _manifest_key(version.name, fingerprint)
     write_manifest(store, key, samples, version.header)
-    store.put(key.replace("manifest.parquet", "summary.json"), canonical_json(version))
+    store.put(_summary_key(version.name, fingerprint), canonical_json(version))
     return version if is_current else _move_pointer(store, version, pointer)
 
 
@@ -210,3 +219,7 @@ def _pointer_key(name: str) -> str:
 
 def _manifest_key(name: str, fingerprint: str) -> str:
     return f"datasets/{name}/versions/{fingerprint}/manifest.parquet"
+
+
+def _summary_key(name: str, fingerprint: str) -> str:
+    return f"datasets/{name}/versions/{fingerprint}/summary.json"

@@ -26,6 +26,7 @@ from convoy.storage.local_store import LocalStore
 from convoy.storage.runs import RunFolder
 from made_advice import made_advice, made_probes
 from made_advice_rows import frozen_rows
+from made_sources import write_files
 
 
 def test_advice_that_is_known_is_judged_by_the_error_budget_of_now(
@@ -75,6 +76,24 @@ def test_cut_off_advice_on_a_source_is_ended_before_newer_images_are_taken(
     assert again.folder.run_id == begun.folder.run_id != anew.folder.run_id
     assert [one.manifest.num_samples for one in looked_at] == [12, 12, 14]
     assert ["an unfinished run goes on" in str(one.notes) for one in (ended, newest)] == [True, False]
+
+
+def test_advice_on_a_source_says_what_of_it_was_left_out_each_time_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_digits(tmp_path / "images", 12)
+    write_files(tmp_path / "images", "beside.jpg")
+    monkeypatch.setattr(
+        advise, "fetch_backbone", lambda *_: BackboneRecord.model_construct(weights_digest="a" * 32)
+    )
+    monkeypatch.setattr(AdviceWork, "advise", lambda *_: made_advice())
+    base = ["name=digits", f"source={tmp_path}/images", "candidates=[{backbone: {arch: lenet5}}]"]
+    config = load_config(AdviseConfig, None, [*base, f"workspace={tmp_path}/W"])
+    for _ in range(2):
+        report = advise.run_advise(config, progress=Silent(), draw_curves=lambda *_: b"")
+        assert [note for note in report.notes if "beside.jpg" in note] == [
+            "files outside the class folders were left out: 1 (beside.jpg)"
+        ]
 
 
 @pytest.mark.parametrize(("timed_images", "is_rough"), [(299, True), (300, False)])

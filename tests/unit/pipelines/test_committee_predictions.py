@@ -13,7 +13,7 @@ from cache_jobs import write_digits
 from convoy.cluster.scoring import Scorer
 from convoy.cluster.scoring_spec import ScoringSpec
 from convoy.cluster.slices import SliceTask, WorkerPool
-from convoy.core.errors import RunMismatch
+from convoy.core.errors import DataError, RunMismatch
 from convoy.core.progress import Silent
 from convoy.pipelines.dataset import DatasetConfig, freeze
 from convoy.pipelines.evaluate import EvaluateConfig, run_evaluate
@@ -27,6 +27,7 @@ from convoy.storage.local_store import LocalStore
 from convoy.storage.predictions import PREDICTIONS
 from convoy.storage.runs import RunFolder, RunRecord, open_pointers, run_ids
 from made_bundles import made_classifier, write_classifier
+from made_sources import shard_bytes, write_files
 
 NUM_IMAGES = 12
 EXTRACTION = ExtractionConfig(batch_size=4)
@@ -165,6 +166,34 @@ def test_a_cut_off_scoring_of_a_dataset_is_ended_though_the_dataset_was_refreshe
     report = run_score(config, progress=Silent())
     assert (report.run, report.inputs) == (begun_again, NUM_IMAGES + 1)
     assert any("an unfinished run goes on" in note for note in report.notes) is is_refreshed
+
+
+@pytest.mark.parametrize("job", [run_score, plan_score])
+def test_files_beside_class_folders_are_not_left_out_of_a_scoring_unasked(
+    images: Path, store: LocalStore, job: Any
+) -> None:
+    write_files(images, "beside.jpg")
+    with pytest.raises(DataError, match=r"left out: 1 \(beside.jpg\)") as refused:
+        job(from_source(images, store), progress=Silent())
+    assert "reading.labels=none" in refused.value.next_step
+    everything = run_score(from_source(images, store, reading={"labels": "none"}), progress=Silent())
+    assert everything.inputs == NUM_IMAGES + 2
+
+
+def test_a_scoring_says_what_of_its_source_was_left_out_also_when_it_goes_on(
+    images: Path, store: LocalStore
+) -> None:
+    shards = images.parent / "shards"
+    shards.mkdir()
+    (shards / "0.tar").write_bytes(shard_bytes({str(key): "0" for key in range(4)})[:-15_000])
+    write_files(shards, ".hidden/1.tar")
+    config = from_source(shards, store)
+    with cut_off():
+        run_score(config, progress=Silent())
+    for call in (run_score, run_score, plan_score):
+        report = call(config, progress=Silent())
+        assert "1 objects skipped as hidden" in report.notes
+        assert any("0.tar is cut off" in note for note in report.notes)
 
 
 def test_a_damaged_scoring_is_repaired_though_its_dataset_was_refreshed(

@@ -55,6 +55,15 @@ def test_split_folders_on_top_name_the_split(tmp_path: Path) -> None:
     }
 
 
+def test_without_labels_files_beside_split_folders_are_samples_too(tmp_path: Path) -> None:
+    write_files(tmp_path, "beside.jpg", "train/1.jpg", "train/cat/1.jpg")
+    assert rows_of(read(tmp_path, SourceKind.IMAGES)) == {
+        "beside.jpg": (None, None),
+        "train/1.jpg": (None, "train"),
+        "train/cat/1.jpg": (None, "train"),
+    }
+
+
 def test_one_class_may_be_called_like_a_split(tmp_path: Path) -> None:
     write_files(tmp_path, "car/1.jpg", "train/1.jpg")
     scan = read(tmp_path)

@@ -24,14 +24,14 @@ from convoy.storage.sources.rows import (
 )
 from convoy.storage.stores import open_store
 
-_HIDDEN, _SIDE_FILE, _NO_CLASS = "hidden", "side_file", "no_class"
+_HIDDEN, _SIDE_FILE, NO_CLASS = "hidden", "side_file", "no_class"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FolderLayout:
     """Which folders of a key mean what: (split/)(class/)file. Folders below a class belong to the class.
 
-    Without classes, samples have no label.
+    Without classes, samples have no label, and those outside of the split folders no split.
     """
 
     splits_on_top: bool
@@ -41,7 +41,7 @@ class FolderLayout:
     @property
     def num_folders(self) -> int:
         """The folders that every sample is in."""
-        return self.splits_on_top + bool(self.classes)
+        return self.splits_on_top + 1 if self.classes else 0
 
 
 def find_layout(folders_in: ListFolders, labels: LabelRule, *, where: str) -> FolderLayout:
@@ -86,7 +86,7 @@ def find_layout(folders_in: ListFolders, labels: LabelRule, *, where: str) -> Fo
 def read_folders(uri: str, labels: LabelRule) -> SourceScan:
     """All samples below a root. A sample's id is its key; any file in a class folder is a sample.
 
-    With `labels` none, or without any class folder, the samples have no label.
+    With `labels` none, or without any class folder, the samples have no label, and none is left out for its folder.
     """
     store = open_store(uri)
     list_folders = cache(store.list_folders)
@@ -131,7 +131,7 @@ def _samples_only(objects: Iterable[ObjectInfo], layout: FolderLayout, skips: Sk
         elif depth == 0 and _is_side_file(info.key):
             skips.add(_SIDE_FILE, info.key)
         elif depth < layout.num_folders:
-            skips.add(_NO_CLASS, info.key)
+            skips.add(NO_CLASS, info.key)
         else:
             yield info
 
@@ -147,7 +147,7 @@ def _to_row(store: ObjectStore, info: ObjectInfo, layout: FolderLayout) -> Sourc
         content_id=object_content_id(uri, info),
         checksum=info.checksum or None,
         label=folders[int(layout.splits_on_top)] if layout.classes else None,
-        split=parse_split(folders[0]) if layout.splits_on_top else None,
+        split=parse_split(folders[0]) if layout.splits_on_top and len(folders) > 1 else None,
     )
 
 
@@ -157,8 +157,8 @@ def _is_side_file(name: str) -> bool:
 
 def _explain(samples: pa.Table, skips: Skips, classes: frozenset[str]) -> tuple[str, ...]:
     warnings = []
-    if skips.counts[_NO_CLASS]:
-        warnings.append(f"files outside the class folders were left out: {skips.describe(_NO_CLASS)}")
+    if skips.counts[NO_CLASS]:
+        warnings.append(f"files outside the class folders were left out: {skips.describe(NO_CLASS)}")
     empty = sorted(classes - set(samples["label"].unique().to_pylist()))
     if empty:
         warnings.append(f"class folders without a sample: {describe_examples(len(empty), empty)}")
