@@ -108,11 +108,8 @@ def open_as_begun(
 
 def _begun_version(open_run: OpenRun, which: Mapping[str, Any]) -> str | None:
     """The version of its dataset that an unfinished run has, unless it began with another choice."""
-    folder = open_run.unfinished()
-    record = None if folder is None else folder.record()
-    if record is None or any(record.config.get(key) != value for key, value in which.items()):
-        return None
-    return str(record.identity["dataset_fingerprint"])
+    record = open_run.begun_with(which)
+    return None if record is None else str(record.identity["dataset_fingerprint"])
 
 
 def _note(dataset: str, begun: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Self
 
 from pydantic import model_validator
@@ -18,9 +19,15 @@ from convoy.pipelines.committees import (
 )
 from convoy.pipelines.feature_plan import ExtractionConfig
 from convoy.pipelines.models import fetch_backbone
+from convoy.storage.bundles import resolve_bundle
 from convoy.storage.object_store import ObjectStore
+from convoy.storage.runs import OpenRun
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.committee_options import GateOptions
+
+# What a run's settings remember the meaning of its config's references under.
+REFERENCES = "references"
+_WHICH = {"bundle", "model", "ensemble"}
 
 
 class PretrainedModel(StrictModel):
@@ -58,6 +65,50 @@ class ModelChoice(StrictModel):
         if sum(given is not None for given in (self.bundle, self.model, self.ensemble)) != 1:
             raise ValueError("give either bundle, model or ensemble")
         return self
+
+    def references_for(
+        self, store: ObjectStore, open_run: OpenRun, *, new_run: bool = False
+    ) -> tuple[dict[str, str], list[str]]:
+        """What each reference to a bundle means, as `name@digest`, and a note where that is not what it names now.
+
+        An unfinished run that the same choice began is ended with the bundles that it has: an alias may have moved
+        since. Else, and with `new_run`, references mean what they name now.
+        """
+        now = {reference: str(resolve_bundle(store, reference)) for reference in self._references()}
+        begun = {} if new_run else self._begun_references(open_run)
+        notes = [
+            f"an unfinished run goes on, with {meant} for {reference}; once it has ended, the same command takes"
+            f" {now[reference]}"
+            for reference, meant in begun.items()
+            if meant != now[reference]
+        ]
+        return begun or now, notes
+
+    def naming(self, meant: Mapping[str, str]) -> Self:
+        """The same choice, its bundles named by what `references_for` said of them."""
+        changes: dict[str, object] = {}
+        if self.bundle is not None:
+            changes["bundle"] = meant[self.bundle]
+        if self.ensemble is not None:
+            members = tuple(
+                member
+                if member.bundle is None
+                else member.model_copy(update={"bundle": meant[member.bundle]})
+                for member in self.ensemble.members
+            )
+            changes["ensemble"] = self.ensemble.model_copy(update={"members": members})
+        return self.model_copy(update=changes)
+
+    def _references(self) -> Iterator[str]:
+        if self.bundle is not None:
+            yield self.bundle
+        if self.ensemble is not None:
+            yield from (member.bundle for member in self.ensemble.members if member.bundle is not None)
+
+    def _begun_references(self, open_run: OpenRun) -> dict[str, str]:
+        record = open_run.begun_with(self.model_dump(mode="json", include=_WHICH))
+        references: dict[str, str] = {} if record is None else record.settings.get(REFERENCES, {})
+        return references
 
 
 def chosen_committee(

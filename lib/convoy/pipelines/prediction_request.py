@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,12 +28,14 @@ EVALUATE, SCORE = "evaluate", "score"
 class ScoreRequest:
     """How `convoy score` wants its rows. An unfinished run of the same `name` is gone on with, or refused.
 
-    `forecast` is what a dry run said of this scoring, for the run's record.
+    For the run's record are `forecast`, what a dry run said of this scoring, and `references`, the `name@digest` that
+    each reference to a bundle means.
     """
 
     name: str
     columns: ScoreColumns
     partition_by: PartitionBy
+    references: Mapping[str, str]
     forecast: dict[str, Any] | None = None
 
 

@@ -97,7 +97,8 @@ def _open_request(
     store = open_workspace(config.workspace, config.writers)
     open_run = OpenRun(store, verb=SCORE, target=config.run_name)
     manifest, notes = config.open_for(store, open_run, progress=progress, new_run=new_run, every_file=True)
-    committee = chosen_committee(store, config, config, config.extraction)
+    references, model_notes = config.references_for(store, open_run, new_run=new_run)
+    committee = chosen_committee(store, config.naming(references), config, config.extraction)
     _require_features(config, len(committee.members))
     request = PredictionRequest(
         committee=committee,
@@ -105,10 +106,15 @@ def _open_request(
         splits=config.splits,
         extraction=config.extraction,
         mode=config.mode,
-        scores=ScoreRequest(name=config.run_name, columns=config.columns, partition_by=config.partition_by),
+        scores=ScoreRequest(
+            name=config.run_name,
+            columns=config.columns,
+            partition_by=config.partition_by,
+            references=references,
+        ),
     )
     forecast = read_json(store, _forecast_key(manifest, request))
-    return store, manifest, request.with_forecast(forecast), notes
+    return store, manifest, request.with_forecast(forecast), [*notes, *model_notes]
 
 
 def _forecast_key(manifest: Manifest, request: PredictionRequest) -> str:

@@ -10,6 +10,7 @@ from convoy.core.crop_policies import EvaluationMode, crop_views
 from convoy.core.errors import ConfigError
 from convoy.pipelines.committees import CommitteeMember
 from convoy.pipelines.feature_plan import compile_decision, forward_s
+from convoy.pipelines.model_choice import REFERENCES
 from convoy.pipelines.prediction_request import PredictionRequest
 from convoy.pipelines.predictions import class_indices
 from convoy.storage.bundles import MODEL_FILE
@@ -32,6 +33,7 @@ def scoring_settings(manifest: Manifest, request: PredictionRequest) -> dict[str
     }
     if request.scores is not None:
         settings["forecast"] = request.scores.forecast
+        settings[REFERENCES] = dict(request.scores.references)
     return settings
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
@@ -196,6 +196,14 @@ class OpenRun:
         """The same, without a finished run that died before it closed its pointer."""
         folder = self.current()
         return None if folder is None or folder.is_finished() else folder
+
+    def begun_with(self, settings: Mapping[str, Any]) -> RunRecord | None:
+        """The record of the unfinished run, if its config says the same of these keys."""
+        folder = self.unfinished()
+        record = None if folder is None else folder.record()
+        if record is None or any(record.config.get(key) != value for key, value in settings.items()):
+            return None
+        return record
 
     def resume(self, identity: dict[str, Any], *, new_run: bool) -> tuple[RunFolder | None, RunRecord | None]:
         """The unfinished run of this target and its record, as far as they exist.

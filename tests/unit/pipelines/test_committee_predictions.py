@@ -13,17 +13,20 @@ from cache_jobs import write_digits
 from convoy.cluster.scoring import Scorer
 from convoy.cluster.scoring_spec import ScoringSpec
 from convoy.cluster.slices import SliceTask, WorkerPool
+from convoy.core.crop_policies import CropPolicy
 from convoy.core.errors import DataError, RunMismatch
 from convoy.core.progress import Silent
 from convoy.pipelines.dataset import DatasetConfig, freeze
 from convoy.pipelines.evaluate import EvaluateConfig, run_evaluate
 from convoy.pipelines.feature_plan import ExtractionConfig
+from convoy.pipelines.model_registry import promote_model
 from convoy.pipelines.runs_repair import repair_run
 from convoy.pipelines.runs_state import Changes
 from convoy.pipelines.score import ScoreConfig, plan_score, run_score
 from convoy.pipelines.verify import verify_run
 from convoy.storage.commits import SliceRecord, read_manifest
 from convoy.storage.local_store import LocalStore
+from convoy.storage.object_store import WriterMode
 from convoy.storage.predictions import PREDICTIONS
 from convoy.storage.runs import RunFolder, RunRecord, open_pointers, run_ids
 from made_bundles import made_classifier, write_classifier
@@ -122,6 +125,10 @@ def test_a_new_run_that_was_cut_off_is_gone_on_with_by_the_plain_command(store: 
     assert job(store).run == begun
 
 
+def promote(store: LocalStore, digest: str) -> None:
+    promote_model(store.root_uri, "one", digest=digest, reason="better", writers=WriterMode.MANY)
+
+
 def from_source(images: Path, store: LocalStore, **changes: Any) -> ScoreConfig:
     settings = {"workspace": store.root_uri, "name": "new", "source": str(images), "bundle": "one"}
     return ScoreConfig.model_validate({**settings, "extraction": EXTRACTION, **changes})
@@ -211,6 +218,41 @@ def test_a_damaged_scoring_is_repaired_though_its_dataset_was_refreshed(
     assert (again.run, again.inputs, again.results) == (first.run, first.inputs, first.results)
     assert "an unfinished run goes on" in again.notes[0]
     assert verify_run(store, first.run).ok
+
+
+ENSEMBLE = {"members": [{"bundle": "one@champion"}, {"bundle": "two"}]}
+
+
+@pytest.mark.parametrize("model", [{"bundle": "one@champion"}, {"bundle": None, "ensemble": ENSEMBLE}])
+def test_a_cut_off_scoring_is_ended_with_the_champion_that_it_began_with(
+    images: Path, store: LocalStore, model: dict[str, Any]
+) -> None:
+    former, latter = (write_classifier(store, "one", made_classifier(store, seed)) for seed in (0, 7))
+    config = from_source(images, store, **model)
+    promote(store, former.digest)
+    with cut_off():
+        run_score(config, progress=Silent())
+    (begun,) = open_pointers(store)
+    promote(store, latter.digest)
+    note = f"with {former} for one@champion; once it has ended, the same command takes {latter}"
+    assert any(note in one for one in plan_score(config, progress=Silent()).notes)
+    with pytest.raises(RunMismatch, match=r"crops\.policy"):
+        run_score(config.model_copy(update={"crops": CropPolicy.FLIP}), progress=Silent())
+    first = run_score(config, progress=Silent())
+    assert first.run == begun
+    assert any(note in one for one in first.notes)
+    second = run_score(config, progress=Silent())
+    assert (second.run != begun, second.model_digest != first.model_digest) == (True, True)
+    assert not any("an unfinished run goes on" in one for one in second.notes)
+
+
+def test_a_cut_off_scoring_is_not_ended_with_another_model_that_is_asked_for(
+    images: Path, store: LocalStore, begun: str
+) -> None:
+    with pytest.raises(RunMismatch, match="committee"):
+        run_score(from_source(images, store, bundle="two"), progress=Silent())
+    anew = run_score(from_source(images, store, bundle="two"), progress=Silent(), new_run=True)
+    assert anew.run != begun
 
 
 def test_a_dry_run_does_not_keep_a_cut_off_scoring_from_going_on(
