@@ -82,6 +82,10 @@ class ObjectArchived(StorageError):
     """The object lies in an archive, such as Glacier, and cannot be read before it is restored."""
 
 
+class ObjectUnreadable(StorageError):
+    """The disk does not give the bytes of this file (EIO)."""
+
+
 class StorageFull(StorageError):
     """There is no room for what is to be written; with room the same command goes on."""
 

@@ -18,6 +18,7 @@ from convoy.core.errors import (
     AccessDenied,
     ConditionalWriteUnsupported,
     ObjectNotFound,
+    ObjectUnreadable,
     StorageError,
     StorageFull,
     StoreUnavailable,
@@ -309,4 +310,5 @@ def _translated(error: OSError, where: str) -> StorageError:
         )
     if error.errno in _DISK_FULL:
         return StorageFull("the disk is full", where=where, next_step="free space and run the command again")
-    return StorageError(f"the file system failed: {error.strerror or error}", where=where, errno=error.errno)
+    kind = ObjectUnreadable if error.errno == errno.EIO else StorageError
+    return kind(f"the file system failed: {error.strerror or error}", where=where, errno=error.errno)

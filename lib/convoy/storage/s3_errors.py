@@ -47,6 +47,13 @@ _FULL: _Explanation = (
 _DAMAGED: _Explanation = (StoreUnavailable, "the bytes did not arrive as they were sent", "")
 _CONFLICT: _Explanation = (StoreUnavailable, "another conditional write was under way", "")
 
+_OTHER_KEY = "store it under a key that can be used, or leave it out of the dataset"
+_CUSTOMER_KEY: _Explanation = (
+    AccessDenied,
+    "the object is encrypted with its owner's key (SSE-C), without which it cannot be read",
+    _OTHER_KEY,
+)
+
 _CODES: dict[str, _Explanation] = {
     "NoSuchBucket": (
         StorageError,
@@ -83,6 +90,13 @@ _CODES: dict[str, _Explanation] = {
         ObjectArchived,
         "the object is in an archive (Glacier) and cannot be read",
         "restore it, or leave it out of the dataset",
+    ),
+    "KMS.DisabledException": (AccessDenied, "the KMS key of the object is disabled", _OTHER_KEY),
+    "KMS.NotFoundException": (AccessDenied, "the KMS key of the object does not exist", _OTHER_KEY),
+    "KMS.KMSInvalidStateException": (
+        AccessDenied,
+        "the KMS key of the object cannot be used in its state, such as before its deletion",
+        _OTHER_KEY,
     ),
     "QuotaExceeded": _FULL,
     "InsufficientStorage": _FULL,
@@ -153,10 +167,13 @@ def s3_errors(where: str) -> Iterator[None]:
 
 def error_of_answer(answer: dict[str, Any], *, status: int, operation: str, where: str) -> ConvoyError:
     """The error for a refusal by the server: its "Code" and "Message", and the HTTP status (0 if unknown)."""
-    code = str(answer.get("Code", ""))
-    kind, what, next_step = _CODES.get(code) or _by_status(code, status, operation)
+    code, message = str(answer.get("Code", "")), str(answer.get("Message", ""))
+    # The code says nothing: one of another reason concerns all objects alike.
+    is_customer_key = code == "InvalidRequest" and "Server Side Encryption" in message
+    explained = _CUSTOMER_KEY if is_customer_key else _CODES.get(code)
+    kind, what, next_step = explained or _by_status(code, status, operation)
     if what == "":
-        what = f"the store refused {operation}: {code} {redacted(str(answer.get('Message', '')))}".rstrip()
+        what = f"the store refused {operation}: {code} {redacted(message)}".rstrip()
     return kind(what, where=where, next_step=next_step, code=code, status=status, operation=operation)
 
 

@@ -13,6 +13,7 @@ from convoy.core.errors import (
     CredentialsRefused,
     ObjectArchived,
     ObjectNotFound,
+    ObjectUnreadable,
     StorageError,
 )
 from convoy.core.records import RejectCode, SampleRejected, Stage
@@ -34,17 +35,23 @@ class Address(NamedTuple):
 
 
 def fetch(address: Address, uris: UriReader) -> bytes:
-    """The bytes of an object, or of a range of one. What comes back wrong is read once more.
+    """The bytes of an object, or of a range of one. What comes back wrong, or not off the disk, is read once more.
 
-    Raises SampleRejected for another version or a wrong checksum; errors of storage pass.
+    Raises SampleRejected for another version, a wrong checksum or a file that cannot be read; errors of storage pass.
     """
     for _attempt in range(2):
-        blob = _get(address, uris)
+        try:
+            blob = _get(address, uris)
+        except ObjectUnreadable as error:
+            rejected = _reject(RejectCode.UNREADABLE, error.what)
+            continue
         if blob.etag != address.etag:
             raise _reject(RejectCode.CHANGED, f"version {blob.etag} instead of {address.etag}")
         if _is_intact(blob, address):
             return blob.data
-    raise _reject(RejectCode.CHECKSUM_MISMATCH, f"the bytes do not have the checksum {address.checksum}")
+        reason = f"the bytes do not have the checksum {address.checksum}"
+        rejected = _reject(RejectCode.CHECKSUM_MISMATCH, reason)
+    raise rejected
 
 
 @contextmanager
@@ -80,7 +87,8 @@ def _get(address: Address, uris: UriReader) -> Blob:
     try:
         return uris.get(address.uri, byte_range=(address.offset_bytes, address.size_bytes))
     except StorageError as error:
-        if error.retryable or isinstance(error, ObjectNotFound | AccessDenied | ObjectArchived):
+        of_sample = (ObjectNotFound, AccessDenied, ObjectArchived, ObjectUnreadable)
+        if error.retryable or isinstance(error, of_sample):
             raise
         # A range beyond the end: the shard may have been replaced by a shorter one.
         store, key = open_object(address.uri)

@@ -337,6 +337,25 @@ def test_a_refusal_says_what_to_do(
     assert server.requests == ["PUT"]
 
 
+@pytest.mark.parametrize(
+    ("code", "message", "kind"),
+    [
+        ("KMS.DisabledException", "no", AccessDenied),
+        ("KMS.NotFoundException", "no", AccessDenied),
+        ("KMS.KMSInvalidStateException", "no", AccessDenied),
+        ("InvalidRequest", "The object was stored using a form of Server Side Encryption.", AccessDenied),
+        ("InvalidRequest", "Please use AWS4-HMAC-SHA256.", StorageError),
+    ],
+)
+def test_a_key_that_an_object_is_under_concerns_that_object_only(
+    server: FaultyS3, store: S3Store, code: str, message: str, kind: type[StorageError]
+) -> None:
+    server.faults = [refusal(400, code, message)]
+    with pytest.raises(StorageError) as caught:
+        store.get("image")
+    assert (type(caught.value), server.requests) == (kind, ["GET"])
+
+
 def test_expired_credentials_are_looked_up_once_more(server: FaultyS3, store: S3Store) -> None:
     server.faults = [refusal(403, "ExpiredToken")] * 2
     with pytest.raises(CredentialsExpired, match=r"(?s)have expired.*same command"):

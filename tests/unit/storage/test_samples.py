@@ -318,6 +318,41 @@ def test_an_archived_object_is_a_reject_among_others(folder: Path, in_tar: bool)
     assert (rejected.code, rejected.stage, data) == (RejectCode.ARCHIVED, Stage.FETCH, b"data")
 
 
+@pytest.mark.parametrize("in_tar", [False, True])
+@pytest.mark.parametrize("num_failures", [1, 2])
+def test_a_file_that_the_disk_does_not_give_is_read_once_more_and_then_a_reject(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_tar: bool, num_failures: int
+) -> None:
+    write_files(tmp_path, "0.jpg", "1.jpg")
+    data = (tmp_path / "0.jpg").read_bytes()
+    rows = rows_of(tmp_path)
+    if in_tar:
+        rows = with_values(rows, offset_bytes=0)
+    failures = [OSError(errno.EIO, "made")] * num_failures
+
+    def reading(path: str, mode: str) -> Any:
+        if path.endswith("0.jpg") and failures:
+            raise failures.pop()
+        return open(path, mode)
+
+    monkeypatch.setattr("convoy.storage.local_store.open", reading, raising=False)
+    first, second = read(rows)
+    assert first == (data if num_failures == 1 else RejectCode.UNREADABLE)
+    assert isinstance(second, bytes)
+
+
+def test_a_file_system_that_fails_otherwise_is_no_reject(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reading(*_: Any) -> Any:
+        raise OSError(errno.ESTALE, "made")
+
+    rows = rows_of(folder)
+    monkeypatch.setattr("convoy.storage.local_store.open", reading, raising=False)
+    with pytest.raises(StorageError, match="made"):
+        read(rows)
+
+
 def test_credentials_that_the_store_refuses_are_no_reject(folder: Path) -> None:
     rows = with_values(rows_of(folder), etag="e")
     with pytest.raises(CredentialsExpired):
