@@ -102,6 +102,7 @@ def freeze_dataset(
         source=source_uri,
         reading=reading.model_dump(mode="json"),
         incomplete=scan.incomplete,
+        skipped_in=scan.skipped_in,
     )
     version = DatasetVersion(
         name=name,

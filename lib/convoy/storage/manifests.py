@@ -71,8 +71,8 @@ class SplitCounts(StrictModel):
 class ManifestHeader(StrictModel):
     """What a manifest says of itself, kept as JSON in the file's metadata under `convoy.manifest`.
 
-    `source` is the URI that was frozen and `reading` how; with `incomplete`, the URIs of damaged containers,
-    they serve the next refresh only.
+    `source` is the URI that was frozen and `reading` how; with `incomplete`, the URIs of damaged containers, and
+    `skipped_in`, what by reason is no sample in each of the others, they serve the next refresh only.
     """
 
     schema_version: int = MANIFEST_SCHEMA_VERSION
@@ -83,6 +83,7 @@ class ManifestHeader(StrictModel):
     source: str
     reading: dict[str, Any] = Field(default_factory=dict)
     incomplete: tuple[str, ...] = ()
+    skipped_in: dict[str, dict[str, int]] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,7 +21,7 @@ from convoy.storage.local_store import LocalStore
 from convoy.storage.manifests import MANIFEST_SCHEMA
 from convoy.storage.sources.completion import complete_rows, find_problems, order_classes
 from convoy.storage.sources.rows import ReadingOptions, SourceRow, SourceScan, tabulate
-from made_sources import jpeg_bytes, shard_bytes, write_files
+from made_sources import jpeg_bytes, shard_bytes, tar_bytes, write_files
 
 WHOLE = SplitOptions(val_fraction=0, test_fraction=0)
 
@@ -150,6 +150,25 @@ def test_a_cut_shard_is_read_and_told_again(store: LocalStore, tmp_path: Path) -
     (tmp_path / "shards/0.tar").write_bytes(shard_bytes({"0": "cat", "1": "cat"})[:4000])
     assert "0.tar is cut off" in freeze(store, tmp_path / "shards").warnings[0]
     assert "0.tar is cut off" in freeze(store, tmp_path / "shards").warnings[0]
+
+
+def test_a_refresh_remembers_what_shards_that_it_does_not_read_left_out(
+    store: LocalStore, tmp_path: Path
+) -> None:
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    (shards / "0.tar").write_bytes(tar_bytes({"0.jpg": jpeg_bytes(0), "1.cls": b"cat", "2.txt": b"cat"}))
+    assert freeze(store, shards).skipped == {"no_image": 2}
+    assert freeze(store, shards).skipped == {"no_image": 2}
+    (shards / "1.tar").write_bytes(tar_bytes({"0.jpg": jpeg_bytes(1), "1.cls": b"cat"}))
+    for _ in range(2):
+        version = freeze(store, shards)
+        assert version.skipped == {"no_image": 3}
+        assert "without an image were left out: 3 (0.tar" in version.warnings[0]
+    key = f"datasets/pets/versions/{version.header.fingerprint}/summary.json"
+    assert json.loads(store.get(key).data)["skipped"] == {"no_image": 3}
+    (shards / "0.tar").unlink()
+    assert freeze(store, shards).skipped == {"no_image": 1}
 
 
 def test_a_refresh_with_other_reading_options_reads_all(store: LocalStore, tmp_path: Path) -> None:

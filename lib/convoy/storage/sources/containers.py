@@ -25,11 +25,15 @@ T = TypeVar("T")
 
 
 class KnownContainers:
-    """The rows of an earlier manifest by container and its version, so that only what is new is read."""
+    """The rows of an earlier manifest by container and its version, so that only what is new is read.
+
+    `skipped_in` counts by reason what of each container is in no row.
+    """
 
     def __init__(self, manifest: Manifest | None = None) -> None:
         self._rows = SOURCE_SCHEMA.empty_table()
         self._runs: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
+        self.skipped_in = {} if manifest is None else manifest.header.skipped_in
         if manifest is not None:
             self._index(manifest)
 

@@ -87,12 +87,14 @@ class SourceScan:
     """All samples of a source, as rows of SOURCE_SCHEMA in any order.
 
     `classes` are the class names where the source declares them in an order; `skipped` counts by reason the
-    objects that are no samples; `incomplete` are URIs of containers that the next refresh must read again.
+    objects that are no samples, `skipped_in` those inside of containers by their URI; `incomplete` are URIs of
+    containers that the next refresh must read again.
     """
 
     samples: pa.Table
     classes: tuple[str, ...] | None = None
     skipped: dict[str, int] = field(default_factory=dict)
+    skipped_in: dict[str, dict[str, int]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     incomplete: tuple[str, ...] = ()
 
@@ -136,9 +138,9 @@ class Skips:
         self.counts: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
 
-    def add(self, reason: str, key: str) -> None:
-        """Count one object."""
-        self.counts[reason] += 1
+    def add(self, reason: str, key: str, count: int = 1) -> None:
+        """Count an object, or so many for which one key stands."""
+        self.counts[reason] += count
         examples = self.examples.setdefault(reason, [])
         if len(examples) < NUM_EXAMPLES:
             examples.append(key)

@@ -78,8 +78,14 @@ def read_tars(uri: str, options: ReadingOptions, known: KnownContainers) -> Sour
         return SourceScan(samples=SOURCE_SCHEMA.empty_table(), skipped=dict(skips.counts))
 
     def read(info: ObjectInfo) -> _Shard:
-        rows = known.rows_of(store.uri(info.key), info.etag)
-        return _read_shard(store, info, options) if rows is None else _Shard(rows=rows)
+        uri = store.uri(info.key)
+        rows = known.rows_of(uri, info.etag)
+        if rows is None:
+            return _read_shard(store, info, options)
+        skipped = Skips()
+        for reason, count in known.skipped_in.get(uri, {}).items():
+            skipped.add(reason, info.key, count)
+        return _Shard(rows=rows, skips=skipped)
 
     shards = list(read_containers(infos, read))
     for shard in shards:
@@ -100,6 +106,11 @@ def read_tars(uri: str, options: ReadingOptions, known: KnownContainers) -> Sour
     return SourceScan(
         samples=with_splits(store, infos, [shard.rows for shard in shards]),
         skipped=dict(skips.counts),
+        skipped_in={
+            store.uri(info.key): dict(shard.skips.counts)
+            for info, shard in zip(infos, shards, strict=True)
+            if shard.skips.counts
+        },
         warnings=tuple(warnings),
         incomplete=tuple(store.uri(info.key) for info, _ in losses),
     )
