@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 
-from convoy.core.errors import DataError
 from convoy.core.progress import Progress
 from convoy.core.result_columns import PartitionBy
 from convoy.pipelines.committee_predictions import CommitteeJob
@@ -39,12 +38,10 @@ def forecast_scoring(
 
     The sample is computed as the whole would be: with a compiled network if that pays for the whole. Its run is
     deleted afterwards; one that is killed is gone on with by the next dry run of the same, and left behind by one of
-    other settings or another version, and with `new_run`. Raises DataError for no rows.
+    other settings or another version, and with `new_run`.
     """
     started_unix_s = time.time()
     num_images = request.num_rows(manifest)
-    if not num_images:
-        raise DataError("there is no image to score", where=request.dataset, next_step="choose other splits")
     num_sampled = max(_SAMPLED_ROWS, _SAMPLED_SLICES * _BATCHES_A_SLICE * request.extraction.batch_size)
     rows = _spread_rows(manifest, request, num_images, min(num_sampled, num_images))
     settings = scoring_settings(manifest, request)

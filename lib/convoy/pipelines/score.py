@@ -7,7 +7,7 @@ from typing import Any
 
 from convoy.core.config import StrictModel
 from convoy.core.crop_policies import EvaluationMode
-from convoy.core.errors import ConfigError, StorageError
+from convoy.core.errors import ConfigError, DataError, StorageError
 from convoy.core.fingerprints import canonical_json, digest
 from convoy.core.progress import Progress
 from convoy.core.result_columns import PartitionBy
@@ -65,7 +65,10 @@ class ScoreReport(StrictModel):
 
 
 def run_score(config: ScoreConfig, *, progress: Progress, new_run: bool = False) -> ScoreReport:
-    """Score every row of the dataset that has no score yet, and prove that none was lost or doubled."""
+    """Score every row of the dataset that has no score yet, and prove that none was lost or doubled.
+
+    Raises DataError where there is no row.
+    """
     started_unix_s = time.time()
     store, manifest, request, notes = _open_request(config, progress, new_run=new_run)
     job = CommitteeJob(store, manifest, request)
@@ -113,6 +116,12 @@ def _open_request(
             references=references,
         ),
     )
+    if not request.num_rows(manifest):
+        raise DataError(
+            "there is no image to score",
+            where=f"splits of {request.dataset}",
+            next_step=f"choose splits that have some: {', '.join(manifest.counts)}",
+        )
     forecast = read_json(store, _forecast_key(manifest, request))
     return store, manifest, request.with_forecast(forecast), [*notes, *model_notes]
 

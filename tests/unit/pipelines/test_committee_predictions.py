@@ -176,6 +176,17 @@ def test_a_cut_off_scoring_of_a_dataset_is_ended_though_the_dataset_was_refreshe
 
 
 @pytest.mark.parametrize("job", [run_score, plan_score])
+def test_a_scoring_of_no_image_is_an_error_that_names_the_splits_with_some(
+    images: Path, store: LocalStore, job: Any
+) -> None:
+    config = from_source(images, store, reading={"labels": "none"}, splits=["train", "val"])
+    with pytest.raises(DataError, match="no image") as refused:
+        job(config, progress=Silent())
+    assert refused.value.next_step.endswith(": test")
+    assert (run_ids(store), open_pointers(store)) == ([], {})
+
+
+@pytest.mark.parametrize("job", [run_score, plan_score])
 def test_files_beside_class_folders_are_not_left_out_of_a_scoring_unasked(
     images: Path, store: LocalStore, job: Any
 ) -> None:
