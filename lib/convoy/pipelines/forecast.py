@@ -99,15 +99,18 @@ def extrapolate(
     startup_s: float,
     prices: Prices,
     notes: Iterable[str],
+    batches_ratio: float = 1.0,
 ) -> Forecast:
-    """The forecast for so many images in so many slices. The first slice of each worker is left out of the rate."""
+    """The forecast for so many images in so many slices. The first slice of each worker is left out of the rate.
+
+    `batches_ratio` is how many batches there are for each one of the images in a single row.
+    """
     steady = steady_slices(sample)
     concurrency = sum(_duration_s(one) for one in steady) / max(seconds_under_way(steady), 1e-9)
-    rates = [concurrency * _num_rows(one) / max(_duration_s(one), 1e-9) for one in steady]
+    rates = [concurrency * _num_rows(one) / max(_duration_s(one), 1e-9) / batches_ratio for one in steady]
     sampled = sum(_num_rows(one) for one in sample)
-    hours = (
-        num_images / max(_rate(sum(map(_num_rows, steady)), seconds_under_way(steady) / 3600), 1e-9) / 3600
-    )
+    images_per_s = _rate(sum(map(_num_rows, steady)), seconds_under_way(steady) / 3600) / batches_ratio
+    hours = num_images / max(images_per_s, 1e-9) / 3600
     files = [file for one in sample for file in one.parts.values()]
     share = num_images / max(sampled, 1)
     amounts = {

@@ -44,6 +44,8 @@ def forecast_scoring(
     num_images = request.num_rows(manifest)
     num_sampled = max(_SAMPLED_ROWS, _SAMPLED_SLICES * _BATCHES_A_SLICE * request.extraction.batch_size)
     rows = _spread_rows(manifest, request, num_images, min(num_sampled, num_images))
+    partitions, slice_rows = request.partition_rows(manifest), request.slice_rows(manifest)
+    batch_size = request.extraction.batch_size
     settings = scoring_settings(manifest, request)
     sample = _sample_request(request, rows, compiled=settings["compiled"], planned_rows=num_images)
     job = CommitteeJob(store, manifest, sample)
@@ -60,7 +62,9 @@ def forecast_scoring(
         return extrapolate(
             slices,
             num_images=num_images,
-            num_slices=-(-num_images // request.slice_rows(manifest)),
+            num_slices=sum(-(-rows // slice_rows) for rows in partitions),
+            # The network takes as long for a batch that is not full.
+            batches_ratio=sum(-(-rows // batch_size) for rows in partitions) / -(-num_images // batch_size),
             startup_s=max(first_row_s - started_unix_s, 0.0),
             prices=prices,
             notes=[settings["compile_reason"]],

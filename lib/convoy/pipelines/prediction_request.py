@@ -118,6 +118,17 @@ class PredictionRequest:
         counts = manifest.counts
         return sum(counts[split].num_samples for split in self.split_names(manifest) if split in counts)
 
+    def partition_rows(self, manifest: Manifest) -> list[int]:
+        """How many of them go into each folder of scores, which is cut into slices by itself."""
+        by = PartitionBy.NONE if self.scores is None else self.scores.partition_by
+        if by is PartitionBy.NONE:
+            return [self.num_rows(manifest)]
+        counts = [manifest.counts[split] for split in self.split_names(manifest) if split in manifest.counts]
+        if by is PartitionBy.SPLIT:
+            return [one.num_samples for one in counts]
+        by_class = [one.by_class for one in counts]
+        return [*map(sum, zip(*by_class, strict=True)), sum(one.num_unlabelled for one in counts)]
+
     def slice_rows(self, manifest: Manifest) -> int:
         """How many rows a slice has."""
         extraction = self.extraction

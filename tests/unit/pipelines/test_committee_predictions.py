@@ -19,6 +19,7 @@ from convoy.core.progress import Silent
 from convoy.pipelines.dataset import DatasetConfig, freeze
 from convoy.pipelines.evaluate import EvaluateConfig, run_evaluate
 from convoy.pipelines.feature_plan import ExtractionConfig
+from convoy.pipelines.forecast import Forecast, extrapolate
 from convoy.pipelines.model_registry import promote_model
 from convoy.pipelines.runs_repair import repair_run
 from convoy.pipelines.runs_state import Changes
@@ -274,6 +275,30 @@ def test_a_dry_run_does_not_keep_a_cut_off_scoring_from_going_on(
     assert forecast.images == NUM_IMAGES + 1
     assert "an unfinished run goes on" in forecast.notes[0]
     assert run_score(config, progress=Silent()).run == begun
+
+
+@pytest.mark.parametrize("partition_by", ["none", "split", "label"])
+@pytest.mark.parametrize("splits", [None, ["train", "test"]])
+def test_a_forecast_counts_the_slices_of_each_partition_as_the_run_cuts_them(
+    images: Path, store: LocalStore, monkeypatch: pytest.MonkeyPatch, partition_by: str, splits: Any
+) -> None:
+    told: dict[str, Any] = {}
+
+    def extrapolated(*arguments: Any, **options: Any) -> Forecast:
+        told.update(options)
+        return extrapolate(*arguments, **options)
+
+    monkeypatch.setattr("convoy.pipelines.forecast_sampling.extrapolate", extrapolated)
+    extraction = ExtractionConfig(batch_size=2, slice_rows=4)
+    config = from_source(images, store, partition_by=partition_by, splits=splits, extraction=extraction)
+    forecast = plan_score(config, progress=Silent())
+    report = run_score(config, progress=Silent())
+    record, manifest = RunFolder(store, report.run).record(), read_manifest(RunFolder(store, report.run))
+    assert record is not None
+    assert manifest is not None
+    assert (forecast.images, told["num_slices"]) == (record.num_inputs, record.num_slices)
+    num_batches = sum(-(-(one.num_results + one.num_rejects) // 2) for one in manifest.slices)
+    assert told["batches_ratio"] == num_batches / -(-record.num_inputs // 2)
 
 
 @pytest.mark.parametrize(("crops", "is_refreshed"), [("flip", False), ("center", True), ("center", False)])

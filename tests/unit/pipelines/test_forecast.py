@@ -102,6 +102,25 @@ def test_the_range_is_that_of_the_slowest_and_the_fastest_slice() -> None:
     assert forecast.cost.total == 0
 
 
+def test_batches_that_are_not_full_cost_as_much_as_full_ones() -> None:
+    whole, apart = (
+        extrapolate(
+            SAMPLE,
+            num_images=144_000,
+            num_slices=100,
+            startup_s=0,
+            prices=PRICES,
+            notes=[],
+            batches_ratio=ratio,
+        )
+        for ratio in (1.0, 4.0)
+    )
+    assert apart.hours == pytest.approx(4 * whole.hours)
+    assert apart.cost.compute == pytest.approx(4 * whole.cost.compute)
+    assert apart.images_per_s_range == pytest.approx((10, 10))
+    assert (apart.bytes_read, apart.get_requests) == (whole.bytes_read, whole.get_requests)
+
+
 def test_a_finished_run_is_told_by_the_same_figures_rejects_included() -> None:
     slices = (made_slice("0-0", 0, 20, num_results=90, num_rejects=10), made_slice("0-1", 10, 40))
     actual = actual_of(RunManifest(run_id="r1", slices=slices), PRICES)
