@@ -200,7 +200,7 @@ def _findings(card: DataCard) -> Iterator[Block]:
         yield Facts(key="duplicates", title="Exact duplicates", rows=rows, data=found.model_dump())
         if found.examples:
             groups = [[", ".join(group)] for group in found.examples]
-            yield text_table(["samples of one group*"], groups, folded="Some groups, the worst first")
+            yield text_table(["first samples of one group*"], groups, folded="Some groups, the worst first")
     if card.warnings:
         yield Notes(title="Warnings", texts=card.warnings)
 

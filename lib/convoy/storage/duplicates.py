@@ -6,17 +6,20 @@ from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from convoy.core.config import StrictModel
+from convoy.core.records import Split
 from convoy.storage.feature_cache import FeatureCache, contains, content_id_array
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 
-_NUM_EXAMPLES = 10
+_NUM_EXAMPLES, _NUM_NAMED = 10, 10
+_NO_LABEL = -1
 
 
 class DuplicateReport(StrictModel):
-    """Groups of samples with the very same bytes. `examples` names the samples of some of the worst groups."""
+    """Groups of samples with the very same bytes. `examples` names the first samples of some of the worst groups."""
 
     groups: int
     samples: int
@@ -28,20 +31,69 @@ class DuplicateReport(StrictModel):
 def find_duplicates(store: ObjectStore, manifest: Manifest, set_id: str) -> DuplicateReport:
     """Exact duplicates among the samples of a manifest that a feature set has rows for.
 
-    Groups that cross splits or disagree on the label come first among the examples.
+    Groups that disagree on the label or cross splits come first among the examples, then the largest.
     """
     content = _digests_of_content(FeatureCache(store), set_id)
-    # Two passes: 16 bytes a sample to find what is repeated, then whole rows of the repeated few only.
+    # 16 bytes a sample find what is repeated; then some numbers a group, however large it is; then names of a few.
     digests = [digest for _, digest in _with_digests(manifest, ["content_id"], *content)]
     unique, counts = np.unique(np.concatenate(digests), return_counts=True)
-    repeated = unique[counts > 1]
-    groups: dict[bytes, list[dict[str, object]]] = {}
-    for table, digest in _with_digests(manifest, ["sample_id", "content_id", "label", "split"], *content):
-        members = contains(repeated, digest)
-        rows = table.filter(pa.array(members)).to_pylist()
-        for group, row in zip(digest[members].tolist(), rows, strict=True):
-            groups.setdefault(group, []).append(row)
-    return _report(groups)
+    groups = _Groups(unique[counts > 1], counts[counts > 1])
+    for table, digest in _with_digests(manifest, ["content_id", "label", "split"], *content):
+        groups.add(table, digest)
+    worst = groups.worst()
+    names: dict[bytes, list[str]] = {group: [] for group in worst.tolist()}
+    for table, digest in _with_digests(manifest, ["sample_id", "content_id"], *content):
+        members = contains(np.sort(worst), digest)
+        sample_ids = table["sample_id"].filter(pa.array(members)).to_pylist()
+        for group, sample_id in zip(digest[members].tolist(), sample_ids, strict=True):
+            if len(names[group]) < _NUM_NAMED:
+                names[group].append(sample_id)
+    return DuplicateReport(
+        groups=len(groups.digests_G),
+        samples=int(groups.sizes_G.sum()),
+        across_splits=int(groups.crosses_G.sum()),
+        label_conflicts=int(groups.conflicts_G.sum()),
+        examples=list(names.values()),
+    )
+
+
+class _Groups:
+    """Of each digest that samples share, in sorted order: how many they are, and what splits and labels they have."""
+
+    def __init__(self, digests_G: np.ndarray, sizes_G: np.ndarray) -> None:
+        self.digests_G, self.sizes_G = digests_G, sizes_G
+        self._split_bits_G = np.zeros(len(digests_G), np.uint8)
+        self._lowest_label_G = np.full(len(digests_G), np.iinfo(np.int32).max, np.int32)
+        self._highest_label_G = np.full(len(digests_G), np.iinfo(np.int32).min, np.int32)
+
+    def add(self, samples: pa.Table, digest_N: np.ndarray) -> None:
+        """Look at samples with the digests of their bytes; those of no group are passed over."""
+        members_N = contains(self.digests_G, digest_N)
+        rows = samples.filter(pa.array(members_N))
+        group_M = np.searchsorted(self.digests_G, digest_N[members_N])
+        split_M = pc.index_in(rows["split"], pa.array(list(Split), pa.string())).to_numpy()
+        np.bitwise_or.at(self._split_bits_G, group_M, np.left_shift(1, split_M).astype(np.uint8))
+        label_M = pc.fill_null(rows["label"], _NO_LABEL).to_numpy()
+        np.minimum.at(self._lowest_label_G, group_M, label_M)
+        np.maximum.at(self._highest_label_G, group_M, label_M)
+
+    @property
+    def crosses_G(self) -> np.ndarray:
+        """Which groups are in several splits: those with more than one bit."""
+        crosses_G: np.ndarray = self._split_bits_G & (self._split_bits_G - 1) != 0
+        return crosses_G
+
+    @property
+    def conflicts_G(self) -> np.ndarray:
+        """Which groups have several labels, none being one."""
+        conflicts_G: np.ndarray = self._lowest_label_G != self._highest_label_G
+        return conflicts_G
+
+    def worst(self) -> np.ndarray:
+        """The digests of a few groups, the worst first."""
+        order_G = np.lexsort((-self.sizes_G, ~self.crosses_G, ~self.conflicts_G))
+        worst: np.ndarray = self.digests_G[order_G[:_NUM_EXAMPLES]]
+        return worst
 
 
 def _with_digests(
@@ -64,16 +116,3 @@ def _digests_of_content(cache: FeatureCache, set_id: str) -> tuple[np.ndarray, n
         return np.empty(0, "S16"), np.empty(0, "S16")
     unique_ids, first = np.unique(np.concatenate(ids), return_index=True)
     return unique_ids, np.concatenate(digests)[first]
-
-
-def _report(groups: dict[bytes, list[dict[str, object]]]) -> DuplicateReport:
-    crossing = [group for group, rows in groups.items() if len({row["split"] for row in rows}) > 1]
-    conflicting = [group for group, rows in groups.items() if len({row["label"] for row in rows}) > 1]
-    worst = list(dict.fromkeys([*conflicting, *crossing, *groups]))[:_NUM_EXAMPLES]
-    return DuplicateReport(
-        groups=len(groups),
-        samples=sum(len(rows) for rows in groups.values()),
-        across_splits=len(crossing),
-        label_conflicts=len(conflicting),
-        examples=[[str(row["sample_id"]) for row in groups[group]] for group in worst],
-    )

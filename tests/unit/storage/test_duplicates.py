@@ -62,6 +62,29 @@ def test_leaks_and_label_conflicts_are_counted_and_named(tmp_path: Path) -> None
     assert report.across_splits >= 1
 
 
+def test_of_a_large_group_a_few_are_named_and_all_are_counted(tmp_path: Path) -> None:
+    files = {f"train/cat/{index:03}.jpg": b"one" for index in range(40)}
+    store, manifest = dataset(tmp_path, {**files, "train/cat/x.jpg": b"two", "test/dog/y.jpg": b"two"})
+    report = read_and_commit(store, manifest)
+    assert (report.groups, report.samples, report.across_splits, report.label_conflicts) == (2, 42, 2, 1)
+    assert report.examples == [["test/dog/y.jpg", "train/cat/x.jpg"], sorted(files)[:10]]
+
+
+def test_the_largest_of_groups_that_are_as_bad_come_first(tmp_path: Path) -> None:
+    files = {
+        f"test/cat/{group:02}-{index}.jpg": bytes([group]) for group in range(15) for index in range(group)
+    }
+    report = read_and_commit(*dataset(tmp_path, files))
+    assert (report.groups, report.samples) == (13, len(files) - 1)
+    first = [group[0] for group in report.examples]
+    assert first == [f"test/cat/{group:02}-0.jpg" for group in range(14, 4, -1)]
+
+
+def test_copies_without_labels_agree_on_them(tmp_path: Path) -> None:
+    report = read_and_commit(*dataset(tmp_path, {"1.jpg": b"one", "2.jpg": b"one"}))
+    assert (report.samples, report.across_splits, report.label_conflicts) == (2, 0, 0)
+
+
 def test_distinct_files_are_no_duplicates(tmp_path: Path) -> None:
     store, manifest = dataset(tmp_path, {f"c{i % 2}/{i}.jpg": str(i).encode() for i in range(8)})
     assert read_and_commit(store, manifest).groups == 0
