@@ -15,9 +15,10 @@ from PIL import Image
 
 from convoy.core.drift import EmbeddingShift
 from convoy.core.metrics import EvaluationCounts
+from convoy.core.records import Split
 from convoy.core.statistics import bootstrap_difference, bootstrap_mean, mcnemar_test, wilson_interval
 from convoy.pipelines.evaluation import Evaluation, NamedClass
-from convoy.pipelines.report_data_card import ClassRows, DataCard, LabelledImage, SizeBin
+from convoy.pipelines.report_data_card import ClassRows, DataCard, FoundDuplicates, LabelledImage, SizeBin
 from convoy.pipelines.report_images import ShownImage
 from convoy.pipelines.report_lineage import LineageLink
 from convoy.pipelines.report_page import PageData
@@ -29,7 +30,6 @@ from convoy.pipelines.retrain_config import Decision, NewData, RetrainReport, St
 from convoy.pipelines.retrain_gate import GateCheck, GateEvidence, PairedScores
 from convoy.pipelines.runs_show import RunDescription
 from convoy.pipelines.runs_state import RunState
-from convoy.storage.duplicates import DuplicateReport
 from made_events import epoch_result
 
 SCRIPT = "<script>window.hacked=1</script>"
@@ -141,8 +141,13 @@ def made_card() -> DataCard:
         largest_bytes=2000,
         unknown_sizes=0,
         suffixes={".jpg": 299, IMAGE[:12]: 1},
-        duplicates=DuplicateReport(
-            groups=1, samples=2, across_splits=1, label_conflicts=0, examples=[[QUOTES, TURNED]]
+        duplicates=FoundDuplicates(
+            splits=[Split.TRAIN, Split.TEST],
+            groups=1,
+            samples=2,
+            across_splits=1,
+            label_conflicts=0,
+            examples=[[QUOTES, TURNED]],
         ),
         skipped={"not an image": 2},
         warnings=[f"class {SCRIPT} is small"],

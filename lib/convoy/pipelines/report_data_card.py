@@ -15,10 +15,11 @@ import pyarrow.compute as pc
 from convoy.core.config import StrictModel
 from convoy.core.errors import ConvoyError
 from convoy.core.randomness import unit_interval
+from convoy.core.records import Split
 from convoy.pipelines.report_images import ShownImage, show_images
 from convoy.pipelines.report_runs import newest_first
 from convoy.storage.documents import read_json
-from convoy.storage.duplicates import DuplicateReport, find_duplicates
+from convoy.storage.duplicates import find_duplicates
 from convoy.storage.manifests import MANIFEST_SCHEMA, Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import RunFolder
@@ -54,12 +55,27 @@ class LabelledImage(StrictModel):
     image: ShownImage
 
 
+class FoundDuplicates(StrictModel):
+    """Groups of equal images among those of some `splits`; `examples` names the samples of some of the worst.
+
+    `across_splits` is null where none was found and the images of another split may be the same: not all splits with
+    labels were read.
+    """
+
+    splits: list[Split]
+    groups: int
+    samples: int
+    across_splits: int | None
+    label_conflicts: int
+    examples: list[list[str]]
+
+
 class DataCard(StrictModel):
     """A version of a dataset.
 
     `imbalance` is the largest class over the smallest of the train split, null where a class has no row there.
     `unknown_sizes` are images in parquet files, whose size is known only to who reads them. `duplicates` are exact
-    ones among the images of the splits that a cache job read, null before one did.
+    ones among the images of the splits that cache jobs read, null before one did.
     """
 
     name: str
@@ -77,7 +93,7 @@ class DataCard(StrictModel):
     largest_bytes: int
     unknown_sizes: int
     suffixes: dict[str, int]
-    duplicates: DuplicateReport | None
+    duplicates: FoundDuplicates | None
     skipped: dict[str, int]
     warnings: list[str]
     changes: dict[str, Any]
@@ -158,27 +174,52 @@ def _suffixes(batch: pa.RecordBatch) -> Iterator[str]:
         yield suffix.lower()[:12] or "none"
 
 
-def _duplicates(store: ObjectStore, name: str, manifest: Manifest) -> DuplicateReport | None:
-    """By the newest finished cache run of this very version that read all of its splits, or else whole ones.
+def _duplicates(store: ObjectStore, name: str, manifest: Manifest) -> FoundDuplicates | None:
+    """By the newest features of all splits with labels, or else by the newest of any whole split."""
+    wanted = _compared_splits(manifest)
+    read = _splits_read(store, name, manifest, wanted)
+    if not read:
+        return None
+    set_id = next((set_id for set_id, splits in read.items() if wanted <= splits), next(iter(read)))
+    try:
+        report = find_duplicates(store, manifest, set_id)
+    except ConvoyError:
+        return None
+    is_known = wanted <= read[set_id] or report.across_splits > 0
+    return FoundDuplicates(
+        **report.model_dump(exclude={"across_splits"}),
+        splits=[split for split in Split if split in read[set_id]],
+        across_splits=report.across_splits if is_known else None,
+    )
+
+
+def _compared_splits(manifest: Manifest) -> set[Split]:
+    """The splits of which all images must have been read before none is said to be in two of them."""
+    labelled = {split for split, counts in manifest.counts.items() if any(counts.by_class)}
+    return labelled if len(labelled) > 1 else set(manifest.counts)
+
+
+def _splits_read(
+    store: ObjectStore, name: str, manifest: Manifest, wanted: set[Split]
+) -> dict[str, set[Split]]:
+    """The splits of this very version that finished cache runs read, by feature set, newest first, until one has all.
 
     What was found among a sample of the rows, as advice and inspections take it, says nothing of the dataset.
     """
-    candidates: list[tuple[bool, str]] = []
+    about = {"dataset": name, "dataset_fingerprint": manifest.fingerprint}
+    read: dict[str, set[Split]] = {}
     for folder, record in newest_first(store, RunFolder.record, most=_MAX_RUNS):
-        if record is None or record.verb != "cache" or record.identity.get("dataset") != name:
+        if record is None or record.verb != "cache" or "rows" in record.identity:
             continue
-        if "rows" in record.identity:
-            continue
-        if record.identity.get("dataset_fingerprint") == manifest.fingerprint and folder.is_finished():
-            candidates.append((record.identity.get("splits") == "all", next(iter(record.outputs))))
-            if candidates[-1][0]:
+        if about.items() <= record.identity.items() and folder.is_finished():
+            splits = record.identity["splits"]
+            for set_id in record.outputs:
+                read.setdefault(set_id, set()).update(
+                    manifest.counts if splits == "all" else map(Split, splits)
+                )
+            if any(wanted <= found for found in read.values()):
                 break
-    if not candidates:
-        return None
-    try:
-        return find_duplicates(store, manifest, max(candidates)[1])
-    except ConvoyError:
-        return None
+    return read
 
 
 def _examples(manifest: Manifest) -> list[LabelledImage]:

@@ -191,10 +191,15 @@ def _findings(card: DataCard) -> Iterator[Block]:
         text = "Exact duplicates are not known: no cache job has read a whole split of this version."
         yield Notes(title="Duplicates", texts=[text])
     else:
+        unknown = "not known: no cache job has read all splits with labels"
         rows = [
+            ("splits that were read", ", ".join(found.splits)),
             ("groups of equal images", count(found.groups)),
             ("images in them", count(found.samples)),
-            ("groups that cross splits", count(found.across_splits)),
+            (
+                "groups that cross splits",
+                unknown if found.across_splits is None else count(found.across_splits),
+            ),
             ("groups whose labels differ", count(found.label_conflicts)),
         ]
         yield Facts(key="duplicates", title="Exact duplicates", rows=rows, data=found.model_dump())
