@@ -12,6 +12,7 @@ from convoy.pipelines.report_runs import newest_first
 from convoy.storage.bundles import ENSEMBLE_FILE, METRICS_FILE, Bundle, BundleRef, peek_bundle, resolve_bundle
 from convoy.storage.documents import read_json
 from convoy.storage.object_store import ObjectStore
+from convoy.storage.retrains import RetrainFolder
 from convoy.storage.runs import CODE, RunFolder, RunRecord
 
 # Newest first; a training behind them is not found.
@@ -54,8 +55,8 @@ def lineage_of_bundle(store: ObjectStore, ref: BundleRef) -> list[LineageLink]:
     """From a model back to its training, and on to data and code."""
     bundle = peek_bundle(store, ref)
     training = find_trainings(store, [bundle]).get(str(ref))
-    links = _bundle_links(bundle, training)
-    return links if training is None else [*links, *_data_and_code(store, training)]
+    origin = _retraining_data(store, bundle) if training is None else _data_and_code(store, training)
+    return [*_bundle_links(bundle, training), *origin]
 
 
 def find_trainings(store: ObjectStore, bundles: Sequence[Bundle]) -> dict[str, RunRecord]:
@@ -81,8 +82,7 @@ def find_trainings(store: ObjectStore, bundles: Sequence[Bundle]) -> dict[str, R
 def _bundle_links(bundle: Bundle, training: RunRecord | None) -> list[LineageLink]:
     model = LineageLink(title="model", name=str(bundle.ref), facts=_bundle_facts(bundle))
     if training is None:
-        gap = "no run of the workspace says that it made this model: it was removed, or the model came from elsewhere"
-        return [model, LineageLink(title="training", name="unknown", facts={}, gap=gap)]
+        return [model, _retraining_link(_retraining(bundle))]
     code = training.versions.get(CODE) or f"Convoy {training.versions.get('convoy-vision', '')}"
     facts = {
         "command": f"convoy {training.verb}",
@@ -93,6 +93,45 @@ def _bundle_links(bundle: Bundle, training: RunRecord | None) -> list[LineageLin
     if "weights_digest" in training.identity:
         facts["initial weights"] = str(training.identity["weights_digest"])
     return [model, LineageLink(title="training", name=f"run {training.run_id}", facts=facts)]
+
+
+def _retraining(bundle: Bundle) -> dict[str, str]:
+    """What a model that `convoy retrain` made on cached features, without a run, says of that; empty for others."""
+    metrics = bundle.read_json(METRICS_FILE)
+    found = metrics.get("lineage") or (metrics.get("measured") or {}).get("lineage") or {}
+    return found if "retraining" in found else {}
+
+
+def _retraining_link(lineage: Mapping[str, str]) -> LineageLink:
+    if not lineage:
+        gap = "no run of the workspace says that it made this model: it was removed, or the model came from elsewhere"
+        return LineageLink(title="training", name="unknown", facts={}, gap=gap)
+    facts = {
+        "command": "convoy retrain",
+        "dataset version": lineage.get("dataset fingerprint"),
+        "champion before": lineage.get("champion before"),
+        "code": f"Convoy {lineage.get('convoy', '')}",
+    }
+    return LineageLink(
+        title="training",
+        name=f"retraining {lineage['retraining']}",
+        facts={name: value for name, value in facts.items() if value},
+    )
+
+
+def _retraining_data(store: ObjectStore, bundle: Bundle) -> Iterator[LineageLink]:
+    """The dataset of a retraining, which its plan names."""
+    lineage = _retraining(bundle)
+    if not lineage:
+        return
+    name, _, date = lineage["retraining"].partition("/")
+    plan = RetrainFolder(store, name).plan(date)
+    fingerprint = lineage["dataset fingerprint"]
+    if plan is None:
+        gap = "the plan of the retraining, which names the dataset, is no longer in the workspace"
+        yield LineageLink(title="data", name="unknown", facts={"version": fingerprint}, gap=gap)
+    else:
+        yield _data(store, plan.config["dataset"], fingerprint)
 
 
 def _report(folder: RunFolder) -> dict[str, Any]:
@@ -118,19 +157,7 @@ def _fingerprint(record: RunRecord) -> dict[str, str]:
 def _data_and_code(store: ObjectStore, record: RunRecord) -> Iterator[LineageLink]:
     name, fingerprint = dataset_of_run(record)
     if name and fingerprint:
-        key = f"datasets/{name}/versions/{fingerprint}/summary.json"
-        try:
-            summary: Mapping[str, Any] = read_json(store, key) or {}
-        except ConvoyError:
-            summary = {}
-        header = summary.get("header", {})
-        facts = {"version": fingerprint, "source": header.get("source"), "samples": header.get("num_samples")}
-        yield LineageLink(
-            title="data",
-            name=f"dataset {name}",
-            facts={key: str(value) for key, value in facts.items() if value},
-            gap="" if summary else "this version of the dataset is no longer in the workspace",
-        )
+        yield _data(store, name, fingerprint)
     facts = dict(record.versions)
     revision = facts.pop(CODE, "")
     yield LineageLink(
@@ -138,6 +165,24 @@ def _data_and_code(store: ObjectStore, record: RunRecord) -> Iterator[LineageLin
         name=f"Convoy {record.versions.get('convoy-vision', '')}",
         facts={**({"digest of the package": revision} if revision else {}), **facts},
         gap="" if revision else "the run is older than the records of the code's digest",
+    )
+
+
+def _data(store: ObjectStore, name: str, fingerprint: str) -> LineageLink:
+    """A version of a dataset, as its summary has it."""
+    try:
+        summary: Mapping[str, Any] = (
+            read_json(store, f"datasets/{name}/versions/{fingerprint}/summary.json") or {}
+        )
+    except ConvoyError:
+        summary = {}
+    header = summary.get("header", {})
+    facts = {"version": fingerprint, "source": header.get("source"), "samples": header.get("num_samples")}
+    return LineageLink(
+        title="data",
+        name=f"dataset {name}",
+        facts={key: str(value) for key, value in facts.items() if value},
+        gap="" if summary else "this version of the dataset is no longer in the workspace",
     )
 
 

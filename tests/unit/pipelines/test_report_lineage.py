@@ -1,0 +1,88 @@
+"""Models that `convoy retrain` made without a run say themselves which retraining made them, from which data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from convoy.pipelines.classifiers import classifier_files
+from convoy.pipelines.report_lineage import LineageLink, lineage_of_bundle
+from convoy.storage.bundles import BundleRef, write_bundle
+from convoy.storage.local_store import LocalStore
+from convoy.storage.retrains import RetrainFolder, RetrainPlan
+from convoy.vision.heads import HeadKind
+from made_bundles import made_classifier
+
+DATE = "2026-11-27"
+
+
+def made_version(store: LocalStore, metrics: dict[str, Any]) -> BundleRef:
+    files = classifier_files(store, made_classifier(store, 0, head=HeadKind.SOFTMAX))
+    described = {"metrics.json": json.dumps(metrics).encode(), "README.md": b"# made\n"}
+    return write_bundle(store, "photos", {**files, **described})
+
+
+def lineage(store: LocalStore, metrics: dict[str, Any]) -> dict[str, LineageLink]:
+    return {link.title: link for link in lineage_of_bundle(store, made_version(store, metrics))}
+
+
+def retrained(fingerprint: str) -> dict[str, str]:
+    """As a candidate has it beside its metrics."""
+    return {
+        "retraining": f"photos/{DATE}",
+        "dataset fingerprint": fingerprint,
+        "convoy": "1.0",
+        "champion before": "photos@" + "c" * 32,
+    }
+
+
+def keep_plan(store: LocalStore, fingerprint: str) -> None:
+    plan = RetrainPlan(
+        date=DATE,
+        fingerprint=fingerprint,
+        previous_fingerprint=None,
+        champion="c" * 32,
+        config={"dataset": "parts"},
+    )
+    RetrainFolder(store, "photos").write_plan(plan)
+
+
+@pytest.mark.parametrize("place", ["beside the metrics", "measured"])
+def test_a_retrained_model_leads_to_its_retraining_and_on_to_the_data(tmp_path: Path, place: str) -> None:
+    store = LocalStore(str(tmp_path))
+    fingerprint = "a" * 32
+    keep_plan(store, fingerprint)
+    header = {"source": "s3://photos", "num_samples": 40}
+    store.put(f"datasets/parts/versions/{fingerprint}/summary.json", json.dumps({"header": header}).encode())
+    told = {"lineage": retrained(fingerprint)}
+    links = lineage(store, {"measured": told} if place == "measured" else told)
+    assert list(links) == ["model", "training", "data"]
+    assert links["training"].name == f"retraining photos/{DATE}"
+    assert links["training"].facts == {
+        "command": "convoy retrain",
+        "dataset version": fingerprint,
+        "champion before": "photos@" + "c" * 32,
+        "code": "Convoy 1.0",
+    }
+    assert links["data"].name == "dataset parts"
+    assert links["data"].facts == {"version": fingerprint, "source": "s3://photos", "samples": "40"}
+    assert not any(link.gap for link in links.values())
+
+
+def test_data_of_a_retraining_that_is_gone_is_said_to_be_gone(tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path))
+    told = {"lineage": retrained("a" * 32)}
+    assert "the plan of the retraining" in lineage(store, told)["data"].gap
+    keep_plan(store, "a" * 32)
+    found = lineage(store, told)["data"]
+    assert (found.name, found.facts) == ("dataset parts", {"version": "a" * 32})
+    assert "no longer in the workspace" in found.gap
+
+
+def test_a_model_that_nothing_says_anything_of_has_a_gap(tmp_path: Path) -> None:
+    links = lineage(LocalStore(str(tmp_path)), {"top1": 0.5})
+    assert list(links) == ["model", "training"]
+    assert "no run of the workspace" in links["training"].gap
