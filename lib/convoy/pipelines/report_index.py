@@ -27,8 +27,8 @@ from convoy.storage.stores import open_store
 # More rows than a page can be read with; the newest are shown.
 MAX_RUNS, MAX_MODELS = 1000, 1000
 _MAX_PAGES = 5000
-_HEAD_BYTES = 2048
-_TARGET = re.compile(r'<meta name="convoy-target" content="([^"]*)">')
+_HEAD_BYTES = 4096
+_META = re.compile(r'<meta name="convoy-(target|workspace)" content="([^"]*)">')
 _THREADS = 8
 # What an index is about.
 INDEX = "index"
@@ -118,13 +118,16 @@ def read_index(store: ObjectStore, folder: Path) -> IndexData:
         num_runs=len(runs),
         models=models[:MAX_MODELS],
         num_models=len(models),
-        pages=find_pages(folder),
+        pages=find_pages(folder, store.root_uri),
         missing=missing,
     )
 
 
-def find_pages(folder: Path) -> dict[str, str]:
-    """The pages of Convoy in a local folder: the names of their files by what they are about."""
+def find_pages(folder: Path, workspace: str) -> dict[str, str]:
+    """The pages of a workspace in a local folder: the names of their files by what they are about.
+
+    Of pages that do not name their workspace, as older ones, those of runs count: other workspaces have other runs.
+    """
     found: dict[str, str] = {}
     for path in sorted(folder.glob("*.html"))[:_MAX_PAGES]:
         try:
@@ -132,9 +135,11 @@ def find_pages(folder: Path) -> dict[str, str]:
                 head = file.read(_HEAD_BYTES).decode(errors="replace")
         except OSError:
             continue
-        target = _TARGET.search(head)
-        if target is not None and target[1] != INDEX:
-            found[html.unescape(target[1])] = path.name
+        meta = {name: html.unescape(content) for name, content in _META.findall(head)}
+        target, named = meta.get("target", INDEX), meta.get("workspace")
+        is_ours = target.startswith(f"{TargetKind.RUN}:") if named is None else named == workspace
+        if is_ours and target != INDEX:
+            found[target] = path.name
     return found
 
 

@@ -184,9 +184,10 @@ class Tile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Page:
-    """A page. `target` is what it is about, by which an index finds it."""
+    """A page. `target` is what it is about and `workspace` where that lies, by which an index finds it."""
 
     target: str
+    workspace: str = ""
     title: str
     lead: str
     tiles: Sequence[Tile] = ()

@@ -38,6 +38,7 @@ def draw_page(data: PageData) -> bytes:
     return render_page(
         Page(
             target=data.target,
+            workspace=data.workspace,
             title=_title(data),
             lead=_lead(data),
             tiles=_tiles(data),

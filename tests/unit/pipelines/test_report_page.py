@@ -212,12 +212,26 @@ def test_the_index_links_to_pages_that_lie_beside_it(workspace: LocalStore, tmp_
     parts = PageParts((tmp_path / "index.html").read_bytes())
     links = [value for value in parts.values_of("href") if not value.startswith(("#", "data:"))]
     assert links == ["./a%20b%23c%2520%27%22%3Cx%3E.html"]
-    assert find_pages(tmp_path) == {f"run:{RUN}": strange.name}
+    assert find_pages(tmp_path, workspace.root_uri) == {f"run:{RUN}": strange.name}
     # The index itself, which is there the second time, is no page of the workspace.
     assert (
         write_index(workspace.root_uri, str(tmp_path / "index.html"), draw_index, progress=Silent()).pages
         == 1
     )
+
+
+def test_pages_of_another_workspace_are_not_linked(workspace: LocalStore, tmp_path: Path) -> None:
+    write_page(workspace.root_uri, DATASET, str(tmp_path / "pets.html"), draw_page, progress=Silent())
+    assert find_pages(tmp_path, workspace.root_uri) == {f"dataset:{DATASET}": "pets.html"}
+    other = made_workspace(tmp_path / "other")
+    assert find_pages(tmp_path, other.root_uri) == {}
+
+
+def test_of_pages_that_name_no_workspace_those_of_runs_are_linked(tmp_path: Path) -> None:
+    for target in (f"run:{RUN}", f"dataset:{DATASET}"):
+        page = f'<meta name="convoy-target" content="{target}">'
+        (tmp_path / f"{target.partition(':')[0]}.html").write_text(page)
+    assert find_pages(tmp_path, "/w") == {f"run:{RUN}": "run.html"}
 
 
 def test_the_index_says_what_the_workspace_holds(workspace: LocalStore, tmp_path: Path) -> None:
