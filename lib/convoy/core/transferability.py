@@ -24,8 +24,10 @@ class DomainDistance(StrictModel):
 
     `frechet` is the Fréchet distance of the Gaussians with their means and covariances (Heusel et al. 2017,
     arXiv:1706.08500, eq. 6: FID is this on Inception's features), in squared units of the features;
-    `relative` divides it by the total variance of the reference. `within_reference` is the relative distance
-    between two halves of the reference: what no difference at all looks like at this number of images.
+    `relative` divides it by the total variance of the reference. The fewer the images, the larger it is by chance
+    alone, so `within_reference`, the relative distance between two halves of the reference, is what no difference
+    at all looks like beside `relative_at_half`: that from as many images to one of these halves. That is null in
+    advice from before it was measured.
     """
 
     reference: str
@@ -33,6 +35,7 @@ class DomainDistance(StrictModel):
     frechet: float
     relative: float
     within_reference: float
+    relative_at_half: float | None = None
 
 
 def knn_correct(
@@ -113,13 +116,17 @@ def domain_distance(
         raise DataError("a distance between domains needs rows of both", where=reference)
     total = float(np.asarray(reference_MD, np.float64).var(axis=0).sum()) or 1.0
     frechet = frechet_distance(features_ND, reference_MD)
-    halves = frechet_distance(reference_MD[::2], reference_MD[1::2])
+    half, other_half = reference_MD[::2], reference_MD[1::2]
+    # The bias of small samples goes with 1 / N: only equal numbers of rows can be compared.
+    num_rows = min(len(features_ND), len(other_half))
+    half, other_half, some = (_evenly(rows_ND, num_rows) for rows_ND in (half, other_half, features_ND))
     return DomainDistance(
         reference=reference,
         tap=tap,
         frechet=frechet,
         relative=frechet / total,
-        within_reference=halves / total,
+        within_reference=frechet_distance(half, other_half) / total,
+        relative_at_half=frechet_distance(some, half) / total,
     )
 
 
@@ -133,6 +140,11 @@ def frechet_distance(first_ND: NDArray[Any], second_MD: NDArray[Any]) -> float:
     shared = float(np.sqrt(np.maximum(np.linalg.eigvalsh(root_DD @ second_DD @ root_DD), 0.0)).sum())
     distance = float(gap_D @ gap_D) + float(np.trace(first_DD) + np.trace(second_DD)) - 2 * shared
     return max(distance, 0.0)
+
+
+def _evenly(rows_ND: NDArray[Any], num_rows: int) -> NDArray[Any]:
+    """So many of the rows, from all over them: they may be sorted by class."""
+    return rows_ND[np.linspace(0, len(rows_ND) - 1, num_rows).round().astype(np.intp)]
 
 
 def _root(matrix_DD: Floats) -> Floats:

@@ -157,6 +157,14 @@ def _rule(report: AdviceReport) -> Section:
                 f"{distance.relative:.3f} of its variance ({distance.reference})",
             )
         )
+        if distance.relative_at_half is not None:
+            rows.append(
+                (
+                    "the same to half of its images",
+                    f"{distance.relative_at_half:.3f}; from the other half, which is of that domain,"
+                    f" {distance.within_reference:.3f}",
+                )
+            )
     facts = Facts(
         key="rule", title="The four scenarios, measured", rows=rows, data=rule.model_dump(mode="json")
     )

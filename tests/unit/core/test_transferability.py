@@ -91,6 +91,24 @@ def test_another_domain_is_further_than_half_of_the_same() -> None:
     reference_MD = random.normal(size=(600, 8))
     same = domain_distance(random.normal(size=(600, 8)), reference_MD, reference="r", tap="pooled")
     other = domain_distance(random.normal(size=(600, 8)) + 2, reference_MD, reference="r", tap="pooled")
-    assert same.relative < 3 * same.within_reference
+    assert same.relative_at_half is not None
+    assert same.relative_at_half < 3 * same.within_reference
     assert other.relative == pytest.approx(4.0, rel=0.2)
     assert other.relative > 10 * other.within_reference
+
+
+@pytest.mark.parametrize("num_rows", [300, 400, 1000])
+def test_no_difference_looks_like_the_baseline_however_few_the_images_are(num_rows: int) -> None:
+    """By chance alone the distance goes with one over the number of images."""
+    random = np.random.default_rng(0)
+    features_ND, reference_MD = random.normal(size=(num_rows, 64)), random.normal(size=(400, 64))
+    same = domain_distance(features_ND, reference_MD, reference="r", tap="pooled")
+    assert same.relative_at_half == pytest.approx(same.within_reference, rel=0.15)
+    assert same.relative < 0.85 * same.within_reference
+
+
+def test_fewer_images_than_half_of_the_reference_are_compared_with_as_many() -> None:
+    random = np.random.default_rng(0)
+    features_ND, reference_MD = random.normal(size=(100, 64)), random.normal(size=(400, 64))
+    same = domain_distance(features_ND, reference_MD, reference="r", tap="pooled")
+    assert same.relative_at_half == pytest.approx(same.within_reference, rel=0.15)

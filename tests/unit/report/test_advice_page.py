@@ -9,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from convoy.core.transferability import DomainDistance
 from convoy.pipelines.report_inspection import read_pictures
 from convoy.report.page import draw_page
 from convoy.storage.local_store import LocalStore
@@ -34,6 +35,23 @@ def test_advice_shows_strategies_the_curve_and_the_fronts() -> None:
         assert parts.json_of(f"front-{front.axis.value}") == front.model_dump(mode="json")
     assert parts.json_of("augmentation-effects")[0]["verdict"] == "loss"
     assert SCRIPT in parts.text
+
+
+def test_the_distance_of_domains_stands_beside_that_of_no_difference() -> None:
+    distance = DomainDistance(
+        reference="photos",
+        tap="pooled",
+        frechet=1.0,
+        relative=0.0613,
+        within_reference=0.0471,
+        relative_at_half=0.0845,
+    )
+    advised = made_advice()
+    likeness = advised.similarity.model_copy(update={"domain_distance": distance})
+    advice = advised.model_copy(update={"similarity": likeness})
+    text = PageParts(draw_page(made_page(advice=advice, **NOTHING))).text
+    for value in ("0.061 of its variance (photos)", "0.085;", " 0.047"):
+        assert value in text
 
 
 def test_bubbles_grow_with_the_root_of_the_parameters() -> None:
