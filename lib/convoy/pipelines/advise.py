@@ -15,6 +15,7 @@ from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.network_training import CurveDrawer
 from convoy.pipelines.workspace import open_workspace
 from convoy.storage.commits import finish
+from convoy.storage.datasets import open_dataset
 from convoy.storage.leases import WhenHeld, hold_run
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
@@ -44,9 +45,10 @@ def run_advise(
             where=manifest.uri,
             next_step="label the dataset: class folders, or a list with labels",
         )
+    reference = None if config.reference is None else open_dataset(store, config.reference)
     records = [fetch_backbone(store, candidate.backbone) for candidate in config.candidates]
     _refuse_equal_networks(config, records)
-    identity = _identity(manifest, config, records)
+    identity = _identity(manifest, config, records, reference)
     pointer = f"{_POINTERS}{digest(identity)}.json"
     if not new_run and (known := _known(store, pointer, config)) is not None:
         progress.stage("the advice was given already")
@@ -65,6 +67,7 @@ def run_advise(
             draw_curves=draw_curves,
             check=lease.check,
             new_run=new_run,
+            reference=reference,
         )
         report = work.advise(records)
         store.put(pointer, canonical_json({"run_id": folder.run_id}))
@@ -85,12 +88,15 @@ def _refuse_equal_networks(config: AdviseConfig, records: list[BackboneRecord]) 
         )
 
 
-def _identity(manifest: Manifest, config: AdviseConfig, records: list[BackboneRecord]) -> dict[str, Any]:
+def _identity(
+    manifest: Manifest, config: AdviseConfig, records: list[BackboneRecord], reference: Manifest | None
+) -> dict[str, Any]:
     return {
         "format_version": _FORMAT_VERSION,
         "dataset": config.dataset_name,
         "dataset_fingerprint": manifest.fingerprint,
         "weights_digests": [record.weights_digest for record in records],
+        **({} if reference is None else {"reference_fingerprint": reference.fingerprint}),
         "config": config.model_dump(mode="json", exclude=_NOT_IDENTITY),
     }
 

@@ -22,7 +22,6 @@ from convoy.pipelines.feature_source import gather_features
 from convoy.pipelines.features import FeatureJob
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.training_rows import has_labels
-from convoy.storage.datasets import open_dataset
 from convoy.storage.feature_cache import FeatureCache, content_id_array
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
@@ -77,23 +76,20 @@ class Gatherer:
             ),
         )
 
-    def domain_distance(self, look: Look) -> DomainDistance | None:
-        """From the features at the top of a look to those of as many images of the reference; None without one."""
-        reference = self._config.reference
-        if reference is None:
-            return None
-        manifest = open_dataset(self._store, reference)
-        rows = manifest.read_table()
+    def domain_distance(self, look: Look, reference: Manifest) -> DomainDistance:
+        """From the features at the top of a look to those of as many images of the config's reference."""
+        name = self._config.reference or ""
+        rows = reference.read_table()
         num_rows = min(self._prober.rows.train.num_rows, rows.num_rows)
         rows = rows.take(pa.array(np.linspace(0, rows.num_rows - 1, num_rows).round().astype(np.int64)))
         tap = look.probes.top.tap
-        request = FeatureRequest(dataset=reference, backbone=look.record.config, taps=(tap,))
-        job = FeatureJob(self._store, manifest, look.record, request, self._config.extraction, rows=rows)
+        request = FeatureRequest(dataset=name, backbone=look.record.config, taps=(tap,))
+        job = FeatureJob(self._store, reference, look.record, request, self._config.extraction, rows=rows)
         job.ensure(progress=self._prober.progress)
         wanted = content_id_array(rows["content_id"])
         reference_ND, found_N = gather_features(FeatureCache(self._store), job.set_id(tap), wanted)
         features = self._prober.features(self._prober.set_id(look, tap))
-        return domain_distance(features.train_ND, reference_ND[found_N], reference=reference, tap=tap)
+        return domain_distance(features.train_ND, reference_ND[found_N], reference=name, tap=tap)
 
     def images_per_class(self) -> float:
         """The images of the median class that a training has to learn from: those of weight 0 teach nothing."""

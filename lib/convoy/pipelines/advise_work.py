@@ -43,7 +43,10 @@ _LEAST_TIMED = 300
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AdviceWork:
-    """One advice in its run folder; `check` raises where another driver has taken the run."""
+    """One advice in its run folder; `check` raises where another driver has taken the run.
+
+    `reference` is the version of the config's reference, None without one.
+    """
 
     store: ObjectStore
     manifest: Manifest
@@ -53,6 +56,7 @@ class AdviceWork:
     draw_curves: CurveDrawer
     check: Callable[[], None]
     new_run: bool
+    reference: Manifest | None = None
 
     def advise(self, records: Sequence[BackboneRecord]) -> AdviceReport:
         """The whole advice by the backbones of the candidates."""
@@ -120,7 +124,9 @@ class AdviceWork:
             top_top1=top.top1,
             untrained_top1=gathered.untrained.probes.best.top1,
             knn_top1=top.knn_top1,
-            domain_distance=gatherer.domain_distance(look),
+            domain_distance=None
+            if self.reference is None
+            else gatherer.domain_distance(look, self.reference),
             probes=[look.probes for look in gathered.looks],
             untrained=gathered.untrained.probes,
         )

@@ -9,6 +9,7 @@ import pytest
 
 from cache_jobs import write_digits
 from convoy.core.config import load_config
+from convoy.core.errors import DataError
 from convoy.core.fingerprints import canonical_json, digest
 from convoy.core.progress import Silent
 from convoy.core.records import Split
@@ -22,6 +23,7 @@ from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.classifiers import Strategy
 from convoy.pipelines.feature_summary import FeatureSummary
 from convoy.storage.commits import finish
+from convoy.storage.datasets import freeze_dataset
 from convoy.storage.local_store import LocalStore
 from convoy.storage.runs import RunFolder
 from made_advice import made_advice, made_probes
@@ -41,7 +43,7 @@ def test_advice_that_is_known_is_judged_by_the_error_budget_of_now(
     configs = [
         load_config(AdviseConfig, None, [*base, f"error_budget={{rows: {rows}, rate: 0}}"]) for rows in (0, 1)
     ]
-    store, identity = LocalStore(str(tmp_path)), advise._identity(manifest, configs[0], [record])
+    store, identity = LocalStore(str(tmp_path)), advise._identity(manifest, configs[0], [record], None)
     finish(RunFolder(store, "r"), made_advice().model_dump(mode="json"))
     store.put(f"advice/{digest(identity)}.json", canonical_json({"run_id": "r"}))
     given = [advise.run_advise(one, progress=Silent(), draw_curves=lambda *_: b"") for one in configs]
@@ -94,6 +96,45 @@ def test_advice_on_a_source_says_what_of_it_was_left_out_each_time_it_is_asked_f
         assert [note for note in report.notes if "beside.jpg" in note] == [
             "files outside the class folders were left out: 1 (beside.jpg)"
         ]
+
+
+def with_reference(folder: Path, name: str) -> AdviseConfig:
+    """Advice on ten digits, by whose side another dataset stands for the pretraining domain."""
+    write_digits(folder / "images", 10)
+    base = ["name=digits", f"source={folder}/images", "candidates=[{backbone: {arch: lenet5}}]"]
+    return load_config(AdviseConfig, None, [*base, f"workspace={folder}/W", f"reference={name}"])
+
+
+def test_advice_beside_a_reference_that_was_refreshed_is_given_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        advise, "fetch_backbone", lambda *_: BackboneRecord.model_construct(weights_digest="a" * 32)
+    )
+    config, store = with_reference(tmp_path, "photos"), LocalStore(str(tmp_path / "W"))
+    looked_at: list[AdviceWork] = []
+
+    def look(work: AdviceWork, _: list[BackboneRecord]) -> AdviceReport:
+        looked_at.append(work)
+        return made_advice()
+
+    monkeypatch.setattr(AdviceWork, "advise", look)
+    for start, num_images in ((0, 8), (8, 0), (8, 1)):
+        write_digits(tmp_path / "photos", num_images, start=start)
+        freeze_dataset(store, "photos", str(tmp_path / "photos"))
+        advise.run_advise(config, progress=Silent(), draw_curves=lambda *_: b"")
+    assert [work.reference and work.reference.num_samples for work in looked_at] == [8, 9]
+
+
+def test_a_reference_that_is_not_there_is_refused_before_any_backbone_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetch(*_: object) -> BackboneRecord:
+        raise AssertionError
+
+    monkeypatch.setattr(advise, "fetch_backbone", fetch)
+    with pytest.raises(DataError, match="fotos"):
+        advise.run_advise(with_reference(tmp_path, "fotos"), progress=Silent(), draw_curves=lambda *_: b"")
 
 
 @pytest.mark.parametrize(("timed_images", "is_rough"), [(299, True), (300, False)])
