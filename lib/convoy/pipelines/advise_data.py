@@ -13,9 +13,11 @@ from convoy.core.records import SampleRejected, Split
 from convoy.pipelines.advise_config import AdviseConfig
 from convoy.pipelines.advise_probes import Look, Prober
 from convoy.pipelines.advise_rows import missing_classes
+from convoy.pipelines.feature_source import count_rejects
 from convoy.pipelines.near_duplicates import NearDuplicateReport
 from convoy.pipelines.stratified_sample import stratified_rows
 from convoy.storage.duplicates import DuplicateReport, find_duplicates
+from convoy.storage.feature_cache import FeatureCache
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.samples import SampleReader
@@ -82,7 +84,9 @@ def data_facts(
         resolution=measure_resolution(sample, decode),
         looked_at=summary.samples,
         rejects=summary.rejects,
-        reject_codes=summary.reject_codes if summary.rejects else {},
+        reject_codes=count_rejects(FeatureCache(store), summary.sets.values(), prober.rows.all)
+        if summary.rejects
+        else {},
         duplicates=find_duplicates(store, manifest, next(iter(summary.sets.values()))),
         near_duplicates=prober.near_duplicates(look),
         unjudged_classes=missing_classes(prober.rows.judged, manifest.classes),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ import pyarrow as pa
 import torch
 
 from convoy.core.errors import DataError
+from convoy.core.records import RejectCode
 from convoy.storage.feature_cache import FeatureCache, content_id_array
 from convoy.storage.feature_reading import FeatureChunk, iter_wanted
 from convoy.vision.distillation import Teacher
@@ -129,3 +131,12 @@ def gather_features(
         features_ND[chunk.rows_B] = chunk.features_BD
         found_N[chunk.rows_B] = True
     return features_ND, found_N
+
+
+def count_rejects(cache: FeatureCache, set_ids: Collection[str], rows: pa.Table) -> dict[str, int]:
+    """Why some rows have no features in one of the sets, whichever job found that out: how many for each code."""
+    content_ids = rows["content_id"].combine_chunks()
+    found_N = np.logical_and.reduce([cache.known_content(one).has_rows(content_ids) for one in set_ids])
+    lost = content_ids.filter(pa.array(~found_N)).to_pylist()
+    codes = {content: code for one in set_ids for content, code in cache.reject_codes(one, lost).items()}
+    return dict(Counter(codes.get(content_id, RejectCode.UNREADABLE.value) for content_id in lost))

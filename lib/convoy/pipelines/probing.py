@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,11 +10,11 @@ from pydantic import Field
 
 from convoy.core.config import StrictModel
 from convoy.core.progress import Progress
-from convoy.core.records import RejectCode, Split
+from convoy.core.records import Split
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.distillation import TaughtRows
 from convoy.pipelines.feature_plan import FeatureRequest
-from convoy.pipelines.feature_source import LabelledRows, open_features
+from convoy.pipelines.feature_source import LabelledRows, count_rejects, open_features
 from convoy.pipelines.features import FeatureJob
 from convoy.pipelines.pixel_statistics import resolve_augmentation
 from convoy.pipelines.train_config import TrainConfig
@@ -114,7 +113,7 @@ def fit_probe(
     fitted = fit_head(config.head, train, val, num_classes=len(manifest.classes))
     told = _summarise(store, fitted, summary.run)
     is_whole = train.num_rows == len(train_sets) * taught.rows.num_rows
-    reject_codes = {} if is_whole else _reject_codes(cache, train_sets[0], taught.rows)
+    reject_codes = {} if is_whole else count_rejects(cache, train_sets[:1], taught.rows)
     return Probe(fitted=fitted, summary=told.model_copy(update={"reject_codes": reject_codes}))
 
 
@@ -166,14 +165,6 @@ def _summarise(store: ObjectStore, fitted: FittedHead, cache_run: str | None) ->
         converged=fitted.converged,
         trials=_trials(fitted),
     )
-
-
-def _reject_codes(cache: FeatureCache, set_id: str, rows: pa.Table) -> dict[str, int]:
-    """Why some rows have no features."""
-    content_ids = rows["content_id"].combine_chunks()
-    lost = content_ids.filter(pa.array(~cache.known_content(set_id).has_rows(content_ids))).to_pylist()
-    codes = cache.reject_codes(set_id, lost)
-    return dict(Counter(codes.get(content_id, RejectCode.UNREADABLE.value) for content_id in lost))
 
 
 def _seconds_an_image(store: ObjectStore, cache_run: str | None) -> float | None:

@@ -15,6 +15,7 @@ from convoy.core.records import Split
 from convoy.pipelines.feature_source import (
     LabelledRows,
     StreamedFeatures,
+    count_rejects,
     gather_features,
     open_features,
 )
@@ -251,3 +252,25 @@ def test_samples_without_any_feature_are_refused(store: LocalStore, limit_bytes:
     rows = labelled(store, samples_of(NAMES))
     with pytest.raises(DataError, match="no row of these samples"):
         opened(store, rows, limit_bytes)
+
+
+def test_images_without_features_are_counted_by_the_code_of_their_reject(store: LocalStore) -> None:
+    commit_names(store, ["a", "b", "c", "d"], rejected=["b", "d"])
+    cache = FeatureCache(store)
+    # Nobody asks for d, and the cache has never seen e.
+    assert count_rejects(cache, [SET_ID], made_manifest(["a", "b", "c"])) == {"corrupt": 1}
+    assert count_rejects(cache, [SET_ID], made_manifest(["a", "b", "e"])) == {"corrupt": 1, "unreadable": 1}
+    assert count_rejects(cache, [SET_ID], made_manifest(["a", "c"])) == {}
+
+
+def test_an_image_that_one_set_lacks_is_a_reject(store: LocalStore) -> None:
+    commit_names(store, ["a", "b", "c"], rejected=["b"])
+    commit_rows(store, OTHER_VIEW, [content_id("a"), content_id("b")], np.ones((2, 4), np.float32))
+    rows = made_manifest(["a", "b", "c"])
+    assert count_rejects(FeatureCache(store), [SET_ID, OTHER_VIEW], rows) == {"corrupt": 1, "unreadable": 1}
+
+
+def test_an_image_that_was_read_at_last_is_no_reject(store: LocalStore) -> None:
+    commit_names(store, ["a", "b", "c"], rejected=["b"])
+    commit_names(store, ["b"], run_id="r2")
+    assert count_rejects(FeatureCache(store), [SET_ID], made_manifest(["a", "b", "c"])) == {}

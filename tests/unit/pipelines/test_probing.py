@@ -1,4 +1,4 @@
-"""What the report of a head says of its fit, and of the images that it could not use."""
+"""What the report of a head says of its fit."""
 
 from __future__ import annotations
 
@@ -15,17 +15,13 @@ from convoy.core.records import Split
 from convoy.pipelines import probing
 from convoy.pipelines.distillation import TaughtRows
 from convoy.pipelines.models import fetch_backbone
-from convoy.pipelines.probing import _reject_codes, _summarise, fit_probe
+from convoy.pipelines.probing import _summarise, fit_probe
 from convoy.pipelines.train_config import TrainConfig
 from convoy.pipelines.training_rows import Fold, RowLimit, read_split
-from convoy.storage.commits import publish, read_records
-from convoy.storage.feature_cache import FeatureCache
 from convoy.storage.local_store import LocalStore
-from convoy.storage.runs import RunFolder
 from convoy.vision.head_fitting import FittedHead, HeadTrial
 from convoy.vision.heads import Head, HeadKind, HeadSpec
 from made_advice_rows import frozen_rows
-from made_runs import SET_ID, finish_slice, made_manifest, new_run
 
 
 class Asked(Exception):
@@ -75,16 +71,3 @@ def test_epochs_of_an_mlp_are_passes_once(
         for number, value in enumerate(values_of_c, start=1)
     ]
     assert _summarise(LocalStore(str(tmp_path)), fitted(trials), None).num_passes == num_passes
-
-
-def test_training_images_without_features_are_rejects_by_code(tmp_path: Path) -> None:
-    store = LocalStore(str(tmp_path))
-    names = ["a", "b", "c", "d"]
-    record = new_run(store, names, slice_rows=len(names))
-    finish_slice(store, record, "0-000000", rejected=["b", "d"])
-    publish(RunFolder(store, record.run_id), record, read_records(RunFolder(store, record.run_id)))
-    cache = FeatureCache(store)
-    # Row d is no training image, and the cache has never seen e.
-    assert _reject_codes(cache, SET_ID, made_manifest(["a", "b", "c"])) == {"corrupt": 1}
-    assert _reject_codes(cache, SET_ID, made_manifest(["a", "b", "e"])) == {"corrupt": 1, "unreadable": 1}
-    assert _reject_codes(cache, SET_ID, made_manifest(["a", "c"])) == {}

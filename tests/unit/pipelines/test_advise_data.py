@@ -1,0 +1,47 @@
+"""The facts of a dataset are of all that was looked at, whichever job looked at it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from convoy.core.config import load_config
+from convoy.core.progress import Silent
+from convoy.core.records import Split
+from convoy.pipelines.advise_config import AdviseConfig
+from convoy.pipelines.advise_data import data_facts
+from convoy.pipelines.advise_probes import Look, Prober
+from convoy.pipelines.backbone_record import BackboneRecord
+from convoy.pipelines.feature_summary import FeatureSummary
+from convoy.storage.commits import publish, read_records
+from convoy.storage.local_store import LocalStore
+from convoy.storage.runs import RunFolder
+from made_advice import made_near_duplicates, made_probes
+from made_advice_rows import frozen_rows
+from made_runs import SET_ID, finish_slice, new_run
+
+CONFIG = load_config(AdviseConfig, None, ["candidates=[{backbone: {arch: resnet18}}]", "dataset=parts"])
+
+
+def test_images_that_another_job_could_not_read_are_named_by_their_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = frozen_rows(tmp_path, {Split.TRAIN: (10, 10), Split.VAL: (30, 30)}, ("good", "defect"))
+    store = LocalStore(str(tmp_path))
+    names = manifest.read_table(["sample_id"])["sample_id"].to_pylist()
+    record = new_run(store, names, slice_rows=len(names))
+    finish_slice(store, record, "0-000000", rejected=names[:3])
+    publish(RunFolder(store, record.run_id), record, read_records(RunFolder(store, record.run_id)))
+    monkeypatch.setattr(Prober, "near_duplicates", lambda *_: made_near_duplicates())
+    # All was cached, so this job itself met no reject.
+    summary = FeatureSummary.model_construct(
+        samples=80, rows=77, rejects=3, reject_codes={}, sets={"pooled/0": SET_ID}
+    )
+    look = Look(
+        BackboneRecord.model_construct(), summary, made_probes("resnet20", 0.0), np.ones(0, np.bool_), None
+    )
+    facts = data_facts(store, manifest, CONFIG, Prober(store, manifest, CONFIG, Silent()), look)
+    assert facts.reject_codes == {"corrupt": 3}
+    assert "3 of 80 images cannot be used: {'corrupt': 3}" in facts.warnings
