@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from pathlib import PurePosixPath
+from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +14,7 @@ from convoy.core.config import StrictModel
 from convoy.core.errors import ConvoyError
 from convoy.core.randomness import unit_interval
 from convoy.core.records import Split
+from convoy.pipelines.report_file_kinds import file_kinds
 from convoy.pipelines.report_images import ShownImage, show_images
 from convoy.pipelines.report_runs import newest_first
 from convoy.storage.documents import read_json
@@ -148,7 +147,7 @@ def _sizes(manifest: Manifest) -> dict[str, Any]:
     for batch in manifest.iter_batches(["sample_id", "uri", "size_bytes"]):
         sizes_N = batch["size_bytes"].drop_null().to_numpy(zero_copy_only=False)
         unknown += batch.num_rows - len(sizes_N)
-        suffixes.update(_suffixes(batch))
+        suffixes.update(file_kinds(batch))
         if len(sizes_N):
             bins.update(np.floor(np.log2(np.maximum(sizes_N, 1))).astype(int).tolist())
             total += int(sizes_N.sum())
@@ -165,13 +164,6 @@ def _sizes(manifest: Manifest) -> dict[str, Any]:
         "unknown_sizes": unknown,
         "suffixes": dict(suffixes.most_common(_MAX_SUFFIXES)),
     }
-
-
-def _suffixes(batch: pa.RecordBatch) -> Iterator[str]:
-    """The kind of file that each sample's name, or else its container's, claims."""
-    for sample_id, uri in zip(batch["sample_id"].to_pylist(), batch["uri"].to_pylist(), strict=True):
-        suffix = PurePosixPath(sample_id).suffix or PurePosixPath(urlsplit(uri).path).suffix
-        yield suffix.lower()[:12] or "none"
 
 
 def _duplicates(store: ObjectStore, name: str, manifest: Manifest) -> FoundDuplicates | None:

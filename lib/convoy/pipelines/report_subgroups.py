@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import PurePosixPath
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +11,7 @@ import pyarrow.compute as pc
 from convoy.core.config import StrictModel
 from convoy.core.errors import ConvoyError
 from convoy.core.statistics import Interval, wilson_interval
+from convoy.pipelines.report_file_kinds import file_kinds
 from convoy.storage.commits import RunManifest, SliceRecord
 from convoy.storage.predictions import PREDICTIONS
 from convoy.storage.runs import RunFolder
@@ -69,7 +69,7 @@ def _count(
     known = pc.is_valid(places)
     table, found = table.filter(known), inputs.take(places.filter(known))
     right_N = pc.equal(table["label"], table["pred"]).to_numpy()
-    for keys in (_splits(found), _sizes(found), _suffixes(found)):
+    for keys in (_splits(found), _sizes(found), _kinds(found)):
         rows.update(keys)
         right.update(key for key, is_right in zip(keys, right_N.tolist(), strict=True) if is_right)
 
@@ -89,8 +89,5 @@ def _sizes(found: pa.Table) -> list[tuple[str, int, str]]:
     ]
 
 
-def _suffixes(found: pa.Table) -> list[tuple[str, int, str]]:
-    return [
-        ("kind of file", 0, PurePosixPath(sample_id).suffix.lower()[:12] or "none")
-        for sample_id in found["sample_id"].to_pylist()
-    ]
+def _kinds(found: pa.Table) -> list[tuple[str, int, str]]:
+    return [("kind of file", 0, kind) for kind in file_kinds(found)]
