@@ -25,7 +25,6 @@ from convoy.pipelines.training_rows import has_labels
 from convoy.storage.feature_cache import FeatureCache, content_id_array
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
-from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.heads import HeadKind
 
 # A law of three numbers goes through as many points.
@@ -105,13 +104,9 @@ class Gatherer:
     def _untrained(
         self, candidate: CandidateBackbone, best: Look
     ) -> tuple[CandidateBackbone, BackboneRecord]:
-        """The same architecture with random weights, at the same taps and with the same preset."""
-        backbone = BackboneConfig(
-            arch=candidate.backbone.arch,
-            weights="random",
-            seed=candidate.backbone.seed,
-            preset=best.record.preset,
-        )
+        """The same network with random weights, at the same taps and with the same preset."""
+        untrained = {"weights": "random", "weights_digest": None, "preset": best.record.preset}
+        backbone = candidate.backbone.model_copy(update=untrained)
         taps = tuple(tap.tap for tap in best.probes.taps)
         return CandidateBackbone(backbone=backbone, taps=taps), fetch_backbone(self._store, backbone)
 
