@@ -23,7 +23,7 @@ def own_classifier(
     Raises ConfigError where the candidate's `classes` or `class_map` were given and leave one of them out.
     """
     is_named = candidate.classes is not None or candidate.class_map is not None
-    if not is_named and record.classes is None:
+    if not is_named and not record.classes:
         return None
     classifier = as_is(record, candidate.classes, extraction, class_map=candidate.class_map)
     missing = sorted(set(classes) - set(classifier.classes))

@@ -109,7 +109,7 @@ def as_is(
     No parameter is changed. Raises ConfigError for classes that are not those of the network, or not told apart.
     """
     names = classes or backbone.classes
-    if names is None:
+    if not names:
         raise ConfigError(
             f"the weights of {backbone.arch} do not say what their classes are",
             next_step="list them under `classes`, in the order of the network's outputs",

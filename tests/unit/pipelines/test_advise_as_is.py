@@ -38,6 +38,8 @@ def own(record: BackboneRecord, wanted: tuple[str, ...], **settings: Any) -> Cla
 
 def test_weights_that_do_not_say_their_classes_are_no_classifier(record: BackboneRecord) -> None:
     assert own(record, NAMES) is None
+    # As torchvision has it of weights that are meant for features.
+    assert own(record.model_copy(update={"classes": ()}), NAMES) is None
 
 
 def test_weights_that_say_other_classes_are_none_either(record: BackboneRecord) -> None:
