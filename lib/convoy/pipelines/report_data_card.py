@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from convoy.core.config import StrictModel
 from convoy.core.errors import ConvoyError
-from convoy.core.randomness import unit_interval
 from convoy.core.records import Split
 from convoy.pipelines.report_file_kinds import file_kinds
 from convoy.pipelines.report_images import ShownImage, show_images
 from convoy.pipelines.report_runs import newest_first
+from convoy.pipelines.stratified_sample import stratified_rows
 from convoy.storage.documents import read_json
 from convoy.storage.duplicates import find_duplicates
-from convoy.storage.manifests import MANIFEST_SCHEMA, Manifest
+from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import RunFolder
 
@@ -228,26 +226,5 @@ def _examples(manifest: Manifest) -> list[LabelledImage]:
 
 def choose_examples(manifest: Manifest, num_rows: int) -> pa.Table:
     """Rows of all splits, one of each class before a second of any, sorted by class."""
-    best: dict[int | None, list[tuple[float, pa.Table]]] = {}
-    for batch in manifest.iter_batches():
-        table = pa.Table.from_batches([batch]).cast(MANIFEST_SCHEMA)
-        for label in pc.unique(table["label"]).to_pylist()[: 4 * num_rows]:
-            mask = pc.is_null(table["label"]) if label is None else pc.equal(table["label"], label)
-            places = np.flatnonzero(mask.fill_null(False).to_numpy())
-            ids = table["sample_id"].take(pa.array(places)).to_pylist()
-            ranked = sorted(
-                (unit_interval(0, "data card", one), place) for one, place in zip(ids, places, strict=True)
-            )
-            # Not a slice, which would keep the whole batch in memory.
-            kept = [(value, table.take(pa.array([place]))) for value, place in ranked[:num_rows]]
-            best[label] = sorted([*best.get(label, []), *kept], key=lambda item: item[0])[:num_rows]
-    return _in_turns(best, num_rows)
-
-
-def _in_turns(best: Mapping[int | None, list[tuple[float, pa.Table]]], num_rows: int) -> pa.Table:
-    turns = [
-        (turn, value, label, row) for label, rows in best.items() for turn, (value, row) in enumerate(rows)
-    ]
-    turns.sort(key=lambda item: item[:2])
-    chosen = sorted(turns[:num_rows], key=lambda item: (item[2] is None, item[2] or 0, item[1]))
-    return pa.concat_tables([MANIFEST_SCHEMA.empty_table(), *(row for *_, row in chosen)])
+    rows = stratified_rows(manifest, num_rows, splits=tuple(Split), purpose="data card")
+    return rows.sort_by("label")

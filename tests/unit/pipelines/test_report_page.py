@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from convoy.core.errors import ConfigError, DataError
@@ -20,6 +22,7 @@ from convoy.report.page import draw_page
 from convoy.storage.commits import read_manifest
 from convoy.storage.datasets import open_dataset
 from convoy.storage.local_store import LocalStore
+from convoy.storage.manifests import Manifest
 from convoy.storage.predictions import read_labelled
 from convoy.storage.runs import CODE, RunFolder
 from made_advice_rows import frozen_rows
@@ -168,6 +171,24 @@ def test_examples_of_a_data_card_hold_no_other_rows(tmp_path: Path) -> None:
     examples = choose_examples(manifest, 6)
     assert examples["label"].to_pylist() == [0, 0, 0, 1, 1, 1]
     assert examples.get_total_buffer_size() < 20_000
+
+
+def test_examples_of_very_many_classes_hold_no_more_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = frozen_rows(tmp_path, {Split.TRAIN: (30,) * 1000}, tuple(str(one) for one in range(1000)))
+    rows, held_bytes = manifest.read_table(), []
+
+    def read(*_: object, **__: object) -> Iterator[pa.RecordBatch]:
+        """Batches that are slices of the table, so that what is allocated in between is what was kept of them."""
+        before = pa.total_allocated_bytes()
+        for batch in rows.combine_chunks().to_batches(max_chunksize=600):
+            yield batch
+            held_bytes.append(pa.total_allocated_bytes() - before)
+
+    monkeypatch.setattr(Manifest, "iter_batches", read)
+    assert len(set(choose_examples(manifest, 24)["label"].to_pylist())) == 24
+    assert held_bytes[-1] < held_bytes[0] + 500_000
 
 
 @pytest.mark.parametrize(
