@@ -25,6 +25,8 @@ from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.committee_options import GateOptions
 
 ENSEMBLE_FORMAT_VERSION = 1
+# Weights that were scaled to sum 1 do so but for this much.
+_ROUNDING = 1e-9
 
 
 class MemberConfig(StrictModel):
@@ -123,7 +125,9 @@ def committee_of(
     scores are no probabilities where such are averaged.
     """
     total = sum(member.weight for member in members)
-    scaled = tuple(replace(member, weight=member.weight / total) for member in members)
+    # Scaled again, weights that were stored would differ in their last bits, and be another committee.
+    divisor = 1.0 if abs(total - 1) < _ROUNDING else total
+    scaled = tuple(replace(member, weight=member.weight / divisor) for member in members)
     first = scaled[0]
     for member in scaled[1:]:
         _require_same_classes(first, member)

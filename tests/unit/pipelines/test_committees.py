@@ -120,6 +120,20 @@ def test_an_ensemble_comes_back_as_it_was_written(store: LocalStore) -> None:
     assert open_bundle(store, str(ref)).read_json("metrics.json") == METRICS
 
 
+def test_weights_that_do_not_sum_to_one_to_the_last_bit_come_back_as_they_were_written(
+    store: LocalStore,
+) -> None:
+    """Another digest would be another committee, whose test rows would be predicted again."""
+    names = [str(write_classifier(store, f"m{seed}", made_classifier(store, seed))) for seed in range(3)]
+    config = EnsembleConfig.model_validate(
+        {"members": [{"bundle": name, "weight": count} for name, count in zip(names, (1, 4, 1), strict=True)]}
+    )
+    committee = configured_committee(store, config, FP32)
+    assert sum(one.weight for one in committee.members) != 1.0
+    write_ensemble(store, "three", committee, metrics=METRICS, card="# three\n")
+    assert open_committee(store, "three").digest == committee.digest
+
+
 def test_other_crops_leave_the_gate_behind(store: LocalStore) -> None:
     _, committee = written_ensemble(store)
     assert committee.with_plan(CropPlan(policy=CropPolicy.FLIP)).gate is not None
