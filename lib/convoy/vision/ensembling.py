@@ -23,6 +23,8 @@ from convoy.core.errors import DataError
 _LOG_TEMPERATURES = (-3.0, 3.0)
 # Weights below this are those of members that do not help.
 _LEAST_WEIGHT = 1e-3
+# How far above the least NLL weights may stay, in nats, unless they need more steps than so many.
+_NLL_TOLERANCE, _MAX_STEPS = 1e-6, 10_000
 # Smaller bags may hold nothing but bad members, which would get their weight then.
 _SMALLEST_BAG = 6
 
@@ -146,16 +148,14 @@ def uniform_top_k(
 
 def least_nll_weights(values_MNK: Floats, labels_N: NDArray[Any], averaging: Averaging) -> Floats:
     """The weights_M >= 0 of sum 1 with the least NLL: convex for both averaging rules, so a local search finds it."""
-    num_members, rows_N = len(values_MNK), np.arange(len(labels_N))
-    own_MN = values_MNK[:, rows_N, labels_N]
+    own_MN = values_MNK[:, np.arange(len(labels_N)), labels_N]
+    if averaging is Averaging.PROBABILITIES:
+        return _trimmed(_mixture_weights(own_MN))
+    num_members = len(values_MNK)
 
     def loss_and_gradient(weights_M: Floats) -> tuple[float, Floats]:
         joint_NK = np.tensordot(weights_M, values_MNK, axes=1)
-        if averaging is Averaging.PROBABILITIES:
-            likelihood_N = np.maximum(joint_NK[rows_N, labels_N], _TINY)
-            return float(-np.log(likelihood_N).mean()), np.asarray(-(own_MN / likelihood_N).mean(axis=1))
-        probabilities_NK = softmax(joint_NK, axis=1)
-        expected_MN = np.einsum("mnk,nk->mn", values_MNK, probabilities_NK)
+        expected_MN = np.einsum("mnk,nk->mn", values_MNK, softmax(joint_NK, axis=1))
         return mean_nll(joint_NK, labels_N), np.asarray((expected_MN - own_MN).mean(axis=1))
 
     found = minimize(
@@ -200,6 +200,25 @@ def error_overlap(values_MNK: Floats, labels_N: NDArray[Any]) -> Floats:
     either_MM = (wrong_MN[:, None] | wrong_MN[None]).sum(axis=2)
     overlap_MM: Floats = np.where(either_MM > 0, both_MM / np.maximum(either_MM, 1), 1.0)
     return overlap_MM
+
+
+def _mixture_weights(own_MN: Floats) -> Floats:
+    """The weights_M of the mixture that makes the labels likeliest, by members' probabilities of them.
+
+    Expectation maximisation (Dempster et al. 1977): no step raises the NLL, however sure members are. As the logarithm
+    is concave, the NLL is above the least by no more than the largest gain is above 1.
+    """
+    # What members have in common in a row moves no weight; without it no likelihood is too small to divide by.
+    relative_MN = np.maximum(own_MN, _TINY)
+    relative_MN /= relative_MN.max(axis=0)
+    num_members, num_rows = own_MN.shape
+    weights_M = np.full(num_members, 1 / num_members)
+    for _ in range(_MAX_STEPS):
+        gains_M = relative_MN @ (1 / (weights_M @ relative_MN)) / num_rows
+        weights_M = weights_M * gains_M
+        if gains_M.max() < 1 + _NLL_TOLERANCE:
+            break
+    return np.asarray(weights_M)
 
 
 def _one_bag(

@@ -128,6 +128,22 @@ def test_no_other_weights_have_a_smaller_nll(labels_N: NDArray[np.int64], averag
         assert mean_nll(joint_logits(values_MNK, weights_M, averaging), labels_N) >= least - 1e-4
 
 
+@pytest.mark.parametrize("sureness", [40.0, 1000.0])
+def test_the_least_nll_of_members_that_are_too_sure_is_found(
+    labels_N: NDArray[np.int64], sureness: float
+) -> None:
+    """The most that other weights could lower the NLL: it is convex, and this is its slope to each member alone."""
+    rng = np.random.default_rng(0)
+    logits_MNK = rng.normal(0, 1, (5, NUM_ROWS, NUM_CLASSES))
+    logits_MNK += np.linspace(0.3, 2.5, 5)[:, None, None] * np.eye(NUM_CLASSES)[labels_N]
+    values_MNK = member_values(
+        sureness * logits_MNK[:, None], [0], Averaging.PROBABILITIES, [1.0] * len(logits_MNK)
+    )
+    own_MN = np.maximum(values_MNK[:, np.arange(NUM_ROWS), labels_N], np.finfo(np.float64).tiny)
+    weights_M = least_nll_weights(values_MNK, labels_N, Averaging.PROBABILITIES)
+    assert (own_MN / (weights_M @ own_MN)).mean(axis=1).max() - 1 < 1e-3
+
+
 def test_equal_seeds_give_equal_weights_and_bags_differ(labels_N: NDArray[np.int64]) -> None:
     values_MNK = values(library(labels_N, *np.linspace(1.0, 1.5, 12)), Averaging.PROBABILITIES)
     first = greedy_selection(values_MNK, labels_N, Averaging.PROBABILITIES, seed=1)
