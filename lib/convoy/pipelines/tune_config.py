@@ -114,8 +114,13 @@ class TuneConfig(StrictModel):
                 where="budget",
                 next_step="give budget.trials, budget.hours, or budget.cost_usd with price_per_hour",
             )
-        for _ in self.examples():
-            pass
+        for training in self.examples():
+            if self.folds is not None and training.rows.fold is not None:
+                raise ConfigError(
+                    "a trial with folds leaves out each of them in turn, and rows.fold names one",
+                    where="rows.fold",
+                    next_step="leave out rows.fold in `base` and `space`, or folds",
+                )
         return self
 
     @property

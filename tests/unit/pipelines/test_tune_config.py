@@ -22,6 +22,7 @@ from convoy.vision.weights import state_to_safetensors
 from made_bundles import made_classifier, write_classifier
 
 LENET = {"arch": "lenet5", "weights": "random", "preset": {"resize_px": 32, "crop_px": 32}}
+FOLD = {"index": 0, "count": 3}
 CONFIG: dict[str, Any] = {
     "name": "search",
     "dataset": "digits",
@@ -95,6 +96,8 @@ def test_overrides_reach_into_base_and_space(tmp_path: Path) -> None:
         ({"search": "optunna"}, "'random' or 'optuna'"),
         ({"crops": "five", "ensemble": {"crops": ["ten"]}}, "keep no views of ten: they hold center, five"),
         ({"crops": "multiscale", "ensemble": {"gate": 0.99}}, "a gate begins at the centre crop"),
+        ({"folds": 3, "base": {**CONFIG["base"], "rows": {"fold": FOLD}}}, "leaves out each of them in turn"),
+        ({"folds": 3, "space": {"rows.fold": {"choice": [None, FOLD]}}}, "leaves out each of them in turn"),
         ({"name": "No Name"}, "a model's name"),
         ({"budgett": {}}, "did you mean 'budget'"),
     ],
