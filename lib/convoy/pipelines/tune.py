@@ -32,7 +32,14 @@ from convoy.pipelines.trial_journal import TrialCost, TrialJournal, TrialRecord,
 from convoy.pipelines.trial_trainings import give_up_trainings
 from convoy.pipelines.trials import TrialJob, run_trial
 from convoy.pipelines.tune_config import SearchBudget, TuneConfig
-from convoy.pipelines.tune_plan import SearchPins, check_budget, copied_weights, fetch_networks, pin_names
+from convoy.pipelines.tune_plan import (
+    SearchPins,
+    check_budget,
+    check_crops,
+    copied_weights,
+    fetch_networks,
+    pin_names,
+)
 from convoy.pipelines.workspace import open_workspace
 from convoy.storage.bundles import peek_bundle, resolve_bundle
 from convoy.storage.commits import finish
@@ -207,6 +214,7 @@ class _Search:
         config, progress, store = self._config, self._progress, self._store
         progress.stage("planning the search")
         examples = fetch_networks(store, self._manifest, config, pins.weights)
+        check_crops(config, examples)
         options = next(config.examples()).workers
         share = plan_trials(options, None if config.max_concurrent == "auto" else config.max_concurrent)
         check_budget(config, examples, self._manifest, alive_nodes())

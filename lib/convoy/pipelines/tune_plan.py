@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pydantic import Field
 
 from convoy.core.config import StrictModel
+from convoy.core.crop_policies import CropPlan
 from convoy.core.errors import ConfigError
 from convoy.core.fingerprints import digest
 from convoy.core.records import Split
@@ -18,6 +19,7 @@ from convoy.pipelines.feature_plan import PrecisionChoice, forward_s
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.train import random_weights
 from convoy.pipelines.train_config import NETWORKS, TrainConfig
+from convoy.pipelines.trial_outcomes import kept_crops
 from convoy.pipelines.tune_config import TuneConfig
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
@@ -110,6 +112,12 @@ def copied_weights(examples: Sequence[Example]) -> dict[str, str]:
 def network_key(backbone: BackboneConfig) -> str:
     """A name of the network and its first weights, whatever images it is shown."""
     return digest(backbone.model_dump(mode="json", exclude={"preset"}))
+
+
+def check_crops(config: TuneConfig, examples: Sequence[Example]) -> None:
+    """Raise ConfigError where the ensemble is to choose among crops that some network's predictions do not keep."""
+    for example in examples:
+        config.ensemble.policies(CropPlan(policy=kept_crops(config.crops, example.network.preset)))
 
 
 def check_budget(

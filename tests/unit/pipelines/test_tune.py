@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,6 +14,7 @@ import pytest
 from cache_jobs import write_digits
 from convoy.cluster.search_plan import GivenUp
 from convoy.core.config import parse_config
+from convoy.core.crop_policies import CropPolicy
 from convoy.core.errors import ConfigError, LeaseHeld, RunMismatch, TrainingError
 from convoy.core.fingerprints import digest
 from convoy.core.progress import Silent
@@ -102,6 +103,40 @@ def test_validation_rows_without_labels_are_found_out_before_a_trial(
     assert open_dataset(store, "digits").counts[Split.VAL].num_unlabelled == 2
     with pytest.raises(ConfigError, match="labelled validation rows, and the dataset has none"):
         run_tune(config_in(store), progress=Silent(), draw=DRAW)
+
+
+RESIZED, WHOLE = (
+    {"arch": "lenet5", "weights": "random", "preset": {"resize_px": resize_px, "crop_px": 32}}
+    for resize_px in (36, None)
+)
+
+
+@pytest.mark.parametrize(
+    ("backbones", "crops", "words"),
+    [
+        ([RESIZED, WHOLE], None, "keep no views of ten: they hold center, flip"),
+        ([RESIZED, WHOLE], CropPolicy.TEN, "trials are planned"),
+        ([RESIZED], None, "trials are planned"),
+    ],
+)
+def test_crops_that_a_network_of_the_space_will_not_keep_are_refused_before_its_trial(
+    store: LocalStore,
+    monkeypatch: pytest.MonkeyPatch,
+    backbones: list[dict[str, Any]],
+    crops: CropPolicy | None,
+    words: str,
+) -> None:
+    def plan_trials(*arguments: object) -> NoReturn:
+        raise ConfigError("trials are planned")
+
+    monkeypatch.setattr(tune, "ray_session", nullcontext)
+    monkeypatch.setattr(tune, "plan_trials", plan_trials)
+    ensemble = EnsembleSettings(crops=(CropPolicy.TEN,))
+    config = config_in(store).model_copy(
+        update={"space": {"backbone": {"grid": backbones}}, "crops": crops, "ensemble": ensemble}
+    )
+    with pytest.raises(ConfigError, match=words):
+        run_tune(config, progress=Silent(), draw=DRAW)
 
 
 def test_a_trial_that_the_end_of_the_time_cut_short_keeps_its_epochs(search: _Search) -> None:
