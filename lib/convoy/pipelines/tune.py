@@ -13,7 +13,7 @@ from convoy.cluster.search_plan import GivenUp, SearchPlan
 from convoy.cluster.session import ray_session
 from convoy.cluster.tuning import plan_trials, run_search
 from convoy.core.config import StrictModel
-from convoy.core.errors import ConfigError, DataError, TrainingError
+from convoy.core.errors import ConfigError, TrainingError
 from convoy.core.fingerprints import canonical_json, digest
 from convoy.core.progress import Progress
 from convoy.core.records import Split
@@ -21,13 +21,11 @@ from convoy.core.statistics import Interval
 from convoy.core.trial_events import TrialState
 from convoy.pipelines.dataset_choice import open_as_begun
 from convoy.pipelines.ensemble_building import EnsembleReport, ReportDrawer, build_ensemble
-from convoy.pipelines.ensemble_candidates import Candidate
 from convoy.pipelines.ensemble_choice import EnsembleSettings
-from convoy.pipelines.feature_plan import forward_s
 from convoy.pipelines.network_training import CurveDrawer
 from convoy.pipelines.search_time import SearchTimer, seconds_spent
-from convoy.pipelines.train_config import PROBES, TrainConfig
 from convoy.pipelines.training_rows import has_labels
+from convoy.pipelines.trial_candidates import as_candidate, candidate_trials
 from convoy.pipelines.trial_journal import TrialCost, TrialJournal, TrialRecord, trials_parquet
 from convoy.pipelines.trial_trainings import give_up_trainings
 from convoy.pipelines.trials import TrialJob, run_trial
@@ -41,14 +39,11 @@ from convoy.pipelines.tune_plan import (
     pin_names,
 )
 from convoy.pipelines.workspace import open_workspace
-from convoy.storage.bundles import peek_bundle, resolve_bundle
 from convoy.storage.commits import finish
 from convoy.storage.leases import RunLease, WhenHeld, hold_run
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import OpenRun, RunFolder, RunRecord, finished_run, refuse_changed_identity
-from convoy.vision.decode_rule import DecodeRule
-from convoy.vision.heads import HeadKind
 
 _VERB = "tune"
 _RAY_TUNE = "ray_tune"
@@ -253,47 +248,18 @@ class _Search:
     def build_ensemble(self, records: Sequence[TrialRecord]) -> EnsembleReport:
         """The ensemble of the trials that finished."""
         extraction = next(self._config.examples()).extraction
+        trials, notes = candidate_trials(self._store, records)
+        self.notes += notes
         return build_ensemble(
             self._store,
             self._manifest,
-            self._candidates(records),
+            [as_candidate(record) for record in trials],
             self._config.ensemble,
             name=self._config.name,
             dataset=self._config.dataset,
             extraction=extraction,
             progress=self._progress,
         )
-
-    def _candidates(self, records: Sequence[TrialRecord]) -> list[Candidate]:
-        """The finished trials that can vote with the best of them; ConfigError where none gives probabilities."""
-        finished = [record for record in records if record.state is TrialState.FINISHED]
-        probable = [record for record in finished if not _gives_margins(record)]
-        if len(probable) < len(finished):
-            self.notes.append(
-                f"{len(finished) - len(probable)} trials with a linear SVM cannot be members: margins are no"
-                " probabilities"
-            )
-        if not probable:
-            raise ConfigError(
-                "every finished trial has a linear SVM for a head: its margins cannot be averaged with others",
-                where="space",
-                next_step="search among softmax or mlp heads too, and add --new-run",
-            )
-        best = max(probable, key=lambda record: record.top1 or 0.0)
-        ballots = {record.trial: self._ballot(record) for record in probable}
-        joining = [record for record in probable if ballots[record.trial] == ballots[best.trial]]
-        if len(joining) < len(probable):
-            self.notes.append(
-                f"{len(probable) - len(joining)} trials cannot be members beside the best, {best.trial}: they know"
-                " other classes, or decode images by another rule"
-            )
-        return [_candidate(record) for record in joining]
-
-    def _ballot(self, record: TrialRecord) -> tuple[frozenset[str], DecodeRule]:
-        """What members must have in common: their classes, and how they decode an image."""
-        bundle = peek_bundle(self._store, resolve_bundle(self._store, _candidate(record).bundle))
-        decode = TrainConfig.model_validate(record.config).extraction.decode
-        return frozenset(bundle.read_json("classes.json")), decode
 
     def draw(self, report: TuneReport, draw: TuneDrawers, records: Sequence[TrialRecord]) -> None:
         """Write the pictures, the page and the table of trials."""
@@ -346,25 +312,6 @@ class _Search:
         """Delete what Ray Tune wrote: pickles, which nobody shall ever read back."""
         keys = [info.key for info in self._store.list_objects(self._folder.key(f"{_RAY_TUNE}/"))]
         self._store.delete(keys)
-
-
-def _gives_margins(record: TrialRecord) -> bool:
-    config = TrainConfig.model_validate(record.config)
-    return config.strategy in PROBES and config.head.kind is HeadKind.LINEAR_SVM
-
-
-def _candidate(record: TrialRecord) -> Candidate:
-    if not record.bundles or len(record.bundles) != len(record.predictions_runs) or record.cost is None:
-        raise DataError(
-            "the record is not that of a finished trial",
-            where=f"trials/{record.trial}.json",
-            next_step="delete it, and run the same command again",
-        )
-    measured = record.cost.seconds_per_pass
-    # Without a measured rate the forecast must do.
-    seconds = forward_s(record.cost.macs) if measured is None else measured
-    (bundle, run), *others = zip(record.bundles, record.predictions_runs, strict=True)
-    return Candidate(bundle=bundle, predictions_run=run, seconds_per_pass=seconds, other_folds=tuple(others))
 
 
 def _require_validation_rows(manifest: Manifest) -> None:

@@ -28,6 +28,7 @@ from convoy.pipelines.feature_plan import PrecisionChoice
 from convoy.pipelines.network_training import open_training
 from convoy.pipelines.runs_gc import collect_garbage
 from convoy.pipelines.runs_state import Changes
+from convoy.pipelines.trial_candidates import as_candidate, candidate_trials
 from convoy.pipelines.trial_journal import TrialCost, TrialJournal, TrialRecord
 from convoy.pipelines.tune import TuneDrawers, _Search, run_tune
 from convoy.pipelines.tune_config import SearchBudget, TuneConfig
@@ -356,9 +357,8 @@ def test_trials_that_cannot_vote_with_the_best_one_are_no_candidates(search: _Se
         finished(search, 2, top1=0.8, classes=DIGITS[::-1]),
         finished(search, 3, top1=0.6, classes=DIGITS, **{"extraction.decode.version": 1}),
     ]
-    candidates = search._candidates(records)
-    assert [one.bundle for one in candidates] == [*records[0].bundles, *records[2].bundles]
-    (note,) = search.notes
+    candidates, (note,) = candidate_trials(search._store, records)
+    assert candidates == [records[0], records[2]]
     assert note.startswith(f"2 trials cannot be members beside the best, {records[2].trial}")
 
 
@@ -376,5 +376,5 @@ def test_candidates_that_were_timed_with_different_shares_of_the_cluster_are_com
     )
     document = alone.model_dump(mode="json")
     del document["cost"]["cluster_share"]
-    candidates = search._candidates([of_eight, alone, TrialRecord.model_validate(document)])
-    assert [one.seconds_per_pass for one in candidates] == [1 / 800] * 3
+    records = (of_eight, alone, TrialRecord.model_validate(document))
+    assert [as_candidate(one).seconds_per_pass for one in records] == [1 / 800] * 3

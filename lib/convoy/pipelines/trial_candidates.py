@@ -1,0 +1,74 @@
+"""Which trials of a search are candidates for its ensemble."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from convoy.core.errors import ConfigError, DataError
+from convoy.core.trial_events import TrialState
+from convoy.pipelines.ensemble_candidates import Candidate
+from convoy.pipelines.feature_plan import forward_s
+from convoy.pipelines.train_config import PROBES, TrainConfig
+from convoy.pipelines.trial_journal import TrialRecord
+from convoy.storage.bundles import peek_bundle, resolve_bundle
+from convoy.storage.object_store import ObjectStore
+from convoy.vision.decode_rule import DecodeRule
+from convoy.vision.heads import HeadKind
+
+
+def candidate_trials(
+    store: ObjectStore, records: Sequence[TrialRecord]
+) -> tuple[list[TrialRecord], list[str]]:
+    """The finished trials that can vote with the best of them, and notes on the others.
+
+    Raises ConfigError where none gives probabilities.
+    """
+    finished = [record for record in records if record.state is TrialState.FINISHED]
+    probable = [record for record in finished if not _gives_margins(record)]
+    notes = []
+    if len(probable) < len(finished):
+        notes.append(
+            f"{len(finished) - len(probable)} trials with a linear SVM cannot be members: margins are no probabilities"
+        )
+    if not probable:
+        raise ConfigError(
+            "every finished trial has a linear SVM for a head: its margins cannot be averaged with others",
+            where="space",
+            next_step="search among softmax or mlp heads too, and add --new-run",
+        )
+    best = max(probable, key=lambda record: record.top1 or 0.0)
+    ballots = {record.trial: _ballot(store, record) for record in probable}
+    joining = [record for record in probable if ballots[record.trial] == ballots[best.trial]]
+    if len(joining) < len(probable):
+        notes.append(
+            f"{len(probable) - len(joining)} trials cannot be members beside the best, {best.trial}: they know"
+            " other classes, or decode images by another rule"
+        )
+    return joining, notes
+
+
+def as_candidate(record: TrialRecord) -> Candidate:
+    """A finished trial as its ensemble takes it; DataError for the record of another."""
+    if not record.bundles or len(record.bundles) != len(record.predictions_runs) or record.cost is None:
+        raise DataError(
+            "the record is not that of a finished trial",
+            where=f"trials/{record.trial}.json",
+            next_step="delete it, and run the same command again",
+        )
+    measured = record.cost.seconds_per_pass
+    # Without a measured rate the forecast must do.
+    seconds = forward_s(record.cost.macs) if measured is None else measured
+    (bundle, run), *others = zip(record.bundles, record.predictions_runs, strict=True)
+    return Candidate(bundle=bundle, predictions_run=run, seconds_per_pass=seconds, other_folds=tuple(others))
+
+
+def _gives_margins(record: TrialRecord) -> bool:
+    config = TrainConfig.model_validate(record.config)
+    return config.strategy in PROBES and config.head.kind is HeadKind.LINEAR_SVM
+
+
+def _ballot(store: ObjectStore, record: TrialRecord) -> tuple[frozenset[str], DecodeRule]:
+    """What members must have in common: their classes, and how they decode an image."""
+    bundle = peek_bundle(store, resolve_bundle(store, as_candidate(record).bundle))
+    decode = TrainConfig.model_validate(record.config).extraction.decode
+    return frozenset(bundle.read_json("classes.json")), decode
