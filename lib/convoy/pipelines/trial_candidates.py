@@ -19,7 +19,7 @@ from convoy.vision.heads import HeadKind
 def candidate_trials(
     store: ObjectStore, records: Sequence[TrialRecord]
 ) -> tuple[list[TrialRecord], list[str]]:
-    """The finished trials that can vote with the best of them, and notes on the others.
+    """The finished trials that can vote with the best of them, the first of each model, and notes on the others.
 
     Raises ConfigError where none gives probabilities.
     """
@@ -36,12 +36,18 @@ def candidate_trials(
             where="space",
             next_step="search among softmax or mlp heads too, and add --new-run",
         )
-    best = max(probable, key=lambda record: record.top1 or 0.0)
-    ballots = {record.trial: _ballot(store, record) for record in probable}
-    joining = [record for record in probable if ballots[record.trial] == ballots[best.trial]]
-    if len(joining) < len(probable):
+    first_of: dict[tuple[str, ...], TrialRecord] = {}
+    for record in probable:
+        first = first_of.setdefault(_model(store, record), record)
+        if first is not record:
+            notes.append(f"trial {record.trial} is the same model as {first.trial}")
+    models = list(first_of.values())
+    best = max(models, key=lambda record: record.top1 or 0.0)
+    ballots = {record.trial: _ballot(store, record) for record in models}
+    joining = [record for record in models if ballots[record.trial] == ballots[best.trial]]
+    if len(joining) < len(models):
         notes.append(
-            f"{len(probable) - len(joining)} trials cannot be members beside the best, {best.trial}: they know"
+            f"{len(models) - len(joining)} trials cannot be members beside the best, {best.trial}: they know"
             " other classes, or decode images by another rule"
         )
     return joining, notes
@@ -65,6 +71,11 @@ def as_candidate(record: TrialRecord) -> Candidate:
 def _gives_margins(record: TrialRecord) -> bool:
     config = TrainConfig.model_validate(record.config)
     return config.strategy in PROBES and config.head.kind is HeadKind.LINEAR_SVM
+
+
+def _model(store: ObjectStore, record: TrialRecord) -> tuple[str, ...]:
+    """The digests of its bundles. Trials that differ in what their strategy does not use have the same."""
+    return tuple(resolve_bundle(store, bundle).digest for bundle, _ in as_candidate(record).parts)
 
 
 def _ballot(store: ObjectStore, record: TrialRecord) -> tuple[frozenset[str], DecodeRule]:

@@ -378,3 +378,22 @@ def test_candidates_that_were_timed_with_different_shares_of_the_cluster_are_com
     del document["cost"]["cluster_share"]
     records = (of_eight, alone, TrialRecord.model_validate(document))
     assert [as_candidate(one).seconds_per_pass for one in records] == [1 / 800] * 3
+
+
+def test_trials_that_came_to_the_same_model_are_one_candidate(search: _Search) -> None:
+    """As two probes do that differ in a freeze depth. Models of folds are the same if all of them are."""
+    records = [finished(search, index, top1=0.5, classes=DIGITS) for index in range(4)]
+    (zero,), (one,), *_ = (record.bundles for record in records)
+    again = str(write_classifier(search._store, "again", made_classifier(search._store, 0)))
+    of_trials = [(zero,), (again,), (zero, one), (again, one)]
+    trials = [
+        record.model_copy(update={"bundles": bundles, "predictions_runs": bundles})
+        for record, bundles in zip(records, of_trials, strict=True)
+    ]
+    candidates, notes = candidate_trials(search._store, trials)
+    assert candidates == [trials[0], trials[2]]
+    first, second, third, fourth = (record.trial for record in trials)
+    assert notes == [
+        f"trial {second} is the same model as {first}",
+        f"trial {fourth} is the same model as {third}",
+    ]
