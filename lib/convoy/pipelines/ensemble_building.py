@@ -47,7 +47,8 @@ class EnsembleReport(StrictModel):
 
     `overlap` says of each two candidates which share of the rows that either gets wrong both get wrong, on `val`.
     `members` are measured on `test`, and missing without one. `by_crops`, `by_size` and the reliability before and
-    after the temperature of the whole are of the rows that `measured` names.
+    after the temperature of the whole are of the rows that `measured` names. `num_val_rows` are the labelled rows that
+    chose, those that all candidates predicted; reports of before do not say.
     """
 
     ensemble: str
@@ -68,6 +69,7 @@ class EnsembleReport(StrictModel):
     evaluation: CommitteeEvaluation | None
     reliability_before: list[ReliabilityBin]
     reliability_after: list[ReliabilityBin]
+    num_val_rows: int | None = None
 
 
 # Makes the HTML page of a report.
@@ -112,7 +114,8 @@ def build_ensemble(
     else:
         progress.stage("measuring by cross-fitting")
         measured, gate = cross_fitted(predictions, settings), chosen.gate
-    report = _report(chosen, measured, gate, [_name(members) for members in networks])
+    names, num_val_rows = [_name(members) for members in networks], len(predictions.labels_N)
+    report = _report(chosen, measured, gate, names, num_val_rows)
     reference = write_ensemble(
         store,
         name,
@@ -185,7 +188,7 @@ def _name(networks: Networks) -> str:
 
 
 def _report(
-    chosen: _Chosen, measured: Measured, gate: GateReport | None, candidates: list[str]
+    chosen: _Chosen, measured: Measured, gate: GateReport | None, candidates: list[str], num_val_rows: int
 ) -> EnsembleReport:
     """The report of an ensemble that is not stored yet and so has no reference."""
     choice, evaluation = chosen.choice, measured.evaluation
@@ -208,6 +211,7 @@ def _report(
         evaluation=evaluation,
         reliability_before=measured.reliability_before,
         reliability_after=measured.reliability_after,
+        num_val_rows=num_val_rows,
     )
 
 

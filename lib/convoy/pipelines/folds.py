@@ -49,6 +49,7 @@ class FoldModel(StrictModel):
     fold: Fold
     top1: float
     epochs: tuple[tuple[int, float], ...] = ()
+    within_error_budget: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +105,11 @@ def train_folds(
                     fingerprint=manifest.fingerprint,
                 )
                 model = FoldModel(
-                    bundle=report.bundle, fold=fold, top1=report.top1, epochs=report.val_top1_by_epoch
+                    bundle=report.bundle,
+                    fold=fold,
+                    top1=report.top1,
+                    epochs=report.val_top1_by_epoch,
+                    within_error_budget=report.within_error_budget,
                 )
                 store.put(key, canonical_json(model))
             models.append(model)

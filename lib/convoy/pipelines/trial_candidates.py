@@ -53,6 +53,22 @@ def candidate_trials(
     return joining, notes
 
 
+def reject_notes(
+    records: Sequence[TrialRecord], candidates: Sequence[TrialRecord], num_val_rows: int | None
+) -> list[str]:
+    """Which trials broke their error budget, and how many rows chose among the candidates where some lost any."""
+    broke = [record.trial for record in records if not record.within_error_budget]
+    lost = [f"{record.trial} lost {record.rejects:,}" for record in candidates if record.rejects]
+    notes = []
+    if broke:
+        notes.append(f"trials that rejected more images than error_budget allows: {', '.join(broke)}")
+    if lost and num_val_rows is not None:
+        notes.append(
+            f"{num_val_rows:,} validation rows chose, those that every candidate predicted: {', '.join(lost)}"
+        )
+    return notes
+
+
 def as_candidate(record: TrialRecord) -> Candidate:
     """A finished trial as its ensemble takes it; DataError for the record of another."""
     if not record.bundles or len(record.bundles) != len(record.predictions_runs) or record.cost is None:

@@ -37,6 +37,8 @@ _PLAIN_FIELDS = {
     "bundles",
     "train_run",
     "predictions_runs",
+    "rejects",
+    "within_error_budget",
 }
 _TRIALS_SCHEMA = pa.schema(
     [
@@ -51,6 +53,8 @@ _TRIALS_SCHEMA = pa.schema(
         pa.field("bundles", pa.list_(pa.string()), nullable=False),
         pa.field("train_run", pa.string()),
         pa.field("predictions_runs", pa.list_(pa.string()), nullable=False),
+        pa.field("rejects", pa.int64(), nullable=False),
+        pa.field("within_error_budget", pa.bool_(), nullable=False),
         pa.field("parameters", pa.int64()),
         pa.field("macs", pa.int64()),
         pa.field("size_bytes", pa.int64()),
@@ -95,7 +99,8 @@ class TrialRecord(StrictModel):
     the validation rows: those of the whole evaluation for a finished trial, else the last epoch's. `epochs` are numbers
     of epochs and their validation top-1. Each of `predictions_runs` holds the validation logits of the bundle at its
     place, for every view. With folds there is a bundle for each, its validation rows are its fold, `top1` is of all
-    training rows, and `epochs` are those of the first fold.
+    training rows, and `epochs` are those of the first fold. `rejects` are validation images that could not be
+    predicted; `within_error_budget` counts those of the training too.
     """
 
     trial: str
@@ -112,6 +117,8 @@ class TrialRecord(StrictModel):
     bundles: tuple[str, ...] = ()
     train_run: str | None = None
     predictions_runs: tuple[str, ...] = ()
+    rejects: int = 0
+    within_error_budget: bool = True
     cost: TrialCost | None = None
     started_unix_s: float
     finished_unix_s: float

@@ -19,7 +19,7 @@ from convoy.core.progress import Silent
 from convoy.core.records import Split
 from convoy.core.statistics import wilson_interval
 from convoy.core.trial_events import TrialState
-from convoy.pipelines.committee_predictions import CommitteeJob
+from convoy.pipelines.committee_predictions import CommitteeJob, CommitteePredictions
 from convoy.pipelines.committees import CommitteeMember, open_committee
 from convoy.pipelines.feature_summary import timings
 from convoy.pipelines.folds import FoldModel, OutOfFold, out_of_fold
@@ -55,7 +55,7 @@ def outcome_of_training(setting: TrialSetting, report: TrainReport) -> dict[str,
     """The fields of the record of a trial with one training; predicts the validation rows."""
     member = _member(setting, report.bundle)
     plan = CropPlan(policy=kept_crops(setting.crops, member.classifier.backbone.preset))
-    run = _predict_validation_rows(setting, report.bundle, plan)
+    predictions = _predict_validation_rows(setting, report.bundle, plan)
     return {
         "state": TrialState.FINISHED,
         "top1": report.top1,
@@ -64,8 +64,10 @@ def outcome_of_training(setting: TrialSetting, report: TrainReport) -> dict[str,
         "epochs": report.val_top1_by_epoch,
         "train_run": report.train_run,
         "bundles": (report.bundle,),
-        "predictions_runs": (run,),
-        "cost": _cost(setting, [member], [run], plan),
+        "predictions_runs": (predictions.run_id,),
+        "rejects": predictions.manifest.num_rejects,
+        "within_error_budget": report.within_error_budget,
+        "cost": _cost(setting, [member], [predictions.run_id], plan),
     }
 
 
@@ -90,6 +92,8 @@ def outcome_of_folds(setting: TrialSetting, models: Sequence[FoldModel]) -> dict
         "epochs": models[0].epochs,
         "bundles": tuple(model.bundle for model in models),
         "predictions_runs": rows.runs,
+        "rejects": len(rows.rejected),
+        "within_error_budget": all(model.within_error_budget for model in models),
         "cost": _cost(setting, members, rows.runs, plan),
     }
 
@@ -106,7 +110,7 @@ def _member(setting: TrialSetting, bundle: str) -> CommitteeMember:
     return member
 
 
-def _predict_validation_rows(setting: TrialSetting, bundle: str, plan: CropPlan) -> str:
+def _predict_validation_rows(setting: TrialSetting, bundle: str, plan: CropPlan) -> CommitteePredictions:
     training = setting.training
     request = PredictionRequest(
         committee=open_committee(setting.store, bundle).with_plan(plan),
@@ -117,10 +121,7 @@ def _predict_validation_rows(setting: TrialSetting, bundle: str, plan: CropPlan)
     )
     job = CommitteeJob(setting.store, setting.manifest, request)
     # Two trials can have come to the same model.
-    predictions = job.ensure(
-        progress=Silent(), config=training.model_dump(mode="json"), when_held=WhenHeld.WAIT
-    )
-    return predictions.run_id
+    return job.ensure(progress=Silent(), config=training.model_dump(mode="json"), when_held=WhenHeld.WAIT)
 
 
 def _worth(rows: OutOfFold, plan: CropPlan, *, gives_probabilities: bool) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from convoy.pipelines.ensemble_choice import EnsembleSettings
 from convoy.pipelines.network_training import CurveDrawer
 from convoy.pipelines.search_time import SearchTimer, seconds_spent
 from convoy.pipelines.training_rows import has_labels
-from convoy.pipelines.trial_candidates import as_candidate, candidate_trials
+from convoy.pipelines.trial_candidates import as_candidate, candidate_trials, reject_notes
 from convoy.pipelines.trial_journal import TrialCost, TrialJournal, TrialRecord, trials_parquet
 from convoy.pipelines.trial_trainings import give_up_trainings
 from convoy.pipelines.trials import TrialJob, run_trial
@@ -85,6 +85,8 @@ class TrialSummary(StrictModel):
     seconds: float
     bundles: list[str]
     predictions_runs: list[str]
+    rejects: int = 0
+    within_error_budget: bool = True
     cost: TrialCost | None
     reason: str | None
 
@@ -100,7 +102,7 @@ class TuneReport(EnsembleReport):
     """The ensemble of a search's trials, and the trials. `page` is its report as one HTML file.
 
     `settings` are those of this ensemble, `budget` is what the search had in all; the run's record has those of the
-    call that began it.
+    call that began it. `within_error_budget` holds where it does for each trial and for the rows of `evaluation`.
     """
 
     settings: EnsembleSettings
@@ -109,6 +111,7 @@ class TuneReport(EnsembleReport):
     trials: list[TrialSummary]
     page: str
     notes: list[str]
+    within_error_budget: bool = True
 
 
 def run_tune(
@@ -158,6 +161,7 @@ def run_tune(
             trials=[TrialSummary.of(record) for record in records],
             page=store.uri(folder.key(_PAGE)),
             notes=[*pins.notes, *search.notes],
+            within_error_budget=search.is_within_error_budget(records, ensemble),
         )
         search.draw(report, draw, records)
         # Before the marker, without which it does not count.
@@ -250,7 +254,7 @@ class _Search:
         extraction = next(self._config.examples()).extraction
         trials, notes = candidate_trials(self._store, records)
         self.notes += notes
-        return build_ensemble(
+        report = build_ensemble(
             self._store,
             self._manifest,
             [as_candidate(record) for record in trials],
@@ -259,6 +263,15 @@ class _Search:
             dataset=self._config.dataset,
             extraction=extraction,
             progress=self._progress,
+        )
+        self.notes += reject_notes(records, trials, report.num_val_rows)
+        return report
+
+    def is_within_error_budget(self, records: Sequence[TrialRecord], ensemble: EnsembleReport) -> bool:
+        """Whether no trial rejected more images than it may, nor the evaluation of the ensemble."""
+        allowed, evaluation = next(self._config.examples()).error_budget, ensemble.evaluation
+        return all(record.within_error_budget for record in records) and (
+            evaluation is None or allowed.allows(evaluation.rejects, evaluation.samples)
         )
 
     def draw(self, report: TuneReport, draw: TuneDrawers, records: Sequence[TrialRecord]) -> None:

@@ -14,14 +14,16 @@ from convoy.core.errors import ConfigError, DataError
 from convoy.core.fingerprints import canonical_json
 from convoy.core.progress import Silent
 from convoy.pipelines.dataset import DatasetConfig, freeze
+from convoy.pipelines.ensemble_building import build_ensemble
 from convoy.pipelines.ensemble_candidates import Candidate, paired_rows, read_candidates
+from convoy.pipelines.ensemble_choice import EnsembleSettings
 from convoy.storage.commits import RunManifest
 from convoy.storage.datasets import open_dataset
 from convoy.storage.local_store import LocalStore
 from convoy.storage.manifests import Manifest
 from convoy.storage.member_predictions import member_output, write_member_predictions
 from convoy.storage.runs import RunFolder, RunRecord, SliceGroup
-from made_bundles import DIGITS, made_classifier, write_classifier
+from made_bundles import DIGITS, FP32, made_classifier, write_classifier
 from made_runs import slice_record
 
 ROWS = ("a", "b", "c", "d")
@@ -110,6 +112,24 @@ def test_rows_that_all_predicted_are_joined_by_id_and_classes_by_name(
             np.testing.assert_array_equal(predictions.logits_MVNK[member, view], 100 * view + expected_NK)
     assert predictions.seconds_per_pass_M == (0.5, 0.5)
     assert predictions.macs_M[0] > 0
+
+
+def test_an_ensemble_says_how_many_rows_chose_it(store: LocalStore, manifest: Manifest) -> None:
+    candidates = [
+        candidate(store, manifest, "one"),
+        candidate(store, manifest, "other", rows=("a", "c", "d")),
+    ]
+    report = build_ensemble(
+        store,
+        manifest,
+        candidates,
+        EnsembleSettings(),
+        name="both",
+        dataset="made",
+        extraction=FP32,
+        progress=Silent(),
+    )
+    assert report.num_val_rows == 3
 
 
 def test_the_models_of_all_folds_are_one_candidate_whose_rows_each_predicted_one(

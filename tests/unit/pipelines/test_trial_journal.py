@@ -11,6 +11,7 @@ import pytest
 
 from convoy.cluster.search_plan import GivenUp
 from convoy.core.config import parse_config
+from convoy.core.fingerprints import canonical_json
 from convoy.core.trial_events import TrialState
 from convoy.pipelines.folds import _of_fold
 from convoy.pipelines.training_rows import Fold
@@ -65,6 +66,13 @@ def test_the_first_record_of_a_trial_counts(journal: TrialJournal) -> None:
     assert journal.records() == [first]
 
 
+def test_a_record_from_before_rejects_were_recorded_is_read(journal: TrialJournal) -> None:
+    former = record(journal, 0).model_dump(mode="json", exclude={"rejects", "within_error_budget"})
+    journal._store.put(journal._folder.key(f"trials/{former['trial']}.json"), canonical_json(former))
+    (read,) = journal.records()
+    assert (read.rejects, read.within_error_budget) == (0, True)
+
+
 def test_names_differ_between_searches_and_points(journal: TrialJournal, tmp_path: Path) -> None:
     other = TrialJournal(RunFolder(LocalStore(str(tmp_path)), "run-2"), journal._config)
     points = [
@@ -101,10 +109,12 @@ def test_a_trial_that_was_given_up_says_why_and_how_far_it_was(journal: TrialJou
 def test_trials_are_a_table_of_plain_types(journal: TrialJournal) -> None:
     cost = TrialCost(parameters=10, macs=20, size_bytes=30, num_views=2, images_per_s=None, cluster_share=0.5)
     failed = record(journal, 1, state=TrialState.FAILED, top1=None, reason="no number")
-    table = pq.read_table(io.BytesIO(trials_parquet([record(journal, 0, cost=cost), failed]))).to_pylist()
+    finished = record(journal, 0, cost=cost, rejects=2)
+    table = pq.read_table(io.BytesIO(trials_parquet([finished, failed]))).to_pylist()
     assert [row["state"] for row in table] == ["finished", "failed"]
     assert [row["macs"] for row in table] == [20, None]
     assert [row["cluster_share"] for row in table] == [0.5, None]
     assert table[0]["values"] == '{"recipe.seed":0}'
     assert table[1]["reason"] == "no number"
     assert table[0]["seconds"] == 8.0
+    assert [(row["rejects"], row["within_error_budget"]) for row in table] == [(2, True), (0, True)]

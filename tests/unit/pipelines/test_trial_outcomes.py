@@ -20,7 +20,7 @@ from convoy.pipelines.folds import FoldModel, OutOfFold, train_folds
 from convoy.pipelines.train import TrainReport
 from convoy.pipelines.train_config import TrainConfig
 from convoy.pipelines.training_rows import Fold
-from convoy.pipelines.trial_outcomes import TrialSetting, outcome_of_folds
+from convoy.pipelines.trial_outcomes import TrialSetting, outcome_of_folds, outcome_of_training
 from convoy.storage.datasets import freeze_dataset
 from convoy.storage.local_store import LocalStore
 from convoy.storage.member_predictions import MemberLogits
@@ -33,6 +33,7 @@ MODELS = [
         fold=Fold(index=index, count=2),
         top1=0.5,
         epochs=((1, 0.1 + index / 2), (2, 0.2 + index / 2)),
+        within_error_budget=index == 0,
     )
     for index in range(2)
 ]
@@ -58,7 +59,7 @@ def outcome(
     fakes = {
         "_member": lambda setting, bundle: SimpleNamespace(classifier=classifier),
         "_cost": lambda *args: None,
-        "out_of_fold": lambda *args, **named: OutOfFold(logits=logits, rejected=(), runs=("a", "b")),
+        "out_of_fold": lambda *args, **named: OutOfFold(logits=logits, rejected=("z",), runs=("a", "b")),
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(trial_outcomes, name, fake)
@@ -84,7 +85,26 @@ def test_the_epochs_of_a_trial_with_folds_are_those_of_its_first_fold(
     assert found["epochs"] == MODELS[0].epochs
 
 
-def test_the_model_of_a_fold_keeps_its_epochs_for_a_call_that_goes_on(
+def test_what_a_trial_rejected_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of folds those of all of them."""
+    found = outcome(monkeypatch, np.zeros((1, 3, 2)), CropPolicy.CENTER)
+    assert (found["rejects"], found["within_error_budget"]) == (1, False)
+    predictions = SimpleNamespace(run_id="run", manifest=SimpleNamespace(num_rejects=3))
+    monkeypatch.setattr(trial_outcomes, "_predict_validation_rows", lambda *args: predictions)
+    report = TrainReport.model_construct(
+        bundle="bundles/one/v1",
+        top1=0.5,
+        intervals={"top1_wilson": None},
+        nll=1.0,
+        within_error_budget=False,
+    )
+    nothing: Any = None
+    setting = TrialSetting(store=nothing, manifest=nothing, training=nothing, crops=None, cluster_share=1.0)
+    found = outcome_of_training(setting, report)
+    assert (found["rejects"], found["within_error_budget"]) == (3, False)
+
+
+def test_the_model_of_a_fold_keeps_its_epochs_and_budget_for_a_call_that_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_digits(tmp_path / "images", 30)
@@ -106,7 +126,9 @@ def test_the_model_of_a_fold_keeps_its_epochs_for_a_call_that_goes_on(
         EpochResult.model_validate({**numbers, "phase": "all", "epoch": epoch, "val_top1": epoch / 10})
         for epoch in (1, 2)
     ]
-    report = TrainReport.model_construct(bundle="bundles/probe/v1", top1=0.2, history=epochs)
+    report = TrainReport.model_construct(
+        bundle="bundles/probe/v1", top1=0.2, history=epochs, within_error_budget=False
+    )
     monkeypatch.setattr(folds, "run_train", lambda training, **named: report)
     monkeypatch.setattr(folds, "peek_bundle", lambda store, bundle: None)
     monkeypatch.setattr(folds, "resolve_bundle", lambda store, bundle: None)
@@ -116,7 +138,9 @@ def test_the_model_of_a_fold_keeps_its_epochs_for_a_call_that_goes_on(
 
     assert [model.epochs for model in trained()] == [((1, 0.1), (2, 0.2))] * 2
     monkeypatch.delattr(folds, "run_train")
-    assert trained()[0].epochs == ((1, 0.1), (2, 0.2)), "known, so not trained again"
+    known = trained()[0]
+    assert known.epochs == ((1, 0.1), (2, 0.2)), "known, so not trained again"
+    assert not known.within_error_budget
 
 
 @pytest.mark.parametrize("gives_probabilities", [True, False])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pyarrow as pa
@@ -397,3 +398,60 @@ def test_trials_that_came_to_the_same_model_are_one_candidate(search: _Search) -
         f"trial {second} is the same model as {first}",
         f"trial {fourth} is the same model as {third}",
     ]
+
+
+def test_a_search_says_which_trials_lost_rows_and_how_many_chose(
+    search: _Search, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = [
+        finished(search, index, top1=0.5, classes=DIGITS).model_copy(update=rejected)
+        for index, rejected in enumerate(({}, {"rejects": 960, "within_error_budget": False}, {"rejects": 3}))
+    ]
+    report = made_report(made_candidates(1.0, 1.2)).model_copy(update={"num_val_rows": 40})
+    monkeypatch.setattr(tune, "build_ensemble", lambda *args, **named: report)
+    search.build_ensemble(records)
+    _, much, little = (record.trial for record in records)
+    assert search.notes == [
+        f"trials that rejected more images than error_budget allows: {much}",
+        f"40 validation rows chose, those that every candidate predicted: {much} lost 960, {little} lost 3",
+    ]
+    search.notes.clear()
+    search.build_ensemble(records[:1])
+    assert not search.notes
+
+
+def test_a_search_breaks_its_error_budget_where_a_trial_or_the_ensembles_evaluation_does(
+    search: _Search,
+) -> None:
+    good = finished(search, 0, top1=0.5, classes=DIGITS)
+    bad = good.model_copy(update={"within_error_budget": False})
+    report = made_report(made_candidates(1.0, 1.2))
+    few, many = (
+        report.model_copy(update={"evaluation": SimpleNamespace(rejects=rejects, samples=1000)})
+        for rejects in (100, 101)
+    )
+    for records, ensemble, is_within in (
+        ([good, good], report, True),
+        ([good, bad], report, False),
+        ([good], few, True),
+        ([good], many, False),
+    ):
+        assert search.is_within_error_budget(records, ensemble) == is_within
+
+
+def test_a_search_whose_trials_rejected_too_much_keeps_its_results_and_says_so_each_time(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(search: _Search, *_: Any) -> list[TrialRecord]:
+        good = finished(search, 0, top1=0.5, classes=DIGITS)
+        return [good.model_copy(update={"within_error_budget": False})]
+
+    monkeypatch.setattr(tune, "ray_session", nullcontext)
+    monkeypatch.setattr(_Search, "run", run)
+    monkeypatch.setattr(_Search, "build_ensemble", lambda *_: made_report(made_candidates(1.0, 1.2)))
+    config = config_in(store)
+    for _ in range(2):
+        report = run_tune(config, progress=Silent(), draw=DRAW)
+        assert not report.within_error_budget
+        assert [trial.within_error_budget for trial in report.trials] == [False]
+        assert report.ensemble
