@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -36,6 +37,8 @@ app.add_typer(submit_app, name="submit")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command line; exits with a code of `ExitCode`."""
+    # Where Python looks for a factory of the user's own: as with `python -m`, but after what is installed.
+    sys.path.append(os.getcwd())
     for stop_signal in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop_signal, _stop)
     try:

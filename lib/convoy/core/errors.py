@@ -149,7 +149,7 @@ class NoRoom(ClusterError):
 
 
 class VersionMismatch(ClusterError):
-    """A worker has other libraries than the driver: another attempt would meet them again."""
+    """Other libraries or other code than what is gone on with: another attempt would meet them again."""
 
 
 class TrainingError(ConvoyError):

@@ -20,6 +20,7 @@ from convoy.storage.leases import WhenHeld, hold_run
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import OpenRun, RunFolder, RunRecord, finished_run, refuse_changed_identity
+from convoy.vision.factories import with_pinned_code
 
 _VERB = "advise"
 _FORMAT_VERSION = 4
@@ -46,6 +47,7 @@ def run_advise(
             next_step="label the dataset: class folders, or a list with labels",
         )
     reference = None if config.reference is None else open_dataset(store, config.reference)
+    config = _with_pinned_code(config)
     records = [fetch_backbone(store, candidate.backbone) for candidate in config.candidates]
     _refuse_equal_networks(config, records)
     identity = _identity(manifest, config, records, reference)
@@ -86,6 +88,15 @@ def _refuse_equal_networks(config: AdviseConfig, records: list[BackboneRecord]) 
             where="candidates",
             next_step="name every network once",
         )
+
+
+def _with_pinned_code(config: AdviseConfig) -> AdviseConfig:
+    """The config with the code of each factory named by digest, so that advice on other code is other advice."""
+    candidates = [
+        candidate.model_copy(update={"backbone": with_pinned_code(candidate.backbone)})
+        for candidate in config.candidates
+    ]
+    return config.model_copy(update={"candidates": tuple(candidates)})
 
 
 def _identity(

@@ -126,6 +126,7 @@ def plan_sets(
             std=backbone.preset.std,
             arch=backbone.arch,
             weights_digest=backbone.weights_digest,
+            code_digest=backbone.config.code_digest,
             tap=backbone.resolve_tap(tap),
             precision=resolve_precision(extraction).value,
             dtype=extraction.dtype.value,

@@ -38,6 +38,7 @@ from convoy.storage.manifests import Manifest
 from convoy.storage.member_predictions import MemberLogits, read_member_logits
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.parts import read_rejects
+from convoy.vision.factories import with_pinned_code
 
 _POINTERS = "folds/"
 
@@ -83,6 +84,7 @@ def train_folds(
         raise ConfigError("the config is that of one fold", where="rows.fold", next_step="leave it out")
     store = open_workspace(config.workspace, config.writers)
     manifest = open_dataset(store, config.dataset, fingerprint)
+    config = config.model_copy(update={"backbone": with_pinned_code(config.backbone)})
     config = with_pinned_teacher(store, manifest, config)
     trainings = [_of_fold(config, Fold(index=index, count=count)) for index in range(count)]
     for training, fold in trainings:

@@ -12,6 +12,7 @@ from convoy.storage.documents import exists, read_json
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.stores import open_object
 from convoy.vision.backbone_config import BackboneConfig, WeightSource, weight_source
+from convoy.vision.factories import with_pinned_code
 
 _RECORD_VERSION = 2
 
@@ -19,8 +20,10 @@ _RECORD_VERSION = 2
 def fetch_backbone(store: ObjectStore, config: BackboneConfig) -> BackboneRecord:
     """The network of a config, brought into the workspace if it is not there yet.
 
-    Raises ConfigError if the weights do not fit the architecture or are not those that `weights_digest` pins.
+    Raises ConfigError if the weights do not fit the architecture or are not those that `weights_digest` pins, and
+    VersionMismatch for a factory of other code than `code_digest` pins.
     """
+    config = with_pinned_code(config)
     request_key = f"{BACKBONES}requests/{digest([_RECORD_VERSION, config, _source_version(config)])}.json"
     known = read_json(store, request_key)
     if known is not None:

@@ -21,6 +21,7 @@ from convoy.storage.bundles import check_bundle_name
 from convoy.storage.leases import RunLease
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.retrains import RetrainFolder, hold_retrain
+from convoy.vision.factories import with_pinned_code
 
 
 def run_retrain(config: RetrainConfig, *, progress: Progress, draw_curves: CurveDrawer) -> RetrainReport:
@@ -38,6 +39,7 @@ def run_retrain(config: RetrainConfig, *, progress: Progress, draw_curves: Curve
     decided = folder.decision(date)
     if decided is not None:
         return RetrainReport.model_validate(decided)
+    config = config.model_copy(update={"backbone": with_pinned_code(config.backbone)})
     with hold_retrain(folder) as lease:
         # By the one that held the lease before.
         decided = folder.decision(date)

@@ -36,6 +36,7 @@ from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import RunFolder
 from convoy.vision.backbone_config import BackboneConfig
+from convoy.vision.factories import with_pinned_code
 from convoy.vision.training_config import Phase
 
 
@@ -118,6 +119,7 @@ def run_train(
     check_bundle_name(config.name)
     store = open_workspace(config.workspace, config.writers)
     manifest, version_notes = training_dataset(store, config, fingerprint, new_run=new_run)
+    config = config.model_copy(update={"backbone": with_pinned_code(config.backbone)})
     if config.strategy is not Strategy.AS_IS:
         # Before any network is fetched or Ray is there: a class without images can be learnt by no strategy.
         count_classes(read_split(manifest, Split.TRAIN, config.rows), manifest.classes)

@@ -17,6 +17,7 @@ from convoy.pipelines.train_config import NETWORKS, PROBES, TrainConfig
 from convoy.pipelines.training_rows import count_classes, read_split
 from convoy.pipelines.workspace import open_workspace
 from convoy.storage.bundles import check_bundle_name
+from convoy.vision.factories import with_pinned_code
 from convoy.vision.training_config import Phase, Recipe
 
 
@@ -53,6 +54,7 @@ def plan_train(config: TrainConfig) -> TrainPlan:
     check_bundle_name(config.name)
     store = open_workspace(config.workspace, config.writers)
     manifest, version_notes = training_dataset(store, config)
+    config = config.model_copy(update={"backbone": with_pinned_code(config.backbone)})
     config = with_pinned_teacher(store, manifest, config)
     rows = read_split(manifest, Split.TRAIN, config.rows)
     counts = count_classes(rows, manifest.classes)

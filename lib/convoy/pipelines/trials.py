@@ -34,8 +34,8 @@ class TrialJob(StrictModel):
     """What all trials of a search are told: where it is, and the share of the cluster that each may use.
 
     `weights` are copies in the workspace, which every node can read, of the files that networks begin with: by
-    `network_key`. `teachers` are bundles by digest, by what the config calls them. `precision` is what `auto` means in
-    all trials, on whichever node they run.
+    `network_key`. `teachers` are bundles by digest, by what the config calls them. `code_digests` are those of
+    factories, by their arch. `precision` is what `auto` means in all trials, on whichever node they run.
     """
 
     workspace: str
@@ -45,6 +45,7 @@ class TrialJob(StrictModel):
     share: Concurrency
     weights: Mapping[str, str]
     teachers: Mapping[str, str]
+    code_digests: Mapping[str, str]
     precision: PrecisionChoice
 
 
@@ -129,7 +130,10 @@ def _train_and_predict(
 def _here(job: TrialJob, config: TrainConfig) -> TrainConfig:
     """The training as it runs in this process: its share of the cluster, and what is the same in all trials."""
     backbone, distill = config.backbone, config.distill
-    weights = job.weights.get(network_key(backbone), backbone.weights)
+    fetched = {
+        "weights": job.weights.get(network_key(backbone), backbone.weights),
+        "code_digest": job.code_digests.get(backbone.arch),
+    }
     extraction: dict[str, Any] = {
         "num_workers": job.share.workers.num_workers,
         "cpus_per_worker": job.share.operator_cpus,
@@ -145,7 +149,7 @@ def _here(job: TrialJob, config: TrainConfig) -> TrainConfig:
     return config.model_copy(
         update={
             "workspace": job.workspace,
-            "backbone": backbone.model_copy(update={"weights": weights}),
+            "backbone": backbone.model_copy(update=fetched),
             "distill": distill,
             "workers": job.share.workers,
             "extraction": config.extraction.model_copy(update=extraction),

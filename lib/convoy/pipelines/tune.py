@@ -34,6 +34,7 @@ from convoy.pipelines.tune_plan import (
     SearchPins,
     check_budget,
     check_crops,
+    code_digests,
     copied_weights,
     fetch_networks,
     pin_names,
@@ -130,10 +131,7 @@ def run_tune(
     manifest, version_notes = open_as_begun(store, open_run, config.dataset, new_run=new_run)
     if config.folds is None:
         _require_validation_rows(manifest)
-    identity = {
-        "dataset_fingerprint": manifest.fingerprint,
-        "config": config.model_dump(mode="json", exclude=_NOT_IDENTITY),
-    }
+    identity = search_identity(manifest, config)
     folder, _ = open_run.resume(identity, new_run=new_run)
     answer_key = f"{_ANSWERS}{digest(identity)}.json"
     folder = folder or (None if new_run else finished_run(store, answer_key)) or open_run.start()
@@ -169,6 +167,16 @@ def run_tune(
         finish(folder, report.model_dump(mode="json"))
         open_run.close(folder)
     return report.model_copy(update={"notes": [*version_notes, *report.notes]})
+
+
+def search_identity(manifest: Manifest, config: TuneConfig) -> dict[str, Any]:
+    """What a search must share with the one that it goes on with."""
+    code = code_digests(config)
+    return {
+        "dataset_fingerprint": manifest.fingerprint,
+        "config": config.model_dump(mode="json", exclude=_NOT_IDENTITY),
+        **({"code_digests": code} if code else {}),
+    }
 
 
 def _report(folder: RunFolder) -> TuneReport | None:
@@ -225,6 +233,7 @@ class _Search:
             share=share,
             weights={network: store.uri(key) for network, key in copied_weights(examples).items()},
             teachers=pins.teachers,
+            code_digests=code_digests(config),
             precision=pins.precision,
         )
         plan = self._plan(share.max_concurrent)

@@ -25,6 +25,7 @@ from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.vision.backbone_config import BackboneConfig, WeightSource, weight_source
 from convoy.vision.engine_options import best_precision
+from convoy.vision.factories import with_pinned_code
 
 # A pass backward costs about two passes forward.
 _PASSES_A_TRAINED_IMAGE = 3
@@ -98,6 +99,12 @@ def fetch_networks(
         kind = digest([name, training.strategy, training.epochs, training.phases, training.rows])
         examples.setdefault(kind, Example(training=training, network=records[name]))
     return list(examples.values())
+
+
+def code_digests(config: TuneConfig) -> dict[str, str]:
+    """For each factory of the space the digest of its code: trials on all nodes are to have the same."""
+    pinned = (with_pinned_code(training.backbone) for training in config.examples())
+    return {backbone.arch: backbone.code_digest for backbone in pinned if backbone.code_digest is not None}
 
 
 def copied_weights(examples: Sequence[Example]) -> dict[str, str]:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import Field
 
 from convoy.core.config import StrictModel
 from convoy.core.fingerprints import canonical_json, digest
@@ -30,7 +31,7 @@ _ID_DTYPE = np.dtype("S16")
 
 
 class FeatureSetSpec(StrictModel):
-    """Everything that determines the rows of a set, for any image."""
+    """Everything that determines the rows of a set, for any image. `code_digest` is that of a factory's network."""
 
     format_version: int = FEATURE_CACHE_VERSION
     decode_rule: dict[str, Any]
@@ -40,6 +41,8 @@ class FeatureSetSpec(StrictModel):
     std: tuple[float, float, float]
     arch: str
     weights_digest: str
+    # Left out where there is none, so that the sets of all other networks keep their ids.
+    code_digest: str | None = Field(default=None, exclude_if=lambda value: value is None)
     tap: str
     precision: str
     dtype: str

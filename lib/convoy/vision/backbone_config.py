@@ -13,6 +13,8 @@ from convoy.vision.presets import EvalPreset
 
 _WEIGHT_FILES = frozenset({".safetensors", ".pt", ".pth", ".th"})
 DEFAULT_WEIGHTS_NAME = "DEFAULT"
+# The prefixes of libraries; any other name with a colon is that of a factory.
+TORCHVISION, TIMM = "torchvision:", "timm:"
 
 
 class ConvLayer(StrictModel):
@@ -47,7 +49,8 @@ class BackboneConfig(StrictModel):
     `arch` is "torchvision:<name>", "timm:<name>", "lenet5", "cifar_resnet20" (32, 44, 56, 110), or
     "package.module:factory". `weights` is a name that the library knows (a member of torchvision's weights
     enum, a tag of timm, or "DEFAULT"), "random", or the path or s3:// URI of a state dict. `num_classes` and
-    `preset` replace those of the architecture and of the weights. `weights_digest` pins the weights' content.
+    `preset` replace those of the architecture and of the weights. `weights_digest` pins the weights' content, and
+    `code_digest` the file in which a factory is written, which jobs fill in where it is not given.
     With `new_layers` the network ends at an early stage of the architecture and goes on with layers of its own.
     """
 
@@ -57,13 +60,24 @@ class BackboneConfig(StrictModel):
     num_classes: int | None = Field(default=None, gt=0)
     preset: EvalPreset | None = None
     weights_digest: str | None = Field(default=None, pattern="^[0-9a-f]{32}$")
+    # Left out where there is none: the identities of all other networks are what they were before factories had it.
+    code_digest: str | None = Field(
+        default=None, pattern="^[0-9a-f]{32}$", exclude_if=lambda value: value is None
+    )
     new_layers: NewLayers | None = None
 
     @model_validator(mode="after")
-    def _new_layers_end_in_classes(self) -> BackboneConfig:
+    def _keys_fit_together(self) -> BackboneConfig:
         if self.new_layers is not None and self.num_classes is None:
             raise ValueError("new_layers need num_classes")
+        if self.code_digest is not None and not is_factory(self.arch):
+            raise ValueError("code_digest is that of a package.module:factory")
         return self
+
+
+def is_factory(arch: str) -> bool:
+    """Whether an architecture is the user's own `package.module:factory`."""
+    return ":" in arch and not arch.startswith((TORCHVISION, TIMM))
 
 
 class WeightSource(StrEnum):

@@ -9,8 +9,15 @@ import torch
 from torch import nn
 
 from convoy.core.errors import ConfigError, ConvoyError, StoreUnavailable
-from convoy.vision.backbone_config import DEFAULT_WEIGHTS_NAME, BackboneConfig, WeightSource, weight_source
+from convoy.vision.backbone_config import (
+    DEFAULT_WEIGHTS_NAME,
+    BackboneConfig,
+    WeightSource,
+    is_factory,
+    weight_source,
+)
 from convoy.vision.depth_axis import derive_depth_axis
+from convoy.vision.factories import with_pinned_code
 from convoy.vision.libraries import Classics, Factories, NetworkLibrary, Timm, Torchvision
 from convoy.vision.partial_reuse import PartialReuseNetwork
 from convoy.vision.presets import EvalPreset
@@ -20,9 +27,12 @@ from convoy.vision.stages import DepthAxis
 def build_network(config: BackboneConfig) -> nn.Module:
     """The network in eval mode, with random weights that depend on nothing but the seed. Fetches nothing.
 
-    The global random generators stay as they are. Raises ConfigError for an unknown arch, with the nearest.
+    The global random generators stay as they are. Raises ConfigError for an unknown arch, with the nearest, and
+    VersionMismatch for a factory whose code is not that by which the network was made.
     """
     library, name = _locate(config.arch)
+    if config.code_digest is not None:
+        with_pinned_code(config)
     keeps_head = config.num_classes is not None and config.new_layers is None
     options = {"num_classes": config.num_classes} if keeps_head else {}
     with torch.random.fork_rng(devices=[]):
@@ -102,7 +112,7 @@ def _locate(arch: str) -> tuple[NetworkLibrary, str]:
         name = arch.removeprefix(library.prefix)
         if arch.startswith(library.prefix) and name in library.names():
             return library, name
-    if ":" in arch and not arch.startswith((Torchvision.prefix, Timm.prefix)):
+    if is_factory(arch):
         return Factories(), arch
     raise ConfigError(
         f"there is no architecture '{arch}'",

@@ -7,7 +7,6 @@ commands that build no network: so the methods that need one of them import it.
 from __future__ import annotations
 
 import functools
-import importlib
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,8 @@ from torch import nn
 
 from convoy.core.errors import ConfigError
 from convoy.vision.architectures import CIFAR_RESNET_DEPTHS, CifarResNet, LeNet5
+from convoy.vision.backbone_config import TIMM, TORCHVISION
+from convoy.vision.factories import load_factory, unusable_factory
 from convoy.vision.presets import EvalPreset, Interpolation
 
 # Names, in every library, of the weight set that the library itself recommends.
@@ -55,7 +56,7 @@ class NetworkLibrary(Protocol):
 class Torchvision:
     """The image classifiers of torchvision."""
 
-    prefix = "torchvision:"
+    prefix = TORCHVISION
 
     # These two have auxiliary classifiers, which serve only the training recipes of their papers; and they
     # normalise to -1..1 a second time, inside the network, if and only if they load named weights. Here the
@@ -119,7 +120,7 @@ class Torchvision:
 class Timm:
     """The models of timm; the weights are the tag behind the dot in timm's own names."""
 
-    prefix = "timm:"
+    prefix = TIMM
 
     def names(self) -> Sequence[str]:
         """All architectures, without tags."""
@@ -238,16 +239,12 @@ class Factories:
         return []
 
     def build(self, name: str, **options: Any) -> nn.Module:
-        """What the factory returns. Importing it runs its code: a config is as trusted as a program."""
-        module_name, _, function_name = name.partition(":")
+        """What the factory returns."""
+        factory = load_factory(name)
         try:
-            network = getattr(importlib.import_module(module_name), function_name)(**options)
+            network = factory(**options)
         except (ImportError, AttributeError, TypeError) as error:
-            raise ConfigError(
-                f"the factory cannot be used: {error}",
-                where=name,
-                next_step="name an importable package.module:function that returns a torch.nn.Module",
-            ) from error
+            raise unusable_factory(name, error) from error
         if not isinstance(network, nn.Module):
             raise ConfigError(
                 f"the factory returns {type(network).__name__}, not a torch.nn.Module",

@@ -20,9 +20,9 @@ CONFIG = BackboneConfig(arch="lenet5", weights="random", preset=EvalPreset(resiz
 EXTRACTION = ExtractionConfig(precision=PrecisionChoice.FP32)
 
 
-def record() -> BackboneRecord:
+def record(config: BackboneConfig = CONFIG) -> BackboneRecord:
     return BackboneRecord(
-        config=CONFIG,
+        config=config,
         arch=CONFIG.arch,
         weights_digest="0" * 32,
         weights_key="models/backbones/made/model.safetensors",
@@ -44,6 +44,18 @@ def request(*policies: AugmentationPolicy, views: int) -> ManyPolicies:
         augmentation=LIGHT,
         policies=policies,
     )
+
+
+def test_the_set_of_a_network_is_the_one_that_workspaces_remember_unless_a_factory_made_it() -> None:
+    plain = FeatureRequest(dataset="digits", backbone=CONFIG, taps=("f6",))
+    (lenet,) = plan_sets(record(), plain, EXTRACTION)
+    assert lenet.set_id == "7acbc036c7a4a503b657c4b76da8beb0"
+    factories = [
+        BackboneConfig(arch="nets:tiny", weights="random", code_digest=code * 32, preset=CONFIG.preset)
+        for code in "ab"
+    ]
+    made = [plan_sets(record(config), plain, EXTRACTION)[0].set_id for config in factories]
+    assert len({lenet.set_id, *made}) == 3
 
 
 def test_further_policies_share_the_eval_view_and_add_views_of_their_own() -> None:

@@ -59,6 +59,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> TrialJob:
         share=Concurrency(max_concurrent=1, workers=TrialWorkers(num_workers=1, on_gpus=False)),
         weights={},
         teachers={"photos": PINNED},
+        code_digests={},
         precision=PrecisionChoice.BF16,
     )
 

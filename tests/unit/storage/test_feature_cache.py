@@ -103,6 +103,7 @@ def test_everything_that_determines_features_changes_the_set() -> None:
         "std": (0.5, 0.5, 0.5),
         "arch": "b",
         "weights_digest": "e",
+        "code_digest": "c",
         "tap": "u",
         "precision": "bf16",
         "dtype": "float16",

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ from convoy.vision.backbones import (
 )
 from convoy.vision.libraries import Torchvision
 from convoy.vision.presets import EvalPreset, Interpolation
+from made_factories import ARCH, write_factory
 
 
 def random_backbone(arch: str, **fields: object) -> BackboneConfig:
@@ -109,23 +109,10 @@ def test_an_unknown_architecture_is_an_error_that_names_near_ones(arch: str, nea
     assert nearest in caught.value.next_step
 
 
-FACTORY = """
-from torch import nn
-
-def network(num_classes=3):
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))
-
-def nothing(num_classes=3):
-    return None
-"""
-
-
 @pytest.fixture
 def factory_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    (tmp_path / "my_networks.py").write_text(FACTORY)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "my_networks", raising=False)
-    return "my_networks"
+    write_factory(tmp_path, monkeypatch)
+    return ARCH.partition(":")[0]
 
 
 def test_a_factory_builds_the_users_own_network(factory_module: str) -> None:
@@ -137,9 +124,9 @@ def test_a_factory_builds_the_users_own_network(factory_module: str) -> None:
 @pytest.mark.parametrize(
     ("arch", "message"),
     [
-        ("my_networks:absent", "absent"),
+        ("made_network:absent", "absent"),
         ("no_such_module:network", "no_such_module"),
-        ("my_networks:nothing", "NoneType"),
+        ("made_network:nothing", "NoneType"),
     ],
 )
 def test_a_factory_that_gives_no_network_is_an_error(factory_module: str, arch: str, message: str) -> None:
