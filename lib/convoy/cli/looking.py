@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
-from convoy.cli.options import JsonOption, SetOption, WorkspaceOption, load, run_job
+from convoy.cli.options import JsonOption, SetOption, WorkspaceOption, load, run_job, words
 
 looking_app = typer.Typer()
 
@@ -26,7 +25,7 @@ def dataset(
     """Freeze a dataset: list its samples into a manifest. Again: refresh it, and say what changed."""
     from convoy.pipelines.dataset import DatasetConfig, freeze  # noqa: PLC0415
 
-    settings = [f"source={json.dumps(source)}", f"name={json.dumps(name)}", *(overrides or [])]
+    settings = [*words(source=source, name=name), *(overrides or [])]
     config = load(DatasetConfig, None, settings, workspace)
     run_job(lambda progress: freeze(config, progress=progress), as_json=as_json)
 

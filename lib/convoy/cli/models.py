@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
@@ -130,7 +129,7 @@ def models_fetch(
     from convoy.storage.stores import open_store  # noqa: PLC0415
     from convoy.vision.backbone_config import BackboneConfig  # noqa: PLC0415
 
-    settings = [f"arch={json.dumps(arch)}", f"weights={json.dumps(weights)}", *(overrides or [])]
+    settings = [*words(arch=arch, weights=weights), *(overrides or [])]
     config = load_config(BackboneConfig, None, settings)
     run_job(lambda _: fetch_backbone(open_store(workspace_uri(workspace)), config), as_json=as_json)
 

@@ -10,7 +10,7 @@ from typing import Annotated, TypeVar
 import typer
 from pydantic import BaseModel
 
-from convoy.core.config import load_config
+from convoy.core.config import as_override, load_config
 from convoy.core.errors import ErrorBudgetExceeded, ExitCode
 from convoy.report.progress import TerminalProgress
 from convoy.report.tables import print_report
@@ -43,15 +43,12 @@ def load(
     model: type[ConfigT], path: str | None, overrides: Sequence[str] | None, workspace: str | None
 ) -> ConfigT:
     """The settings of a job: its file, what was `--set`, and the workspace that was named, which wins."""
-    settings = list(overrides or [])
-    if workspace is not None:
-        settings.append(f"workspace={json.dumps(workspace)}")
-    return load_config(model, path, settings)
+    return load_config(model, path, [*(overrides or []), *words(workspace=workspace)])
 
 
 def words(**values: object) -> list[str]:
-    """What was said on the command line, as overrides that come last and so win."""
-    return [f"{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
+    """What was said on the command line, as overrides of the keys; those that come last win."""
+    return [as_override(key, value) for key, value in values.items() if value is not None]
 
 
 def run_job(job: Callable[[TerminalProgress], ReportT], *, as_json: bool) -> None:

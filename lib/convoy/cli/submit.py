@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -10,7 +9,15 @@ from typing import Annotated
 
 import typer
 
-from convoy.cli.options import ConfigOption, JsonOption, NewRunOption, SetOption, WorkspaceOption, run_job
+from convoy.cli.options import (
+    ConfigOption,
+    JsonOption,
+    NewRunOption,
+    SetOption,
+    WorkspaceOption,
+    run_job,
+    words,
+)
 from convoy.core.config import read_settings
 from convoy.pipelines.submit import (
     JobRequest,
@@ -71,10 +78,9 @@ def _submit_command(verb: Verb) -> Callable[..., None]:
             raise typer.BadParameter(
                 "a retraining goes on by its date, and has no runs to leave", param_hint="--new-run"
             )
-        named = [] if workspace is None else [f"workspace={json.dumps(workspace)}"]
         request = JobRequest(
             verb=verb,
-            settings=read_settings(config, [*(overrides or []), *named]),
+            settings=read_settings(config, [*(overrides or []), *words(workspace=workspace)]),
             arguments=("--new-run",) if new_run else (),
             attempt=attempt,
             tries=tries,

@@ -59,6 +59,11 @@ def read_settings(path: str | None, overrides: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
+def as_override(key: str, value: Any) -> str:
+    """An override that sets a key to a value, whatever characters that has: JSON's escapes are not all YAML's."""
+    return f"{key}={yaml.safe_dump(value, default_flow_style=True)}"
+
+
 def write_settings(settings: Mapping[str, Any]) -> str:
     """Settings as the text of a config file, which `read_settings` reads to the same values."""
     return yaml.safe_dump(dict(settings), sort_keys=True, allow_unicode=True)

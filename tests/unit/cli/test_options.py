@@ -6,7 +6,7 @@ import pytest
 from pydantic import BaseModel
 
 from convoy.cli.main import app
-from convoy.cli.options import run_job
+from convoy.cli.options import load, run_job, words
 from convoy.core.errors import ErrorBudgetExceeded
 
 
@@ -23,6 +23,17 @@ def test_an_exceeded_error_budget_names_new_run_where_images_could_not_be_fetche
         run_job(lambda _: Report(unfetched=unfetched), as_json=True)
     assert ("3 that could not be fetched" in caught.value.next_step) == is_named
     assert ("--new-run" in caught.value.next_step) == is_named
+
+
+class Named(BaseModel):
+    workspace: str
+    source: str
+
+
+def test_names_on_the_command_line_may_have_any_character() -> None:
+    """JSON writes those beyond U+FFFF as two halves, which YAML takes for two characters."""
+    place = "/data/\U00020bb7"
+    assert load(Named, None, words(source=place), place) == Named(workspace=place, source=place)
 
 
 def test_a_dry_run_of_a_scoring_hears_new_run(monkeypatch: pytest.MonkeyPatch) -> None:

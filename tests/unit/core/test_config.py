@@ -4,7 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from convoy.core.config import StrictModel, config_keys, load_config, read_settings, write_settings
+from convoy.core.config import (
+    StrictModel,
+    as_override,
+    config_keys,
+    load_config,
+    read_settings,
+    write_settings,
+)
 from convoy.core.errors import ConfigError
 
 
@@ -44,6 +51,26 @@ def test_override_makes_a_missing_section() -> None:
 def test_bad_override_is_explained(override: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         load_config(Outer, None, ["name=x", override])
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "/data/\U00020bb7 \U0001f600",
+        "no UTF-8: \udcff",
+        "a\x85b\u2028c",
+        "true",
+        "1",
+        "2026-01-01",
+        "~",
+        "",
+        "a: #b",
+        ["x", 3],
+        {},
+    ],
+)
+def test_a_value_comes_out_of_its_override_as_it_went_in(value: object) -> None:
+    assert read_settings(None, [as_override("inner.key", value)]) == {"inner": {"key": value}}
 
 
 def test_missing_required_key_is_named() -> None:
