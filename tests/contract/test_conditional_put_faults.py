@@ -11,7 +11,7 @@ import pytest
 
 from convoy.core.errors import ConfigError, PreconditionFailed
 from convoy.pipelines.workspace import open_workspace
-from convoy.storage.conditional_put import probe_conditional_put
+from convoy.storage.conditional_put import VERDICT_KEY, probe_conditional_put
 from convoy.storage.object_store import ConditionalPut, WriterMode
 from convoy.storage.s3_store import S3Store
 from fault_proxy import CONFLICT, Conditions, FaultProxy, FaultRule, lose_answer
@@ -120,4 +120,6 @@ def test_many_writers_are_let_in_by_an_honest_store_only(store: S3Store, fault_p
         assert open_workspace(f"{store.root_uri}/{conditions.name}", WriterMode.SINGLE)
     with fault_proxy.keeping(Conditions.ATOMIC):
         opened = open_workspace(f"{store.root_uri}/{Conditions.ATOMIC.name}", WriterMode.MANY)
-    assert json.loads(opened.get(".convoy/conditional_put.json").data) == {"conditional_put": "atomic"}
+    known = json.loads(opened.get(VERDICT_KEY).data)
+    assert (known["conditional_put"], known["root_uri"]) == ("atomic", opened.root_uri)
+    assert known["endpoint_url"] == fault_proxy.as_server().endpoint

@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from convoy.core.config import StrictModel
 from convoy.core.errors import ConvoyError
-from convoy.storage.conditional_put import probe_conditional_put
+from convoy.storage.conditional_put import judge_conditional_put
 from convoy.storage.object_store import ConditionalPut, ObjectStore
 from convoy.storage.stores import open_store
 
@@ -48,7 +48,7 @@ class Diagnosis(StrictModel):
 
 
 def examine(workspace: str) -> Diagnosis:
-    """Check this machine and the workspace. Leaves nothing behind in the workspace."""
+    """Check this machine and the workspace. What create-if-absent is worth there stays, for the jobs to come."""
     checks = [*_machine(), *_workspace(workspace)]
     return Diagnosis(ok=all(check.verdict is not Verdict.RED for check in checks), checks=checks)
 
@@ -130,7 +130,7 @@ def _workspace(uri: str) -> Iterator[Check]:
 
 def _conditional_put(store: ObjectStore) -> Check:
     try:
-        found = probe_conditional_put(store)
+        found = judge_conditional_put(store)
     except ConvoyError as error:
         return _red("create-if-absent", error)
     atomic = found is ConditionalPut.ATOMIC

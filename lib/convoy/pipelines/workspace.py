@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 
 from convoy.core.errors import ConfigError
-from convoy.storage.conditional_put import probe_conditional_put
-from convoy.storage.documents import read_json
+from convoy.storage.conditional_put import VERDICT_KEY, known_conditional_put
 from convoy.storage.object_store import ConditionalPut, ObjectStore, WriterMode
 from convoy.storage.stores import open_store
 
 DEFAULT_WORKSPACE = "./workspace"
-_PROBE_RESULT = ".convoy/conditional_put.json"
 
 
 def workspace_uri(configured: str | None) -> str:
@@ -22,23 +20,16 @@ def workspace_uri(configured: str | None) -> str:
 def open_workspace(configured: str | None, writers: WriterMode) -> ObjectStore:
     """The store of a workspace that jobs may write to.
 
-    The first job probes whether the store's create-if-absent is atomic, and leaves the answer in the workspace.
-    Where it is not, two jobs at once could both believe that they won, so only `writers: single` is accepted.
+    The first job probes whether the store's create-if-absent is atomic, and leaves the answer in the workspace;
+    so does the first one after the workspace has moved. Where it is not, two jobs at once could both believe that they
+    won, so only `writers: single` is accepted.
     """
     store = open_store(workspace_uri(configured))
-    if writers is WriterMode.MANY and _conditional_put(store) is not ConditionalPut.ATOMIC:
+    if writers is WriterMode.MANY and known_conditional_put(store) is not ConditionalPut.ATOMIC:
         raise ConfigError(
             "this object store does not keep create-if-absent atomic, so two jobs at once could damage each other",
-            where=store.root_uri,
-            next_step="make sure that only one job writes to this workspace, and add --set writers=single",
+            where=f"{store.root_uri}, by {VERDICT_KEY} in it",
+            next_step="make sure that only one job writes to this workspace, and add --set writers=single; where the"
+            " store has changed, `convoy doctor` probes it again",
         )
     return store
-
-
-def _conditional_put(store: ObjectStore) -> ConditionalPut:
-    known = read_json(store, _PROBE_RESULT)
-    if known is not None:
-        return ConditionalPut(known["conditional_put"])
-    found = probe_conditional_put(store)
-    store.put(_PROBE_RESULT, f'{{"conditional_put":"{found.value}"}}'.encode())
-    return found

@@ -9,11 +9,47 @@ from __future__ import annotations
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 
+from convoy.core.config import StrictModel
 from convoy.core.errors import ConditionalWriteUnsupported, PreconditionFailed
+from convoy.core.fingerprints import canonical_json
+from convoy.storage.documents import read_json
 from convoy.storage.object_store import ConditionalPut, ObjectStore
 
 PROBE_FOLDER = ".convoy/probe/"
+VERDICT_KEY = ".convoy/conditional_put.json"
+
+
+class StoreVerdict(StrictModel):
+    """What a probe found, and of which store: a workspace that is copied elsewhere takes the file with it."""
+
+    conditional_put: ConditionalPut
+    root_uri: str = ""
+    endpoint_url: str = ""
+    probed_utc: str = ""
+
+
+def known_conditional_put(store: ObjectStore) -> ConditionalPut:
+    """What the workspace remembers of this very store; where it remembers nothing, the store is probed."""
+    document = read_json(store, VERDICT_KEY)
+    if document is not None:
+        known = StoreVerdict.model_validate(document)
+        if (known.root_uri, known.endpoint_url) == (store.root_uri, store.endpoint_url):
+            return known.conditional_put
+    return judge_conditional_put(store)
+
+
+def judge_conditional_put(store: ObjectStore) -> ConditionalPut:
+    """Probe a store, whatever the workspace remembers of it, and leave the answer there for the jobs to come."""
+    verdict = StoreVerdict(
+        conditional_put=probe_conditional_put(store),
+        root_uri=store.root_uri,
+        endpoint_url=store.endpoint_url,
+        probed_utc=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    store.put(VERDICT_KEY, canonical_json(verdict))
+    return verdict.conditional_put
 
 
 def probe_conditional_put(

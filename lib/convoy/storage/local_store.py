@@ -64,6 +64,11 @@ class LocalStore:
         return self.root
 
     @property
+    def endpoint_url(self) -> str:
+        """As in ObjectStore: a folder has no server."""
+        return ""
+
+    @property
     def num_retries(self) -> int:
         """As in ObjectStore: a folder has no requests."""
         return 0

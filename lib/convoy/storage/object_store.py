@@ -65,6 +65,11 @@ class ObjectStore(Protocol):
         ...
 
     @property
+    def endpoint_url(self) -> str:
+        """The server that answers, without credentials; empty for a local folder."""
+        ...
+
+    @property
     def num_retries(self) -> int:
         """How many requests had to be repeated so far, all threads of this process together."""
         ...

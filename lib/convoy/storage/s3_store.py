@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from email.utils import parsedate_to_datetime
 from itertools import islice
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import boto3
 import tenacity
@@ -81,6 +82,12 @@ class S3Store:
     def root_uri(self) -> str:
         """The root as s3://bucket/prefix."""
         return f"s3://{self.bucket}/{self.prefix}" if self.prefix else f"s3://{self.bucket}"
+
+    @property
+    def endpoint_url(self) -> str:
+        """As in ObjectStore."""
+        parts = urlsplit(str(self._get_client().meta.endpoint_url))
+        return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
     @property
     def num_retries(self) -> int:

@@ -4,16 +4,33 @@ from pathlib import Path
 
 import pytest
 
+from convoy.core.errors import ConfigError
 from convoy.pipelines.doctor import Verdict, examine
+from convoy.pipelines.workspace import open_workspace
+from convoy.storage.conditional_put import VERDICT_KEY, StoreVerdict
+from convoy.storage.local_store import LocalStore
+from convoy.storage.object_store import ConditionalPut, WriterMode
 
 
-def test_healthy_machine_and_folder_are_green_and_left_clean(tmp_path: Path) -> None:
+def test_healthy_machine_and_folder_are_green_and_left_clean_but_for_what_jobs_ask_for(
+    tmp_path: Path,
+) -> None:
     diagnosis = examine(str(tmp_path / "workspace"))
     assert diagnosis.ok, [check for check in diagnosis.checks if check.verdict is Verdict.RED]
     found = {check.what: check for check in diagnosis.checks}
     assert found["create-if-absent"].found == "atomic"
     assert {"python", "ray", "torch", "pillow", "devices", "workspace write", "clock"} <= set(found)
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    verdict = tmp_path / "workspace" / VERDICT_KEY
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [verdict]
+
+
+def test_a_store_is_judged_anew_whatever_the_workspace_remembers(tmp_path: Path) -> None:
+    known = StoreVerdict(conditional_put=ConditionalPut.RACY, root_uri=str(tmp_path))
+    LocalStore(str(tmp_path)).put(VERDICT_KEY, known.model_dump_json().encode())
+    with pytest.raises(ConfigError, match="convoy doctor"):
+        open_workspace(str(tmp_path), WriterMode.MANY)
+    assert examine(str(tmp_path)).ok
+    open_workspace(str(tmp_path), WriterMode.MANY)
 
 
 def test_workspace_that_cannot_be_written_is_red_with_advice(tmp_path: Path) -> None:

@@ -475,3 +475,8 @@ def test_a_forked_child_does_not_share_the_connections_of_its_parent(
     assert child.exitcode == 0
     assert store._get_client() is client
     assert store.get("image").data == b"image"
+
+
+def test_the_server_is_named_without_a_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://me:{SECRET}@minio:9000")
+    assert S3Store("bucket").endpoint_url == "http://minio:9000"
