@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from convoy.core.errors import DataError, RunMismatch
 from convoy.core.progress import Progress
 from convoy.core.records import Split
 from convoy.core.statistics import wilson_interval
+from convoy.core.version import VERSION
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.classifiers import Classifier, Strategy, classifier_files
 from convoy.pipelines.committees import CommitteeRecord, committee_of, single_committee, write_ensemble
@@ -71,7 +71,7 @@ class CandidateMaker:
         lineage = {
             "retraining": f"{config.name}/{plan.date}",
             "dataset fingerprint": plan.fingerprint,
-            "convoy": version("convoy-vision"),
+            "convoy": VERSION,
         }
         if plan.champion is not None:
             lineage["champion before"] = f"{config.name}@{plan.champion}"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.metadata import version
 
+from convoy.core.version import VERSION
 from convoy.pipelines.report_page import PageData
 from convoy.pipelines.report_target import TargetKind
 from convoy.report.advice_sections import advice_sections, advice_tiles
@@ -43,7 +43,7 @@ def draw_page(data: PageData) -> bytes:
             lead=_lead(data),
             tiles=_tiles(data),
             sections=sections,
-            footer=f"Convoy {version('convoy-vision')} · {data.target} · workspace {data.workspace}",
+            footer=f"Convoy {VERSION} · {data.target} · workspace {data.workspace}",
         )
     )
 

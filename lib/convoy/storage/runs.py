@@ -18,13 +18,14 @@ from convoy.core.crash_points import CrashPoint, crash_point
 from convoy.core.differences import describe_changes
 from convoy.core.errors import ConfigError, DataError, PreconditionFailed, RunMismatch
 from convoy.core.fingerprints import canonical_json, digest
+from convoy.core.version import VERSION
 from convoy.storage.documents import exists, read_json
 from convoy.storage.object_store import ObjectStore, put_looking_first
 
 SLICES_PER_INPUT_SHARD = 64
 # Among the versions: the digest of the code that ran.
 CODE = "convoy-code"
-_RECORDED_VERSIONS = ("convoy-vision", "ray", "torch", "torchvision", "timm", "pyarrow", "pillow", "numpy")
+_RECORDED_LIBRARIES = ("ray", "torch", "torchvision", "timm", "pyarrow", "pillow", "numpy")
 
 
 class SliceGroup(StrictModel):
@@ -60,7 +61,11 @@ class RunRecord(StrictModel):
         return cls(
             run_id=run_id,
             created_utc=datetime.now(UTC).isoformat(timespec="seconds"),
-            versions={**{name: version(name) for name in _RECORDED_VERSIONS}, CODE: package_digest()},
+            versions={
+                "convoy-vision": VERSION,
+                **{name: version(name) for name in _RECORDED_LIBRARIES},
+                CODE: package_digest(),
+            },
             **fields,
         )
 
