@@ -6,7 +6,7 @@ import os
 
 from convoy.core.errors import ConfigError
 from convoy.storage.conditional_put import VERDICT_KEY, known_conditional_put
-from convoy.storage.object_store import ConditionalPut, ObjectStore, WriterMode
+from convoy.storage.object_store import ONE_WRITER_ADVICE, ConditionalPut, ObjectStore, WriterMode
 from convoy.storage.stores import open_store
 
 DEFAULT_WORKSPACE = "./workspace"
@@ -29,7 +29,6 @@ def open_workspace(configured: str | None, writers: WriterMode) -> ObjectStore:
         raise ConfigError(
             "this object store does not keep create-if-absent atomic, so two jobs at once could damage each other",
             where=f"{store.root_uri}, by {VERDICT_KEY} in it",
-            next_step="make sure that only one job writes to this workspace, and add --set writers=single; where the"
-            " store has changed, `convoy doctor` probes it again",
+            next_step=f"{ONE_WRITER_ADVICE}; where the store has changed, `convoy doctor` probes it again",
         )
     return store

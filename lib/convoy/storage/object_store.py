@@ -52,6 +52,13 @@ class WriterMode(StrEnum):
     SINGLE = "single"
 
 
+# The next step where a store cannot exclude two writers.
+ONE_WRITER_ADVICE = (
+    "make sure that only one job writes to this workspace, and add --set writers=single"
+    " (`convoy models`: --writers single)"
+)
+
+
 class ObjectStore(Protocol):
     """A root URI and the operations below it. Keys use '/', are exact in UTF-8, and never start with '/'.
 

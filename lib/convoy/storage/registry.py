@@ -21,7 +21,7 @@ from convoy.core.config import StrictModel
 from convoy.core.crash_points import CrashPoint, crash_point
 from convoy.core.errors import ConditionalWriteUnsupported, DataError, ObjectNotFound, PreconditionFailed
 from convoy.core.fingerprints import canonical_json
-from convoy.storage.object_store import ObjectStore, WriterMode, put_in_place_of
+from convoy.storage.object_store import ONE_WRITER_ADVICE, ObjectStore, WriterMode, put_in_place_of
 
 ALIASES_FORMAT_VERSION = 1
 # A move that loses so many races in a row is stopped, with its error.
@@ -123,7 +123,8 @@ def aliased_digest(store: ObjectStore, name: str, alias: str) -> str:
         raise DataError(
             f"model '{name}' has no {alias}",
             where=store.uri(_key(name)),
-            next_step=f"make one: `convoy models promote {name}`, or `convoy retrain`",
+            next_step=f"name a version of `convoy models list`: convoy models promote {name} --digest DIGEST --reason"
+            " ...; candidates are what `convoy retrain` makes",
         )
     return digest
 
@@ -185,7 +186,7 @@ def _write(store: ObjectStore, name: str, record: AliasRecord, etag: str | None,
             raise ConditionalWriteUnsupported(
                 "this store cannot replace an object on a condition, so two could move aliases at once",
                 where=store.uri(key),
-                next_step="make sure that only one job writes to this workspace, and add --set writers=single",
+                next_step=ONE_WRITER_ADVICE,
             ) from None
         store.put(key, data)
 

@@ -40,6 +40,7 @@ def test_racy_store_asks_for_a_single_writer_and_names_the_file_that_says_so(tmp
     with pytest.raises(ConfigError, match="writers=single") as caught:
         open_workspace(str(tmp_path), WriterMode.MANY)
     assert VERDICT_KEY in caught.value.where
+    assert "`convoy models`: --writers single" in caught.value.next_step
     assert open_workspace(str(tmp_path), WriterMode.SINGLE).root_uri == str(tmp_path)
 
 

@@ -53,8 +53,9 @@ def test_an_alias_opens_the_version_that_it_names(store: LocalStore) -> None:
     assert resolve_bundle(store, "net") == second
     assert resolve_bundle(store, "net@champion") == first
     assert open_bundle(store, "net@champion").files["model.safetensors"] == b"one"
-    with pytest.raises(DataError, match="has no candidate"):
+    with pytest.raises(DataError, match="has no candidate") as caught:
         resolve_bundle(store, "net@candidate")
+    assert "convoy models promote net --digest DIGEST" in caught.value.next_step
     with pytest.raises(ConfigError, match="no reference"):
         resolve_bundle(store, "net@best")
 
