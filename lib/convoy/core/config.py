@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from yaml.composer import ComposerError
 
 from convoy.core.errors import ConfigError
 
@@ -69,9 +70,30 @@ def write_settings(settings: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(settings), sort_keys=True, allow_unicode=True)
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML forbids a key twice in one mapping; PyYAML takes the last one without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """A mapping as it is written, before what `<<` brings is merged into it."""
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, Any]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    raise ComposerError(
+                        None, None, f"the key '{key.value}' stands there twice", key.start_mark
+                    )
+                seen.add((key.tag, key.value))
+        return node
+
+
+def _parse_yaml(text: str) -> Any:
+    return yaml.load(text, _UniqueKeys)
+
+
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        loaded = _parse_yaml(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError("the config file does not exist", where=path, next_step="check --config") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -97,7 +119,7 @@ def _apply_override(settings: dict[str, Any], override: str) -> None:
             raise ConfigError(f"'{section}' is a value, not a section", where=override)
         target = inner
     try:
-        target[key] = yaml.safe_load(text)
+        target[key] = _parse_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"the value is not valid YAML: {error}", where=override) from None
 

@@ -78,6 +78,28 @@ def test_missing_required_key_is_named() -> None:
         load_config(Outer, None, [])
 
 
+@pytest.mark.parametrize(
+    "text", ["name: a\nname: b\n", "name: a\ninner: {learning_rate: 1, learning_rate: 2}\n"]
+)
+def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"the key '(name|learning_rate)' stands there twice[^$]*line 2"):
+        load_config(Outer, str(path))
+    with pytest.raises(ConfigError, match="stands there twice"):
+        load_config(Outer, None, ["name=a", "inner={learning_rate: 1, learning_rate: 2}"])
+
+
+def test_a_key_may_take_the_place_of_one_that_is_merged_in(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("a: &a {x: 1, y: 2}\nin: {b: &b {<<: *a, x: 3}}\nc: {<<: *b, y: 4, '1': 5, 1: 6}\n")
+    assert read_settings(str(path), []) == {
+        "a": {"x": 1, "y": 2},
+        "in": {"b": {"x": 3, "y": 2}},
+        "c": {"x": 3, "y": 4, "1": 5, 1: 6},
+    }
+
+
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "\xff"])
 def test_file_that_is_not_a_mapping_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "job.yaml"
