@@ -27,7 +27,7 @@ def load_config(model: type[ConfigT], path: str | None, overrides: Sequence[str]
     """The config of a job from a YAML file (may be None) and `section.key=value` overrides, in that order.
 
     Values of overrides are read as YAML, so `views=3`, `taps=[pooled]` and `weights=null` mean what they say.
-    Raises ConfigError for a missing file, bad YAML, an unknown key or a value that does not fit.
+    Raises ConfigError for a file that cannot be read, bad YAML, an unknown key or a value that does not fit.
     """
     return parse_config(model, read_settings(path, overrides), where=path or "--set")
 
@@ -47,7 +47,7 @@ def parse_config(model: type[ConfigT], settings: Mapping[str, Any], *, where: st
 def config_keys(path: str | None, overrides: Sequence[str] = ()) -> frozenset[str]:
     """The sections and keys that a config and its overrides set at the top, whatever their values.
 
-    Raises ConfigError for a missing file, bad YAML or an override that cannot be read.
+    Raises ConfigError for a file that cannot be read, bad YAML or an override that cannot be read.
     """
     return frozenset(read_settings(path, overrides))
 
@@ -96,6 +96,10 @@ def _read_yaml(path: str) -> dict[str, Any]:
         loaded = _parse_yaml(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError("the config file does not exist", where=path, next_step="check --config") from None
+    except OSError as error:
+        raise ConfigError(
+            f"the config file cannot be read: {error.strerror}", where=path, next_step="check --config"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"the config is not valid YAML: {error}", where=path) from None
     if loaded is None:

@@ -113,6 +113,11 @@ def test_missing_file_is_a_config_error() -> None:
         load_config(Outer, "/nowhere/job.yaml")
 
 
+def test_a_folder_in_place_of_a_config_file_is_a_config_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+        load_config(Outer, str(tmp_path))
+
+
 def test_keys_of_a_config_are_known_without_its_model(tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
     path.write_text("name: probe\nhead: {C: [1]}\n")
