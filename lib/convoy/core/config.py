@@ -118,10 +118,12 @@ def _apply_override(settings: dict[str, Any], override: str) -> None:
     *sections, key = dotted.strip().split(".")
     target = settings
     for section in sections:
-        inner = target.setdefault(section, {})
-        if not isinstance(inner, dict):
+        if target.get(section) is None:
+            # Missing, or a section of which a file has the name only.
+            target[section] = {}
+        target = target[section]
+        if not isinstance(target, dict):
             raise ConfigError(f"'{section}' is a value, not a section", where=override)
-        target = inner
     try:
         target[key] = _parse_yaml(text)
     except yaml.YAMLError as error:

@@ -33,8 +33,11 @@ def test_file_then_overrides(tmp_path: Path) -> None:
     assert config == Outer(name="a", views=3, inner=Inner(learning_rate=0.001), taps=("stem", "pooled"))
 
 
-def test_override_makes_a_missing_section() -> None:
+def test_override_makes_a_missing_section(tmp_path: Path) -> None:
     assert load_config(Outer, None, ["name=x", "inner.learning_rate=2"]).inner.learning_rate == 2
+    path = tmp_path / "job.yaml"
+    path.write_text("name: x\ninner:\n")
+    assert load_config(Outer, str(path), ["inner.learning_rate=2"]).inner.learning_rate == 2
 
 
 @pytest.mark.parametrize(
