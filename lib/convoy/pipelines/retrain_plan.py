@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from convoy.core.differences import describe_changes
-from convoy.core.errors import ConfigError
+from convoy.core.errors import ConfigError, DataError
 from convoy.core.progress import Progress
 from convoy.pipelines.retrain_config import Decision, RetrainConfig, RetrainReport
 from convoy.storage.datasets import freeze_dataset, open_dataset
@@ -24,7 +24,7 @@ _OPEN = (Decision.HELD, Decision.SHADOW, Decision.NOTHING_NEW)
 def plan_retrain(
     store: ObjectStore, folder: RetrainFolder, config: RetrainConfig, progress: Progress
 ) -> RetrainPlan:
-    """Freeze what the date of a config is about."""
+    """Freeze what the date of a config is about; ConfigError for a dataset that is not the one of the dates before."""
     if config.source is not None:
         progress.stage(f"looking at {config.source}")
         # A path in a config is meant from where the command runs, as in `convoy dataset`.
@@ -32,6 +32,7 @@ def plan_retrain(
         freeze_dataset(store, config.dataset, source, reading=config.reading, splits=config.splits)
     champion = read_aliases(store, config.name).aliases.get(Alias.CHAMPION)
     learnt, held = _since_champion(_newest_first(folder), f"{config.name}@{champion}")
+    _require_versions(store, config, [*held.values()] if learnt is None else [learnt, *held.values()])
     return RetrainPlan(
         date=config.logical_date,
         fingerprint=open_dataset(store, config.dataset).fingerprint,
@@ -40,6 +41,19 @@ def plan_retrain(
         held=held,
         config=_settings(config),
     )
+
+
+def _require_versions(store: ObjectStore, config: RetrainConfig, fingerprints: Iterable[str]) -> None:
+    """ConfigError where the dataset lacks a version that what is new is told from."""
+    for fingerprint in fingerprints:
+        try:
+            open_dataset(store, config.dataset, fingerprint)
+        except DataError as error:
+            raise ConfigError(
+                f"the champion of '{config.name}' was made from other data: {error.what}",
+                where="dataset",
+                next_step="name the dataset as before, or retrain on the new one under another name of the model",
+            ) from None
 
 
 def refuse_date(folder: RetrainFolder, date: str) -> None:

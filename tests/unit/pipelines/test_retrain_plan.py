@@ -137,6 +137,14 @@ def test_rows_of_a_held_date_are_still_new_on_the_next(dates: Dates) -> None:
     assert dates.settled(plan) is None
 
 
+def test_a_dataset_that_was_renamed_is_refused_before_the_date_is_begun(dates: Dates) -> None:
+    dates.arrive()
+    with pytest.raises(ConfigError, match="'digits-v2' has no version") as caught:
+        dates.plan(date="2026-02-01", dataset="digits-v2")
+    assert "name the dataset as before" in caught.value.next_step
+    assert dates.retrains.plan("2026-02-01") is None
+
+
 def test_rows_that_arrive_before_a_promotion_add_up(dates: Dates) -> None:
     second = held(dates)
     assert dates.retrains.plan("2026-01-01") is not None
