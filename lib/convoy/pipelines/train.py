@@ -195,9 +195,10 @@ def _run(job: _Job) -> TrainReport:
         files["README.md"] = model_card(card).encode()
         reference = write_bundle(store, config.name, files)
         num_rejects = sum(trained.report.get("train_rejects", {}).values())
+        notes = [*config.unused_keys_notes, *trained.report.get("notes", ())]
         report = TrainReport(
             **evaluation.model_dump(),
-            **trained.report,
+            **(trained.report | {"notes": notes}),
             bundle=str(reference),
             strategy=config.strategy,
             tap=classifier.tap,

@@ -23,6 +23,19 @@ from convoy.vision.training_config import AUTO, Distillation, Phase, Recipe, Rec
 PROBES = (Strategy.LINEAR_PROBE, Strategy.EARLY_LAYER_PROBE)
 NETWORKS = (Strategy.PARTIAL_REUSE, Strategy.FINE_TUNE, Strategy.FROM_SCRATCH)
 
+# The keys that some strategies use and others do not; all other keys are for every strategy.
+_OF_LEARNERS = frozenset({"views", "augmentation", "head", "distill"})
+_KEYS_OF = {
+    Strategy.AS_IS: frozenset({"classes", "class_map"}),
+    **dict.fromkeys(PROBES, _OF_LEARNERS | {"tap"}),
+    **dict.fromkeys(
+        NETWORKS,
+        _OF_LEARNERS
+        | {"epochs", "freeze_depth", "learning_rate", "phases", "recipe", "head_source", "reuse"}
+        | {"checkpoint_steps", "workers", "local_cache"},
+    ),
+}
+
 
 class HeadSource(StrEnum):
     """How a phase that trains only the head gets its features.
@@ -58,11 +71,11 @@ class DistillConfig(Distillation):
 class TrainConfig(StrictModel):
     """A way to use a network on a dataset. `name` is that of the bundle.
 
-    Which keys matter depends on `strategy`. `as_is`: `classes` names the outputs in order where the weights do
-    not, `class_map` gives dataset classes for outputs. Probes: `tap`, `views`, `head`. Networks: `epochs`,
-    `freeze_depth` and `learning_rate`, or else `phases`; `recipe` (what is set there replaces the default's),
-    `head` for a head that is fitted from the cache; `reuse` is for `partial_reuse` only. `distill` names a teacher
-    for networks and softmax heads.
+    Which keys matter depends on `strategy`; a note names those that are set and do not. `as_is`: `classes` names the
+    outputs in order where the weights do not, `class_map` gives dataset classes for outputs; no other strategy takes
+    them. Probes: `tap`, `views`, `head`. Networks: `epochs`, `freeze_depth` and `learning_rate`, or else `phases`;
+    `recipe` (what is set there replaces the default's), `head` for a head that is fitted from the cache; `reuse` is
+    for `partial_reuse` only. `distill` names a teacher for networks and softmax heads.
     """
 
     workspace: str | None = None
@@ -95,6 +108,10 @@ class TrainConfig(StrictModel):
 
     @model_validator(mode="after")
     def _keys_fit_the_strategy(self) -> Self:
+        if self.strategy is not Strategy.AS_IS and (self.classes, self.class_map) != (None, None):
+            raise ValueError(
+                f"classes and class_map are for as_is: under {self.strategy.value} the classes are the dataset's"
+            )
         if self.strategy is Strategy.EARLY_LAYER_PROBE and self.tap is None:
             raise ValueError("early_layer_probe needs a tap: the name or number of a stage, such as layer2")
         if (self.reuse is not None) != (self.strategy is Strategy.PARTIAL_REUSE):
@@ -109,6 +126,21 @@ class TrainConfig(StrictModel):
         if self.strategy is Strategy.FINE_TUNE and self.head.kind is not HeadKind.SOFTMAX:
             raise ValueError("fine_tune begins with a softmax head: leave head.kind out")
         return self
+
+    @property
+    def unused_keys_notes(self) -> tuple[str, ...]:
+        """What is set for another strategy. No error, as the trials of a search may share it."""
+        of_others = frozenset[str]().union(*_KEYS_OF.values()) - _KEYS_OF[self.strategy]
+        fields = type(self).model_fields
+        unused = [
+            key
+            for key in sorted(of_others)
+            if getattr(self, key) != fields[key].get_default(call_default_factory=True)
+        ]
+        if not unused:
+            return ()
+        default = "" if "strategy" in self.model_fields_set else ", the default where no strategy is named"
+        return (f"without effect under {self.strategy.value}{default}: {', '.join(unused)}",)
 
     @property
     def _can_be_taught(self) -> bool:

@@ -65,7 +65,7 @@ def plan_train(config: TrainConfig) -> TrainPlan:
         num_train_rows=rows.num_rows,
         images_by_class=dict(zip(manifest.classes, counts, strict=True)),
         unfinished_run=folder.run_id if folder else None,
-        notes=version_notes,
+        notes=[*version_notes, *config.unused_keys_notes],
     )
     if config.strategy in PROBES:
         check_head(manifest, config)
@@ -98,6 +98,6 @@ def plan_train(config: TrainConfig) -> TrainPlan:
             "phases": list(network.phases),
             "num_steps": steps_an_epoch * sum(phase.epochs for phase in network.phases),
             "stages": stages,
-            "notes": [*version_notes, *network.notes],
+            "notes": [*plan.notes, *network.notes],
         }
     )

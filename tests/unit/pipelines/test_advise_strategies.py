@@ -99,6 +99,7 @@ def test_every_option_has_a_config_that_training_takes() -> None:
     for strategy, option in by_strategy(settings).items():
         parsed, text = train_config(option.settings, where="here")
         assert parsed.strategy is strategy
+        assert parsed.unused_keys_notes == ()
         assert parsed.workspace == "/w"
         assert parsed.rows.max_per_class == 100
         assert TrainConfig.model_validate(yaml.safe_load(text)) == parsed

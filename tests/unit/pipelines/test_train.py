@@ -26,6 +26,7 @@ from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import RunFolder, RunRecord
 from made_advice_rows import frozen_rows
+from made_pages import made_evaluation
 
 CLASSES = ("good", "defect")
 SETTINGS = {"name": "parts", "dataset": "parts", "backbone": {"arch": "resnet18"}}
@@ -143,3 +144,65 @@ def test_a_cut_off_training_is_ended_on_the_images_on_which_it_began(
     assert notes(config) == ["its own"]
     assert trained == [30, 32, 32, 32, 32]
     assert plan_train(config).num_train_rows > plan.num_train_rows
+
+
+FORGOTTEN = {"epochs": 10, "learning_rate": 0.01, "freeze_depth": "layer3", "recipe": {"mixup_alpha": 0.2}}
+
+
+def test_keys_of_another_strategy_are_named_in_the_dry_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = manifest_of(tmp_path, Split.TEST, Split.VAL)
+    monkeypatch.setattr(train, "open_dataset", lambda *_: manifest)
+    config = parse_config(TrainConfig, {**SETTINGS, **FORGOTTEN, "workspace": str(tmp_path)}, where="here")
+    (note,) = plan_train(config).notes
+    assert "without effect under linear_probe, the default where no strategy is named" in note
+    assert note.endswith(": epochs, freeze_depth, learning_rate, recipe")
+
+
+def test_keys_of_another_strategy_are_named_in_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = manifest_of(tmp_path, Split.TEST)
+    monkeypatch.setattr(train, "open_dataset", lambda *_: manifest)
+    monkeypatch.setattr(train, "evaluate_classifier", lambda *_, **__: made_evaluation(CLASSES))
+    settings = {
+        **SETTINGS,
+        "workspace": str(tmp_path),
+        "strategy": "as_is",
+        "backbone": {"arch": "lenet5", "weights": "random", "num_classes": 2},
+        "classes": CLASSES,
+        "epochs": 10,
+    }
+    report = run_train(
+        parse_config(TrainConfig, settings, where="here"), progress=Silent(), draw_curves=lambda *_: b""
+    )
+    assert report.notes == ["without effect under as_is: epochs"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "unused"),
+    [
+        ({"strategy": "fine_tune", **FORGOTTEN, "views": 2}, []),
+        ({"strategy": "from_scratch", "tap": "layer2"}, ["tap"]),
+        ({"strategy": "linear_probe", "views": 2, "augmentation": "light", "tap": "layer2"}, []),
+        ({"strategy": "as_is", "class_map": {"tabby": "cat"}, "head": {"kind": "linear_svm"}}, ["head"]),
+        ({"strategy": "linear_probe", "epochs": None, "workers": {}}, []),
+    ],
+)
+def test_a_note_names_what_is_set_for_another_strategy(settings: dict[str, Any], unused: list[str]) -> None:
+    config = parse_config(TrainConfig, {**SETTINGS, **settings}, where="here")
+    written_out = TrainConfig.model_validate_json(config.model_dump_json())
+    for one in (config, written_out):
+        notes = one.unused_keys_notes
+        assert [note.rpartition(": ")[2] for note in notes] == ([", ".join(unused)] if unused else [])
+        assert "default" not in "".join(notes)
+
+
+@pytest.mark.parametrize("key", [{"class_map": {"tabby": "cat"}}, {"classes": ["tabby", "pug"]}])
+def test_classes_of_the_network_are_refused_where_those_of_the_dataset_are_learnt(
+    key: dict[str, Any],
+) -> None:
+    with pytest.raises(ConfigError, match="for as_is: under linear_probe the classes are the dataset's"):
+        parse_config(TrainConfig, {**SETTINGS, **key}, where="here")
+    parse_config(TrainConfig, {**SETTINGS, **key, "strategy": "as_is"}, where="here")
