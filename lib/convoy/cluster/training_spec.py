@@ -45,9 +45,12 @@ class TeacherRows(StrictModel):
 
 
 class LocalCacheOptions(StrictModel):
-    """Where a node keeps the bytes of images that later epochs need again, and how many bytes at most."""
+    """Where a node keeps the bytes of images that later epochs need again, and how many bytes at most.
 
-    folder: str
+    Without a `folder` that is in the node's own folder for temporary files.
+    """
+
+    folder: str | None
     max_bytes: int = Field(ge=0)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from enum import StrEnum
 from typing import Self
 
@@ -52,10 +51,11 @@ class HeadSource(StrEnum):
 class LocalCacheConfig(StrictModel):
     """The bounded cache of image bytes on each node's disk; `max_gb: 0` turns it off.
 
-    It serves datasets in object storage: later epochs ask the store only for what did not fit.
+    It serves datasets in object storage: later epochs ask the store only for what did not fit. Without a `folder` it
+    lies in what each node has for temporary files.
     """
 
-    folder: str = Field(default_factory=lambda: f"{tempfile.gettempdir()}/convoy-images")
+    folder: str | None = None
     max_gb: float = Field(default=16.0, ge=0)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
+import tempfile
 import threading
 import time
 import uuid
@@ -17,6 +18,7 @@ from typing import Any
 from convoy.core.fingerprints import DIGEST_BYTES, digest_bytes
 from convoy.storage.local_walk import PRIVATE_PREFIX
 
+_DEFAULT_FOLDER = "convoy-images"
 # In the folder: how many bytes its files have, and when they were last counted, in seconds since 1970.
 _USAGE_FILE = "usage"
 _USAGE = struct.Struct("<qd")
@@ -54,11 +56,11 @@ class LocalImageCache:
     in this process, notes it, and still answers from what it has.
 
     Cheap to make, thread-safe, and pickles, without its counts. The folder is made, with access for its owner
-    only, when the first image is admitted.
+    only, when the first image is admitted. Where none is named, it is in this node's folder for temporary files.
     """
 
-    def __init__(self, folder: str, max_bytes: int) -> None:
-        self.folder = os.path.abspath(folder)
+    def __init__(self, folder: str | None, max_bytes: int) -> None:
+        self.folder = os.path.abspath(folder or os.path.join(tempfile.gettempdir(), _DEFAULT_FOLDER))
         self.max_bytes = max_bytes
         self._counts = CacheCounts()
         self._counting = threading.Lock()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -41,6 +42,16 @@ def test_how_many_tries_there_may_be_does_not_make_another_job() -> None:
 def test_a_default_that_is_spelled_out_is_the_same_job() -> None:
     told = CACHE.model_copy(update={"settings": {**SETTINGS, "writers": "many"}})
     assert plan_submission(told).submission_id == plan_submission(CACHE).submission_id
+
+
+def test_a_shell_and_cron_with_other_temporary_folders_send_the_same_job(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings = {**SETTINGS, "name": "digits", "strategy": "from_scratch", "local_cache": {"max_gb": 8}}
+    train = JobRequest(verb=Verb.TRAIN, settings=settings)
+    name = plan_submission(train).submission_id
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert plan_submission(train).submission_id == name
 
 
 def test_the_code_is_part_of_the_id(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,6 +88,14 @@ def test_files_lie_in_folders_by_prefix_for_their_owner_only(cache: LocalImageCa
     name = content_id.hex()
     assert files_of(folder) == [folder / name[:2] / name[2:4] / name]
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_without_a_folder_it_is_among_the_temporary_files_of_its_node(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    fill(LocalImageCache(None, 1000), 1)
+    assert found(LocalImageCache(str(tmp_path / "convoy-images"), 1000), 1) == [1]
 
 
 def test_an_image_is_admitted_once(cache: LocalImageCache, folder: Path) -> None:
