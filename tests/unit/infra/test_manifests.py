@@ -167,7 +167,7 @@ def test_entrypoints_name_jobs_that_exist() -> None:
     words = shlex.split(line)
     assert words[1:4] == ["convoy", "submit", "score"]
     attempt = words.index("--attempt")
-    assert words[attempt + 1] == "$(date -u +%F)"
+    assert words[attempt + 1] == "$JOB_NAME"
     tries = words.index("--tries")
     assert int(words[tries + 1]) == 1 + job["backoffLimit"], "each pod must have a try to send"
     assert planned("score", words[4:attempt] + words[tries + 2 :])
@@ -210,6 +210,15 @@ def test_a_cron_job_keeps_from_overlapping_and_tries_nothing_again_in_vain() -> 
     (final, disruption) = cron["spec"]["jobTemplate"]["spec"]["podFailurePolicy"]["rules"]
     assert (final["action"], final["onExitCodes"]["values"]) == ("FailJob", [2, 3, 5])
     assert disruption["action"] == "Ignore"
+
+
+def test_pods_of_a_night_share_an_attempt_whenever_they_start() -> None:
+    (cron,) = of_kind("CronJob")
+    (container,) = cron["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+    assert "$(" not in container["args"][0], "each pod would evaluate it anew"
+    (name,) = [one for one in container["env"] if one["name"] == "JOB_NAME"]
+    # Kubernetes puts this label on the pods of a Job.
+    assert name["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.labels['batch.kubernetes.io/job-name']"
 
 
 def test_pods_run_without_rights() -> None:
