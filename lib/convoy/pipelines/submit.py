@@ -135,7 +135,7 @@ def run_submit(
         earlier = service.find(submission.submission_id)
         if earlier is None or not earlier.may_be_tried_again:
             break
-        submission = plan_submission(request, number_of_try=number)
+        submission = plan_submission(request, number_of_try=number, begun_on=earlier.metadata.get("date"))
     submitted = service.submit(submission)
     if waiting is Waiting.FOLLOW:
         service.follow_logs(submission.submission_id, write_log)
@@ -150,10 +150,14 @@ def run_submit(
     )
 
 
-def plan_submission(request: JobRequest, *, number_of_try: int = 1) -> Submission:
+def plan_submission(
+    request: JobRequest, *, number_of_try: int = 1, begun_on: str | None = None
+) -> Submission:
     """The submission of a try at a job, with an id that is a function of what it is. Sends nothing.
 
-    Raises ConfigError for settings that do not fit the job, or that hold what looks like a secret.
+    A retraining whose date neither its settings nor its attempt name is told `begun_on`, the date of the try before,
+    or else today; that is no part of its id, so that the same command finds its job after midnight too. Raises
+    ConfigError for settings that do not fit the job, or that hold what looks like a secret.
     """
     settings = {**request.settings, "workspace": _place(request.settings.get("workspace"))}
     _refuse_secrets({**settings, "arguments": list(request.arguments), "attempt": request.attempt})
@@ -163,6 +167,8 @@ def plan_submission(request: JobRequest, *, number_of_try: int = 1) -> Submissio
     config = parse_config(
         getattr(importlib.import_module(module), name), settings, where=f"submit {request.verb}"
     )
+    if request.verb is Verb.RETRAIN:
+        settings["date"] = settings["date"] or begun_on or datetime.now(UTC).date().isoformat()
     package = PACKAGE
     parts = {
         "verb": request.verb.value,
@@ -185,6 +191,7 @@ def plan_submission(request: JobRequest, *, number_of_try: int = 1) -> Submissio
             "try": str(number_of_try),
             "config": digest(parts["config"]),
             "code": parts["code"],
+            **({"date": str(settings["date"])} if "date" in settings else {}),
         },
     )
 
@@ -245,12 +252,12 @@ def _refuse_secrets(told: Mapping[str, Any]) -> None:
         )
 
 
-def _date_of(attempt: str) -> str:
-    """The logical date of a retraining: that of a scheduler, or today. Tries that follow must not take their own."""
+def _date_of(attempt: str) -> str | None:
+    """The logical date of a retraining, where its attempt is a scheduler's."""
     try:
         return date.fromisoformat(attempt).isoformat()
     except ValueError:
-        return datetime.now(UTC).date().isoformat()
+        return None
 
 
 def _place(workspace: Any) -> str:

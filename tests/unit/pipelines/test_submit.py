@@ -4,13 +4,24 @@ import shutil
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import yaml
 
 import convoy
+from convoy.cluster.submission import Submission, SubmittedJob
 from convoy.core.errors import ConfigError
-from convoy.pipelines.submit import JobRequest, Verb, address_of, code_digest, plan_submission
+from convoy.pipelines import submit
+from convoy.pipelines.submit import (
+    JobRequest,
+    Verb,
+    Waiting,
+    address_of,
+    code_digest,
+    plan_submission,
+    run_submit,
+)
 
 SETTINGS = {
     "workspace": "s3://bucket/workspace",
@@ -99,6 +110,58 @@ def test_a_retraining_is_told_its_date_so_that_later_tries_do_not_take_their_own
     assert str(yaml.safe_load(plan_submission(request).files["job.yaml"])["date"]) == date
     named = request.model_copy(update={"settings": {**RETRAIN.settings, "date": "2026-01-05"}})
     assert str(yaml.safe_load(plan_submission(named).files["job.yaml"])["date"]) == "2026-01-05"
+
+
+class Cluster:
+    """The Jobs API, of a cluster where every job has failed once it was sent."""
+
+    def __init__(self) -> None:
+        self.sent: dict[str, Submission] = {}
+
+    def find(self, submission_id: str) -> SubmittedJob | None:
+        return self.get(submission_id) if submission_id in self.sent else None
+
+    def get(self, submission_id: str) -> SubmittedJob:
+        return SubmittedJob(
+            submission_id=submission_id,
+            status="FAILED",
+            exit_code=1,
+            message="",
+            metadata=self.sent[submission_id].metadata,
+            started_ms=None,
+            ended_ms=None,
+        )
+
+    def submit(self, submission: Submission) -> bool:
+        is_new = submission.submission_id not in self.sent
+        self.sent.setdefault(submission.submission_id, submission)
+        return is_new
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    made = Cluster()
+    monkeypatch.setattr(submit, "JobService", lambda address: made)
+    return made
+
+
+def test_tries_of_a_retraining_keep_their_date_over_midnight(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = RETRAIN.model_copy(update={"attempt": "nightly-17", "tries": 3})
+    reports = []
+    for day in (26, 27, 28, 29):
+        night = datetime(2026, 11, day, tzinfo=UTC)
+        monkeypatch.setattr(submit, "datetime", Mock(wraps=datetime, now=lambda zone, night=night: night))
+        reports.append(run_submit("http://head:8265", request, waiting=Waiting.NOT, write_log=print))
+    assert [(one.submitted, one.number_of_try) for one in reports] == [
+        (True, 1),
+        (True, 2),
+        (True, 3),
+        (False, 3),
+    ]
+    told = [yaml.safe_load(one.files["job.yaml"])["date"] for one in cluster.sent.values()]
+    assert told == ["2026-11-26"] * 3
 
 
 def test_only_the_first_try_leaves_an_earlier_run_behind() -> None:
