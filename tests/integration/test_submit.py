@@ -18,6 +18,7 @@ import pytest
 
 import convoy as convoy_package
 from cache_jobs import CacheJob, convoy, freeze, last_json, made_job, settings_arguments
+from convoy.cluster.growth import GPUS_VARIABLE
 from convoy.pipelines.model_registry import promote_model
 from convoy.pipelines.runs_list import list_runs
 from convoy.pipelines.runs_state import RunState
@@ -36,7 +37,12 @@ PLANTED = "planted/9fT3qLr0ZsVw7YxPb2Kd+secretkey"
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[RayHead]:
-    with running_head({"AWS_SECRET_ACCESS_KEY": PLANTED, "AWS_ACCESS_KEY_ID": "planted-id-0001"}) as running:
+    environment = {
+        "AWS_SECRET_ACCESS_KEY": PLANTED,
+        "AWS_ACCESS_KEY_ID": "planted-id-0001",
+        GPUS_VARIABLE: "0",
+    }
+    with running_head(environment) as running:
         yield running
 
 
@@ -168,7 +174,7 @@ def test_without_the_token_nothing_is_submitted(head: RayHead, job: CacheJob, to
     assert "intruder" not in json.dumps(_api(head, "/api/jobs/"))
 
 
-def test_the_code_that_was_sent_goes_before_the_code_that_is_installed(head: RayHead) -> None:
+def test_the_code_and_the_size_that_were_sent_go_before_those_of_the_head(head: RayHead) -> None:
     script = """
 import sys
 from pathlib import Path
@@ -176,7 +182,8 @@ from convoy.cluster.submission import JobService, Submission
 import convoy
 service = JobService(sys.argv[1])
 package = Path(convoy.__file__).parent
-service.submit(Submission(submission_id="where", entrypoint="python -c 'import convoy; print(convoy.__file__)'",
+entrypoint = "python -c 'import convoy; print(convoy.__file__)'; echo asks for $CONVOY_CLUSTER_GPUS GPUs"
+service.submit(Submission(submission_id="where", entrypoint=entrypoint, variables={"CONVOY_CLUSTER_GPUS": "4"},
                           package=package, files={"job.yaml": ""}, metadata={}))
 service.wait("where")
 print(service.logs("where"))
@@ -191,6 +198,7 @@ print(service.logs("where"))
     ).stdout
     assert str(head.folder) in printed
     assert "py_modules_files" in printed
+    assert "asks for 4 GPUs" in printed
 
 
 def test_no_secret_is_in_any_log_record_report_payload_or_process(
@@ -260,6 +268,9 @@ def test_the_line_of_the_crontab_scores_once_a_day(head: RayHead, scoring: Cache
     for folder in ("/etc/convoy", "/var/log/convoy"):
         assert folder in command
         command = command.replace(folder, str(tmp_path))
+    # No autoscaler would start them here.
+    assert " --gpus 2 " in command
+    command = command.replace(" --gpus 2 ", " ")
     token = tmp_path / "token"
     token.write_text(TOKEN)
     token.chmod(0o600)

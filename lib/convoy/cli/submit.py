@@ -52,6 +52,18 @@ TriesOption = Annotated[
         help="How often this attempt may run: where the last try failed, the same command sends the next.",
     ),
 ]
+CpusOption = Annotated[
+    int | None,
+    typer.Option(
+        "--cpus", min=1, help="CPUs, in all, that the cluster starts first. Default: what its head says."
+    ),
+]
+GpusOption = Annotated[
+    int | None,
+    typer.Option(
+        "--gpus", min=0, help="GPUs, in all, that the cluster starts first. Default: what its head says."
+    ),
+]
 FollowOption = Annotated[
     bool,
     typer.Option("--follow/--no-wait", help="Show the log on stderr until the job ends, or return at once."),
@@ -70,6 +82,8 @@ def _submit_command(verb: Verb) -> Callable[..., None]:
         address: AddressOption = None,
         attempt: AttemptOption = "1",
         tries: TriesOption = 1,
+        cpus: CpusOption = None,
+        gpus: GpusOption = None,
         follow: FollowOption = True,
         new_run: NewRunOption = False,
         as_json: JsonOption = False,
@@ -84,6 +98,8 @@ def _submit_command(verb: Verb) -> Callable[..., None]:
             arguments=("--new-run",) if new_run else (),
             attempt=attempt,
             tries=tries,
+            cpus=cpus,
+            gpus=gpus,
         )
         waiting = Waiting.FOLLOW if follow else Waiting.NOT
         where = address_of(address, os.environ)

@@ -26,6 +26,12 @@ class ClusterSize(NamedTuple):
         return self.cpus >= other.cpus and self.gpus >= other.gpus
 
 
+def size_variables(cpus: int | None, gpus: int | None) -> dict[str, str]:
+    """The environment that makes a driver elsewhere ask for so much; None leaves it to that of its machine."""
+    wanted = {CPUS_VARIABLE: cpus, GPUS_VARIABLE: gpus}
+    return {name: str(number) for name, number in wanted.items() if number is not None}
+
+
 def wanted_size() -> ClusterSize:
     """What the environment asks for, or else a single CPU. Raises ConfigError for what is no number."""
     return ClusterSize(_number(CPUS_VARIABLE, 1), _number(GPUS_VARIABLE, 0))
@@ -54,7 +60,8 @@ def _wait(wanted: ClusterSize, timeout_s: float) -> None:
             raise ClusterError(
                 f"after {timeout_s:.0f} s the cluster has {size.cpus} CPUs and {size.gpus} GPUs"
                 f" where {wanted.cpus} and {wanted.gpus} are wanted",
-                next_step=f"see why no machine joins (`ray status`), or lower {CPUS_VARIABLE} or {GPUS_VARIABLE}",
+                next_step="see why no machine joins (`ray status`), or ask for less: `convoy submit` with other --cpus"
+                f" or --gpus, or else {CPUS_VARIABLE} or {GPUS_VARIABLE}",
             )
         time.sleep(min(_POLL_S, timeout_s))
 

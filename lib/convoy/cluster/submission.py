@@ -37,7 +37,7 @@ _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
-    """What is sent: a command, the package it needs, files beside it by name, and what is known about it.
+    """What is sent: a command with its variables, its package, files beside it by name, and what is known about it.
 
     Nothing here may be a secret: Ray keeps all of it and shows it on its dashboard. Credentials of drivers and
     workers come from where the cluster's nodes were started.
@@ -48,6 +48,7 @@ class Submission:
     package: Path
     files: Mapping[str, str]
     metadata: Mapping[str, str]
+    variables: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +128,7 @@ class JobService:
         self._client.submit_job(
             entrypoint=submission.entrypoint,
             submission_id=submission.submission_id,
-            runtime_env=runtime_environment(folder, submission.package),
+            runtime_env=runtime_environment(folder, submission.package, submission.variables),
             metadata=dict(submission.metadata),
         )
 
@@ -178,12 +179,17 @@ class JobService:
         return sorted(found, key=lambda job: job.started_ms or 0, reverse=True)
 
 
-def runtime_environment(folder: str, package: Path) -> dict[str, Any]:
+def runtime_environment(folder: str, package: Path, variables: Mapping[str, str]) -> dict[str, Any]:
     """The runtime environment of a submission: a folder of files, and a package that goes before an installed one.
 
-    It has no variables: Ray would keep and show them.
+    It has no variable of this process: Ray keeps and shows them.
     """
-    return {"working_dir": folder, "py_modules": [str(package)], "excludes": ["**/__pycache__/"]}
+    return {
+        "working_dir": folder,
+        "py_modules": [str(package)],
+        "excludes": ["**/__pycache__/"],
+        "env_vars": dict(variables),
+    }
 
 
 class _Tail:

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
+from convoy.cluster.growth import size_variables
 from convoy.cluster.submission import JobService, Submission, SubmittedJob
 from convoy.core.code_revision import package_digest
 from convoy.core.config import StrictModel, parse_config, write_settings
@@ -63,6 +64,8 @@ class JobRequest(StrictModel):
     """A job to submit: its settings as its config file and overrides say them, and which attempt at it this is.
 
     An attempt that fails is sent again by the same command until it had `tries`: each is a submission of its own.
+    `cpus` and `gpus` are what the cluster is to have, in all, before the job plans; None leaves it to the environment
+    of its head.
     """
 
     verb: Verb
@@ -70,6 +73,8 @@ class JobRequest(StrictModel):
     arguments: tuple[str, ...] = ()
     attempt: str = "1"
     tries: int = Field(default=1, ge=1)
+    cpus: int | None = Field(default=None, ge=1)
+    gpus: int | None = Field(default=None, ge=0)
 
 
 class JobStatus(BaseModel):
@@ -124,10 +129,10 @@ def run_submit(
 ) -> SubmitReport:
     """Submit a job, unless the cluster has it already, and report its end.
 
-    The submission id is a digest of verb, settings, arguments, code, attempt and try. So the same command again finds
-    the job of the first one: it shows its log to the end, or just its end, and changes nothing. Where that job failed
-    in a way that another try may not, and has tries left, the next try is sent. Raises ConfigError for settings that
-    do not fit or hold what looks like a secret, ClusterError if the cluster refuses.
+    The submission id is a digest of verb, settings, arguments, machines asked for, code, attempt and try. So the
+    same command again finds the job of the first one: it shows its log to the end, or just its end, and changes
+    nothing. Where that job failed in a way that another try may not, and has tries left, the next try is sent. Raises
+    ConfigError for settings that do not fit or hold what looks like a secret, ClusterError if the cluster refuses.
     """
     submission = plan_submission(request)
     service = JobService(address)
@@ -170,10 +175,13 @@ def plan_submission(
     if request.verb is Verb.RETRAIN:
         settings["date"] = settings["date"] or begun_on or datetime.now(UTC).date().isoformat()
     package = PACKAGE
+    variables = size_variables(request.cpus, request.gpus)
     parts = {
         "verb": request.verb.value,
         "config": config.model_dump(mode="json"),
         "arguments": list(request.arguments),
+        # Like the workers of a config: whoever asks for other machines does not want the end of the job before.
+        "variables": variables,
         "code": code_digest(package),
         "attempt": request.attempt,
         "try": number_of_try,
@@ -184,6 +192,7 @@ def plan_submission(
         # A second try goes on with the run that the first one began.
         entrypoint=shlex.join([*command, *(request.arguments if number_of_try == 1 else ())]),
         package=package,
+        variables=variables,
         files={CONFIG_FILE: write_settings(settings)},
         metadata={
             "verb": request.verb.value,

@@ -112,5 +112,7 @@ def test_addresses_of_other_kinds_are_refused(address: str) -> None:
         JobService(address)
 
 
-def test_the_runtime_environment_has_no_variables(tmp_path: Any) -> None:
-    assert set(runtime_environment(str(tmp_path), tmp_path)) == {"working_dir", "py_modules", "excludes"}
+def test_the_runtime_environment_has_no_variables_but_those_of_the_submission(tmp_path: Any) -> None:
+    environment = runtime_environment(str(tmp_path), tmp_path, {"CONVOY_CLUSTER_GPUS": "4"})
+    assert set(environment) == {"working_dir", "py_modules", "excludes", "env_vars"}
+    assert environment["env_vars"] == {"CONVOY_CLUSTER_GPUS": "4"}

@@ -12,9 +12,11 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from typer import Typer
 from typer.main import get_command
 
 from convoy.cli.main import app
+from convoy.cli.submit import submit_app
 from convoy.cluster.growth import CPUS_VARIABLE, GPUS_VARIABLE
 from convoy.cluster.submission import Submission
 from convoy.core.config import read_settings
@@ -170,12 +172,12 @@ def test_entrypoints_name_jobs_that_exist() -> None:
     assert words[attempt + 1] == "$JOB_NAME"
     tries = words.index("--tries")
     assert int(words[tries + 1]) == 1 + job["backoffLimit"], "each pod must have a try to send"
-    assert planned("score", words[4:attempt] + words[tries + 2 :])
+    assert planned("score", words[4:], submit_app)
 
 
-def planned(verb: str, words: list[str]) -> Submission:
+def planned(verb: str, words: list[str], commands: Typer = app) -> Submission:
     """The submission of what `convoy VERB` is told by these words: settings that do not fit the job raise."""
-    group: Any = get_command(app)
+    group: Any = get_command(commands)
     with group.commands[verb].make_context(verb, words) as context:
         path, overrides, workspace = (context.params[key] for key in ("config", "overrides", "workspace"))
     settings = read_settings(path and str(ROOT / path), [*(overrides or []), f"workspace={workspace}"])
@@ -194,6 +196,15 @@ def test_scheduled_scorings_take_the_champion_and_not_what_was_written_last() ->
     bundles = [one for path in files for one in re.findall(r"\bbundle[=:] ?([\w@-]+)", path.read_text())]
     assert len(bundles) >= 3
     assert all(one.endswith("@champion") for one in bundles)
+
+
+def test_scheduled_scorings_ask_for_the_gpus_that_they_need() -> None:
+    files = [*INFRA.glob("cron/*"), INFRA / "README.md"]
+    commands = [
+        one for path in files for one in re.findall(r"convoy submit score .*?--json", path.read_text(), re.S)
+    ]
+    assert len(commands) == 4
+    assert all("--gpus 2 " in one for one in commands)
 
 
 def test_an_entrypoint_without_a_setting_or_with_an_unknown_one_would_be_found() -> None:

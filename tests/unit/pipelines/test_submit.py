@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 import convoy
+from convoy.cluster.growth import CPUS_VARIABLE, GPUS_VARIABLE, ClusterSize, wanted_size
 from convoy.cluster.submission import Submission, SubmittedJob
 from convoy.core.errors import ConfigError
 from convoy.pipelines import submit
@@ -39,6 +40,7 @@ def test_the_same_job_has_the_same_id_and_any_change_another_one() -> None:
         {"settings": {**SETTINGS, "workspace": "s3://bucket/elsewhere"}},
         {"attempt": "2"},
         {"arguments": ("--new-run",)},
+        {"gpus": 4},
     ]
     others = {plan_submission(CACHE.model_copy(update=change)).submission_id for change in changes}
     others.add(plan_submission(CACHE, number_of_try=2).submission_id)
@@ -87,6 +89,18 @@ def test_what_travels_is_the_package_and_the_settings_and_no_variables() -> None
     assert list(submission.files) == ["job.yaml"]
     assert yaml.safe_load(submission.files["job.yaml"]) == SETTINGS
     assert submission.entrypoint == "python -m convoy.cli cache --config job.yaml --json"
+    assert submission.variables == {}
+
+
+def test_the_driver_asks_for_the_machines_that_were_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CPUS_VARIABLE, "15")
+    monkeypatch.setenv(GPUS_VARIABLE, "0")
+    for gpus, wanted in ((None, ClusterSize(15, 0)), (4, ClusterSize(15, 4))):
+        submission = plan_submission(CACHE.model_copy(update={"gpus": gpus}))
+        # The driver's environment is the head's, and what travels goes before that.
+        for name, value in submission.variables.items():
+            monkeypatch.setenv(name, value)
+        assert wanted_size() == wanted
 
 
 RETRAIN = JobRequest(

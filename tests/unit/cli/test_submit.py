@@ -1,0 +1,37 @@
+"""What `convoy submit` makes of its words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from convoy.cli import submit
+from convoy.pipelines.submit import JobRequest, SubmitReport
+
+
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[JobRequest]:
+    """What a cluster is asked for."""
+    asked: list[JobRequest] = []
+
+    def run(address: str, request: JobRequest, **_: Any) -> SubmitReport:
+        asked.append(request)
+        return SubmitReport(
+            submission_id="one", status="SUCCEEDED", exit_code=0, address=address, submitted=True
+        )
+
+    monkeypatch.setattr(submit, "run_submit", run)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [([], (None, None)), (["--gpus", "4"], (None, 4)), (["--cpus", "64", "--gpus", "0"], (64, 0))],
+)
+def test_machines_are_asked_for_by_their_number(
+    requests: list[JobRequest], words: list[str], wanted: tuple[int | None, int | None]
+) -> None:
+    submit.submit_app(["score", "--address", "http://head:8265", *words], standalone_mode=False)
+    (request,) = requests
+    assert (request.cpus, request.gpus) == wanted
