@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
@@ -41,8 +42,12 @@ AddressOption = Annotated[
     typer.Option("--address", "-a", help="The dashboard: http://HOST:8265. Default: RAY_ADDRESS."),
 ]
 AttemptOption = Annotated[
-    str,
-    typer.Option("--attempt", help="Makes the same job another submission: a number, or a scheduler's date."),
+    str | None,
+    typer.Option(
+        "--attempt",
+        help="Makes the same job another submission: a number, or a scheduler's date."
+        " Default: 1, of a retraining the day.",
+    ),
 ]
 TriesOption = Annotated[
     int,
@@ -73,6 +78,11 @@ SubmissionArgument = Annotated[
 ]
 
 
+def _first_attempt(verb: Verb) -> str:
+    """A retraining is one of a day; any other job is the same one until it is asked for again."""
+    return datetime.now(UTC).date().isoformat() if verb is Verb.RETRAIN else "1"
+
+
 def _submit_command(verb: Verb) -> Callable[..., None]:
     def submit(
         *,
@@ -80,7 +90,7 @@ def _submit_command(verb: Verb) -> Callable[..., None]:
         overrides: SetOption = None,
         workspace: WorkspaceOption = None,
         address: AddressOption = None,
-        attempt: AttemptOption = "1",
+        attempt: AttemptOption = None,
         tries: TriesOption = 1,
         cpus: CpusOption = None,
         gpus: GpusOption = None,
@@ -96,7 +106,7 @@ def _submit_command(verb: Verb) -> Callable[..., None]:
             verb=verb,
             settings=read_settings(config, [*(overrides or []), *words(workspace=workspace)]),
             arguments=("--new-run",) if new_run else (),
-            attempt=attempt,
+            attempt=attempt or _first_attempt(verb),
             tries=tries,
             cpus=cpus,
             gpus=gpus,

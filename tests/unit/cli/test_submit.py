@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -35,3 +36,19 @@ def test_machines_are_asked_for_by_their_number(
     submit.submit_app(["score", "--address", "http://head:8265", *words], standalone_mode=False)
     (request,) = requests
     assert (request.cpus, request.gpus) == wanted
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["retrain"], datetime.now(UTC).date().isoformat()),
+        (["retrain", "--attempt", "night-17"], "night-17"),
+        (["score"], "1"),
+    ],
+)
+def test_a_retraining_is_one_of_its_day_unless_an_attempt_is_named(
+    requests: list[JobRequest], words: list[str], wanted: str
+) -> None:
+    submit.submit_app([*words, "--address", "http://head:8265"], standalone_mode=False)
+    (request,) = requests
+    assert request.attempt == wanted
