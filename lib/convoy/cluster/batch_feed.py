@@ -91,6 +91,10 @@ class EpochOrder:
             for start in range(0, len(mine), _VALIDATION_BATCH_ROWS)
         ]
 
+    def most_validation_batches(self, num_rows: int) -> int:
+        """How many batches of so many validation rows the worker with the largest part has."""
+        return -(-num_rows // (self._num_workers * _VALIDATION_BATCH_ROWS))
+
 
 class FusedFeed:
     """Prepares batches in threads of the training worker itself, so that pixels never leave its process."""

@@ -33,8 +33,11 @@ from convoy.vision.forward import use_threads
 from convoy.vision.learner import TrainBatch
 from convoy.vision.presets import EvalPreset
 
-# Ray Data tasks that a stream is cut into at most: more would only make Ray's plan longer.
-_MAX_BLOCKS = 1000
+# Ray Data has a task for each batch, so that all preparers work on the next ones, and it remembers each until the
+# stream ends: so training is cut into streams of about so many, whose plan takes a second or two and some megabytes.
+_TASKS_A_STREAM = 4096
+# When so many are left, the next stream starts: its preparers are ready when this one ends.
+_TASKS_BEFORE_NEXT = 512
 _BATCHES_AHEAD = 2
 
 
@@ -60,69 +63,93 @@ class TaskOrder:
         is_step = index < self.num_steps
         return epoch, index if is_step else index - self.num_steps, is_step
 
+    def stream_end(self, first: int, *, longest_epoch: int) -> int:
+        """Where a stream that begins with a task ends: with an epoch, or within one that is much longer than a stream.
+
+        `longest_epoch` are the tasks of the worker that has most. So all workers' streams end at the same step: else
+        those who go on could hold the CPUs that the next stream of one needs for whom they wait.
+        """
+        epoch, number, is_step = self.parse(first)
+        steps_left = self.num_steps - number if is_step else 0
+        if steps_left > 1.5 * _TASKS_A_STREAM:
+            return first + _TASKS_A_STREAM
+        more_epochs = max(0, _TASKS_A_STREAM - steps_left) // longest_epoch
+        return self.step(epoch + 1 + more_epochs, 0)
+
 
 class SplitFeed:
     """The batches of one worker, prepared by `spec.num_preparers` Ray Data actors of its own.
 
-    One stream of tasks serves all epochs of a resolution: actors start once, and the next epoch is prepared
-    while the validation runs. It is opened anew only where the training leaves its order.
+    Streams of tasks follow each other through all epochs of a resolution: actors serve thousands of steps, and the
+    next epoch is prepared while the validation runs. They begin anew only where the training leaves its order.
     """
 
     def __init__(
         self, spec: TrainingSpec, order: EpochOrder, *, rank: int, num_workers: int, pin_memory: bool = False
     ) -> None:
-        self._spec, self._order, self._pin_memory = spec, order, pin_memory
+        self._pin_memory = pin_memory
         self._place = _Place(spec.model_dump_json(), rank, num_workers)
         num_val = 0 if spec.val is None else spec.val.num_rows
-        batches = order.validation(num_val, spec.preset)
-        self._tasks = TaskOrder(order.plan.num_steps, len(batches))
+        num_steps, batches = order.plan.num_steps, order.validation(num_val, spec.preset)
+        self._tasks = TaskOrder(num_steps, len(batches))
+        self._longest_epoch = num_steps + order.most_validation_batches(num_val)
         self._num_epochs = sum(phase.epochs for phase in spec.phases)
-        self._stream: Generator[tuple[int, list[PreparedBatch]]] | None = None
+        self._batches: Generator[tuple[int, list[PreparedBatch]]] | None = None
         self._next: tuple[int, EvalPreset] | None = None
 
     def steps(self, epoch: int, first_step: int, preset: EvalPreset) -> Iterator[list[PreparedBatch]]:
         """The worker's passes of each step of an epoch, from a step on."""
-        end = self._tasks.step(epoch, self._order.plan.num_steps)
+        end = self._tasks.step(epoch, self._tasks.num_steps)
         return self._take(self._tasks.step(epoch, first_step), end, preset)
 
     def validation(self, epoch: int, preset: EvalPreset) -> Iterator[PreparedBatch]:
         """The worker's part of the validation rows after an epoch."""
-        first = self._tasks.step(epoch, self._order.plan.num_steps)
+        first = self._tasks.step(epoch, self._tasks.num_steps)
         for batches in self._take(first, self._tasks.step(epoch + 1, 0), preset):
             yield from batches
 
     def _take(self, first: int, end: int, preset: EvalPreset) -> Iterator[list[PreparedBatch]]:
         """What the tasks from `first` to before `end` prepared."""
         for task in range(first, end):
-            if self._stream is None or self._next != (task, preset):
-                self._open(task, preset)
-            number, prepared = next(self._stream)  # type: ignore[arg-type]
+            if self._batches is None or self._next != (task, preset):
+                self._open(task, end, preset)
+            number, prepared = next(self._batches)  # type: ignore[arg-type]
             if number != task:
                 raise ClusterError(f"Ray Data gave batch {number} where {task} was due")
             self._next = (task + 1, preset)
             yield prepared
 
-    def _open(self, first: int, preset: EvalPreset) -> None:
-        if self._stream is not None:
+    def _open(self, first: int, end: int, preset: EvalPreset) -> None:
+        if self._batches is not None:
             # Its actors hold the CPUs that those of the next stream wait for.
-            self._stream.close()
-        end = max(self._tasks.step(self._num_epochs, 0), first + 1)
-        self._stream = ahead(self._prepared(first, end, preset), _BATCHES_AHEAD)
+            self._batches.close()
+        if self._next is None or first >= self._next[0]:
+            # After what is asked for comes the rest of the training; a look back ends with it.
+            end = max(self._tasks.step(self._num_epochs, 0), end)
+        self._batches = ahead(self._prepared(first, end, preset), _BATCHES_AHEAD)
 
     def _prepared(
         self, first: int, end: int, preset: EvalPreset
     ) -> Iterator[tuple[int, list[PreparedBatch]]]:
-        stream = actor_here(_TaskStream).remote(self._place, preset)
-        tasks = stream.run.options(
-            num_returns="streaming", _generator_backpressure_num_objects=_BATCHES_AHEAD
-        ).remote(first, end, self._spec.num_preparers, self._order.plan.batch_size)
+        """What the tasks prepared, through one stream after another; the next starts beside the end of the last."""
+        stream, following = self._stream(first, end, preset), None
         try:
-            for reference in tasks:
-                task, passes = ray.get(reference)
+            for due in range(first, end):
+                if following is not None and due == stream.tasks.stop:
+                    stream.close()
+                    stream, following = following, None
+                task, passes = stream.take()
+                if following is None and stream.tasks.stop < min(end, due + _TASKS_BEFORE_NEXT):
+                    following = self._stream(stream.tasks.stop, end, preset)
                 yield task, [_unpack(row, preset, pin_memory=self._pin_memory) for row in passes]
         finally:
-            # Its preparers end with it.
-            ray.kill(stream)
+            for one in (stream, following):
+                if one is not None:
+                    one.close()
+
+    def _stream(self, first: int, end: int, preset: EvalPreset) -> _Stream:
+        stop = min(end, self._tasks.stream_end(first, longest_epoch=self._longest_epoch))
+        return _Stream(self._place, preset, range(first, stop))
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,39 +161,53 @@ class _Place:
     num_workers: int
 
 
+class _Stream:
+    """Tasks in a row that are being prepared."""
+
+    def __init__(self, place: _Place, preset: EvalPreset, tasks: range) -> None:
+        self.tasks = tasks
+        self._actor = actor_here(_TaskStream).remote(place, preset)
+        self._results = self._actor.run.options(
+            num_returns="streaming", _generator_backpressure_num_objects=_BATCHES_AHEAD
+        ).remote(tasks)
+
+    def take(self) -> tuple[int, list[dict[str, Any]]]:
+        """The next task, with a row for each of its passes."""
+        result: tuple[int, list[dict[str, Any]]] = ray.get(next(self._results))
+        return result
+
+    def close(self) -> None:
+        """End the actor, and its preparers with it."""
+        ray.kill(self._actor)
+
+
 class _TaskStream:
     """The actor that runs Ray Data for one training worker, on its node."""
 
     def __init__(self, place: _Place, preset: EvalPreset) -> None:
         set_up_ray_data()
         self._place, self._preset = place, preset
+        self._spec = TrainingSpec.model_validate_json(place.spec_json)
 
-    def run(
-        self, first: int, end: int, num_preparers: int, batch_size: int
-    ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-        """The tasks from `first` to before `end`, in order, each with a row for each of its passes."""
-        blocks = self._dataset(first, end, num_preparers, batch_size).iter_batches(
-            batch_size=None, batch_format="pyarrow"
-        )
+    def run(self, tasks: range) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+        """The tasks in their order, each with a row for each of its passes."""
+        blocks = self._dataset(tasks).iter_batches(batch_size=None, batch_format="pyarrow")
         rows = (row for block in blocks for row in _rows(block))
         for task, passes in groupby(rows, key=itemgetter("task")):
             yield task, list(passes)
 
-    def _dataset(self, first: int, end: int, num_preparers: int, batch_size: int) -> Any:
+    def _dataset(self, tasks: range) -> Any:
         """One row a pass, in order; a row holds all images of the pass as bytes."""
         context = ray.data.DataContext.get_current().copy()
         context.execution_options.preserve_order = True
-        # A block goes out as soon as it holds a batch, not when all steps of its Ray task are done.
-        context.target_max_block_size = batch_size * 3 * self._preset.crop_px**2
         with ray.data.DataContext.current(context):
             # Not `range`: its tasks want a whole CPU, which training workers and preparers may not leave.
-            tasks = [{"task": task} for task in range(first, end)]
-            numbers = ray.data.from_items(tasks, override_num_blocks=min(len(tasks), _MAX_BLOCKS))
+            numbers = ray.data.from_items([{"task": task} for task in tasks], override_num_blocks=len(tasks))
             return numbers.map_batches(
                 _Preparer,
                 fn_constructor_args=(self._place, self._preset),
                 batch_size=1,
-                compute=ray.data.ActorPoolStrategy(size=min(num_preparers, len(tasks))),
+                compute=ray.data.ActorPoolStrategy(size=min(self._spec.num_preparers, len(tasks))),
                 num_cpus=CPUS_A_PREPARER,
             )
 

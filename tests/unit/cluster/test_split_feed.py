@@ -2,11 +2,24 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 
+from convoy.cluster import split_feed
+from convoy.cluster.batch_feed import EpochOrder
 from convoy.cluster.running_ahead import ahead
-from convoy.cluster.split_feed import TaskOrder
+from convoy.cluster.split_feed import SplitFeed, TaskOrder
+from convoy.cluster.training_spec import Ingest, TrainingRows, TrainingSpec
+from convoy.vision.augmentation_policy import AugmentationPolicy
+from convoy.vision.backbone_config import BackboneConfig
+from convoy.vision.decode_rule import DecodeRule
+from convoy.vision.presets import EvalPreset
+from convoy.vision.training_config import Phase, Recipe
+
+PRESET = EvalPreset(resize_px=None, crop_px=8)
+NUM_STEPS, NUM_EPOCHS = 5, 40
 
 
 def test_tasks_are_each_epochs_steps_and_then_its_validation() -> None:
@@ -23,6 +36,162 @@ def test_tasks_are_each_epochs_steps_and_then_its_validation() -> None:
     for task in range(20):
         epoch, number, is_step = tasks.parse(task)
         assert tasks.step(epoch, number if is_step else 3 + number) == task
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "num_validation", "first", "end"),
+    [
+        # Whole epochs, as many as a stream holds: 100 are the rest of this one and eight more.
+        (10, 2, 0, 96),
+        (10, 2, 7, 12 + 8 * 12),
+        (100, 0, 30, 100),
+        # An epoch that is not much longer is not cut; a long one is, but leaves no short rest.
+        (140, 20, 0, 160),
+        (1000, 20, 0, 100),
+        (1000, 20, 830, 930),
+        (1000, 20, 850, 1020),
+        # From within a validation.
+        (10, 2, 11, 12 + 8 * 12),
+    ],
+)
+def test_a_stream_ends_with_an_epoch_where_it_can(
+    monkeypatch: pytest.MonkeyPatch, num_steps: int, num_validation: int, first: int, end: int
+) -> None:
+    monkeypatch.setattr(split_feed, "_TASKS_A_STREAM", 100)
+    tasks = TaskOrder(num_steps, num_validation)
+    assert tasks.stream_end(first, longest_epoch=tasks.per_epoch) == end
+
+
+@pytest.mark.parametrize("num_steps", [7, 90, 1000])
+def test_streams_end_at_the_same_step_on_all_workers(monkeypatch: pytest.MonkeyPatch, num_steps: int) -> None:
+    """One has a validation batch less."""
+    monkeypatch.setattr(split_feed, "_TASKS_A_STREAM", 100)
+    ends = []
+    for num_validation in (4, 3):
+        tasks, first, seen = TaskOrder(num_steps, num_validation), 0, []
+        while first < tasks.step(50, 0):
+            first = tasks.stream_end(first, longest_epoch=num_steps + 4)
+            seen.append(tasks.parse(first))
+        ends.append(seen)
+    assert ends[0] == ends[1]
+
+
+class Streams:
+    """Stands in for the actors; knows which tasks each stream had, and how often two were open at once."""
+
+    def __init__(self) -> None:
+        self.tasks: list[range] = []
+        self.open: list[range] = []
+        self.most_open = 0
+
+    def start(self, place: object, preset: EvalPreset, tasks: range) -> FakeStream:
+        self.tasks.append(tasks)
+        self.open.append(tasks)
+        self.most_open = max(self.most_open, len(self.open))
+        return FakeStream(self, tasks)
+
+
+class FakeStream:
+    def __init__(self, streams: Streams, tasks: range) -> None:
+        self.streams, self.tasks = streams, tasks
+        self.left = iter(tasks)
+
+    def take(self) -> tuple[int, list[dict[str, Any]]]:
+        return next(self.left), []
+
+    def close(self) -> None:
+        self.streams.open.remove(self.tasks)
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> Streams:
+    streams = Streams()
+    monkeypatch.setattr(split_feed, "_Stream", streams.start)
+    monkeypatch.setattr(split_feed, "_TASKS_A_STREAM", 30)
+    monkeypatch.setattr(split_feed, "_TASKS_BEFORE_NEXT", 4)
+    return streams
+
+
+def training_spec(**settings: Any) -> TrainingSpec:
+    return TrainingSpec(
+        **{
+            "workspace": "/nowhere",
+            "run_id": "run",
+            "backbone": BackboneConfig(arch="lenet5"),
+            "initial_weights_key": "initial",
+            "preset": PRESET,
+            "decode_rule": DecodeRule(),
+            "augmentation": AugmentationPolicy(),
+            "recipe": Recipe(batch_size=4),
+            "phases": (Phase(name="all", epochs=NUM_EPOCHS, learning_rate=0.1),),
+            "class_weights": None,
+            "balanced_sampling": False,
+            "train": TrainingRows(key="train", num_rows=4 * NUM_STEPS),
+            "val": TrainingRows(key="val", num_rows=6),
+            "batch_size": 4,
+            "checkpoint_steps": 10,
+            "ingest": Ingest.SPLIT,
+            "num_preparers": 2,
+            "num_threads": 1,
+            "num_fetch_threads": None,
+            "local_cache": None,
+            **settings,
+        }
+    )
+
+
+@pytest.fixture
+def feed(streams: Streams) -> Iterator[SplitFeed]:
+    spec = training_spec()
+    order = EpochOrder(spec, np.zeros(spec.train.num_rows, np.int64), rank=0, num_workers=1)
+    feed = SplitFeed(spec, order, rank=0, num_workers=1)
+    yield feed
+    assert feed._batches is not None
+    feed._batches.close()
+    assert streams.open == []
+
+
+def test_a_training_goes_through_streams_that_overlap(feed: SplitFeed, streams: Streams) -> None:
+    for epoch in range(NUM_EPOCHS):
+        assert len(list(feed.steps(epoch, 0, PRESET))) == NUM_STEPS
+        assert list(feed.validation(epoch, PRESET)) == []
+    # An epoch is five steps and a batch of validation rows; five such are a stream.
+    assert streams.tasks == [range(first, first + 30) for first in range(0, 6 * NUM_EPOCHS, 30)]
+    assert streams.most_open == 2
+
+
+def test_a_training_that_leaves_its_order_ends_its_streams(feed: SplitFeed, streams: Streams) -> None:
+    # Far enough for the next stream to be open.
+    for epoch in range(5):
+        list(feed.steps(epoch, 0, PRESET))
+        list(feed.validation(epoch, PRESET))
+    list(feed.steps(39, 3, PRESET))
+    assert streams.tasks[-1] == range(39 * 6 + 3, 40 * 6)
+    assert len(streams.open) <= 1
+    # As the statistics of averaged weights are measured; nothing follows.
+    list(feed.steps(0, 2, PRESET))
+    assert streams.tasks[-1] == range(2, 5)
+
+
+def test_each_batch_is_a_task_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One preparer would work on many steps in a row, while the training waits for the first of them."""
+    asked: dict[str, Any] = {}
+
+    class Numbers:
+        def map_batches(self, *_: Any, **options: Any) -> Numbers:
+            asked.update(options)
+            return self
+
+    def from_items(items: list[Any], *, override_num_blocks: int) -> Numbers:
+        asked.update(num_items=len(items), num_blocks=override_num_blocks)
+        return Numbers()
+
+    monkeypatch.setattr(split_feed.ray.data, "from_items", from_items)
+    place = split_feed._Place(training_spec().model_dump_json(), 0, 1)
+    split_feed._TaskStream(place, PRESET)._dataset(range(100, 3100))
+    assert asked["num_blocks"] == asked["num_items"] == 3000
+    assert asked["batch_size"] == 1
+    assert asked["compute"].max_size == 2
 
 
 def test_items_come_in_order_and_the_thread_ends_with_them() -> None:
