@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-_COUNTED = ("CPU", "GPU", "memory")
+_COUNTED = ("CPU", "GPU", "memory", "object_store_memory")
 
 
 def alive_nodes() -> list[dict[str, float]]:
-    """The `CPU`, `GPU` and `memory` in bytes of each node that is alive."""
+    """The `CPU`, `GPU`, and bytes of `memory` and `object_store_memory` of each node that is alive."""
     # Whoever only plans must not wait for Ray.
     import ray  # noqa: PLC0415
 

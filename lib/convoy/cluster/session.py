@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -12,8 +13,11 @@ from contextlib import contextmanager
 from convoy.cluster.growth import grow_cluster, wanted_size
 from convoy.core.errors import ConfigError
 
-# Only keys and records flow through the object store, so a local session needs little of it.
-_LOCAL_OBJECT_STORE_BYTES = 256 * 2**20
+# Without GPUs only keys and records flow through the object store, so a local session needs little of it.
+_SMALL_OBJECT_STORE_BYTES = 256 * 2**20
+_SHARED_MEMORY = "/dev/shm"
+# From here on Ray's own size, three tenths of the memory, never exceeds the shared memory that it finds.
+_AMPLE_SHARED_MEMORY_BYTES = 12 * 2**30
 
 
 @contextmanager
@@ -39,7 +43,7 @@ def ray_session() -> Iterator[None]:
             f"RAY_ADDRESS is {address}, where a dashboard takes jobs, not where Ray takes a driver",
             next_step="send the job there with `convoy submit`, or unset RAY_ADDRESS to run it here",
         )
-    local = {} if address else {"include_dashboard": False, "object_store_memory": _LOCAL_OBJECT_STORE_BYTES}
+    local = {} if address else {"include_dashboard": False, "object_store_memory": _object_store_bytes()}
     on_sigterm = signal.getsignal(signal.SIGTERM)
     if not address:
         # Threads of an OpenMP team that wait must not hold the cores that decoders need, but to wake them costs more
@@ -56,3 +60,24 @@ def ray_session() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _object_store_bytes() -> int | None:
+    """The object store of a local session: beside GPUs, whose batches go through it, Ray's own (None) or what fits."""
+    if not _num_gpus():
+        return _SMALL_OBJECT_STORE_BYTES
+    try:
+        free_bytes = shutil.disk_usage(_SHARED_MEMORY).free
+    except OSError:
+        return _SMALL_OBJECT_STORE_BYTES
+    if free_bytes >= _AMPLE_SHARED_MEMORY_BYTES:
+        return None
+    # A container has 64 MB unless it is given more. What does not fit there, Ray would put on the disk.
+    return max(_SMALL_OBJECT_STORE_BYTES, int(0.9 * free_bytes))
+
+
+def _num_gpus() -> int:
+    """The GPUs that Ray will find on this machine."""
+    from ray._private.accelerators import get_accelerator_manager_for_resource  # noqa: PLC0415
+
+    return int(get_accelerator_manager_for_resource("GPU").get_current_node_num_accelerators())

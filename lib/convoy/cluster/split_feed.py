@@ -26,7 +26,7 @@ from convoy.cluster.image_loading import ImageLoader, PreparedBatch, RejectedRow
 from convoy.cluster.own_node import actor_here
 from convoy.cluster.ray_data import set_up_ray_data
 from convoy.cluster.running_ahead import ahead
-from convoy.cluster.training_spec import CPUS_A_PREPARER, TrainingSpec
+from convoy.cluster.training_spec import CPUS_A_PREPARER, TrainingSpec, object_store_bytes
 from convoy.core.errors import ClusterError
 from convoy.storage.stores import open_store
 from convoy.vision.forward import use_threads
@@ -200,6 +200,11 @@ class _TaskStream:
         """One row a pass, in order; a row holds all images of the pass as bytes."""
         context = ray.data.DataContext.get_current().copy()
         context.execution_options.preserve_order = True
+        # Ray Data would fill half of the object store with batches ahead, for each worker and for each stream.
+        batch_bytes = self._spec.largest_batch_bytes(self._place.num_workers)
+        context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
+            object_store_memory=object_store_bytes(self._spec.num_preparers, batch_bytes)
+        )
         with ray.data.DataContext.current(context):
             # Not `range`: its tasks want a whole CPU, which training workers and preparers may not leave.
             numbers = ray.data.from_items([{"task": task} for task in tasks], override_num_blocks=len(tasks))

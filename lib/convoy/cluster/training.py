@@ -20,7 +20,7 @@ from convoy.cluster.nodes import alive_nodes
 from convoy.cluster.own_node import actor_here
 from convoy.cluster.ray_data import first_cause, settle_ray_data
 from convoy.cluster.training_board import Board, BoardReader
-from convoy.cluster.training_spec import CPUS_A_PREPARER, Ingest, TrainingSpec
+from convoy.cluster.training_spec import CPUS_A_PREPARER, Ingest, TrainingSpec, object_store_bytes
 from convoy.core.config import StrictModel
 from convoy.core.errors import ClusterError, ConfigError, ConvoyError, DataError, NoRoom, VersionMismatch
 from convoy.core.training_events import TrainingEvent
@@ -35,6 +35,9 @@ _CPUS_A_GPU_TO_SPLIT = 4
 # A worker on a GPU whose batches others prepare: one thread for its steps, one that takes the batches.
 _THREADS_BESIDE_PREPARERS = 2
 _MOST_PREPARERS = 16
+# How much of Ray's object store the preparers of all workers may fill, which is also Ray Data's own limit. The rest is
+# for the streams that start while theirs end, and for batches on their way to the workers.
+_STORE_SHARE = 0.5
 # What a group returns in place of an outcome where an earlier one met an error that stays.
 _FAILURE = "failure"
 
@@ -72,15 +75,17 @@ class WorkerPlan(StrictModel):
     max_failures: int
 
 
-def plan_workers(options: WorkerOptions, *, timeout_s: float = _RESOURCES_TIMEOUT_S) -> WorkerPlan:
-    """How the group is made up; waits for nodes that are still starting.
+def plan_workers(
+    options: WorkerOptions, *, batch_bytes: int = 0, timeout_s: float = _RESOURCES_TIMEOUT_S
+) -> WorkerPlan:
+    """How the group is made up (see `fit_workers`); waits for nodes that are still starting.
 
     Raises NoRoom with the numbers if after `timeout_s` the cluster cannot hold the group.
     """
     deadline_s = time.monotonic() + timeout_s
     while True:
         nodes = alive_nodes()
-        plan = fit_workers(options, nodes)
+        plan = fit_workers(options, nodes, batch_bytes=batch_bytes)
         if plan is not None:
             return plan
         if time.monotonic() > deadline_s:
@@ -234,11 +239,16 @@ def _shown(nodes: Sequence[Mapping[str, float]]) -> str:
 
 
 def fit_workers(
-    options: WorkerOptions, nodes: Sequence[Mapping[str, float]], *, cpus_beside: float = 0.0
+    options: WorkerOptions,
+    nodes: Sequence[Mapping[str, float]],
+    *,
+    cpus_beside: float = 0.0,
+    batch_bytes: int = 0,
 ) -> WorkerPlan | None:
     """The group on nodes with so many `CPU` and `GPU` each, or None if they cannot hold it.
 
-    `cpus_beside` are CPUs that other processes take, on whichever of the nodes.
+    `cpus_beside` are CPUs that other processes take, on whichever of the nodes. `batch_bytes` are those of a worker's
+    largest batch: an ingest of `auto` is not split where the `object_store_memory` of the nodes is too small for it.
     """
     num_gpus = int(sum(node["GPU"] for node in nodes))
     if isinstance(options, TrialWorkers):
@@ -264,6 +274,11 @@ def fit_workers(
     num_preparers = min(wanted, most)
     if ingest is Ingest.SPLIT and not num_preparers:
         return None
+    if options.ingest is Ingest.AUTO and ingest is Ingest.SPLIT:
+        room_bytes = _STORE_SHARE * sum(node.get("object_store_memory", 0.0) for node in nodes)
+        if num_workers * object_store_bytes(num_preparers, batch_bytes) > room_bytes:
+            fused = options.model_copy(update={"ingest": Ingest.FUSED})
+            return fit_workers(fused, nodes, cpus_beside=cpus_beside)
     return WorkerPlan(
         num_workers=num_workers,
         num_threads=num_threads,

@@ -10,19 +10,22 @@ from convoy.core.config import StrictModel
 from convoy.vision.augmentation_policy import AugmentationPolicy
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.decode_rule import DecodeRule
-from convoy.vision.presets import EvalPreset
+from convoy.vision.presets import EvalPreset, at_resolution
 from convoy.vision.training_config import Distillation, Phase, Recipe
 
 # What a preparing worker reserves: less than the CPUs that its threads use, so that it fits beside others.
 CPUS_A_PREPARER = 0.5
+# What it takes of Ray's object store: a batch that it prepares, and two that wait for an earlier one or the training.
+_BATCHES_A_PREPARER = 3
+VALIDATION_BATCH_ROWS = 128
 
 
 class Ingest(StrEnum):
     """Where images become batches.
 
     `fused`: in threads of the training worker, so that pixels never leave its process. `split`: in Ray Data
-    workers, on any node, which send final-size uint8 batches. `auto`: split where there are GPUs, and nodes
-    without GPUs beside them or four CPUs or more to each GPU; else fused.
+    workers, on any node, which send final-size uint8 batches. `auto`: split where there are GPUs, nodes without
+    GPUs beside them or four CPUs or more to each GPU, and room for the batches in Ray's object store; else fused.
     """
 
     AUTO = "auto"
@@ -82,3 +85,22 @@ class TrainingSpec(StrictModel):
     num_threads: PositiveInt
     num_fetch_threads: PositiveInt | None
     local_cache: LocalCacheOptions | None
+
+    def largest_batch_bytes(self, num_workers: int) -> int:
+        """Bytes of the images of the largest batch that one of so many workers gets, validation included."""
+        num_val = 0 if self.val is None else self.val.num_rows
+        most_rows = max(
+            _share(self.batch_size, num_workers), min(VALIDATION_BATCH_ROWS, _share(num_val, num_workers))
+        )
+        most_px = max(at_resolution(self.preset, phase.resolution_px).crop_px for phase in self.phases)
+        return most_rows * 3 * most_px**2
+
+
+def object_store_bytes(num_preparers: int, batch_bytes: int) -> int:
+    """What the preparers of a worker take of Ray's object store, for batches of at most so many bytes."""
+    return _BATCHES_A_PREPARER * num_preparers * batch_bytes
+
+
+def _share(num_rows: int, num_workers: int) -> int:
+    """Rows of the worker that has most."""
+    return -(-num_rows // num_workers)

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from convoy.cluster.session import ray_session
 from convoy.cluster.training import WorkerPlan, plan_workers, run_training
-from convoy.cluster.training_spec import LocalCacheOptions, TeacherRows, TrainingRows, TrainingSpec
+from convoy.cluster.training_spec import Ingest, LocalCacheOptions, TeacherRows, TrainingRows, TrainingSpec
 from convoy.core.errors import ConfigError, TrainingError
 from convoy.core.fingerprints import canonical_json, digest
 from convoy.core.progress import Progress
@@ -62,13 +62,14 @@ def config_identity(config: TrainConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainedNetwork:
-    """A trained network in the workspace, and how it came about."""
+    """A trained network in the workspace, and how it came about. `notes` are for the report."""
 
     backbone: BackboneRecord
     setup: TrainingSetup
     num_train_rows: int
     history: tuple[EpochResult, ...]
     reject_codes: dict[str, int]
+    notes: tuple[str, ...]
 
 
 def open_training(store: ObjectStore, name: str) -> OpenRun:
@@ -121,7 +122,7 @@ class _HeldRun:
 
 
 class NetworkTraining:
-    """One training job in its run folder, from the frozen input to `_SUCCESS`."""
+    """One training job in its run folder, from the frozen input to `_SUCCESS`. `notes` tell how it is done here."""
 
     def __init__(
         self,
@@ -138,6 +139,7 @@ class NetworkTraining:
         self._pretrained, self._config, self._progress = pretrained, config, progress
         self._run, self._new_run = run, new_run
         self.folder, self.identity = run.folder, run.identity
+        self.notes: list[str] = []
 
     def run(self) -> TrainedNetwork:
         """Train what an earlier call has not finished, and keep the network.
@@ -158,12 +160,14 @@ class NetworkTraining:
             preset=self._pretrained.preset,
             classes=self._manifest.classes,
         )
+        setup = TrainingSetup.model_validate(self._settings["setup"])
         return TrainedNetwork(
             backbone=backbone,
-            setup=TrainingSetup.model_validate(self._settings["setup"]),
+            setup=setup,
             num_train_rows=self._settings["train"]["num_rows"],
             history=tuple(EpochResult.model_validate(one) for one in outcome["history"]),
             reject_codes=dict(Counter(outcome["reject_codes"]) + Counter(self._settings["left_out"])),
+            notes=(*setup.plan.notes, *self.notes),
         )
 
     def finish(self, network: TrainedNetwork, report: dict[str, Any], draw_curves: CurveDrawer) -> None:
@@ -197,8 +201,11 @@ class NetworkTraining:
                 weights_key = record.settings["initial_weights_key"]
                 rejects = {} if setup.head is None else setup.head.reject_codes
                 return {"weights_key": weights_key, "history": [], "reject_codes": rejects}
-            self._progress.stage("starting the training workers")
             spec = self._spec(record, setup, workers)
+            if workers.ingest is Ingest.SPLIT:
+                workers = self._with_room(workers, spec)
+                spec = self._spec(record, setup, workers)
+            self._progress.stage("starting the training workers")
             outcome = run_training(spec, workers, self.tell)
         if outcome["diverged"] is not None:
             raise TrainingError(
@@ -208,6 +215,20 @@ class NetworkTraining:
                 next_step="lower learning_rate, set recipe.clip_norm, or train in fp32, and add --new-run",
             )
         return outcome
+
+    def _with_room(self, workers: WorkerPlan, spec: TrainingSpec) -> WorkerPlan:
+        """The workers of a split ingest, or, where it is not asked for and batches would not fit, of a fused one."""
+        options = self._config.workers.model_copy(update={"num_workers": workers.num_workers})
+        batch_bytes = spec.largest_batch_bytes(workers.num_workers)
+        fitting = plan_workers(options, batch_bytes=batch_bytes)
+        if fitting.ingest is not workers.ingest:
+            self.notes.append(
+                f"images are prepared by threads of the training workers: Ray's object store is too small for the"
+                f" batches of {workers.num_workers * workers.preparers_per_worker} processes"
+                f" ({batch_bytes / 2**20:,.0f} MiB each); a larger /dev/shm or object_store_memory would hold them"
+            )
+            self._progress.stage(self.notes[-1])
+        return fitting
 
     def _freeze(self, workers: WorkerPlan) -> RunRecord:
         """Decide everything once, so that a resumed run trains the very same network."""

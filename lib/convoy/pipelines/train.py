@@ -342,5 +342,5 @@ def _network_report(job: _Job, folder: RunFolder, network: TrainedNetwork) -> di
         "history": list(network.history),
         "learning_curves": job.store.uri(curves) if network.history else None,
         "train_rejects": network.reject_codes,
-        "notes": list(network.setup.plan.notes),
+        "notes": list(network.notes),
     }

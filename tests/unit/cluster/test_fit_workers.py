@@ -116,6 +116,41 @@ def test_workers_that_leave_no_cpu_for_preparers_are_no_plan() -> None:
     assert fit_workers(WorkerOptions(ingest=Ingest.SPLIT, num_workers=2), nodes((1, 0))) is None
 
 
+def with_stores(*stores_gb: float) -> list[dict[str, float]]:
+    """Nodes of 16 CPUs and a GPU, with so much memory for Ray's objects."""
+    return [{"CPU": 16.0, "GPU": 1.0, "object_store_memory": gb * 1e9} for gb in stores_gb]
+
+
+# 256 images of 224 pixels: for each of 14 processes three batches may lie in Ray's object store, 1.6 GB.
+BATCH_BYTES = 256 * 3 * 224**2
+
+
+@pytest.mark.parametrize(
+    ("stores_gb", "ingest", "num_threads"),
+    [
+        # Half of the store is for them.
+        ([3.3], Ingest.SPLIT, 2),
+        ([3.2], Ingest.FUSED, 16),
+        ([0.268], Ingest.FUSED, 16),
+        # Two workers have as much each, and what one node lacks another has.
+        ([6.5, 0.1], Ingest.SPLIT, 2),
+        ([3.2, 3.2], Ingest.FUSED, 16),
+    ],
+)
+def test_batches_that_the_object_store_cannot_hold_are_prepared_by_threads(
+    stores_gb: list[float], ingest: Ingest, num_threads: int
+) -> None:
+    plan = fit_workers(WorkerOptions(), with_stores(*stores_gb), batch_bytes=BATCH_BYTES)
+    assert plan is not None
+    assert (plan.num_workers, plan.ingest, plan.num_threads) == (len(stores_gb), ingest, num_threads)
+
+
+def test_a_split_ingest_that_was_asked_for_is_taken_whatever_the_object_store() -> None:
+    plan = fit_workers(WorkerOptions(ingest=Ingest.SPLIT), with_stores(0.268), batch_bytes=BATCH_BYTES)
+    assert plan is not None
+    assert plan.ingest is Ingest.SPLIT
+
+
 @pytest.mark.parametrize(
     ("sizes", "num_workers", "cpus_beside", "num_threads"),
     [

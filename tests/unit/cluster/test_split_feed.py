@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
+import ray.data
 
 from convoy.cluster import split_feed
 from convoy.cluster.batch_feed import EpochOrder
@@ -20,6 +23,8 @@ from convoy.vision.training_config import Phase, Recipe
 
 PRESET = EvalPreset(resize_px=None, crop_px=8)
 NUM_STEPS, NUM_EPOCHS = 5, 40
+PHASE = Phase(name="all", epochs=NUM_EPOCHS, learning_rate=0.1)
+FINER = PHASE.model_copy(update={"name": "finer", "resolution_px": 16})
 
 
 def test_tasks_are_each_epochs_steps_and_then_its_validation() -> None:
@@ -123,7 +128,7 @@ def training_spec(**settings: Any) -> TrainingSpec:
             "decode_rule": DecodeRule(),
             "augmentation": AugmentationPolicy(),
             "recipe": Recipe(batch_size=4),
-            "phases": (Phase(name="all", epochs=NUM_EPOCHS, learning_rate=0.1),),
+            "phases": (PHASE,),
             "class_weights": None,
             "balanced_sampling": False,
             "train": TrainingRows(key="train", num_rows=4 * NUM_STEPS),
@@ -192,6 +197,41 @@ def test_each_batch_is_a_task_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Non
     assert asked["num_blocks"] == asked["num_items"] == 3000
     assert asked["batch_size"] == 1
     assert asked["compute"].max_size == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_workers", "num_rows", "num_px"),
+    [
+        ({}, 1, 6, 8),
+        ({"val": None}, 1, 4, 8),
+        ({"val": None}, 3, 2, 8),
+        ({"val": TrainingRows(key="val", num_rows=5000)}, 2, 128, 8),
+        ({"val": None, "phases": (FINER, PHASE)}, 1, 4, 16),
+    ],
+)
+def test_a_stream_keeps_to_what_its_plan_says_it_takes_of_the_object_store(
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    num_workers: int,
+    num_rows: int,
+    num_px: int,
+) -> None:
+    limits = []
+
+    def from_items(*_: Any, **__: Any) -> Any:
+        limits.append(ray.data.DataContext.get_current().execution_options.resource_limits)
+        return MagicMock()
+
+    monkeypatch.setattr(split_feed.ray.data, "from_items", from_items)
+    spec = training_spec(**settings)
+    place = split_feed._Place(spec.model_dump_json(), 0, num_workers)
+    split_feed._TaskStream(place, PRESET)._dataset(range(10))
+    assert spec.largest_batch_bytes(num_workers) == num_rows * 3 * num_px**2
+    # Three batches of each of its two preparers.
+    assert [limit.object_store_memory for limit in limits] == [6 * num_rows * 3 * num_px**2]
+    assert (
+        ray.data.DataContext.get_current().execution_options.resource_limits.object_store_memory == math.inf
+    )
 
 
 def test_items_come_in_order_and_the_thread_ends_with_them() -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from cache_jobs import write_digits
-from convoy.cluster.training import WorkerPlan
+from convoy.cluster.training import WorkerOptions, WorkerPlan
 from convoy.cluster.training_spec import Ingest, TrainingSpec
 from convoy.core.config import parse_config
 from convoy.core.errors import LeaseHeld, RunCancelled, RunMismatch
@@ -52,6 +52,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Opened:
             "backbone": {"arch": "lenet5", "weights": "random"},
             "epochs": 1,
             "learning_rate": rate,
+            "recipe": {"batch_size": 8},
         }
         config = parse_config(TrainConfig, settings, where="test")
         pretrained = fetch_backbone(store, random_weights(config, manifest))
@@ -146,6 +147,17 @@ def test_a_recipe_that_spells_out_what_holds_anyway_makes_the_same_training(
     )
 
 
+ONE = WorkerPlan(
+    num_workers=1,
+    num_threads=1,
+    cpus_per_worker=1,
+    gpus_per_worker=0,
+    ingest=Ingest.FUSED,
+    preparers_per_worker=1,
+    max_failures=0,
+)
+
+
 class _Stopped(Exception):
     """Where the workers would begin."""
 
@@ -154,24 +166,35 @@ class _Stopped(Exception):
 def told(monkeypatch: pytest.MonkeyPatch) -> list[TrainingSpec]:
     """What workers were told; none starts."""
     specs: list[TrainingSpec] = []
-    one = WorkerPlan(
-        num_workers=1,
-        num_threads=1,
-        cpus_per_worker=1,
-        gpus_per_worker=0,
-        ingest=Ingest.FUSED,
-        preparers_per_worker=1,
-        max_failures=0,
-    )
 
     def start(spec: TrainingSpec, *_: object) -> None:
         specs.append(spec)
         raise _Stopped
 
     monkeypatch.setattr(network_training_module, "ray_session", nullcontext)
-    monkeypatch.setattr(network_training_module, "plan_workers", lambda options: one)
+    monkeypatch.setattr(network_training_module, "plan_workers", lambda options: ONE)
     monkeypatch.setattr(network_training_module, "run_training", start)
     return specs
+
+
+def test_where_the_object_store_is_too_small_for_batches_threads_prepare_them(
+    opened: Opened, told: list[TrainingSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int | None, int]] = []
+
+    def plan(options: WorkerOptions, *, batch_bytes: int = 0) -> WorkerPlan:
+        asked.append((options.num_workers, batch_bytes))
+        return ONE.model_copy(update={"ingest": Ingest.FUSED if batch_bytes else Ingest.SPLIT})
+
+    monkeypatch.setattr(network_training_module, "plan_workers", plan)
+    with opened("small-store", 0.1, WhenHeld.REFUSE) as training:
+        with pytest.raises(_Stopped):
+            training.run()
+        assert "Ray's object store is too small" in training.notes[0]
+    (spec,) = told
+    assert spec.ingest is Ingest.FUSED
+    # The number of workers is that of the learning rates, which were set before.
+    assert asked == [(None, 0), (1, spec.largest_batch_bytes(1))]
 
 
 def test_the_scale_of_a_lists_weights_is_no_learning_rate(tmp_path: Path, told: list[TrainingSpec]) -> None:
