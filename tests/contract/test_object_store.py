@@ -24,6 +24,8 @@ from convoy.core.errors import (
     StorageError,
     StoreUnavailable,
 )
+from convoy.storage import s3_store as s3_store_module
+from convoy.storage import s3_uploads
 from convoy.storage.conditional_put import PROBE_FOLDER, probe_conditional_put
 from convoy.storage.local_store import LocalStore
 from convoy.storage.object_store import ConditionalPut, ObjectStore
@@ -83,6 +85,27 @@ def test_bytes_come_back_as_they_were_put(store: ObjectStore, size_bytes: int) -
     assert blob.data == data
     assert blob.etag == etag == info.etag
     assert info.size_bytes == size_bytes
+
+
+@pytest.mark.parametrize("size_bytes", [5 * 2**20, 11 * 2**20 + 1])
+def test_bytes_that_were_put_in_parts_come_back_under_one_etag(
+    s3_bucket: str, monkeypatch: pytest.MonkeyPatch, size_bytes: int
+) -> None:
+    """Parts of the least size that S3 takes."""
+    monkeypatch.setattr(s3_uploads, "_PART_BYTES", 5 * 2**20)
+    monkeypatch.setattr(s3_store_module, "WHOLE_BYTES", 5 * 2**20 - 1)
+    store = S3Store(s3_bucket, "root folder/é")
+    first = store.put("folder/ä b", b"what was there before")
+    data = random.Random(size_bytes).randbytes(size_bytes)
+    etag = store.put("folder/ä b", data)
+    blob, info, (listed,) = store.get("folder/ä b"), store.head("folder/ä b"), store.list_objects()
+    assert blob.data == data
+    assert first != etag == blob.etag == info.etag == listed.etag
+    assert info.size_bytes == listed.size_bytes == size_bytes
+    assert {blob.checksum, info.checksum, listed.checksum} == {""}
+    assert store.get("folder/ä b", byte_range=(5 * 2**20 - 3, 3)).data == data[5 * 2**20 - 3 : 5 * 2**20]
+    store.delete(["folder/ä b"])
+    assert keys_of(store) == []
 
 
 @pytest.mark.parametrize("key", AWKWARD_KEYS)

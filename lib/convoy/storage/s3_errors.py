@@ -116,6 +116,8 @@ _PERMISSIONS = {
     "HeadObject": _READ_PERMISSION,
     "GetObject": _READ_PERMISSION,
     "PutObject": "s3:PutObject",
+    **dict.fromkeys(("CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload"), "s3:PutObject"),
+    "AbortMultipartUpload": "s3:AbortMultipartUpload",
     "DeleteObjects": "s3:DeleteObject",
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import functools
 import hashlib
 import logging
@@ -32,6 +31,7 @@ from convoy.core.errors import (
 from convoy.storage.object_store import Blob, ObjectInfo, settle_refusal
 from convoy.storage.parquet_files import buffered_reader, open_parquet_file
 from convoy.storage.s3_errors import error_of_answer, s3_errors
+from convoy.storage.s3_uploads import WHOLE_BYTES, content_md5, put_in_parts
 
 # DeleteObjects takes no more keys than this.
 DELETE_BATCH = 1000
@@ -164,8 +164,10 @@ class S3Store:
         return blob
 
     def put(self, key: str, data: bytes) -> str:
-        """As in ObjectStore."""
-        return self._put(key, data)
+        """As in ObjectStore; above 256 MiB in parts, whose etag is no checksum."""
+        if len(data) <= WHOLE_BYTES:
+            return self._put(key, data)
+        return _etag(put_in_parts(self._request, self.uri(key), self._folder + key, data))
 
     def put_if_absent(self, key: str, data: bytes) -> str:
         """As in ObjectStore."""
@@ -222,7 +224,7 @@ class S3Store:
 
     def _put(self, key: str, data: bytes, **condition: str) -> str:
         # The server compares the MD5: bytes that were damaged on the way are refused, and sent again.
-        key_and_body = {"Key": self._folder + key, "Body": data, "ContentMD5": _content_md5(data)}
+        key_and_body = {"Key": self._folder + key, "Body": data, "ContentMD5": content_md5(data)}
         return _etag(self._request("put_object", self.uri(key), **key_and_body, **condition))
 
     def _put_if(self, key: str, data: bytes, **condition: str) -> str:
@@ -296,13 +298,9 @@ class S3Store:
                 self._client = None
 
 
-def _content_md5(data: bytes) -> str:
-    return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
-
-
 def _add_content_md5(params: dict[str, Any], **_call: Any) -> None:
     """To a request of which S3 wants a checksum: botocore sends a newer one, which older servers do not know."""
-    params["headers"]["Content-MD5"] = _content_md5(params["body"])
+    params["headers"]["Content-MD5"] = content_md5(params["body"])
 
 
 def _log_retry(state: tenacity.RetryCallState) -> None:
