@@ -23,7 +23,7 @@ from convoy.storage.runs import RunFolder
 from convoy.storage.stores import open_store
 from convoy.vision.augmentation_policy import EVAL_VIEW
 from convoy.vision.backbones import build_network, depth_axis
-from convoy.vision.forward import use_threads
+from convoy.vision.forward import open_device
 from convoy.vision.heads import HEAD_PREFIX, OutputGroups, head_from_state
 from convoy.vision.inspection import InspectedNetwork
 from convoy.vision.inspection_options import MaximisationOptions
@@ -35,7 +35,7 @@ class Inspector:
     """A network on a device, with its readers and decoders; a call makes the picture of one piece."""
 
     def __init__(self, spec: InspectionSpec) -> None:
-        use_threads(spec.num_threads)
+        open_device(spec.num_threads)
         self._spec = spec
         self._store = open_store(spec.workspace)
         self._folder = RunFolder(self._store, spec.run_id)

@@ -35,7 +35,7 @@ from convoy.storage.teacher_logits import read_teacher_logits
 from convoy.vision.averaging import build_keeper, measure_batchnorm, swapped_in
 from convoy.vision.backbones import build_network, depth_axis
 from convoy.vision.distillation import Teacher
-from convoy.vision.forward import use_threads
+from convoy.vision.forward import open_device
 from convoy.vision.freezing import freeze, frozen_stages
 from convoy.vision.learner import Learner, TrainBatch, validation_sums, with_group_batchnorm
 from convoy.vision.presets import EvalPreset, at_resolution
@@ -57,7 +57,7 @@ class TrainingWorker:
 
     def __init__(self, spec: TrainingSpec, group: TrainingGroup, board: Any | None) -> None:
         keep_freed_memory()
-        use_threads(spec.num_threads)
+        open_device(spec.num_threads)
         self._spec, self._group = spec, group
         self._board = BoardWriter(board if group.is_first else None)
         self._store = open_store(spec.workspace)
