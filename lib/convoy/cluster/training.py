@@ -22,7 +22,15 @@ from convoy.cluster.ray_data import first_cause, settle_ray_data
 from convoy.cluster.training_board import Board, BoardReader
 from convoy.cluster.training_spec import CPUS_A_PREPARER, Ingest, TrainingSpec, object_store_bytes
 from convoy.core.config import StrictModel
-from convoy.core.errors import ClusterError, ConfigError, ConvoyError, DataError, NoRoom, VersionMismatch
+from convoy.core.errors import (
+    ClusterError,
+    ConfigError,
+    ConvoyError,
+    DataError,
+    NoRoom,
+    TrainingError,
+    VersionMismatch,
+)
 from convoy.core.training_events import TrainingEvent
 
 # How long the cluster may take to show the resources that are asked for.
@@ -219,6 +227,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     the restarted group, whose workers all see it there, ends with it at once.
     """
     import ray  # noqa: PLC0415
+    import torch  # noqa: PLC0415
 
     from convoy.cluster.training_group import TrainingGroup  # noqa: PLC0415
     from convoy.cluster.training_loop import TrainingWorker  # noqa: PLC0415
@@ -232,6 +241,21 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     except (ConfigError, DataError, VersionMismatch) as error:
         ray.get(board.give_up.remote(error))
         raise
+    except torch.OutOfMemoryError as error:
+        failure = _out_of_memory(error, spec)
+        ray.get(board.give_up.remote(failure))
+        raise failure from error
+
+
+def _out_of_memory(error: Exception, spec: TrainingSpec) -> TrainingError:
+    """The words of a GPU that has no room, without torch's advice on its allocator."""
+    words = ". ".join(str(error).split(". ")[:3])
+    return TrainingError(
+        f"a GPU has not enough memory for what a worker trains on at once: {words}",
+        where=f"runs/{spec.run_id}",
+        next_step="raise recipe.accumulate, lower recipe.batch_size or the resolution_px of a phase, or take"
+        " recipe.precision=bf16, and add --new-run",
+    )
 
 
 def _shown(nodes: Sequence[Mapping[str, float]]) -> str:
