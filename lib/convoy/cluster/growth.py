@@ -37,6 +37,16 @@ def wanted_size() -> ClusterSize:
     return ClusterSize(_number(CPUS_VARIABLE, 1), _number(GPUS_VARIABLE, 0))
 
 
+def regrow_cluster() -> None:
+    """Return when the cluster has what the environment asks for, again; a local Ray is as large as it is.
+
+    For whoever plans some time after the session began: its autoscaler takes machines back that had nothing to do.
+    Raises what `grow_cluster` raises.
+    """
+    if os.environ.get("RAY_ADDRESS"):
+        grow_cluster(wanted_size())
+
+
 def grow_cluster(wanted: ClusterSize, *, timeout_s: float = _TIMEOUT_S) -> None:
     """Return when the cluster has so much; ask its autoscaler for it where it has not.
 

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 from convoy.cluster.deadly_slices import DeathWatch
+from convoy.cluster.growth import regrow_cluster
 from convoy.cluster.library_versions import library_versions, require_versions
 from convoy.cluster.nodes import alive_nodes
 from convoy.cluster.ray_data import first_cause, set_up_ray_data
@@ -72,7 +73,11 @@ class NodeSize(NamedTuple):
 def plan_pool(
     num_workers: int | None, cpus_per_worker: int | None = None, work: PlannedWork = _NO_WORK
 ) -> WorkerPool:
-    """The pool for some work on the cluster as it is; ClusterError where no node offers a CPU."""
+    """The pool for some work on the cluster, which has what the environment asks for.
+
+    Raises ClusterError where no node offers a CPU, and what `regrow_cluster` raises.
+    """
+    regrow_cluster()
     nodes = [NodeSize(int(node["CPU"]), int(node["GPU"]), int(node["memory"])) for node in alive_nodes()]
     return fit_pool(num_workers, nodes, cpus_per_worker, work)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import Field, PositiveInt
 
+from convoy.cluster.growth import regrow_cluster
 from convoy.cluster.library_versions import library_versions, require_versions
 from convoy.cluster.nodes import alive_nodes
 from convoy.cluster.own_node import actor_here
@@ -88,8 +89,10 @@ def plan_workers(
 ) -> WorkerPlan:
     """How the group is made up (see `fit_workers`); waits for nodes that are still starting.
 
-    Raises NoRoom with the numbers if after `timeout_s` the cluster cannot hold the group.
+    Raises NoRoom with the numbers if after `timeout_s` the cluster cannot hold the group, and what `regrow_cluster`
+    raises.
     """
+    regrow_cluster()
     deadline_s = time.monotonic() + timeout_s
     while True:
         nodes = alive_nodes()
@@ -118,6 +121,8 @@ def run_training(
     with data or config. `tell` hears how far it is, in the calling thread. Raises the ConvoyError of a worker, NoRoom
     if none came free for the group, or another ClusterError.
     """
+    # What is decided between plan and start takes minutes, a head that is fitted an hour: Ray Train waits for four.
+    regrow_cluster()
     board = actor_here(Board).remote()
     trainer = _trainer(spec, plan, board)
     ended: list[Any] = []

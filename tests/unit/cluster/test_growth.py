@@ -1,13 +1,25 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from ray.autoscaler import sdk
 
-from convoy.cluster import growth
-from convoy.cluster.growth import CPUS_VARIABLE, GPUS_VARIABLE, ClusterSize, grow_cluster, wanted_size
+from convoy.cluster import growth, slices, training
+from convoy.cluster.growth import (
+    CPUS_VARIABLE,
+    GPUS_VARIABLE,
+    ClusterSize,
+    grow_cluster,
+    regrow_cluster,
+    wanted_size,
+)
+from convoy.cluster.slices import plan_pool
+from convoy.cluster.training import WorkerOptions, fit_workers, plan_workers, run_training
 from convoy.core.errors import ClusterError, ConfigError
+from made_training import digit_rows, training_spec
 
 
 @pytest.fixture(autouse=True)
@@ -80,3 +92,69 @@ def test_a_cluster_that_is_large_enough_is_asked_for_nothing(
     sees(monkeypatch, ClusterSize(2, 1))
     grow_cluster(ClusterSize(2, 1))
     assert asked == []
+
+
+ADDRESS = "RAY_ADDRESS"
+
+
+def test_a_local_ray_is_as_large_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, asked: list[dict[str, Any]]
+) -> None:
+    monkeypatch.delenv(ADDRESS, raising=False)
+    monkeypatch.setenv(GPUS_VARIABLE, "8")
+    regrow_cluster()
+    assert asked == []
+
+
+def nodes(*sizes: tuple[float, float]) -> list[dict[str, float]]:
+    return [{"CPU": cpus, "GPU": gpus, "memory": 1e11} for cpus, gpus in sizes]
+
+
+HEAD, GPU_NODE = (0.0, 0.0), (8.0, 1.0)
+
+
+@pytest.fixture
+def alive(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, float]]:
+    """The nodes of a cluster whose machine with a GPU has gone, until somebody asks for it."""
+    alive = nodes(HEAD)
+
+    def start(bundles: list[dict[str, int]], **_: object) -> None:
+        if bundles:
+            alive[:] = nodes(HEAD, GPU_NODE)
+
+    monkeypatch.setenv(ADDRESS, "auto")
+    monkeypatch.setenv(GPUS_VARIABLE, "1")
+    monkeypatch.setattr(sdk, "request_resources", start)
+    monkeypatch.setattr(growth.time, "sleep", lambda seconds: None)
+    for module in (growth, training, slices):
+        monkeypatch.setattr(module, "alive_nodes", lambda: alive)
+    return alive
+
+
+@pytest.mark.parametrize(
+    "gpus_planned",
+    [lambda: plan_workers(WorkerOptions(), timeout_s=0).gpus_per_worker, lambda: plan_pool(None).num_gpus],
+)
+@pytest.mark.usefixtures("alive")
+def test_machines_that_went_while_the_driver_was_at_work_are_there_again_for_a_plan(
+    gpus_planned: Callable[[], float],
+) -> None:
+    assert gpus_planned() > 0
+
+
+class _Stopped(Exception):
+    """Where Ray Train would begin."""
+
+
+def test_machines_that_went_between_plan_and_training_are_there_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alive: list[dict[str, float]]
+) -> None:
+    def start(*_: object) -> None:
+        raise _Stopped
+
+    monkeypatch.setattr(training, "actor_here", start)
+    plan = fit_workers(WorkerOptions(), nodes(HEAD, GPU_NODE))
+    assert plan is not None
+    with pytest.raises(_Stopped):
+        run_training(training_spec(tmp_path, digit_rows(tmp_path, 10)), plan, lambda event: None)
+    assert alive == nodes(HEAD, GPU_NODE)
