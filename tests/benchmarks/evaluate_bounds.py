@@ -19,7 +19,7 @@ from convoy.vision.backbones import depth_axis
 from convoy.vision.decode_rule import DecodeRule
 from convoy.vision.decoding import decode_image
 from convoy.vision.engine import FeatureEngine
-from convoy.vision.engine_options import EngineOptions, Precision, best_precision
+from convoy.vision.engine_options import EngineOptions, Precision, device_here
 from convoy.vision.forward import new_images
 from convoy.vision.multicrop import cut_slots
 from convoy.vision.presets import geometry_of
@@ -62,14 +62,14 @@ def measure_bounds(settings: BoundsSettings) -> EvaluateBounds:
             size: min(rate, prepare) if device == "cuda" else 1 / (1 / rate + 1 / prepare)
             for size, rate in forward.items()
         },
-        precision=best_precision(),
+        precision=device_here().precision,
         device=device,
     )
 
 
 def _seconds_per_crop(settings: BoundsSettings, place: int) -> float:
     options = EngineOptions(
-        precision=best_precision(),
+        precision=device_here().precision,
         batch_size=settings.batch_size,
         compiled=settings.compiled,
         num_threads=num_cores(),

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from convoy.vision.engine_options import best_precision, facts_here
+from convoy.vision.engine_options import device_here, facts_here
 
 _PACKAGES = ("torch", "torchvision", "ray", "pyarrow", "Pillow", "numpy")
 
@@ -23,7 +23,7 @@ def machine_facts() -> dict[str, Any]:
         "cpu": facts.cpu,
         "cpu_flags": list(facts.cpu_flags),
         **({} if facts.gpu is None else {"gpu": facts.gpu}),
-        "auto_precision": best_precision().value,
+        "auto_precision": device_here().precision.value,
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "load_average_1min": os.getloadavg()[0],
         "kernel": platform.release(),

@@ -23,6 +23,7 @@ from convoy.storage.datasets import open_dataset
 from convoy.storage.stores import open_store
 from convoy.vision.augmentation_policy import Crop
 from convoy.vision.backbones import default_preset
+from convoy.vision.engine_options import device_here
 from convoy.vision.learner import Learner
 from convoy.vision.stages import DepthAxis
 
@@ -95,7 +96,8 @@ def open_training(job: TrainJob, **changed: str) -> Training:
     rows = read_split(manifest, Split.TRAIN)
     backbone = trained_backbone_config(config, len(manifest.classes))
     new = NewNetwork(backbone)
-    plan = plan_network(config, new.axis, count_classes(rows, manifest.classes), num_workers=1)
+    counts = count_classes(rows, manifest.classes)
+    plan = plan_network(config, new.axis, counts, num_workers=1, device=device_here())
     spec = TrainingSpec(
         workspace=job.workspace,
         run_id="bench",

@@ -21,7 +21,7 @@ from convoy.pipelines.cache import CacheConfig, CachePlan, plan_cache
 from convoy.storage.commits import feature_prefix, read_commits
 from convoy.storage.datasets import open_dataset
 from convoy.storage.stores import open_store
-from convoy.vision.engine_options import Precision, best_precision
+from convoy.vision.engine_options import Precision, device_here
 
 pytestmark = pytest.mark.integration
 
@@ -261,7 +261,7 @@ def test_rows_do_not_depend_on_workers_slices_or_the_cluster(
     assert other.verify()["rows_digest"] == base.verify()["rows_digest"]
 
 
-@pytest.mark.skipif(best_precision() is Precision.FP32, reason="this machine has no native bf16")
+@pytest.mark.skipif(device_here().precision is Precision.FP32, reason="this machine has no native bf16")
 def test_bf16_run_records_how_close_it_is_to_fp32(job: CacheJob, ray_cluster: Mapping[str, str]) -> None:
     exact = job.run()["sets"]
     report = job.changed("extraction.precision=auto").run(ray_cluster)

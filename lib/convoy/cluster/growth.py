@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from typing import NamedTuple
@@ -13,6 +14,8 @@ CPUS_VARIABLE, GPUS_VARIABLE = "CONVOY_CLUSTER_CPUS", "CONVOY_CLUSTER_GPUS"
 # A machine with a GPU and its image may take a quarter of an hour.
 _TIMEOUT_S = 1200.0
 _POLL_S = 1.0
+
+_log = logging.getLogger(__name__)
 
 
 class ClusterSize(NamedTuple):
@@ -54,6 +57,11 @@ def grow_cluster(wanted: ClusterSize, *, timeout_s: float = _TIMEOUT_S) -> None:
     """
     if _size().covers(wanted):
         return
+    _log.warning(
+        "waiting for machines: the cluster has not yet %d CPUs and %d GPUs; at most %.0f s",
+        *wanted,
+        timeout_s,
+    )
     try:
         _wait(wanted, timeout_s)
     finally:

@@ -32,6 +32,7 @@ from convoy.pipelines.backbone_costs import BackboneCost, measure_costs
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.cost_front import CostFront, cost_fronts
 from convoy.pipelines.network_training import CurveDrawer
+from convoy.pipelines.precision import settle_precision
 from convoy.storage.bundles import check_bundle_name
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
@@ -149,8 +150,9 @@ class AdviceWork:
         config = self.config
         if config.costs is None:
             return []
+        extraction, _ = settle_precision(self.store, config.dataset_name, config.extraction)
         return measure_costs(
-            self.store, self.manifest, records, config.costs, config.extraction, progress=self.progress
+            self.store, self.manifest, records, config.costs, extraction, progress=self.progress
         )
 
     def _augmentation(self, gathered: Gathered) -> AugmentationEffect | None:

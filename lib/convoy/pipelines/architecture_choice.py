@@ -15,6 +15,7 @@ from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.cost_front import CostFront, cost_fronts
 from convoy.pipelines.feature_plan import ExtractionConfig, FeatureRequest
 from convoy.pipelines.features import FeatureJob
+from convoy.pipelines.precision import settle_precision
 from convoy.pipelines.probe_judging import UNKNOWN, ProbeBench, ProbeRows
 from convoy.pipelines.training_rows import RowLimit
 from convoy.storage.feature_cache import FeatureCache
@@ -60,6 +61,7 @@ def choose_architecture(
     Raises ConfigError for no backbone or the same one twice, DataError where no judged row could be read by all.
     """
     names = backbone_names(backbones)
+    extraction, _ = settle_precision(store, dataset, extraction)
     costs = measure_costs(store, manifest, backbones, config.costs, extraction, progress=progress)
     rows = ProbeRows.of(manifest, config.rows)
     bench = ProbeBench(FeatureCache(store), rows, config.head, num_classes=len(manifest.classes))

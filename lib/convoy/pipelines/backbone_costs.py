@@ -20,7 +20,6 @@ from convoy.pipelines.feature_plan import (
     ExtractionConfig,
     compile_decision,
     forward_s,
-    resolve_precision,
 )
 from convoy.pipelines.pixel_statistics import choose_rows
 from convoy.storage.manifests import Manifest
@@ -89,6 +88,8 @@ def measure_costs(
 ) -> list[BackboneCost]:
     """The cost of each backbone, in their order, as one worker of the extraction's pool meets it.
 
+    The precision of `extraction` is one that was settled.
+
     What was measured for the same weights, preset, precision, images and settings on such a machine is not measured
     again. Nothing else should run on the machine meanwhile: the rates are those of what is left.
     """
@@ -124,7 +125,7 @@ def _spec(
         backbone=backbone.config,
         preset=backbone.preset,
         decode_rule=extraction.decode,
-        precision=Precision(resolve_precision(extraction).value),
+        precision=Precision(extraction.precision.value),
         compiled=compiled,
         batch_size=config.batch_size,
         num_workers=extraction.num_workers,

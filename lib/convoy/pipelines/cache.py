@@ -8,6 +8,7 @@ from convoy.pipelines.feature_summary import FeaturePlan, FeatureSummary
 from convoy.pipelines.features import FeatureJob
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.pixel_statistics import known_augmentation, resolve_augmentation
+from convoy.pipelines.precision import foresee_precision
 from convoy.pipelines.workspace import open_workspace
 from convoy.storage.datasets import open_dataset
 from convoy.storage.duplicates import DuplicateReport, find_duplicates
@@ -71,8 +72,10 @@ def plan_cache(config: CacheConfig) -> CachePlan:
         # Views on colours that nobody measured yet cannot be in the cache, whatever stands for them here.
         policy = known or policy.with_basis(NO_COLOURS)
         notes = [] if known else ["the colours of the train split will be measured first, for pca_colour"]
-    plan = _job(store, manifest, config, policy).plan()
-    return CachePlan(config=config, **{**plan.model_dump(), "notes": [*notes, *plan.notes]})
+    extraction, precision_notes = foresee_precision(store, config.dataset, config.extraction)
+    foreseen = config.model_copy(update={"extraction": extraction})
+    plan = _job(store, manifest, foreseen, policy).plan()
+    return CachePlan(config=config, **{**plan.model_dump(), "notes": [*notes, *plan.notes, *precision_notes]})
 
 
 def _job(

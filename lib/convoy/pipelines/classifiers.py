@@ -6,7 +6,7 @@ import difflib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -18,6 +18,7 @@ from convoy.core.fingerprints import canonical_json, digest
 from convoy.pipelines.backbone_loading import read_backbone_state, restore_backbone
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.feature_plan import ExtractionConfig, FeatureDtype, PrecisionChoice
+from convoy.pipelines.precision import settle_precision
 from convoy.storage.bundles import ENSEMBLE_FILE, Bundle
 from convoy.storage.object_store import ObjectStore
 from convoy.vision.decode_rule import DecodeRule
@@ -69,6 +70,11 @@ class Classifier:
         """The settings of a job, but with what determines the features as this classifier was made with."""
         mine = {"decode": self.decode_rule, "precision": self.precision, "dtype": self.dtype}
         return extraction.model_copy(update=mine)
+
+    def settled(self, store: ObjectStore, dataset: str) -> Classifier:
+        """The same with its precision told, which of a pretrained network may be `auto`: see `settle_precision`."""
+        extraction, _ = settle_precision(store, dataset, self.extraction_like(ExtractionConfig()))
+        return replace(self, precision=extraction.precision)
 
     @property
     def gives_probabilities(self) -> bool:

@@ -101,7 +101,7 @@ class CommitteeJob:
             request = request.keeping(MemberOutputs.NONE)
         # Refuses classes that do not match before anything is computed.
         labels_in_committee(manifest, request)
-        self._store, self._manifest, self._request = store, manifest, request
+        self._store, self._manifest, self._request = store, manifest, request.settled(store)
 
     def ensure(
         self,

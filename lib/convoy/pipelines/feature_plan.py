@@ -16,7 +16,7 @@ from convoy.storage.manifests import Manifest
 from convoy.vision.augmentation_policy import AugmentationPolicy, view_recipe
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.decode_rule import DecodeRule
-from convoy.vision.engine_options import best_precision, has_compiler
+from convoy.vision.engine_options import Precision, device_here
 
 # torch.compile costs about half a minute a worker and saves about a sixth of the forward time (resnet18 and
 # resnet50 at 224 pixels on two AVX512-bf16 cores): it pays from this much forward work on.
@@ -34,7 +34,7 @@ class CompileChoice(StrEnum):
 
 
 class PrecisionChoice(StrEnum):
-    """What the network computes in; `auto` is bf16 where this machine's processor has it."""
+    """What the network computes in; `auto` is bf16 where what computes it, a GPU or a CPU, has that natively."""
 
     AUTO = "auto"
     FP32 = "fp32"
@@ -106,17 +106,13 @@ class ManyPolicies(FeatureRequest):
         return tuple(dict.fromkeys((*super().drawn_views, *further)))
 
 
-def resolve_precision(extraction: ExtractionConfig) -> PrecisionChoice:
-    """What `auto` means on this machine."""
-    if extraction.precision is not PrecisionChoice.AUTO:
-        return extraction.precision
-    return PrecisionChoice(best_precision().value)
-
-
 def plan_sets(
     backbone: BackboneRecord, request: FeatureRequest, extraction: ExtractionConfig
 ) -> list[FeatureSetSpec]:
-    """The feature sets of a request, taps outermost; the spec of view 0 does not depend on the augmentation."""
+    """The feature sets of a request, taps outermost; the spec of view 0 does not depend on the augmentation.
+
+    The precision of `extraction` is one that was settled.
+    """
     return [
         FeatureSetSpec(
             decode_rule=extraction.decode.model_dump(mode="json"),
@@ -128,7 +124,7 @@ def plan_sets(
             weights_digest=backbone.weights_digest,
             code_digest=backbone.config.code_digest,
             tap=backbone.resolve_tap(tap),
-            precision=resolve_precision(extraction).value,
+            precision=Precision(extraction.precision.value).value,
             dtype=extraction.dtype.value,
         )
         for tap in dict.fromkeys(request.taps)
@@ -156,7 +152,7 @@ def compile_decision(choice: CompileChoice, forecast_s: float) -> tuple[bool, st
     """The same for so many seconds in networks."""
     if choice is CompileChoice.NEVER:
         return False, "eager: compile is set to never"
-    if not has_compiler():
+    if not device_here().has_compiler:
         return False, "eager: no C++ compiler (g++ or clang++) on this machine"
     if choice is CompileChoice.ALWAYS:
         return True, "compiled: compile is set to always"

@@ -27,6 +27,7 @@ from convoy.pipelines.feature_plan import (
     set_labels,
 )
 from convoy.pipelines.feature_summary import FeaturePlan, FeatureSummary, slice_totals, timings
+from convoy.pipelines.precision import settle_precision
 from convoy.pipelines.slice_work import do_slices
 from convoy.pipelines.training_rows import rows_digest
 from convoy.storage.commits import (
@@ -61,7 +62,10 @@ class _Lacking:
 
 
 class FeatureJob:
-    """One request for features against one workspace. `rows` are rows of the manifest instead of whole splits."""
+    """One request for features against one workspace. `rows` are rows of the manifest instead of whole splits.
+
+    A precision of `auto` is settled when the job is made.
+    """
 
     def __init__(
         self,
@@ -78,9 +82,9 @@ class FeatureJob:
         self._manifest = manifest
         self._backbone = backbone
         self._request = request
-        self._extraction = extraction
+        self._extraction, self._precision_notes = settle_precision(store, request.dataset, extraction)
         self._cache = FeatureCache(store)
-        self.sets = plan_sets(backbone, request, extraction)
+        self.sets = plan_sets(backbone, request, self._extraction)
         drawn = [policy for _ in dict.fromkeys(request.taps) for policy, _ in request.drawn_views]
         self._policy_of = {spec.set_id: policy for spec, policy in zip(self.sets, drawn, strict=True)}
         self._target = [request.dataset, [spec.set_id for spec in self.sets]]
@@ -154,7 +158,7 @@ class FeatureJob:
             unfinished_run=folder.run_id if folder else None,
             precision=self.sets[0].precision,
             forward_forecast_s=forecast_forward_s(self._backbone, self._request, num_missing),
-            notes=[reason],
+            notes=[reason, *self._precision_notes],
         )
 
     def _identity(self) -> dict[str, Any]:
@@ -297,7 +301,10 @@ class FeatureJob:
             rejects=samples - rows,
             sets={label: spec.set_id for label, spec in self._labelled()},
             precision=self.sets[0].precision,
-            notes=[record.settings["compile_reason"]] if record else ["nothing was missing"],
+            notes=[
+                record.settings["compile_reason"] if record else "nothing was missing",
+                *self._precision_notes,
+            ],
             job_s=time.time() - started_unix_s,
             **slice_totals(slices),
             **timings(finished, started_unix_s),

@@ -7,6 +7,7 @@ command is answered from what is stored.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from convoy.cluster.inspecting import inspect_slices
@@ -16,7 +17,6 @@ from convoy.cluster.slices import PlannedWork, SliceTask, WorkerPool
 from convoy.core.fingerprints import canonical_json, digest
 from convoy.core.progress import Progress
 from convoy.pipelines.embedding_maps import require_method
-from convoy.pipelines.feature_plan import resolve_precision
 from convoy.pipelines.inspect_config import InspectConfig, Section
 from convoy.pipelines.inspect_findings import Findings, look_at_sample
 from convoy.pipelines.inspect_maps import MapDrawer, write_maps
@@ -79,18 +79,18 @@ class _Inspection:
         progress: Progress,
     ) -> None:
         self._store, self._manifest, self._config = store, manifest, config
-        self._model, self._progress = model, progress
+        classifier = model.classifier.settled(store, config.dataset)
+        self._model, self._progress = replace(model, classifier=classifier), progress
         # Refuse stages and classes that do not exist before anything is computed.
-        self._stages = chosen_stages(config, model.classifier.backbone.axis)
-        chosen_classes(config, model.classifier)
-        extraction = model.classifier.extraction_like(config.extraction)
+        self._stages = chosen_stages(config, classifier.backbone.axis)
+        chosen_classes(config, classifier)
         self._identity: dict[str, Any] = {
             "format_version": _FORMAT_VERSION,
             "dataset": config.dataset,
             "dataset_fingerprint": manifest.fingerprint,
             "model_digest": model.digest,
-            "decode_rule": extraction.decode.model_dump(mode="json"),
-            "precision": resolve_precision(extraction).value,
+            "decode_rule": classifier.decode_rule.model_dump(mode="json"),
+            "precision": classifier.precision.value,
             "config": config.model_dump(mode="json", exclude=_NOT_IDENTITY),
         }
         self._pointer = f"{_ANSWERS}{digest(self._identity)}.json"

@@ -12,7 +12,7 @@ from convoy.core.errors import ConfigError
 from convoy.pipelines.classifiers import Strategy
 from convoy.pipelines.train_config import TrainConfig
 from convoy.vision.backbone_config import BackboneConfig
-from convoy.vision.engine_options import best_precision
+from convoy.vision.engine_options import NetworkDevice
 from convoy.vision.freezing import resolve_freeze_depth
 from convoy.vision.recipes import (
     ADAMW_RATE,
@@ -65,15 +65,21 @@ def trained_backbone_config(config: TrainConfig, num_classes: int) -> BackboneCo
 
 
 def plan_network(
-    config: TrainConfig, axis: DepthAxis, counts: Sequence[int], *, num_workers: int
+    config: TrainConfig,
+    axis: DepthAxis,
+    counts: Sequence[int],
+    *,
+    num_workers: int,
+    device: NetworkDevice | None,
 ) -> NetworkPlan:
     """Resolve recipe and phases for a network, a dataset with `counts` images a class, and a group of workers.
 
-    Raises ConfigError for an impossible freeze depth, or a batch that the training rows or workers do not fit.
+    `device` is what a worker trains on; where that is not known, a precision of `auto` stays so. Raises ConfigError
+    for an impossible freeze depth, or a batch that the training rows or workers do not fit.
     """
     wanted = wanted_recipe(config)
     phases = _wanted_phases(config, wanted)
-    recipe = _resolve_recipe(wanted, phases[-1])
+    recipe = _resolve_recipe(wanted, phases[-1], device)
     batch_size = group_batch_size(recipe, num_workers)
     factor = rate_factor(recipe, num_workers)
     _check_batch(batch_size, sum(counts), num_workers)
@@ -91,6 +97,9 @@ def plan_network(
     )
     balance = _balance(recipe.balance, counts)
     notes = [_source(config), *_notes(phases, resolved, axis, images_per_class)]
+    if wanted.precision is Precision.AUTO:
+        unknown = "precision auto: the training itself asks a worker of the cluster"
+        notes.append(unknown if device is None else device.precision_note)
     if balance is not Balance.NONE:
         notes.append(f"classes are balanced by {balance.value}: {min(counts)} to {max(counts)} images")
     if recipe.average_epochs < wanted.average_epochs:
@@ -130,11 +139,11 @@ def _default_recipe(config: TrainConfig) -> Recipe:
     return transfer_recipe()
 
 
-def _resolve_recipe(recipe: Recipe, last: Phase) -> Recipe:
-    """The recipe with the precision that is best here, and an average of no more than half of the last phase."""
+def _resolve_recipe(recipe: Recipe, last: Phase, device: NetworkDevice | None) -> Recipe:
+    """The recipe with the precision that is best there, and an average of no more than half of the last phase."""
     update: dict[str, Any] = {}
-    if recipe.precision is Precision.AUTO:
-        update["precision"] = Precision(best_precision().value)
+    if recipe.precision is Precision.AUTO and device is not None:
+        update["precision"] = Precision(device.precision.value)
     if recipe.averaging in (Averaging.SWA, Averaging.SOUP):
         most = max(_LEAST_AVERAGED, last.epochs // 2)
         update["average_epochs"] = min(recipe.average_epochs, most)

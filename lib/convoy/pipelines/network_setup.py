@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from convoy.cluster.network_device import find_device
 from convoy.core.config import StrictModel
 from convoy.core.errors import ConfigError
 from convoy.core.progress import Progress
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.distillation import TaughtRows
 from convoy.pipelines.network_building import NewNetwork
-from convoy.pipelines.network_plan import NetworkPlan, plan_network, trained_backbone_config
+from convoy.pipelines.network_plan import (
+    NetworkPlan,
+    plan_network,
+    trained_backbone_config,
+    wanted_recipe,
+)
 from convoy.pipelines.pixel_statistics import resolve_augmentation
 from convoy.pipelines.probing import HeadSummary, fit_probe
 from convoy.pipelines.train_config import HeadSource, TrainConfig
@@ -16,7 +22,7 @@ from convoy.pipelines.training_rows import class_weights, count_classes, weigh_c
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.vision.augmentation_policy import AugmentationPolicy
-from convoy.vision.training_config import Balance
+from convoy.vision.training_config import Balance, Precision
 
 
 class TrainingSetup(StrictModel):
@@ -46,7 +52,8 @@ def set_up_training(
     new = NewNetwork(trained_backbone_config(config, len(manifest.classes)))
     new.take_weights(store, pretrained)
     counts = count_classes(taught.rows, manifest.classes)
-    plan = plan_network(config, new.axis, counts, num_workers=num_workers)
+    device = find_device() if wanted_recipe(config).precision is Precision.AUTO else None
+    plan = plan_network(config, new.axis, counts, num_workers=num_workers, device=device)
     plan = plan.model_copy(update={"notes": (*plan.notes, *taught.notes)})
     policy = resolve_augmentation(
         store, manifest, config.dataset, config.augmentation, config.extraction.decode, progress

@@ -13,9 +13,10 @@ from convoy.core.fingerprints import digest
 from convoy.core.records import Split
 from convoy.core.result_columns import PartitionBy, ScoreColumns
 from convoy.pipelines.committees import CommitteeMember, CommitteeRecord
-from convoy.pipelines.feature_plan import ExtractionConfig, resolve_precision
+from convoy.pipelines.feature_plan import ExtractionConfig
 from convoy.pipelines.training_rows import rows_digest
 from convoy.storage.manifests import Manifest
+from convoy.storage.object_store import ObjectStore
 from convoy.storage.run_input import slice_rows_for
 from convoy.vision.committee_options import GateOptions
 from convoy.vision.engine_options import Precision
@@ -87,9 +88,16 @@ class PredictionRequest:
         return dense_preset(preset) if self.mode is EvaluationMode.DENSE else preset
 
     def precision(self, member: CommitteeMember) -> Precision:
-        """What a member computes in."""
-        extraction = member.classifier.extraction_like(self.extraction)
-        return Precision(resolve_precision(extraction).value)
+        """What a member of a settled request computes in."""
+        return Precision(member.classifier.precision.value)
+
+    def settled(self, store: ObjectStore) -> PredictionRequest:
+        """The same request with the precision of every member told; its identity needs that."""
+        members = tuple(
+            replace(member, classifier=member.classifier.settled(store, self.dataset))
+            for member in self.committee.members
+        )
+        return replace(self, committee=replace(self.committee, members=members))
 
     def in_mode(self, mode: EvaluationMode) -> PredictionRequest:
         """The same request in another mode."""

@@ -17,10 +17,11 @@ from convoy.core.version import VERSION
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.classifiers import Classifier, Strategy, classifier_files
 from convoy.pipelines.committees import CommitteeRecord, committee_of, single_committee, write_ensemble
-from convoy.pipelines.feature_plan import ExtractionConfig, resolve_precision
+from convoy.pipelines.feature_plan import ExtractionConfig
 from convoy.pipelines.feature_source import LabelledRows, open_features
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.network_training import CurveDrawer
+from convoy.pipelines.precision import settle_precision
 from convoy.pipelines.retrain_config import RetrainConfig
 from convoy.pipelines.retrain_rows import RetrainRows
 from convoy.pipelines.retrain_scoring import CachedScorer, NamedRows
@@ -101,10 +102,13 @@ class CandidateMaker:
 
     def _first_model(self) -> MadeModel:
         backbone = fetch_backbone(self._store, self._config.backbone)
-        return self._fit(backbone, backbone.resolve_tap(self._config.tap), pinned(self._config.extraction))
+        # So that another machine computes the same features.
+        extraction, _ = settle_precision(self._store, self._config.dataset, self._config.extraction)
+        return self._fit(backbone, backbone.resolve_tap(self._config.tap), extraction)
 
     def _refit_head(self, champion: Classifier) -> MadeModel:
         """A head on the champion's own features; a network without one gets it on the tap of the config."""
+        champion = champion.settled(self._store, self._config.dataset)
         extraction = champion.extraction_like(self._config.extraction)
         has_head = champion.head is not None
         tap = champion.tap if has_head else champion.backbone.resolve_tap(self._config.tap)
@@ -247,8 +251,3 @@ class CandidateMaker:
             "lineage": self._lineage,
         }
         return metrics, model_card(card)
-
-
-def pinned(extraction: ExtractionConfig) -> ExtractionConfig:
-    """The settings with `auto` resolved, so that another machine computes the same features."""
-    return extraction.model_copy(update={"precision": resolve_precision(extraction)})

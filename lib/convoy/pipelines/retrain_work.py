@@ -23,7 +23,7 @@ from convoy.pipelines.retrain_data import examine_new_data
 from convoy.pipelines.retrain_gate import ModelScores, judge, least_margin, pair, pair_if_enough, summary
 from convoy.pipelines.retrain_rows import open_rows
 from convoy.pipelines.retrain_scoring import CachedScorer, can_be_compared
-from convoy.pipelines.retrain_steps import CandidateMaker, pinned
+from convoy.pipelines.retrain_steps import CandidateMaker
 from convoy.storage.bundles import BundleRef
 from convoy.storage.datasets import open_dataset
 from convoy.storage.leases import RunLease
@@ -126,7 +126,7 @@ class RetrainJob:
             config = self._config
             backbone = fetch_backbone(self._store, config.backbone)
             tap = backbone.resolve_tap(config.tap)
-            set_id = self._scorer.ensure_set(backbone, tap, pinned(config.extraction))
+            set_id = self._scorer.ensure_set(backbone, tap, config.extraction)
         else:
             set_id = self._scorer.ensure_features(self._champion.members[0].classifier)
         self._progress.stage("examining the new data")

@@ -115,7 +115,7 @@ def _open_request(
             partition_by=config.partition_by,
             references=references,
         ),
-    )
+    ).settled(store)
     if not request.num_rows(manifest):
         raise DataError(
             "there is no image to score",

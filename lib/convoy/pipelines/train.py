@@ -21,10 +21,11 @@ from convoy.pipelines.classifiers import Classifier, Strategy, as_is, classifier
 from convoy.pipelines.dataset_choice import open_as_begun
 from convoy.pipelines.distillation import taught_rows, with_pinned_teacher
 from convoy.pipelines.evaluation import Evaluation, EvaluationTask, evaluate_classifier, require_labels
-from convoy.pipelines.feature_plan import FeatureDtype, resolve_precision
+from convoy.pipelines.feature_plan import FeatureDtype
 from convoy.pipelines.model_cards import training_card
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.network_training import CurveDrawer, TrainedNetwork, network_training, open_training
+from convoy.pipelines.precision import settle_precision
 from convoy.pipelines.probing import HeadSummary, TrialSummary, check_head, fit_probe
 from convoy.pipelines.train_config import NETWORKS, PROBES, TrainConfig
 from convoy.pipelines.training_rows import Fold, count_classes, fold_rows, has_labels, read_split
@@ -270,6 +271,8 @@ def _train_probe(job: _Job, backbone: BackboneRecord) -> _Trained:
         progress=job.progress,
         new_run=job.new_run,
     )
+    # As it was settled here: on another machine "auto" may mean another precision.
+    extraction, precision_notes = settle_precision(job.store, config.dataset, config.extraction)
     classifier = Classifier(
         strategy=config.strategy,
         backbone=backbone,
@@ -277,8 +280,7 @@ def _train_probe(job: _Job, backbone: BackboneRecord) -> _Trained:
         head=probe.fitted.head,
         classes=job.manifest.classes,
         decode_rule=config.extraction.decode,
-        # As it was resolved here: on another machine "auto" may mean another precision.
-        precision=resolve_precision(config.extraction),
+        precision=extraction.precision,
         dtype=config.extraction.dtype,
     )
     summary = probe.summary
@@ -288,7 +290,7 @@ def _train_probe(job: _Job, backbone: BackboneRecord) -> _Trained:
         "trials": summary.trials,
         "head": summary,
         "train_rejects": dict(Counter(taught.reject_codes) + Counter(summary.reject_codes)),
-        "notes": list(taught.notes),
+        "notes": [*taught.notes, *precision_notes],
     }
     return _Trained(
         classifier=classifier,
@@ -320,6 +322,7 @@ def _train_network(job: _Job, backbone: BackboneRecord) -> Iterator[_Trained]:
 
 
 def _network_classifier(job: _Job, trained: BackboneRecord) -> Classifier:
+    extraction, _ = settle_precision(job.store, job.config.dataset, job.config.extraction)
     return Classifier(
         strategy=job.config.strategy,
         backbone=trained,
@@ -327,7 +330,7 @@ def _network_classifier(job: _Job, trained: BackboneRecord) -> Classifier:
         head=None,
         classes=job.manifest.classes,
         decode_rule=job.config.extraction.decode,
-        precision=resolve_precision(job.config.extraction),
+        precision=extraction.precision,
         # Logits are few, and float16 would round them.
         dtype=FeatureDtype.FLOAT32,
     )

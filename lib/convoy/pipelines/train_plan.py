@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from convoy.cluster.network_device import known_device
 from convoy.core.config import StrictModel
 from convoy.core.records import Split
 from convoy.pipelines.classifiers import Strategy
@@ -78,7 +79,13 @@ def plan_train(config: TrainConfig) -> TrainPlan:
     pretrained = fetch_backbone(store, random_weights(config, manifest) if is_new else config.backbone)
     new = NewNetwork(trained_backbone_config(config, len(manifest.classes)))
     new.take_weights(store, pretrained)
-    network = plan_network(config, new.axis, counts, num_workers=config.workers.num_workers or 1)
+    network = plan_network(
+        config,
+        new.axis,
+        counts,
+        num_workers=config.workers.num_workers or 1,
+        device=known_device(),
+    )
     if takes_head_from_cache(config, network, new):
         check_head(manifest, config)
     steps_an_epoch = -(-rows.num_rows // network.batch_size)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from pydantic import Field
 
+from convoy.cluster.network_device import find_device
 from convoy.core.config import StrictModel
 from convoy.core.crop_policies import CropPlan
 from convoy.core.errors import ConfigError
@@ -24,7 +25,6 @@ from convoy.pipelines.tune_config import TuneConfig
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.vision.backbone_config import BackboneConfig, WeightSource, weight_source
-from convoy.vision.engine_options import best_precision
 from convoy.vision.factories import with_pinned_code
 
 # A pass backward costs about two passes forward.
@@ -36,19 +36,21 @@ _FORECAST_CPUS, _FORECAST_FACTOR = 2, 2
 class SearchPins(StrictModel):
     """What names and files mean in all trials of a search, as it began: its run record keeps it.
 
-    `precision` is what `auto` means. `teachers` are bundles by digest, by what the config calls them. `weights` are
-    keys of copies in the workspace, by `network_key`, of the files that networks begin with. Where a search began
-    without a word on one of them, each call or trial decides.
+    `precision` is what `auto` means, and `precision_note` why. `teachers` are bundles by digest, by what the config
+    calls them. `weights` are keys of copies in the workspace, by `network_key`, of the files that networks begin with.
+    Where a search began without a word on one of them, each call or trial decides.
     """
 
     precision: PrecisionChoice = PrecisionChoice.AUTO
+    precision_note: str | None = None
     teachers: dict[str, str] = Field(default_factory=dict)
     weights: dict[str, str] = Field(default_factory=dict)
 
     @property
     def notes(self) -> list[str]:
-        """Which names were pinned."""
-        return [
+        """What was found for them."""
+        precision = [] if self.precision_note is None else [f"where it is auto, {self.precision_note}"]
+        return precision + [
             f"the teacher of all trials is {bundle}: what {name} was when the search began"
             for name, bundle in self.teachers.items()
             if name != bundle
@@ -70,10 +72,15 @@ def pin_names(store: ObjectStore, manifest: Manifest, config: TuneConfig) -> Sea
     weights that do not fit their network, before any trial starts.
     """
     names = dict.fromkeys(one.distill.teacher for one in config.examples() if one.distill is not None)
+    teachers = {name: pinned_teacher(store, manifest, name) for name in names}
+    weights = copied_weights(fetch_networks(store, manifest, config, {}))
+    # The last, as a cluster may have to start a machine for it.
+    device = find_device()
     return SearchPins(
-        precision=PrecisionChoice(best_precision().value),
-        teachers={name: pinned_teacher(store, manifest, name) for name in names},
-        weights=copied_weights(fetch_networks(store, manifest, config, {})),
+        precision=PrecisionChoice(device.precision.value),
+        precision_note=device.precision_note,
+        teachers=teachers,
+        weights=weights,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 from enum import StrEnum
 from pathlib import Path
@@ -9,7 +10,9 @@ from pathlib import Path
 from convoy.core.config import StrictModel
 from convoy.core.machine import MachineFacts, machine_facts, read_cpuinfo
 
-_GPU = Path("/dev/nvidia0")
+# Of its GPUs a container may see any one, but this always.
+_GPU = Path("/dev/nvidiactl")
+_COMPILERS = ("g++", "clang++")
 
 
 class Precision(StrEnum):
@@ -28,16 +31,45 @@ class EngineOptions(StrictModel):
     num_threads: int
 
 
-def best_precision() -> Precision:
-    """bf16 where this machine's GPU, or else its CPU, computes it natively; emulated bf16 is slower than fp32."""
+class NetworkDevice(StrictModel):
+    """What runs networks on a machine, its GPU or else its CPU, and what that is good for.
+
+    `precision` is what it computes fastest. `has_compiler` tells whether `torch.compile` can work there; None where
+    that is not known.
+    """
+
+    name: str
+    is_gpu: bool
+    precision: Precision
+    has_compiler: bool | None
+
+    @property
+    def precision_note(self) -> str:
+        """The precision and why, for people."""
+        has = "computes bf16 natively" if self.precision is Precision.BF16 else "has no native bf16"
+        return f"precision {self.precision.value}: {self.name} {has}"
+
+
+def device_here() -> NetworkDevice:
+    """That of this machine. Emulated bf16 is slower than fp32, so it does not count."""
     if _GPU.exists():
         import torch  # noqa: PLC0415 (a driver without a GPU need not wait for it)
 
         if torch.cuda.is_available():
             is_native = torch.cuda.is_bf16_supported(including_emulation=False)
-            return Precision.BF16 if is_native else Precision.FP32
-    flags = read_cpuinfo().get("flags", "").split()
-    return Precision.BF16 if "avx512_bf16" in flags or "amx_bf16" in flags else Precision.FP32
+            return _device(torch.cuda.get_device_name(), is_gpu=True, has_bf16=is_native)
+    cpuinfo = read_cpuinfo()
+    has_bf16 = not {"avx512_bf16", "amx_bf16"}.isdisjoint(cpuinfo.get("flags", "").split())
+    return _device(cpuinfo.get("model name", platform.machine()), is_gpu=False, has_bf16=has_bf16)
+
+
+def _device(name: str, *, is_gpu: bool, has_bf16: bool) -> NetworkDevice:
+    return NetworkDevice(
+        name=name,
+        is_gpu=is_gpu,
+        precision=Precision.BF16 if has_bf16 else Precision.FP32,
+        has_compiler=any(map(shutil.which, _COMPILERS)),
+    )
 
 
 def facts_here() -> MachineFacts:
@@ -47,8 +79,3 @@ def facts_here() -> MachineFacts:
     import torch  # noqa: PLC0415 (as above)
 
     return machine_facts(torch.cuda.get_device_name() if torch.cuda.is_available() else None)
-
-
-def has_compiler() -> bool:
-    """Whether `torch.compile` can work here: its CPU code needs a C++ compiler."""
-    return shutil.which("g++") is not None or shutil.which("clang++") is not None

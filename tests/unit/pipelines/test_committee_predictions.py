@@ -30,7 +30,9 @@ from convoy.storage.local_store import LocalStore
 from convoy.storage.object_store import WriterMode
 from convoy.storage.predictions import PREDICTIONS
 from convoy.storage.runs import RunFolder, RunRecord, open_pointers, run_ids
+from convoy.vision.engine_options import Precision
 from made_bundles import made_classifier, write_classifier
+from made_devices import made_device
 from made_sources import shard_bytes, write_files
 
 NUM_IMAGES = 12
@@ -339,3 +341,30 @@ def test_a_cut_off_scoring_is_not_ended_with_other_settings(
     with pytest.raises(RunMismatch):
         run_score(from_source(images, store, **change), progress=Silent())
     assert list(open_pointers(store)) == [begun]
+
+
+def test_a_pretrained_network_scores_in_the_precision_of_a_clusters_workers(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head without a GPU drives, and has no say in it; what is done asks nobody."""
+    answers = [made_device(Precision.BF16)]
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr("convoy.pipelines.precision.find_device", answers.pop)
+    config = ScoreConfig.model_validate(
+        {
+            "workspace": store.root_uri,
+            "dataset": "digits",
+            "name": "as-is",
+            "model": {
+                "backbone": {"arch": "lenet5", "weights": "random", "num_classes": 10},
+                "classes": [str(digit) for digit in range(10)],
+            },
+            "extraction": EXTRACTION,
+        }
+    )
+    first, again = (run_score(config, progress=Silent()) for _ in range(2))
+    assert first.run == again.run
+    record = RunFolder(store, first.run).record()
+    assert record is not None
+    assert record.identity["precision"] == ["bf16"]
+    assert not answers

@@ -15,7 +15,7 @@ from convoy.core.progress import Silent
 from convoy.core.splits import SplitOptions
 from convoy.pipelines import advise, folds, retrain, train
 from convoy.pipelines.advise_config import AdviseConfig
-from convoy.pipelines.feature_plan import ExtractionConfig, FeatureRequest, plan_sets
+from convoy.pipelines.feature_plan import FeatureRequest, plan_sets
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.network_training import config_identity
 from convoy.pipelines.retrain_config import RetrainConfig
@@ -26,6 +26,7 @@ from convoy.pipelines.tune_config import TuneConfig
 from convoy.storage.datasets import freeze_dataset, open_dataset
 from convoy.storage.local_store import LocalStore
 from convoy.vision.backbone_config import BackboneConfig
+from made_bundles import FP32
 from made_factories import ARCH, write_factory
 
 BACKBONE = {"arch": ARCH, "weights": "random", "preset": {"resize_px": 32, "crop_px": 32}}
@@ -59,7 +60,7 @@ def test_features_of_other_code_are_another_set_though_the_weights_are_the_same(
     for activation in ("ReLU", "GELU"):
         change(activation=activation)
         records.append(fetch_backbone(store, config))
-        sets += plan_sets(records[-1], FeatureRequest(dataset="digits", backbone=config), ExtractionConfig())
+        sets += plan_sets(records[-1], FeatureRequest(dataset="digits", backbone=config), FP32)
     assert records[0].weights_digest == records[1].weights_digest
     assert sets[0].set_id != sets[1].set_id
 

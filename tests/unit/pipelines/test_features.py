@@ -18,7 +18,7 @@ from convoy.cluster.slices import SliceTask, WorkerPool
 from convoy.core.errors import RunMismatch
 from convoy.core.progress import Silent
 from convoy.pipelines.dataset import DatasetConfig, freeze
-from convoy.pipelines.feature_plan import FeatureRequest
+from convoy.pipelines.feature_plan import ExtractionConfig, FeatureRequest
 from convoy.pipelines.feature_summary import FeatureSummary
 from convoy.pipelines.features import FeatureJob
 from convoy.storage.commits import SliceRecord
@@ -26,7 +26,9 @@ from convoy.storage.datasets import open_dataset
 from convoy.storage.leases import WhenHeld, hold_run
 from convoy.storage.local_store import LocalStore
 from convoy.storage.runs import RunFolder, RunRecord, open_pointers
+from convoy.vision.engine_options import Precision
 from made_bundles import FP32, made_classifier
+from made_devices import made_device
 
 NUM_IMAGES = 8
 PATIENCE_S = 20
@@ -65,11 +67,13 @@ def refresh(store: LocalStore, images: Path) -> None:
     freeze(DatasetConfig(workspace=store.root_uri, name="digits", source=str(images)))
 
 
-def job(store: LocalStore, *, rows: pa.Table | None = None) -> FeatureJob:
+def job(
+    store: LocalStore, *, rows: pa.Table | None = None, extraction: ExtractionConfig = FP32
+) -> FeatureJob:
     """Features of the dataset's current version, or of some rows of it; always the same set."""
     backbone = made_classifier(store, 0).backbone
     request = FeatureRequest(dataset="digits", backbone=backbone.config, taps=("f6",))
-    return FeatureJob(store, open_dataset(store, "digits"), backbone, request, FP32, rows=rows)
+    return FeatureJob(store, open_dataset(store, "digits"), backbone, request, extraction, rows=rows)
 
 
 def ensure(job: FeatureJob, **options: Any) -> FeatureSummary:
@@ -166,3 +170,18 @@ def test_who_waited_for_a_run_that_turns_out_to_be_of_other_inputs_computes_besi
     second.join()
     assert [(summary.rows, summary.run == begun) for summary in found] == [(3, False)]
     assert list(open_pointers(store)) == [begun]
+
+
+def test_features_of_a_cluster_are_of_its_workers_precision_and_done_ones_ask_nobody(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head without a GPU drives, and has no say in it."""
+    answers = [made_device(Precision.BF16)]
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr("convoy.pipelines.precision.find_device", answers.pop)
+    summaries = [ensure(job(store, extraction=ExtractionConfig())) for _ in range(2)]
+    assert [one.precision for one in summaries] == ["bf16", "bf16"]
+    assert [one.recomputed for one in summaries] == [NUM_IMAGES, 0]
+    for summary in summaries:
+        assert "precision bf16: NVIDIA H100 computes bf16 natively" in summary.notes
+    assert not answers

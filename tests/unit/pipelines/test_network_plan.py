@@ -12,11 +12,14 @@ from convoy.pipelines.network_plan import (
 )
 from convoy.pipelines.train_config import TrainConfig
 from convoy.vision.backbones import build_network, depth_axis
+from convoy.vision.engine_options import NetworkDevice
 from convoy.vision.recipes import paper_recipe
-from convoy.vision.training_config import Optimiser, OptimiserKind
+from convoy.vision.training_config import Optimiser, OptimiserKind, Precision
+from made_devices import made_device
 
 COUNTS = (40, 40)
 CONVNEXT = "timm:convnext_atto"
+H100 = made_device()
 
 
 def config_of(strategy: str = "from_scratch", arch: str = "cifar_resnet20", **settings: Any) -> TrainConfig:
@@ -25,11 +28,16 @@ def config_of(strategy: str = "from_scratch", arch: str = "cifar_resnet20", **se
     )
 
 
-def plan_of(num_workers: int = 1, recipe: dict[str, Any] | None = None, **settings: Any) -> NetworkPlan:
+def plan_of(
+    num_workers: int = 1,
+    recipe: dict[str, Any] | None = None,
+    device: NetworkDevice | None = H100,
+    **settings: Any,
+) -> NetworkPlan:
     config = config_of(recipe={"batch_size": 8, **(recipe or {})}, **settings)
     backbone = trained_backbone_config(config, len(COUNTS)).model_copy(update={"weights": "random"})
     axis = depth_axis(backbone, build_network(backbone))
-    return plan_network(config, axis, COUNTS, num_workers=num_workers)
+    return plan_network(config, axis, COUNTS, num_workers=num_workers, device=device)
 
 
 def learning_rate(num_workers: int, rate: float | None = None, **recipe: Any) -> float:
@@ -131,3 +139,21 @@ def test_at_most_half_of_the_last_phase_is_averaged(
 def test_who_averages_no_epochs_is_told_nothing_of_them() -> None:
     plan = plan_of(recipe={"averaging": "ema"}, strategy="fine_tune", epochs=3)
     assert not any("half" in note for note in plan.notes)
+
+
+def test_a_precision_of_auto_is_that_of_what_trains_and_is_told() -> None:
+    plan = plan_of()
+    assert plan.recipe.precision is Precision.BF16
+    assert H100.precision_note in plan.notes
+
+
+def test_a_precision_stays_auto_where_nobody_was_asked() -> None:
+    plan = plan_of(device=None)
+    assert plan.recipe.precision is Precision.AUTO
+    assert any("the training itself asks a worker" in note for note in plan.notes)
+
+
+def test_a_precision_that_is_given_stays_and_needs_no_note() -> None:
+    plan = plan_of(recipe={"precision": "fp32"})
+    assert plan.recipe.precision is Precision.FP32
+    assert not any("precision" in note for note in plan.notes)

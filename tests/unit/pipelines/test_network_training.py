@@ -19,6 +19,7 @@ from convoy.core.config import parse_config
 from convoy.core.errors import LeaseHeld, RunCancelled, RunMismatch
 from convoy.core.progress import Silent
 from convoy.core.splits import SplitOptions
+from convoy.pipelines import network_setup
 from convoy.pipelines import network_training as network_training_module
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.network_training import NetworkTraining, config_identity, network_training
@@ -29,6 +30,9 @@ from convoy.storage.datasets import freeze_dataset, open_dataset
 from convoy.storage.leases import WhenHeld, hold_run
 from convoy.storage.local_store import LocalStore
 from convoy.storage.runs import RunRecord
+from convoy.vision import training_config
+from convoy.vision.engine_options import Precision
+from made_devices import made_device
 from made_events import training_event
 
 Opened = Callable[..., AbstractContextManager[NetworkTraining]]
@@ -238,3 +242,20 @@ def test_the_scale_of_a_lists_weights_is_no_learning_rate(tmp_path: Path, told: 
     assert heavy.max() == pytest.approx(2 * heavy.min(), rel=1e-6)
     assert once.class_weights is not None
     assert hundredfold.class_weights == pytest.approx(once.class_weights, rel=1e-6)
+
+
+def test_a_training_on_a_cluster_is_of_its_workers_precision_also_when_it_goes_on(
+    opened: Opened, told: list[TrainingSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head without a GPU drives, and has no say in it."""
+    answers = [made_device(Precision.BF16)]
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr(network_setup, "find_device", answers.pop)
+    for _ in range(2):
+        with opened("asked", 0.1, WhenHeld.REFUSE) as training, pytest.raises(_Stopped):
+            training.run()
+    assert [spec.recipe.precision for spec in told] == [training_config.Precision.BF16] * 2
+    record = training.folder.record()
+    assert record is not None
+    assert "precision bf16: NVIDIA H100 computes bf16 natively" in record.settings["setup"]["plan"]["notes"]
+    assert not answers

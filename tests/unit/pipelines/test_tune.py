@@ -44,6 +44,7 @@ from convoy.vision.backbones import build_network
 from convoy.vision.engine_options import Precision
 from convoy.vision.weights import state_to_safetensors
 from made_bundles import DIGITS, made_classifier, write_classifier
+from made_devices import made_device
 from made_ensembles import made_candidates, made_report
 from made_leases import put_lease
 from made_sources import jpeg_bytes
@@ -199,7 +200,7 @@ def test_a_search_that_goes_on_elsewhere_keeps_what_names_meant_when_it_began(
             BackboneConfig.model_validate({**backbone, "weights": "random", "seed": seed})
         )
         file.write_bytes(state_to_safetensors(network.state_dict()))
-        monkeypatch.setattr(tune_plan, "best_precision", lambda: precision)
+        monkeypatch.setattr(tune_plan, "find_device", lambda: made_device(precision))
         return write_classifier(store, "photos", made_classifier(store, seed, classes=classes))
 
     seen: list[SearchPins] = []

@@ -18,6 +18,7 @@ from convoy.storage.local_store import LocalStore
 from convoy.storage.manifests import Manifest
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.backbones import build_network
+from convoy.vision.engine_options import device_here
 from convoy.vision.weights import state_to_safetensors
 from made_bundles import made_classifier, write_classifier
 
@@ -158,7 +159,8 @@ def test_every_teacher_that_a_space_may_come_to_is_pinned(digits: tuple[LocalSto
     )
     pins = pin_names(store, manifest, config)
     assert pins.teachers == {"small": str(refs["small"]), str(refs["large"]): str(refs["large"])}
-    (note,) = pins.notes
+    of_precision, note = pins.notes
+    assert of_precision == f"where it is auto, {device_here().precision_note}"
     assert note.startswith(f"the teacher of all trials is {refs['small']}: what small was")
 
 

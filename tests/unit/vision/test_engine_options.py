@@ -1,4 +1,4 @@
-"""What a network computes in by default: bf16 only where the device that it will run on has it."""
+"""What a machine runs networks on: bf16 only where that has it natively, and compilers that fit it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from convoy.vision import engine_options
-from convoy.vision.engine_options import Precision, best_precision
+from convoy.vision.engine_options import Precision, device_here
 
 
 @pytest.fixture
@@ -16,6 +16,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
     """A machine with a GPU in it, and a CPU without bf16."""
     monkeypatch.setattr(engine_options, "_GPU", tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
     monkeypatch.setattr(engine_options, "read_cpuinfo", lambda: {"flags": "avx2"})
     return monkeypatch
 
@@ -36,7 +37,7 @@ def test_a_gpu_gets_bf16_if_it_computes_it_itself(
     gpu: pytest.MonkeyPatch, major: int, expected: Precision
 ) -> None:
     has_capability(gpu, major)
-    assert best_precision() is expected
+    assert device_here().precision is expected
 
 
 @pytest.mark.parametrize(
@@ -47,4 +48,11 @@ def test_a_gpu_that_torch_cannot_use_leaves_the_choice_to_the_cpu(
 ) -> None:
     gpu.setattr(torch.cuda, "is_available", lambda: False)
     gpu.setattr(engine_options, "read_cpuinfo", lambda: {"flags": flags})
-    assert best_precision() is expected
+    assert device_here().precision is expected
+
+
+def test_a_precision_is_told_with_its_reason(gpu: pytest.MonkeyPatch) -> None:
+    has_capability(gpu, 9)
+    assert device_here().precision_note == "precision bf16: NVIDIA H100 computes bf16 natively"
+    has_capability(gpu, 7)
+    assert device_here().precision_note == "precision fp32: NVIDIA H100 has no native bf16"

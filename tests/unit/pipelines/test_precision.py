@@ -1,0 +1,83 @@
+"""A precision of `auto` on a cluster: what its workers compute fast, asked once for a dataset."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from convoy.cluster.growth import GPUS_VARIABLE
+from convoy.pipelines import precision
+from convoy.pipelines.feature_plan import ExtractionConfig, PrecisionChoice
+from convoy.pipelines.precision import foresee_precision, settle_precision
+from convoy.storage.local_store import LocalStore
+from convoy.vision.engine_options import NetworkDevice, Precision, device_here
+from made_devices import made_device
+
+AUTO = ExtractionConfig()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LocalStore:
+    return LocalStore(str(tmp_path))
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> list[NetworkDevice]:
+    """What the workers of a cluster will say, one after the other."""
+    answers: list[NetworkDevice] = []
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.delenv(GPUS_VARIABLE, raising=False)
+    monkeypatch.setattr(precision, "find_device", lambda: answers.pop(0))
+    return answers
+
+
+def test_a_cluster_is_asked_once_for_a_dataset(store: LocalStore, answers: list[NetworkDevice]) -> None:
+    """So a job that finds nothing to do need not wait for Ray, and features stay of one precision."""
+    answers += [made_device(Precision.BF16)]
+    first, again = (settle_precision(store, "digits", AUTO) for _ in range(2))
+    assert first == again
+    assert first.extraction.precision is PrecisionChoice.BF16
+    assert first.notes == ("precision bf16: NVIDIA H100 computes bf16 natively",)
+    assert not answers
+
+
+def test_other_datasets_and_jobs_that_ask_for_gpus_are_answered_for_themselves(
+    store: LocalStore, answers: list[NetworkDevice], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu, t4, h100 = made_device(Precision.FP32, is_gpu=False), made_device(Precision.FP32), made_device()
+    answers += [cpu, t4, h100]
+    on_cpus = settle_precision(store, "digits", AUTO)
+    of_others = settle_precision(store, "letters", AUTO)
+    monkeypatch.setenv(GPUS_VARIABLE, "4")
+    on_gpus = settle_precision(store, "digits", AUTO)
+    found = [one.extraction.precision.value for one in (on_cpus, of_others, on_gpus)]
+    assert found == ["fp32", "fp32", "bf16"]
+
+
+def test_what_a_config_says_holds_and_nobody_is_asked(
+    store: LocalStore, answers: list[NetworkDevice]
+) -> None:
+    told = ExtractionConfig(precision=PrecisionChoice.FP32)
+    assert settle_precision(store, "digits", told) == (told, ())
+    assert foresee_precision(store, "digits", told) == (told, ())
+
+
+def test_a_plan_asks_nobody_and_says_so(store: LocalStore, answers: list[NetworkDevice]) -> None:
+    foreseen = foresee_precision(store, "digits", AUTO)
+    assert foreseen.extraction.precision.value == device_here().precision.value
+    assert "the job itself asks a worker of the cluster" in foreseen.notes[0]
+    answers += [made_device()]
+    assert settle_precision(store, "digits", AUTO) == foresee_precision(store, "digits", AUTO)
+
+
+def test_without_a_cluster_it_is_what_this_machine_computes_fast(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    here = device_here()
+    for settle in (settle_precision, foresee_precision):
+        extraction, notes = settle(store, "digits", AUTO)
+        assert (extraction.precision.value, notes) == (here.precision.value, (here.precision_note,))
+    # Another machine may go on with the workspace.
+    assert not list(store.list_objects())
