@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from convoy.cluster.backbone_timing import machine_of_workers, time_backbones
+from convoy.cluster.network_device import find_device
 from convoy.cluster.session import ray_session
 from convoy.cluster.slices import plan_pool
 from convoy.cluster.timing_spec import BackboneTiming, TimingSpec, kept_timing
@@ -17,6 +19,7 @@ from convoy.core.progress import Progress
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.feature_plan import (
     CompileChoice,
+    DeviceFinder,
     ExtractionConfig,
     compile_decision,
     forward_s,
@@ -95,7 +98,9 @@ def measure_costs(
     """
     images = choose_rows(manifest, config.images)
     images_digest = digest(images["content_id"].to_pylist())
-    specs = [_spec(backbone, config, extraction, images_digest) for backbone in backbones]
+    # A cluster is asked once for all of them.
+    find = cache(find_device)
+    specs = [_spec(backbone, config, extraction, images_digest, find) for backbone in backbones]
     here = machine_of_workers()
     known = [None if here is None else kept_timing(store, spec, here) for spec in specs]
     lacking = [spec for spec, timing in zip(specs, known, strict=True) if timing is None]
@@ -116,9 +121,13 @@ def measure_costs(
 
 
 def _spec(
-    backbone: BackboneRecord, config: CostsConfig, extraction: ExtractionConfig, images_digest: str
+    backbone: BackboneRecord,
+    config: CostsConfig,
+    extraction: ExtractionConfig,
+    images_digest: str,
+    find: DeviceFinder,
 ) -> TimingSpec:
-    compiled, _ = compile_decision(config.compile, forward_s(_MILLION * backbone.macs))
+    compiled, _ = compile_decision(config.compile, forward_s(_MILLION * backbone.macs), find)
     return TimingSpec(
         weights_key=backbone.weights_key,
         weights_digest=backbone.weights_digest,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import Any
 
 from pydantic import Field, PositiveInt
 
+from convoy.cluster.network_device import find_device
 from convoy.core.config import StrictModel
+from convoy.core.errors import ConfigError
 from convoy.core.records import Split
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.storage.feature_cache import FeatureSetSpec
@@ -16,7 +18,7 @@ from convoy.storage.manifests import Manifest
 from convoy.vision.augmentation_policy import AugmentationPolicy, view_recipe
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.decode_rule import DecodeRule
-from convoy.vision.engine_options import Precision, device_here
+from convoy.vision.engine_options import NetworkDevice, Precision
 
 # torch.compile costs about half a minute a worker and saves about a sixth of the forward time (resnet18 and
 # resnet50 at 224 pixels on two AVX512-bf16 cores): it pays from this much forward work on.
@@ -26,7 +28,7 @@ _MACS_PER_S = 2.5e11
 
 
 class CompileChoice(StrEnum):
-    """Whether workers compile the network; `auto` compiles where the forecast says that it pays."""
+    """Whether workers compile the network; `auto` compiles where the forecast says that it pays, and they can."""
 
     AUTO = "auto"
     ALWAYS = "always"
@@ -141,25 +143,46 @@ def set_labels(sets: Sequence[FeatureSetSpec]) -> list[str]:
     ]
 
 
+# Who compiles: found where it matters, which may take Ray, or None where nobody was asked.
+DeviceFinder = Callable[[], NetworkDevice | None]
+
+
 def plan_compile(
-    backbone: BackboneRecord, request: FeatureRequest, choice: CompileChoice, num_images: int
+    backbone: BackboneRecord,
+    request: FeatureRequest,
+    choice: CompileChoice,
+    num_images: int,
+    find: DeviceFinder = find_device,
 ) -> tuple[bool, str]:
     """Whether to compile, and the reason in words. Decided once a run, so that a resumed run computes the same."""
-    return compile_decision(choice, forecast_forward_s(backbone, request, num_images))
+    return compile_decision(choice, forecast_forward_s(backbone, request, num_images), find)
 
 
-def compile_decision(choice: CompileChoice, forecast_s: float) -> tuple[bool, str]:
-    """The same for so many seconds in networks."""
+def compile_decision(
+    choice: CompileChoice, forecast_s: float, find: DeviceFinder = find_device
+) -> tuple[bool, str]:
+    """The same for so many seconds in networks. ConfigError where it must be compiled and workers cannot."""
     if choice is CompileChoice.NEVER:
         return False, "eager: compile is set to never"
-    if not device_here().has_compiler:
-        return False, "eager: no C++ compiler (g++ or clang++) on this machine"
-    if choice is CompileChoice.ALWAYS:
-        return True, "compiled: compile is set to always"
-    pays = forecast_s >= COMPILE_PAYS_FROM_S
-    relation = "at least" if pays else "less than"
-    reason = f"forecast of {forecast_s:.0f} s forward is {relation} {COMPILE_PAYS_FROM_S:.0f} s"
-    return pays, f"{'compiled' if pays else 'eager'}: {reason}"
+    reason = "compile is set to always"
+    if choice is CompileChoice.AUTO:
+        pays = forecast_s >= COMPILE_PAYS_FROM_S
+        relation = "at least" if pays else "less than"
+        reason = f"forecast of {forecast_s:.0f} s forward is {relation} {COMPILE_PAYS_FROM_S:.0f} s"
+        if not pays:
+            return False, f"eager: {reason}"
+    device = find()
+    if device is None:
+        return True, f"compiled: {reason}, if the workers have a compiler"
+    if device.has_compiler is False and choice is CompileChoice.ALWAYS:
+        raise ConfigError(
+            f"networks cannot be compiled: there is no {device.compilers} beside {device.name}",
+            where="compile",
+            next_step="install one where the workers run, or set compile to auto",
+        )
+    if not device.has_compiler and choice is CompileChoice.AUTO:
+        return False, f"eager: no {device.compilers} was found beside {device.name}"
+    return True, f"compiled: {reason}"
 
 
 def forecast_forward_s(backbone: BackboneRecord, request: FeatureRequest, num_images: int) -> float:

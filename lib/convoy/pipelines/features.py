@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from convoy.cluster.extraction_spec import ExtractionSpec, FeatureOutput
 from convoy.cluster.feature_extraction import extract_slices
+from convoy.cluster.network_device import known_device
 from convoy.cluster.slices import PlannedWork, SliceTask, WorkerPool
 from convoy.core.fingerprints import digest
 from convoy.core.progress import Progress
@@ -150,7 +151,8 @@ class FeatureJob:
             num_missing += rows.num_rows
             missing.update(dict.fromkeys(set_ids, rows.num_rows))
         folder = self._open_run.current()
-        _, reason = plan_compile(self._backbone, self._request, self._extraction.compile, num_missing)
+        choice = self._extraction.compile
+        _, reason = plan_compile(self._backbone, self._request, choice, num_missing, known_device)
         return FeaturePlan(
             samples=self._count_rows()[0],
             missing=num_missing,

@@ -75,7 +75,8 @@ def plan_network(
     """Resolve recipe and phases for a network, a dataset with `counts` images a class, and a group of workers.
 
     `device` is what a worker trains on; where that is not known, a precision of `auto` stays so. Raises ConfigError
-    for an impossible freeze depth, or a batch that the training rows or workers do not fit.
+    for an impossible freeze depth, a batch that the training rows or workers do not fit, or a network that is to be
+    compiled where nothing compiles.
     """
     wanted = wanted_recipe(config)
     phases = _wanted_phases(config, wanted)
@@ -144,6 +145,12 @@ def _resolve_recipe(recipe: Recipe, last: Phase, device: NetworkDevice | None) -
     update: dict[str, Any] = {}
     if recipe.precision is Precision.AUTO and device is not None:
         update["precision"] = Precision(device.precision.value)
+    if recipe.compile and device is not None and device.has_compiler is False:
+        raise ConfigError(
+            f"the network cannot be compiled: there is no {device.compilers} beside {device.name}",
+            where="recipe.compile",
+            next_step="install one where the workers run, or leave recipe.compile out",
+        )
     if recipe.averaging in (Averaging.SWA, Averaging.SOUP):
         most = max(_LEAST_AVERAGED, last.epochs // 2)
         update["average_epochs"] = min(recipe.average_epochs, most)

@@ -52,7 +52,9 @@ def set_up_training(
     new = NewNetwork(trained_backbone_config(config, len(manifest.classes)))
     new.take_weights(store, pretrained)
     counts = count_classes(taught.rows, manifest.classes)
-    device = find_device() if wanted_recipe(config).precision is Precision.AUTO else None
+    wanted = wanted_recipe(config)
+    asks = wanted.precision is Precision.AUTO or wanted.compile
+    device = find_device() if asks else None
     plan = plan_network(config, new.axis, counts, num_workers=num_workers, device=device)
     plan = plan.model_copy(update={"notes": (*plan.notes, *taught.notes)})
     policy = resolve_augmentation(

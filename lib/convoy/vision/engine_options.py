@@ -12,7 +12,8 @@ from convoy.core.machine import MachineFacts, machine_facts, read_cpuinfo
 
 # Of its GPUs a container may see any one, but this always.
 _GPU = Path("/dev/nvidiactl")
-_COMPILERS = ("g++", "clang++")
+_GPU_COMPILERS = ("gcc", "clang")
+_CPU_COMPILERS = ("g++", "clang++")
 
 
 class Precision(StrEnum):
@@ -49,6 +50,11 @@ class NetworkDevice(StrictModel):
         has = "computes bf16 natively" if self.precision is Precision.BF16 else "has no native bf16"
         return f"precision {self.precision.value}: {self.name} {has}"
 
+    @property
+    def compilers(self) -> str:
+        """What `torch.compile` needs for it: its CPU code is C++, and kernels of a GPU are launched from C."""
+        return " or ".join(_GPU_COMPILERS if self.is_gpu else _CPU_COMPILERS)
+
 
 def device_here() -> NetworkDevice:
     """That of this machine. Emulated bf16 is slower than fp32, so it does not count."""
@@ -64,11 +70,12 @@ def device_here() -> NetworkDevice:
 
 
 def _device(name: str, *, is_gpu: bool, has_bf16: bool) -> NetworkDevice:
+    compilers = _GPU_COMPILERS if is_gpu else _CPU_COMPILERS
     return NetworkDevice(
         name=name,
         is_gpu=is_gpu,
         precision=Precision.BF16 if has_bf16 else Precision.FP32,
-        has_compiler=any(map(shutil.which, _COMPILERS)),
+        has_compiler=any(map(shutil.which, compilers)),
     )
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from convoy.core.errors import ConfigError
 from convoy.pipelines.network_plan import (
     NetworkPlan,
     plan_network,
@@ -157,3 +158,8 @@ def test_a_precision_that_is_given_stays_and_needs_no_note() -> None:
     plan = plan_of(recipe={"precision": "fp32"})
     assert plan.recipe.precision is Precision.FP32
     assert not any("precision" in note for note in plan.notes)
+
+
+def test_a_network_that_no_worker_can_compile_is_refused() -> None:
+    with pytest.raises(ConfigError, match="there is no gcc or clang beside NVIDIA H100"):
+        plan_of(recipe={"compile": True}, device=made_device(has_compiler=False))

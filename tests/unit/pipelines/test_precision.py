@@ -7,14 +7,22 @@ from pathlib import Path
 import pytest
 
 from convoy.cluster.growth import GPUS_VARIABLE
+from convoy.core.errors import ConfigError
 from convoy.pipelines import precision
-from convoy.pipelines.feature_plan import ExtractionConfig, PrecisionChoice
+from convoy.pipelines.feature_plan import (
+    COMPILE_PAYS_FROM_S,
+    CompileChoice,
+    ExtractionConfig,
+    PrecisionChoice,
+    compile_decision,
+)
 from convoy.pipelines.precision import foresee_precision, settle_precision
 from convoy.storage.local_store import LocalStore
 from convoy.vision.engine_options import NetworkDevice, Precision, device_here
 from made_devices import made_device
 
 AUTO = ExtractionConfig()
+LONG_S, SHORT_S = COMPILE_PAYS_FROM_S, COMPILE_PAYS_FROM_S - 1
 
 
 @pytest.fixture
@@ -81,3 +89,46 @@ def test_without_a_cluster_it_is_what_this_machine_computes_fast(
         assert (extraction.precision.value, notes) == (here.precision.value, (here.precision_note,))
     # Another machine may go on with the workspace.
     assert not list(store.list_objects())
+
+
+@pytest.mark.parametrize(
+    ("choice", "forecast_s", "has_compiler", "expected"),
+    [
+        (CompileChoice.AUTO, LONG_S, True, True),
+        (CompileChoice.AUTO, LONG_S, False, False),
+        (CompileChoice.AUTO, LONG_S, None, False),
+        (CompileChoice.ALWAYS, SHORT_S, True, True),
+        # Nobody could be asked: who insists has a reason.
+        (CompileChoice.ALWAYS, SHORT_S, None, True),
+    ],
+)
+def test_networks_are_compiled_where_the_workers_can(
+    choice: CompileChoice, forecast_s: float, has_compiler: bool | None, expected: bool
+) -> None:
+    device = made_device(has_compiler=has_compiler)
+    compiled, reason = compile_decision(choice, forecast_s, lambda: device)
+    assert compiled is expected
+    assert reason.startswith(
+        "compiled" if expected else "eager: no gcc or clang was found beside NVIDIA H100"
+    )
+
+
+def no_question() -> NetworkDevice:
+    raise AssertionError
+
+
+@pytest.mark.parametrize("choice", [CompileChoice.NEVER, CompileChoice.AUTO])
+def test_who_would_not_compile_anyway_asks_nobody(choice: CompileChoice) -> None:
+    assert compile_decision(choice, SHORT_S, no_question)[0] is False
+
+
+def test_a_network_that_must_be_compiled_and_cannot_is_refused() -> None:
+    cpu = made_device(name="the CPU", is_gpu=False, has_compiler=False)
+    with pytest.raises(ConfigError, match=r"there is no g\+\+ or clang\+\+ beside the CPU"):
+        compile_decision(CompileChoice.ALWAYS, SHORT_S, lambda: cpu)
+
+
+def test_a_plan_leaves_the_compiler_open_where_it_asks_nobody() -> None:
+    assert compile_decision(CompileChoice.AUTO, LONG_S, lambda: None)[1].endswith(
+        "if the workers have a compiler"
+    )

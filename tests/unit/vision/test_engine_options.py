@@ -51,6 +51,28 @@ def test_a_gpu_that_torch_cannot_use_leaves_the_choice_to_the_cpu(
     assert device_here().precision is expected
 
 
+@pytest.mark.parametrize(
+    ("installed", "is_gpu", "expected"),
+    [
+        # Kernels of a GPU are launched from C, the code for a CPU is C++.
+        ({"gcc"}, True, True),
+        ({"clang"}, True, True),
+        ({"gcc"}, False, False),
+        ({"g++"}, False, True),
+        ({"clang++"}, False, True),
+        (set(), True, False),
+    ],
+)
+def test_a_compiler_is_one_for_what_runs_the_networks(
+    gpu: pytest.MonkeyPatch, installed: set[str], is_gpu: bool, expected: bool
+) -> None:
+    has_capability(gpu, 9)
+    gpu.setattr(torch.cuda, "is_available", lambda: is_gpu)
+    gpu.setattr(engine_options.shutil, "which", lambda name: name if name in installed else None)
+    device = device_here()
+    assert (device.is_gpu, device.has_compiler) == (is_gpu, expected)
+
+
 def test_a_precision_is_told_with_its_reason(gpu: pytest.MonkeyPatch) -> None:
     has_capability(gpu, 9)
     assert device_here().precision_note == "precision bf16: NVIDIA H100 computes bf16 natively"
