@@ -97,7 +97,10 @@ def open_training(job: TrainJob, **changed: str) -> Training:
     backbone = trained_backbone_config(config, len(manifest.classes))
     new = NewNetwork(backbone)
     counts = count_classes(rows, manifest.classes)
-    plan = plan_network(config, new.axis, counts, num_workers=1, device=device_here())
+    device = device_here()
+    plan = plan_network(
+        config, new.network, new.axis, counts, num_workers=1, on_gpus=device.is_gpu, device=device
+    )
     spec = TrainingSpec(
         workspace=job.workspace,
         run_id="bench",

@@ -102,7 +102,9 @@ class TrainingWorker:
         self._network.to(device=self._group.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self._packed is not None:
             self._packed.load_keeper(self._keeper, list(resumed.scores), self._group.device)
-        if self._spec.recipe.sync_batchnorm and self._group.device.type == "cuda":
+        is_shared = self._spec.recipe.sync_batchnorm is True and self._group.num_workers > 1
+        # torch has it for GPUs only.
+        if is_shared and self._group.device.type == "cuda":
             self._network = with_group_batchnorm(self._network)
         if resumed.notes:
             event = self._times.event(self._position, history=resumed.history, notes=resumed.notes)

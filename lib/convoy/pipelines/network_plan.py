@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from torch import nn
+
 from convoy.core.config import StrictModel
 from convoy.core.epochs import EpochPlan
 from convoy.core.errors import ConfigError
@@ -13,7 +15,7 @@ from convoy.pipelines.classifiers import Strategy
 from convoy.pipelines.train_config import TrainConfig
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.engine_options import NetworkDevice
-from convoy.vision.freezing import resolve_freeze_depth
+from convoy.vision.freezing import frozen_stages, resolve_freeze_depth, trains_batchnorm
 from convoy.vision.recipes import (
     ADAMW_RATE,
     SGD_RATE_AT_256,
@@ -24,8 +26,10 @@ from convoy.vision.recipes import (
 )
 from convoy.vision.stages import DepthAxis
 from convoy.vision.training_config import (
+    AUTO,
     Averaging,
     Balance,
+    BatchUnit,
     OptimiserKind,
     Phase,
     Precision,
@@ -39,6 +43,8 @@ _FINE_TUNING_EPOCHS = 5
 _REUSE_EPOCHS = 10
 # What an average of epochs takes at least, also where that is more than half of a short phase.
 _LEAST_AVERAGED = 2
+# Below it the statistics of a batch are a poor guess (Wu and He 2018, arXiv:1803.08494, figure 1).
+_FEW_FOR_BATCHNORM = 16
 # From this ratio between the largest and the smallest class on, `balance: auto` weighs the classes.
 _UNBALANCED_FROM = 3.0
 
@@ -66,10 +72,12 @@ def trained_backbone_config(config: TrainConfig, num_classes: int) -> BackboneCo
 
 def plan_network(
     config: TrainConfig,
+    network: nn.Module,
     axis: DepthAxis,
     counts: Sequence[int],
     *,
     num_workers: int,
+    on_gpus: bool,
     device: NetworkDevice | None,
 ) -> NetworkPlan:
     """Resolve recipe and phases for a network, a dataset with `counts` images a class, and a group of workers.
@@ -96,8 +104,15 @@ def plan_network(
         )
         for phase in phases
     )
+    recipe, batchnorm_notes = _settle_batchnorm(
+        recipe,
+        has_batchnorm=any(trains_batchnorm(network, axis, frozen_stages(phase)) for phase in resolved),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        on_gpus=on_gpus,
+    )
     balance = _balance(recipe.balance, counts)
-    notes = [_source(config), *_notes(phases, resolved, axis, images_per_class)]
+    notes = [_source(config), *_notes(phases, resolved, axis, images_per_class), *batchnorm_notes]
     if wanted.precision is Precision.AUTO:
         unknown = "precision auto: the training itself asks a worker of the cluster"
         notes.append(unknown if device is None else device.precision_note)
@@ -155,6 +170,31 @@ def _resolve_recipe(recipe: Recipe, last: Phase, device: NetworkDevice | None) -
         most = max(_LEAST_AVERAGED, last.epochs // 2)
         update["average_epochs"] = min(recipe.average_epochs, most)
     return recipe.model_copy(update=update)
+
+
+def _settle_batchnorm(
+    recipe: Recipe, *, has_batchnorm: bool, batch_size: int, num_workers: int, on_gpus: bool
+) -> tuple[Recipe, list[str]]:
+    """The recipe with `sync_batchnorm` decided, and over how many images BatchNorm will take its statistics.
+
+    Decided for several workers where there is one as well: a training may go on with more.
+    """
+    if recipe.sync_batchnorm == AUTO:
+        is_synced = has_batchnorm and on_gpus and recipe.batch_unit is BatchUnit.GROUP
+        recipe = recipe.model_copy(update={"sync_batchnorm": is_synced})
+    if not has_batchnorm:
+        return recipe, []
+    whose, num_sharing = "", num_workers
+    if num_workers > 1 and recipe.sync_batchnorm and on_gpus:
+        whose = " of all workers together"
+    elif num_workers > 1:
+        whose = f" of each worker by itself{'' if on_gpus else ', as only GPUs can share them'}"
+        num_sharing = 1
+    num_images = max(batch_size * num_sharing // num_workers // recipe.accumulate, 1)
+    note = f"BatchNorm takes its statistics over {num_images} images{whose}"
+    if num_images < _FEW_FOR_BATCHNORM:
+        note += ", which makes them noisy: raise recipe.batch_size, or lower recipe.accumulate or the number of workers"
+    return recipe, [note]
 
 
 def _source(config: TrainConfig) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from convoy.cluster.network_device import find_device
+from convoy.cluster.training import WorkerPlan
 from convoy.core.config import StrictModel
 from convoy.core.errors import ConfigError
 from convoy.core.progress import Progress
@@ -40,7 +41,7 @@ def set_up_training(
     config: TrainConfig,
     taught: TaughtRows,
     *,
-    num_workers: int,
+    workers: WorkerPlan,
     progress: Progress,
     new_run: bool,
 ) -> tuple[TrainingSetup, bytes]:
@@ -55,7 +56,15 @@ def set_up_training(
     wanted = wanted_recipe(config)
     asks = wanted.precision is Precision.AUTO or wanted.compile
     device = find_device() if asks else None
-    plan = plan_network(config, new.axis, counts, num_workers=num_workers, device=device)
+    plan = plan_network(
+        config,
+        new.network,
+        new.axis,
+        counts,
+        num_workers=workers.num_workers,
+        on_gpus=workers.gpus_per_worker > 0,
+        device=device,
+    )
     plan = plan.model_copy(update={"notes": (*plan.notes, *taught.notes)})
     policy = resolve_augmentation(
         store, manifest, config.dataset, config.augmentation, config.extraction.decode, progress

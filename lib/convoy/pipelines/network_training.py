@@ -38,7 +38,7 @@ from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import OpenRun, RunFolder, RunRecord, refuse_changed_identity
 from convoy.storage.teacher_logits import write_teacher_logits
-from convoy.vision.training_config import Balance, Distillation, Precision
+from convoy.vision.training_config import AUTO, Balance, Distillation, Precision
 
 _VERB = "train"
 _TRAINED = "trained.json"
@@ -57,6 +57,8 @@ CurveDrawer = Callable[[Sequence[EpochResult]], bytes]
 def config_identity(config: TrainConfig) -> dict[str, Any]:
     """What of a config determines the training; its recipe is what it comes to, however much of that it spells out."""
     recipe = wanted_recipe(config).model_dump(mode="json")
+    # `auto` came after trainings without it, which say `false`: these go on, as they were decided.
+    recipe["sync_batchnorm"] = {AUTO: False, False: "never", True: True}[recipe["sync_batchnorm"]]
     return {**config.model_dump(mode="json", exclude=_NOT_IDENTITY), "recipe": recipe}
 
 
@@ -240,7 +242,7 @@ class NetworkTraining:
             self._pretrained,
             self._config,
             taught,
-            num_workers=workers.num_workers,
+            workers=workers,
             progress=self._progress,
             new_run=self._new_run,
         )

@@ -79,12 +79,16 @@ def plan_train(config: TrainConfig) -> TrainPlan:
     pretrained = fetch_backbone(store, random_weights(config, manifest) if is_new else config.backbone)
     new = NewNetwork(trained_backbone_config(config, len(manifest.classes)))
     new.take_weights(store, pretrained)
+    device = known_device()
     network = plan_network(
         config,
+        new.network,
         new.axis,
         counts,
         num_workers=config.workers.num_workers or 1,
-        device=known_device(),
+        # A cluster without any is rare, and the training itself knows.
+        on_gpus=device is None or device.is_gpu,
+        device=device,
     )
     if takes_head_from_cache(config, network, new):
         check_head(manifest, config)

@@ -9,14 +9,13 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from convoy.vision.freezing import set_train_mode
+from convoy.vision.freezing import BATCHNORMS, set_train_mode
 from convoy.vision.presets import EvalPreset
 from convoy.vision.stages import DepthAxis
 from convoy.vision.training_config import Averaging, Recipe
 from convoy.vision.views import normalise
 
 _State = dict[str, Tensor]
-_BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 class WeightKeeper(Protocol):
@@ -207,7 +206,7 @@ def measure_batchnorm(
     All else is in eval mode, so that no statistic depends on a draw of dropout.
     """
     set_train_mode(network, axis, freeze_depth)
-    norms = [module for module in network.modules() if isinstance(module, _BATCHNORMS) and module.training]
+    norms = [module for module in network.modules() if isinstance(module, BATCHNORMS) and module.training]
     momenta = [norm.momentum for norm in norms]
     network.eval()
     if norms:

@@ -13,6 +13,7 @@ from convoy.vision.training_config import AUTO, BODY, Phase
 # Up to the first number of images a class only the head is trained, from the second on everything is.
 _FREEZE_ALL_UP_TO = 20
 _FREEZE_NOTHING_FROM = 1000
+BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 def resolve_freeze_depth(axis: DepthAxis, wanted: int | str, *, images_per_class: float) -> int:
@@ -61,6 +62,17 @@ def freeze(network: nn.Module, axis: DepthAxis, freeze_depth: int) -> None:
     trainable = {name for stage in axis.stages[freeze_depth:] for name in stage.parameter_names}
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(name in trainable)
+
+
+def trains_batchnorm(network: nn.Module, axis: DepthAxis, freeze_depth: int) -> bool:
+    """Whether a BatchNorm lies behind the frozen stages: one that takes statistics of the images in a pass."""
+    frozen = {
+        module
+        for stage in axis.stages[:freeze_depth]
+        for name in stage.module_names
+        for module in network.get_submodule(name).modules()
+    }
+    return any(isinstance(module, BATCHNORMS) and module not in frozen for module in network.modules())
 
 
 def set_train_mode(network: nn.Module, axis: DepthAxis, freeze_depth: int) -> None:

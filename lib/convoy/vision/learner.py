@@ -49,7 +49,8 @@ class Learner:
 
     `model` is what is called with normalised images: the network itself, compiled or not, or
     DistributedDataParallel around it. Gradients are those of the mean loss over the images of the whole group's
-    batch, whatever their distribution over workers.
+    batch, whatever their distribution over workers; but BatchNorm takes its statistics over the images of a pass, of
+    this worker or, where it was made the group's, of all.
     """
 
     def __init__(

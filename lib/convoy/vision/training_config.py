@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
     Field,
@@ -20,7 +20,7 @@ from pydantic import (
 from convoy.core.config import StrictModel
 
 # Words for a freeze depth: as many frozen stages as the number of images suggests, and all but the head.
-AUTO = "auto"
+AUTO: Final = "auto"
 BODY = "body"
 
 
@@ -71,7 +71,7 @@ class RateScaling(StrEnum):
 
 
 class BatchUnit(StrEnum):
-    """Whose batch `batch_size` is: that of all workers together (results stay), or of each worker."""
+    """Whose batch `batch_size` is: that of all workers together (so learning rates stay), or of each worker."""
 
     GROUP = "group"
     WORKER = "worker"
@@ -144,7 +144,8 @@ class Recipe(StrictModel):
     Beta distributions (Zhang et al. 2018, arXiv:1710.09412; Yun et al. 2019, arXiv:1905.04899), 0 is off; with
     both on, each batch gets one of them. `patience_epochs` stops a phase whose validation top-1 does not rise.
     `average_epochs` is how many epochs `swa` and `soup` take: at most half of the last phase's, but two, as the
-    early epochs of a phase are far from its end.
+    early epochs of a phase are far from its end. `sync_batchnorm` lets BatchNorm take its statistics over the passes of
+    all workers, which GPUs can; `auto` does so where the batch is that of all workers.
     """
 
     batch_size: PositiveInt = 128
@@ -163,7 +164,7 @@ class Recipe(StrictModel):
     patience_epochs: PositiveInt | None = None
     precision: Precision = Precision.AUTO
     compile: bool = False
-    sync_batchnorm: bool = False
+    sync_batchnorm: bool | Literal["auto"] = AUTO
     seed: NonNegativeInt = 0
 
     @model_validator(mode="after")

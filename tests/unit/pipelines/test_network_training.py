@@ -162,6 +162,18 @@ ONE = WorkerPlan(
 )
 
 
+def test_a_training_that_began_before_batchnorm_was_shared_by_itself_goes_on() -> None:
+    """Its record says `false`, which was the default."""
+    by_itself, shared, never = (
+        identity_of("fine_tune", "cifar_resnet20", recipe)["recipe"]["sync_batchnorm"]
+        for recipe in ({}, {"sync_batchnorm": True}, {"sync_batchnorm": False})
+    )
+    assert by_itself is False
+    assert shared is True
+    # Who turns it off later does not get what was trained with it.
+    assert never not in (by_itself, shared)
+
+
 class _Stopped(Exception):
     """Where the workers would begin."""
 
