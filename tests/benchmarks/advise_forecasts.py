@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from convoy.core.config import StrictModel
-from convoy.core.learning_curve import CurveSample, fit_curve
+from convoy.core.learning_curve import CurveSample, fit_curve, weighted_top1
 from convoy.core.progress import Silent
 from convoy.core.statistics import Interval
 from convoy.pipelines.advise_config import AdviseConfig
@@ -55,9 +55,10 @@ class _Tap:
 
     def cases(self, size: int, factors: Sequence[int], seed: int) -> Iterator[ForecastCase]:
         sizes = sorted({max(round(share * size), 1) for share in _SHARES})
-        curve = fit_curve([self.measure(one, seed) for one in sizes], factors=factors)
+        weights_M = self.features.judged_weights_M
+        curve = fit_curve([self.measure(one, seed) for one in sizes], weights_N=weights_M, factors=factors)
         for point, factor in zip(curve.forecast, factors, strict=True):
-            truth = float(self.measure(factor * size, seed + _OTHER_SEED).correct_SN.mean())
+            truth = weighted_top1(self.measure(factor * size, seed + _OTHER_SEED), weights_M)
             yield ForecastCase(
                 dataset=self.dataset,
                 tap=self.tap,

@@ -19,7 +19,7 @@ from pydantic import Field
 
 from convoy.core.config import StrictModel
 from convoy.core.errors import DataError
-from convoy.core.statistics import Interval
+from convoy.core.statistics import Interval, effective_rows
 
 Floats = NDArray[np.float64]
 
@@ -136,6 +136,7 @@ class _Laws:
 def fit_curve(
     samples: Sequence[CurveSample],
     *,
+    weights_N: Floats | None = None,
     factors: Sequence[float] = (1.0, 2.0, 4.0),
     wanted_top1: float | None = None,
     num_resamples: int = 1000,
@@ -144,8 +145,8 @@ def fit_curve(
 ) -> LearningCurve:
     """The curve through samples of growing size, and its forecast at multiples of the last one's images.
 
-    The judged rows are resampled jointly for all sizes, and the repeats of each size among themselves. Raises
-    DataError for fewer than three sizes: a law of three numbers needs as many.
+    The judged rows, each of which counts by its weight, are resampled jointly for all sizes, and the repeats of each
+    size among themselves. Raises DataError for fewer than three sizes: a law of three numbers needs as many.
     """
     ordered = sorted(samples, key=lambda sample: sample.images_per_class)
     sizes_P = np.array([sample.images_per_class for sample in ordered])
@@ -155,15 +156,17 @@ def fit_curve(
             where=f"images a class: {sizes_P.tolist()}",
             next_step="raise the images a class, or give more fractions",
         )
-    errors_RP = _resampled_errors(ordered, num_resamples, np.random.default_rng(seed))
-    laws = _fit_both(sizes_P, errors_RP, ordered[0].correct_SN.shape[1])
+    if weights_N is None:
+        weights_N = np.ones(ordered[0].correct_SN.shape[1])
+    errors_RP = _resampled_errors(ordered, weights_N, num_resamples, np.random.default_rng(seed))
+    laws = _fit_both(sizes_P, errors_RP, effective_rows(weights_N))
     last = float(sizes_P[-1])
     kept = _some_laws(laws, last)
     return LearningCurve(
         points=[
             CurvePoint(
                 images_per_class=sample.images_per_class,
-                top1=float(sample.correct_SN.mean()),
+                top1=weighted_top1(sample, weights_N),
                 repeats=len(sample.correct_SN),
             )
             for sample in ordered
@@ -182,16 +185,23 @@ def fit_curve(
     )
 
 
+def weighted_top1(sample: CurveSample, weights_N: Floats) -> float:
+    """The mean top-1 of the fits of one size, each judged row counting by its weight."""
+    return float((sample.correct_SN * weights_N).sum() / (len(sample.correct_SN) * weights_N.sum()))
+
+
 def _resampled_errors(
-    samples: Sequence[CurveSample], num_resamples: int, random: np.random.Generator
+    samples: Sequence[CurveSample], weights_N: Floats, num_resamples: int, random: np.random.Generator
 ) -> Floats:
     """errors_RP: of each resample of rows and repeats, the error at each size; the first resample is the data."""
     num_rows = samples[0].correct_SN.shape[1]
     counts_RN = random.multinomial(num_rows, np.full(num_rows, 1 / num_rows), size=num_resamples)
     counts_RN[0] = 1
+    weights_RN = counts_RN * weights_N
+    totals_R1 = weights_RN.sum(axis=1, keepdims=True)
     columns = []
     for sample in samples:
-        top1_RS = counts_RN @ sample.correct_SN.T.astype(np.float64) / num_rows
+        top1_RS = weights_RN @ sample.correct_SN.T.astype(np.float64) / totals_R1
         num_repeats = len(sample.correct_SN)
         drawn_RS = random.integers(0, num_repeats, size=(num_resamples, num_repeats))
         drawn_RS[0] = np.arange(num_repeats)
@@ -199,7 +209,7 @@ def _resampled_errors(
     return np.stack(columns, axis=1)
 
 
-def _fit_both(sizes_P: Floats, errors_RP: Floats, num_rows: int) -> _Laws:
+def _fit_both(sizes_P: Floats, errors_RP: Floats, num_rows: float) -> _Laws:
     """Every second resample with a floor of zero, the others with a free one."""
     variance_RP = errors_RP * (1 - errors_RP) / num_rows + _PSEUDO_COUNT / num_rows**2
     weights_P = 1 / variance_RP.mean(axis=0)

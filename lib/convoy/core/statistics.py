@@ -89,8 +89,23 @@ def bootstrap_difference(
     return bootstrap_mean(first - second, num_resamples=num_resamples, confidence=confidence, seed=seed)
 
 
-def wilson_interval(num_successes: int, num_trials: int, *, confidence: float = 0.95) -> Interval:
-    """The score interval of a proportion (Wilson 1927), without continuity correction; good near 0 and 1."""
+def effective_rows(weights_N: NDArray[Any]) -> float:
+    """How many rows of equal weight tell as much of a mean as these (Kish 1965, Survey Sampling)."""
+    total = weights_N.sum()
+    return float(total * (total / (weights_N**2).sum()))
+
+
+def effective_counts(is_right_N: NDArray[np.bool_], weights_N: NDArray[Any]) -> tuple[float, float]:
+    """How many rows are right, and of how many, counted in `effective_rows`: the rate is the weighted one."""
+    total = weights_N.sum()
+    return float((weights_N * is_right_N).sum() * (total / (weights_N**2).sum())), effective_rows(weights_N)
+
+
+def wilson_interval(num_successes: float, num_trials: float, *, confidence: float = 0.95) -> Interval:
+    """The score interval of a proportion (Wilson 1927), without continuity correction; good near 0 and 1.
+
+    Numbers of weighted rows are those of `effective_counts`.
+    """
     if num_trials < 1 or not 0 <= num_successes <= num_trials:
         raise DataError("a proportion needs trials", where=f"{num_successes} of {num_trials}")
     _check_confidence(confidence)

@@ -45,8 +45,12 @@ def knn_correct(
     labels_M: NDArray[Any],
     *,
     num_neighbours: int = 5,
+    weights_N: NDArray[Any] | None = None,
 ) -> NDArray[np.bool_]:
-    """For each row whether the majority of its nearest train rows by cosine has its label; ties go to the nearer."""
+    """For each row whether the majority of its nearest train rows by cosine has its label; ties go to the nearer.
+
+    `weights_N` are the votes of each train row, by default one.
+    """
     if not len(train_ND) or train_ND.shape[1:] != features_MD.shape[1:]:
         raise DataError(
             "neighbours need train rows of the same features",
@@ -60,6 +64,8 @@ def knn_correct(
         similarity_MN = _unit_rows(features_MD[start : start + _QUERIES_PER_BLOCK]) @ train.T
         nearest_MK = np.argpartition(-similarity_MN, num_neighbours - 1, axis=1)[:, :num_neighbours]
         votes_MK = 1 + _TIE_BREAK * np.take_along_axis(similarity_MN, nearest_MK, axis=1)
+        if weights_N is not None:
+            votes_MK *= weights_N[nearest_MK]
         votes_MC = np.zeros((len(similarity_MN), num_classes))
         rows_M1 = np.arange(len(similarity_MN))[:, None]
         np.add.at(votes_MC, (rows_M1, train_labels_N[nearest_MK]), votes_MK)

@@ -23,7 +23,7 @@ from convoy.storage.runs import OpenRun, RunFolder, RunRecord, finished_run, ref
 from convoy.vision.factories import with_pinned_code
 
 _VERB = "advise"
-_FORMAT_VERSION = 4
+_FORMAT_VERSION = 5
 _POINTERS = "advice/"
 # What changes nothing of the advice; `verify` adds to it, and is asked for later as well.
 _NOT_IDENTITY = {"workspace", "writers", "source", "reading", "split_options", "error_budget"}

@@ -39,10 +39,13 @@ def own_classifier(
 
 
 def judge_as_is(
-    classifier: Classifier, outputs_MD: np.ndarray, labels_M: np.ndarray, classes: Sequence[str]
+    classifier: Classifier,
+    outputs_MD: np.ndarray,
+    labels_M: np.ndarray,
+    weights_M: np.ndarray,
+    classes: Sequence[str],
 ) -> JudgedProbe:
     """How many judged rows the network gets right, by its outputs; `labels_M` index the dataset's classes."""
     logits_MK = classifier.logits(torch.from_numpy(outputs_MD))
     own_M = np.array([classifier.classes.index(name) for name in classes])[labels_M]
-    num_correct = int((logits_MK.argmax(dim=1).numpy() == own_M).sum())
-    return JudgedProbe(tap=classifier.tap, num_correct=num_correct, num_rows=len(labels_M))
+    return JudgedProbe.of(classifier.tap, logits_MK.argmax(dim=1).numpy() == own_M, weights_M)

@@ -50,8 +50,9 @@ class CandidateBackbone(StrictModel):
 
 
 class LookSettings(StrictModel):
-    """How much of the dataset is looked at: images a class to learn from and to judge by, and all of them at most.
+    """How much of the dataset is looked at: images a class on average to learn from and to judge by, and all at most.
 
+    Each class has its share of them, or else a few that count less: expected is the top-1 on images as they come.
     `judged_per_class` are of the split `val`; where it has fewer than `least_judged` rows, or rows of one class only,
     of a fifth of `train`. As many images of the held-out split are looked at as well, for duplicates and leaks only.
     """

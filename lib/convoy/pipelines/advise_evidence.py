@@ -9,11 +9,10 @@ import numpy as np
 import pyarrow as pa
 
 from convoy.core.learning_curve import AS_MEASURED, LearningCurve, Shrink, fit_curve
-from convoy.core.records import Split
 from convoy.core.transferability import DomainDistance, domain_distance
 from convoy.pipelines.advise_config import AdviseConfig, CandidateBackbone
 from convoy.pipelines.advise_probes import Look, Prober, TapProbe
-from convoy.pipelines.advise_rows import has_judges, images_by_class
+from convoy.pipelines.advise_rows import has_held_out, has_judges, images_by_class
 from convoy.pipelines.advise_rule import Evidence, JudgedProbe
 from convoy.pipelines.advise_strategies import BackboneEvidence, SvmProbe
 from convoy.pipelines.backbone_record import BackboneRecord
@@ -21,7 +20,6 @@ from convoy.pipelines.feature_plan import FeatureRequest
 from convoy.pipelines.feature_source import gather_features
 from convoy.pipelines.features import FeatureJob
 from convoy.pipelines.models import fetch_backbone
-from convoy.pipelines.training_rows import has_labels
 from convoy.storage.feature_cache import FeatureCache, content_id_array
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
@@ -114,27 +112,32 @@ class Gatherer:
         """The learning curve of the best probe, forecast at multiples of the images that a training has."""
         prober, config = self._prober, self._config
         features = prober.features(prober.set_id(best, best.probes.best.tap))
-        samples = prober.curve(features, best.correct_M)
+        samples = prober.curve(features, best.head.correct_M)
         if len(samples) < _MIN_CURVE_SIZES:
             return None
-        ahead = max(self.images_per_class() / samples[-1].images_per_class, 1.0)
-        return fit_curve(samples, factors=[ahead * factor for factor in config.curve.factors])
+        factors = [self._ahead * factor for factor in config.curve.factors]
+        return fit_curve(samples, weights_N=best.head.weights_M, factors=factors)
 
     def _shrink(self, curve: LearningCurve | None) -> Shrink:
         """By what the errors of probes fall from the images that they had to all that there are."""
-        return AS_MEASURED if curve is None else curve.shrink(self.images_per_class())
+        return AS_MEASURED if curve is None else curve.shrink(self._ahead * curve.points[-1].images_per_class)
+
+    @property
+    def _ahead(self) -> float:
+        """How many times the images that probes learnt from a training has, of every class alike."""
+        num_learnt: int = self._prober.rows.train.num_rows
+        return sum(self._counts) / num_learnt
 
     def _evidence(
         self, candidate: CandidateBackbone, look: Look, untrained: Look, *, is_best: bool, shrink: Shrink
     ) -> BackboneEvidence:
         probes, counts = look.probes, self._counts
-        labels_M = self._prober.rows.judged["label"].to_numpy()
         num_seen = self._prober.rows.train.num_rows
         return BackboneEvidence(
             probes=probes,
             evidence=Evidence(
                 images_per_class=self.images_per_class(),
-                chance_top1=float(np.bincount(labels_M).max() / len(labels_M)),
+                chance_top1=self._prober.rows.chance_top1,
                 top=probes.top.judged(probes.judged_rows),
                 best=probes.best.judged(probes.judged_rows),
                 untrained=untrained.probes.best.judged(untrained.probes.judged_rows),
@@ -152,7 +155,7 @@ class Gatherer:
             looked_images=num_seen,
             missing_images=max(sum(counts) - num_seen, 0),
             has_val=has_judges(self._manifest, self._config.look),
-            has_held_out=any(has_labels(self._manifest, split) for split in (Split.VAL, Split.TEST)),
+            has_held_out=has_held_out(self._manifest),
             is_unbalanced=max(counts) >= _UNBALANCED_FROM * min(counts),
         )
 
@@ -164,8 +167,7 @@ class Gatherer:
         tap = max(earlier, key=lambda probe: (probe.top1.estimate, probe.depth)).tap
         config = self._config.head.model_copy(update={"kind": HeadKind.LINEAR_SVM})
         head = self._prober.judge(self._prober.features(self._prober.set_id(look, tap)), head=config)
-        judged = JudgedProbe(tap=tap, num_correct=int(head.correct_M.sum()), num_rows=len(head.correct_M))
-        return SvmProbe(judged=judged, C=head.C, fit_seconds=head.seconds)
+        return SvmProbe(judged=head.judged(tap), C=head.C, fit_seconds=head.seconds)
 
     def _reused(self, look: Look) -> JudgedProbe | None:
         """The probe at the stage behind which `partial_reuse` puts its layers, or at the tap nearest to it."""

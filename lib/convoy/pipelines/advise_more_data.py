@@ -90,8 +90,8 @@ def _expected(
 
 
 def _start(one: BackboneEvidence, curve: LearningCurve) -> float:
-    """Where all images that there are stand on the axis of the curve, whose last point is the largest class."""
-    return max(one.evidence.images_per_class, curve.points[-1].images_per_class)
+    """Where all images that there are stand on the axis of the curve, whose last point has those looked at."""
+    return curve.points[-1].images_per_class * one.train_images / one.looked_images
 
 
 def _images_needed(

@@ -17,7 +17,7 @@ from convoy.core.errors import DataError
 from convoy.core.learning_curve import CurveSample
 from convoy.core.progress import Progress
 from convoy.core.randomness import generator
-from convoy.core.statistics import Interval, wilson_interval
+from convoy.core.statistics import Interval, effective_counts, effective_rows, wilson_interval
 from convoy.core.transferability import knn_correct, logme
 from convoy.pipelines.advise_as_is import judge_as_is, own_classifier
 from convoy.pipelines.advise_config import AdviseConfig, CandidateBackbone
@@ -27,7 +27,7 @@ from convoy.pipelines.advise_rule import JudgedProbe
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.classifiers import Classifier
 from convoy.pipelines.feature_plan import FeatureRequest
-from convoy.pipelines.feature_source import LabelledRows, gather_features
+from convoy.pipelines.feature_source import gather_features
 from convoy.pipelines.feature_summary import FeatureSummary
 from convoy.pipelines.features import FeatureJob
 from convoy.pipelines.near_duplicates import (
@@ -46,7 +46,10 @@ from convoy.vision.stages import POOLED, DepthAxis, StageKind
 
 
 class TapProbe(StrictModel):
-    """One depth of one backbone: `depth` is 0 at the stem and 1 at the logits; `C` is the chosen one of the head."""
+    """One depth of one backbone: `depth` is 0 at the stem and 1 at the logits; `C` is the chosen one of the head.
+
+    `num_correct` counts rows of equal weight, of the `judged_rows` of the backbone.
+    """
 
     tap: str
     depth: float
@@ -54,11 +57,11 @@ class TapProbe(StrictModel):
     top1: Interval
     knn_top1: float
     logme: float
-    num_correct: int
+    num_correct: float
     C: float
     fit_seconds: float
 
-    def judged(self, num_rows: int) -> JudgedProbe:
+    def judged(self, num_rows: float) -> JudgedProbe:
         """What the rule needs of it."""
         return JudgedProbe(tap=self.tap, num_correct=self.num_correct, num_rows=num_rows)
 
@@ -67,7 +70,8 @@ class BackboneProbes(StrictModel):
     """A backbone at its taps, from the stem up. `images_per_s` is that of its largest pass, over all workers.
 
     That pass was of `timed_images`, null in advice that was given before this was told. Of 0, no pass tells the rate:
-    it is what the multiply-adds suggest of two cores.
+    it is what the multiply-adds suggest of two cores. `judged_rows` are as many rows of equal weight as those that
+    judged are worth.
     """
 
     backbone: str
@@ -76,7 +80,7 @@ class BackboneProbes(StrictModel):
     num_parameters: int
     images_per_s: float
     timed_images: int | None = None
-    judged_rows: int
+    judged_rows: float
     taps: list[TapProbe]
 
     @property
@@ -107,34 +111,40 @@ class LabelledFeatures:
     train_weights_N: NDArray[np.float32]
     judged_MD: NDArray[np.float32]
     judged_labels_M: NDArray[np.int64]
+    judged_weights_M: NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class JudgedHead:
-    """For each judged row whether the head is right; the more regularised of the two C chosen; seconds of the fit."""
+    """Of each judged row if the head is right, and its weight; the stronger C of the two chosen; seconds of the fit."""
 
     correct_M: NDArray[np.bool_]
+    weights_M: NDArray[np.float64]
     C: float
     seconds: float
 
     @property
     def top1(self) -> Interval:
         """The share of judged rows that it gets right."""
-        return wilson_interval(int(self.correct_M.sum()), len(self.correct_M))
+        return wilson_interval(*effective_counts(self.correct_M, self.weights_M))
+
+    def judged(self, tap: str) -> JudgedProbe:
+        """What the rule needs of it."""
+        return JudgedProbe.of(tap, self.correct_M, self.weights_M)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Look:
     """What one pass gave: the summary of the job, and the probes.
 
-    `correct_M` says of each judged row that could be read whether the best probe is right. `as_is` is the network
-    without any training, None where it has other classes than the dataset.
+    `head` is that of the best probe. `as_is` is the network without any training, None where it has other classes than
+    the dataset.
     """
 
     record: BackboneRecord
     summary: FeatureSummary
     probes: BackboneProbes
-    correct_M: NDArray[np.bool_]
+    head: JudgedHead
     as_is: JudgedProbe | None
 
 
@@ -172,12 +182,12 @@ class Prober:
             num_parameters=record.num_parameters,
             images_per_s=images_per_s,
             timed_images=timed_images,
-            judged_rows=len(probed[0][1]),
+            judged_rows=effective_rows(probed[0][1].weights_M),
             taps=sorted((probe for probe, _ in probed), key=lambda probe: probe.depth),
         )
-        correct_M = next(correct_M for probe, correct_M in probed if probe.tap == probes.best.tap)
+        head = next(head for probe, head in probed if probe.tap == probes.best.tap)
         as_is = None if own is None else self._judge_as_is(own, job.set_id(own.tap))
-        return Look(record=record, summary=summary, probes=probes, correct_M=correct_M, as_is=as_is)
+        return Look(record=record, summary=summary, probes=probes, head=head, as_is=as_is)
 
     def lacks_features(self, candidate: CandidateBackbone, record: BackboneRecord) -> bool:
         """Whether a look through the backbone needs a pass."""
@@ -209,7 +219,7 @@ class Prober:
 
         DataError where none of those that judge, or none of a class to learn from, could be read.
         """
-        train, judged = LabelledRows.of(self.rows.train), LabelledRows.of(self.rows.judged)
+        train, judged = self.rows.learnt_by_weight, self.rows.judged_by_weight
         train_ND, found_N = gather_features(self._cache, set_id, train.content_ids_N)
         learnt_N = found_N & (train.weights_N > 0)
         self._require_readable(set_id, learnt_N)
@@ -222,6 +232,7 @@ class Prober:
             train_weights_N=train.weights_N[learnt_N],
             judged_MD=judged_MD[found_M],
             judged_labels_M=judged.labels_N[found_M],
+            judged_weights_M=judged.weights_N[found_M],
         )
 
     def judge(
@@ -231,10 +242,7 @@ class Prober:
         head: HeadConfig | None = None,
         rows_N: NDArray[np.intp] | None = None,
     ) -> JudgedHead:
-        """A head that learnt from some of the train rows, by default from all of them, each by its weight.
-
-        Every judged row counts the same, as it does where a training is measured.
-        """
+        """A head that learnt from some of the train rows, by default from all of them, each by its weight."""
         chosen = slice(None) if rows_N is None else rows_N
         columns = (features.train_ND, features.train_labels_N, features.train_weights_N)
         return judge_head(
@@ -242,6 +250,7 @@ class Prober:
             TensorFeatures(*(torch.from_numpy(column[chosen]) for column in columns)),
             features.judged_MD,
             features.judged_labels_M,
+            features.judged_weights_M,
             num_classes=len(self._manifest.classes),
         )
 
@@ -286,7 +295,13 @@ class Prober:
 
     def _judge_as_is(self, own: Classifier, set_id: str) -> JudgedProbe:
         features = self.features(set_id)
-        return judge_as_is(own, features.judged_MD, features.judged_labels_M, self._manifest.classes)
+        return judge_as_is(
+            own,
+            features.judged_MD,
+            features.judged_labels_M,
+            features.judged_weights_M,
+            self._manifest.classes,
+        )
 
     def _job(self, record: BackboneRecord, taps: tuple[str, ...], own: Classifier | None) -> FeatureJob:
         # More taps of the same pass cost next to nothing.
@@ -296,7 +311,7 @@ class Prober:
         extraction = self._config.extraction
         return FeatureJob(self._store, self._manifest, record, request, extraction, rows=self.rows.all)
 
-    def _probe(self, record: BackboneRecord, tap: str, set_id: str) -> tuple[TapProbe, NDArray[np.bool_]]:
+    def _probe(self, record: BackboneRecord, tap: str, set_id: str) -> tuple[TapProbe, JudgedHead]:
         features = self.features(set_id)
         head = self.judge(features)
         neighbours_M = knn_correct(
@@ -305,6 +320,7 @@ class Prober:
             features.judged_MD,
             features.judged_labels_M,
             num_neighbours=self._config.num_neighbours,
+            weights_N=self.rows.train_weights_K[features.train_labels_N],
         )
         index = next(stage.index for stage in record.axis if stage.name == tap)
         probe = TapProbe(
@@ -312,13 +328,13 @@ class Prober:
             depth=index / max(len(record.axis) - 1, 1),
             num_features=features.train_ND.shape[1],
             top1=head.top1,
-            knn_top1=float(neighbours_M.mean()),
+            knn_top1=float(np.average(neighbours_M, weights=features.judged_weights_M)),
             logme=logme(features.train_ND, features.train_labels_N),
-            num_correct=int(head.correct_M.sum()),
+            num_correct=head.judged(tap).num_correct,
             C=head.C,
             fit_seconds=head.seconds,
         )
-        return probe, head.correct_M
+        return probe, head
 
 
 def judge_head(
@@ -326,12 +342,13 @@ def judge_head(
     train: FeatureSource,
     judged_MD: NDArray[np.float32],
     judged_labels_M: NDArray[np.int64],
+    judged_weights_M: NDArray[np.float64] | None = None,
     *,
     num_classes: int,
 ) -> JudgedHead:
     """A head on features, each judged row being judged by one that the other half of the rows chose.
 
-    So none flatters the head that it chose.
+    So none flatters the head that it chose. Rows choose alike, whatever they weigh (by default 1) where they judge.
     """
     started_s = time.monotonic()
     heads = fit_path(config, train, num_classes=num_classes)
@@ -341,18 +358,23 @@ def judge_head(
     strongest = min(heads.index(head) for head in probe.heads)
     return JudgedHead(
         correct_M=predicted_M == judged_labels_M,
+        weights_M=np.ones(len(judged_MD)) if judged_weights_M is None else judged_weights_M,
         C=sorted(set(config.C))[strongest],
         seconds=time.monotonic() - started_s,
     )
 
 
 def subset_rows(labels_N: NDArray[np.int64], per_class: int, *, seed: int, repeat: int) -> NDArray[np.intp]:
-    """At most so many rows of each class, in order; one seed and repeat draw larger sets that hold the smaller."""
+    """So many rows of the largest class, and its share of every other, one at least, in order.
+
+    One seed and repeat draw larger sets that hold the smaller.
+    """
+    largest = int(np.bincount(labels_N).max())
     chosen = []
     for label in np.unique(labels_N):
         members = np.flatnonzero(labels_N == label)
         order = generator(seed, "curve", repeat, int(label)).permutation(len(members))
-        chosen.append(members[order[:per_class]])
+        chosen.append(members[order[: max(round(len(members) * per_class / largest), 1)]])
     rows: NDArray[np.intp] = np.sort(np.concatenate(chosen))
     return rows
 

@@ -76,7 +76,10 @@ class MoreData(StrictModel):
 
 
 class VerifiedStrategy(StrictModel):
-    """A strategy as it was run at the small budget: its top-1 there, and the seconds that it took."""
+    """A strategy as it was run at the small budget: its top-1 there, and the seconds that it took.
+
+    `top1` is of all rows of `val`; where it cannot judge, of a fold of the budget's own rows, as even as these are.
+    """
 
     rank: int
     strategy: Strategy

@@ -3,28 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from convoy.core.errors import DataError
 from convoy.core.records import Split
 from convoy.pipelines.advise_config import AdviseConfig, LookSettings
+from convoy.pipelines.feature_source import LabelledRows
+from convoy.pipelines.natural_sample import natural_rows, natural_weights
 from convoy.pipelines.probe_judging import JUDGING_FOLD
-from convoy.pipelines.training_rows import RowLimit, count_classes, fold_rows, has_labels, read_split
+from convoy.pipelines.training_rows import RowLimit, count_classes, deal_fold, has_labels, read_split
 from convoy.storage.manifests import MANIFEST_SCHEMA, Manifest
 
-_LEAST_PER_CLASS = 4
+# Of each class at least, however small its share: fewer teach nothing, and none says nothing.
+_LEAST_LEARNT = 4
+_LEAST_JUDGED = 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LookRows:
-    """The rows of a look: to learn from, to judge by, and held-out ones that only duplicates are looked for among."""
+    """The rows of a look: to learn from, to judge by, and held-out ones that only duplicates are looked for among.
+
+    The weights are those of a row of each class, 1 on average: they give classes of which more than their share is
+    looked at the share that they have where a training learns, and where it is measured. `chance_top1` is what always
+    naming the class of which a training has most gets of the judged rows.
+    """
 
     train: pa.Table
     judged: pa.Table
     held_out: pa.Table
+    train_weights_K: NDArray[np.float64]
+    judged_weights_K: NDArray[np.float64]
+    chance_top1: float
 
     @property
     def all(self) -> pa.Table:
@@ -39,31 +53,68 @@ class LookRows:
         judged = self.judged.set_column(MANIFEST_SCHEMA.names.index("split"), split, judges)
         return pa.concat_tables([self.train, judged, self.held_out]).sort_by("sample_id")
 
+    @property
+    def learnt_by_weight(self) -> LabelledRows:
+        """Those to learn from, each with its own weight times that of its class."""
+        rows = LabelledRows.of(self.train)
+        weights_N = (rows.weights_N * self.train_weights_K[rows.labels_N]).astype(np.float32)
+        return replace(rows, weights_N=weights_N)
+
+    @property
+    def judged_by_weight(self) -> LabelledRows:
+        """Those to judge by: they weigh by their class alone, as all count alike where a training is measured."""
+        rows = LabelledRows.of(self.judged)
+        return replace(rows, weights_N=self.judged_weights_K[rows.labels_N])
+
 
 def choose_rows(manifest: Manifest, config: AdviseConfig) -> LookRows:
-    """The rows that are looked at: some of each class, by a hash of their ids, those first that a training would have.
+    """The rows that are looked at, of those that a training would have: some of each class, first by a hash of ids.
 
-    Judged are rows of `val`, or, where it cannot judge, a fifth of the rows of `train`. DataError for a class
-    without images to learn from, or whose images all have weight 0, and where all judged rows are of one class.
+    Each class has its share, or a few where that is less. Judged are rows of `val`, or, where it cannot judge, a fifth
+    of the rows of `train`. DataError for a class without images to learn from, or whose images all have weight 0, and
+    where all judged rows are of one class.
     """
     look, limit = config.look, config.rows
-    most = max(look.max_rows // max(len(manifest.classes), 1), _LEAST_PER_CLASS)
-    wanted = min(look.images_per_class, most, limit.max_per_class or most)
-    per_class = RowLimit(max_per_class=wanted, seed=limit.seed)
-    judged_per_class = RowLimit(max_per_class=min(look.judged_per_class, most), seed=limit.seed)
+    most_learnt, most_judged = (
+        min(per_class * len(manifest.classes), look.max_rows)
+        for per_class in (look.images_per_class, look.judged_per_class)
+    )
+    every = RowLimit(seed=limit.seed)
+    train = looked = _sample(manifest, Split.TRAIN, limit, most_learnt, least=_LEAST_LEARNT)
+    counts_K = images_by_class(manifest, limit)
+    train_weights_K = _weights(looked, counts_K)
     if has_judges(manifest, look):
-        train = read_split(manifest, Split.TRAIN, per_class)
-        judged = read_split(manifest, Split.VAL, judged_per_class)
+        judged = _sample(manifest, Split.VAL, every, most_judged, least=_LEAST_JUDGED)
+        judged_weights_K = _weights(judged, manifest.counts[Split.VAL].by_class)
     else:
-        folded = per_class.model_copy(update={"fold": JUDGING_FOLD})
-        train, judged = read_split(manifest, Split.TRAIN, folded), fold_rows(manifest, folded)
+        train, judged = deal_fold(manifest, looked, every.model_copy(update={"fold": JUDGING_FOLD}))
+        # Held-out rows are as uneven as the dataset, also where a training learns from fewer.
+        measured = every if has_held_out(manifest) else limit
+        judged_weights_K = _weights(looked, images_by_class(manifest, measured))
     count_classes(train, manifest.classes)
     _check_weights(train, manifest)
     _check_judges(judged, manifest)
     held_out = train.slice(0, 0)
     if has_labels(manifest, Split.TEST):
-        held_out = read_split(manifest, Split.TEST, judged_per_class)
-    return LookRows(train=train, judged=judged, held_out=held_out)
+        held_out = _sample(manifest, Split.TEST, every, most_judged, least=0)
+    chance_top1 = _chance(counts_K, judged, judged_weights_K)
+    return LookRows(train, judged, held_out, train_weights_K, judged_weights_K, chance_top1)
+
+
+def _sample(manifest: Manifest, split: Split, limit: RowLimit, most: int, *, least: int) -> pa.Table:
+    rows = read_split(manifest, split, limit)
+    return natural_rows(rows, most, num_classes=len(manifest.classes), least=least, seed=limit.seed)
+
+
+def _weights(looked: pa.Table, counts_K: Sequence[int]) -> NDArray[np.float64]:
+    looked_K = np.bincount(looked["label"].to_numpy(), minlength=len(counts_K))
+    return natural_weights(np.array(counts_K), looked_K)
+
+
+def _chance(counts_K: Sequence[int], judged: pa.Table, judged_weights_K: NDArray[np.float64]) -> float:
+    """The share of judged rows that is of the class with most training images; of several such the mean."""
+    judged_K = np.bincount(judged["label"].to_numpy(), minlength=len(counts_K)) * judged_weights_K
+    return float(judged_K[np.array(counts_K) == max(counts_K)].mean() / judged_K.sum())
 
 
 def images_by_class(manifest: Manifest, limit: RowLimit) -> list[int]:
@@ -77,6 +128,11 @@ def has_judges(manifest: Manifest, look: LookSettings) -> bool:
     val = manifest.counts.get(Split.VAL)
     by_class = [] if val is None else val.by_class
     return sum(by_class) >= look.least_judged and sum(count > 0 for count in by_class) > 1
+
+
+def has_held_out(manifest: Manifest) -> bool:
+    """Whether trainings are measured on labelled rows of `test` or `val`, and not on a fold of `train`."""
+    return any(has_labels(manifest, split) for split in (Split.VAL, Split.TEST))
 
 
 def missing_classes(rows: pa.Table, classes: Sequence[str]) -> list[str]:

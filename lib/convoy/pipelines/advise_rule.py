@@ -31,7 +31,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from convoy.core.config import StrictModel
 from convoy.core.learning_curve import AS_MEASURED, Shrink
-from convoy.core.statistics import Interval
+from convoy.core.statistics import Interval, effective_counts
 from convoy.pipelines.classifiers import Strategy
 
 _NUM_DRAWS = 4000
@@ -77,11 +77,21 @@ class Likeness(StrEnum):
 
 
 class JudgedProbe(StrictModel):
-    """A head on one tap, and how many of the judged rows it got right."""
+    """A head on one tap, and how many of the judged rows it got right, both in rows of equal weight.
+
+    Where classes of which more than their share was judged count less, that is what their rows are worth, and no
+    whole number.
+    """
 
     tap: str
-    num_correct: int
-    num_rows: int
+    num_correct: float
+    num_rows: float
+
+    @classmethod
+    def of(cls, tap: str, correct_M: NDArray[np.bool_], weights_M: NDArray[np.float64]) -> JudgedProbe:
+        """By the judged rows that it got right, and what each of them counts."""
+        num_correct, num_rows = effective_counts(correct_M, weights_M)
+        return cls(tap=tap, num_correct=num_correct, num_rows=num_rows)
 
     @property
     def error(self) -> float:
@@ -93,9 +103,10 @@ class Evidence(StrictModel):
     """What was measured of one backbone on one dataset: all that the rule knows.
 
     `images_per_class` are those that a training would have; probes were fitted on as many, or on fewer, and their
-    errors then shrink by `shrink` (from the learning curve). `chance_top1` is what always naming the largest class
-    gets. `top` is the probe at the top of the backbone, `best` the best at any depth, `untrained` the best of
-    random weights.
+    errors then shrink by `shrink` (from the learning curve). `chance_top1` is what always naming the class with most
+    training images gets. `top` is the probe at the top of the backbone, `best` the best at any depth, `untrained` the
+    best of random weights. All are judged on rows among which classes have the shares that they have where a training
+    is measured.
     """
 
     images_per_class: PositiveFloat

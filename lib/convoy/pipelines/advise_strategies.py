@@ -191,7 +191,7 @@ def _as_is(config: AdviseConfig, one: BackboneEvidence) -> list[Option]:
             cost=StrategyCost(seconds=0, low_s=0, high_s=0, money=_money(config, 0), basis=Basis.MEASURED),
             basis=Basis.MEASURED,
             settings=_settings(config, one, Strategy.AS_IS, **one.own_classes),
-            why=f"measured: the network's own outputs get {judged.num_correct} of {judged.num_rows}",
+            why=f"measured: the network's own outputs get {_counted(judged)}",
         )
     ]
 
@@ -208,7 +208,7 @@ def _linear_probe(config: AdviseConfig, one: BackboneEvidence) -> Option:
         settings=_settings(
             config, one, Strategy.LINEAR_PROBE, tap=top.tap, head=_head(config, one, HeadKind.SOFTMAX, top.C)
         ),
-        why=f"measured: a softmax head at {top.tap} gets {one.evidence.top.num_correct} of {one.probes.judged_rows}",
+        why=f"measured: a softmax head at {top.tap} gets {_counted(one.evidence.top)}",
     )
 
 
@@ -227,7 +227,7 @@ def _early_probe(config: AdviseConfig, one: BackboneEvidence) -> list[Option]:
             cost=_probe_cost(config, one, svm.fit_seconds),
             basis=_probe_basis(one),
             settings=_settings(config, one, Strategy.EARLY_LAYER_PROBE, tap=tap, head=head),
-            why=f"measured: a linear SVM at {tap} gets {svm.judged.num_correct} of {svm.judged.num_rows}",
+            why=f"measured: a linear SVM at {tap} gets {_counted(svm.judged)}",
         )
     ]
 
@@ -373,6 +373,10 @@ def _network_cost(config: AdviseConfig, one: BackboneEvidence, images_per_s: flo
         money=_money(config, seconds),
         basis=Basis.PRIOR,
     )
+
+
+def _counted(judged: JudgedProbe) -> str:
+    return f"{judged.num_correct:.0f} of {judged.num_rows:.0f}"
 
 
 def _money(config: AdviseConfig, seconds: float) -> float | None:

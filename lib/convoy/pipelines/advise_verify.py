@@ -50,9 +50,10 @@ class Verifier:
     def verify(
         self, strategies: Sequence[StrategyAdvice], found: Sequence[Option], *, check: Callable[[], None]
     ) -> Verification:
-        """The first strategies of the list, the advised one among them, measured on the rows that judged the probes.
+        """The first strategies of the list, the advised one among them, measured on rows that chose nothing of them.
 
-        Never on the held-out split. `found` are the options behind the strategies, with their settings.
+        Those are all rows of `val`, some of which judged the probes, or, where it cannot judge, a fold of the few rows
+        of the budget; never the held-out split. `found` are the options behind the strategies, with their settings.
         """
         by_name = {(option.strategy, option.backbone): option for option in found}
         runs = []

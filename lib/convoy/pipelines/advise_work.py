@@ -173,10 +173,11 @@ class AdviceWork:
 
 def _fronts(costs: Sequence[BackboneCost], gathered: Gathered) -> list[CostFront]:
     """The best probe of each backbone against its cost, on the judged rows that all of them could read."""
-    correct = [look.correct_M for look in gathered.looks]
+    correct = [look.head.correct_M for look in gathered.looks]
     if not costs or len({len(one) for one in correct}) > 1:
         return []
-    return cost_fronts(costs, [look.probes.backbone for look in gathered.looks], np.stack(correct))
+    names = [look.probes.backbone for look in gathered.looks]
+    return cost_fronts(costs, names, np.stack(correct), gathered.best.head.weights_M)
 
 
 def _notes(gathered: Gathered, first: StrategyAdvice, by_rule: str) -> list[str]:

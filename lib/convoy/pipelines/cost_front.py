@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from convoy.core.config import StrictModel
 from convoy.core.errors import DataError
 from convoy.core.pareto import dominators, front_places
-from convoy.core.statistics import Interval, bootstrap_difference, wilson_interval
+from convoy.core.statistics import Interval, bootstrap_difference, effective_counts, wilson_interval
 from convoy.pipelines.backbone_costs import BackboneCost
 
 
@@ -80,23 +80,28 @@ _COST_OF: Mapping[CostAxis, Callable[[BackboneCost], float | None]] = {
 
 
 def cost_fronts(
-    costs: Sequence[BackboneCost], names: Sequence[str], correct_MN: NDArray[np.bool_]
+    costs: Sequence[BackboneCost],
+    names: Sequence[str],
+    correct_MN: NDArray[np.bool_],
+    weights_N: NDArray[np.float64] | None = None,
 ) -> list[CostFront]:
     """A front for each axis on which all backbones have a cost.
 
-    `correct_MN` says of each backbone whether it was right about each of the same rows. Raises DataError where the
-    three do not fit together or there is no row.
+    `correct_MN` says of each backbone whether it was right about each of the same rows, `weights_N` how much these
+    count. Raises DataError where costs, names and rows do not fit together or there is no row.
     """
     if not len(costs) == len(names) == len(correct_MN) or not correct_MN.size:
         raise DataError(
             "every backbone needs a cost, a name and the same rows, at least one",
             where=f"{len(costs)} costs, {len(names)} names, rows {correct_MN.shape}",
         )
+    if weights_N is None:
+        weights_N = np.ones(correct_MN.shape[1])
     fronts = []
     for axis, cost_of in _COST_OF.items():
         known = [amount for cost in costs if (amount := cost_of(cost)) is not None]
         if len(known) == len(costs):
-            fronts.append(_front(axis, known, costs, names, correct_MN))
+            fronts.append(_front(axis, known, costs, names, correct_MN, weights_N))
     return fronts
 
 
@@ -106,20 +111,23 @@ def _front(
     costs: Sequence[BackboneCost],
     names: Sequence[str],
     correct_MN: NDArray[np.bool_],
+    weights_N: NDArray[np.float64],
 ) -> CostFront:
-    top1_M = correct_MN.mean(axis=1).tolist()
+    # Their mean is the weighted top-1.
+    worth_MN = correct_MN * (weights_N / weights_N.mean())
+    top1_M = worth_MN.mean(axis=1).tolist()
     front, beaten_by = front_places(amounts, top1_M), dominators(amounts, top1_M)
     choices = []
     for place in sorted(range(len(names)), key=lambda one: (amounts[one], -top1_M[one])):
-        dominance, gain = _dominance(place, beaten_by[place], amounts, names, correct_MN), None
+        dominance, gain = _dominance(place, beaten_by[place], amounts, names, worth_MN), None
         if place in front[1:]:
             cheaper = front[front.index(place) - 1]
-            gain = bootstrap_difference(correct_MN[place], correct_MN[cheaper])
+            gain = bootstrap_difference(worth_MN[place], worth_MN[cheaper])
         choices.append(
             FrontChoice(
                 backbone=names[place],
                 cost=amounts[place],
-                top1=wilson_interval(int(correct_MN[place].sum()), correct_MN.shape[1]),
+                top1=wilson_interval(*effective_counts(correct_MN[place], weights_N)),
                 num_parameters=costs[place].num_parameters,
                 is_best=dominance is None,
                 gain=gain,
@@ -135,7 +143,7 @@ def _dominance(
     better: int | None,
     amounts: Sequence[float],
     names: Sequence[str],
-    correct_MN: NDArray[np.bool_],
+    worth_MN: NDArray[np.float64],
 ) -> Dominance | None:
     if better is None:
         return None
@@ -143,7 +151,7 @@ def _dominance(
     ratio = amounts[place] / amounts[better] if amounts[better] else 1.0
     return Dominance(
         backbone=names[better],
-        top1_difference=bootstrap_difference(correct_MN[better], correct_MN[place]),
+        top1_difference=bootstrap_difference(worth_MN[better], worth_MN[place]),
         cost_ratio=ratio,
     )
 

@@ -71,8 +71,9 @@ def read_split(manifest: Manifest, split: Split, limit: RowLimit | None = None) 
         )
     if limit is None:
         return rows
-    rows = rows if limit.max_per_class is None else _limited(rows, limit)
-    return rows if limit.fold is None else rows.filter(pa.array(~_is_in_fold(manifest, rows, limit)))
+    if limit.max_per_class is not None:
+        rows = first_of_class(rows, [limit.max_per_class] * len(manifest.classes), seed=limit.seed)
+    return rows if limit.fold is None else deal_fold(manifest, rows, limit)[0]
 
 
 def fold_rows(manifest: Manifest, limit: RowLimit) -> pa.Table:
@@ -84,8 +85,13 @@ def fold_rows(manifest: Manifest, limit: RowLimit) -> pa.Table:
     """
     if limit.fold is None:
         raise ConfigError("the rows are in no fold", where="rows.fold", next_step="name a fold")
-    rows = read_split(manifest, Split.TRAIN, limit.without_fold)
-    return rows.filter(pa.array(_is_in_fold(manifest, rows, limit)))
+    return deal_fold(manifest, read_split(manifest, Split.TRAIN, limit.without_fold), limit)[1]
+
+
+def deal_fold(manifest: Manifest, rows: pa.Table, limit: RowLimit) -> tuple[pa.Table, pa.Table]:
+    """Some training rows outside the limit's fold, and those in it; DataError as `fold_rows`."""
+    is_in_fold = _is_in_fold(manifest, rows, limit)
+    return rows.filter(pa.array(~is_in_fold)), rows.filter(pa.array(is_in_fold))
 
 
 def validation_rows(manifest: Manifest, limit: RowLimit) -> pa.Table | None:
@@ -138,11 +144,12 @@ def _places(draws_N: NDArray[np.float64], contents_N: NDArray[np.int32]) -> tupl
     return places_N, len(first)
 
 
-def _limited(rows: pa.Table, limit: RowLimit) -> pa.Table:
-    draws_N = np.array([unit_interval(limit.seed, "rows", name) for name in rows["sample_id"].to_pylist()])
+def first_of_class(rows: pa.Table, most_K: Sequence[int] | NDArray[np.int64], *, seed: int) -> pa.Table:
+    """At most so many labelled rows of each class, those first by a hash of sample id and seed, in their order."""
+    draws_N = np.array([unit_interval(seed, "rows", name) for name in rows["sample_id"].to_pylist()])
     labels_N = rows["label"].to_numpy()
     kept = [
-        np.flatnonzero(labels_N == label)[np.argsort(draws_N[labels_N == label])[: limit.max_per_class]]
+        np.flatnonzero(labels_N == label)[np.argsort(draws_N[labels_N == label])[: most_K[label]]]
         for label in np.unique(labels_N)
     ]
     return rows.take(pa.array(np.sort(np.concatenate(kept))))

@@ -48,6 +48,22 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
     assert held >= 34
 
 
+def test_rows_count_by_their_weight() -> None:
+    """Nine tenths of the weight follow one law, and half of the rows another."""
+    heavy, light = planted(0.0, 0.9, 0.5, num_rows=2000), planted(0.4, 0.5, 0.5, num_rows=2000, seed=1)
+    both = [
+        CurveSample(one.images_per_class, np.concatenate([one.correct_SN, other.correct_SN], axis=1))
+        for one, other in zip(heavy, light, strict=True)
+    ]
+    curve = fit_curve(both, weights_N=np.repeat([1.8, 0.2], 2000))
+    tops = [
+        0.9 * one.correct_SN.mean() + 0.1 * other.correct_SN.mean()
+        for one, other in zip(heavy, light, strict=True)
+    ]
+    assert [point.top1 for point in curve.points] == pytest.approx(tops)
+    assert curve.law.top1(400) == pytest.approx(1 - 0.04 - 0.86 * 400**-0.5, abs=0.01)
+
+
 def test_the_images_needed_reach_the_wanted_accuracy() -> None:
     curve = fit_curve(planted(0.0, 0.9, 0.5, num_rows=4000), wanted_top1=0.97)
     assert curve.needed is not None

@@ -8,6 +8,8 @@ from convoy.core.errors import ConfigError, DataError
 from convoy.core.statistics import (
     bootstrap_difference,
     bootstrap_mean,
+    effective_counts,
+    effective_rows,
     holm_adjusted,
     mcnemar_test,
     paired_rate_difference,
@@ -33,6 +35,24 @@ def test_wilson_agrees_with_scipy(successes, trials, confidence):
     expected = stats.binomtest(successes, trials).proportion_ci(confidence, method="wilson")
     assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
     assert interval.low <= interval.estimate <= interval.high
+
+
+def test_rows_of_equal_weight_count_as_they_are():
+    is_right_N = np.arange(49) < 31
+    assert effective_counts(is_right_N, np.ones(49)) == (31, 49)
+    assert effective_counts(np.ones(49, bool), np.full(49, 0.3))[0] == effective_rows(np.full(49, 0.3))
+
+
+def test_the_interval_of_weighted_rows_holds_their_rate_as_often_as_it_says():
+    """Of two strata one has nine tenths of all rows, and half of those that are looked at."""
+    random, held = np.random.default_rng(0), 0
+    weights_N = np.repeat([1.8, 0.2], 100)
+    for _ in range(1000):
+        is_right_N = random.random(200) < np.repeat([0.9, 0.5], 100)
+        interval = wilson_interval(*effective_counts(is_right_N, weights_N))
+        assert interval.estimate == pytest.approx(np.average(is_right_N, weights=weights_N))
+        held += interval.low <= 0.9 * 0.9 + 0.1 * 0.5 <= interval.high
+    assert 935 < held < 985
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,13 @@ def test_among_equal_votes_the_nearer_neighbour_decides() -> None:
     assert correct.tolist() == [True]
 
 
+def test_neighbours_vote_by_their_weight() -> None:
+    train_ND = np.array([[1.0, 0.1], [1.0, 0.2], [1.0, 0.3]])
+    rows = (train_ND, np.array([1, 1, 0]), np.array([[1.0, 0.0]]), np.array([0]))
+    assert knn_correct(*rows, num_neighbours=3).tolist() == [False]
+    assert knn_correct(*rows, num_neighbours=3, weights_N=np.array([0.4, 0.4, 1.0])).tolist() == [True]
+
+
 def test_neighbours_need_rows_of_the_same_features() -> None:
     with pytest.raises(DataError, match="same features"):
         knn_correct(np.zeros((0, 2)), np.zeros(0, int), np.zeros((1, 2)), np.zeros(1, int))

@@ -16,7 +16,7 @@ from convoy.core.records import Split
 from convoy.pipelines import advise
 from convoy.pipelines.advise_config import AdviseConfig
 from convoy.pipelines.advise_evidence import Gathered
-from convoy.pipelines.advise_probes import Look
+from convoy.pipelines.advise_probes import JudgedHead, Look
 from convoy.pipelines.advise_report import AdviceReport
 from convoy.pipelines.advise_work import AdviceWork, _notes
 from convoy.pipelines.backbone_record import BackboneRecord
@@ -141,7 +141,8 @@ def test_a_reference_that_is_not_there_is_refused_before_any_backbone_is_fetched
 def test_costs_that_follow_from_a_small_pass_are_said_to_be_rough(timed_images: int, is_rough: bool) -> None:
     probes = made_probes("resnet20", 0.0).model_copy(update={"timed_images": timed_images})
     record = BackboneRecord.model_construct()
-    look = Look(record, FeatureSummary.model_construct(), probes, np.ones(0, np.bool_), None)
+    head = JudgedHead(np.ones(0, np.bool_), np.ones(0), C=1.0, seconds=0.0)
+    look = Look(record, FeatureSummary.model_construct(), probes, head, None)
     gathered = Gathered(looks=(look,), best=look, untrained=look, curve=None, evidence=())
     notes = _notes(gathered, made_advice().strategies[0], Strategy.FINE_TUNE.value)
     assert any("are rough" in note for note in notes) is is_rough

@@ -61,6 +61,6 @@ def test_outputs_are_judged_by_the_names_of_the_dataset(record: BackboneRecord) 
     assert found is not None
     # Two animals share what a plane has alone: their sum decides.
     outputs_MK = np.array([[2.0, 2.0, 2.3], [0, 0, 5.0], [4, 0, 1.0], [0, 0, 3.0]], np.float32)
-    judged = judge_as_is(found, outputs_MK, np.array([1, 0, 1, 1]), classes)
+    judged = judge_as_is(found, outputs_MK, np.array([1, 0, 1, 1]), np.ones(4), classes)
     assert (judged.num_correct, judged.num_rows) == (3, 4)
     assert judged.tap == record.resolve_tap("logits")

@@ -42,16 +42,19 @@ HEAD = HeadConfig(C=(1e-3, 1e-1, 10.0), gradient_tolerance=1e-4)
 
 
 def test_a_larger_subset_only_adds_rows_and_takes_as_many_of_each_class() -> None:
-    labels_N = np.random.default_rng(0).integers(0, 4, 200)
+    labels_N = np.random.default_rng(0).permutation(np.repeat(np.arange(4), 50))
     small, large = (subset_rows(labels_N, size, seed=1, repeat=0) for size in (5, 20))
     assert set(small) < set(large)
     assert np.bincount(labels_N[small]).tolist() == [5, 5, 5, 5]
     assert subset_rows(labels_N, 5, seed=1, repeat=1).tolist() != small.tolist()
 
 
-def test_a_class_with_fewer_rows_gives_all_of_them() -> None:
-    labels_N = np.array([0, 0, 0, 0, 1])
-    assert np.bincount(labels_N[subset_rows(labels_N, 3, seed=0, repeat=0)]).tolist() == [3, 1]
+def test_subsets_are_as_uneven_as_the_rows_and_hold_each_class() -> None:
+    labels_N = np.repeat([0, 1, 2], [80, 20, 2])
+    counts = [
+        np.bincount(labels_N[subset_rows(labels_N, size, seed=0, repeat=0)]).tolist() for size in (80, 40, 8)
+    ]
+    assert counts == [[80, 20, 2], [40, 10, 1], [8, 2, 1]]
 
 
 def test_a_head_on_features_that_tell_the_classes_apart_is_right() -> None:
@@ -135,7 +138,8 @@ def cached_look(store: LocalStore, manifest: Manifest, features: dict[str, np.nd
     )
     record = BackboneRecord.model_construct(config=config, axis=depth_axis(config, build_network(config)))
     summary = FeatureSummary.model_construct(sets=sets)
-    return Look(record, summary, made_probes("resnet20", 0.0), np.ones(0, np.bool_), None)
+    head = JudgedHead(np.ones(0, np.bool_), np.ones(0), C=1.0, seconds=0.0)
+    return Look(record, summary, made_probes("resnet20", 0.0), head, None)
 
 
 def test_a_picture_in_the_training_rows_and_in_the_judging_fold_is_a_leak(tmp_path: Path) -> None:
@@ -253,7 +257,7 @@ def test_images_that_cannot_be_read_are_named_by_class_split_and_reason(
 
 
 def test_a_probe_that_is_always_right_is_not_sure_of_the_next_row() -> None:
-    top1 = JudgedHead(correct_M=np.ones(33, np.bool_), C=1.0, seconds=0.0).top1
+    top1 = JudgedHead(np.ones(33, np.bool_), np.ones(33), C=1.0, seconds=0.0).top1
     assert top1.estimate == top1.high == 1
     assert top1.low == pytest.approx(0.896, abs=0.001)
 

@@ -276,7 +276,8 @@ def test_twice_the_images_of_uneven_classes_bring_what_the_law_says() -> None:
     """The last point of the curve is the largest class; the median one has far fewer images."""
     settings = config()
     known = found(settings)
-    few = known.model_copy(update={"evidence": known.evidence.model_copy(update={"images_per_class": 20})})
+    evidence = known.evidence.model_copy(update={"images_per_class": 20})
+    few = known.model_copy(update={"evidence": evidence, "looked_images": 1000, "missing_images": 0})
     probe = next(
         one
         for one in advice(options(settings, [few]), tie=0.005, paths=["x"] * 4)

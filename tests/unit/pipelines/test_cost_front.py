@@ -80,6 +80,16 @@ def test_choices_come_from_the_cheapest_on_with_intervals_and_gains() -> None:
     assert [gain.estimate for gain in gains[1:] if gain] == [pytest.approx(0.1), pytest.approx(0.1)]
 
 
+def test_rows_count_by_their_weight() -> None:
+    """The dearer backbone is better on the half of the rows that stands for a tenth."""
+    correct_MN = np.stack([np.arange(NUM_ROWS) < NUM_ROWS // 2, np.arange(NUM_ROWS) >= 0])
+    costs, weights_N = [cost(1000), cost(100)], np.repeat([1.8, 0.2], NUM_ROWS // 2)
+    cheap, dear = cost_fronts(costs, ["cheap", "dear"], correct_MN, weights_N)[0].choices
+    assert (cheap.top1.estimate, dear.top1.estimate) == pytest.approx((0.9, 1.0))
+    assert dear.gain is not None
+    assert dear.gain.low < dear.gain.estimate == pytest.approx(0.1)
+
+
 def test_a_gain_that_may_be_chance_is_called_so() -> None:
     correct_MN = correct(0.8, 0.8)
     # 21 rows won and 19 lost.

@@ -1,0 +1,131 @@
+"""Advice on uneven classes: whatever is expected is the top-1 on images as they come, not on as many of each class."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from convoy.core.config import load_config
+from convoy.core.learning_curve import CurveSample, fit_curve
+from convoy.core.progress import Silent
+from convoy.core.records import Split
+from convoy.pipelines.advise_config import AdviseConfig
+from convoy.pipelines.advise_evidence import Gatherer
+from convoy.pipelines.advise_probes import LabelledFeatures, Prober
+from convoy.pipelines.advise_rows import LookRows, choose_rows
+from convoy.pipelines.advise_rule import expected_probe
+from convoy.storage.local_store import LocalStore
+from convoy.storage.manifests import Manifest
+from convoy.vision.head_fitting import evaluate_head, fit_head
+from convoy.vision.heads import TensorFeatures
+from made_advice_rows import frozen_rows
+
+CLASSES = ("good", "scratch", "dent")
+COUNTS = {Split.TRAIN: (1800, 120, 80), Split.VAL: (900, 60, 40)}
+CENTRES = 0.55 * np.random.default_rng(0).normal(size=(3, 16))
+LAW = [(20.25, 0.6), (40.5, 0.7), (81.0, 0.77), (162.0, 0.83)]
+
+
+def config(*settings: str) -> AdviseConfig:
+    base = ["candidates=[{backbone: {arch: resnet18}}]", "dataset=parts"]
+    return load_config(
+        AdviseConfig, None, [*base, "look={images_per_class: 60, judged_per_class: 60}", *settings]
+    )
+
+
+def drawn(labels_N: np.ndarray, seed: int) -> np.ndarray:
+    """Features of images: classes overlap."""
+    noise_ND = np.random.default_rng(seed).normal(size=(len(labels_N), 16))
+    return (CENTRES[labels_N] + noise_ND).astype(np.float32)
+
+
+def source(labels_N: np.ndarray, seed: int) -> TensorFeatures:
+    return TensorFeatures(torch.from_numpy(drawn(labels_N, seed)), torch.from_numpy(labels_N))
+
+
+def features_of(rows: LookRows, seed: int) -> LabelledFeatures:
+    train, judged = rows.learnt_by_weight, rows.judged_by_weight
+    return LabelledFeatures(
+        train_ND=drawn(train.labels_N, seed),
+        train_labels_N=train.labels_N,
+        train_weights_N=train.weights_N,
+        judged_MD=drawn(judged.labels_N, seed + 1),
+        judged_labels_M=judged.labels_N,
+        judged_weights_M=judged.weights_N,
+    )
+
+
+def prober_of(folder: Path, manifest: Manifest, settings: AdviseConfig) -> Prober:
+    return Prober(LocalStore(str(folder)), manifest, settings, Silent())
+
+
+def by_class(labels_N: np.ndarray) -> list[int]:
+    return np.bincount(labels_N, minlength=3).tolist()
+
+
+@pytest.mark.parametrize("seed", [1, 3, 5])
+def test_what_is_expected_holds_what_a_training_reaches_on_images_as_they_come(
+    tmp_path: Path, seed: int
+) -> None:
+    settings = config("look={images_per_class: 200, judged_per_class: 200}")
+    prober = prober_of(tmp_path, frozen_rows(tmp_path, COUNTS, CLASSES), settings)
+    expected = expected_probe(prober.judge(features_of(prober.rows, seed)).judged("pooled"))
+    train, val, test = (
+        source(np.repeat(np.arange(3), counts), seed + 10 + place)
+        for place, counts in enumerate((*COUNTS.values(), (9000, 600, 400)))
+    )
+    trained = fit_head(settings.head, train, val, num_classes=3)
+    truth = evaluate_head(trained.head, test).summary().top1
+    assert expected.low < truth < expected.high
+
+
+def test_classes_are_looked_at_by_their_shares(tmp_path: Path) -> None:
+    rows = choose_rows(frozen_rows(tmp_path, COUNTS | {Split.TEST: (450, 30, 20)}, CLASSES), config())
+    assert [by_class(one["label"].to_numpy()) for one in (rows.train, rows.judged, rows.held_out)] == [
+        [162, 11, 7]
+    ] * 3
+    assert rows.chance_top1 == pytest.approx(0.9)
+
+
+def test_a_rare_class_is_learnt_and_judged_and_counts_as_little_as_it_is(tmp_path: Path) -> None:
+    counts = {Split.TRAIN: (1990, 8, 2), Split.VAL: (995, 4, 1)}
+    rows = choose_rows(frozen_rows(tmp_path, counts, CLASSES), config("look={images_per_class: 10}"))
+    assert by_class(rows.train["label"].to_numpy()) == [24, 4, 2]
+    assert min(by_class(rows.judged["label"].to_numpy())) == 1
+    for weighted in (rows.learnt_by_weight, rows.judged_by_weight):
+        shares_K = np.bincount(weighted.labels_N, weighted.weights_N) / weighted.weights_N.sum()
+        assert shares_K == pytest.approx([0.995, 0.004, 0.001])
+    assert rows.chance_top1 == pytest.approx(0.995)
+
+
+@pytest.mark.parametrize(("has_test", "share"), [(True, 0.9), (False, 1 / 3)])
+def test_a_fold_of_fewer_images_judges_as_the_rows_that_measure_a_training(
+    tmp_path: Path, has_test: bool, share: float
+) -> None:
+    """Of a fold of fewer images where there is nothing else, as even as these are."""
+    counts = {Split.TRAIN: COUNTS[Split.TRAIN]} | ({Split.TEST: (90, 6, 4)} if has_test else {})
+    rows = choose_rows(frozen_rows(tmp_path, counts, CLASSES), config("rows={max_per_class: 50}"))
+    assert by_class(rows.train["label"].to_numpy()) == [40, 40, 40]
+    assert by_class(rows.judged["label"].to_numpy()) == [10, 10, 10]
+    judged = rows.judged_by_weight
+    assert judged.weights_N[judged.labels_N == 0].sum() == pytest.approx(30 * share)
+
+
+def test_a_training_on_as_many_of_each_class_does_not_know_which_is_frequent(tmp_path: Path) -> None:
+    rows = choose_rows(frozen_rows(tmp_path, COUNTS, CLASSES), config("rows={max_per_class: 50}"))
+    assert by_class(rows.judged["label"].to_numpy()) == [162, 11, 7]
+    assert rows.chance_top1 == pytest.approx(1 / 3)
+
+
+def test_a_curve_goes_on_to_as_many_times_the_images_of_its_last_point_as_there_are(tmp_path: Path) -> None:
+    """The median class has fewer images than the largest has among those that are looked at."""
+    manifest, settings = frozen_rows(tmp_path, COUNTS, CLASSES), config()
+    prober = prober_of(tmp_path, manifest, settings)
+    gatherer = Gatherer(LocalStore(str(tmp_path)), manifest, settings, prober)
+    right_N = np.arange(400)
+    curve = fit_curve([CurveSample(size, (right_N < 400 * top1)[None]) for size, top1 in LAW])
+    assert gatherer.images_per_class() == 120
+    assert gatherer._shrink(curve).factor == pytest.approx(curve.law.fall(162, 1800))
