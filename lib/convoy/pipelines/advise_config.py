@@ -50,17 +50,18 @@ class CandidateBackbone(StrictModel):
 
 
 class LookSettings(StrictModel):
-    """How much of the dataset is looked at: images a class on average to learn from and to judge by, and all at most.
+    """How much of the dataset is looked at: images a class on average to learn from and to judge by.
 
     Each class has its share of them, or else a few that count less: expected is the top-1 on images as they come.
     `judged_per_class` are of the split `val`; where it has fewer than `least_judged` rows, or rows of one class only,
     of a fifth of `train`. As many images of the held-out split are looked at as well, for duplicates and leaks only.
+    All of them together are `max_rows` at most, which the splits share.
     """
 
     images_per_class: Annotated[int, Field(ge=4)] = 200
     judged_per_class: PositiveInt = 100
     least_judged: PositiveInt = 50
-    max_rows: PositiveInt = 20_000
+    max_rows: PositiveInt = 40_000
     resolution_images: PositiveInt = 64
     seed: int = 0
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from convoy.core.errors import DataError
+from convoy.core.errors import ConfigError, DataError
 from convoy.core.records import Split
 from convoy.pipelines.advise_config import AdviseConfig, LookSettings
 from convoy.pipelines.feature_source import LabelledRows
@@ -20,8 +21,7 @@ from convoy.pipelines.training_rows import RowLimit, count_classes, deal_fold, h
 from convoy.storage.manifests import MANIFEST_SCHEMA, Manifest
 
 # Of each class at least, however small its share: fewer teach nothing, and none says nothing.
-_LEAST_LEARNT = 4
-_LEAST_JUDGED = 1
+_LEAST = {Split.TRAIN: 4, Split.VAL: 1, Split.TEST: 0}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,19 +72,16 @@ def choose_rows(manifest: Manifest, config: AdviseConfig) -> LookRows:
 
     Each class has its share, or a few where that is less. Judged are rows of `val`, or, where it cannot judge, a fifth
     of the rows of `train`. DataError for a class without images to learn from, or whose images all have weight 0, and
-    where all judged rows are of one class.
+    where all judged rows are of one class; ConfigError where `look.max_rows` cannot hold a few of each.
     """
     look, limit = config.look, config.rows
-    most_learnt, most_judged = (
-        min(per_class * len(manifest.classes), look.max_rows)
-        for per_class in (look.images_per_class, look.judged_per_class)
-    )
     every = RowLimit(seed=limit.seed)
-    train = looked = _sample(manifest, Split.TRAIN, limit, most_learnt, least=_LEAST_LEARNT)
+    most = _share_out(manifest, look, limit)
+    train = looked = _sample(manifest, Split.TRAIN, limit, most)
     counts_K = images_by_class(manifest, limit)
     train_weights_K = _weights(looked, counts_K)
     if has_judges(manifest, look):
-        judged = _sample(manifest, Split.VAL, every, most_judged, least=_LEAST_JUDGED)
+        judged = _sample(manifest, Split.VAL, every, most)
         judged_weights_K = _weights(judged, manifest.counts[Split.VAL].by_class)
     else:
         train, judged = deal_fold(manifest, looked, every.model_copy(update={"fold": JUDGING_FOLD}))
@@ -96,14 +93,39 @@ def choose_rows(manifest: Manifest, config: AdviseConfig) -> LookRows:
     _check_judges(judged, manifest)
     held_out = train.slice(0, 0)
     if has_labels(manifest, Split.TEST):
-        held_out = _sample(manifest, Split.TEST, every, most_judged, least=0)
+        held_out = _sample(manifest, Split.TEST, every, most)
     chance_top1 = _chance(counts_K, judged, judged_weights_K)
     return LookRows(train, judged, held_out, train_weights_K, judged_weights_K, chance_top1)
 
 
-def _sample(manifest: Manifest, split: Split, limit: RowLimit, most: int, *, least: int) -> pa.Table:
-    rows = read_split(manifest, split, limit)
-    return natural_rows(rows, most, num_classes=len(manifest.classes), least=least, seed=limit.seed)
+def _share_out(manifest: Manifest, look: LookSettings, limit: RowLimit) -> dict[Split, int]:
+    """How many rows of each split are looked at: `max_rows` of all together, or fewer."""
+    judges = has_judges(manifest, look)
+    counts: dict[Split, Sequence[int]] = {
+        split: images_by_class(manifest, limit) if split is Split.TRAIN else manifest.counts[split].by_class
+        for split in _LEAST
+        if has_labels(manifest, split) and (judges or split is not Split.VAL)
+    }
+    num_classes = len(manifest.classes)
+    per_class = dict.fromkeys(counts, look.judged_per_class) | {Split.TRAIN: look.images_per_class}
+    wanted = {split: min(per_class[split] * num_classes, sum(counts[split])) for split in counts}
+    whole = sum(wanted.values())
+    most = {split: number * min(look.max_rows, whole) // whole for split, number in wanted.items()}
+    needed = {split: sum(min(count, _LEAST[split]) for count in counts[split]) for split in counts}
+    if any(most[split] < needed[split] for split in counts):
+        enough = max(math.ceil(needed[split] * whole / wanted[split]) for split in counts)
+        raise ConfigError(
+            f"{look.max_rows} images cannot hold {_LEAST[Split.TRAIN]} of each of {num_classes} classes to learn from"
+            f" and {_LEAST[Split.VAL]} to judge by",
+            where="look.max_rows",
+            next_step=f"set look.max_rows to {enough} or more",
+        )
+    return most
+
+
+def _sample(manifest: Manifest, split: Split, limit: RowLimit, most: Mapping[Split, int]) -> pa.Table:
+    rows, num_classes = read_split(manifest, split, limit), len(manifest.classes)
+    return natural_rows(rows, most[split], num_classes=num_classes, least=_LEAST[split], seed=limit.seed)
 
 
 def _weights(looked: pa.Table, counts_K: Sequence[int]) -> NDArray[np.float64]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from convoy.core.config import load_config
+from convoy.core.errors import ConfigError
 from convoy.core.learning_curve import CurveSample, fit_curve
 from convoy.core.progress import Silent
 from convoy.core.records import Split
@@ -129,3 +130,27 @@ def test_a_curve_goes_on_to_as_many_times_the_images_of_its_last_point_as_there_
     curve = fit_curve([CurveSample(size, (right_N < 400 * top1)[None]) for size, top1 in LAW])
     assert gatherer.images_per_class() == 120
     assert gatherer._shrink(curve).factor == pytest.approx(curve.law.fall(162, 1800))
+
+
+@pytest.mark.parametrize("most", [1200, 2000, 4001])
+def test_all_that_is_looked_at_are_max_rows_at_most(tmp_path: Path, most: int) -> None:
+    counts = {Split.TRAIN: (30,) * 100, Split.VAL: (8,) * 100, Split.TEST: (8,) * 100}
+    manifest = frozen_rows(tmp_path, counts, tuple(f"c{label:02}" for label in range(100)))
+    rows = choose_rows(manifest, config(f"look={{max_rows: {most}}}"))
+    assert most - 3 < rows.all.num_rows <= most
+    assert np.bincount(rows.train["label"].to_numpy()).min() >= 4
+
+
+def test_a_look_that_cannot_hold_a_few_of_each_class_is_refused_and_the_least_is_named(
+    tmp_path: Path,
+) -> None:
+    counts = {Split.TRAIN: (30,) * 100, Split.VAL: (10,) * 100, Split.TEST: (10,) * 100}
+    manifest = frozen_rows(tmp_path, counts, tuple(f"c{label:02}" for label in range(100)))
+    few, enough = (
+        config(f"look={{images_per_class: 20, judged_per_class: 10, max_rows: {most}}}")
+        for most in (799, 800)
+    )
+    with pytest.raises(ConfigError, match="799 images cannot hold 4 of each of 100 classes") as info:
+        choose_rows(manifest, few)
+    assert "look.max_rows to 800" in str(info.value)
+    assert choose_rows(manifest, enough).all.num_rows == 800
