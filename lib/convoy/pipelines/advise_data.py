@@ -12,7 +12,7 @@ from convoy.core.config import StrictModel
 from convoy.core.records import SampleRejected, Split
 from convoy.pipelines.advise_config import AdviseConfig
 from convoy.pipelines.advise_probes import Look, Prober
-from convoy.pipelines.advise_rows import missing_classes
+from convoy.pipelines.advise_rows import images_by_class, missing_classes
 from convoy.pipelines.feature_source import count_rejects
 from convoy.pipelines.near_duplicates import NearDuplicateReport
 from convoy.pipelines.stratified_sample import stratified_rows
@@ -41,8 +41,8 @@ class Resolution(StrictModel):
 class DataFacts(StrictModel):
     """Size and soundness of a dataset.
 
-    `samples` counts all rows of each split, `images_per_class` the labelled rows of `train` in its smallest, median and
-    largest class. Rejects and duplicates are those among the `looked_at` images: `duplicates` have the same bytes,
+    `samples` counts all rows of each split, `images_per_class` what a training has of the smallest, median and largest
+    class. Rejects and duplicates are those among the `looked_at` images: `duplicates` have the same bytes,
     `near_duplicates` show the same picture, and those that lie across splits are leaks. Of `unjudged_classes` no image
     judged the probes. `warnings` say in words what should be mended first.
     """
@@ -68,7 +68,7 @@ def data_facts(
     store: ObjectStore, manifest: Manifest, config: AdviseConfig, prober: Prober, look: Look
 ) -> DataFacts:
     """The facts of a dataset whose rows a backbone was looked through."""
-    counts = manifest.counts[Split.TRAIN].by_class
+    counts = images_by_class(manifest, config.rows)
     summary, decode = look.summary, config.extraction.decode
     labelled = sum(sum(split.by_class) for split in manifest.counts.values())
     wanted = config.look.resolution_images

@@ -116,7 +116,5 @@ def at_budget(option: Option, config: AdviseConfig, settings: VerifySettings) ->
 
 
 def _limit_at_budget(config: AdviseConfig, settings: VerifySettings) -> RowLimit:
-    limit, budget = config.rows, settings.images_per_class
-    return RowLimit(
-        max_per_class=min(budget, limit.max_per_class or budget), fold=JUDGING_FOLD, seed=limit.seed
-    )
+    budget = RowLimit(max_per_class=settings.images_per_class, fold=JUDGING_FOLD, seed=config.rows.seed)
+    return budget.within(config.rows)

@@ -81,7 +81,7 @@ class AdviceWork:
             facts = data_facts(self.store, self.manifest, config, prober, gathered.best)
             verification = None if verifier is None else verifier.verify(strategies, found, check=self.check)
             costs = self._costs(records)
-            augmentation = self._augmentation(gathered)
+            augmentation = self._augmentation(gathered, prober)
         scenario = four_scenarios(advised.evidence, config.prior)
         return AdviceReport(
             run=self.folder.run_id,
@@ -155,16 +155,20 @@ class AdviceWork:
             self.store, self.manifest, records, config.costs, extraction, progress=self.progress
         )
 
-    def _augmentation(self, gathered: Gathered) -> AugmentationEffect | None:
-        config = self.config
-        if config.augmentation_effect is None:
+    def _augmentation(self, gathered: Gathered, prober: Prober) -> AugmentationEffect | None:
+        config, effect = self.config, self.config.augmentation_effect
+        if effect is None:
             return None
+        limits = {
+            "rows": effect.rows.within(config.rows),
+            "max_judged": effect.max_judged or prober.rows.judged.num_rows,
+        }
         return measure_augmentation(
             self.store,
             self.manifest,
             config.dataset_name,
             gathered.best.record,
-            config.augmentation_effect,
+            effect.model_copy(update=limits),
             config.extraction,
             progress=self.progress,
             draw_curves=self.draw_curves,

@@ -49,7 +49,9 @@ class AugmentationEffectConfig(StrictModel):
 
     `policies` are the user's own, by names of theirs, measured beside the kinds as they are. A probe learns from the
     eval view and from `views` drawn ones of at most `rows.max_per_class` images a class, by the features of `tap`;
-    it is judged on the eval view of `val`, or of a fifth of `train` where `val` has no labels.
+    it is judged on the eval view of at most `max_judged` rows of `val`, or of a fifth of `train` where `val` has no
+    labels: null are all, and in advice as many as judge the backbones. Fine-tunings are judged on all of them. Advice
+    learns from no images that its own `rows` leave out.
     """
 
     kinds: tuple[AugmentationKind, ...] = tuple(AugmentationKind)
@@ -57,6 +59,7 @@ class AugmentationEffectConfig(StrictModel):
     policies: dict[str, AugmentationPolicy] = Field(default_factory=dict)
     budget: EffectBudget = EffectBudget.PROBE
     rows: RowLimit = RowLimit(max_per_class=300)
+    max_judged: PositiveInt | None = None
     views: PositiveInt = 2
     tap: str | int = "pooled"
     head: HeadConfig = HeadConfig(C=(1e-4, 1e-3, 1e-2, 1e-1, 1.0), gradient_tolerance=1e-4)
@@ -114,12 +117,12 @@ def measure_augmentation(
     `draw_curves` makes the pictures of fine-tunings. Raises DataError for a class without training images.
     """
     started_s = time.monotonic()
-    rows = ProbeRows.of(manifest, config.rows)
+    by_probe = config.budget is EffectBudget.PROBE
+    rows = ProbeRows.of(manifest, config.rows, max_judged=config.max_judged if by_probe else None)
     policies = []
     for named in named_policies(config, crop_px=backbone.preset.crop_px):
         policy = resolve_augmentation(store, manifest, dataset, named.policy, extraction.decode, progress)
         policies.append(named.model_copy(update={"policy": policy}))
-    by_probe = config.budget is EffectBudget.PROBE
     if by_probe:
         request = ManyPolicies(
             dataset=dataset, backbone=backbone.config, taps=(config.tap,), views=config.views + 1, policies=()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
+
+import pyarrow as pa
 
 from convoy.cluster.session import ray_session
 from convoy.core.progress import Progress
@@ -19,6 +21,11 @@ from convoy.vision.heads import HeadConfig
 
 # Of one batch in all of its views; a worker holds three such batches.
 _MOST_BATCH_BYTES = 128 * 2**20
+# The eval view, and the first drawn one.
+_JUDGED_VIEWS = 2
+
+# Some policies, and the job that draws their views.
+PartJob = tuple[Sequence[NamedPolicy], FeatureJob]
 
 
 class ViewProbes:
@@ -43,16 +50,17 @@ class ViewProbes:
     ) -> list[PolicyOutcome]:
         """What each policy does, in their order; views that are cached already are not drawn again."""
         (tap,) = self._request.taps
-        jobs = [(part, self._job(backbone, part)) for part in self._parts(backbone, policies)]
-        with ray_session() if any(job.plan().missing for _, job in jobs) else nullcontext():
-            for number, (_, job) in enumerate(jobs, start=1):
+        learnt, judged = self.jobs(backbone, policies)
+        jobs = [job for _, job in (*learnt, *judged)]
+        with ray_session() if any(job.plan().missing for job in jobs) else nullcontext():
+            for number, job in enumerate(jobs, start=1):
                 progress.stage(f"drawing views, part {number} of {len(jobs)}")
                 job.ensure(progress=progress)
-        eval_set = jobs[0][1].set_id(tap)
+        eval_set = jobs[0].set_id(tap)
         plain = self._bench.fit([eval_set], eval_set)
         without_N = self._bench.predict(plain, eval_set)
         outcomes = []
-        for policy, job in ((policy, job) for part, job in jobs for policy in part):
+        for policy, job in ((policy, job) for part, job in learnt for policy in part):
             progress.stage(f"probing {policy}")
             views = [job.set_id(tap, view, policy.policy) for view in range(1, self._request.views)]
             probe = self._bench.fit([eval_set, *views], eval_set)
@@ -67,17 +75,29 @@ class ViewProbes:
             )
         return outcomes
 
-    def _parts(
+    def jobs(
         self, backbone: BackboneRecord, policies: Sequence[NamedPolicy]
-    ) -> Iterator[Sequence[NamedPolicy]]:
+    ) -> tuple[list[PartJob], list[PartJob]]:
+        """Some policies each with the job of their views: of the rows to learn from, and of those that judge.
+
+        Of the latter only the first drawn view is looked at.
+        """
+        learnt = self._jobs(backbone, policies, self._rows.train_table, self._request.views)
+        return learnt, self._jobs(backbone, policies, self._rows.judged_table, _JUDGED_VIEWS)
+
+    def _jobs(
+        self, backbone: BackboneRecord, policies: Sequence[NamedPolicy], rows: pa.Table, views: int
+    ) -> list[PartJob]:
         """As many policies at once as a worker can hold: an image is decoded once a part."""
         view_bytes = self._extraction.batch_size * 3 * backbone.preset.crop_px**2
-        most = max((_MOST_BATCH_BYTES // view_bytes - 1) // (self._request.views - 1), 1)
-        return (policies[start : start + most] for start in range(0, len(policies), most))
-
-    def _job(self, backbone: BackboneRecord, part: Sequence[NamedPolicy]) -> FeatureJob:
-        first, *further = [named.policy for named in part]
-        request = self._request.model_copy(update={"augmentation": first, "policies": tuple(further)})
-        return FeatureJob(
-            self._store, self._manifest, backbone, request, self._extraction, rows=self._rows.table
-        )
+        most = max((_MOST_BATCH_BYTES // view_bytes - 1) // (views - 1), 1)
+        jobs = []
+        for start in range(0, len(policies), most):
+            part = policies[start : start + most]
+            first, *further = [named.policy for named in part]
+            request = self._request.model_copy(
+                update={"views": views, "augmentation": first, "policies": tuple(further)}
+            )
+            job = FeatureJob(self._store, self._manifest, backbone, request, self._extraction, rows=rows)
+            jobs.append((part, job))
+        return jobs

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from convoy.core.errors import DataError
 from convoy.core.records import Split
 from convoy.pipelines.feature_source import LabelledRows, gather_features, open_features
+from convoy.pipelines.natural_sample import natural_rows
 from convoy.pipelines.training_rows import (
     Fold,
     RowLimit,
@@ -34,29 +35,40 @@ UNKNOWN = -1
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ProbeRows:
-    """The rows that probes learn from, and those that judge them; `table` has all of them, for a FeatureJob."""
+    """The rows that probes learn from, and those that judge them, also as tables for a FeatureJob."""
 
     limit: RowLimit
     train: LabelledRows
     judged: LabelledRows
-    table: pa.Table
+    train_table: pa.Table
+    judged_table: pa.Table
+
+    @property
+    def table(self) -> pa.Table:
+        """All of them, in the order of the manifest."""
+        return pa.concat_tables([self.train_table, self.judged_table]).sort_by("sample_id")
 
     @classmethod
-    def of(cls, manifest: Manifest, limit: RowLimit) -> ProbeRows:
+    def of(cls, manifest: Manifest, limit: RowLimit, *, max_judged: int | None = None) -> ProbeRows:
         """The training rows of a limit, and those of its fold, or of a labelled `val`, or else of a fold made here.
 
-        Raises DataError where a class has no training row.
+        At most `max_judged` of these judge, among which classes have their shares. Raises DataError where a class has
+        no training row.
         """
         if limit.fold is None and not has_labels(manifest, Split.VAL):
             limit = limit.model_copy(update={"fold": JUDGING_FOLD})
-        train, judged = read_split(manifest, Split.TRAIN, limit), validation_rows(manifest, limit)
+        train, validating = read_split(manifest, Split.TRAIN, limit), validation_rows(manifest, limit)
         count_classes(train, manifest.classes)
-        table = train if judged is None else pa.concat_tables([train, judged])
+        judged = train.slice(0, 0) if validating is None else validating
+        if max_judged is not None:
+            num_classes = len(manifest.classes)
+            judged = natural_rows(judged, max_judged, num_classes=num_classes, least=0, seed=limit.seed)
         return cls(
             limit=limit,
             train=LabelledRows.of(train),
-            judged=LabelledRows.of(table.slice(train.num_rows)),
-            table=table.sort_by("sample_id"),
+            judged=LabelledRows.of(judged),
+            train_table=train,
+            judged_table=judged,
         )
 
 

@@ -49,6 +49,13 @@ class RowLimit(StrictModel):
         """The rows of all folds together."""
         return self.model_copy(update={"fold": None})
 
+    def within(self, outer: RowLimit) -> RowLimit:
+        """The same limit on rows that `outer` leaves: of all folds of it, where it has any."""
+        if outer.max_per_class is None:
+            return self
+        most = min(outer.max_per_class, self.max_per_class or outer.max_per_class)
+        return self.model_copy(update={"max_per_class": most, "seed": outer.seed})
+
 
 def has_labels(manifest: Manifest, split: Split) -> bool:
     """Whether a split is there and has a labelled row."""

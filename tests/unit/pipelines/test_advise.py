@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,15 @@ from convoy.core.progress import Silent
 from convoy.core.records import Split
 from convoy.pipelines import advise
 from convoy.pipelines.advise_config import AdviseConfig
+from convoy.pipelines.advise_data import data_facts
 from convoy.pipelines.advise_evidence import Gathered
-from convoy.pipelines.advise_probes import JudgedHead, Look
+from convoy.pipelines.advise_probes import JudgedHead, Look, Prober
 from convoy.pipelines.advise_report import AdviceReport
 from convoy.pipelines.advise_work import AdviceWork, _notes
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.classifiers import Strategy
 from convoy.pipelines.feature_summary import FeatureSummary
+from convoy.pipelines.training_rows import RowLimit
 from convoy.storage.commits import finish
 from convoy.storage.datasets import freeze_dataset
 from convoy.storage.local_store import LocalStore
@@ -137,12 +140,51 @@ def test_a_reference_that_is_not_there_is_refused_before_any_backbone_is_fetched
         advise.run_advise(with_reference(tmp_path, "fotos"), progress=Silent(), draw_curves=lambda *_: b"")
 
 
+def test_advice_for_fewer_images_knows_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither what augmentation does, nor the sizes of the classes: 90 and 30 images become 20 of each."""
+    settings = ["rows={max_per_class: 20, seed: 3}", "augmentation_effect={}", "look={judged_per_class: 25}"]
+    config = load_config(
+        AdviseConfig, None, ["dataset=parts", "candidates=[{backbone: {arch: lenet5}}]", *settings]
+    )
+    counts = {Split.TRAIN: (90, 30), Split.VAL: (60, 60)}
+    store, manifest = LocalStore(str(tmp_path)), frozen_rows(tmp_path, counts, ("good", "defect"))
+    prober, asked = Prober(store, manifest, config, Silent()), []
+    monkeypatch.setattr(
+        "convoy.pipelines.advise_work.measure_augmentation", lambda *given, **_: asked.append(given[4])
+    )
+    work = AdviceWork(
+        store=store,
+        manifest=manifest,
+        config=config,
+        folder=RunFolder(store, "r"),
+        progress=Silent(),
+        draw_curves=lambda *_: b"",
+        check=lambda: None,
+        new_run=False,
+    )
+    look = made_look()
+    work._augmentation(Gathered(looks=(look,), best=look, untrained=look, curve=None, evidence=()), prober)
+    assert (asked[0].rows, asked[0].max_judged) == (RowLimit(max_per_class=20, seed=3), 50)
+    monkeypatch.setattr(
+        "convoy.pipelines.advise_data.find_duplicates", lambda *_: made_advice().size.duplicates
+    )
+    monkeypatch.setattr(Prober, "near_duplicates", lambda *_: made_advice().size.near_duplicates)
+    facts = data_facts(store, manifest, config, prober, look)
+    assert (facts.images_per_class_min, facts.images_per_class_max, facts.imbalance) == (20, 20, 1)
+
+
+def made_look() -> Look:
+    summary = FeatureSummary.model_construct(
+        samples=1, rejects=0, reject_codes={}, sets={"pooled/0": "0" * 32}
+    )
+    head = JudgedHead(np.ones(0, np.bool_), np.ones(0), C=1.0, seconds=0.0)
+    return Look(BackboneRecord.model_construct(), summary, made_probes("resnet20", 0.0), head, None)
+
+
 @pytest.mark.parametrize(("timed_images", "is_rough"), [(299, True), (300, False)])
 def test_costs_that_follow_from_a_small_pass_are_said_to_be_rough(timed_images: int, is_rough: bool) -> None:
     probes = made_probes("resnet20", 0.0).model_copy(update={"timed_images": timed_images})
-    record = BackboneRecord.model_construct()
-    head = JudgedHead(np.ones(0, np.bool_), np.ones(0), C=1.0, seconds=0.0)
-    look = Look(record, FeatureSummary.model_construct(), probes, head, None)
+    look = replace(made_look(), probes=probes)
     gathered = Gathered(looks=(look,), best=look, untrained=look, curve=None, evidence=())
     notes = _notes(gathered, made_advice().strategies[0], Strategy.FINE_TUNE.value)
     assert any("are rough" in note for note in notes) is is_rough

@@ -28,6 +28,14 @@ def test_a_fold_judges_probes_where_val_has_no_labels(tmp_path: Path) -> None:
     assert len(rows.judged.labels_N) == 4
 
 
+def test_of_many_rows_some_judge_and_classes_keep_their_shares(tmp_path: Path) -> None:
+    manifest = frozen_rows(tmp_path, {Split.TRAIN: (10, 10), Split.VAL: (90, 30)}, CLASSES)
+    rows = ProbeRows.of(manifest, RowLimit(), max_judged=20)
+    assert sorted(rows.judged.labels_N.tolist()) == [0] * 15 + [1] * 5
+    assert rows.table.num_rows == 40
+    assert len(ProbeRows.of(manifest, RowLimit(), max_judged=200).judged) == 120
+
+
 def test_a_probe_that_no_image_judges_is_refused(tmp_path: Path) -> None:
     store = LocalStore(str(tmp_path))
     rows = ProbeRows.of(frozen_rows(tmp_path, COUNTS, CLASSES), RowLimit())

@@ -242,3 +242,22 @@ def test_weights_keep_their_ratios_and_have_a_mean_of_one() -> None:
 def test_rows_that_all_count_nothing_are_refused() -> None:
     with pytest.raises(DataError, match="all 2 training images have a weight of 0"):
         with_mean_weight_one(weighted_rows([0, 1], [0.0, 0.0]))
+
+
+@pytest.mark.parametrize(("inner", "outer", "left"), [(2, 5, 2), (5, 2, 2), (None, 3, 3), (2, None, 2)])
+def test_a_limit_within_another_leaves_none_but_its_rows(
+    tmp_path: Path, inner: int | None, outer: int | None, left: int
+) -> None:
+    rows = [
+        (f"{label}/{index}", f"{label}/{index}", label, Split.TRAIN)
+        for label in range(3)
+        for index in range(9)
+    ]
+    manifest = made_manifest(tmp_path, rows)
+    all_of_outer = RowLimit(max_per_class=outer, seed=4)
+    limit = RowLimit(max_per_class=inner, seed=1).within(all_of_outer)
+    some, others = (
+        read_split(manifest, Split.TRAIN, one)["sample_id"].to_pylist() for one in (limit, all_of_outer)
+    )
+    assert len(some) == 3 * left
+    assert set(some) <= set(others)
