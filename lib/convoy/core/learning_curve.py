@@ -23,6 +23,8 @@ from convoy.core.statistics import Interval, effective_rows
 
 Floats = NDArray[np.float64]
 
+# A law of three numbers goes through as many points.
+MIN_SIZES = 3
 # From nearly flat to what random noise at small n looks like; steps of 3 %.
 _EXPONENTS = np.geomspace(0.02, 2.0, 160)
 # Of one row right or wrong: keeps the weight of a point finite whose rows are all right.
@@ -150,7 +152,7 @@ def fit_curve(
     """
     ordered = sorted(samples, key=lambda sample: sample.images_per_class)
     sizes_P = np.array([sample.images_per_class for sample in ordered])
-    if len(np.unique(sizes_P)) < 3 or len(np.unique(sizes_P)) < len(sizes_P):
+    if len(np.unique(sizes_P)) < MIN_SIZES or len(np.unique(sizes_P)) < len(sizes_P):
         raise DataError(
             "a learning curve needs three sizes or more, each once",
             where=f"images a class: {sizes_P.tolist()}",

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from convoy.core.config import StrictModel
+from convoy.core.learning_curve import MIN_SIZES
 from convoy.pipelines.advise_rule import TransferPrior
 from convoy.pipelines.augmentation_effect import AugmentationEffectConfig
 from convoy.pipelines.backbone_costs import CostsConfig
@@ -69,12 +70,19 @@ class LookSettings(StrictModel):
 class CurveSettings(StrictModel):
     """The subsets of the learning curve, as shares of the images that are looked at, each drawn `repeats` times.
 
+    All of these are its last point, also without 1 among `fractions`; two smaller ones at least make a curve.
     `factors` are the multiples of the dataset's images at which accuracy is forecast.
     """
 
     fractions: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
     repeats: PositiveInt = 3
     factors: tuple[Annotated[float, Field(ge=1)], ...] = (1.0, 2.0, 4.0)
+
+    @model_validator(mode="after")
+    def _make_a_curve(self) -> Self:
+        if len({1.0, *self.fractions}) < MIN_SIZES:
+            raise ValueError("a learning curve goes through three sizes: name two fractions below 1, or more")
+        return self
 
 
 class NetworkSettings(StrictModel):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from convoy.core.learning_curve import AS_MEASURED, LearningCurve, Shrink, fit_curve
+from convoy.core.learning_curve import AS_MEASURED, MIN_SIZES, LearningCurve, Shrink, fit_curve
 from convoy.core.transferability import DomainDistance, domain_distance
 from convoy.pipelines.advise_config import AdviseConfig, CandidateBackbone
 from convoy.pipelines.advise_probes import Look, Prober, TapProbe
@@ -25,8 +25,6 @@ from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.vision.heads import HeadKind
 
-# A law of three numbers goes through as many points.
-_MIN_CURVE_SIZES = 3
 # As for `recipe.balance: auto`.
 _UNBALANCED_FROM = 3.0
 
@@ -113,7 +111,7 @@ class Gatherer:
         prober, config = self._prober, self._config
         features = prober.features(prober.set_id(best, best.probes.best.tap))
         samples = prober.curve(features, best.head.correct_M)
-        if len(samples) < _MIN_CURVE_SIZES:
+        if len(samples) < MIN_SIZES:
             return None
         factors = [self._ahead * factor for factor in config.curve.factors]
         return fit_curve(samples, weights_N=best.head.weights_M, factors=factors)

@@ -63,7 +63,7 @@ class MoreData(StrictModel):
     """What more images would bring. `curve` is of the best probe, measured; `advised` of the advised strategy.
 
     `images_needed` are images a class, counted as the curve does, at which the advised strategy is expected to reach
-    `wanted_top1`, null where none of the forecast does.
+    `wanted_top1`, null where none of the forecast does, and without a `curve`.
     """
 
     advice: MoreDataAdvice

@@ -224,11 +224,12 @@ def _probes(likeness: Similarity) -> Table:
 def _more_data(found: MoreData) -> Section:
     facts = [("advice", found.advice.value), ("why", found.why)]
     if found.wanted_top1 is not None:
-        needed = (
-            "no forecast reaches it"
-            if found.images_needed is None
-            else f"{found.images_needed:,.0f} images a class"
-        )
+        if found.curve is None:
+            needed = "not known"
+        elif found.images_needed is None:
+            needed = "no forecast reaches it"
+        else:
+            needed = f"{found.images_needed:,.0f} images a class"
         facts.append((f"for {percent(found.wanted_top1)}", needed))
     blocks: list[Block] = []
     if found.curve is not None:

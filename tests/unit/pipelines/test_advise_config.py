@@ -42,11 +42,18 @@ def test_a_source_becomes_the_dataset_of_its_name() -> None:
         (["dataset=a", "head={kind: linear_svm}"], "leave head.kind out"),
         (["dataset=a", "head={kind: mlp}"], "leave head.kind out"),
         (["dataset=a", "look={images_per_class: 3}"], "greater than or equal to 4"),
+        (["dataset=a", "curve={fractions: [0.5, 1]}"], "name two fractions below 1, or more"),
+        (["dataset=a", "curve={fractions: [0.5, 0.5]}"], "name two fractions below 1, or more"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(settings: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(AdviseConfig, None, [LENET, *settings])
+
+
+def test_all_images_are_a_size_of_the_curve_without_being_named() -> None:
+    config = load_config(AdviseConfig, None, [LENET, "dataset=a", "curve={fractions: [0.25, 0.5]}"])
+    assert config.curve.fractions == (0.25, 0.5)
 
 
 def candidates_of(*weights: str) -> AdviseConfig:

@@ -54,6 +54,14 @@ def test_the_distance_of_domains_stands_beside_that_of_no_difference() -> None:
         assert value in text
 
 
+def test_without_a_curve_no_forecast_is_said_to_miss_what_is_wanted() -> None:
+    for curve, said in ((made_advice().more_data.curve, "no forecast reaches it"), (None, "not known")):
+        more = made_advice().more_data.model_copy(update={"curve": curve, "advised": []})
+        report = made_advice().model_copy(update={"more_data": more})
+        shown = PageParts(draw_page(made_page(advice=report, **NOTHING))).text
+        assert {one for one in ("no forecast reaches it", "not known") if one in shown} == {said}
+
+
 def test_bubbles_grow_with_the_root_of_the_parameters() -> None:
     page = draw_page(made_page(advice=made_advice(), **NOTHING)).decode()
     figure = page[page.index('id="figure-front-throughput"') :]
