@@ -9,6 +9,8 @@ from convoy.core.errors import ClusterError, ConvoyError
 
 # By which Ray Data's guard against executions without progress is switched off.
 _NO_LIMIT = -1
+# What Ray Data calls its handler that writes to the terminal.
+_CONSOLE = "console"
 
 
 def set_up_ray_data() -> None:
@@ -23,7 +25,8 @@ def set_up_ray_data() -> None:
     # It ends an execution without progress for half an hour: whoever waits for room in a busy cluster.
     context.execution_no_progress_timeout_s = _NO_LIMIT
     for handler in logging.getLogger("ray.data").handlers:
-        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+        # The one of Ray's own: others may serve other loggers too.
+        if handler.name == _CONSOLE:
             handler.setLevel(logging.ERROR)
 
 
