@@ -16,10 +16,13 @@ import ray
 from ray._private.ray_constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
 from ray._raylet import GcsClient
 
+from convoy.cluster import network_device
 from convoy.cluster.growth import CPUS_VARIABLE, GPUS_VARIABLE, ClusterSize, grow_cluster
+from convoy.cluster.network_device import find_device, known_device
 from convoy.cluster.session import ray_session
 from convoy.cluster.slices import plan_pool
 from convoy.core.errors import ClusterError, ConfigError
+from convoy.vision.engine_options import device_here
 from ray_nodes import running_nodes
 
 pytestmark = pytest.mark.integration
@@ -89,6 +92,36 @@ def test_a_cluster_that_does_not_grow_is_an_error_with_numbers(monkeypatch: pyte
         with ray_session(), pytest.raises(ClusterError, match=r"1 CPUs and 0 GPUs where 2 and 0"):
             grow_cluster(ClusterSize(2, 0), timeout_s=2)
         assert _requested(cluster.gcs_address) == []
+
+
+@pytest.mark.parametrize("num_gpus", [0, 1])
+def test_a_worker_of_a_cluster_says_what_it_runs_networks_on(
+    monkeypatch: pytest.MonkeyPatch, num_gpus: int
+) -> None:
+    """The head has no CPU for tasks; all is one machine, so the answer is the driver's own."""
+    with running_nodes(0) as cluster:
+        cluster.add_node(num_cpus=1, num_gpus=num_gpus)
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        assert known_device() is None
+        assert find_device() == device_here()
+
+
+def test_gpus_that_others_hold_are_not_waited_for_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network_device, "_TIMEOUT_S", 1.0)
+    with running_nodes(0) as cluster:
+        cluster.add_node(num_cpus=1, num_gpus=1)
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        with ray_session():
+            holder = ray.remote(num_cpus=0, num_gpus=1)(_Holder).remote()
+            ray.get(holder.__ray_ready__.remote())
+            device = find_device()
+    assert device.is_gpu
+    assert device.has_compiler is None
+    assert "none was free to be asked" in device.name
+
+
+class _Holder:
+    """An actor that keeps what it has."""
 
 
 def _requested(gcs_address: str) -> list[dict[str, float]]:
