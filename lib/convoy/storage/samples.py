@@ -51,10 +51,10 @@ class SampleReader:
     def read(self, rows: pa.Table) -> Iterator[tuple[int, bytes | SampleRejected]]:
         """Each row's number and its image's bytes, or why there are none, in the order of the rows.
 
-        Rejects are of stage fetch: gone, changed (another etag), access_denied, checksum_mismatch (twice in a
-        row), unreadable (a parquet file, damaged twice too); but empty and too_large are of stage decode, as a
-        version's size never heals. A store that keeps failing is no fault of a sample: StoreUnavailable is raised,
-        as is any other error of storage. Closing the iterator early stops its threads.
+        Rejects are of stage fetch: gone, changed (another etag), access_denied, checksum_mismatch (twice in a row),
+        unreadable (what the disk does not give, and a damaged parquet file, twice too); but empty and too_large are
+        of stage decode, as a version's size never heals. A store that keeps failing is no fault of a sample:
+        StoreUnavailable is raised, as is any other error of storage. Closing the iterator early stops its threads.
         """
         arrived: Outcomes = {}
         reads = _Sources(self._uris, self.max_bytes, self.cache).plan_reads(rows)
