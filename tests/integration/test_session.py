@@ -15,6 +15,7 @@ import pytest
 import ray
 from ray._private.ray_constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
 from ray._raylet import GcsClient
+from ray.util import placement_group
 
 from convoy.cluster import network_device
 from convoy.cluster.growth import CPUS_VARIABLE, GPUS_VARIABLE, ClusterSize, grow_cluster
@@ -112,16 +113,12 @@ def test_gpus_that_others_hold_are_not_waited_for_for_good(monkeypatch: pytest.M
         cluster.add_node(num_cpus=1, num_gpus=1)
         monkeypatch.setenv("RAY_ADDRESS", cluster.address)
         with ray_session():
-            holder = ray.remote(num_cpus=0, num_gpus=1)(_Holder).remote()
-            ray.get(holder.__ray_ready__.remote())
+            held = placement_group([{"GPU": 1}])
+            ray.get(held.ready())
             device = find_device()
     assert device.is_gpu
     assert device.has_compiler is None
     assert "none was free to be asked" in device.name
-
-
-class _Holder:
-    """An actor that keeps what it has."""
 
 
 def _requested(gcs_address: str) -> list[dict[str, float]]:
