@@ -87,7 +87,7 @@ def _workload(network: ScoredNetwork, *, cpu: tuple[int, int], gpu: tuple[int, i
 def _workloads() -> dict[Regime, Workload]:
     return {
         Regime.COMPUTE: _workload(RESNET_18, cpu=(2048, 32), gpu=(32768, 256)),
-        Regime.DATA: _workload(_LENET, cpu=(16384, 32), gpu=(32768, 256)),
+        Regime.DATA: _workload(_LENET, cpu=(16384, 128), gpu=(32768, 256)),
         Regime.LARGE: _workload(_LENET, cpu=(128, 8), gpu=(512, 8)),
     }
 

@@ -59,11 +59,13 @@ class DecodeWindow:
     ) -> Future[ResultT | SampleRejected]:
         """What `decode(data, *arguments, **options)` gives in a decode thread, or why there is no such image."""
         size_bytes = 0 if isinstance(data, SampleRejected) else len(data)
-        while self._undecoded and (
-            self._undecoded[0][1].done() or self._bytes + size_bytes > self._max_bytes
-        ):
-            oldest_bytes, oldest = self._undecoded.popleft()
-            wait([oldest])
+        while self._undecoded:
+            oldest_bytes, oldest = self._undecoded[0]
+            if not oldest.done():
+                if self._bytes + size_bytes <= self._max_bytes:
+                    break
+                wait([oldest])
+            self._undecoded.popleft()
             self._bytes -= oldest_bytes
         future = self._decoders.submit(_outcome, lambda image: decode(image, *arguments, **options), data)
         self._undecoded.append((size_bytes, future))

@@ -31,8 +31,8 @@ from convoy.pipelines.augmentation_effect import AugmentationEffect, measure_aug
 from convoy.pipelines.backbone_costs import BackboneCost, measure_costs
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.cost_front import CostFront, cost_fronts
+from convoy.pipelines.device_settings import settle_precision
 from convoy.pipelines.network_training import CurveDrawer
-from convoy.pipelines.precision import settle_precision
 from convoy.storage.bundles import check_bundle_name
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore

@@ -13,9 +13,9 @@ from convoy.core.progress import Progress
 from convoy.pipelines.backbone_costs import BackboneCost, CostsConfig, measure_costs
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.cost_front import CostFront, cost_fronts
+from convoy.pipelines.device_settings import settle_precision
 from convoy.pipelines.feature_plan import ExtractionConfig, FeatureRequest
 from convoy.pipelines.features import FeatureJob
-from convoy.pipelines.precision import settle_precision
 from convoy.pipelines.probe_judging import UNKNOWN, ProbeBench, ProbeRows
 from convoy.pipelines.training_rows import RowLimit
 from convoy.storage.feature_cache import FeatureCache

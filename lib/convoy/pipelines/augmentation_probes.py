@@ -11,6 +11,7 @@ from convoy.cluster.session import ray_session
 from convoy.core.progress import Progress
 from convoy.pipelines.augmentation_outcomes import NamedPolicy, PolicyOutcome
 from convoy.pipelines.backbone_record import BackboneRecord
+from convoy.pipelines.device_settings import settle_batch_size
 from convoy.pipelines.feature_plan import ExtractionConfig, ManyPolicies
 from convoy.pipelines.features import FeatureJob
 from convoy.pipelines.probe_judging import ProbeBench, ProbeRows
@@ -89,7 +90,9 @@ class ViewProbes:
         self, backbone: BackboneRecord, policies: Sequence[NamedPolicy], rows: pa.Table, views: int
     ) -> list[PartJob]:
         """As many policies at once as a worker can hold: an image is decoded once a part."""
-        view_bytes = self._extraction.batch_size * 3 * backbone.preset.crop_px**2
+        crop_px = backbone.preset.crop_px
+        batch_size = settle_batch_size(self._store, self._request.dataset, self._extraction, crop_px)
+        view_bytes = batch_size * 3 * crop_px**2
         most = max((_MOST_BATCH_BYTES // view_bytes - 1) // (views - 1), 1)
         jobs = []
         for start in range(0, len(policies), most):

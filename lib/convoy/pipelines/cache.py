@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from convoy.core.progress import Progress
+from convoy.pipelines.device_settings import foresee_precision
 from convoy.pipelines.feature_plan import ErrorBudget, ExtractionConfig, FeatureRequest
 from convoy.pipelines.feature_summary import FeaturePlan, FeatureSummary
 from convoy.pipelines.features import FeatureJob
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.pixel_statistics import known_augmentation, resolve_augmentation
-from convoy.pipelines.precision import foresee_precision
 from convoy.pipelines.workspace import open_workspace
 from convoy.storage.datasets import open_dataset
 from convoy.storage.duplicates import DuplicateReport, find_duplicates

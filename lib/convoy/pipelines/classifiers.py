@@ -17,8 +17,8 @@ from convoy.core.errors import ConfigError, DataError
 from convoy.core.fingerprints import canonical_json, digest
 from convoy.pipelines.backbone_loading import read_backbone_state, restore_backbone
 from convoy.pipelines.backbone_record import BackboneRecord
+from convoy.pipelines.device_settings import settle_precision
 from convoy.pipelines.feature_plan import ExtractionConfig, FeatureDtype, PrecisionChoice
-from convoy.pipelines.precision import settle_precision
 from convoy.storage.bundles import ENSEMBLE_FILE, Bundle
 from convoy.storage.object_store import ObjectStore
 from convoy.vision.decode_rule import DecodeRule

@@ -172,7 +172,8 @@ class CommitteeJob:
 
     def _freeze(self, folder: RunFolder, identity: dict[str, Any], config: dict[str, Any]) -> RunRecord:
         request = self._request
-        slice_rows = request.slice_rows(self._manifest)
+        batch_size = request.batch_size(self._store)
+        slice_rows = request.slice_rows(self._manifest, batch_size)
         groups = freeze_input(folder, self._rows_by_output(), slice_rows=slice_rows)
         outputs = sorted({output for group in groups for output in group.outputs})
         record = RunRecord.new(
@@ -182,7 +183,7 @@ class CommitteeJob:
             config=config,
             outputs={output: folder.key(f"{output}/") for output in outputs},
             groups=groups,
-            settings=scoring_settings(self._manifest, request),
+            settings=scoring_settings(self._manifest, request, batch_size),
         )
         folder.write_record(record)
         return record

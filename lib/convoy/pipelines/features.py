@@ -18,6 +18,7 @@ from convoy.cluster.slices import PlannedWork, SliceTask, WorkerPool
 from convoy.core.fingerprints import digest
 from convoy.core.progress import Progress
 from convoy.pipelines.backbone_record import BackboneRecord
+from convoy.pipelines.device_settings import settle_batch_size, settle_precision
 from convoy.pipelines.feature_plan import (
     ExtractionConfig,
     FeatureRequest,
@@ -28,7 +29,6 @@ from convoy.pipelines.feature_plan import (
     set_labels,
 )
 from convoy.pipelines.feature_summary import FeaturePlan, FeatureSummary, slice_totals, timings
-from convoy.pipelines.precision import settle_precision
 from convoy.pipelines.slice_work import do_slices
 from convoy.pipelines.training_rows import rows_digest
 from convoy.storage.commits import (
@@ -206,7 +206,9 @@ class FeatureJob:
     def _freeze(self, folder: RunFolder, identity: dict[str, Any], lacking: _Lacking) -> RunRecord:
         extraction = self._extraction
         compiled, reason = plan_compile(self._backbone, self._request, extraction.compile, lacking.num_rows)
-        slice_rows = extraction.slice_rows or slice_rows_for(lacking.num_rows, extraction.batch_size)
+        crop_px = self._backbone.preset.crop_px
+        batch_size = settle_batch_size(self._store, self._request.dataset, extraction, crop_px)
+        slice_rows = extraction.slice_rows or slice_rows_for(lacking.num_rows, batch_size)
         groups = freeze_input(folder, self._missing(lacking.known), slice_rows=slice_rows)
         set_ids = sorted({set_id for group in groups for set_id in group.outputs})
         record = RunRecord.new(
@@ -215,7 +217,7 @@ class FeatureJob:
             identity=identity,
             config={
                 "request": self._request.model_dump(mode="json"),
-                "extraction": self._extraction.model_dump(mode="json"),
+                "extraction": extraction.model_dump(mode="json"),
             },
             outputs={set_id: feature_prefix(set_id, folder.run_id) for set_id in set_ids},
             groups=groups,
@@ -223,7 +225,7 @@ class FeatureJob:
             settings={
                 "compiled": compiled,
                 "compile_reason": reason,
-                "batch_size": self._extraction.batch_size,
+                "batch_size": batch_size,
             },
         )
         folder.write_record(record)

@@ -42,12 +42,19 @@ def forecast_scoring(
     """
     started_unix_s = time.time()
     num_images = request.num_rows(manifest)
-    num_sampled = max(_SAMPLED_ROWS, _SAMPLED_SLICES * _BATCHES_A_SLICE * request.extraction.batch_size)
+    batch_size = request.batch_size(store)
+    num_sampled = max(_SAMPLED_ROWS, _SAMPLED_SLICES * _BATCHES_A_SLICE * batch_size)
     rows = _spread_rows(manifest, request, num_images, min(num_sampled, num_images))
-    partitions, slice_rows = request.partition_rows(manifest), request.slice_rows(manifest)
-    batch_size = request.extraction.batch_size
-    settings = scoring_settings(manifest, request)
-    sample = _sample_request(request, rows, compiled=settings["compiled"], planned_rows=num_images)
+    partitions, slice_rows = request.partition_rows(manifest), request.slice_rows(manifest, batch_size)
+    settings = scoring_settings(manifest, request, batch_size)
+    told = request.extraction.model_copy(
+        update={
+            "batch_size": batch_size,
+            "slice_rows": max(rows.num_rows // (_SAMPLED_SLICES * batch_size), 1) * batch_size,
+            "compile": CompileChoice.ALWAYS if settings["compiled"] else CompileChoice.NEVER,
+        }
+    )
+    sample = _sample_request(request, rows, told, planned_rows=num_images)
     job = CommitteeJob(store, manifest, sample)
     found = job.ensure(
         progress=progress,
@@ -74,17 +81,9 @@ def forecast_scoring(
 
 
 def _sample_request(
-    request: PredictionRequest, rows: pa.Table, *, compiled: bool, planned_rows: int
+    request: PredictionRequest, rows: pa.Table, extraction: ExtractionConfig, *, planned_rows: int
 ) -> PredictionRequest:
     assert request.scores is not None, "only scorings are forecast"
-    extraction: ExtractionConfig = request.extraction
-    batches = max(rows.num_rows // (_SAMPLED_SLICES * extraction.batch_size), 1)
-    sampled = extraction.model_copy(
-        update={
-            "slice_rows": batches * extraction.batch_size,
-            "compile": CompileChoice.ALWAYS if compiled else CompileChoice.NEVER,
-        }
-    )
     # Without folders: of so few rows, those of one folder might not fill a batch.
     scores = replace(
         request.scores,
@@ -92,7 +91,7 @@ def _sample_request(
         forecast=None,
         partition_by=PartitionBy.NONE,
     )
-    return replace(request, rows=rows, extraction=sampled, scores=scores, planned_rows=planned_rows)
+    return replace(request, rows=rows, extraction=extraction, scores=scores, planned_rows=planned_rows)
 
 
 def _spread_rows(

@@ -13,6 +13,7 @@ from convoy.core.fingerprints import digest
 from convoy.core.records import Split
 from convoy.core.result_columns import PartitionBy, ScoreColumns
 from convoy.pipelines.committees import CommitteeMember, CommitteeRecord
+from convoy.pipelines.device_settings import settle_batch_size
 from convoy.pipelines.feature_plan import ExtractionConfig
 from convoy.pipelines.training_rows import rows_digest
 from convoy.storage.manifests import Manifest
@@ -137,10 +138,14 @@ class PredictionRequest:
         by_class = [one.by_class for one in counts]
         return [*map(sum, zip(*by_class, strict=True)), sum(one.num_unlabelled for one in counts)]
 
-    def slice_rows(self, manifest: Manifest) -> int:
+    def batch_size(self, store: ObjectStore) -> int:
+        """How many images a pass of a network takes: where nobody says, by the member that sees the largest ones."""
+        crop_px = max(self.preset(member).crop_px for member in self.committee.members)
+        return settle_batch_size(store, self.dataset, self.extraction, crop_px)
+
+    def slice_rows(self, manifest: Manifest, batch_size: int) -> int:
         """How many rows a slice has."""
-        extraction = self.extraction
-        return extraction.slice_rows or slice_rows_for(self.num_rows(manifest), extraction.batch_size)
+        return self.extraction.slice_rows or slice_rows_for(self.num_rows(manifest), batch_size)
 
     def identity(self, manifest: Manifest) -> dict[str, Any]:
         """What determines the predictions, and which of them are kept."""

@@ -17,11 +17,11 @@ from convoy.core.version import VERSION
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.classifiers import Classifier, Strategy, classifier_files
 from convoy.pipelines.committees import CommitteeRecord, committee_of, single_committee, write_ensemble
+from convoy.pipelines.device_settings import settle_precision
 from convoy.pipelines.feature_plan import ExtractionConfig
 from convoy.pipelines.feature_source import LabelledRows, open_features
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.network_training import CurveDrawer
-from convoy.pipelines.precision import settle_precision
 from convoy.pipelines.retrain_config import RetrainConfig
 from convoy.pipelines.retrain_rows import RetrainRows
 from convoy.pipelines.retrain_scoring import CachedScorer, NamedRows

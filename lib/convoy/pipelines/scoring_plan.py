@@ -21,7 +21,7 @@ from convoy.storage.runs import RunRecord
 from convoy.vision.committee_options import CommitteeOptions, MemberOptions
 
 
-def scoring_settings(manifest: Manifest, request: PredictionRequest) -> dict[str, Any]:
+def scoring_settings(manifest: Manifest, request: PredictionRequest, batch_size: int) -> dict[str, Any]:
     """What is decided once, so that a resumed run computes the very same numbers."""
     macs = sum(member.classifier.backbone.macs for member in request.committee.members)
     forecast_s = forward_s(request.num_rows(manifest) * len(crop_views(request.plan)) * macs)
@@ -29,7 +29,7 @@ def scoring_settings(manifest: Manifest, request: PredictionRequest) -> dict[str
     settings = {
         "compiled": compiled,
         "compile_reason": reason,
-        "batch_size": request.extraction.batch_size,
+        "batch_size": batch_size,
     }
     if request.scores is not None:
         settings["forecast"] = request.scores.forecast

@@ -19,13 +19,13 @@ from convoy.core.training_events import EpochResult
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.classifiers import Classifier, Strategy, as_is, classifier_files
 from convoy.pipelines.dataset_choice import open_as_begun
+from convoy.pipelines.device_settings import settle_precision
 from convoy.pipelines.distillation import taught_rows, with_pinned_teacher
 from convoy.pipelines.evaluation import Evaluation, EvaluationTask, evaluate_classifier, require_labels
 from convoy.pipelines.feature_plan import FeatureDtype
 from convoy.pipelines.model_cards import training_card
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.network_training import CurveDrawer, TrainedNetwork, network_training, open_training
-from convoy.pipelines.precision import settle_precision
 from convoy.pipelines.probing import HeadSummary, TrialSummary, check_head, fit_probe
 from convoy.pipelines.train_config import NETWORKS, PROBES, TrainConfig
 from convoy.pipelines.training_rows import Fold, count_classes, fold_rows, has_labels, read_split

@@ -15,6 +15,8 @@ _MAX_ASPECT = 16
 
 def cut(images: torch.Tensor, box: Box) -> torch.Tensor:
     """The box of one image or of a batch, as a view of the same memory."""
+    if images.shape[-2:] == (box.height, box.width):
+        return images
     return images[..., box.top : box.top + box.height, box.left : box.left + box.width]
 
 

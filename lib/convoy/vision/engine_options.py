@@ -14,6 +14,11 @@ from convoy.core.machine import MachineFacts, machine_facts, read_cpuinfo
 _GPU = Path("/dev/nvidiactl")
 _GPU_COMPILERS = ("gcc", "clang")
 _CPU_COMPILERS = ("g++", "clang++")
+# Images of 224 pixels in a batch, and how many there are at most of smaller ones. On CPUs more of them fall out of the
+# caches; GPUs without native bf16 are the ones with little memory.
+_CPU_BATCH, _MOST_IN_A_CPU_BATCH = 32, 128
+_GPU_BATCH, _OLD_GPU_BATCH = 256, 64
+_BATCH_PX = 224
 
 
 class Precision(StrEnum):
@@ -43,6 +48,15 @@ class NetworkDevice(StrictModel):
     is_gpu: bool
     precision: Precision
     has_compiler: bool | None
+
+    def batch_size(self, crop_px: int) -> int:
+        """Images of `crop_px` a pass where nobody says otherwise: a power of two; the larger they are, the fewer."""
+        at_224 = _CPU_BATCH
+        if self.is_gpu:
+            at_224 = _GPU_BATCH if self.precision is Precision.BF16 else _OLD_GPU_BATCH
+        most = at_224 if self.is_gpu else _MOST_IN_A_CPU_BATCH
+        fitting = min(at_224 * _BATCH_PX**2 // crop_px**2, most)
+        return 1 << max(fitting.bit_length() - 1, 0)
 
     @property
     def precision_note(self) -> str:

@@ -30,8 +30,8 @@ def cut_slots(
         crops = _multiscale_crops(pixels_CHW, geometry, plan.multiscale)
     else:
         crops = _single_scale_crops(pixels_CHW, geometry, plan.policy)
-    for slot_CHW, crop_CHW in zip(out_SCHW, crops, strict=True):
-        slot_CHW.copy_(crop_CHW)
+    for slot, crop_CHW in zip(range(len(out_SCHW)), crops, strict=True):
+        out_SCHW[slot].copy_(crop_CHW)
 
 
 def _single_scale_crops(

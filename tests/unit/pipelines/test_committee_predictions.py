@@ -349,7 +349,7 @@ def test_a_pretrained_network_scores_in_the_precision_of_a_clusters_workers(
     """A head without a GPU drives, and has no say in it; what is done asks nobody."""
     answers = [made_device(Precision.BF16)]
     monkeypatch.setenv("RAY_ADDRESS", "auto")
-    monkeypatch.setattr("convoy.pipelines.precision.find_device", answers.pop)
+    monkeypatch.setattr("convoy.pipelines.device_settings.find_device", answers.pop)
     config = ScoreConfig.model_validate(
         {
             "workspace": store.root_uri,

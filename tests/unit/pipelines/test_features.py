@@ -178,7 +178,7 @@ def test_features_of_a_cluster_are_of_its_workers_precision_and_done_ones_ask_no
     """A head without a GPU drives, and has no say in it."""
     answers = [made_device(Precision.BF16)]
     monkeypatch.setenv("RAY_ADDRESS", "auto")
-    monkeypatch.setattr("convoy.pipelines.precision.find_device", answers.pop)
+    monkeypatch.setattr("convoy.pipelines.device_settings.find_device", answers.pop)
     summaries = [ensure(job(store, extraction=ExtractionConfig())) for _ in range(2)]
     assert [one.precision for one in summaries] == ["bf16", "bf16"]
     assert [one.recomputed for one in summaries] == [NUM_IMAGES, 0]

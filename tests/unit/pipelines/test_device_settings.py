@@ -8,7 +8,12 @@ import pytest
 
 from convoy.cluster.growth import GPUS_VARIABLE
 from convoy.core.errors import ConfigError
-from convoy.pipelines import precision
+from convoy.pipelines import device_settings
+from convoy.pipelines.device_settings import (
+    foresee_precision,
+    settle_batch_size,
+    settle_precision,
+)
 from convoy.pipelines.feature_plan import (
     COMPILE_PAYS_FROM_S,
     CompileChoice,
@@ -16,7 +21,6 @@ from convoy.pipelines.feature_plan import (
     PrecisionChoice,
     compile_decision,
 )
-from convoy.pipelines.precision import foresee_precision, settle_precision
 from convoy.storage.local_store import LocalStore
 from convoy.vision.engine_options import NetworkDevice, Precision, device_here
 from made_devices import made_device
@@ -36,7 +40,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> list[NetworkDevice]:
     answers: list[NetworkDevice] = []
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     monkeypatch.delenv(GPUS_VARIABLE, raising=False)
-    monkeypatch.setattr(precision, "find_device", lambda: answers.pop(0))
+    monkeypatch.setattr(device_settings, "find_device", lambda: answers.pop(0))
     return answers
 
 
@@ -69,6 +73,30 @@ def test_what_a_config_says_holds_and_nobody_is_asked(
     told = ExtractionConfig(precision=PrecisionChoice.FP32)
     assert settle_precision(store, "digits", told) == (told, ())
     assert foresee_precision(store, "digits", told) == (told, ())
+
+
+def test_a_batch_that_is_not_told_is_that_of_the_device_that_was_asked_before(
+    store: LocalStore, answers: list[NetworkDevice]
+) -> None:
+    answers += [made_device()]
+    assert settle_batch_size(store, "digits", ExtractionConfig(batch_size=5), 224) == 5
+    assert answers, "what is told needs no device"
+    settle_precision(store, "digits", AUTO)
+    assert settle_batch_size(store, "digits", AUTO, 224) == 256
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [
+        (made_device(Precision.BF16), {32: 256, 224: 256, 299: 128, 600: 32}),
+        (made_device(Precision.FP32), {32: 64, 224: 64, 299: 32}),
+        (made_device(Precision.FP32, is_gpu=False), {28: 128, 96: 128, 160: 32, 224: 32, 384: 8, 5000: 1}),
+    ],
+)
+def test_the_larger_the_images_the_fewer_are_in_a_batch(
+    device: NetworkDevice, expected: dict[int, int]
+) -> None:
+    assert {crop_px: device.batch_size(crop_px) for crop_px in expected} == expected
 
 
 def test_a_plan_asks_nobody_and_says_so(store: LocalStore, answers: list[NetworkDevice]) -> None:

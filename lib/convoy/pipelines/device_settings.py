@@ -1,4 +1,4 @@
-"""What a precision of `auto` means for the features of a dataset: what the device that computes them computes fast.
+"""What settings that go by the device mean for a dataset: a precision of `auto`, and a batch of no told size.
 
 Of a cluster a worker is asked, and its answer is kept beside the dataset. So a job that finds nothing to do need not
 wait for Ray, and the features of a dataset stay of one precision when another kind of machine computes the next.
@@ -25,14 +25,25 @@ class SettledExtraction(NamedTuple):
 
 
 def settle_precision(store: ObjectStore, dataset: str, extraction: ExtractionConfig) -> SettledExtraction:
-    """The settings as all machines are told them; a cluster is asked once for a dataset, which takes Ray."""
+    """The settings as all machines are told them: by the device of `settle_device` where they are `auto`."""
     if extraction.precision is not PrecisionChoice.AUTO:
         return SettledExtraction(extraction)
+    device = settle_device(store, dataset)
+    return _settled(extraction, device, device.precision_note)
+
+
+def settle_batch_size(store: ObjectStore, dataset: str, extraction: ExtractionConfig, crop_px: int) -> int:
+    """How many images of `crop_px` a pass of a network takes."""
+    return extraction.batch_size or settle_device(store, dataset).batch_size(crop_px)
+
+
+def settle_device(store: ObjectStore, dataset: str) -> NetworkDevice:
+    """What runs the networks for a dataset; a cluster is asked once, which takes Ray."""
     device = known_device() or _kept(store, dataset)
     if device is None:
         device = find_device()
         store.put(_key(dataset), canonical_json(device))
-    return _settled(extraction, device, device.precision_note)
+    return device
 
 
 def foresee_precision(store: ObjectStore, dataset: str, extraction: ExtractionConfig) -> SettledExtraction:
