@@ -343,7 +343,7 @@ def test_a_cut_off_scoring_is_not_ended_with_other_settings(
     assert list(open_pointers(store)) == [begun]
 
 
-def test_a_pretrained_network_scores_in_the_precision_of_a_clusters_workers(
+def test_a_pretrained_network_scores_in_precision_and_batches_of_a_clusters_workers(
     store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A head without a GPU drives, and has no say in it; what is done asks nobody."""
@@ -359,7 +359,7 @@ def test_a_pretrained_network_scores_in_the_precision_of_a_clusters_workers(
                 "backbone": {"arch": "lenet5", "weights": "random", "num_classes": 10},
                 "classes": [str(digit) for digit in range(10)],
             },
-            "extraction": EXTRACTION,
+            "extraction": ExtractionConfig(),
         }
     )
     first, again = (run_score(config, progress=Silent()) for _ in range(2))
@@ -367,4 +367,5 @@ def test_a_pretrained_network_scores_in_the_precision_of_a_clusters_workers(
     record = RunFolder(store, first.run).record()
     assert record is not None
     assert record.identity["precision"] == ["bf16"]
+    assert record.settings["batch_size"] == made_device().batch_size(32)
     assert not answers

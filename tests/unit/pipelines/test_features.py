@@ -185,3 +185,15 @@ def test_features_of_a_cluster_are_of_its_workers_precision_and_done_ones_ask_no
     for summary in summaries:
         assert "precision bf16: NVIDIA H100 computes bf16 natively" in summary.notes
     assert not answers
+
+
+@pytest.mark.parametrize("told", [None, 3])
+def test_the_batch_of_a_run_is_the_told_one_or_that_of_the_clusters_workers(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch, told: int | None
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr("convoy.pipelines.device_settings.find_device", made_device)
+    run = ensure(job(store, extraction=FP32.model_copy(update={"batch_size": told}))).run
+    record = RunFolder(store, str(run)).record()
+    assert record is not None
+    assert record.settings["batch_size"] == (told or made_device().batch_size(28))
