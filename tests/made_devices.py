@@ -11,6 +11,9 @@ def made_device(
     name: str = "NVIDIA H100",
     is_gpu: bool = True,
     has_compiler: bool | None = True,
+    num_cpus: int = 2,
 ) -> NetworkDevice:
     """A GPU that has bf16, with a compiler beside it, unless it is said otherwise."""
-    return NetworkDevice(name=name, is_gpu=is_gpu, precision=precision, has_compiler=has_compiler)
+    return NetworkDevice(
+        name=name, is_gpu=is_gpu, precision=precision, has_compiler=has_compiler, num_cpus=num_cpus
+    )

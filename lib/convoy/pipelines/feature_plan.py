@@ -20,8 +20,8 @@ from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.decode_rule import DecodeRule
 from convoy.vision.engine_options import NetworkDevice, Precision
 
-# torch.compile costs about half a minute a worker and saves about a sixth of the forward time (resnet18 and
-# resnet50 at 224 pixels on two AVX512-bf16 cores): it pays from this much forward work on.
+# torch.compile costs about half a minute a worker and saves about a sixth of the forward time (resnet18 and resnet50
+# at 224 pixels on two AVX512-bf16 cores): it pays from this much forward work of a device on.
 COMPILE_PAYS_FROM_S = 400.0
 # Multiply-adds a second of two such cores in bf16; the forecast needs no better guess.
 _MACS_PER_S = 2.5e11
@@ -162,17 +162,22 @@ def plan_compile(
 def compile_decision(
     choice: CompileChoice, forecast_s: float, find: DeviceFinder = find_device
 ) -> tuple[bool, str]:
-    """The same for so many seconds in networks. ConfigError where it must be compiled and workers cannot."""
+    """The same for so many seconds in networks on two cores, of which other devices need fewer.
+
+    ConfigError where it must be compiled and workers cannot.
+    """
     if choice is CompileChoice.NEVER:
         return False, "eager: compile is set to never"
     reason = "compile is set to always"
+    # No device is slower, so what does not pay there pays nowhere, and nobody is asked.
+    device = find() if choice is CompileChoice.ALWAYS or forecast_s >= COMPILE_PAYS_FROM_S else None
     if choice is CompileChoice.AUTO:
-        pays = forecast_s >= COMPILE_PAYS_FROM_S
+        device_s = forecast_s / (device.speed if device else 1.0)
+        pays = device_s >= COMPILE_PAYS_FROM_S
         relation = "at least" if pays else "less than"
-        reason = f"forecast of {forecast_s:.0f} s forward is {relation} {COMPILE_PAYS_FROM_S:.0f} s"
+        reason = f"forecast of {device_s:.0f} s forward is {relation} {COMPILE_PAYS_FROM_S:.0f} s"
         if not pays:
             return False, f"eager: {reason}"
-    device = find()
     if device is None:
         return True, f"compiled: {reason}, if the workers have a compiler"
     if device.has_compiler is False and choice is CompileChoice.ALWAYS:
