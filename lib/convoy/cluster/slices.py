@@ -46,10 +46,11 @@ class WorkerPool(StrictModel):
 
 
 class PlannedWork(NamedTuple):
-    """What a pool is to do: so many rows, by networks of so many bytes."""
+    """What a pool is to do: so many rows, by networks of so many bytes, in so many slices if that is known."""
 
     num_rows: int = 0
     weights_bytes: int = 0
+    num_slices: int | None = None
 
 
 _NO_WORK = PlannedWork()
@@ -91,7 +92,8 @@ def fit_pool(
     """Operators for these nodes; unless their number is given, the CPUs are shared out as threads.
 
     Without GPUs one a node, and for many rows one a CPU. With GPUs one for every four CPUs beside a GPU, and at most
-    four share it: one process cannot decode as fast as a GPU computes, because its threads share Python's lock.
+    four share it: one process cannot decode as fast as a GPU computes, because its threads share Python's lock. For few
+    slices there are fewer, as many on each GPU: Ray would put what is left of a full pool on the first ones.
     """
     usable = [node for node in nodes if node.cpus > 0]
     if not usable:
@@ -105,6 +107,8 @@ def fit_pool(
         return WorkerPool(num_workers=workers, num_cpus=num_cpus, num_gpus=0, num_threads=num_threads)
     cpus_a_gpu = min(node.cpus // node.gpus for node in nodes if node.gpus)
     share = min(max(cpus_a_gpu // _CPUS_AN_OPERATOR, 1), _MOST_OPERATORS_A_GPU)
+    if work.num_slices is not None:
+        share = min(share, max(work.num_slices // num_gpus, 1))
     workers = num_workers or num_gpus * share
     on_one_gpu = -(-workers // num_gpus)
     return WorkerPool(
@@ -169,11 +173,14 @@ def run_slices(
     metrics = SliceMetrics(verb, spec.run_id, num_slices=len(tasks))
     rows = [{"task": task.model_dump_json()} for task in tasks]
     # A block a slice: slices are handed out one by one, and a record comes back as soon as its slice is done.
+    num_workers = min(pool.num_workers, len(rows))
+    # While a worker does a slice, Ray holds the next one ready there: of few slices, one that another worker lacks.
+    ahead = 1 if len(rows) < 2 * num_workers else None
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         SliceWorker,
         fn_constructor_args=(factory, spec.model_dump_json(), secrets.token_hex(8), library_versions()),
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=min(pool.num_workers, len(rows))),
+        compute=ray.data.ActorPoolStrategy(size=num_workers, max_tasks_in_flight_per_actor=ahead),
         num_cpus=pool.num_cpus,
         num_gpus=pool.num_gpus,
     )

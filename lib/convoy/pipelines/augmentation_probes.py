@@ -11,7 +11,6 @@ from convoy.cluster.session import ray_session
 from convoy.core.progress import Progress
 from convoy.pipelines.augmentation_outcomes import NamedPolicy, PolicyOutcome
 from convoy.pipelines.backbone_record import BackboneRecord
-from convoy.pipelines.device_settings import settle_batch_size
 from convoy.pipelines.feature_plan import ExtractionConfig, ManyPolicies
 from convoy.pipelines.features import FeatureJob
 from convoy.pipelines.probe_judging import ProbeBench, ProbeRows
@@ -22,6 +21,8 @@ from convoy.vision.heads import HeadConfig
 
 # Of one batch in all of its views; a worker holds three such batches.
 _MOST_BATCH_BYTES = 128 * 2**20
+# One that is not told is made smaller where there are many views.
+_USUAL_BATCH = 32
 # The eval view, and the first drawn one.
 _JUDGED_VIEWS = 2
 
@@ -90,9 +91,8 @@ class ViewProbes:
         self, backbone: BackboneRecord, policies: Sequence[NamedPolicy], rows: pa.Table, views: int
     ) -> list[PartJob]:
         """As many policies at once as a worker can hold: an image is decoded once a part."""
-        crop_px = backbone.preset.crop_px
-        batch_size = settle_batch_size(self._store, self._request.dataset, self._extraction, crop_px)
-        view_bytes = batch_size * 3 * crop_px**2
+        batch_size = self._extraction.batch_size or _USUAL_BATCH
+        view_bytes = batch_size * 3 * backbone.preset.crop_px**2
         most = max((_MOST_BATCH_BYTES // view_bytes - 1) // (views - 1), 1)
         jobs = []
         for start in range(0, len(policies), most):

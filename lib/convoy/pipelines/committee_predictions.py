@@ -209,6 +209,13 @@ class CommitteeJob:
             return score_slices(spec, tasks, pool)
 
         extraction = self._request.extraction
+        planned_rows = self._request.planned_rows
+        work = PlannedWork(
+            planned_rows or record.num_inputs,
+            self._request.committee.weights_bytes,
+            # Those of a sample say nothing of the whole.
+            None if planned_rows else record.num_slices,
+        )
         return do_slices(
             folder,
             record,
@@ -216,9 +223,7 @@ class CommitteeJob:
             lease=lease,
             extraction=extraction,
             progress=progress,
-            work=PlannedWork(
-                self._request.planned_rows or record.num_inputs, self._request.committee.weights_bytes
-            ),
+            work=work,
         )
 
 

@@ -16,6 +16,9 @@ from convoy.storage.documents import read_json
 from convoy.storage.object_store import ObjectStore
 from convoy.vision.engine_options import NetworkDevice, device_here
 
+# A worker holds three such batches, beside a GPU in memory that is pinned.
+_MOST_BATCH_BYTES = 512 << 20
+
 
 class SettledExtraction(NamedTuple):
     """Settings whose precision is told, and why it is that where it was `auto`."""
@@ -32,9 +35,14 @@ def settle_precision(store: ObjectStore, dataset: str, extraction: ExtractionCon
     return _settled(extraction, device, device.precision_note)
 
 
-def settle_batch_size(store: ObjectStore, dataset: str, extraction: ExtractionConfig, crop_px: int) -> int:
-    """How many images of `crop_px` a pass of a network takes."""
-    return extraction.batch_size or settle_device(store, dataset).batch_size(crop_px)
+def settle_batch_size(
+    store: ObjectStore, dataset: str, extraction: ExtractionConfig, crop_px: int, *, num_crops: int = 1
+) -> int:
+    """How many images of `crop_px` a pass of a network takes; fewer where so many crops of each lie beside it."""
+    if extraction.batch_size is not None:
+        return extraction.batch_size
+    fitting = max(_MOST_BATCH_BYTES // (num_crops * 3 * crop_px**2), 1)
+    return min(settle_device(store, dataset).batch_size(crop_px), 1 << (fitting.bit_length() - 1))
 
 
 def settle_device(store: ObjectStore, dataset: str) -> NetworkDevice:

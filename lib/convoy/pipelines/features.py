@@ -207,7 +207,13 @@ class FeatureJob:
         extraction = self._extraction
         compiled, reason = plan_compile(self._backbone, self._request, extraction.compile, lacking.num_rows)
         crop_px = self._backbone.preset.crop_px
-        batch_size = settle_batch_size(self._store, self._request.dataset, extraction, crop_px)
+        batch_size = settle_batch_size(
+            self._store,
+            self._request.dataset,
+            extraction,
+            crop_px,
+            num_crops=len(self._request.drawn_views),
+        )
         slice_rows = extraction.slice_rows or slice_rows_for(lacking.num_rows, batch_size)
         groups = freeze_input(folder, self._missing(lacking.known), slice_rows=slice_rows)
         set_ids = sorted({set_id for group in groups for set_id in group.outputs})
@@ -246,7 +252,7 @@ class FeatureJob:
             lease=lease,
             extraction=self._extraction,
             progress=progress,
-            work=PlannedWork(record.num_inputs, self._backbone.weights_bytes),
+            work=PlannedWork(record.num_inputs, self._backbone.weights_bytes, record.num_slices),
         )
 
     def _spec(self, record: RunRecord, pool: WorkerPool) -> ExtractionSpec:

@@ -128,7 +128,7 @@ class _Inspection:
             return inspect_slices(self._spec(record, pool), tasks, pool)
 
         extraction = self._config.extraction
-        work = PlannedWork(record.num_inputs)
+        work = PlannedWork(record.num_inputs, num_slices=record.num_slices)
         do_slices(folder, record, run, lease=lease, extraction=extraction, progress=self._progress, work=work)
         publish(folder, record, read_records(folder))
 

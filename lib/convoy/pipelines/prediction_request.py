@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from convoy.core.crop_policies import CropPlan, CropPolicy, EvaluationMode, MemberOutputs
+from convoy.core.crop_policies import CropPlan, CropPolicy, EvaluationMode, MemberOutputs, num_slots
 from convoy.core.fingerprints import digest
 from convoy.core.records import Split
 from convoy.core.result_columns import PartitionBy, ScoreColumns
@@ -21,7 +21,7 @@ from convoy.storage.object_store import ObjectStore
 from convoy.storage.run_input import slice_rows_for
 from convoy.vision.committee_options import GateOptions
 from convoy.vision.engine_options import Precision
-from convoy.vision.presets import EvalPreset, dense_preset
+from convoy.vision.presets import EvalPreset, dense_preset, geometry_of
 
 EVALUATE, SCORE = "evaluate", "score"
 
@@ -140,8 +140,10 @@ class PredictionRequest:
 
     def batch_size(self, store: ObjectStore) -> int:
         """How many images a pass of a network takes: where nobody says, by the member that sees the largest ones."""
-        crop_px = max(self.preset(member).crop_px for member in self.committee.members)
-        return settle_batch_size(store, self.dataset, self.extraction, crop_px)
+        geometries = {geometry_of(self.preset(member)) for member in self.committee.members}
+        crop_px = max(geometry.crop_px for geometry in geometries)
+        num_crops = num_slots(self.plan) * len(geometries)
+        return settle_batch_size(store, self.dataset, self.extraction, crop_px, num_crops=num_crops)
 
     def slice_rows(self, manifest: Manifest, batch_size: int) -> int:
         """How many rows a slice has."""

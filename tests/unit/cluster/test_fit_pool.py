@@ -50,6 +50,13 @@ def test_an_operator_may_be_given_its_share_of_the_cpus() -> None:
     assert fit_pool(1, [NodeSize(16, 2)], 4).num_threads == 4
 
 
+@pytest.mark.parametrize(("num_slices", "num_workers"), [(5, 8), (10, 8), (25, 24), (32, 32), (1000, 32)])
+def test_few_slices_are_shared_out_among_all_gpus(num_slices: int, num_workers: int) -> None:
+    """Operators of a quarter of a GPU, of which there are ten, Ray puts on three of eight GPUs."""
+    pool = fit_pool(None, [NodeSize(192, 8)], work=PlannedWork(10_000, num_slices=num_slices))
+    assert (pool.num_workers, pool.num_gpus) == (num_workers, 8 / num_workers)
+
+
 GIB = 1 << 30
 
 

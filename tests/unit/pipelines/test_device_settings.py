@@ -26,7 +26,8 @@ from convoy.vision.engine_options import NetworkDevice, Precision, device_here
 from made_devices import made_device
 
 AUTO = ExtractionConfig()
-LONG_S, SHORT_S = COMPILE_PAYS_FROM_S, COMPILE_PAYS_FROM_S - 1
+# On two cores; of the first a GPU needs the last.
+LONG_S, SHORT_S = COMPILE_PAYS_FROM_S * made_device().speed, COMPILE_PAYS_FROM_S - 1
 
 
 @pytest.fixture
@@ -86,6 +87,17 @@ def test_a_batch_that_is_not_told_is_that_of_the_device_that_was_asked_before(
 
 
 @pytest.mark.parametrize(
+    ("num_crops", "expected"), [(1, 256), (6, 256), (2 * 6, 256), (72, 32), (2 * 72, 16)]
+)
+def test_many_crops_of_an_image_make_batches_smaller(
+    store: LocalStore, answers: list[NetworkDevice], num_crops: int, expected: int
+) -> None:
+    """A worker holds three of them, of 2.6 GiB each if it were 256 images in 72 crops."""
+    answers += [made_device()]
+    assert settle_batch_size(store, "digits", AUTO, 224, num_crops=num_crops) == expected
+
+
+@pytest.mark.parametrize(
     ("device", "expected"),
     [
         (made_device(Precision.BF16), {32: 256, 224: 256, 299: 128, 600: 32}),
@@ -139,6 +151,17 @@ def test_networks_are_compiled_where_the_workers_can(
     assert reason.startswith(
         "compiled" if expected else "eager: no gcc or clang was found beside NVIDIA H100"
     )
+
+
+@pytest.mark.parametrize(
+    "device", [made_device(), made_device(Precision.FP32), made_device(is_gpu=False, num_cpus=64)]
+)
+def test_a_faster_device_must_have_more_to_do_before_compiling_pays(device: NetworkDevice) -> None:
+    enough_s = COMPILE_PAYS_FROM_S * device.speed
+    assert compile_decision(CompileChoice.AUTO, enough_s, lambda: device)[0]
+    compiled, reason = compile_decision(CompileChoice.AUTO, enough_s - device.speed, lambda: device)
+    assert not compiled
+    assert reason == "eager: forecast of 399 s forward is less than 400 s"
 
 
 def no_question() -> NetworkDevice:
