@@ -14,7 +14,7 @@ from convoy.vision.engine_options import Precision, device_here
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
     """A machine with a GPU in it, and a CPU without bf16."""
-    monkeypatch.setattr(engine_options, "_GPU", tmp_path)
+    monkeypatch.setattr(engine_options, "_GPU_DEVICES", (tmp_path,))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
     monkeypatch.setattr(engine_options, "read_cpuinfo", lambda: {"flags": "avx2"})
