@@ -116,6 +116,10 @@ def plan_network(
     if wanted.precision is Precision.AUTO:
         unknown = "precision auto: the training itself asks a worker of the cluster"
         notes.append(unknown if device is None else device.precision_note)
+    if (last_px := phases[-1].resolution_px) is not None:
+        notes.append(
+            f"the last phase learns and is judged at {last_px} pixels; its bundle sees those of the preset"
+        )
     if balance is not Balance.NONE:
         notes.append(f"classes are balanced by {balance.value}: {min(counts)} to {max(counts)} images")
     if recipe.average_epochs < wanted.average_epochs:

@@ -205,8 +205,8 @@ class AugmentationPolicy(StrictModel):
     """One declared policy for training and for the views of the feature cache.
 
     In a config it is written by its sections, by the name of a ready policy (`augmentation: standard`), or by
-    both: `augmentation: {base: standard, rotation: {degrees: 5}}`. Sections are applied in the order of the
-    fields.
+    both: `augmentation: {base: standard, rotation: {degrees: 5}}`. What is written of a section that the base has
+    changes that only, unless it is of another kind. Sections are applied in the order of the fields.
     """
 
     seed: int = 0
@@ -233,7 +233,9 @@ class AugmentationPolicy(StrictModel):
         base = given["base"]
         if base not in READY_POLICIES:
             raise ValueError(f"there is no ready policy '{base}', only: {', '.join(READY_POLICIES)}")
-        return {**READY_POLICIES[base], **{key: value for key, value in given.items() if key != "base"}}
+        ready = READY_POLICIES[base]
+        own = {key: _changed(ready.get(key), section) for key, section in given.items() if key != "base"}
+        return {**ready, **own}
 
     @classmethod
     def ready(cls, name: str) -> AugmentationPolicy:
@@ -261,6 +263,14 @@ class AugmentationPolicy(StrictModel):
                 next_step="`convoy cache` and `convoy report augmentation` fit them to the train split; or write"
                 " the basis into the config",
             )
+
+
+def _changed(ready: Any, section: Any) -> Any:
+    """A section of a ready policy with what a config says of it."""
+    if not (isinstance(ready, dict) and isinstance(section, dict)):
+        return section
+    is_other_kind = section.get("kind", ready.get("kind")) != ready.get("kind")
+    return section if is_other_kind else {**ready, **section}
 
 
 def view_recipe(preset: EvalPreset, policy: AugmentationPolicy | None, view: int) -> dict[str, Any]:

@@ -50,14 +50,15 @@ class ScheduleKind(StrEnum):
 
 
 class Schedule(StrictModel):
-    """`warmup` and `milestones` are shares of the phase; the rate rises linearly from nearly 0 in the warm-up.
+    """`warmup` and `milestones` are shares of the phase: epoch 30 of 90 is 1/3.
 
-    `final_factor` is what a cosine ends at, as a share of the highest rate.
+    The rate rises linearly from nearly 0 in the warm-up. `final_factor` is what a cosine ends at, as a share of the
+    highest rate.
     """
 
     kind: ScheduleKind = ScheduleKind.COSINE
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    milestones: tuple[float, ...] = (0.5, 0.75)
+    milestones: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.5, 0.75)
     gamma: PositiveFloat = 0.1
     final_factor: Annotated[float, Field(ge=0, le=1)] = 0.0
 

@@ -146,6 +146,12 @@ def test_who_averages_no_epochs_is_told_nothing_of_them() -> None:
     assert not any("half" in note for note in plan.notes)
 
 
+def test_a_last_phase_of_another_resolution_is_told() -> None:
+    phases = [{"name": "small", "epochs": 1, "learning_rate": 0.1, "resolution_px": 24}]
+    assert any("judged at 24 pixels" in note for note in plan_of(phases=phases).notes)
+    assert not any("judged at" in note for note in plan_of().notes)
+
+
 def test_a_precision_of_auto_is_that_of_what_trains_and_is_told() -> None:
     plan = plan_of()
     assert plan.recipe.precision is Precision.BF16

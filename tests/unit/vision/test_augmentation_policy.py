@@ -77,6 +77,16 @@ def test_config_names_a_ready_policy_and_changes_it() -> None:
     assert AugmentationPolicy.model_validate(changed.model_dump(mode="json")) == changed
 
 
+def test_what_is_said_of_a_section_changes_that_of_the_ready_policy_only() -> None:
+    padded = load_config(AugmentationPolicy, None, ["base=cifar", "crop.padding=reflect"]).crop
+    assert (padded.kind, padded.padding) == (CropKind.RANDOM, "reflect")
+    erasing = AugmentationPolicy.model_validate({"base": "standard", "erasing": {"area": (0.1, 0.2)}}).erasing
+    assert erasing is not None
+    assert (erasing.probability, erasing.area) == (0.1, (0.1, 0.2))
+    other = AugmentationPolicy.model_validate({"base": "cifar", "crop": {"kind": "random_resized"}})
+    assert other.crop == Crop()
+
+
 def test_unknown_ready_policy_and_unknown_key_name_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="only: none, light, cifar, standard"):
         load_config(AugmentationPolicy, None, ["base=strong"])

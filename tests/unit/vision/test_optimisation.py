@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, OneCycleLR
 
-from convoy.core.errors import DataError
+from convoy.core.config import load_config
+from convoy.core.errors import ConfigError, DataError
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.backbones import build_network, depth_axis
 from convoy.vision.freezing import freeze
@@ -117,6 +118,11 @@ def test_steps_are_those_of_torch() -> None:
     schedule = Schedule(kind=ScheduleKind.STEP, milestones=(0.25, 0.5, 0.8), gamma=0.2)
     theirs = torch_rates(lambda one: MultiStepLR(one, milestones=[10, 20, 32], gamma=0.2), 40)
     assert factors(schedule, 40) == pytest.approx(theirs, rel=1e-12)
+
+
+def test_milestones_in_epochs_are_refused_as_they_would_never_come() -> None:
+    with pytest.raises(ConfigError, match=r"milestones\.0: Input should be less than 1"):
+        load_config(Schedule, None, ["kind=step", "milestones=[30, 60]"])
 
 
 def test_one_cycle_is_that_of_torch_in_the_middle_of_each_step() -> None:
