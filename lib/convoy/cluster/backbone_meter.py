@@ -10,6 +10,7 @@ from torch import Tensor
 
 from convoy.cluster.kept_weights import read_kept_weights
 from convoy.cluster.prepared_batches import ImagePreparer, SliceImages
+from convoy.cluster.slices import WorkerPool
 from convoy.cluster.timing_spec import BackboneTiming, TimingSpec, keep_timing, kept_timing
 from convoy.core.processes import keep_freed_memory
 from convoy.storage.object_store import ObjectStore
@@ -27,14 +28,12 @@ from convoy.vision.weights import load_weights
 _FEWEST_BATCHES = 8
 
 
-def measure_backbone(
-    workspace: str, spec: TimingSpec, images: pa.Table, *, num_threads: int
-) -> BackboneTiming:
-    """Measure the network of a spec and keep the result, unless it is kept for a machine like this one.
+def measure_backbone(workspace: str, spec: TimingSpec, images: pa.Table, pool: WorkerPool) -> BackboneTiming:
+    """Measure the network of a spec as a worker of the pool, and keep it, unless it is kept for a machine like this.
 
     `images` are rows of a manifest, which come again where they are few; without rows only the network is timed.
     """
-    store, machine = open_store(workspace), facts_here()
+    store, machine, num_threads = open_store(workspace), facts_here(), pool.num_threads
     kept = kept_timing(store, spec, machine)
     if kept is not None:
         return kept
@@ -49,6 +48,8 @@ def measure_backbone(
         job_images_per_s=_job_images_per_s(engine, spec, images, num_threads) if images.num_rows else None,
         peak_memory_bytes=memory.peak_bytes(),
         num_threads=num_threads,
+        num_workers=pool.num_workers,
+        gpu_share=pool.num_gpus,
         machine=machine,
         measured_unix_s=time.time(),
     )

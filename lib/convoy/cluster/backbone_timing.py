@@ -39,15 +39,16 @@ def time_backbones(
     rows = ray.put(images)
     for spec in specs:
         try:
-            result = ray.get(measure.remote(workspace, spec.model_dump_json(), rows, pool.num_threads))
+            result = ray.get(measure.remote(workspace, spec.model_dump_json(), rows, pool.model_dump_json()))
         except RayError as error:
             raise first_cause(error) from error
         yield BackboneTiming.model_validate_json(result)
 
 
-def _measure(workspace: str, spec_json: str, images: pa.Table, num_threads: int) -> str:
+def _measure(workspace: str, spec_json: str, images: pa.Table, pool_json: str) -> str:
     # Only the worker needs torch.
     from convoy.cluster.backbone_meter import measure_backbone  # noqa: PLC0415
 
     spec = TimingSpec.model_validate_json(spec_json)
-    return measure_backbone(workspace, spec, images, num_threads=num_threads).model_dump_json()
+    pool = WorkerPool.model_validate_json(pool_json)
+    return measure_backbone(workspace, spec, images, pool).model_dump_json()

@@ -13,7 +13,7 @@ from convoy.vision.engine_options import Precision
 from convoy.vision.presets import EvalPreset
 
 # Raised when the same network on the same machine would be measured in another way.
-_VERSION = 1
+_VERSION = 2
 _FOLDER = "models/costs/"
 
 
@@ -46,6 +46,8 @@ class BackboneTiming(StrictModel):
     The rates of the network alone are those of `vision.network_timing.NetworkTiming`. `job_images_per_s` is the
     whole way of the given images, from the store to features, None without images. `peak_memory_bytes` is what
     weights and activations of a batch take, on the GPU where there is one; None where the system does not say.
+    It was one of `num_workers` of the cluster, each of which has `gpu_share` of a GPU, 0 where there is none, though
+    the network had a whole one here.
     """
 
     images_per_s: float
@@ -56,8 +58,18 @@ class BackboneTiming(StrictModel):
     job_images_per_s: float | None
     peak_memory_bytes: int | None
     num_threads: int
+    num_workers: int
+    gpu_share: float
     machine: MachineFacts
     measured_unix_s: float
+
+    @property
+    def cluster_images_per_s(self) -> float:
+        """The rate of all workers together: workers that share a GPU are no faster than it is."""
+        if not self.gpu_share:
+            return (self.job_images_per_s or self.images_per_s) * self.num_workers
+        of_gpus = self.images_per_s * self.num_workers * self.gpu_share
+        return min(of_gpus, (self.job_images_per_s or self.images_per_s) * self.num_workers)
 
 
 def kept_timing(store: ObjectStore, spec: TimingSpec, machine: MachineFacts) -> BackboneTiming | None:

@@ -37,7 +37,7 @@ class CostsConfig(StrictModel):
 
     Batches for `seconds`, then up to `latencies` single images for as long at most, then `images` of the train split
     on their whole way from the store; 0 leaves that out. `compile: auto` compiles what would be compiled for a
-    million images. `price_per_hour` is what the machine of one worker costs an hour, in any currency.
+    million images. `price_per_hour` is what the whole cluster costs an hour, in any currency.
     """
 
     batch_size: PositiveInt = 32
@@ -49,10 +49,11 @@ class CostsConfig(StrictModel):
 
 
 class BackboneCost(StrictModel):
-    """One backbone on one worker.
+    """One backbone, as one worker of the cluster met it.
 
-    `images_per_s` is that of the whole way, from the image in the store to the answer, where images were given; else
-    that of the network alone. `network_images_per_s` is always that, for the median batch; the slow and fast rates
+    `images_per_s` is that of all workers together, for the whole way from the image in the store to the answer where
+    images were given, else for the network alone: that of the worker times their number, at most what their GPUs
+    compute. `network_images_per_s` is of one GPU or worker, for the median batch; the slow and fast rates
     are those of the batches at the 90th and 10th percentile of time. `macs` are multiply-adds of an image,
     `size_bytes` those of the weights as they are stored, `peak_memory_bytes` what weights and activations of a
     batch take. `usd_per_million` is the money for a million images by the price in the config.
@@ -153,7 +154,7 @@ def _cost(
     timing: BackboneTiming,
     config: CostsConfig,
 ) -> BackboneCost:
-    images_per_s = timing.job_images_per_s or timing.images_per_s
+    images_per_s = timing.cluster_images_per_s
     hours = _MILLION / images_per_s / 3600
     return BackboneCost(
         arch=backbone.arch,

@@ -41,6 +41,8 @@ TIMING = BackboneTiming(
     job_images_per_s=80,
     peak_memory_bytes=2**20,
     num_threads=2,
+    num_workers=1,
+    gpu_share=0,
     machine=HERE,
     measured_unix_s=1.0,
 )
@@ -72,6 +74,27 @@ def test_what_was_measured_is_found_again_on_such_a_machine(store: LocalStore) -
 )
 def test_what_is_run_otherwise_is_measured_anew(store: LocalStore, change: dict[str, Any]) -> None:
     assert kept_timing(store, SPEC.model_copy(update=change), HERE) is None
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "gpu_share", "job_images_per_s", "expected"),
+    [
+        (1, 0, 80, 80),
+        (3, 0, 80, 240),
+        (3, 0, None, 300),
+        # Eight GPUs of three workers each: decoding is the limit, then the GPUs are.
+        (24, 1 / 3, 20, 480),
+        (24, 1 / 3, 80, 800),
+        (8, 1, None, 800),
+    ],
+)
+def test_the_rate_of_a_cluster_is_that_of_its_workers_as_far_as_its_gpus_go(
+    num_workers: int, gpu_share: float, job_images_per_s: float | None, expected: float
+) -> None:
+    timing = TIMING.model_copy(
+        update={"num_workers": num_workers, "gpu_share": gpu_share, "job_images_per_s": job_images_per_s}
+    )
+    assert timing.cluster_images_per_s == pytest.approx(expected)
 
 
 def test_only_a_cluster_elsewhere_has_to_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
