@@ -8,7 +8,7 @@ import time
 from typing import NamedTuple
 
 from convoy.cluster.nodes import alive_nodes
-from convoy.core.errors import ClusterError, ConfigError
+from convoy.core.errors import ConfigError, NoRoom
 
 CPUS_VARIABLE, GPUS_VARIABLE = "CONVOY_CLUSTER_CPUS", "CONVOY_CLUSTER_GPUS"
 # A machine with a GPU and its image may take a quarter of an hour.
@@ -46,14 +46,19 @@ def regrow_cluster() -> None:
     For whoever plans some time after the session began: its autoscaler takes machines back that had nothing to do.
     Raises what `grow_cluster` raises.
     """
-    if os.environ.get("RAY_ADDRESS"):
+    if has_shrunk():
         grow_cluster(wanted_size())
+
+
+def has_shrunk() -> bool:
+    """Whether the cluster has less than the environment asks for; a local Ray never has."""
+    return bool(os.environ.get("RAY_ADDRESS")) and not _size().covers(wanted_size())
 
 
 def grow_cluster(wanted: ClusterSize, *, timeout_s: float = _TIMEOUT_S) -> None:
     """Return when the cluster has so much; ask its autoscaler for it where it has not.
 
-    Raises ClusterError with the numbers if it has less after `timeout_s`.
+    Raises NoRoom with the numbers if it has less after `timeout_s`.
     """
     if _size().covers(wanted):
         return
@@ -75,7 +80,7 @@ def _wait(wanted: ClusterSize, timeout_s: float) -> None:
         # Again and again: a cluster has one such request, and Ray Data and other drivers replace it by theirs.
         _request(wanted)
         if time.monotonic() > deadline_s:
-            raise ClusterError(
+            raise NoRoom(
                 f"after {timeout_s:.0f} s the cluster has {size.cpus} CPUs and {size.gpus} GPUs"
                 f" where {wanted.cpus} and {wanted.gpus} are wanted",
                 next_step="see why no machine joins (`ray status`), or ask for less: `convoy submit` with other --cpus"

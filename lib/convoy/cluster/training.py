@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import Field, PositiveInt
 
-from convoy.cluster.growth import regrow_cluster
+from convoy.cluster.growth import has_shrunk, regrow_cluster
 from convoy.cluster.library_versions import library_versions, require_versions
 from convoy.cluster.nodes import alive_nodes
 from convoy.cluster.own_node import actor_here
@@ -117,11 +117,27 @@ def run_training(
 ) -> dict[str, Any]:
     """Train in a group of workers, and return the first worker's TrainingOutcome as JSON-like values.
 
-    The group is restarted from the newest checkpoint when a worker or a node is lost, but not for what is wrong
-    with data or config. `tell` hears how far it is, in the calling thread. Raises the ConvoyError of a worker, NoRoom
-    if none came free for the group, or another ClusterError.
+    The group is restarted from the newest checkpoint when a worker or a node is lost, as soon as the cluster has what
+    the environment asks for again, but not for what is wrong with data or config. `tell` hears how far it is, in the
+    calling thread. Raises the ConvoyError of a worker, NoRoom if none came free for the group, or another
+    ClusterError.
     """
-    # What is decided between plan and start takes minutes, a head that is fitted an hour: Ray Train waits for four.
+    for _ in range(plan.max_failures):
+        try:
+            return _train_group(spec, plan, tell)
+        except NoRoom:
+            # Others that hold the room are not waited for, a machine in the place of a lost one is.
+            if not has_shrunk():
+                raise
+    return _train_group(spec, plan, tell)
+
+
+def _train_group(
+    spec: TrainingSpec, plan: WorkerPlan, tell: Callable[[TrainingEvent], None]
+) -> dict[str, Any]:
+    """What Ray Train makes of the training, with restarts for which it finds room within minutes."""
+    # What is decided between plan and start takes minutes, a head that is fitted an hour, a new machine a quarter of
+    # one: Ray Train waits for four minutes.
     regrow_cluster()
     board = actor_here(Board).remote()
     trainer = _trainer(spec, plan, board)

@@ -2,10 +2,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray.autoscaler import sdk
+from ray.train import ControllerError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from convoy.cluster import growth, slices, training
 from convoy.cluster.growth import (
@@ -18,7 +21,8 @@ from convoy.cluster.growth import (
 )
 from convoy.cluster.slices import plan_pool
 from convoy.cluster.training import WorkerOptions, fit_workers, plan_workers, run_training
-from convoy.core.errors import ClusterError, ConfigError
+from convoy.cluster.training_spec import Ingest
+from convoy.core.errors import ConfigError, NoRoom
 from made_training import digit_rows, training_spec
 
 
@@ -81,7 +85,7 @@ def test_a_request_in_vain_is_taken_back(
     monkeypatch: pytest.MonkeyPatch, asked: list[dict[str, Any]]
 ) -> None:
     sees(monkeypatch, *[ClusterSize(0, 0)] * 4)
-    with pytest.raises(ClusterError, match="the cluster has 0 CPUs and 0 GPUs where 1 and 0 are wanted"):
+    with pytest.raises(NoRoom, match="the cluster has 0 CPUs and 0 GPUs where 1 and 0 are wanted"):
         grow_cluster(ClusterSize(1, 0), timeout_s=0)
     assert asked[-1] == NOTHING
 
@@ -158,3 +162,60 @@ def test_machines_that_went_between_plan_and_training_are_there_again(
     with pytest.raises(_Stopped):
         run_training(training_spec(tmp_path, digit_rows(tmp_path, 10)), plan, lambda event: None)
     assert alive == nodes(HEAD, GPU_NODE)
+
+
+class _Trainer:
+    """Ray Train in a cluster that loses machines at the first starts: it gives up then, and trains at a later one."""
+
+    def __init__(
+        self, alive: list[dict[str, float]], *, num_losses: int, left: list[dict[str, float]]
+    ) -> None:
+        self._alive, self._num_losses, self._left = alive, num_losses, left
+        self.num_starts = 0
+
+    def fit(self) -> SimpleNamespace:
+        self.num_starts += 1
+        if self.num_starts <= self._num_losses:
+            self._alive[:] = self._left
+            raise ControllerError(WorkerGroupStartupTimeoutError(1))
+        return SimpleNamespace(return_value={"num_nodes": len(self._alive)})
+
+
+@pytest.fixture
+def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[_Trainer], dict[str, Any]]:
+    """A training in a group of one worker that may be restarted twice."""
+    plan = fit_workers(WorkerOptions(ingest=Ingest.FUSED, max_failures=2), nodes(HEAD, GPU_NODE))
+    assert plan is not None
+    spec = training_spec(tmp_path, digit_rows(tmp_path, 10))
+
+    def run(trainer: _Trainer) -> dict[str, Any]:
+        monkeypatch.setattr(training, "_trainer", lambda *_: trainer)
+        return run_training(spec, plan, lambda event: None)
+
+    monkeypatch.setattr(training, "actor_here", lambda cls: SimpleNamespace(remote=lambda: None))
+    monkeypatch.setattr(training, "BoardReader", lambda board: SimpleNamespace(take=list))
+    return run
+
+
+def test_a_training_that_loses_a_machine_goes_on_with_another_that_takes_longer_than_ray_train_waits(
+    train: Callable[[_Trainer], dict[str, Any]], alive: list[dict[str, float]]
+) -> None:
+    assert train(_Trainer(alive, num_losses=2, left=nodes(HEAD))) == {"num_nodes": 2}
+
+
+def test_a_training_that_loses_its_machines_again_and_again_ends_and_can_go_on(
+    train: Callable[[_Trainer], dict[str, Any]], alive: list[dict[str, float]]
+) -> None:
+    trainer = _Trainer(alive, num_losses=4, left=nodes(HEAD))
+    with pytest.raises(NoRoom, match="cannot hold 1 workers"):
+        train(trainer)
+    assert trainer.num_starts == 3
+
+
+def test_a_training_does_not_wait_again_for_what_others_hold(
+    train: Callable[[_Trainer], dict[str, Any]], alive: list[dict[str, float]]
+) -> None:
+    trainer = _Trainer(alive, num_losses=1, left=nodes(HEAD, GPU_NODE))
+    with pytest.raises(NoRoom, match="others use them"):
+        train(trainer)
+    assert trainer.num_starts == 1
