@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from convoy.cluster.image_loading import BatchRequest, ImageLoader, PreparedBatch
-from convoy.cluster.training_spec import VALIDATION_BATCH_ROWS, TrainingSpec
+from convoy.cluster.training_spec import TrainingSpec
 from convoy.core.epochs import EpochPlan, balanced_draw, even_share, shuffled
 from convoy.core.errors import ConfigError
 from convoy.vision.presets import EvalPreset
@@ -84,14 +84,15 @@ class EpochOrder:
         """The worker's part of so many validation rows, as evaluation shows them."""
         share = even_share(num_rows, self._num_workers, self._rank)
         mine = np.arange(share.start, share.stop)
+        batch_rows = self._spec.validation_batch_rows(self._num_workers)
         return [
-            BatchRequest(rows_B=mine[start : start + VALIDATION_BATCH_ROWS], preset=preset)
-            for start in range(0, len(mine), VALIDATION_BATCH_ROWS)
+            BatchRequest(rows_B=mine[start : start + batch_rows], preset=preset)
+            for start in range(0, len(mine), batch_rows)
         ]
 
     def most_validation_batches(self, num_rows: int) -> int:
         """How many batches of so many validation rows the worker with the largest part has."""
-        return -(-num_rows // (self._num_workers * VALIDATION_BATCH_ROWS))
+        return -(-num_rows // (self._num_workers * self._spec.validation_batch_rows(self._num_workers)))
 
 
 class FusedFeed:

@@ -17,7 +17,8 @@ from convoy.vision.training_config import Distillation, Phase, Recipe
 CPUS_A_PREPARER = 0.5
 # What it takes of Ray's object store: a batch that it prepares, and two that wait for an earlier one or the training.
 _BATCHES_A_PREPARER = 3
-VALIDATION_BATCH_ROWS = 128
+# More rows at once would validate no faster.
+_MOST_VALIDATION_ROWS = 128
 
 
 class Ingest(StrEnum):
@@ -86,14 +87,15 @@ class TrainingSpec(StrictModel):
     num_fetch_threads: PositiveInt | None
     local_cache: LocalCacheOptions | None
 
+    def validation_batch_rows(self, num_workers: int) -> int:
+        """Rows of a validation batch on one of so many workers: as many as it has room for, having trained on them."""
+        pass_rows = _share(_share(self.batch_size, num_workers), self.recipe.accumulate)
+        return min(_MOST_VALIDATION_ROWS, pass_rows)
+
     def largest_batch_bytes(self, num_workers: int) -> int:
         """Bytes of the images of the largest batch that one of so many workers gets, validation included."""
-        num_val = 0 if self.val is None else self.val.num_rows
-        most_rows = max(
-            _share(self.batch_size, num_workers), min(VALIDATION_BATCH_ROWS, _share(num_val, num_workers))
-        )
         most_px = max(at_resolution(self.preset, phase.resolution_px).crop_px for phase in self.phases)
-        return most_rows * 3 * most_px**2
+        return _share(self.batch_size, num_workers) * 3 * most_px**2
 
 
 def object_store_bytes(num_preparers: int, batch_bytes: int) -> int:

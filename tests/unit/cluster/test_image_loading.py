@@ -244,3 +244,19 @@ def test_validation_has_every_row_on_one_worker_as_evaluation_shows_it(
     assert torch.cat([one.batch.labels_B for one in found]).tolist() == rows["label"].to_pylist()
     images = torch.cat([one.batch.images_BCHW for one in found])
     assert torch.equal(images, images_by_row(spec, rows, 8, None))
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulate", "num_workers", "most_rows"),
+    [(64, 1, 1, 64), (64, 4, 1, 16), (64, 4, 2, 8), (9, 2, 2, 3), (2, 8, 1, 1), (512, 1, 1, 128)],
+)
+def test_validation_shows_no_more_images_at_once_than_training_does(
+    spec: TrainingSpec, batch_size: int, accumulate: int, num_workers: int, most_rows: int
+) -> None:
+    """A GPU that trains on eight large images at once has no room for 128."""
+    settings = {"batch_size": batch_size, "recipe": recipe(accumulate=accumulate)}
+    made = order(spec.model_copy(update=settings), 1000, num_workers=num_workers)
+    requests = made.validation(500, PRESET)
+    assert max(len(one.rows_B) for one in requests) == most_rows
+    assert sum(len(one.rows_B) for one in requests) == 500 // num_workers
+    assert made.most_validation_batches(500) == len(requests)

@@ -132,7 +132,7 @@ def training_spec(**settings: Any) -> TrainingSpec:
             "class_weights": None,
             "balanced_sampling": False,
             "train": TrainingRows(key="train", num_rows=4 * NUM_STEPS),
-            "val": TrainingRows(key="val", num_rows=6),
+            "val": TrainingRows(key="val", num_rows=4),
             "batch_size": 4,
             "checkpoint_steps": 10,
             "ingest": Ingest.SPLIT,
@@ -202,10 +202,10 @@ def test_each_batch_is_a_task_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("settings", "num_workers", "num_rows", "num_px"),
     [
-        ({}, 1, 6, 8),
+        ({}, 1, 4, 8),
         ({"val": None}, 1, 4, 8),
         ({"val": None}, 3, 2, 8),
-        ({"val": TrainingRows(key="val", num_rows=5000)}, 2, 128, 8),
+        ({"val": TrainingRows(key="val", num_rows=5000)}, 2, 2, 8),
         ({"val": None, "phases": (FINER, PHASE)}, 1, 4, 16),
     ],
 )
