@@ -293,8 +293,19 @@ def fit_workers(
     """The group on nodes with so many `CPU` and `GPU` each, or None if they cannot hold it.
 
     `cpus_beside` are CPUs that other processes take, on whichever of the nodes. `batch_bytes` are those of a worker's
-    largest batch: an ingest of `auto` is not split where the `object_store_memory` of the nodes is too small for it.
+    largest batch. An ingest of `auto` is not split where the CPUs, or the `object_store_memory` of the nodes, do not
+    suffice for that.
     """
+    plan = _fit_group(options, nodes, cpus_beside, batch_bytes)
+    if plan is None and options.ingest is Ingest.AUTO:
+        fused = options.model_copy(update={"ingest": Ingest.FUSED})
+        return _fit_group(fused, nodes, cpus_beside, batch_bytes)
+    return plan
+
+
+def _fit_group(
+    options: WorkerOptions, nodes: Sequence[Mapping[str, float]], cpus_beside: float, batch_bytes: int
+) -> WorkerPlan | None:
     num_gpus = int(sum(node["GPU"] for node in nodes))
     if isinstance(options, TrialWorkers):
         if options.on_gpus and not num_gpus:
@@ -322,8 +333,7 @@ def fit_workers(
     if options.ingest is Ingest.AUTO and ingest is Ingest.SPLIT:
         room_bytes = _STORE_SHARE * sum(node.get("object_store_memory", 0.0) for node in nodes)
         if num_workers * object_store_bytes(num_preparers, batch_bytes) > room_bytes:
-            fused = options.model_copy(update={"ingest": Ingest.FUSED})
-            return fit_workers(fused, nodes, cpus_beside=cpus_beside)
+            return None
     return WorkerPlan(
         num_workers=num_workers,
         num_threads=num_threads,

@@ -26,7 +26,8 @@ class Ingest(StrEnum):
 
     `fused`: in threads of the training worker, so that pixels never leave its process. `split`: in Ray Data
     workers, on any node, which send final-size uint8 batches. `auto`: split where there are GPUs, nodes without
-    GPUs beside them or four CPUs or more to each GPU, and room for the batches in Ray's object store; else fused.
+    GPUs beside them or four CPUs or more to each GPU, CPUs for workers of two threads, and room for the batches in
+    Ray's object store; else fused.
     """
 
     AUTO = "auto"

@@ -34,6 +34,10 @@ def nodes(*sizes: tuple[float, float]) -> list[dict[str, float]]:
         ([(2, 1), (32, 0)], 1, 2, 1, Ingest.SPLIT),
         ([(0, 0), (2, 1)], 1, 2, 1, Ingest.FUSED),
         ([(0, 0), (8, 0)], 1, 8, 0, Ingest.FUSED),
+        # But not where a GPU has one CPU, which suffices for a worker of one thread.
+        ([(1, 1)], 1, 1, 1, Ingest.FUSED),
+        ([(1, 1), (16, 0)], 1, 1, 1, Ingest.FUSED),
+        ([(4, 4), (64, 0)], 4, 1, 1, Ingest.FUSED),
     ],
 )
 def test_defaults_follow_the_cluster(

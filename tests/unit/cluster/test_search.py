@@ -44,7 +44,8 @@ GPU_NODE = {"CPU": 16.0, "GPU": 4.0}
         ({}, [GPU_NODE] * 2, 3, (3, 1, 2)),
         ({"cpus_per_worker": 7}, [GPU_NODE], None, (2, 1, 7)),
         # Two of 7.5 CPUs, a preparer for each, and the trials' own processes would need more than all 16.
-        ({"cpus_per_worker": 8}, [GPU_NODE], None, (1, 1, 8)),
+        ({"cpus_per_worker": 8, "ingest": "split"}, [GPU_NODE], None, (1, 1, 8)),
+        ({"cpus_per_worker": 8}, [GPU_NODE], None, (2, 1, 8)),
         # Trials of one thread each ask for half a CPU, and a tenth for their own process.
         ({"cpus_per_worker": 1}, LAPTOP, 4, (3, 1, 1)),
         # More than fit are not planned, however many are wanted.
