@@ -77,15 +77,17 @@ def freeze_dataset(
     """Find all samples of a source, and make their manifest the current version of a dataset.
 
     The same call refreshes the dataset: tar shards and parquet files that did not change are not read again,
-    and a source with the same content gives the same fingerprint and no new version. Raises DataError for a
-    source that cannot be used or has no sample, and PreconditionFailed if another process froze another
-    version meanwhile; that one stays the current.
+    and a source with the same content gives the same fingerprint and no new version. The workspace is never a part
+    of a source that it lies in. Raises DataError for a source that cannot be used or has no sample, ConfigError for
+    one that is the workspace, and PreconditionFailed if another process froze another version meanwhile; that one
+    stays the current.
     """
     reading = reading or ReadingOptions()
     source_uri = open_store(source).root_uri
     pointer = _read_pointer(store, name)
     previous = Manifest.open(store, _manifest_key(name, pointer.fingerprint)) if pointer.fingerprint else None
-    kind, scan = read_source(source_uri, reading, _same_source(previous, source_uri, reading))
+    known = _same_source(previous, source_uri, reading)
+    kind, scan = read_source(source_uri, reading, known, workspace=store.root_uri)
     if not scan.samples.num_rows:
         notes = reading_notes(scan.skipped, scan.warnings)
         raise DataError(

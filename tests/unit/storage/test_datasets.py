@@ -179,6 +179,37 @@ def test_a_refresh_with_other_reading_options_reads_all(store: LocalStore, tmp_p
     assert open_dataset(store, "pets").classes == ("manx",)
 
 
+@pytest.mark.parametrize("kind", [None, "images"])
+def test_a_workspace_inside_the_source_is_no_part_of_it(source: Path, kind: str | None) -> None:
+    store = LocalStore(str(source / "workspace"))
+    reading = ReadingOptions(kind=kind)
+    versions = [freeze_dataset(store, "pets", str(source), reading=reading) for _ in range(2)]
+    assert versions[1].header == versions[0].header
+    assert versions[1].header.num_samples == 10
+    assert versions[1].header.classes == (() if kind else ("cat", "dog"))
+    assert versions[1].warnings[0] == "the workspace lies in the source, and was left out: workspace/"
+
+
+def test_tars_beside_the_workspace_are_found_however_much_it_holds(tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path / "a/workspace"))
+    for index in range(1001):
+        store.put(f"features/{index}.parquet", b"")
+    (tmp_path / "b.tar").write_bytes(shard_bytes({"0": "cat"}))
+    version = freeze(store, tmp_path)
+    assert (version.kind, version.header.num_samples, version.skipped) == ("tars", 1, {})
+
+
+def test_the_workspace_is_recognised_through_a_link_and_is_no_source_itself(
+    tmp_path: Path, source: Path
+) -> None:
+    (tmp_path / "link").symlink_to(source)
+    store = LocalStore(str(source / "workspace"))
+    freeze(store, source)
+    assert freeze(store, tmp_path / "link").header.classes == ("cat", "dog")
+    with pytest.raises(ConfigError, match="the workspace itself"):
+        freeze(LocalStore(str(source)), tmp_path / "link")
+
+
 def test_names_of_datasets_are_told_when_one_is_missing(store: LocalStore, source: Path) -> None:
     freeze(store, source)
     assert list_datasets(store) == ["pets"]

@@ -11,10 +11,9 @@ from convoy.core.errors import ConfigError, DataError
 from convoy.storage.object_store import ObjectInfo
 from convoy.storage.s3_store import S3Store
 from convoy.storage.sources.folders import read_folders
-from convoy.storage.sources.listing import map_listing
+from convoy.storage.sources.listing import SourceRoot, map_listing
 from convoy.storage.sources.reading import find_kind, read_source
 from convoy.storage.sources.rows import LabelRule, ReadingOptions, SourceKind, SourceScan
-from convoy.storage.stores import open_store
 from made_sources import jpeg_bytes, shard_bytes, write_files
 
 
@@ -40,7 +39,7 @@ def test_folders_are_classes_and_folders_below_belong_to_them(tmp_path: Path) ->
 def test_more_folders_than_ranges_are_all_listed_once(tmp_path: Path) -> None:
     names = [f"{number:04}/1.jpg" for number in range(600)]
     write_files(tmp_path, *names)
-    ranges = list(map_listing(open_store(str(tmp_path)), lambda objects: [one.key for one in objects]))
+    ranges = list(map_listing(SourceRoot.open(str(tmp_path)), lambda objects: [one.key for one in objects]))
     assert [key for keys in ranges for key in keys] == names
     assert 256 <= len(ranges) <= 512
 
@@ -188,14 +187,13 @@ class _Bucket(S3Store):
 
 def test_an_object_at_the_border_of_two_ranges_is_listed_once() -> None:
     bucket = _Bucket("cats/", "cats/1.jpg", "dogs/", "dogs/old/", "dogs/old/1.jpg")
-    ranges = map_listing(bucket, lambda objects: [one.key for one in objects])
+    ranges = map_listing(SourceRoot(store=bucket), lambda objects: [one.key for one in objects])
     assert [key for keys in ranges for key in keys] == bucket.keys
 
 
-def test_the_folders_of_a_prefix_are_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folders_of_a_prefix_are_asked_for_once() -> None:
     bucket = _Bucket("train/cat/1.jpg", "train/dog/2.jpg", "test/cat/3.jpg")
-    monkeypatch.setattr("convoy.storage.sources.folders.open_store", lambda _: bucket)
-    assert list(rows_of(read_folders("s3://bucket", LabelRule.FOLDERS))) == bucket.keys
+    assert list(rows_of(read_folders(SourceRoot(store=bucket), LabelRule.FOLDERS))) == bucket.keys
     assert sorted(bucket.asked_for) == ["", "test/", "train/"]
 
 
@@ -207,19 +205,15 @@ def test_the_folders_of_a_prefix_are_asked_for_once(monkeypatch: pytest.MonkeyPa
         (["train/cat/1.jpg", "train//dog/2.jpg", "test/cat/3.jpg"], "s3://bucket/train//"),
     ],
 )
-def test_a_double_slash_is_no_class_folder(
-    monkeypatch: pytest.MonkeyPatch, keys: list[str], where: str
-) -> None:
-    monkeypatch.setattr("convoy.storage.sources.folders.open_store", lambda _: _Bucket(*keys))
+def test_a_double_slash_is_no_class_folder(keys: list[str], where: str) -> None:
     with pytest.raises(DataError, match="double slash") as caught:
-        read_folders("s3://bucket", LabelRule.FOLDERS)
+        read_folders(SourceRoot(store=_Bucket(*keys)), LabelRule.FOLDERS)
     assert caught.value.where == where
 
 
-def test_a_double_slash_is_harmless_without_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_double_slash_is_harmless_without_labels() -> None:
     bucket = _Bucket("/cat/1.jpg", "/2.jpg", "cat//3.jpg")
-    monkeypatch.setattr("convoy.storage.sources.folders.open_store", lambda _: bucket)
-    assert list(rows_of(read_folders("s3://bucket", LabelRule.NONE))) == bucket.keys
+    assert list(rows_of(read_folders(SourceRoot(store=bucket), LabelRule.NONE))) == bucket.keys
 
 
 def test_the_kind_is_found_by_looking(tmp_path: Path) -> None:
@@ -253,3 +247,21 @@ def test_options_of_another_kind_are_refused(tmp_path: Path) -> None:
         read_source(str(tmp_path), ReadingOptions(images_root="/data"))
     with pytest.raises(ConfigError, match="label_column"):
         read_source(str(tmp_path), ReadingOptions(labels="none", label_column="breed"))
+
+
+def test_the_workspace_below_a_bucket_is_no_part_of_the_source() -> None:
+    bucket = _Bucket(
+        "cat/1.jpg", "convoy/datasets/pets/current.json", "convoys/2.jpg", "nested/convoy/runs/a.json"
+    )
+    root = SourceRoot(store=bucket, workspace_key="convoy/")
+    assert list(rows_of(read_folders(root, LabelRule.FOLDERS))) == [
+        "cat/1.jpg",
+        "convoys/2.jpg",
+        "nested/convoy/runs/a.json",
+    ]
+    nested = SourceRoot(store=bucket, workspace_key="nested/convoy/")
+    assert nested.list_folders() == ["cat", "convoy", "convoys"]
+    assert SourceRoot.open("s3://bucket/", "s3://bucket/a/b").workspace_key == "a/b/"
+    assert SourceRoot.open("s3://bucket/a", "s3://bucket/ab").workspace_key == ""
+    with pytest.raises(ConfigError, match="the workspace itself"):
+        SourceRoot.open("s3://bucket/a/", "s3://bucket/a")

@@ -100,6 +100,17 @@ def test_what_cannot_be_read_now_is_left_out_and_counted(tmp_path: Path, file_fo
     assert "class folders without a sample: 1 (dog)" in told
 
 
+def test_a_workspace_in_the_bucket_is_no_part_of_the_source(tmp_path: Path) -> None:
+    keys = ["in/cat/1.jpg", "in/convoy/runs/a.json", "in/convoys/2.jpg"]
+    write_report(tmp_path, made_report("photos", [[entry(key) for key in keys]]))
+    report, options = str(tmp_path / MANIFEST_KEY), ReadingOptions(images_root="s3://photos/in")
+    scan = read_source(report, options, workspace="s3://photos/in/convoy")[1]
+    assert rows_of(scan) == {"cat/1.jpg": ("cat", None), "convoys/2.jpg": ("convoys", None)}
+    assert "was left out: convoy/" in scan.warnings[-1]
+    with pytest.raises(ConfigError, match="the workspace itself"):
+        read_source(report, options, workspace="s3://photos/in")
+
+
 @pytest.mark.parametrize("file_format", FORMATS)
 def test_an_etag_is_a_checksum_only_where_it_is_the_md5(tmp_path: Path, file_format: str) -> None:
     rows = [

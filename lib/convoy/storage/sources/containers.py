@@ -17,9 +17,9 @@ from convoy.core.records import Split
 from convoy.core.splits import parse_split
 from convoy.storage.manifests import Manifest, label_names
 from convoy.storage.object_store import ObjectInfo, ObjectStore
-from convoy.storage.sources.listing import NUM_THREADS, is_hidden, map_listing
+from convoy.storage.sources.listing import NUM_THREADS, SourceRoot, is_hidden, map_listing
 from convoy.storage.sources.rows import SOURCE_SCHEMA, Skips, describe_examples
-from convoy.storage.stores import open_object, open_store
+from convoy.storage.stores import open_object
 
 T = TypeVar("T")
 
@@ -56,21 +56,21 @@ class KnownContainers:
             start = end
 
 
-def open_containers(uri: str, suffix: str, skips: Skips) -> tuple[ObjectStore, list[ObjectInfo]]:
-    """The container at a URI and its folder's store; or a store of that root, and all containers below it.
+def open_containers(root: SourceRoot, suffix: str, skips: Skips) -> tuple[ObjectStore, list[ObjectInfo]]:
+    """The container at the root's URI and its folder's store; or the store of the root, and all containers below it.
 
     A container's key ends in `suffix`; other objects are counted in `skips`.
     """
+    uri = root.store.root_uri
     if uri.lower().endswith(suffix):
         store, key = open_object(uri)
         with suppress(ObjectNotFound):
             return store, [store.head(key)]
-    store = open_store(uri)
     containers = []
-    for found, skipped in map_listing(store, lambda objects: _choose(objects, suffix)):
+    for found, skipped in map_listing(root, lambda objects: _choose(objects, suffix)):
         containers += found
         skips.update(skipped)
-    return store, containers
+    return root.store, containers
 
 
 def _choose(objects: Iterator[ObjectInfo], suffix: str) -> tuple[list[ObjectInfo], Skips]:

@@ -11,7 +11,7 @@ import pyarrow as pa
 from convoy.core.errors import DataError
 from convoy.core.splits import parse_split
 from convoy.storage.object_store import ObjectInfo, ObjectStore
-from convoy.storage.sources.listing import ListFolders, is_hidden, map_listing
+from convoy.storage.sources.listing import ListFolders, SourceRoot, is_hidden, map_listing
 from convoy.storage.sources.rows import (
     SOURCE_SCHEMA,
     LabelRule,
@@ -22,7 +22,6 @@ from convoy.storage.sources.rows import (
     object_content_id,
     tabulate,
 )
-from convoy.storage.stores import open_store
 
 _HIDDEN, _SIDE_FILE, NO_CLASS = "hidden", "side_file", "no_class"
 
@@ -83,15 +82,15 @@ def find_layout(folders_in: ListFolders, labels: LabelRule, *, where: str) -> Fo
     )
 
 
-def read_folders(uri: str, labels: LabelRule) -> SourceScan:
+def read_folders(root: SourceRoot, labels: LabelRule) -> SourceScan:
     """All samples below a root. A sample's id is its key; any file in a class folder is a sample.
 
     With `labels` none, or without any class folder, the samples have no label, and none is left out for its folder.
     """
-    store = open_store(uri)
-    list_folders = cache(store.list_folders)
+    store = root.store
+    list_folders = cache(root.list_folders)
     layout = find_layout(partial(_visible_folders, list_folders), labels, where=store.root_uri)
-    parts = map_listing(store, lambda objects: read_objects(store, objects, layout), list_folders)
+    parts = map_listing(root, lambda objects: read_objects(store, objects, layout), list_folders)
     return join_parts(parts, layout)
 
 

@@ -14,9 +14,8 @@ from convoy.core.errors import ConfigError, DataError
 from convoy.storage.object_store import ObjectInfo, ObjectStore
 from convoy.storage.sources.folders import FolderLayout, find_layout, join_parts, read_objects
 from convoy.storage.sources.inventory_files import InventoryReport, find_files, iter_file, open_report
-from convoy.storage.sources.listing import is_hidden
+from convoy.storage.sources.listing import SourceRoot, is_hidden
 from convoy.storage.sources.rows import ReadingOptions, Skips, SourceScan
-from convoy.storage.stores import open_store
 
 # Each has a file of the report on disk.
 _NUM_FILES_AT_A_TIME = 4
@@ -47,51 +46,56 @@ class _Part:
     skips: Skips
 
 
-def read_inventory(uri: str, options: ReadingOptions) -> SourceScan:
+def read_inventory(uri: str, options: ReadingOptions, *, workspace: str = "") -> SourceScan:
     """All samples of a report (see `open_report`), such as class folders gave them at its time.
 
-    Ids are keys below `images_root`, else in the source bucket. Left out are what lies elsewhere, versions that are
-    not the latest, delete markers and archived objects. An etag is a checksum unless the report says that it is
-    none. Raises DataError for a report that cannot be used, and ConfigError for a root in another bucket.
+    Ids are keys below `images_root`, else in the source bucket. Left out are what lies elsewhere, the workspace,
+    versions that are not the latest, delete markers and archived objects. An etag is a checksum unless the report
+    says that it is none. Raises DataError for a report that cannot be used, and ConfigError for a root in another
+    bucket.
     """
     report, manifest_uri = open_report(uri)
     bucket_uri = f"s3://{report.source_bucket}/"
-    store = open_store(options.images_root or bucket_uri)
-    root_uri = f"{store.root_uri}/"
+    root = SourceRoot.open(options.images_root or bucket_uri, workspace)
+    root_uri = f"{root.store.root_uri}/"
     if not root_uri.startswith(bucket_uri):
         raise ConfigError(
             f"the report is of {bucket_uri}", where=root_uri, next_step="set reading.images_root inside of it"
         )
-    parts = _read_parts(report, manifest_uri, root_uri.removeprefix(bucket_uri))
+    parts = _read_parts(report, manifest_uri, root_uri.removeprefix(bucket_uri), root.workspace_key)
     left_out = Skips()
     for part in parts:
         left_out.update(part.skips)
     folders = frozenset[str]().union(*(part.folders for part in parts))
     layout = find_layout(lambda above: _folders_in(folders, above), options.labels, where=root_uri)
-    scan = join_parts(_read_samples(store, parts, layout), layout)
+    scan = join_parts(_read_samples(root.store, parts, layout), layout)
     return SourceScan(
         samples=scan.samples,
         skipped={**left_out.counts, **scan.skipped},
-        warnings=(*_explain(report, left_out), *scan.warnings),
+        warnings=(*_explain(report, left_out), *scan.warnings, *root.warnings),
     )
 
 
-def _read_parts(report: InventoryReport, manifest_uri: str, prefix: str) -> list[_Part]:
+def _read_parts(report: InventoryReport, manifest_uri: str, prefix: str, workspace_key: str) -> list[_Part]:
     if not report.files:
         return []
     store, keys = find_files(report, manifest_uri)
     batches = [iter_file(report, file, store, key) for file, key in zip(report.files, keys, strict=True)]
     with ThreadPoolExecutor(_NUM_FILES_AT_A_TIME, thread_name_prefix="inventory") as pool:
-        return list(pool.map(lambda rows, key: _read_part(rows, prefix, store.uri(key)), batches, keys))
+        return list(
+            pool.map(lambda rows, key: _read_part(rows, prefix, workspace_key, store.uri(key)), batches, keys)
+        )
 
 
-def _read_part(batches: Iterable[pa.RecordBatch], prefix: str, where: str) -> _Part:
+def _read_part(batches: Iterable[pa.RecordBatch], prefix: str, workspace_key: str, where: str) -> _Part:
     """The objects that the rows of one file describe, and of which something can be read now."""
     skips = Skips()
     folders: set[str] = set()
     chunks = []
     for batch in batches:
         rows = _leave_out(batch, pc.invert(pc.starts_with(batch["key"], prefix)), _OUTSIDE, skips)
+        if workspace_key:
+            rows = rows.filter(pc.invert(pc.starts_with(rows["key"], prefix + workspace_key)))
         rows = _leave_out(rows, pc.invert(rows["is_latest"]), _OLD_VERSION, skips)
         rows = _leave_out(rows, rows["is_delete_marker"], _DELETE_MARKER, skips)
         below = pc.utf8_slice_codeunits(rows["key"], len(prefix))

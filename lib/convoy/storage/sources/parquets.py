@@ -17,6 +17,7 @@ from convoy.storage.sources.containers import (
     read_containers,
     with_splits,
 )
+from convoy.storage.sources.listing import SourceRoot
 from convoy.storage.sources.rows import (
     SOURCE_SCHEMA,
     LabelRule,
@@ -41,7 +42,7 @@ class ImageColumns:
     classes: tuple[str, ...] | None = None
 
 
-def read_parquets(uri: str, options: ReadingOptions, known: KnownContainers) -> SourceScan:
+def read_parquets(root: SourceRoot, options: ReadingOptions, known: KnownContainers) -> SourceScan:
     """All rows of a parquet file, or of all below a root; a sample's id is `<key>#<row>`.
 
     Only footers and label columns are read, and of files that are known in the same version nothing but the
@@ -49,7 +50,7 @@ def read_parquets(uri: str, options: ReadingOptions, known: KnownContainers) -> 
     and where files differ in them.
     """
     skips = Skips()
-    store, files = open_containers(uri, ".parquet", skips)
+    store, files = open_containers(root, ".parquet", skips)
     if not files:
         return SourceScan(samples=SOURCE_SCHEMA.empty_table(), skipped=dict(skips.counts))
 

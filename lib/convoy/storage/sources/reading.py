@@ -13,12 +13,12 @@ from convoy.storage.sources.folders import read_folders
 from convoy.storage.sources.inventory import read_inventory
 from convoy.storage.sources.inventory_files import is_report, may_hold_report
 from convoy.storage.sources.list_files import LIST_SUFFIXES
-from convoy.storage.sources.listing import is_hidden
+from convoy.storage.sources.listing import SourceRoot, is_hidden
 from convoy.storage.sources.lists import read_list
 from convoy.storage.sources.parquets import image_columns, read_parquets
 from convoy.storage.sources.rows import LabelRule, ReadingOptions, SourceKind, SourceScan, describe_examples
 from convoy.storage.sources.tars import read_tars
-from convoy.storage.stores import open_object, open_store
+from convoy.storage.stores import open_object
 
 _OBJECTS_LOOKED_AT = 1000
 _KIND_BY_SUFFIX = {
@@ -30,33 +30,35 @@ _ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz", ".zip
 
 
 def read_source(
-    uri: str, options: ReadingOptions, previous: Manifest | None = None
+    uri: str, options: ReadingOptions, previous: Manifest | None = None, *, workspace: str = ""
 ) -> tuple[SourceKind, SourceScan]:
     """All samples of a source, and the kind it was read as: that of the options, else the one found.
 
     Containers that `previous`, a manifest of the same source and options, knows in the same version are not
-    read. Raises DataError for what cannot be used, ConfigError for options that do not fit the kind.
+    read. What lies below the URI `workspace` is no part of the source. Raises DataError for what cannot be used,
+    ConfigError for options that do not fit the kind, and for the workspace itself as a source.
     """
-    kind = options.kind or find_kind(uri)
+    root = SourceRoot.open(uri, workspace)
+    kind = options.kind or find_kind(uri, root)
     _refuse_unused(options, kind, uri)
     match kind:
         case SourceKind.LIST:
             return kind, read_list(uri, options)
         case SourceKind.INVENTORY:
-            return kind, read_inventory(uri, options)
+            return kind, read_inventory(uri, options, workspace=workspace)
         case SourceKind.FOLDERS:
-            scan = read_folders(uri, options.labels)
+            scan = read_folders(root, options.labels)
         case SourceKind.IMAGES:
-            scan = read_folders(uri, LabelRule.NONE)
+            scan = read_folders(root, LabelRule.NONE)
         case SourceKind.PARQUET:
-            scan = read_parquets(uri, options, KnownContainers(previous))
+            scan = read_parquets(root, options, KnownContainers(previous))
         case SourceKind.TARS:
-            scan = read_tars(uri, options, KnownContainers(previous))
-    return kind, _with_dangling_links(uri, scan)
+            scan = read_tars(root, options, KnownContainers(previous))
+    return kind, _with_what_is_not_listed(root, scan)
 
 
-def find_kind(uri: str) -> SourceKind:
-    """The kind of a source, by the name of a file or by the first 1,000 objects below a root.
+def find_kind(uri: str, root: SourceRoot | None = None) -> SourceKind:
+    """The kind of a source, by the name of a file or by the first 1,000 objects below its root.
 
     Raises DataError where the objects are of several kinds, or archives that cannot be read by range.
     """
@@ -70,18 +72,18 @@ def find_kind(uri: str) -> SourceKind:
         return SourceKind.TARS
     if name.endswith(".json") and _is_object(uri):
         return SourceKind.INVENTORY
-    listing = (info.key for info in open_store(uri).list_objects() if not is_hidden(info.key))
+    listing = (info.key for info in (root or SourceRoot.open(uri)).list_objects() if not is_hidden(info.key))
     keys = list(islice(listing, _OBJECTS_LOOKED_AT))
     if may_hold_report(keys) and is_report(uri):
         return SourceKind.INVENTORY
     return _kind_of_keys([key.lower() for key in keys], uri)
 
 
-def _with_dangling_links(uri: str, scan: SourceScan) -> SourceScan:
-    """The scan, and a count of the links below a local root that a listing leaves out."""
-    store = open_store(uri)
-    links = store.list_dangling_links() if isinstance(store, LocalStore) else []
-    keys = [key for key in links if not is_hidden(key)]
+def _with_what_is_not_listed(root: SourceRoot, scan: SourceScan) -> SourceScan:
+    """The scan, and word of what a listing leaves out: the workspace, and below a local root links without an end."""
+    scan = replace(scan, warnings=(*scan.warnings, *root.warnings))
+    links = root.store.list_dangling_links() if isinstance(root.store, LocalStore) else []
+    keys = [key for key in links if root.holds(key) and not is_hidden(key)]
     if not keys:
         return scan
     warning = f"links that lead nowhere were left out: {describe_examples(len(keys), keys)}"

@@ -19,7 +19,7 @@ from convoy.storage.sources.containers import (
     read_containers,
     with_splits,
 )
-from convoy.storage.sources.listing import is_hidden
+from convoy.storage.sources.listing import SourceRoot, is_hidden
 from convoy.storage.sources.rows import (
     SOURCE_SCHEMA,
     LabelRule,
@@ -61,7 +61,7 @@ class _Shard:
     loss: str = ""
 
 
-def read_tars(uri: str, options: ReadingOptions, known: KnownContainers) -> SourceScan:
+def read_tars(root: SourceRoot, options: ReadingOptions, known: KnownContainers) -> SourceScan:
     """All samples of a tar shard, or of all below a root; a sample's id is `<shard's key>#<sample's key>`.
 
     The label is the text of a `.cls` member, else "label" of a `.json`, else the text of a `.txt`. Only
@@ -73,7 +73,7 @@ def read_tars(uri: str, options: ReadingOptions, known: KnownContainers) -> Sour
     there; other links are counted, and so are samples whose image is a sparse file, which lies in pieces.
     """
     skips = Skips()
-    store, infos = open_containers(uri, ".tar", skips)
+    store, infos = open_containers(root, ".tar", skips)
     if not infos:
         return SourceScan(samples=SOURCE_SCHEMA.empty_table(), skipped=dict(skips.counts))
 
