@@ -51,8 +51,8 @@ class HeadSource(StrEnum):
 class LocalCacheConfig(StrictModel):
     """The bounded cache of image bytes on each node's disk; `max_gb: 0` turns it off.
 
-    It serves datasets in object storage: later epochs ask the store only for what did not fit. Without a `folder` it
-    lies in what each node has for temporary files.
+    It serves datasets in object storage, and parquet files wherever they lie, where an image costs its row group: later
+    epochs ask only for what did not fit. Without a `folder` it lies in what each node has for temporary files.
     """
 
     folder: str | None = None

@@ -35,9 +35,7 @@ class ImageColumn:
         metadata = self._file.metadata
         groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
         self._first_rows: list[int] = [0, *accumulate(group.num_rows for group in groups)]
-        columns = [metadata.schema.column(index).path for index in range(metadata.num_columns)]
-        column = columns.index(container_field)
-        self._group_bytes: list[int] = [group.column(column).total_uncompressed_size for group in groups]
+        self._group_bytes = image_bytes_by_group(metadata, container_field)
 
     def group_of(self, row_index: int) -> int:
         """The row group that a row is in."""
@@ -47,6 +45,10 @@ class ImageColumn:
         """The memory that all images of a row group take; while it is read, its stored bytes come on top."""
         return self._group_bytes[group]
 
+    def mean_bytes(self, group: int) -> float:
+        """The memory that one image of a row group takes, in the mean; at least 1."""
+        return max(self._group_bytes[group] / self._num_rows(group), 1.0)
+
     def read(self, group: int, row_indices: Sequence[int]) -> list[bytes]:
         """The images of some rows of a row group; b"" where there is none.
 
@@ -54,6 +56,9 @@ class ImageColumn:
         """
         images = self._read_group(group, sorted(set(row_indices)))
         return [images[index] for index in row_indices]
+
+    def _num_rows(self, group: int) -> int:
+        return self._first_rows[group + 1] - self._first_rows[group]
 
     def _open(self) -> Any:
         store, key = open_object(self._uri)
@@ -95,12 +100,19 @@ class ImageColumn:
         return images
 
     def _iter_batches(self, group: int) -> Iterator[Any]:
-        num_rows = self._first_rows[group + 1] - self._first_rows[group]
-        rows_of_bytes = num_rows * _BATCH_BYTES // max(self._group_bytes[group], 1)
+        rows_of_bytes = self._num_rows(group) * _BATCH_BYTES // max(self._group_bytes[group], 1)
         batch_size = min(max(rows_of_bytes, 1), _BATCH_ROWS)
         for batch in self._file.iter_batches(batch_size, row_groups=[group], columns=[self._field]):
             values = batch.column(0)
             yield values.field("bytes") if pa.types.is_struct(values.type) else values
+
+
+def image_bytes_by_group(metadata: Any, container_field: str) -> list[int]:
+    """The bytes that the images of each row group of a file take in memory, from its metadata."""
+    columns = [metadata.schema.column(index).path for index in range(metadata.num_columns)]
+    column = columns.index(container_field)
+    groups = (metadata.row_group(index) for index in range(metadata.num_row_groups))
+    return [group.column(column).total_uncompressed_size for group in groups]
 
 
 def _unreadable(error: Exception) -> SampleRejected:

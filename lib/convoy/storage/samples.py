@@ -6,6 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from heapq import merge
+from operator import itemgetter
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -30,10 +32,11 @@ class SampleReader:
     """Reads slices of manifests. Thread-safe; keeps connections, but threads only while a slice is read.
 
     A sample of more than `max_bytes` is rejected. At most `window_reads` reads, and `window_bytes` bytes, are
-    under way or waiting for the consumer; only a single read may be larger. What the `cache` has is answered
-    without a request, and what was fetched is offered to it; local files never go through it. `num_threads` of None
-    are as many as a slice has use for: requests to a store mostly wait, but reads of files do not, and their threads
-    take Python's lock from the decoders.
+    under way or waiting for the consumer; only a single read may be larger. Rows of parquet files that came along
+    with an earlier one of their row group take as many bytes again. What the `cache` has is answered without a request,
+    and what was fetched is offered to it; local files never go through it, but rows of local parquet files do, as each
+    costs its row group. `num_threads` of None are as many as a slice has use for: requests to a store mostly wait, but
+    reads of files do not, and their threads take Python's lock from the decoders.
     """
 
     num_threads: int | None = None
@@ -57,7 +60,7 @@ class SampleReader:
         StoreUnavailable is raised, as is any other error of storage. Closing the iterator early stops its threads.
         """
         arrived: Outcomes = {}
-        reads = _Sources(self._uris, self.max_bytes, self.cache).plan_reads(rows)
+        reads = _Sources(self._uris, self.max_bytes, self.cache, self.window_bytes).plan_reads(rows)
         window = self._window(reads, is_remote=pc.any(pc.starts_with(rows["uri"], pattern="s3://")).as_py())
         try:
             for row in range(rows.num_rows):
@@ -91,11 +94,15 @@ class _ParquetRow(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Sources:
-    """Plans and runs the reads of a slice: from the cache, or else from where the samples lie."""
+    """Plans and runs the reads of a slice: from the cache, or else from where the samples lie.
+
+    A row group is read for those of its rows that come before `ahead_bytes` of images like its own.
+    """
 
     uris: UriReader
     max_bytes: int
     cache: LocalImageCache | None
+    ahead_bytes: int
 
     def plan_reads(self, rows: pa.Table) -> Iterator[Read]:
         """The reads of a slice in the order of their first rows. A parquet file is opened when it is due."""
@@ -106,7 +113,8 @@ class _Sources:
             if address.row_index is not None:
                 parquet_row = _ParquetRow(address.row_index, address.content_id)
                 rows_by_file[_file_of(address)][row] = parquet_row
-        reads_by_first_row: dict[int, Read] = {}
+        reads_by_file = {file: self._plan_file(file, wanted) for file, wanted in rows_by_file.items()}
+        due_by_file: dict[_ParquetFile, tuple[int, Read] | None] = {}
         for row, address in enumerate(addresses):
             if address.row_index is None:
                 # What is too large is not fetched, and takes no room.
@@ -115,26 +123,30 @@ class _Sources:
                 yield Read(size_bytes if size_bytes <= self.max_bytes else 0, run)
                 continue
             file = _file_of(address)
-            if wanted := rows_by_file.pop(file, None):
-                reads_by_first_row.update(self._plan_file(file, wanted))
-            if row in reads_by_first_row:
-                yield reads_by_first_row.pop(row)
+            if file not in due_by_file:
+                due_by_file[file] = next(reads_by_file[file], None)
+            # Otherwise the row comes with an earlier one of its row group.
+            if (due := due_by_file[file]) is not None and due[0] == row:
+                del due_by_file[file]
+                yield due[1]
 
     def _plan_file(self, file: _ParquetFile, wanted: dict[int, _ParquetRow]) -> Iterator[tuple[int, Read]]:
-        """The reads of a parquet file by their first rows; `wanted` are rows of the file by row of the slice."""
-        cache = self._cache_of(file.uri)
-        fetched = {}
-        for row, parquet_row in wanted.items():
-            size_bytes = cache.find(parquet_row.content_id) if cache else None
-            if cache is None or size_bytes is None:
-                fetched[row] = parquet_row
-            else:
-                yield row, Read(size_bytes, partial(self._read_cached, cache, file, row, parquet_row))
-        if fetched:
-            yield from self._plan_groups(file, fetched)
+        """The reads of a parquet file and their first rows, in order; `wanted` are its rows by row of the slice."""
+        cached_bytes = {}
+        if (cache := self.cache) is not None:
+            found = ((row, cache.find(parquet_row.content_id)) for row, parquet_row in wanted.items())
+            cached_bytes = {row: size_bytes for row, size_bytes in found if size_bytes is not None}
+        cached = (
+            (row, Read(size_bytes, partial(self._read_cached, file, row, wanted[row])))
+            for row, size_bytes in cached_bytes.items()
+        )
+        fetched = {row: parquet_row for row, parquet_row in wanted.items() if row not in cached_bytes}
+        yield from merge(cached, self._plan_groups(file, fetched), key=itemgetter(0))
 
     def _plan_groups(self, file: _ParquetFile, wanted: dict[int, _ParquetRow]) -> Iterator[tuple[int, Read]]:
-        """The reads of all `wanted` rows from the file itself, one for each row group."""
+        """The reads of `wanted` rows from the file itself: each one row group, for those of its rows that come soon."""
+        if not wanted:
+            return
         try:
             with rejecting():
                 column = ImageColumn(*file)
@@ -142,16 +154,21 @@ class _Sources:
             outcomes: Outcomes = dict.fromkeys(wanted, rejected)
             yield next(iter(wanted)), Read(0, lambda: outcomes)
             return
-        by_group: dict[int, dict[int, _ParquetRow]] = defaultdict(dict)
+        left_by_group: dict[int, dict[int, _ParquetRow]] = defaultdict(dict)
         for row, parquet_row in wanted.items():
-            by_group[column.group_of(parquet_row.row_index)][row] = parquet_row
-        cache = self._cache_of(file.uri)
-        for group, members in by_group.items():
-            run = partial(self._read_group, cache, column, group, members)
-            yield next(iter(members)), Read(column.group_bytes(group), run)
+            left_by_group[column.group_of(parquet_row.row_index)][row] = parquet_row
+        for row, parquet_row in wanted.items():
+            group = column.group_of(parquet_row.row_index)
+            left = left_by_group[group]
+            if row not in left:
+                continue
+            end = row + max(int(self.ahead_bytes / column.mean_bytes(group)), 1)
+            members = {soon: left.pop(soon) for soon in list(left) if soon < end}
+            yield row, Read(column.group_bytes(group), partial(self._read_group, column, group, members))
 
     def _read_sample(self, row: int, address: Address) -> Outcomes:
-        cache = self._cache_of(address.uri)
+        # A file on a local disk is no farther than the cache itself.
+        cache = self.cache if address.uri.startswith("s3://") else None
         try:
             with rejecting():
                 check_size(address.size_bytes, self.max_bytes)
@@ -164,19 +181,15 @@ class _Sources:
         except SampleRejected as rejected:
             return {row: rejected}
 
-    def _read_cached(
-        self, cache: LocalImageCache, file: _ParquetFile, row: int, wanted: _ParquetRow
-    ) -> Outcomes:
-        data = cache.get(wanted.content_id)
+    def _read_cached(self, file: _ParquetFile, row: int, wanted: _ParquetRow) -> Outcomes:
+        data = self.cache.get(wanted.content_id) if self.cache else None
         if data is not None:
             return {row: self._checked(data)}
         # It was deleted, or found to be damaged, since the planning.
         ((_, read),) = self._plan_groups(file, {row: wanted})
         return read.run()
 
-    def _read_group(
-        self, cache: LocalImageCache | None, column: ImageColumn, group: int, wanted: dict[int, _ParquetRow]
-    ) -> Outcomes:
+    def _read_group(self, column: ImageColumn, group: int, wanted: dict[int, _ParquetRow]) -> Outcomes:
         try:
             with rejecting():
                 images = column.read(group, [parquet_row.row_index for parquet_row in wanted.values()])
@@ -185,8 +198,8 @@ class _Sources:
         outcomes: Outcomes = {}
         for (row, parquet_row), data in zip(wanted.items(), images, strict=True):
             outcomes[row] = self._checked(data)
-            if cache and outcomes[row] is data:
-                cache.offer(parquet_row.content_id, data)
+            if self.cache and outcomes[row] is data:
+                self.cache.offer(parquet_row.content_id, data)
         return outcomes
 
     def _checked(self, data: bytes) -> bytes | SampleRejected:
@@ -195,10 +208,6 @@ class _Sources:
         except SampleRejected as rejected:
             return rejected
         return data
-
-    def _cache_of(self, uri: str) -> LocalImageCache | None:
-        """The cache where it can help: a local file is no farther than the cache itself."""
-        return self.cache if uri.startswith("s3://") else None
 
 
 def _file_of(address: Address) -> _ParquetFile:

@@ -7,7 +7,7 @@ import os
 import pickle
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import md5
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from convoy.core.splits import SplitOptions
 from convoy.storage.local_cache import LocalImageCache
 from convoy.storage.manifests import MANIFEST_SCHEMA
 from convoy.storage.object_store import Blob
+from convoy.storage.row_groups import ImageColumn
 from convoy.storage.samples import SampleReader
 from convoy.storage.sources.completion import complete_rows
 from convoy.storage.sources.reading import read_source
@@ -154,6 +155,29 @@ def test_a_row_group_is_read_once(parquet: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", counting)
     read(rows_of(parquet).take(pa.array([1, 7, 2, 8, 0])))
     assert sorted(reads) == [0, 1]
+
+
+def test_a_row_group_is_read_again_rather_than_held_for_rows_far_ahead(
+    parquet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_read = 0
+    read_images = ImageColumn.read
+
+    def counting(column: ImageColumn, group: int, row_indices: Sequence[int]) -> list[bytes]:
+        nonlocal num_read
+        num_read += len(row_indices)
+        return read_images(column, group, row_indices)
+
+    monkeypatch.setattr(ImageColumn, "read", counting)
+    # One of each row group after the other, so that all images would come with the first few.
+    order = sorted(range(20), key=lambda row: (row % 6, row))
+    reader = SampleReader(window_bytes=4 * len(jpeg_bytes(0)), num_threads=1)
+    held = []
+    for number, (_, data) in enumerate(reader.read(rows_of(parquet).take(pa.array(order)))):
+        assert data == jpeg_bytes(order[number])
+        held.append(num_read - number)
+    # Those that came along, and the read that is under way.
+    assert max(held) <= 8
 
 
 def test_containers_and_objects_mix(folder: Path, parquet: Path) -> None:
@@ -451,11 +475,22 @@ def test_the_size_limit_holds_for_what_is_cached(folder: Path, cache: LocalImage
     assert rejected.code is RejectCode.TOO_LARGE
 
 
-def test_local_files_do_not_go_through_the_cache(folder: Path, parquet: Path, cache: LocalImageCache) -> None:
-    rows = pa.concat_tables([rows_of(folder), rows_of(parquet)])
-    assert len(read(rows, cache=cache)) == 60
+def test_local_files_do_not_go_through_the_cache(folder: Path, cache: LocalImageCache) -> None:
+    assert len(read(rows_of(folder), cache=cache)) == 40
     assert not Path(cache.folder).exists()
     assert (cache.counts.hits, cache.counts.misses) == (0, 0)
+
+
+def test_rows_of_local_parquet_files_do_as_each_costs_a_row_group(
+    parquet: Path, cache: LocalImageCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = rows_of(parquet)
+    images = [jpeg_bytes(index) for index in range(20)]
+    assert read(rows.take(pa.array([0, 19, 7])), cache=cache) == [images[index] for index in (0, 19, 7)]
+    assert read(rows, cache=cache) == images
+    monkeypatch.setattr(pq, "ParquetFile", None)
+    assert read(rows, cache=cache) == images
+    assert (cache.counts.hits, cache.counts.misses) == (23, 20)
 
 
 def test_a_reader_pickles(folder: Path, cache: LocalImageCache) -> None:
