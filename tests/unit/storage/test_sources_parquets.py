@@ -152,6 +152,17 @@ def test_unclear_splits_are_refused(tmp_path: Path, names: list[str], problem: s
         read(tmp_path)
 
 
+def test_files_with_large_row_groups_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = hugging_face_table([0] * 20, ["wolf"])
+    pq.write_table(table, tmp_path / "large.parquet")
+    pq.write_table(table, tmp_path / "small.parquet", row_group_size=5)
+    assert read(tmp_path).warnings == ()
+    monkeypatch.setattr("convoy.storage.sources.parquets._LARGE_GROUP_BYTES", 10 * len(jpeg_bytes(0)))
+    (warning,) = read(tmp_path).warnings
+    assert "1 (large.parquet)" in warning
+    assert "row groups of a few hundred images" in warning
+
+
 def test_odd_features_metadata_is_ignored(tmp_path: Path) -> None:
     metadatas: list[Any] = ["not json", '{"info": null}', "[]"]
     for index, metadata in enumerate(metadatas):

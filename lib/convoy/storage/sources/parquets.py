@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from convoy.core.errors import DataError
 from convoy.storage.object_store import ObjectInfo, ObjectStore
+from convoy.storage.row_groups import image_bytes_by_group
 from convoy.storage.sources.containers import (
     KnownContainers,
     open_containers,
@@ -25,12 +26,15 @@ from convoy.storage.sources.rows import (
     Skips,
     SourceRow,
     SourceScan,
+    describe_examples,
     object_content_id,
     part_content_id,
     tabulate,
 )
 
 _LABEL_NAMES = ("label", "labels")
+# A row group is read whole, for one of its images too, by each slice that has rows of it.
+_LARGE_GROUP_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +50,8 @@ def read_parquets(root: SourceRoot, options: ReadingOptions, known: KnownContain
     """All rows of a parquet file, or of all below a root; a sample's id is `<key>#<row>`.
 
     Only footers and label columns are read, and of files that are known in the same version nothing but the
-    footer of one. Sizes are not known. Raises DataError where the columns, the class names or a label are unclear,
-    and where files differ in them.
+    footer of one. Sizes are not known; files that are read are warned of where their row groups are large. Raises
+    DataError where the columns, the class names or a label are unclear, and where files differ in them.
     """
     skips = Skips()
     store, files = open_containers(root, ".parquet", skips)
@@ -60,6 +64,7 @@ def read_parquets(root: SourceRoot, options: ReadingOptions, known: KnownContain
     # Known files are alike, so one of them speaks for all: what is read anew must be like it.
     example = next((info for info in files if known_rows(info) is not None), files[0])
     columns = _open_columns(store, example, options)[1]
+    large_groups: dict[str, int] = {}
 
     def read(info: ObjectInfo) -> pa.Table:
         if (rows := known_rows(info)) is not None:
@@ -72,17 +77,35 @@ def read_parquets(root: SourceRoot, options: ReadingOptions, known: KnownContain
                 where=uri,
                 next_step="freeze them as datasets of their own, or write them alike",
             )
+        group_bytes = max(image_bytes_by_group(file.metadata, columns.image_field), default=0)
+        if group_bytes > _LARGE_GROUP_BYTES:
+            large_groups[info.key] = group_bytes
         return tabulate(_read_rows(file, columns, info, uri))
 
     tables = list(read_containers(files, read))
     return SourceScan(
-        samples=with_splits(store, files, tables), classes=columns.classes, skipped=dict(skips.counts)
+        samples=with_splits(store, files, tables),
+        classes=columns.classes,
+        skipped=dict(skips.counts),
+        warnings=_warnings(large_groups),
     )
 
 
 def image_columns(schema: pa.Schema) -> list[str]:
     """The columns that may hold image bytes: binary ones, and structs with a binary `bytes`."""
     return [field.name for field in schema if _is_binary(field.type) or _is_binary(_bytes_type(field.type))]
+
+
+def _warnings(large_groups: Mapping[str, int]) -> tuple[str, ...]:
+    """What reading will suffer from; of some files their largest row group in bytes, by key."""
+    if not large_groups:
+        return ()
+    most_mb = max(large_groups.values()) / 1e6
+    return (
+        f"row groups of up to {most_mb:,.0f} MB of images, which are read whole for a single one:"
+        f" {describe_examples(len(large_groups), sorted(large_groups))};"
+        " write these files anew with row groups of a few hundred images (row_group_size of pyarrow)",
+    )
 
 
 def _open_columns(store: ObjectStore, info: ObjectInfo, options: ReadingOptions) -> tuple[Any, ImageColumns]:
