@@ -27,7 +27,8 @@ class Ingest(StrEnum):
     `fused`: in threads of the training worker, so that pixels never leave its process. `split`: in Ray Data
     workers, on any node, which send final-size uint8 batches. `auto`: split where there are GPUs, nodes without
     GPUs beside them or four CPUs or more to each GPU, CPUs for workers of two threads, and room for the batches in
-    Ray's object store; else fused.
+    Ray's object store; else fused. Rows of parquet files are fused: a batch alone would read a row group for nearly
+    every image.
     """
 
     AUTO = "auto"

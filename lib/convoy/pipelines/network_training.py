@@ -22,6 +22,7 @@ from convoy.core.progress import Progress
 from convoy.core.training_events import EpochResult, TrainingEvent
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.distillation import TaughtRows, taught_rows
+from convoy.pipelines.ingest_choice import FUSED_NOTE, settle_ingest
 from convoy.pipelines.network_plan import trained_backbone_config, wanted_recipe
 from convoy.pipelines.network_setup import TrainingSetup, set_up_training
 from convoy.pipelines.train_config import TrainConfig
@@ -194,7 +195,10 @@ class NetworkTraining:
     def _train_network(self) -> dict[str, Any]:
         self._progress.stage("starting Ray")
         with ray_session():
-            workers = plan_workers(self._config.workers)
+            options = settle_ingest(self._config.workers, self._manifest)
+            workers = plan_workers(options)
+            if options.ingest is not self._config.workers.ingest and workers.gpus_per_worker:
+                self.notes.append(FUSED_NOTE)
             _check_precision(self._config, workers)
             record = self._run.record = self._run.record or self._freeze(workers)
             setup = TrainingSetup.model_validate(record.settings["setup"])

@@ -22,6 +22,7 @@ from convoy.core.trial_events import TrialState
 from convoy.pipelines.dataset_choice import open_as_begun
 from convoy.pipelines.ensemble_building import EnsembleReport, ReportDrawer, build_ensemble
 from convoy.pipelines.ensemble_choice import EnsembleSettings
+from convoy.pipelines.ingest_choice import FUSED_NOTE, settle_ingest
 from convoy.pipelines.network_training import CurveDrawer
 from convoy.pipelines.search_time import SearchTimer, seconds_spent
 from convoy.pipelines.training_rows import has_labels
@@ -222,8 +223,11 @@ class _Search:
         progress.stage("planning the search")
         examples = fetch_networks(store, self._manifest, config, pins.weights)
         check_crops(config, examples)
-        options = next(config.examples()).workers
+        wanted = next(config.examples()).workers
+        options = settle_ingest(wanted, self._manifest)
         share = plan_trials(options, None if config.max_concurrent == "auto" else config.max_concurrent)
+        if options.ingest is not wanted.ingest and share.workers.on_gpus:
+            self.notes.append(FUSED_NOTE)
         check_budget(config, examples, self._manifest, alive_nodes())
         job = TrialJob(
             workspace=store.root_uri,

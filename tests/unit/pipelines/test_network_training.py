@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from cache_jobs import write_digits
@@ -211,6 +213,56 @@ def test_where_the_object_store_is_too_small_for_batches_threads_prepare_them(
     assert spec.ingest is Ingest.FUSED
     # The number of workers is that of the learning rates, which were set before.
     assert asked == [(None, 0), (1, spec.largest_batch_bytes(1))]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "has_gpus", "settled", "has_note"),
+    [
+        (Ingest.AUTO, True, Ingest.FUSED, True),
+        (Ingest.AUTO, False, Ingest.FUSED, False),
+        (Ingest.SPLIT, True, Ingest.SPLIT, False),
+    ],
+)
+def test_images_in_parquet_files_are_prepared_by_threads_unless_told_otherwise(
+    tmp_path: Path,
+    told: list[TrainingSpec],
+    monkeypatch: pytest.MonkeyPatch,
+    wanted: Ingest,
+    has_gpus: bool,
+    settled: Ingest,
+    has_note: bool,
+) -> None:
+    def plan(options: WorkerOptions, **_: object) -> WorkerPlan:
+        split_or_wanted = Ingest.SPLIT if options.ingest is Ingest.AUTO else options.ingest
+        return ONE.model_copy(update={"gpus_per_worker": int(has_gpus), "ingest": split_or_wanted})
+
+    monkeypatch.setattr(network_training_module, "plan_workers", plan)
+    write_digits(tmp_path / "images", 30)
+    paths = sorted((tmp_path / "images").rglob("*.jpg"))
+    table = pa.table(
+        {"image": [path.read_bytes() for path in paths], "label": [path.parent.name for path in paths]}
+    )
+    pq.write_table(table, tmp_path / "digits.parquet", row_group_size=10)
+    store = LocalStore(str(tmp_path / "workspace"))
+    freeze_dataset(store, "digits", str(tmp_path / "digits.parquet"))
+    settings = {
+        "name": "lenet",
+        "dataset": "digits",
+        "strategy": "from_scratch",
+        "backbone": {"arch": "lenet5"},
+        "recipe": {"batch_size": 8},
+        "workers": {"ingest": wanted},
+    }
+    config = parse_config(TrainConfig, settings, where="test")
+    manifest = open_dataset(store, "digits")
+    pretrained = fetch_backbone(store, random_weights(config, manifest))
+    with network_training(
+        store, manifest, pretrained, config, Silent(), new_run=True, when_held=WhenHeld.REFUSE
+    ) as training:
+        with pytest.raises(_Stopped):
+            training.run()
+        assert any("rows of parquet files" in note for note in training.notes) == has_note
+    assert [spec.ingest for spec in told] == [settled]
 
 
 def test_the_scale_of_a_lists_weights_is_no_learning_rate(tmp_path: Path, told: list[TrainingSpec]) -> None:
