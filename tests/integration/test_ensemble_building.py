@@ -86,6 +86,7 @@ def evaluated(workspace: str, *arguments: str) -> dict[str, Any]:
 def test_what_is_reported_is_what_evaluate_finds_on_test(built: tuple[str, EnsembleReport]) -> None:
     workspace, report = built
     assert (report.measured.rows, report.measured.num_rows) == ("test", NUM_ROWS["test"])
+    assert report.dataset_fingerprint == open_dataset(open_store(workspace), "digits").fingerprint
     assert report.gain == pytest.approx(report.measured.top1 - report.measured.best_single_top1)
     again = evaluated(workspace, report.ensemble)
     assert again["top1"] == report.measured.top1

@@ -48,7 +48,8 @@ class EnsembleReport(StrictModel):
     `overlap` says of each two candidates which share of the rows that either gets wrong both get wrong, on `val`.
     `members` are measured on `test`, and missing without one. `by_crops`, `by_size` and the reliability before and
     after the temperature of the whole are of the rows that `measured` names. `num_val_rows` are the labelled rows that
-    chose, those that all candidates predicted; reports of before do not say.
+    chose, those that all candidates predicted, and `dataset_fingerprint` names the version of the dataset that they are
+    of; reports of before do not say.
     """
 
     ensemble: str
@@ -70,6 +71,7 @@ class EnsembleReport(StrictModel):
     reliability_before: list[ReliabilityBin]
     reliability_after: list[ReliabilityBin]
     num_val_rows: int | None = None
+    dataset_fingerprint: str | None = None
 
 
 # Makes the HTML page of a report.
@@ -115,7 +117,7 @@ def build_ensemble(
         progress.stage("measuring by cross-fitting")
         measured, gate = cross_fitted(predictions, settings), chosen.gate
     names, num_val_rows = [_name(members) for members in networks], len(predictions.labels_N)
-    report = _report(chosen, measured, gate, names, num_val_rows)
+    report = _report(chosen, measured, gate, names, num_val_rows, manifest.fingerprint)
     reference = write_ensemble(
         store,
         name,
@@ -188,7 +190,12 @@ def _name(networks: Networks) -> str:
 
 
 def _report(
-    chosen: _Chosen, measured: Measured, gate: GateReport | None, candidates: list[str], num_val_rows: int
+    chosen: _Chosen,
+    measured: Measured,
+    gate: GateReport | None,
+    candidates: list[str],
+    num_val_rows: int,
+    fingerprint: str,
 ) -> EnsembleReport:
     """The report of an ensemble that is not stored yet and so has no reference."""
     choice, evaluation = chosen.choice, measured.evaluation
@@ -212,6 +219,7 @@ def _report(
         reliability_before=measured.reliability_before,
         reliability_after=measured.reliability_after,
         num_val_rows=num_val_rows,
+        dataset_fingerprint=fingerprint,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -10,10 +11,13 @@ from convoy.core.differences import describe_changes
 from convoy.core.errors import ConfigError, DataError
 from convoy.core.progress import Progress
 from convoy.pipelines.retrain_config import Decision, RetrainConfig, RetrainReport
+from convoy.storage.bundles import METRICS_FILE, resolve_bundle
 from convoy.storage.datasets import freeze_dataset, open_dataset
+from convoy.storage.documents import read_json
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.registry import Alias, read_aliases
 from convoy.storage.retrains import RetrainFolder, RetrainPlan
+from convoy.storage.runs import RunFolder
 
 # What may differ between two calls for one date: where, how fast and who hears of it, not what.
 _FREE_KEYS = ("workspace", "writers", "date", "mirror")
@@ -31,16 +35,36 @@ def plan_retrain(
         source = config.source if "://" in config.source else str(Path(config.source).absolute())
         freeze_dataset(store, config.dataset, source, reading=config.reading, splits=config.splits)
     champion = read_aliases(store, config.name).aliases.get(Alias.CHAMPION)
-    learnt, held = _since_champion(_newest_first(folder), f"{config.name}@{champion}")
-    _require_versions(store, config, [*held.values()] if learnt is None else [learnt, *held.values()])
+    past = _since_champion(_newest_first(folder), f"{config.name}@{champion}")
+    learnt = previous = None
+    if champion is not None:
+        learnt = past.learnt or _version_of_bundle(store, config.dataset, f"{config.name}@{champion}")
+        previous = learnt or past.trusted
+    _require_versions(store, config, [*past.held.values(), *([] if previous is None else [previous])])
     return RetrainPlan(
         date=config.logical_date,
         fingerprint=open_dataset(store, config.dataset).fingerprint,
-        previous_fingerprint=learnt,
+        previous_fingerprint=previous,
+        is_champions_version=champion is None or learnt is not None,
         champion=champion,
-        held=held,
+        held=past.held,
         config=_settings(config),
     )
+
+
+def _version_of_bundle(store: ObjectStore, dataset: str, reference: str) -> str | None:
+    """The version of a dataset that a model was made from, by its bundle; None where that names no such version."""
+    metrics = read_json(store, f"{resolve_bundle(store, reference).folder}{METRICS_FILE}") or {}
+    fingerprint = metrics.get("dataset_fingerprint")
+    if fingerprint is None:
+        # As bundles were before: those of an ensemble name the run below its evaluation.
+        run_id = metrics.get("run") or (metrics.get("evaluation") or {}).get("run")
+        record = None if run_id is None else RunFolder(store, run_id).record()
+        fingerprint = None if record is None else record.identity.get("dataset_fingerprint")
+    try:
+        return None if fingerprint is None else open_dataset(store, dataset, fingerprint).fingerprint
+    except DataError:
+        return None
 
 
 def _require_versions(store: ObjectStore, config: RetrainConfig, fingerprints: Iterable[str]) -> None:
@@ -102,7 +126,9 @@ def settled_report(folder: RetrainFolder, plan: RetrainPlan) -> RetrainReport | 
         dataset_fingerprint=plan.fingerprint,
         champion=f"{folder.name}@{plan.champion}",
     )
-    if plan.fingerprint == plan.previous_fingerprint:
+    # A champion from elsewhere met its own version on the first date: what was decided there may be open.
+    is_decided = (last.dataset_fingerprint, last.champion) == (plan.fingerprint, nothing_new.champion)
+    if plan.fingerprint == plan.previous_fingerprint and plan.is_champions_version and not is_decided:
         reason = "the dataset is the one that the champion was chosen on"
         return nothing_new.model_copy(update={"reason": reason})
     if plan.fingerprint != last.dataset_fingerprint:
@@ -127,25 +153,37 @@ def _last_examined(newest_first: Iterable[RetrainReport], fingerprint: str) -> R
     )
 
 
-def _since_champion(
-    newest_first: Iterable[RetrainReport], champion: str
-) -> tuple[str | None, dict[str, str]]:
-    """The version of the dataset that the champion was made from, and those that were objected to since, by date.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Past:
+    """What earlier dates say of versions of the dataset.
 
-    Of a champion that no date made, the version that was promoted on last; None where there is neither.
+    `learnt` is the one that the champion was made from, or None where no date made it; `trusted` the last one whose
+    data nobody objected to. `held` are those that were objected to since the champion, or since the last promotion, by
+    date.
     """
-    promoted: str | None = None
+
+    learnt: str | None
+    trusted: str | None
+    held: dict[str, str]
+
+
+def _since_champion(newest_first: Iterable[RetrainReport], champion: str) -> _Past:
+    """What the dates since a champion say, or all of them where no date made it."""
+    trusted: str | None = None
     # By version: the oldest date that was about one is the last to be put down.
     held: dict[str, str] = {}
     held_since_promoted: dict[str, str] | None = None
     for report in newest_first:
         if report.candidate == champion:
-            return report.dataset_fingerprint, _by_date(held)
+            return _Past(learnt=report.dataset_fingerprint, trusted=trusted, held=_by_date(held))
         if report.data is not None and report.data.objections and report.decision is Decision.HELD:
             held[report.dataset_fingerprint] = report.date
-        if promoted is None and report.decision is Decision.PROMOTED:
-            promoted, held_since_promoted = report.dataset_fingerprint, dict(held)
-    return promoted, _by_date(held if held_since_promoted is None else held_since_promoted)
+        elif trusted is None:
+            trusted = report.dataset_fingerprint
+        if held_since_promoted is None and report.decision is Decision.PROMOTED:
+            held_since_promoted = dict(held)
+    since = held if held_since_promoted is None else held_since_promoted
+    return _Past(learnt=None, trusted=trusted, held=_by_date(since))
 
 
 def _by_date(dates: Mapping[str, str]) -> dict[str, str]:

@@ -248,6 +248,7 @@ class CandidateMaker:
             "splits": ["holdout"],
             "rows": "holdout",
             "labelled": num_rows,
+            "dataset_fingerprint": self._manifest.fingerprint,
             "lineage": self._lineage,
         }
         return metrics, model_card(card)

@@ -282,8 +282,17 @@ class RetrainJob:
             holdout_rows=len(self._rows.holdout),
             data=data,
             steps=steps,
-            notes=[*data.notes, *self._holdout_notes()],
+            notes=[*data.notes, *self._version_notes(), *self._holdout_notes()],
         )
+
+    def _version_notes(self) -> list[str]:
+        """What a person should know of the version that what is new is told from."""
+        if self._plan.is_champions_version:
+            return []
+        compared = "all rows count as new"
+        if self._plan.previous_fingerprint is not None:
+            compared = "the new data is what came since the last date whose data nobody objected to"
+        return [f"nothing says which version of the dataset the champion was made from: {compared}"]
 
     def _holdout_notes(self) -> list[str]:
         """What a person should know of the rows that judge: what joined them, and whether they are too few."""

@@ -184,7 +184,8 @@ def _run(job: _Job) -> TrainReport:
         classifier = trained.classifier
         files = classifier_files(store, classifier)
         evaluation = _evaluate(job, classifier, bundle_digest(files))
-        files["metrics.json"] = canonical_json(evaluation)
+        described = {**evaluation.model_dump(mode="json"), "dataset_fingerprint": manifest.fingerprint}
+        files["metrics.json"] = canonical_json(described)
         card = training_card(
             config,
             manifest,

@@ -40,13 +40,15 @@ HOLDOUT_SCHEMA = pa.schema(
 class RetrainPlan(StrictModel):
     """`plan.json`: what a date began with. `champion` is a digest.
 
-    `previous_fingerprint` is of the version that the champion was made from: what is not in it is new. `held` are the
-    versions whose new data was objected to since then, by their dates.
+    `previous_fingerprint` is of the version that the champion was made from: what is not in it is new. Where that is
+    not known (`is_champions_version`), it is of the last date whose data nobody objected to. `held` are the versions
+    whose new data was objected to since then, by their dates.
     """
 
     date: str
     fingerprint: str
     previous_fingerprint: str | None
+    is_champions_version: bool = True
     champion: str | None
     held: dict[str, str] = Field(default_factory=dict)
     config: dict[str, Any]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from itertools import count
@@ -17,9 +18,11 @@ from convoy.core.errors import ConfigError
 from convoy.core.progress import Silent
 from convoy.pipelines.retrain_config import Decision, NewData, RetrainConfig, RetrainReport
 from convoy.pipelines.retrain_plan import plan_retrain, refuse_date, refuse_other_settings, settled_report
+from convoy.storage.datasets import freeze_dataset, open_dataset
 from convoy.storage.local_store import LocalStore
 from convoy.storage.registry import Alias, AliasMove, move_aliases
 from convoy.storage.retrains import RetrainFolder, RetrainPlan
+from convoy.storage.runs import RunFolder, RunRecord
 
 NAME = "digits"
 FIRST, SECOND = "a" * 32, "b" * 32
@@ -104,6 +107,15 @@ class Dates:
             ),
         )
         self.retrains.write_decision(plan.date, report.model_dump(mode="json"))
+
+    def freeze(self) -> str:
+        """The version of what is there now, as a person would freeze it."""
+        freeze_dataset(self.store, NAME, str(self.folder / "images"), splits=self.config("2026-01-01").splits)
+        return open_dataset(self.store, NAME).fingerprint
+
+    def describe(self, digest: str, metrics: Mapping[str, Any]) -> None:
+        """What the bundle of a digest says of itself."""
+        self.store.put(f"models/{NAME}/{digest}/metrics.json", json.dumps(metrics).encode())
 
     def promote(self, digest: str | None) -> None:
         move = AliasMove(action="promoted", moves={Alias.CHAMPION: digest}, reason="a person says so")
@@ -210,12 +222,78 @@ def test_a_person_who_promotes_a_held_candidate_has_answered(dates: Dates) -> No
     assert (report.decision, report.champion) == (Decision.NOTHING_NEW, f"{NAME}@{SECOND}")
 
 
-def test_a_champion_from_elsewhere_is_compared_with_what_was_held(dates: Dates) -> None:
-    plan = held(dates)
+def test_a_champion_that_does_not_say_what_it_was_made_from_is_compared_with_what_nobody_objected_to(
+    dates: Dates,
+) -> None:
+    gated = held(dates)
+    held(dates, objections=["wrong labels"])
     dates.promote(SECOND)
     asked = dates.plan()
-    assert asked.previous_fingerprint == plan.previous_fingerprint
+    assert (asked.previous_fingerprint, asked.is_champions_version) == (gated.fingerprint, False)
     assert dates.settled(asked) is None
+
+
+def test_a_champion_of_which_nothing_is_known_is_compared_from_the_second_date_on(tmp_path: Path) -> None:
+    dates = Dates(tmp_path)
+    dates.arrive()
+    dates.promote(SECOND)
+    dates.describe(SECOND, {"dataset_fingerprint": "0" * 32})
+    first = dates.plan(mode="shadow")
+    assert (first.previous_fingerprint, first.is_champions_version) == (None, False)
+    dates.decide(first, Decision.SHADOW, candidate=FIRST)
+    dates.arrive()
+    assert dates.plan(mode="shadow").previous_fingerprint == first.fingerprint
+
+
+def evaluated(dates: Dates, fingerprint: str) -> str:
+    """The run that measured a model on a version of the dataset."""
+    record = RunRecord.new(
+        "r1",
+        verb="evaluate",
+        identity={"dataset_fingerprint": fingerprint},
+        config={},
+        outputs={},
+        groups=(),
+    )
+    RunFolder(dates.store, record.run_id).write_record(record)
+    return record.run_id
+
+
+@pytest.mark.parametrize("kind", ["says it", "single", "ensemble"])
+def test_what_a_person_trained_on_a_held_version_and_promoted_was_made_from_that(
+    dates: Dates, kind: str
+) -> None:
+    plan = held(dates, objections=["half of the rows are gone"])
+    run = evaluated(dates, plan.fingerprint)
+    metrics = {
+        "says it": {"dataset_fingerprint": plan.fingerprint},
+        "single": {"run": run},
+        "ensemble": {"evaluation": {"run": run}},
+    }
+    dates.describe(SECOND, metrics[kind])
+    dates.promote(SECOND)
+    answered = dates.plan()
+    assert (answered.previous_fingerprint, answered.is_champions_version) == (plan.fingerprint, True)
+    report = dates.settled(answered)
+    assert report is not None
+    assert report.decision is Decision.NOTHING_NEW
+    dates.retrains.write_decision(answered.date, report.model_dump(mode="json"))
+    dates.arrive()
+    assert dates.plan().previous_fingerprint == plan.fingerprint
+
+
+def test_a_shadow_of_a_champion_on_its_own_version_is_asked_again_where_it_may_promote(
+    tmp_path: Path,
+) -> None:
+    dates = Dates(tmp_path)
+    dates.arrive()
+    dates.describe(SECOND, {"dataset_fingerprint": dates.freeze()})
+    dates.promote(SECOND)
+    plan = dates.plan(mode="shadow")
+    assert (plan.previous_fingerprint, dates.settled(plan)) == (plan.fingerprint, None)
+    dates.decide(plan, Decision.SHADOW, candidate=FIRST)
+    nothing_new(dates)
+    assert dates.settled(dates.plan(mode="promote")) is None
 
 
 def test_bad_files_that_are_taken_away_leave_nothing_new(dates: Dates) -> None:

@@ -126,6 +126,16 @@ def test_a_first_holdout_that_is_too_small_for_the_gate_is_said_at_once(job: Ret
     assert "only a clear gain will be promoted" in note
 
 
+def test_what_is_new_is_told_from_is_said_where_the_champions_version_is_not_known(job: RetrainJob) -> None:
+    assert job._version_notes() == []
+    job._plan = job._plan.model_copy(update={"is_champions_version": False})
+    (note,) = job._version_notes()
+    assert note.endswith("all rows count as new")
+    job._plan = job._plan.model_copy(update={"previous_fingerprint": "0" * 32})
+    (note,) = job._version_notes()
+    assert note.endswith("since the last date whose data nobody objected to")
+
+
 def test_a_date_that_was_killed_after_its_move_is_decided_by_the_move(job: RetrainJob) -> None:
     run = f"retrains/{NAME}/2026-01-01"
     nothing_new = job._decide(AGAIN, (right_scores(2), right_scores(0)))

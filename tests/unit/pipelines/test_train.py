@@ -20,6 +20,7 @@ from convoy.pipelines.train import TrainReport, measured_on, run_train
 from convoy.pipelines.train_config import TrainConfig
 from convoy.pipelines.train_plan import plan_train
 from convoy.pipelines.training_rows import Fold, RowLimit
+from convoy.storage.bundles import open_bundle
 from convoy.storage.datasets import freeze_dataset, open_dataset
 from convoy.storage.local_store import LocalStore
 from convoy.storage.manifests import Manifest
@@ -160,7 +161,7 @@ def test_keys_of_another_strategy_are_named_in_the_dry_run(
     assert note.endswith(": epochs, freeze_depth, learning_rate, recipe")
 
 
-def test_keys_of_another_strategy_are_named_in_the_report(
+def test_the_report_names_keys_of_another_strategy_and_the_bundle_the_version_it_was_made_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest = manifest_of(tmp_path, Split.TEST)
@@ -178,6 +179,8 @@ def test_keys_of_another_strategy_are_named_in_the_report(
         parse_config(TrainConfig, settings, where="here"), progress=Silent(), draw_curves=lambda *_: b""
     )
     assert report.notes == ["without effect under as_is: epochs"]
+    metrics = open_bundle(LocalStore(str(tmp_path)), report.bundle).read_json("metrics.json")
+    assert metrics["dataset_fingerprint"] == manifest.fingerprint
 
 
 @pytest.mark.parametrize(
