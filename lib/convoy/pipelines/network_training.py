@@ -75,9 +75,9 @@ class TrainedNetwork:
     notes: tuple[str, ...]
 
 
-def open_training(store: ObjectStore, name: str) -> OpenRun:
-    """The pointer to the unfinished training of that name."""
-    return OpenRun(store, verb=_VERB, target=digest([name]))
+def open_training(store: ObjectStore, target: str) -> OpenRun:
+    """The pointer to the unfinished training of a target: the name of its bundle, where it is nobody else's."""
+    return OpenRun(store, verb=_VERB, target=digest([target]))
 
 
 @contextmanager
@@ -90,13 +90,14 @@ def network_training(
     *,
     new_run: bool,
     when_held: WhenHeld,
+    target: str | None = None,
 ) -> Iterator[NetworkTraining]:
     """The training of a config, in its unfinished run or a new one; nobody else drives it until the block ends.
 
     Raises RunMismatch if the unfinished run is that of another training. Where another driver is at work on it,
     LeaseHeld is raised, or its end waited for.
     """
-    open_run = open_training(store, config.name)
+    open_run = open_training(store, target or config.name)
     identity = {
         "dataset_fingerprint": manifest.fingerprint,
         "weights_digest": pretrained.weights_digest,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from convoy.pipelines.retrain_rows import RetrainRows
 from convoy.pipelines.retrain_scoring import CachedScorer, NamedRows
 from convoy.pipelines.train import TrainReport, run_train
 from convoy.pipelines.train_config import TrainConfig
+from convoy.pipelines.trial_trainings import give_up_trainings
 from convoy.storage.bundles import BundleRef, ModelCard, model_card, resolve_bundle, write_bundle
 from convoy.storage.leases import WhenHeld
 from convoy.storage.retrains import RetrainFolder, RetrainPlan
@@ -191,18 +193,23 @@ class CandidateMaker:
                 where=self._manifest.uri,
                 next_step="take them out of the train split, or leave fine_tune out",
             )
-        config = self._training_config()
-        arguments: dict[str, Any] = {
-            "progress": self._progress,
-            "draw_curves": self._draw_curves,
-            "when_held": WhenHeld.WAIT,
-            "fingerprint": self._manifest.fingerprint,
-        }
+        # No bundle is named so: what a person trains under the model's name is left alone.
+        target = f"{self._config.name}/retrain"
+        train = partial(
+            run_train,
+            self._training_config(),
+            progress=self._progress,
+            draw_curves=self._draw_curves,
+            when_held=WhenHeld.WAIT,
+            fingerprint=self._manifest.fingerprint,
+            target=target,
+        )
         try:
-            return run_train(config, **arguments)
+            return train()
         except RunMismatch:
             # Left behind by an earlier date; this one has other rows.
-            return run_train(config, **arguments, new_run=True)
+            give_up_trainings(self._store, [target])
+            return train()
 
     def _training_config(self) -> TrainConfig:
         config, settings = self._config, self._config.fine_tune

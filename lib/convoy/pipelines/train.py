@@ -96,6 +96,7 @@ class _Job:
     draw_curves: CurveDrawer
     new_run: bool
     when_held: WhenHeld
+    target: str | None
     measured_split: Split
     measured_fold: Fold | None
 
@@ -109,17 +110,19 @@ def run_train(
     when_held: WhenHeld = WhenHeld.REFUSE,
     evaluated: Split | None = None,
     fingerprint: str | None = None,
+    target: str | None = None,
 ) -> TrainReport:
     """Train by the config's strategy; on one machine equal inputs give a bundle of equal digest.
 
     `draw_curves` makes the picture of the learning curves that is kept in the run folder. The model is measured on
     the split `evaluated`, by default on its own fold, or else on the held-out split: a search measures on val, and
-    leaves test alone. `fingerprint` names a version of the dataset, see `training_dataset`. Where another driver
-    trains the same network, LeaseHeld is raised, or its end waited for. DataError where nothing could be measured.
+    leaves test alone. `fingerprint` names a version of the dataset, see `training_dataset`. An unfinished network of
+    the same `target`, by default the config's name, is gone on with; where another driver trains it, LeaseHeld is
+    raised, or its end waited for. DataError where nothing could be measured.
     """
     check_bundle_name(config.name)
     store = open_workspace(config.workspace, config.writers)
-    manifest, version_notes = training_dataset(store, config, fingerprint, new_run=new_run)
+    manifest, version_notes = training_dataset(store, config, fingerprint, new_run=new_run, target=target)
     config = config.model_copy(update={"backbone": with_pinned_code(config.backbone)})
     if config.strategy is not Strategy.AS_IS:
         # Before any network is fetched or Ray is there: a class without images can be learnt by no strategy.
@@ -137,6 +140,7 @@ def run_train(
         draw_curves=draw_curves,
         new_run=new_run,
         when_held=when_held,
+        target=target,
         measured_split=split,
         measured_fold=fold,
     )
@@ -147,7 +151,12 @@ def run_train(
 
 
 def training_dataset(
-    store: ObjectStore, config: TrainConfig, fingerprint: str | None = None, *, new_run: bool = False
+    store: ObjectStore,
+    config: TrainConfig,
+    fingerprint: str | None = None,
+    *,
+    new_run: bool = False,
+    target: str | None = None,
 ) -> tuple[Manifest, list[str]]:
     """The dataset of a training in the version of a fingerprint, and a note where that may surprise.
 
@@ -155,7 +164,7 @@ def training_dataset(
     """
     if fingerprint is not None or config.strategy not in NETWORKS:
         return open_dataset(store, config.dataset, fingerprint), []
-    return open_as_begun(store, open_training(store, config.name), config.dataset, new_run=new_run)
+    return open_as_begun(store, open_training(store, target or config.name), config.dataset, new_run=new_run)
 
 
 def measured_on(
@@ -311,6 +320,7 @@ def _train_network(job: _Job, backbone: BackboneRecord) -> Iterator[_Trained]:
         job.progress,
         new_run=job.new_run,
         when_held=job.when_held,
+        target=job.target,
     ) as training:
         network = training.run()
         yield _Trained(

@@ -1,4 +1,4 @@
-"""What trials leave that were stopped or failed: trainings that no command goes on with."""
+"""What stopped or failed trials and killed retrainings leave: trainings that no command goes on with."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from convoy.storage.runs import OpenRun
 _THREADS = 8
 
 
-def give_up_trainings(store: ObjectStore, names: Iterable[str]) -> None:
-    """Give up the unfinished trainings of these names, but for those that a driver is at work on.
+def give_up_trainings(store: ObjectStore, targets: Iterable[str]) -> None:
+    """Give up the unfinished trainings of these targets, but for those that a driver is at work on.
 
     Leases that are held are watched for their time to live: a process that was stopped could not free its own.
     """
-    pointers = [open_training(store, name) for name in names]
+    pointers = [open_training(store, target) for target in targets]
     with ThreadPoolExecutor(_THREADS) as pool:
         folders = list(pool.map(OpenRun.unfinished, pointers))
     unfinished = [

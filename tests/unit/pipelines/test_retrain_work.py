@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -15,9 +16,10 @@ from convoy.core.config import parse_config
 from convoy.core.crop_policies import CropPlan, CropPolicy
 from convoy.core.progress import Silent
 from convoy.core.splits import SplitOptions
-from convoy.pipelines import retrain_steps
+from convoy.pipelines import retrain_steps, train
 from convoy.pipelines.committees import open_committee, write_ensemble
 from convoy.pipelines.model_registry import promote_model
+from convoy.pipelines.network_training import NetworkTraining, open_training
 from convoy.pipelines.retrain_config import Decision, RetrainConfig, StepResult
 from convoy.pipelines.retrain_gate import GateConfig, ModelScores, judge
 from convoy.pipelines.retrain_steps import MadeModel
@@ -25,10 +27,12 @@ from convoy.pipelines.retrain_work import RetrainJob, _Outcome, take_until_settl
 from convoy.pipelines.train import TrainReport
 from convoy.report.curves import draw_learning_curves
 from convoy.storage.datasets import freeze_dataset, open_dataset
+from convoy.storage.leases import hold_run, is_given_up
 from convoy.storage.local_store import LocalStore
 from convoy.storage.object_store import WriterMode
 from convoy.storage.registry import Alias, AliasMove, move_aliases, read_aliases
 from convoy.storage.retrains import RetrainFolder, RetrainPlan
+from convoy.storage.runs import RunFolder, RunRecord
 from made_bundles import made_classifier, write_classifier
 
 NAME = "digits"
@@ -178,6 +182,43 @@ def test_a_date_trains_one_network_however_often_it_is_killed_while_that_is_scor
     assert first.train_rows == 20
     assert made("2026-01-01") == first
     assert made("2026-01-02").ref != first.ref
+
+
+class _Stopped(Exception):
+    """Where a training would begin."""
+
+
+def test_a_date_leaves_behind_what_an_earlier_one_trained_and_nothing_of_a_person(
+    job: RetrainJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = LocalStore(job._store.root_uri)
+    champion = open_committee(store, str(write_classifier(store, NAME, made_classifier(store, 0))))
+
+    def unfinished(target: str) -> RunFolder:
+        folder = open_training(store, target).start()
+        record = RunRecord.new(
+            folder.run_id, verb="train", identity={"epochs": 90}, config={}, outputs={}, groups=()
+        )
+        folder.write_record(record)
+        return folder
+
+    def stop(_: NetworkTraining) -> None:
+        raise _Stopped
+
+    monkeypatch.setattr(train, "ray_session", nullcontext)
+    monkeypatch.setattr(NetworkTraining, "run", stop)
+    persons, earlier = unfinished(NAME), unfinished(f"{NAME}/retrain")
+    date = begun(store, workspace=store.root_uri, fine_tune={"epochs": 1})
+    with hold_run(persons):
+        for _ in range(2):
+            with pytest.raises(_Stopped):
+                date._maker.steps(champion)["fine_tune"]()
+    left, own = (open_training(store, target).current() for target in (NAME, f"{NAME}/retrain"))
+    assert left is not None
+    assert own is not None
+    assert left.run_id == persons.run_id
+    assert own.run_id != earlier.run_id
+    assert [is_given_up(folder) for folder in (left, earlier, own)] == [False, True, False]
 
 
 @pytest.mark.parametrize("crops", [CropPolicy.CENTER, CropPolicy.TEN])
