@@ -21,6 +21,7 @@ from convoy.cli.options import (
 )
 from convoy.core.config import read_settings
 from convoy.pipelines.submit import (
+    NEW_RUN,
     JobRequest,
     Verb,
     Waiting,
@@ -105,7 +106,7 @@ def _submit_command(verb: Verb) -> Callable[..., None]:
         request = JobRequest(
             verb=verb,
             settings=read_settings(config, [*(overrides or []), *words(workspace=workspace)]),
-            arguments=("--new-run",) if new_run else (),
+            arguments=(NEW_RUN,) if new_run else (),
             attempt=attempt or _first_attempt(verb),
             tries=tries,
             cpus=cpus,

@@ -52,7 +52,7 @@ def run_advise(
     _refuse_equal_networks(config, records)
     identity = _identity(manifest, config, records, reference)
     pointer = f"{_POINTERS}{digest(identity)}.json"
-    if not new_run and (known := _known(store, pointer, config)) is not None:
+    if not open_run.begins_anew(new_run) and (known := _known(store, pointer, config)) is not None:
         progress.stage("the advice was given already")
         return known.model_copy(update={"notes": [*notes, *known.notes]})
     folder, record = open_run.resume(identity, new_run=new_run)

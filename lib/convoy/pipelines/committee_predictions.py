@@ -122,7 +122,7 @@ class CommitteeJob:
         request = self._request
         identity = request.identity(self._manifest)
         open_run = self._open_run()
-        is_begun = new_run or open_run.is_open_for(identity)
+        is_begun = open_run.begins_anew(new_run) or open_run.is_open_for(identity)
         if not is_begun and (known := self._known()) is not None:
             progress.stage("the predictions are there already")
             return known

@@ -62,7 +62,8 @@ class DatasetChoice(StrictModel):
         is frozen now, and of a dataset the current version taken. With `every_file`, files of a source beside
         its class folders are a DataError, and not left out.
         """
-        begun = None if new_run else _begun_version(open_run, self.model_dump(mode="json", include=_WHICH))
+        anew = open_run.begins_anew(new_run)
+        begun = None if anew else _begun_version(open_run, self.model_dump(mode="json", include=_WHICH))
         if begun is None:
             notes = self._freeze_source(progress, every_file=every_file)
             return open_dataset(store, self.dataset_name), notes
@@ -100,7 +101,7 @@ def open_as_begun(
     Without such a run, and with `new_run`, the newest.
     """
     newest = open_dataset(store, dataset)
-    begun = None if new_run else _begun_version(open_run, {"dataset": dataset})
+    begun = None if open_run.begins_anew(new_run) else _begun_version(open_run, {"dataset": dataset})
     if begun is None or begun == newest.fingerprint:
         return newest, []
     return open_dataset(store, dataset, begun), [_note(dataset, begun)]

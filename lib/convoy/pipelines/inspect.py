@@ -97,10 +97,10 @@ class _Inspection:
 
     def run(self, draw_map: MapDrawer, *, new_run: bool) -> InspectionReport:
         """The report of the finished run, or of the one that finishes now."""
-        if not new_run and (known := self._known()) is not None:
+        open_run = OpenRun(self._store, verb=_VERB, target=digest(self._identity))
+        if not open_run.begins_anew(new_run) and (known := self._known()) is not None:
             self._progress.stage("the pictures are there already")
             return known
-        open_run = OpenRun(self._store, verb=_VERB, target=digest(self._identity))
         folder, record = open_run.resume(self._identity, new_run=new_run)
         with ray_session():
             found = look_at_sample(

@@ -75,7 +75,7 @@ class ModelChoice(StrictModel):
         since. Else, and with `new_run`, references mean what they name now.
         """
         now = {reference: str(resolve_bundle(store, reference)) for reference in self._references()}
-        begun = {} if new_run else self._begun_references(open_run)
+        begun = {} if open_run.begins_anew(new_run) else self._begun_references(open_run)
         notes = [
             f"an unfinished run goes on, with {meant} for {reference}; once it has ended, the same command takes"
             f" {now[reference]}"

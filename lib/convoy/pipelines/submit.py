@@ -20,8 +20,10 @@ from convoy.core.errors import ConfigError
 from convoy.core.fingerprints import digest
 from convoy.core.secrets import find_secrets
 from convoy.pipelines.workspace import workspace_uri
+from convoy.storage.runs import SUBMISSION_VARIABLE
 
 CONFIG_FILE = "job.yaml"
+NEW_RUN = "--new-run"
 # The code that runs here is the code that is sent.
 PACKAGE = Path(__file__).parents[1]
 _ID_DIGITS = 16
@@ -176,7 +178,7 @@ def plan_submission(
         settings["date"] = settings["date"] or begun_on or datetime.now(UTC).date().isoformat()
     package = PACKAGE
     variables = size_variables(request.cpus, request.gpus)
-    parts = {
+    parts: dict[str, Any] = {
         "verb": request.verb.value,
         "config": config.model_dump(mode="json"),
         "arguments": list(request.arguments),
@@ -184,13 +186,14 @@ def plan_submission(
         "variables": variables,
         "code": code_digest(package),
         "attempt": request.attempt,
-        "try": number_of_try,
     }
     command = ["python", "-m", "convoy.cli", request.verb.value, "--config", CONFIG_FILE, "--json"]
+    if NEW_RUN in request.arguments:
+        # So a later try goes on with what one before has begun, and begins anew where none came so far.
+        variables = {**variables, SUBMISSION_VARIABLE: _submission_id(parts, number_of_try=1)}
     return Submission(
-        submission_id=f"convoy-{request.verb.value}-{digest(parts)[:_ID_DIGITS]}",
-        # A second try goes on with the run that the first one began.
-        entrypoint=shlex.join([*command, *(request.arguments if number_of_try == 1 else ())]),
+        submission_id=_submission_id(parts, number_of_try),
+        entrypoint=shlex.join([*command, *request.arguments]),
         package=package,
         variables=variables,
         files={CONFIG_FILE: write_settings(settings)},
@@ -203,6 +206,10 @@ def plan_submission(
             **({"date": str(settings["date"])} if "date" in settings else {}),
         },
     )
+
+
+def _submission_id(parts: Mapping[str, Any], number_of_try: int) -> str:
+    return f"convoy-{parts['verb']}-{digest({**parts, 'try': number_of_try})[:_ID_DIGITS]}"
 
 
 def code_digest(package: Path) -> str:

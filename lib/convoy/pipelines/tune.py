@@ -135,7 +135,9 @@ def run_tune(
     identity = search_identity(manifest, config)
     folder, _ = open_run.resume(identity, new_run=new_run)
     answer_key = f"{_ANSWERS}{digest(identity)}.json"
-    folder = folder or (None if new_run else finished_run(store, answer_key)) or open_run.start()
+    if folder is None and not open_run.begins_anew(new_run):
+        folder = finished_run(store, answer_key)
+    folder = folder or open_run.start()
     with hold_run(folder, when_held=WhenHeld.REFUSE) as lease:
         known = _report(folder)
         if known is not None and (known.settings, known.budget) == (config.ensemble, config.budget):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
@@ -179,6 +180,9 @@ def require_run(store: ObjectStore, run_id: str) -> tuple[RunFolder, RunRecord]:
 
 
 OPEN_RUNS = "open"
+# Set by `convoy submit` for all tries of a job that is to begin anew: the id of the first of them.
+SUBMISSION_VARIABLE = "CONVOY_SUBMISSION"
+_BEGUN = "submissions/"
 
 
 class OpenRun:
@@ -190,7 +194,10 @@ class OpenRun:
 
     def __init__(self, store: ObjectStore, *, verb: str, target: str) -> None:
         self._store = store
-        self._key = f"runs/{OPEN_RUNS}/{digest([verb, target])}.json"
+        name = f"{digest([verb, target])}.json"
+        self._key = f"runs/{OPEN_RUNS}/{name}"
+        submission = os.environ.get(SUBMISSION_VARIABLE)
+        self._begun_key = f"{_BEGUN}{submission}/{name}" if submission else None
 
     def current(self) -> RunFolder | None:
         """The unfinished run of this target, if there is one."""
@@ -210,14 +217,18 @@ class OpenRun:
             return None
         return record
 
+    def begins_anew(self, new_run: bool) -> bool:
+        """Whether runs of this target that are there do not count: it was asked for, and no try before did it."""
+        return new_run and (self._begun_key is None or not exists(self._store, self._begun_key))
+
     def resume(self, identity: dict[str, Any], *, new_run: bool) -> tuple[RunFolder | None, RunRecord | None]:
         """The unfinished run of this target and its record, as far as they exist.
 
         A finished run that died before it closed its pointer is closed. Raises RunMismatch if the unfinished
-        run has another identity; with `new_run` it is left behind instead.
+        run has another identity; with `new_run` it is left behind instead, unless a try before began it.
         """
         folder = self.current()
-        if folder is not None and (new_run or folder.is_finished()):
+        if folder is not None and (folder.is_finished() or self.begins_anew(new_run)):
             self.close(folder)
             folder = None
         record = folder.record() if folder else None
@@ -236,7 +247,17 @@ class OpenRun:
         return folder is not None and _is_anothers(folder, identity)
 
     def start(self) -> RunFolder:
-        """Open a new run, or join the one that another process opened in the meantime."""
+        """Open a new run, or join the one that another process opened in the meantime.
+
+        Later tries of the same submission will know that it was begun.
+        """
+        folder = self._open()
+        if self._begun_key is not None:
+            # Only now: a try that dies before it has done nothing that the next one could go on with.
+            self._store.put(self._begun_key, canonical_json({"run_id": folder.run_id}))
+        return folder
+
+    def _open(self) -> RunFolder:
         # Begins with the time, so that ids sort by age; nothing but the order in lists depends on it.
         run_id = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
         try:
@@ -245,7 +266,7 @@ class OpenRun:
             current = self.current()
             if current is not None:
                 return current
-            return self.start()
+            return self._open()
         crash_point(CrashPoint.RUN_OPENED)
         return self._folder(run_id)
 

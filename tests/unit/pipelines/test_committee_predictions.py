@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -14,7 +15,7 @@ from convoy.cluster.scoring import Scorer
 from convoy.cluster.scoring_spec import ScoringSpec
 from convoy.cluster.slices import SliceTask, WorkerPool
 from convoy.core.crop_policies import CropPolicy
-from convoy.core.errors import DataError, RunMismatch
+from convoy.core.errors import DataError, RunMismatch, StoreUnavailable
 from convoy.core.progress import Silent
 from convoy.pipelines.dataset import DatasetConfig, freeze
 from convoy.pipelines.evaluate import EvaluateConfig, run_evaluate
@@ -29,7 +30,7 @@ from convoy.storage.commits import SliceRecord, read_manifest
 from convoy.storage.local_store import LocalStore
 from convoy.storage.object_store import WriterMode
 from convoy.storage.predictions import PREDICTIONS
-from convoy.storage.runs import RunFolder, RunRecord, open_pointers, run_ids
+from convoy.storage.runs import SUBMISSION_VARIABLE, OpenRun, RunFolder, RunRecord, open_pointers, run_ids
 from convoy.vision.engine_options import Precision
 from made_bundles import made_classifier, write_classifier
 from made_devices import made_device
@@ -126,6 +127,25 @@ def test_a_new_run_that_was_cut_off_is_gone_on_with_by_the_plain_command(store: 
     assert again.run == begun != first.run
     assert open_pointers(store) == {}
     assert job(store).run == begun
+
+
+@pytest.mark.parametrize("job", [score, evaluate])
+def test_a_try_begins_anew_unless_one_before_it_did(
+    store: LocalStore, job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = job(store)
+    monkeypatch.setenv(SUBMISSION_VARIABLE, "convoy-score-1")
+    with monkeypatch.context() as patched:
+        patched.setattr(OpenRun, "start", Mock(side_effect=StoreUnavailable("the store kept failing")))
+        with pytest.raises(StoreUnavailable):
+            job(store, new_run=True)
+    with cut_off():
+        job(store, new_run=True)
+    (begun,) = open_pointers(store)
+    assert job(store, new_run=True).run == begun != first.run
+    assert job(store, new_run=True).run == begun
+    monkeypatch.setenv(SUBMISSION_VARIABLE, "convoy-score-2")
+    assert job(store, new_run=True).run not in {first.run, begun}
 
 
 def promote(store: LocalStore, digest: str) -> None:

@@ -23,6 +23,7 @@ from convoy.pipelines.submit import (
     plan_submission,
     run_submit,
 )
+from convoy.storage.runs import SUBMISSION_VARIABLE
 
 SETTINGS = {
     "workspace": "s3://bucket/workspace",
@@ -178,10 +179,14 @@ def test_tries_of_a_retraining_keep_their_date_over_midnight(
     assert told == ["2026-11-26"] * 3
 
 
-def test_only_the_first_try_leaves_an_earlier_run_behind() -> None:
+def test_all_tries_of_an_attempt_ask_for_the_same_new_run() -> None:
     request = CACHE.model_copy(update={"arguments": ("--new-run",)})
-    assert plan_submission(request).entrypoint.endswith(" --new-run")
-    assert "--new-run" not in plan_submission(request, number_of_try=2).entrypoint
+    first, second = plan_submission(request), plan_submission(request, number_of_try=2)
+    assert first.entrypoint == second.entrypoint
+    assert first.entrypoint.endswith(" --new-run")
+    assert first.variables == second.variables == {SUBMISSION_VARIABLE: first.submission_id}
+    another = plan_submission(request.model_copy(update={"attempt": "2"}))
+    assert another.variables != first.variables
 
 
 def test_a_workspace_that_is_a_path_is_told_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
