@@ -66,7 +66,7 @@ class DataChecks(StrictModel):
 
 
 class FineTuneSettings(StrictModel):
-    """How the champion's network is trained on where a new head is not enough; keys as in `convoy train`."""
+    """How the network of `backbone` is fine-tuned where a new head is not enough; keys as in `convoy train`."""
 
     epochs: PositiveInt | None = None
     freeze_depth: int | str | None = None
@@ -80,9 +80,9 @@ class RetrainConfig(StrictModel):
     """A model that is kept up to date with a dataset.
 
     `source` is frozen anew as `dataset` each time, as by `convoy dataset`; without it the dataset's current version is
-    taken. `backbone`, `tap` and `head` make the first champion; later ones keep the champion's network and tap.
-    `fine_tune` allows training the network, where a new head does not pass the gate.
-    `mirror` shows the aliases to MLflow.
+    taken. `backbone`, `tap` and `head` make the first champion; later heads are on the champion's network and tap.
+    `fine_tune` allows training `backbone` anew from its own weights, where a new head does not pass the gate and
+    `gate.max_cost_ratio` allows that network. `mirror` shows the aliases to MLflow.
     """
 
     workspace: str | None = None

@@ -115,7 +115,7 @@ def judge(
         *_holdout_checks(holdout, config),
         *_class_checks(candidate[0], champion[0], classes, config),
         *_calibration_check(candidate[0], champion[0], config),
-        _cost_check(candidate[0], champion[0], config),
+        cost_check(candidate[0].macs, champion[0].macs, config),
         *_newest_check(newest),
     ]
     return GateEvidence(
@@ -205,8 +205,9 @@ def _calibration_check(
     )
 
 
-def _cost_check(candidate: ModelScores, champion: ModelScores, config: GateConfig) -> GateCheck:
-    ratio = candidate.macs / max(champion.macs, 1)
+def cost_check(candidate_macs: int, champion_macs: int, config: GateConfig) -> GateCheck:
+    """Whether a candidate may cost what it does, which is known before it is trained."""
+    ratio = candidate_macs / max(champion_macs, 1)
     return GateCheck(
         name="cost",
         passed=ratio <= config.max_cost_ratio,

@@ -22,8 +22,10 @@ from convoy.pipelines.device_settings import settle_precision
 from convoy.pipelines.feature_plan import ExtractionConfig
 from convoy.pipelines.feature_source import LabelledRows, open_features
 from convoy.pipelines.models import fetch_backbone
+from convoy.pipelines.network_plan import trained_backbone_config
 from convoy.pipelines.network_training import CurveDrawer
 from convoy.pipelines.retrain_config import RetrainConfig
+from convoy.pipelines.retrain_gate import cost_check
 from convoy.pipelines.retrain_rows import RetrainRows
 from convoy.pipelines.retrain_scoring import CachedScorer, NamedRows
 from convoy.pipelines.train import TrainReport, run_train
@@ -32,6 +34,8 @@ from convoy.pipelines.trial_trainings import give_up_trainings
 from convoy.storage.bundles import BundleRef, ModelCard, model_card, resolve_bundle, write_bundle
 from convoy.storage.leases import WhenHeld
 from convoy.storage.retrains import RetrainFolder, RetrainPlan
+from convoy.vision.backbones import build_network
+from convoy.vision.depth_axis import count_macs
 from convoy.vision.ensembling import least_nll_weights
 from convoy.vision.head_fitting import fit_head
 from convoy.vision.heads import HeadKind
@@ -45,11 +49,15 @@ class MadeModel:
     train_rows: int
 
 
-Step = Callable[[], MadeModel]
+# None where no model that may be had can pass the gate.
+Step = Callable[[], MadeModel | None]
 
 
 class CandidateMaker:
-    """Makes candidates for one version of a dataset; equal inputs on one machine give bundles of equal digest."""
+    """Makes candidates for one version of a dataset; equal inputs on one machine give bundles of equal digest.
+
+    `notes` tell what a person should know of the steps that were taken.
+    """
 
     def __init__(
         self,
@@ -71,6 +79,7 @@ class CandidateMaker:
         self._scorer = scorer
         self._progress = progress
         self._draw_curves = draw_curves
+        self.notes: list[str] = []
         lineage = {
             "retraining": f"{config.name}/{plan.date}",
             "dataset fingerprint": plan.fingerprint,
@@ -99,7 +108,7 @@ class CandidateMaker:
         else:
             steps["refit_head"] = lambda: self._refit_head(champion.members[0].classifier)
         if self._config.fine_tune is not None and len(champion.members) == 1:
-            steps["fine_tune"] = self._fine_tune
+            steps["fine_tune"] = lambda: self._fine_tune(champion.members[0].classifier.backbone)
         return steps
 
     def _first_model(self) -> MadeModel:
@@ -176,15 +185,29 @@ class CandidateMaker:
         )
         return MadeModel(ref=ref, train_rows=num_rows)
 
-    def _fine_tune(self) -> MadeModel:
+    def _fine_tune(self, champion: BackboneRecord) -> MadeModel | None:
         """The network of the config, trained once a date, by the settings of its plan, on all training rows then."""
+        arch = self._config.backbone.arch
+        if arch != champion.arch:
+            self.notes.append(
+                f"fine_tune is for {arch}, the config's backbone, and the champion is {champion.arch}"
+            )
         kept = self._folder.fine_tuned(self._date)
         if kept is None:
+            cost = cost_check(self._macs_when_trained(), champion.macs, self._config.gate)
+            if not cost.passed:
+                self.notes.append(f"fine_tune is left out, as the gate would refuse {arch}: {cost.text}")
+                return None
             report = self._train_network()
             self._folder.keep_fine_tuned(self._date, report.model_dump(mode="json"))
         else:
             report = TrainReport.model_validate(kept)
         return MadeModel(ref=resolve_bundle(self._store, report.bundle), train_rows=report.num_train_rows)
+
+    def _macs_when_trained(self) -> int:
+        config = self._training_config()
+        network = build_network(trained_backbone_config(config, len(self._manifest.classes)))
+        return count_macs(network, input_px=fetch_backbone(self._store, config.backbone).preset.crop_px)
 
     def _train_network(self) -> TrainReport:
         if self._rows.num_leaks:

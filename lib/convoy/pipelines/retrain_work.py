@@ -146,7 +146,8 @@ class RetrainJob:
         for name, step in self._maker.steps(self._champion).items():
             made = step()
             lease.check()
-            yield self._judge(name, made.ref, made.train_rows, on_champion)
+            if made is not None:
+                yield self._judge(name, made.ref, made.train_rows, on_champion)
 
     def _judge(
         self,
@@ -282,7 +283,7 @@ class RetrainJob:
             holdout_rows=len(self._rows.holdout),
             data=data,
             steps=steps,
-            notes=[*data.notes, *self._version_notes(), *self._holdout_notes()],
+            notes=[*data.notes, *self._version_notes(), *self._holdout_notes(), *self._maker.notes],
         )
 
     def _version_notes(self) -> list[str]:

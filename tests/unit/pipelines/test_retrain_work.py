@@ -176,12 +176,33 @@ def test_a_date_trains_one_network_however_often_it_is_killed_while_that_is_scor
 
     def made(date: str) -> MadeModel:
         job = begun(store, date, fine_tune={"epochs": 1})
-        return job._maker.steps(champion)["fine_tune"]()
+        tuned = job._maker.steps(champion)["fine_tune"]()
+        assert tuned is not None
+        return tuned
 
     first = made("2026-01-01")
     assert first.train_rows == 20
     assert made("2026-01-01") == first
     assert made("2026-01-02").ref != first.ref
+
+
+@pytest.mark.parametrize(("ratio", "is_trained"), [(10.0, False), (1000.0, True)])
+def test_a_network_that_the_gate_would_refuse_for_its_cost_is_not_trained(
+    job: RetrainJob, monkeypatch: pytest.MonkeyPatch, ratio: float, is_trained: bool
+) -> None:
+    store = LocalStore(job._store.root_uri)
+    bundle = str(write_classifier(store, NAME, made_classifier(store, 0)))
+    champion = open_committee(store, bundle)
+    report = TrainReport.model_validate({**MEASURED, "bundle": bundle})
+    monkeypatch.setattr(retrain_steps, "run_train", lambda *_, **__: report)
+    dear = {"arch": "cifar_resnet20", "weights": "random"}
+    maker = begun(store, backbone=dear, fine_tune={"epochs": 1}, gate={"max_cost_ratio": ratio})._maker
+    made = maker.steps(champion)["fine_tune"]()
+    assert (made is not None) == is_trained
+    other, *left_out = maker.notes
+    assert other == "fine_tune is for cifar_resnet20, the config's backbone, and the champion is lenet5"
+    assert len(left_out) == (0 if is_trained else 1)
+    assert all("allowed are 10.00" in note for note in left_out)
 
 
 class _Stopped(Exception):
