@@ -35,6 +35,8 @@ HOLDOUT_SCHEMA = pa.schema(
         pa.field("class", pa.string(), nullable=False),
     ]
 )
+# Behind the date.
+_DECISION = "/decision.json"
 
 
 class RetrainPlan(StrictModel):
@@ -70,18 +72,18 @@ class RetrainFolder(RunFolder):
 
     def decided_dates(self) -> list[str]:
         """The dates that have a decision, oldest first."""
-        folders = self.store.list_folders(self.prefix)
-        return [date for date in folders if exists(self.store, self.key(f"{date}/decision.json"))]
+        keys = (found.key.removeprefix(self.prefix) for found in self.store.list_objects(self.prefix))
+        return [key.removesuffix(_DECISION) for key in keys if key.endswith(_DECISION)]
 
     def decision(self, date: str) -> dict[str, Any] | None:
         """The report of a finished date, or None."""
-        found: dict[str, Any] | None = read_json(self.store, self.key(f"{date}/decision.json"))
+        found: dict[str, Any] | None = read_json(self.store, self.key(f"{date}{_DECISION}"))
         return found
 
     def write_decision(self, date: str, report: dict[str, Any]) -> None:
         """Finish a date for good; whoever decided it first stays."""
         try:
-            put_looking_first(self.store, self.key(f"{date}/decision.json"), canonical_json(report))
+            put_looking_first(self.store, self.key(f"{date}{_DECISION}"), canonical_json(report))
         except PreconditionFailed:
             return
         crash_point(CrashPoint.RETRAIN_DECIDED)
