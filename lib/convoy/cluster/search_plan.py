@@ -143,19 +143,20 @@ class Concurrency(StrictModel):
 
 
 def fit_trials(
-    options: WorkerOptions, nodes: Sequence[Mapping[str, float]], wanted: int | None
+    options: WorkerOptions, nodes: Sequence[Mapping[str, float]], wanted: int | None, *, batch_bytes: int = 0
 ) -> Concurrency | None:
     """The trials that nodes with so many `CPU` and `GPU` each hold at once, or None if they cannot hold one.
 
     A trial has the workers of its options, one by default: on GPUs one GPU each, else all CPUs of a node, and a
     process of its own beside them. More trials than `wanted`, or than the nodes can hold, are never planned: trials
-    that wait for each other's CPUs would run into the time limits of Ray Train.
+    that wait for each other's CPUs would run into the time limits of Ray Train. `batch_bytes` are those of the largest
+    batch of any trial's worker, see `fit_workers`.
     """
     workers_per_trial = options.num_workers or 1
     most = wanted or _most_trials(options, nodes, workers_per_trial)
     for num_trials in range(most, 0, -1):
         together = options.model_copy(update={"num_workers": num_trials * workers_per_trial})
-        plan = fit_workers(together, nodes, cpus_beside=num_trials * CPUS_A_TRIAL)
+        plan = fit_workers(together, nodes, cpus_beside=num_trials * CPUS_A_TRIAL, batch_bytes=batch_bytes)
         if plan is not None:
             share = {
                 "num_workers": workers_per_trial,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 
 from pydantic import Field, PositiveInt
@@ -96,8 +97,15 @@ class TrainingSpec(StrictModel):
 
     def largest_batch_bytes(self, num_workers: int) -> int:
         """Bytes of the images of the largest batch that one of so many workers gets, validation included."""
-        most_px = max(at_resolution(self.preset, phase.resolution_px).crop_px for phase in self.phases)
-        return _share(self.batch_size, num_workers) * 3 * most_px**2
+        return largest_batch_bytes(self.preset, self.phases, self.batch_size, num_workers)
+
+
+def largest_batch_bytes(
+    preset: EvalPreset, phases: Sequence[Phase], batch_size: int, num_workers: int
+) -> int:
+    """Bytes of the images of one worker's share of a batch, at the highest resolution of the phases."""
+    most_px = max(at_resolution(preset, phase.resolution_px).crop_px for phase in phases)
+    return _share(batch_size, num_workers) * 3 * most_px**2
 
 
 def object_store_bytes(num_preparers: int, batch_bytes: int) -> int:

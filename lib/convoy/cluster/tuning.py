@@ -50,15 +50,16 @@ _QUIET = {
 TrialFunction = Callable[[TrialPoint, TrialProgress], None]
 
 
-def plan_trials(options: WorkerOptions, wanted: int | None) -> Concurrency:
-    """How many trials run at once, and the workers of each; waits for nodes that are still starting.
+def plan_trials(options: WorkerOptions, wanted: int | None, *, batch_bytes: int) -> Concurrency:
+    """How many trials run at once, and the workers of each (see `fit_trials`); waits for nodes that are still starting.
 
     Raises NoRoom with the numbers if the cluster cannot hold one trial.
     """
     alone = {**dict(options), "num_workers": options.num_workers or 1}
     on_gpus = plan_workers(WorkerOptions(**alone)).gpus_per_worker > 0
     workers = TrialWorkers(**alone, on_gpus=on_gpus)
-    return fit_trials(workers, alive_nodes(), wanted) or Concurrency(max_concurrent=1, workers=workers)
+    fitting = fit_trials(workers, alive_nodes(), wanted, batch_bytes=batch_bytes)
+    return fitting or Concurrency(max_concurrent=1, workers=workers)
 
 
 def run_search(

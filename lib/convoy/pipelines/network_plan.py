@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from convoy.cluster.training_spec import largest_batch_bytes
 from convoy.core.config import StrictModel
 from convoy.core.epochs import EpochPlan
 from convoy.core.errors import ConfigError
@@ -16,6 +17,7 @@ from convoy.pipelines.train_config import TrainConfig
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.engine_options import NetworkDevice
 from convoy.vision.freezing import frozen_stages, resolve_freeze_depth, trains_batchnorm
+from convoy.vision.presets import EvalPreset
 from convoy.vision.recipes import (
     ADAMW_RATE,
     SGD_RATE_AT_256,
@@ -137,6 +139,13 @@ def plan_network(
     return NetworkPlan(
         recipe=recipe, phases=resolved, batch_size=batch_size, balance=balance, notes=tuple(notes)
     )
+
+
+def planned_batch_bytes(config: TrainConfig, preset: EvalPreset, num_workers: int) -> int:
+    """Bytes of the images of the largest batch that one of so many workers gets, before anything else is decided."""
+    recipe = wanted_recipe(config)
+    batch_size = group_batch_size(recipe, num_workers)
+    return largest_batch_bytes(preset, _wanted_phases(config, recipe), batch_size, num_workers)
 
 
 def wanted_recipe(config: TrainConfig) -> Recipe:

@@ -38,6 +38,7 @@ from convoy.pipelines.tune_plan import (
     code_digests,
     copied_weights,
     fetch_networks,
+    most_batch_bytes,
     pin_names,
 )
 from convoy.pipelines.workspace import open_workspace
@@ -227,7 +228,11 @@ class _Search:
         check_crops(config, examples)
         wanted = next(config.examples()).workers
         options = settle_ingest(wanted, self._manifest)
-        share = plan_trials(options, None if config.max_concurrent == "auto" else config.max_concurrent)
+        share = plan_trials(
+            options,
+            None if config.max_concurrent == "auto" else config.max_concurrent,
+            batch_bytes=most_batch_bytes(examples, options.num_workers or 1),
+        )
         if options.ingest is not wanted.ingest and share.workers.on_gpus:
             self.notes.append(FUSED_NOTE)
         check_budget(config, examples, self._manifest, alive_nodes())

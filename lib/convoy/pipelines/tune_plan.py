@@ -18,6 +18,7 @@ from convoy.pipelines.classifiers import Strategy
 from convoy.pipelines.distillation import pinned_teacher
 from convoy.pipelines.feature_plan import PrecisionChoice, forward_s
 from convoy.pipelines.models import fetch_backbone
+from convoy.pipelines.network_plan import planned_batch_bytes, wanted_recipe
 from convoy.pipelines.train import random_weights
 from convoy.pipelines.train_config import NETWORKS, TrainConfig
 from convoy.pipelines.trial_outcomes import kept_crops
@@ -87,7 +88,7 @@ def pin_names(store: ObjectStore, manifest: Manifest, config: TuneConfig) -> Sea
 def fetch_networks(
     store: ObjectStore, manifest: Manifest, config: TuneConfig, weights: Mapping[str, str]
 ) -> list[Example]:
-    """Examples of the space, one for each network and number of epochs; the networks are in the workspace then.
+    """Examples of the space, one for each network, number of epochs and batch; the networks are in the workspace then.
 
     `weights` are the copies that stand for files, as in `SearchPins`. Raises ConfigError for weights that do not fit
     their network.
@@ -103,7 +104,9 @@ def fetch_networks(
         name = digest(wanted)
         if name not in records:
             records[name] = fetch_backbone(store, wanted)
-        kind = digest([name, training.strategy, training.epochs, training.phases, training.rows])
+        recipe = wanted_recipe(training)
+        batch = [recipe.batch_size, recipe.batch_unit]
+        kind = digest([name, training.strategy, training.epochs, training.phases, training.rows, *batch])
         examples.setdefault(kind, Example(training=training, network=records[name]))
     return list(examples.values())
 
@@ -126,6 +129,18 @@ def copied_weights(examples: Sequence[Example]) -> dict[str, str]:
 def network_key(backbone: BackboneConfig) -> str:
     """A name of the network and its first weights, whatever images it is shown."""
     return digest(backbone.model_dump(mode="json", exclude={"preset"}))
+
+
+def most_batch_bytes(examples: Sequence[Example], num_workers: int) -> int:
+    """Bytes of the images of the largest batch that a worker of any trial gets; 0 where no trial trains a network."""
+    return max(
+        (
+            planned_batch_bytes(one.training, one.network.preset, num_workers)
+            for one in examples
+            if one.training.strategy in NETWORKS
+        ),
+        default=0,
+    )
 
 
 def check_crops(config: TuneConfig, examples: Sequence[Example]) -> None:

@@ -20,6 +20,7 @@ from convoy.cluster.search_plan import (
     fit_trials,
 )
 from convoy.cluster.training import TrialWorkers, WorkerOptions
+from convoy.cluster.training_spec import Ingest
 from convoy.cluster.trial_queue import METRIC, POINT, TrialQueue
 from convoy.cluster.trial_reporting import CURVE, EPOCH
 from convoy.cluster.tuning import _PastTuneTrial, _scheduler
@@ -91,6 +92,15 @@ def test_the_share_of_a_trial_says_whether_it_has_gpus(node: dict[str, float], o
     planned = fit_trials(TrialWorkers(on_gpus=False), [GPU_NODE], None)
     assert planned is not None
     assert not planned.workers.on_gpus
+
+
+@pytest.mark.parametrize(("batch_mb", "ingest"), [(10, Ingest.SPLIT), (40, Ingest.FUSED)])
+def test_the_batches_of_all_trials_together_fit_into_the_object_store(batch_mb: int, ingest: Ingest) -> None:
+    """Of four workers with two preparers each, for each of which three batches may lie there."""
+    node = {**GPU_NODE, "object_store_memory": 1e9}
+    fitting = fit_trials(WorkerOptions(preparers_per_worker=2), [node], None, batch_bytes=batch_mb * 10**6)
+    assert fitting is not None
+    assert (fitting.max_concurrent, fitting.workers.ingest) == (4, ingest)
 
 
 def test_a_cluster_too_small_for_one_trial_gives_no_plan() -> None:

@@ -129,7 +129,7 @@ def test_crops_that_a_network_of_the_space_will_not_keep_are_refused_before_its_
     crops: CropPolicy | None,
     words: str,
 ) -> None:
-    def plan_trials(*arguments: object) -> NoReturn:
+    def plan_trials(*arguments: object, **batch: int) -> NoReturn:
         raise ConfigError("trials are planned")
 
     monkeypatch.setattr(tune, "ray_session", nullcontext)

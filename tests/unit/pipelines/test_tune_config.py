@@ -12,7 +12,14 @@ from convoy.core.config import load_config, parse_config
 from convoy.core.errors import ConfigError
 from convoy.core.splits import SplitOptions
 from convoy.pipelines.tune_config import TuneConfig
-from convoy.pipelines.tune_plan import check_budget, copied_weights, fetch_networks, network_key, pin_names
+from convoy.pipelines.tune_plan import (
+    check_budget,
+    copied_weights,
+    fetch_networks,
+    most_batch_bytes,
+    network_key,
+    pin_names,
+)
 from convoy.storage.datasets import freeze_dataset, open_dataset
 from convoy.storage.local_store import LocalStore
 from convoy.storage.manifests import Manifest
@@ -203,3 +210,27 @@ def test_a_search_over_heads_needs_no_time_for_features_that_may_be_cached(
         budget={"hours": 1e-6},
     )
     check_budget(config, fetch_networks(store, manifest, config, {}), manifest, [{"CPU": 2.0, "GPU": 0.0}])
+
+
+@pytest.mark.parametrize(("num_workers", "num_images"), [(1, 60), (2, 48)])
+def test_a_search_knows_the_largest_batch_of_its_trials(
+    digits: tuple[LocalStore, Manifest], num_workers: int, num_images: int
+) -> None:
+    """Which is one worker's share of a batch, or a batch of its own."""
+    store, manifest = digits
+    space = {
+        "config": {
+            "choice": [
+                {"recipe.batch_size": 16},
+                {"recipe.batch_size": 60},
+                {"recipe.batch_size": 48, "recipe.batch_unit": "worker"},
+            ]
+        }
+    }
+    examples = fetch_networks(store, manifest, parsed(space=space), {})
+    (side_px,) = {one.network.preset.crop_px for one in examples}
+    assert most_batch_bytes(examples, num_workers) == num_images * 3 * side_px**2
+    probes = parsed(
+        base={"backbone": LENET, "strategy": "linear_probe"}, space={"head.C": {"grid": [[0.1], [1.0]]}}
+    )
+    assert most_batch_bytes(fetch_networks(store, manifest, probes, {}), num_workers) == 0
