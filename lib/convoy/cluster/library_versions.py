@@ -21,15 +21,22 @@ def library_versions() -> dict[str, str]:
 
 def require_versions(wanted: Mapping[str, str]) -> None:
     """Raise VersionMismatch where this process has others than the driver, whose versions are wanted."""
+    if (mismatch := version_mismatch(wanted)) is not None:
+        raise mismatch
+
+
+def version_mismatch(wanted: Mapping[str, str]) -> VersionMismatch | None:
+    """What is wrong where this process has others than the driver, for who has to tell it otherwise than by raising."""
     found = library_versions()
     others = [
         f"{name} {found.get(name)} instead of {wanted[name]}"
         for name in wanted
         if found.get(name) != wanted[name]
     ]
-    if others:
-        raise VersionMismatch(
-            f"a worker has other libraries than the driver: {', '.join(others)}",
-            where=socket.gethostname(),
-            next_step="start all nodes from one image or one requirements.lock, the driver's too",
-        )
+    if not others:
+        return None
+    return VersionMismatch(
+        f"a worker has other libraries than the driver: {', '.join(others)}",
+        where=socket.gethostname(),
+        next_step="start all nodes from one image or one requirements.lock, the driver's too",
+    )

@@ -5,10 +5,12 @@ Ray is imported inside the functions: a job that finds nothing to do must not wa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
 
 import pyarrow as pa
 
+from convoy.cluster.library_versions import library_versions, version_mismatch
 from convoy.cluster.ray_data import first_cause, set_up_ray_data
 from convoy.cluster.slices import WorkerPool
 from convoy.vision.decode_rule import DecodeRule
@@ -28,7 +30,7 @@ def measure_slices(
     set_up_ray_data()
     dataset = ray.data.from_arrow(list(slices)).map_batches(
         _PixelWorker,
-        fn_constructor_args=(decode_rule.model_dump_json(), pool.num_threads),
+        fn_constructor_args=(decode_rule.model_dump_json(), pool.num_threads, library_versions()),
         batch_size=None,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=min(pool.num_workers, len(slices))),
@@ -36,6 +38,8 @@ def measure_slices(
     )
     try:
         for row in dataset.iter_rows():
+            if row["error"]:
+                raise pickle.loads(row["error"])
             yield MeasuredImages.model_validate_json(row["measured"])
     except RayError as error:
         raise first_cause(error) from error
@@ -44,12 +48,16 @@ def measure_slices(
 class _PixelWorker:
     """The actor that Ray Data makes for each place in the pool."""
 
-    def __init__(self, decode_rule_json: str, num_threads: int) -> None:
+    def __init__(self, decode_rule_json: str, num_threads: int, versions: Mapping[str, str]) -> None:
         # Only the worker needs torch.
         from convoy.cluster.pixel_meter import PixelMeter  # noqa: PLC0415
 
+        self._mismatch = version_mismatch(versions)
         rule = DecodeRule.model_validate_json(decode_rule_json)
         self._meter = PixelMeter(rule, num_threads=num_threads)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        return pa.table({"measured": [self._meter.measure(rows).model_dump_json()]})
+        if self._mismatch is not None:
+            # What is raised here would come out of Ray Data as a text.
+            return pa.table({"measured": [""], "error": [pickle.dumps(self._mismatch)]})
+        return pa.table({"measured": [self._meter.measure(rows).model_dump_json()], "error": [b""]})

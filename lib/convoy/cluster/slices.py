@@ -29,6 +29,10 @@ _MOST_OPERATORS_A_GPU = 4
 _MEMORY_AN_OPERATOR_BYTES = 2 << 30
 _COPIES_OF_WEIGHTS = 2
 _ROWS_AN_OPERATOR = 1000
+_AFTER_A_DEADLY_SLICE = (
+    "most likely the memory is too small: use fewer workers (extraction.num_workers), or find the image that does it;"
+    " then run the same command again, finished slices are kept"
+)
 
 
 class WorkerPool(StrictModel):
@@ -204,7 +208,7 @@ class SliceWorker:
     def __init__(
         self, factory: OperatorFactory, spec_json: str, token: str, versions: Mapping[str, str]
     ) -> None:
-        self._watch = DeathWatch(token)
+        self._watch = DeathWatch(token, kind="slice", next_step=_AFTER_A_DEADLY_SLICE)
         keep_freed_memory()
         # Ray makes an actor in one thread and calls it in another; torch's threads work for one, see `use_threads`.
         self._thread = ThreadPoolExecutor(1, "operator")

@@ -9,7 +9,9 @@ takes time from the steps.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+import pickle
+import secrets
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -22,12 +24,14 @@ import ray.data
 import torch
 
 from convoy.cluster.batch_feed import EpochOrder
+from convoy.cluster.deadly_slices import DeathWatch
 from convoy.cluster.image_loading import ImageLoader, PreparedBatch, RejectedRow
+from convoy.cluster.library_versions import library_versions, version_mismatch
 from convoy.cluster.own_node import actor_here
 from convoy.cluster.ray_data import set_up_ray_data
 from convoy.cluster.running_ahead import ahead
 from convoy.cluster.training_spec import CPUS_A_PREPARER, TrainingSpec, object_store_bytes
-from convoy.core.errors import ClusterError
+from convoy.core.errors import ClusterError, ConvoyError
 from convoy.storage.stores import open_store
 from convoy.vision.forward import use_threads
 from convoy.vision.learner import TrainBatch
@@ -39,6 +43,10 @@ _TASKS_A_STREAM = 4096
 # When so many are left, the next stream starts: its preparers are ready when this one ends.
 _TASKS_BEFORE_NEXT = 512
 _BATCHES_AHEAD = 2
+_AFTER_A_DEADLY_BATCH = (
+    "most likely the memory is too small: use fewer preparers (workers.preparers_per_worker), or find the image that"
+    " does it; then run the same command again to go on from the newest checkpoint"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +96,8 @@ class SplitFeed:
         self, spec: TrainingSpec, order: EpochOrder, *, rank: int, num_workers: int, pin_memory: bool = False
     ) -> None:
         self._pin_memory = pin_memory
-        self._place = _Place(spec.model_dump_json(), rank, num_workers)
+        # The libraries of the driver: with others this worker would not run.
+        self._place = _Place(spec.model_dump_json(), rank, num_workers, library_versions())
         num_val = 0 if spec.val is None else spec.val.num_rows
         num_steps, batches = order.plan.num_steps, order.validation(num_val, spec.preset)
         self._tasks = TaskOrder(num_steps, len(batches))
@@ -154,11 +163,12 @@ class SplitFeed:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Whose batches: a training, and a worker's rank in its group."""
+    """Whose batches: a training, a worker's rank in its group, and the libraries that prepare them."""
 
     spec_json: str
     rank: int
     num_workers: int
+    versions: Mapping[str, str]
 
 
 class _Stream:
@@ -172,9 +182,12 @@ class _Stream:
         ).remote(tasks)
 
     def take(self) -> tuple[int, list[dict[str, Any]]]:
-        """The next task, with a row for each of its passes."""
-        result: tuple[int, list[dict[str, Any]]] = ray.get(next(self._results))
-        return result
+        """The next task, with a row for each of its passes. Raises the ConvoyError that kept it from being prepared."""
+        task, passes = ray.get(next(self._results))
+        for row in passes:
+            if row["error"]:
+                raise pickle.loads(row["error"])
+        return task, passes
 
     def close(self) -> None:
         """End the actor, and its preparers with it."""
@@ -210,7 +223,7 @@ class _TaskStream:
             numbers = ray.data.from_items([{"task": task} for task in tasks], override_num_blocks=len(tasks))
             return numbers.map_batches(
                 _Preparer,
-                fn_constructor_args=(self._place, self._preset),
+                fn_constructor_args=(self._place, self._preset, secrets.token_hex(8)),
                 batch_size=1,
                 compute=ray.data.ActorPoolStrategy(size=min(self._spec.num_preparers, len(tasks))),
                 num_cpus=CPUS_A_PREPARER,
@@ -218,10 +231,15 @@ class _TaskStream:
 
 
 class _Preparer:
-    """The actor that Ray Data makes for each place in the pool. It decodes in one thread: a pool has many."""
+    """The actor that Ray Data makes for each place in the pool. It decodes in one thread: a pool has many.
 
-    def __init__(self, place: _Place, preset: EvalPreset) -> None:
+    Our own errors come back as rows: of what a worker raises, Ray Data passes on no more than the text.
+    """
+
+    def __init__(self, place: _Place, preset: EvalPreset, token: str) -> None:
         use_threads(1)
+        self._mismatch = version_mismatch(place.versions)
+        self._watch = DeathWatch(token, kind="batch", next_step=_AFTER_A_DEADLY_BATCH)
         spec = TrainingSpec.model_validate_json(place.spec_json)
         store = open_store(spec.workspace)
         train = store.open_parquet(spec.train.key).read()
@@ -239,7 +257,11 @@ class _Preparer:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         task = int(batch["task"][0])
-        prepared = self._prepare(task)
+        try:
+            prepared = self._prepare(task)
+        except ConvoyError as error:
+            nothing = {name: [b""] for name in _BINARY}
+            return {"task": [task], **nothing, "rejects": [[]], "error": [pickle.dumps(error)]}
         return {
             "task": [task] * len(prepared),
             # Channels last, as they lie in memory.
@@ -248,14 +270,19 @@ class _Preparer:
             "labels": [one.batch.labels_B.numpy().tobytes() for one in prepared],
             "weights": [one.batch.weights_B.numpy().tobytes() for one in prepared],
             "rejects": [[reject.model_dump_json() for reject in one.rejects] for one in prepared],
+            "error": [b""] * len(prepared),
         }
 
     def _prepare(self, task: int) -> list[PreparedBatch]:
+        if self._mismatch is not None:
+            raise self._mismatch
         epoch, number, is_step = self._tasks.parse(task)
-        if is_step:
-            (requests,) = self._order.requests(epoch, [number], self._preset)
-            return [self._train.prepare(request) for request in requests]
-        return [] if self._val is None else [self._val.prepare(self._validation[number])]
+        kind = "step" if is_step else "validation batch"
+        with self._watch.watching(f"of {kind} {number + 1} in epoch {epoch + 1}"):
+            if is_step:
+                (requests,) = self._order.requests(epoch, [number], self._preset)
+                return [self._train.prepare(request) for request in requests]
+            return [] if self._val is None else [self._val.prepare(self._validation[number])]
 
 
 def _channels_last(images_BCHW: torch.Tensor) -> np.ndarray:

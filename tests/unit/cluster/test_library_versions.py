@@ -5,11 +5,14 @@ from __future__ import annotations
 import pickle
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from convoy.cluster.library_versions import library_versions, require_versions
+from convoy.cluster.pixel_statistics import _PixelWorker
 from convoy.cluster.slices import SliceTask, SliceWorker
 from convoy.core.errors import VersionMismatch
+from convoy.vision.decode_rule import DecodeRule
 
 OTHERS = library_versions() | {"torch": "1.13.1"}
 
@@ -32,3 +35,9 @@ def test_a_slice_worker_with_other_libraries_answers_with_the_error_and_makes_no
     answer = worker({"task": [SliceTask(slice="000000", outputs=()).model_dump_json()]})
     with pytest.raises(VersionMismatch):
         raise pickle.loads(answer["error"][0])
+
+
+def test_a_worker_that_measures_pixels_with_other_libraries_answers_with_the_error() -> None:
+    answer = _PixelWorker(DecodeRule().model_dump_json(), 1, OTHERS)(pa.table({}))
+    with pytest.raises(VersionMismatch):
+        raise pickle.loads(answer["error"][0].as_py())

@@ -3,18 +3,24 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import ray.data
 
+import made_training
 from convoy.cluster import split_feed
 from convoy.cluster.batch_feed import EpochOrder
+from convoy.cluster.library_versions import library_versions
 from convoy.cluster.running_ahead import ahead
 from convoy.cluster.split_feed import SplitFeed, TaskOrder
 from convoy.cluster.training_spec import Ingest, TrainingRows, TrainingSpec
+from convoy.core.errors import ClusterError, VersionMismatch
 from convoy.vision.augmentation_policy import AugmentationPolicy
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.decode_rule import DecodeRule
@@ -192,7 +198,7 @@ def test_each_batch_is_a_task_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Non
         return Numbers()
 
     monkeypatch.setattr(split_feed.ray.data, "from_items", from_items)
-    place = split_feed._Place(training_spec().model_dump_json(), 0, 1)
+    place = split_feed._Place(training_spec().model_dump_json(), 0, 1, {})
     split_feed._TaskStream(place, PRESET)._dataset(range(100, 3100))
     assert asked["num_blocks"] == asked["num_items"] == 3000
     assert asked["batch_size"] == 1
@@ -224,7 +230,7 @@ def test_a_stream_keeps_to_what_its_plan_says_it_takes_of_the_object_store(
 
     monkeypatch.setattr(split_feed.ray.data, "from_items", from_items)
     spec = training_spec(**settings)
-    place = split_feed._Place(spec.model_dump_json(), 0, num_workers)
+    place = split_feed._Place(spec.model_dump_json(), 0, num_workers, {})
     split_feed._TaskStream(place, PRESET)._dataset(range(10))
     assert spec.largest_batch_bytes(num_workers) == num_rows * 3 * num_px**2
     # Three batches of each of its two preparers.
@@ -263,3 +269,66 @@ def test_closing_early_closes_the_items() -> None:
     assert next(taken) == 0
     taken.close()
     assert closed.is_set()
+
+
+@pytest.fixture
+def digits(tmp_path: Path) -> TrainingSpec:
+    """A training of images that are there."""
+    return made_training.training_spec(tmp_path, made_training.digit_rows(tmp_path, 20))
+
+
+class Watch:
+    """A DeathWatch outside Ray, for which one batch is deadly."""
+
+    def __init__(self, token: str, *, kind: str, next_step: str) -> None:
+        self.kind, self.next_step = kind, next_step
+
+    def watching(self, name: str) -> AbstractContextManager[None]:
+        if "step 2" in name:
+            raise ClusterError(
+                "one batch ended 5 workers", where=f"{self.kind} {name}", next_step=self.next_step
+            )
+        return nullcontext()
+
+
+def prepared(spec: TrainingSpec, task: int, versions: dict[str, str]) -> list[dict[str, Any]]:
+    """What a preparer answers for a task, as the training worker gets it."""
+    place = split_feed._Place(spec.model_dump_json(), 0, 1, versions)
+    preparer = split_feed._Preparer(place, made_training.PRESET, "token")
+    answer = pa.table(
+        {name: pa.array(values) for name, values in preparer({"task": np.array([task])}).items()}
+    )
+    return list(split_feed._rows(answer))
+
+
+def taken(rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> tuple[int, list[dict[str, Any]]]:
+    stream = object.__new__(split_feed._Stream)
+    stream._results = iter([(rows[0]["task"], rows)])
+    monkeypatch.setattr(split_feed.ray, "get", lambda result: result)
+    return stream.take()
+
+
+def test_a_preparer_answers_with_its_batch(digits: TrainingSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(split_feed, "DeathWatch", Watch)
+    task, (row,) = taken(prepared(digits, 0, library_versions()), monkeypatch)
+    batch = split_feed._unpack(row, made_training.PRESET, pin_memory=False)
+    assert (task, batch.batch.images_BCHW.shape, batch.rejects) == (0, (8, 3, 32, 32), [])
+
+
+def test_a_preparer_with_other_libraries_than_the_driver_prepares_nothing(
+    digits: TrainingSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pixels might be others; and the training ends with what is wrong, as another attempt would."""
+    monkeypatch.setattr(split_feed, "DeathWatch", Watch)
+    rows = prepared(digits, 0, library_versions() | {"pillow": "1.0"})
+    with pytest.raises(VersionMismatch, match=r"instead of 1\.0"):
+        taken(rows, monkeypatch)
+
+
+def test_a_batch_that_ends_one_preparer_after_another_ends_the_stream_with_where_it_is(
+    digits: TrainingSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(split_feed, "DeathWatch", Watch)
+    rows = prepared(digits, 1, library_versions())
+    with pytest.raises(ClusterError, match=r"(?s)batch of step 2 in epoch 1.*preparers_per_worker"):
+        taken(rows, monkeypatch)
