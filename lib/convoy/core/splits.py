@@ -7,7 +7,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from convoy.core.config import StrictModel
+from convoy.core.config import StrictModel, parse_config
 from convoy.core.randomness import unit_interval
 from convoy.core.records import Split
 
@@ -37,6 +37,13 @@ class SplitOptions(StrictModel):
         if self.val_fraction + self.test_fraction >= 1:
             raise ValueError("val_fraction and test_fraction must add up to less than 1")
         return self
+
+    def on_top_of(self, before: SplitOptions | None) -> SplitOptions:
+        """What was told of these options, and else those of before; ConfigError where they do not fit together."""
+        if before is None:
+            return self
+        told = self.model_dump(exclude_unset=True)
+        return parse_config(SplitOptions, {**before.model_dump(), **told}, where="splits")
 
     def given(self, named: Set[Split]) -> SplitOptions:
         """These options for a source that names some splits: what it has is not taken out of train again."""

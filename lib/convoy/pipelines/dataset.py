@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from convoy.core.config import StrictModel
 from convoy.core.progress import Progress, Silent
 from convoy.core.records import Split
@@ -13,7 +15,10 @@ from convoy.storage.stores import open_store
 
 
 class DatasetConfig(StrictModel):
-    """Which source becomes which dataset, and how it is read and split."""
+    """Which source becomes which dataset, and how it is read and split.
+
+    What `splits` do not tell, a dataset keeps at a refresh.
+    """
 
     workspace: str | None = None
     name: str
@@ -55,11 +60,18 @@ class DatasetReport(StrictModel):
     classes: tuple[ClassCounts, ...]
 
 
-def freeze(config: DatasetConfig, *, progress: Progress | None = None) -> DatasetReport:
-    """Freeze a source into a dataset of the workspace, or refresh the dataset. Errors as `freeze_dataset`."""
+def freeze(
+    config: DatasetConfig,
+    *,
+    progress: Progress | None = None,
+    check: Callable[[DatasetVersion], None] | None = None,
+) -> DatasetReport:
+    """Freeze a source into a dataset of the workspace, or refresh the dataset. Check and errors as `freeze_dataset`."""
     (progress or Silent()).stage(f"looking at {config.source}")
     store = open_store(workspace_uri(config.workspace))
-    version = freeze_dataset(store, config.name, config.source, reading=config.reading, splits=config.splits)
+    version = freeze_dataset(
+        store, config.name, config.source, reading=config.reading, splits=config.splits, check=check
+    )
     return _report(version)
 
 

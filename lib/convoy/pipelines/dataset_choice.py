@@ -12,7 +12,13 @@ from convoy.core.errors import DataError
 from convoy.core.progress import Progress
 from convoy.core.splits import SplitOptions
 from convoy.pipelines.dataset import DatasetConfig, freeze
-from convoy.storage.datasets import notes_of_version, open_dataset, reading_notes
+from convoy.storage.datasets import (
+    DatasetVersion,
+    notes_of_version,
+    open_dataset,
+    reading_notes,
+    refuse_made_otherwise,
+)
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore, WriterMode
 from convoy.storage.runs import OpenRun
@@ -23,7 +29,10 @@ _WHICH = {"name", "dataset", "source", "reading", "split_options"}
 
 
 class DatasetChoice(StrictModel):
-    """Either a `dataset` of the workspace, or a `source` that is frozen first as the dataset `name`, or refreshed."""
+    """Either a `dataset` of the workspace, or a `source` that is frozen first as the dataset `name`, or refreshed.
+
+    A refresh keeps what `split_options` do not tell.
+    """
 
     workspace: str | None = None
     writers: WriterMode = WriterMode.MANY
@@ -59,8 +68,9 @@ class DatasetChoice(StrictModel):
 
         An unfinished run that the same choice began is ended on the version that it has: a source that has one more
         image could not be frozen so again, and a dataset may have been refreshed. Else, and with `new_run`, a source
-        is frozen now, and of a dataset the current version taken. With `every_file`, files of a source beside
-        its class folders are a DataError, and not left out.
+        is frozen now, and of a dataset the current version taken. ConfigError where that would replace a dataset of
+        another source, or one that was read or split otherwise. With `every_file`, files of a source beside its class
+        folders are a DataError, and not left out.
         """
         anew = open_run.begins_anew(new_run)
         begun = None if anew else _begun_version(open_run, self.model_dump(mode="json", include=_WHICH))
@@ -83,13 +93,17 @@ class DatasetChoice(StrictModel):
             reading=self.reading,
             splits=self.split_options,
         )
-        report = freeze(source, progress=progress)
-        if every_file and NO_CLASS in report.skipped:
-            raise DataError(
-                "; ".join(report.warnings),
-                where=self.source,
-                next_step="read all files, without labels, by --set reading.labels=none, or move those away",
-            )
+
+        def check(version: DatasetVersion) -> None:
+            refuse_made_otherwise(version)
+            if every_file and NO_CLASS in version.skipped:
+                raise DataError(
+                    "; ".join(version.warnings),
+                    where=version.header.source,
+                    next_step="read all files, without labels, by --set reading.labels=none, or move those away",
+                )
+
+        report = freeze(source, progress=progress, check=check)
         return list(reading_notes(report.skipped, report.warnings))
 
 

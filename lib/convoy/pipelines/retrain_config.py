@@ -79,10 +79,11 @@ class FineTuneSettings(StrictModel):
 class RetrainConfig(StrictModel):
     """A model that is kept up to date with a dataset.
 
-    `source` is frozen anew as `dataset` each time, as by `convoy dataset`; without it the dataset's current version is
-    taken. `backbone`, `tap` and `head` make the first champion; later heads are on the champion's network and tap.
-    `fine_tune` allows training `backbone` anew from its own weights, where a new head does not pass the gate and
-    `gate.max_cost_ratio` allows that network. `mirror` shows the aliases to MLflow.
+    `source` is frozen anew as `dataset` each time, as by `convoy dataset`, and what `splits` do not tell stays as
+    it is; without it the dataset's current version is taken. `backbone`, `tap` and `head` make the first champion;
+    later heads are on the champion's network and tap. `fine_tune` allows training `backbone` anew from its own weights,
+    where a new head does not pass the gate and `gate.max_cost_ratio` allows that network. `mirror` shows the aliases to
+    MLflow.
     """
 
     workspace: str | None = None

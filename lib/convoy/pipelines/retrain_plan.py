@@ -12,7 +12,7 @@ from convoy.core.errors import ConfigError, DataError
 from convoy.core.progress import Progress
 from convoy.pipelines.retrain_config import Decision, RetrainConfig, RetrainReport
 from convoy.storage.bundles import METRICS_FILE, resolve_bundle
-from convoy.storage.datasets import freeze_dataset, open_dataset
+from convoy.storage.datasets import freeze_dataset, open_dataset, refuse_made_otherwise
 from convoy.storage.documents import read_json
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.registry import Alias, read_aliases
@@ -28,12 +28,22 @@ _OPEN = (Decision.HELD, Decision.SHADOW, Decision.NOTHING_NEW)
 def plan_retrain(
     store: ObjectStore, folder: RetrainFolder, config: RetrainConfig, progress: Progress
 ) -> RetrainPlan:
-    """Freeze what the date of a config is about; ConfigError for a dataset that is not the one of the dates before."""
+    """Freeze what the date of a config is about.
+
+    ConfigError for a dataset that is not the one of the dates before, or was made otherwise than the config says.
+    """
     if config.source is not None:
         progress.stage(f"looking at {config.source}")
         # A path in a config is meant from where the command runs, as in `convoy dataset`.
         source = config.source if "://" in config.source else str(Path(config.source).absolute())
-        freeze_dataset(store, config.dataset, source, reading=config.reading, splits=config.splits)
+        freeze_dataset(
+            store,
+            config.dataset,
+            source,
+            reading=config.reading,
+            splits=config.splits,
+            check=refuse_made_otherwise,
+        )
     champion = read_aliases(store, config.name).aliases.get(Alias.CHAMPION)
     past = _since_champion(_newest_first(folder), f"{config.name}@{champion}")
     learnt = previous = None

@@ -12,13 +12,15 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 import pyarrow as pa
 
 from convoy.core.config import StrictModel
+from convoy.core.differences import describe_changes
 from convoy.core.errors import (
     ConditionalWriteUnsupported,
     ConfigError,
@@ -47,7 +49,10 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class DatasetVersion(StrictModel):
-    """A version of a dataset as `freeze_dataset` found it. `skipped` counts by reason what is no sample."""
+    """A version of a dataset as `freeze_dataset` found it. `skipped` counts by reason what is no sample.
+
+    `made_otherwise` has a line for each setting, or the source, that the version before was made with otherwise.
+    """
 
     name: str
     kind: SourceKind
@@ -56,6 +61,7 @@ class DatasetVersion(StrictModel):
     changes: ManifestChanges
     skipped: dict[str, int]
     warnings: tuple[str, ...]
+    made_otherwise: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,11 +79,14 @@ def freeze_dataset(
     *,
     reading: ReadingOptions | None = None,
     splits: SplitOptions | None = None,
+    check: Callable[[DatasetVersion], None] | None = None,
 ) -> DatasetVersion:
     """Find all samples of a source, and make their manifest the current version of a dataset.
 
     The same call refreshes the dataset: tar shards and parquet files that did not change are not read again,
-    and a source with the same content gives the same fingerprint and no new version. The workspace is never a part
+    and a source with the same content gives the same fingerprint and no new version. What `splits` do not tell is as
+    in the version before; one that was made otherwise is replaced with a warning. `check` may raise an error before
+    anything is written. The workspace is never a part
     of a source that it lies in. Raises DataError for a source that cannot be used or has no sample, ConfigError for
     one that is the workspace, and PreconditionFailed if another process froze another version meanwhile; that one
     stays the current.
@@ -95,7 +104,8 @@ def freeze_dataset(
             where=source_uri,
             next_step="check the URI, or name the layout with --set reading.kind=...",
         )
-    samples, classes = complete_rows(scan, splits or SplitOptions())
+    splits = (splits or SplitOptions()).on_top_of(previous and previous.header.splits)
+    samples, classes = complete_rows(scan, splits)
     header = ManifestHeader(
         fingerprint=fingerprint_samples(samples, classes),
         num_samples=samples.num_rows,
@@ -103,9 +113,11 @@ def freeze_dataset(
         counts=count_samples(samples, len(classes)),
         source=source_uri,
         reading=reading.model_dump(mode="json"),
+        splits=splits,
         incomplete=scan.incomplete,
         skipped_in=scan.skipped_in,
     )
+    made_otherwise = () if previous is None else tuple(_made_otherwise(previous.header, header))
     version = DatasetVersion(
         name=name,
         kind=kind,
@@ -113,9 +125,23 @@ def freeze_dataset(
         header=header,
         changes=compare_samples(previous, samples, classes),
         skipped=scan.skipped,
-        warnings=(*scan.warnings, *find_problems(samples, classes)),
+        warnings=(*_warn_of(made_otherwise), *scan.warnings, *find_problems(samples, classes)),
+        made_otherwise=made_otherwise,
     )
+    if check is not None:
+        check(version)
     return _publish(store, version, samples, pointer)
+
+
+def refuse_made_otherwise(version: DatasetVersion) -> None:
+    """ConfigError for a version that would replace one of another source, or one that was read or split otherwise."""
+    if version.made_otherwise:
+        raise ConfigError(
+            "\n".join([f"the dataset '{version.name}' was made otherwise:", *version.made_otherwise]),
+            where=version.manifest_uri.partition("/versions/")[0],
+            next_step="restore that, or give another name; or make it anew, for all who use it, with"
+            f" `convoy dataset {version.header.source} --name {version.name}` and the settings of now",
+        )
 
 
 def open_dataset(store: ObjectStore, name: str, fingerprint: str | None = None) -> Manifest:
@@ -160,7 +186,27 @@ def notes_of_version(store: ObjectStore, name: str, fingerprint: str) -> list[st
 def _same_source(previous: Manifest | None, source_uri: str, reading: ReadingOptions) -> Manifest | None:
     if previous is None or previous.header.source != source_uri:
         return None
-    return previous if previous.header.reading == reading.model_dump(mode="json") else None
+    return previous if _reading_of(previous.header) == reading.model_dump(mode="json") else None
+
+
+def _made_otherwise(before: ManifestHeader, now: ManifestHeader) -> Iterator[str]:
+    """In what the settings of two versions differ, as far as the one before has kept them."""
+    yield from describe_changes({"source": before.source}, {"source": now.source})
+    yield from describe_changes({"reading": _reading_of(before)}, {"reading": now.reading})
+    if before.splits is not None and now.splits is not None:
+        options = before.splits.model_dump(), now.splits.model_dump()
+        yield from describe_changes({"splits": options[0]}, {"splits": options[1]})
+
+
+def _warn_of(made_otherwise: Iterable[str]) -> Iterator[str]:
+    changes = "; ".join(line.strip() for line in made_otherwise)
+    if changes:
+        yield f"the version before was made otherwise, so samples may have changed ids, labels or splits: {changes}"
+
+
+def _reading_of(header: ManifestHeader) -> dict[str, Any]:
+    """How a version was read, with the defaults of the options that an older Convoy had not."""
+    return ReadingOptions.model_validate(header.reading).model_dump(mode="json")
 
 
 def _publish(

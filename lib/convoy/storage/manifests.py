@@ -20,6 +20,7 @@ from convoy.core.config import StrictModel
 from convoy.core.errors import DataError
 from convoy.core.fingerprints import DIGEST_BYTES, canonical_json
 from convoy.core.records import Split
+from convoy.core.splits import SplitOptions
 from convoy.storage.object_store import ObjectStore
 
 MANIFEST_SCHEMA_VERSION = 1
@@ -71,8 +72,9 @@ class SplitCounts(StrictModel):
 class ManifestHeader(StrictModel):
     """What a manifest says of itself, kept as JSON in the file's metadata under `convoy.manifest`.
 
-    `source` is the URI that was frozen and `reading` how; with `incomplete`, the URIs of damaged containers, and
-    `skipped_in`, what by reason is no sample in each of the others, they serve the next refresh only.
+    `source` is the URI that was frozen, `reading` how, and `splits` by what splits were drawn, null where an older
+    Convoy did not keep it; with `incomplete`, the URIs of damaged containers, and `skipped_in`, what by reason is no
+    sample in each of the others, they serve the next refresh only.
     """
 
     schema_version: int = MANIFEST_SCHEMA_VERSION
@@ -82,6 +84,7 @@ class ManifestHeader(StrictModel):
     counts: dict[Split, SplitCounts]
     source: str
     reading: dict[str, Any] = Field(default_factory=dict)
+    splits: SplitOptions | None = None
     incomplete: tuple[str, ...] = ()
     skipped_in: dict[str, dict[str, int]] = Field(default_factory=dict)
 

@@ -15,7 +15,7 @@ from convoy.cluster.scoring import Scorer
 from convoy.cluster.scoring_spec import ScoringSpec
 from convoy.cluster.slices import SliceTask, WorkerPool
 from convoy.core.crop_policies import CropPolicy
-from convoy.core.errors import DataError, RunMismatch, StoreUnavailable
+from convoy.core.errors import ConfigError, ConvoyError, DataError, RunMismatch, StoreUnavailable
 from convoy.core.progress import Silent
 from convoy.pipelines.dataset import DatasetConfig, freeze
 from convoy.pipelines.evaluate import EvaluateConfig, run_evaluate
@@ -354,11 +354,13 @@ def test_a_new_run_takes_the_source_as_it_is(images: Path, store: LocalStore, be
     assert (report.run != begun, report.inputs) == (True, NUM_IMAGES + 3)
 
 
-@pytest.mark.parametrize("change", [{"crops": "flip"}, {"reading": {"labels": "none"}}])
+@pytest.mark.parametrize(
+    ("change", "error"), [({"crops": "flip"}, RunMismatch), ({"reading": {"labels": "none"}}, ConfigError)]
+)
 def test_a_cut_off_scoring_is_not_ended_with_other_settings(
-    images: Path, store: LocalStore, begun: str, change: dict[str, Any]
+    images: Path, store: LocalStore, begun: str, change: dict[str, Any], error: type[ConvoyError]
 ) -> None:
-    with pytest.raises(RunMismatch):
+    with pytest.raises(error):
         run_score(from_source(images, store, **change), progress=Silent())
     assert list(open_pointers(store)) == [begun]
 

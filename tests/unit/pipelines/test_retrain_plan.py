@@ -338,3 +338,12 @@ def test_a_version_that_is_objected_to_twice_is_that_of_its_first_date(dates: Da
     again = dates.plan()
     dates.decide(again, Decision.HELD, objections=["wrong labels"])
     assert dates.plan().held == {first.date: first.fingerprint}
+
+
+def test_a_date_freezes_no_other_source_in_the_place_of_the_dataset(dates: Dates) -> None:
+    dates.arrive()
+    plan = dates.plan()
+    write_digits(dates.folder / "others", 3)
+    with pytest.raises(ConfigError, match="made otherwise:\n  source: was"):
+        dates.plan(source=str(dates.folder / "others"))
+    assert dates.plan().fingerprint == plan.fingerprint

@@ -16,9 +16,15 @@ import pytest
 from convoy.core.errors import ConditionalWriteUnsupported, ConfigError, DataError, PreconditionFailed
 from convoy.core.records import Split
 from convoy.core.splits import SplitOptions
-from convoy.storage.datasets import DatasetVersion, freeze_dataset, list_datasets, open_dataset
+from convoy.storage.datasets import (
+    DatasetVersion,
+    freeze_dataset,
+    list_datasets,
+    open_dataset,
+    refuse_made_otherwise,
+)
 from convoy.storage.local_store import LocalStore
-from convoy.storage.manifests import MANIFEST_SCHEMA
+from convoy.storage.manifests import MANIFEST_SCHEMA, ManifestHeader, write_manifest
 from convoy.storage.sources.completion import complete_rows, find_problems, order_classes
 from convoy.storage.sources.rows import ReadingOptions, SourceRow, SourceScan, tabulate
 from made_sources import jpeg_bytes, shard_bytes, tar_bytes, write_files
@@ -177,6 +183,61 @@ def test_a_refresh_with_other_reading_options_reads_all(store: LocalStore, tmp_p
     freeze(store, tmp_path / "a.parquet")
     freeze_dataset(store, "pets", str(tmp_path / "a.parquet"), reading=ReadingOptions(label_column="breed"))
     assert open_dataset(store, "pets").classes == ("manx",)
+
+
+def splits_of(store: LocalStore) -> dict[str, str]:
+    rows = open_dataset(store, "pets").read_table(["sample_id", "split"])
+    return dict(zip(*rows.to_pydict().values(), strict=True))
+
+
+def test_a_dataset_keeps_how_it_was_split_where_a_refresh_does_not_tell(
+    store: LocalStore, source: Path
+) -> None:
+    write_files(source, *(f"cat/{index}.jpg" for index in range(10, 100)))
+    freeze_dataset(
+        store, "pets", str(source), splits=SplitOptions(seed=7, val_fraction=0.2, test_fraction=0.3)
+    )
+    before = splits_of(store)
+    assert len(set(before.values())) == 3
+    for told in (None, SplitOptions(), SplitOptions(seed=7)):
+        again = freeze_dataset(store, "pets", str(source), splits=told)
+        assert (again.changes.changed, again.made_otherwise) == (0, ())
+    other = freeze_dataset(store, "pets", str(source), splits=SplitOptions(seed=8))
+    assert other.header.splits == SplitOptions(seed=8, val_fraction=0.2, test_fraction=0.3)
+    assert other.changes.changed > 0
+    assert "splits.seed: was 7, is 8" in other.warnings[0]
+    with pytest.raises(ConfigError, match="less than 1"):
+        freeze_dataset(store, "pets", str(source), splits=SplitOptions(val_fraction=0.8))
+
+
+def test_what_made_a_dataset_otherwise_is_told_or_refused_before_anything_is_written(
+    store: LocalStore, source: Path
+) -> None:
+    freeze(store, source)
+    before = files_of(store)
+    with pytest.raises(ConfigError, match=rf"source: was '{source}', is '{source}/cat'"):
+        freeze_dataset(store, "pets", str(source / "cat"), check=refuse_made_otherwise)
+    unlabelled = ReadingOptions(labels="none")
+    with pytest.raises(ConfigError, match="labels: was 'folders', is 'none'") as refused:
+        freeze_dataset(store, "pets", str(source), reading=unlabelled, check=refuse_made_otherwise)
+    assert "another name" in str(refused.value.next_step)
+    assert files_of(store) == before
+    replaced = freeze_dataset(store, "pets", str(source), reading=unlabelled)
+    assert "reading.labels: was 'folders', is 'none'" in replaced.warnings[0]
+
+
+def test_a_version_that_does_not_say_how_it_was_split_is_split_as_the_refresh_tells(
+    store: LocalStore, source: Path
+) -> None:
+    freeze(store, source)
+    manifest = open_dataset(store, "pets")
+    header = manifest.header.model_dump(exclude={"splits"})
+    header["reading"].pop("label_column")
+    write_manifest(store, manifest.key, manifest.read_table(), ManifestHeader.model_validate(header))
+    told = SplitOptions(val_fraction=0, test_fraction=0.9)
+    again = freeze_dataset(store, "pets", str(source), splits=told, check=refuse_made_otherwise)
+    assert again.header.splits == told
+    assert Split.TEST in open_dataset(store, "pets").counts
 
 
 @pytest.mark.parametrize("kind", [None, "images"])
