@@ -4,7 +4,7 @@
     datasets/<name>/current.json
 
 A version is written whole before the pointer moves, and nothing of it changes afterwards, except where its
-bytes lie if the same content is found at a new place.
+bytes lie if the same content is found at a new place, and how its samples were found and what was left out.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def freeze_dataset(
     )
     if check is not None:
         check(version)
-    return _publish(store, version, samples, pointer)
+    return _publish(store, version, samples, pointer, previous)
 
 
 def refuse_made_otherwise(version: DatasetVersion) -> None:
@@ -210,16 +210,26 @@ def _reading_of(header: ManifestHeader) -> dict[str, Any]:
 
 
 def _publish(
-    store: ObjectStore, version: DatasetVersion, samples: pa.Table, pointer: _Pointer
+    store: ObjectStore,
+    version: DatasetVersion,
+    samples: pa.Table,
+    pointer: _Pointer,
+    previous: Manifest | None,
 ) -> DatasetVersion:
+    """Write what is new of a version; the same samples, found in another way, are the same one with another header."""
     fingerprint = version.header.fingerprint
     is_current = fingerprint == pointer.fingerprint
-    if is_current and not version.changes.moved:
+    is_written = is_current and previous is not None and previous.header == version.header
+    if not is_written or version.changes.moved:
+        write_manifest(store, _manifest_key(version.name, fingerprint), samples, version.header)
+    elif notes_of_version(store, version.name, fingerprint) == _notes(version):
         return version
-    key = _manifest_key(version.name, fingerprint)
-    write_manifest(store, key, samples, version.header)
     store.put(_summary_key(version.name, fingerprint), canonical_json(version))
     return version if is_current else _move_pointer(store, version, pointer)
+
+
+def _notes(version: DatasetVersion) -> list[str]:
+    return list(reading_notes(version.skipped, version.warnings))
 
 
 def _move_pointer(store: ObjectStore, version: DatasetVersion, pointer: _Pointer) -> DatasetVersion:

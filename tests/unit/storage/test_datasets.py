@@ -20,6 +20,7 @@ from convoy.storage.datasets import (
     DatasetVersion,
     freeze_dataset,
     list_datasets,
+    notes_of_version,
     open_dataset,
     refuse_made_otherwise,
 )
@@ -269,6 +270,33 @@ def test_the_workspace_is_recognised_through_a_link_and_is_no_source_itself(
     assert freeze(store, tmp_path / "link").header.classes == ("cat", "dog")
     with pytest.raises(ConfigError, match="the workspace itself"):
         freeze(LocalStore(str(source)), tmp_path / "link")
+
+
+@pytest.mark.parametrize("suffix", ["tar", "parquet"])
+def test_shards_that_were_read_otherwise_with_the_same_result_are_read_once(
+    store: LocalStore, tmp_path: Path, suffix: str
+) -> None:
+    shard = tmp_path / f"0.{suffix}"
+    if suffix == "tar":
+        shard.write_bytes(shard_bytes({"0": "cat"}))
+    else:
+        pq.write_table(pa.table({"image": [jpeg_bytes(0)], "label": ["cat"]}), shard)
+    kind = ReadingOptions(kind="tars" if suffix == "tar" else "parquet")
+    first = freeze(store, shard)
+    again = freeze_dataset(store, "pets", str(shard), reading=kind)
+    assert again.header.fingerprint == first.header.fingerprint
+    assert open_dataset(store, "pets").header == again.header != first.header
+    if suffix == "tar":
+        _spoil_but_keep_etag(shard)
+    assert freeze_dataset(store, "pets", str(shard), reading=kind).header == again.header
+
+
+def test_what_a_refresh_left_out_is_kept_where_no_sample_changed(store: LocalStore, source: Path) -> None:
+    version = freeze(store, source)
+    write_files(source, "stray.jpg")
+    assert freeze(store, source).header == version.header
+    notes = notes_of_version(store, "pets", version.header.fingerprint)
+    assert "1 objects skipped as no_class" in notes
 
 
 def test_names_of_datasets_are_told_when_one_is_missing(store: LocalStore, source: Path) -> None:
