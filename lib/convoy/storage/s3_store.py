@@ -52,7 +52,8 @@ class S3Store:
     Endpoint, region and credentials are found by boto3 in the environment, the profile or the role of the
     machine, and nowhere else; where they have expired, they are looked up once more. botocore rides over blips
     within a request; `read_timeout_s` is how long an answer may be silent, `deadline_s` how long a fault may
-    last before an operation raises StoreUnavailable. Every process makes its own client at first use.
+    last, from the first failure on, before an operation raises StoreUnavailable: a transfer may take as long as it
+    needs. Every process makes its own client at first use.
     """
 
     def __init__(
@@ -258,7 +259,7 @@ class S3Store:
             retry=tenacity.retry_if_exception_type(StoreUnavailable),
             # Full jitter, so that many workers do not come back all at once.
             wait=tenacity.wait_random_exponential(multiplier=0.5, max=20),
-            stop=tenacity.stop_before_delay(self.deadline_s),
+            stop=_StopAfterFailingFor(self.deadline_s),
             before_sleep=_log_retry,
             reraise=True,
         )
@@ -296,6 +297,21 @@ class S3Store:
         with self._client_lock:
             if client is None or self._client is client:
                 self._client = None
+
+
+class _StopAfterFailingFor(tenacity.stop.stop_base):
+    """Stops an operation before the attempt that would begin so many seconds after the end of its first one."""
+
+    def __init__(self, deadline_s: float) -> None:
+        self._deadline_s = deadline_s
+        self._first_failure_s = 0.0
+
+    def __call__(self, retry_state: tenacity.RetryCallState) -> bool:
+        failed_s = retry_state.outcome_timestamp
+        assert failed_s is not None
+        if retry_state.attempt_number == 1:
+            self._first_failure_s = failed_s
+        return failed_s - self._first_failure_s + retry_state.upcoming_sleep >= self._deadline_s
 
 
 def _add_content_md5(params: dict[str, Any], **_call: Any) -> None:

@@ -13,6 +13,7 @@ import re
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -235,6 +236,20 @@ def test_a_server_that_stays_in_trouble_is_given_up_at_the_deadline(server: Faul
         S3Store("bucket", deadline_s=4.0).put("image", b"image")
     assert caught.value.retryable
     assert 3 <= len(server.requests) < 100
+
+
+def test_a_transfer_that_breaks_off_after_the_deadline_gets_another_chance(
+    server: FaultyS3,
+) -> None:
+    def breaking_off_late(request: _Handler) -> bool:
+        time.sleep(0.8)
+        return cut_short(request)
+
+    server.objects["image"] = b"image"
+    server.faults = [breaking_off_late]
+    # Longer than the longest pause before a second attempt.
+    assert S3Store("bucket", deadline_s=0.6).get("image").data == b"image"
+    assert server.requests == ["GET"] * 2
 
 
 def test_an_error_that_will_not_pass_is_not_repeated(server: FaultyS3, store: S3Store) -> None:
