@@ -54,6 +54,13 @@ def test_byte_order_mark_crlf_and_quotes(root: Path) -> None:
     ]
 
 
+def test_file_uris_are_percent_decoded_and_paths_are_taken_literally(root: Path) -> None:
+    write_files(root, "100%25.jpg")
+    (uri, path) = read(write(root / "a.csv", f"path\nfile://{root}/b%2Cc%20d.jpg\n100%25.jpg\n"))
+    assert (uri["uri"], path["uri"]) == (f"{root}/b,c d.jpg", f"{root}/100%25.jpg")
+    assert uri["sample_id"] == f"file://{root}/b%2Cc%20d.jpg"
+
+
 def test_without_labels_a_partly_labelled_list_is_unlabelled(root: Path) -> None:
     records = [{"path": "images/1.jpg", "label": ["a", "b"]}, {"path": "images/2.jpg"}]
     rows = read(write(root / "a.jsonl", "\n".join(map(json.dumps, records))), labels="none")

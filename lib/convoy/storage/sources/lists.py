@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from urllib.parse import unquote
 
 from convoy.core.errors import ObjectNotFound
 from convoy.storage.object_store import ObjectInfo, ObjectStore
@@ -31,8 +32,9 @@ _OBJECTS_LISTED_PER_SAMPLE = 500
 def read_list(uri: str, options: ReadingOptions) -> SourceScan:
     """All samples of a list (see `read_listed_samples`). A sample's id is its `id`, else its path as written.
 
-    A relative path begins at `images_root`, else at the list's folder. Raises one DataError for all rows that
-    cannot be used: unreadable, a missing file, an id twice, no label or split where others have one, no such split.
+    A relative path begins at `images_root`, else at the list's folder; a file:// URI is percent-decoded. Raises one
+    DataError for all rows that cannot be used: unreadable, a missing file, an id twice, no label or split where others
+    have one, no such split.
     """
     store, key = open_object(uri)
     bad_rows = BadRows(store.uri(key))
@@ -77,7 +79,8 @@ def find_objects(uris: Iterable[str]) -> dict[str, ObjectInfo]:
 def _resolve(root: str, path: str) -> str:
     if path.startswith("s3://"):
         return path
-    path = path.removeprefix("file://")
+    if path.startswith("file://"):
+        path = unquote(path.removeprefix("file://"))
     if root.startswith("s3://") and not path.startswith("/"):
         return f"{root}/{path.removeprefix('./')}"
     return posixpath.normpath(posixpath.join(root, path))
