@@ -22,7 +22,10 @@ def dataset(
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Freeze a dataset: list its samples into a manifest. Again: refresh it, and say what changed."""
+    """Freeze a dataset: list its samples into a manifest. Again: refresh it, and say what changed.
+
+    On a local disk a file of the same size and modification time counts as the same.
+    """
     from convoy.pipelines.dataset import DatasetConfig, freeze  # noqa: PLC0415
 
     settings = [*words(source=source, name=name), *(overrides or [])]
