@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +27,9 @@ _SUCCEEDED, _STOPPED, _FAILED = "SUCCEEDED", "STOPPED", "FAILED"
 _TERMINAL = frozenset({_SUCCEEDED, _STOPPED, _FAILED})
 # Another try of the same would end the same.
 _FOR_A_PERSON = frozenset({ExitCode.USAGE, ExitCode.ERROR_BUDGET_EXCEEDED, ExitCode.REFUSED_BY_GATE})
+# Where Ray begins to repeat the log, and how much of a message is shown: so much of its beginning, and of its end.
+_LOG_BEGINS = ", last available logs"
+_SHOWN_CHARACTERS = 300
 _TALKATIVE_LOGGERS = (
     "ray.dashboard.modules.job.sdk",
     "ray.dashboard.modules.dashboard_sdk",
@@ -53,7 +57,10 @@ class Submission:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SubmittedJob:
-    """A job as the cluster knows it; `exit_code` is None while it is at work."""
+    """A job as the cluster knows it; `exit_code` is None while it is at work.
+
+    `message` says why it ended without success, as far as the cluster knows; empty otherwise.
+    """
 
     submission_id: str
     status: str
@@ -274,11 +281,24 @@ def _job(details: JobDetails) -> SubmittedJob:
         submission_id=details.submission_id,
         status=status,
         exit_code=_exit_code(status, details.driver_exit_code),
-        message=details.message or "",
+        message=_reason(status, details.driver_exit_code, details.message or ""),
         metadata=dict(details.metadata or {}),
         started_ms=details.start_time,
         ended_ms=details.end_time,
     )
+
+
+def _reason(status: str, of_driver: int | None, told: str) -> str:
+    """Why a job ended without success, in one line and without its log, of which Ray's message has a copy."""
+    if status not in _TERMINAL - {_SUCCEEDED}:
+        return ""
+    if of_driver is not None and of_driver < 0:
+        memory = "; often there was no memory left" if of_driver == -signal.SIGKILL else ""
+        return f"the driver was ended by signal {-of_driver} ({signal.strsignal(-of_driver)}){memory}"
+    line = " ".join(told.partition(_LOG_BEGINS)[0].split())
+    if len(line) <= 2 * _SHOWN_CHARACTERS:
+        return line
+    return f"{line[:_SHOWN_CHARACTERS]} … {line[-_SHOWN_CHARACTERS:]}"
 
 
 def _exit_code(status: str, of_driver: int | None) -> int | None:

@@ -80,11 +80,15 @@ class JobRequest(StrictModel):
 
 
 class JobStatus(BaseModel):
-    """A submitted job. `exit_code` is the driver's own, null while it is at work."""
+    """A submitted job. `exit_code` is the driver's own, null while it is at work.
+
+    `message` says why it ended without success, as far as the cluster knows: also where there is no log that could.
+    """
 
     submission_id: str
     status: str
     exit_code: int | None
+    message: str = ""
     verb: str = ""
     attempt: str = ""
     number_of_try: int = 1
@@ -287,6 +291,7 @@ def _status(job: SubmittedJob) -> JobStatus:
         submission_id=job.submission_id,
         status=job.status,
         exit_code=job.exit_code,
+        message=job.message,
         verb=job.metadata.get("verb", ""),
         attempt=job.metadata.get("attempt", ""),
         number_of_try=int(job.metadata.get("try", 1)),

@@ -86,6 +86,26 @@ def test_an_ended_job_has_the_exit_code_of_its_driver_or_one_that_says_the_same(
     assert (job.exit_code, job.ended) == (exit_code, exit_code is not None)
 
 
+@pytest.mark.parametrize(
+    ("status", "of_driver", "told_by_ray", "message"),
+    [
+        ("FAILED", None, "supervisor failed\nto start in 900 s.", "supervisor failed to start in 900 s."),
+        ("FAILED", 1, "exit code 1, last available logs (truncated):\nall of it", "exit code 1"),
+        ("FAILED", -9, "", "the driver was ended by signal 9 (Killed); often there was no memory left"),
+        ("FAILED", -15, "", "the driver was ended by signal 15 (Terminated)"),
+        ("FAILED", None, f"pip{'.' * 10_000}no space", f"pip{'.' * 297} … {'.' * 292}no space"),
+        ("STOPPED", None, "Job was intentionally stopped.", "Job was intentionally stopped."),
+        ("SUCCEEDED", 0, "Job finished successfully.", ""),
+        ("RUNNING", None, "Job is currently running.", ""),
+    ],
+)
+def test_why_a_job_ended_without_success_is_told_without_its_log(
+    dashboard: Dashboard, status: str, of_driver: int | None, told_by_ray: str, message: str
+) -> None:
+    dashboard.answers = [{**told(status, of_driver), "message": told_by_ray}]
+    assert JobService(dashboard.address).get("one").message == message
+
+
 def test_waiting_outlasts_a_dashboard_that_is_away_for_a_moment(dashboard: Dashboard) -> None:
     dashboard.answers = [told("RUNNING"), None, None, told("RUNNING"), None, told("SUCCEEDED", 0)]
     assert JobService(dashboard.address).wait("one").exit_code == 0

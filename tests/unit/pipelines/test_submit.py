@@ -132,6 +132,7 @@ class Cluster:
 
     def __init__(self) -> None:
         self.sent: dict[str, Submission] = {}
+        self.message = ""
 
     def find(self, submission_id: str) -> SubmittedJob | None:
         return self.get(submission_id) if submission_id in self.sent else None
@@ -141,7 +142,7 @@ class Cluster:
             submission_id=submission_id,
             status="FAILED",
             exit_code=1,
-            message="",
+            message=self.message,
             metadata=self.sent[submission_id].metadata,
             started_ms=None,
             ended_ms=None,
@@ -177,6 +178,12 @@ def test_tries_of_a_retraining_keep_their_date_over_midnight(
     ]
     told = [yaml.safe_load(one.files["job.yaml"])["date"] for one in cluster.sent.values()]
     assert told == ["2026-11-26"] * 3
+
+
+def test_the_report_of_a_job_that_never_began_says_why(cluster: Cluster) -> None:
+    cluster.message = "Job supervisor actor failed to start within 900 s"
+    report = run_submit("http://head:8265", CACHE, waiting=Waiting.NOT, write_log=print)
+    assert (report.status, report.exit_code, report.message) == ("FAILED", 1, cluster.message)
 
 
 def test_all_tries_of_an_attempt_ask_for_the_same_new_run() -> None:
