@@ -6,7 +6,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from convoy.cluster.session import ray_session
 from convoy.cluster.training import WorkerPlan, plan_workers, run_training
 from convoy.cluster.training_spec import Ingest, LocalCacheOptions, TeacherRows, TrainingRows, TrainingSpec
-from convoy.core.errors import ConfigError, TrainingError
+from convoy.core.errors import ConfigError, StorageError, TrainingError
 from convoy.core.fingerprints import canonical_json, digest
 from convoy.core.progress import Progress
 from convoy.core.training_events import EpochResult, TrainingEvent
@@ -32,6 +32,7 @@ from convoy.pipelines.training_rows import (
     weigh_classes,
     with_mean_weight_one,
 )
+from convoy.storage.checkpoints import CheckpointFolder
 from convoy.storage.commits import finish
 from convoy.storage.documents import read_json
 from convoy.storage.leases import RunLease, WhenHeld, hold_run
@@ -175,7 +176,7 @@ class NetworkTraining:
         )
 
     def finish(self, network: TrainedNetwork, report: dict[str, Any], draw_curves: CurveDrawer) -> None:
-        """Write history, curves and report, and end the run."""
+        """Write history, curves and report, end the run, and delete its checkpoints, which nothing reads any more."""
         self._run.lease.confirm()
         if network.history:
             history = canonical_json([one.model_dump(mode="json") for one in network.history])
@@ -183,6 +184,10 @@ class NetworkTraining:
             self._store.put(self.folder.key("learning_curves.png"), draw_curves(network.history))
         finish(self.folder, report)
         self._run.open_run.close(self.folder)
+        # The training is done, whatever becomes of them: what is left here is removed by `convoy runs gc`.
+        with suppress(StorageError):
+            checkpoints = CheckpointFolder(self._store, self.folder.run_id)
+            self._store.delete(info.key for info in checkpoints.files())
 
     def tell(self, event: TrainingEvent) -> None:
         """Pass on how far the training is; LeaseLost or RunCancelled if the run is not this driver's any more."""

@@ -1,4 +1,4 @@
-"""`convoy runs gc`: remove what unfinished runs left that no command goes on with.
+"""`convoy runs gc`: remove what unfinished runs left that no command goes on with, and checkpoints of finished ones.
 
 Never what a finished run, a commit, or a pointer names, and never what a driver is at work on.
 """
@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 
 from convoy.core.config import StrictModel
 from convoy.pipelines.runs_state import Changes, RunState, opened_utc, run_status
+from convoy.storage.checkpoints import CheckpointFolder
 from convoy.storage.commits import FEATURES
 from convoy.storage.conditional_put import PROBE_FOLDER
 from convoy.storage.documents import read_json
@@ -62,16 +63,22 @@ def collect_garbage(
 ) -> GcReport:
     """Find, and with `made` remove, the files of runs that were given up, and of older ones that were left behind.
 
+    Of finished trainings the checkpoints go that were not deleted at their end.
+
     Files of probes count if they are still there after `watch_s` seconds; leases that are held are watched for
     their time to live. Both waits come only where there is something to wait for.
     """
-    found, kept = _candidates(store, older_than_days)
+    found, kept, finished = _candidates(store, older_than_days)
     living = living_holders([candidate.folder for candidate in found])
     kept += [KeptRun(run=run_id, why="a driver is at work on it") for run_id in sorted(living)]
     garbage = [
         _removed(store, candidate.folder.run_id, candidate.why, _files_of(candidate.folder), changes)
         for candidate in found
         if candidate.folder.run_id not in living
+    ]
+    garbage += [
+        _removed(store, folder.run_id, "checkpoints of a finished training", files, changes)
+        for folder, files in _checkpoints_of(finished)
     ]
     leftovers = _probe_leftovers(store, watch_s)
     if leftovers:
@@ -91,19 +98,18 @@ class _Candidate:
     why: str
 
 
-def _candidates(store: ObjectStore, older_than_days: float) -> tuple[list[_Candidate], list[KeptRun]]:
-    """The runs that no command goes on with, as far as their files say, and those of them that must stay."""
+def _candidates(
+    store: ObjectStore, older_than_days: float
+) -> tuple[list[_Candidate], list[KeptRun], list[RunFolder]]:
+    """Runs that no command goes on with, as far as their files say, those that must stay, and the finished ones."""
     ids = run_ids(store)
     # After the ids, as the pointer to a run is older than its files: so none is taken for left behind that opens now.
     pointers = open_pointers(store)
     folders = [RunFolder(store, run_id) for run_id in ids if run_id not in pointers]
     with ThreadPoolExecutor(_THREADS) as pool:
         states = list(pool.map(lambda folder: run_status(folder, pointers).state, folders))
-    unfinished = [
-        (folder, state)
-        for folder, state in zip(folders, states, strict=True)
-        if state is not RunState.FINISHED
-    ]
+    known = list(zip(folders, states, strict=True))
+    unfinished = [(folder, state) for folder, state in known if state is not RunState.FINISHED]
     named = _named_runs(store) if unfinished else set()
     oldest = datetime.now(UTC) - timedelta(days=older_than_days)
     found, kept = [], []
@@ -114,7 +120,13 @@ def _candidates(store: ObjectStore, older_than_days: float) -> tuple[list[_Candi
             found.append(_Candidate(folder, why))
         else:
             kept.append(KeptRun(run=folder.run_id, why=reason))
-    return found, kept
+    return found, kept, [folder for folder, state in known if state is RunState.FINISHED]
+
+
+def _checkpoints_of(finished: Sequence[RunFolder]) -> Iterator[tuple[RunFolder, list[ObjectInfo]]]:
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = pool.map(lambda folder: CheckpointFolder(folder.store, folder.run_id).files(), finished)
+        yield from ((folder, files) for folder, files in zip(finished, found, strict=True) if files)
 
 
 def _reason_to_keep(folder: RunFolder, state: RunState, named: set[str], oldest: datetime) -> str | None:

@@ -22,7 +22,7 @@ from convoy.core.config import StrictModel
 from convoy.core.crash_points import CrashPoint, crash_point
 from convoy.core.errors import ChecksumMismatch, DataError, ObjectNotFound
 from convoy.core.fingerprints import canonical_json, digest_bytes
-from convoy.storage.object_store import ObjectStore
+from convoy.storage.object_store import ObjectInfo, ObjectStore
 from convoy.storage.runs import RunFolder
 
 _DATA, _RECORD = ".safetensors", ".json"
@@ -162,6 +162,10 @@ class CheckpointFolder:
         doomed = sorted(superseded - wanted)
         self._store.delete(key for key in doomed if key.endswith(_RECORD))
         self._store.delete(key for key in doomed if not key.endswith(_RECORD))
+
+    def files(self) -> list[ObjectInfo]:
+        """All that lies in the folder: nothing reads it any more once the run is finished."""
+        return list(self._store.list_objects(self._prefix))
 
     def _list_sizes(self) -> dict[str, int]:
         return {

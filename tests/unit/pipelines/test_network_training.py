@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from cache_jobs import write_digits
 from convoy.cluster.training import WorkerOptions, WorkerPlan
 from convoy.cluster.training_spec import Ingest, TrainingSpec
 from convoy.core.config import parse_config
-from convoy.core.errors import LeaseHeld, RunCancelled, RunMismatch
+from convoy.core.errors import AccessDenied, LeaseHeld, RunCancelled, RunMismatch
+from convoy.core.fingerprints import canonical_json
 from convoy.core.progress import Silent
 from convoy.core.splits import SplitOptions
 from convoy.pipelines import network_setup
@@ -28,6 +29,7 @@ from convoy.pipelines.network_training import NetworkTraining, config_identity, 
 from convoy.pipelines.runs_cancel import cancel_run
 from convoy.pipelines.train import random_weights
 from convoy.pipelines.train_config import TrainConfig
+from convoy.storage.checkpoints import CheckpointFolder
 from convoy.storage.datasets import freeze_dataset, open_dataset
 from convoy.storage.leases import WhenHeld, hold_run
 from convoy.storage.local_store import LocalStore
@@ -193,6 +195,43 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[TrainingSpec]:
     monkeypatch.setattr(network_training_module, "plan_workers", lambda options: ONE)
     monkeypatch.setattr(network_training_module, "run_training", start)
     return specs
+
+
+@pytest.mark.parametrize("delete", ["allowed", "refused"])
+def test_a_training_that_ended_leaves_no_checkpoints_or_leaves_them_to_gc(
+    opened: Opened, told: list[TrainingSpec], monkeypatch: pytest.MonkeyPatch, delete: str
+) -> None:
+    def train(spec: TrainingSpec, *_: object) -> dict[str, Any]:
+        checkpoints.write(7, b"weights and momenta", score=None, details={})
+        outcome = {
+            "weights_key": spec.initial_weights_key,
+            "diverged": None,
+            "history": [],
+            "reject_codes": {},
+        }
+        store.put(training.folder.key("trained.json"), canonical_json(outcome))
+        return outcome
+
+    def refuse(store: LocalStore, keys: Iterable[str]) -> None:
+        doomed = list(keys)
+        if any("/checkpoints/" in key for key in doomed):
+            raise AccessDenied("may not delete")
+        delete_all(store, doomed)
+
+    delete_all = LocalStore.delete
+    monkeypatch.setattr(network_training_module, "run_training", train)
+    with opened(f"ended-{delete}", 0.1, WhenHeld.REFUSE) as training:
+        store = training.folder.store
+        checkpoints = CheckpointFolder(store, training.folder.run_id)
+        network = training.run()
+        assert len(checkpoints.files()) == 2
+        if delete == "refused":
+            monkeypatch.setattr(LocalStore, "delete", refuse)
+        training.finish(network, {}, lambda history: b"")
+        assert training.folder.is_finished()
+        assert bool(checkpoints.files()) is (delete == "refused")
+        # A driver that waited for this one still finds what was trained.
+        assert training.run().backbone == network.backbone
 
 
 def test_where_the_object_store_is_too_small_for_batches_threads_prepare_them(

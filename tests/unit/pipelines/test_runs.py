@@ -23,6 +23,7 @@ from convoy.pipelines.runs_show import show_run
 from convoy.pipelines.runs_state import Changes, RunState, age_in_words, opened_utc
 from convoy.pipelines.score import FORECASTS
 from convoy.pipelines.verify import verify_run
+from convoy.storage.checkpoints import CheckpointFolder
 from convoy.storage.commits import (
     SliceRecord,
     choose_attempts,
@@ -549,6 +550,17 @@ def test_a_run_that_a_driver_is_still_at_stays(store: LocalStore) -> None:
         assert (report.garbage, [kept.run for kept in report.kept]) == ([], [OLD])
     put_lease(folder, ttl_s=0.3)
     assert [one.what for one in gc(store).garbage] == [OLD]
+
+
+def test_checkpoints_go_once_their_training_is_finished(store: LocalStore) -> None:
+    done, _ = finished(store, "finished")
+    _, unfinished, _ = opened(store, "open")
+    kept = keys(store)
+    checkpoints = [CheckpointFolder(store, folder.run_id) for folder in (done, unfinished)]
+    needed = [folder.write(1, b"weights", score=None, details={}) for folder in checkpoints][1]
+    report = gc(store)
+    assert [(one.what, one.files) for one in report.garbage] == [(done.run_id, 2)]
+    assert keys(store) == kept | {needed.key, needed.record_key}
 
 
 def test_leftovers_of_a_killed_probe_go(store: LocalStore) -> None:
