@@ -74,17 +74,21 @@ def knn_correct(
     return correct_M
 
 
-def logme(features_ND: NDArray[Any], labels_N: NDArray[Any]) -> float:
+def logme(features_ND: NDArray[Any], labels_N: NDArray[Any]) -> float | None:
     """The mean log evidence of one linear model a class on the features, for each row; larger is better.
 
     You et al. 2021 (arXiv:2102.11005), with the fixed point of You et al. 2022 (arXiv:2110.10545, algorithm 3).
-    It compares feature sets on the same labels and says nothing by itself.
+    It compares feature sets on the same labels, whatever their scale, and says nothing by itself. None where all rows
+    have the same features.
     """
     features = np.asarray(features_ND, np.float64)
     num_rows, num_features = features.shape
     if num_rows < 2 or len(labels_N) != num_rows:
         raise DataError("the evidence needs rows with labels", where=f"{features.shape}, {len(labels_N)}")
-    left_NK, singular_K, _ = np.linalg.svd(features, full_matrices=False)
+    if not np.ptp(features, axis=0).any():
+        return None
+    # The evidence knows no scale, but its fixed point has constants that are small beside features of about 1 only.
+    left_NK, singular_K, _ = np.linalg.svd(features / np.abs(features).max(), full_matrices=False)
     evidences = [
         _log_evidence(left_NK, singular_K**2, (labels_N == label).astype(np.float64), num_features)
         for label in np.unique(labels_N)
@@ -161,6 +165,9 @@ def _root(matrix_DD: Floats) -> Floats:
 
 
 def _unit_rows(features_ND: NDArray[Any]) -> NDArray[np.float32]:
+    """Rows of length 1, however small they are; those of zeros stay."""
     wide = np.asarray(features_ND, np.float32)
-    unit: NDArray[np.float32] = wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-12)
+    largest_N1 = np.abs(wide).max(axis=1, keepdims=True)
+    scaled = wide / np.where(largest_N1 > 0, largest_N1, 1)
+    unit: NDArray[np.float32] = scaled / np.maximum(np.linalg.norm(scaled, axis=1, keepdims=True), 1)
     return unit

@@ -24,9 +24,10 @@ from convoy.pipelines.advise_config import AdviseConfig, CandidateBackbone
 from convoy.pipelines.advise_rate import pass_rate
 from convoy.pipelines.advise_rows import choose_rows, missing_classes
 from convoy.pipelines.advise_rule import JudgedProbe
+from convoy.pipelines.advise_taps import probed_taps
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.classifiers import Classifier
-from convoy.pipelines.feature_plan import FeatureRequest
+from convoy.pipelines.feature_plan import FeatureDtype, FeatureRequest
 from convoy.pipelines.feature_source import gather_features
 from convoy.pipelines.feature_summary import FeatureSummary
 from convoy.pipelines.features import FeatureJob
@@ -40,15 +41,16 @@ from convoy.pipelines.probe_judging import CrossFittedProbe
 from convoy.storage.feature_cache import FeatureCache, content_id_array
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
+from convoy.vision.backbone_config import WeightSource, weight_source
 from convoy.vision.head_fitting import fit_path
 from convoy.vision.heads import FeatureSource, HeadConfig, TensorFeatures
-from convoy.vision.stages import POOLED, DepthAxis, StageKind
 
 
 class TapProbe(StrictModel):
     """One depth of one backbone: `depth` is 0 at the stem and 1 at the logits; `C` is the chosen one of the head.
 
-    `num_correct` counts rows of equal weight, of the `judged_rows` of the backbone.
+    `num_correct` counts rows of equal weight, of the `judged_rows` of the backbone. `logme` is null where all features
+    are the same.
     """
 
     tap: str
@@ -56,7 +58,7 @@ class TapProbe(StrictModel):
     num_features: int
     top1: Interval
     knn_top1: float
-    logme: float
+    logme: float | None
     num_correct: float
     C: float
     fit_seconds: float
@@ -168,7 +170,7 @@ class Prober:
 
     def look(self, candidate: CandidateBackbone, record: BackboneRecord) -> Look:
         """One pass of a backbone, or none where the cache has it all, and what its taps are worth."""
-        taps, own = _taps(candidate, record), self._own(candidate, record)
+        taps, own = probed_taps(candidate, record), self._own(candidate, record)
         self.progress.stage(f"looking through {candidate.name}")
         job = self._job(record, taps, own)
         summary = job.ensure(progress=self.progress, new_run=self._new_run)
@@ -191,7 +193,7 @@ class Prober:
 
     def lacks_features(self, candidate: CandidateBackbone, record: BackboneRecord) -> bool:
         """Whether a look through the backbone needs a pass."""
-        job = self._job(record, _taps(candidate, record), self._own(candidate, record))
+        job = self._job(record, probed_taps(candidate, record), self._own(candidate, record))
         return bool(job.plan().missing)
 
     def near_duplicates(self, look: Look) -> NearDuplicateReport:
@@ -309,6 +311,9 @@ class Prober:
         taps = tuple(dict.fromkeys([*taps, *near_duplicate_taps(record.axis), *outputs]))
         request = FeatureRequest(dataset=self._config.dataset_name, backbone=record.config, taps=taps)
         extraction = self._config.extraction
+        if weight_source(record.config) is WeightSource.RANDOM:
+            # Its activations shrink from stage to stage, to far below what float16 holds.
+            extraction = extraction.model_copy(update={"dtype": FeatureDtype.FLOAT32})
         return FeatureJob(self._store, self._manifest, record, request, extraction, rows=self.rows.all)
 
     def _probe(self, record: BackboneRecord, tap: str, set_id: str) -> tuple[TapProbe, JudgedHead]:
@@ -377,21 +382,3 @@ def subset_rows(labels_N: NDArray[np.int64], per_class: int, *, seed: int, repea
         chosen.append(members[order[: max(round(len(members) * per_class / largest), 1)]])
     rows: NDArray[np.intp] = np.sort(np.concatenate(chosen))
     return rows
-
-
-def spread_taps(axis: DepthAxis, num_taps: int) -> tuple[str, ...]:
-    """Stages at even distances over the depth of the maps, the last one and the pooled features among them."""
-    maps = [stage.name for stage in axis if stage.kind is StageKind.SPATIAL]
-    places = np.linspace(0, len(maps) - 1, min(max(num_taps - 1, 1), len(maps))).round().astype(int)
-    return tuple(dict.fromkeys([*(maps[place] for place in places), _top(axis)]))
-
-
-def _taps(candidate: CandidateBackbone, record: BackboneRecord) -> tuple[str, ...]:
-    """The taps that are probed, by their full names."""
-    wanted = candidate.taps or spread_taps(record.axis, candidate.num_taps)
-    return tuple(dict.fromkeys(record.resolve_tap(tap) for tap in wanted))
-
-
-def _top(axis: DepthAxis) -> str:
-    names = [stage.name for stage in axis]
-    return POOLED if POOLED in names else names[-2] if len(names) > 1 else names[-1]

@@ -45,6 +45,16 @@ def test_neighbours_vote_by_their_weight() -> None:
     assert knn_correct(*rows, num_neighbours=3, weights_N=np.array([0.4, 0.4, 1.0])).tolist() == [True]
 
 
+def test_neighbours_do_not_depend_on_how_small_the_activations_are() -> None:
+    features_ND, labels_N = load_wine(return_X_y=True)
+    correct = [
+        knn_correct(scale * features_ND[::2], labels_N[::2], scale * features_ND[1::2], labels_N[1::2])
+        for scale in (1.0, 2.0**-80)
+    ]
+    assert correct[0].tolist() == correct[1].tolist()
+    assert correct[0].mean() > 0.6
+
+
 def test_neighbours_need_rows_of_the_same_features() -> None:
     with pytest.raises(DataError, match="same features"):
         knn_correct(np.zeros((0, 2)), np.zeros(0, int), np.zeros((1, 2)), np.zeros(1, int))
@@ -82,6 +92,16 @@ def test_logme_takes_more_features_than_rows() -> None:
     random = np.random.default_rng(0)
     score = logme(random.normal(size=(20, 64)), np.arange(20) % 2)
     assert np.isfinite(score)
+
+
+def test_logme_does_not_depend_on_the_scale_of_the_features() -> None:
+    features_ND, labels_N = load_iris(return_X_y=True)
+    assert logme(1e-13 * features_ND, labels_N) == pytest.approx(logme(features_ND, labels_N), rel=1e-9)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1])
+def test_features_that_are_all_the_same_have_no_evidence(value: float) -> None:
+    assert logme(np.full((20, 8), value), np.arange(20) % 2) is None
 
 
 def test_the_distance_of_two_normal_samples_is_the_closed_form() -> None:
