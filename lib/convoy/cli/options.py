@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from convoy.core.config import as_override, load_config
 from convoy.core.errors import ErrorBudgetExceeded, ExitCode
+from convoy.core.json_values import finite_or_null
 from convoy.report.progress import TerminalProgress
 from convoy.report.tables import print_report
 
@@ -56,7 +57,7 @@ def run_job(job: Callable[[TerminalProgress], ReportT], *, as_json: bool) -> Non
     with TerminalProgress() as progress:
         report = job(progress)
     if as_json:
-        print(json.dumps(report.model_dump(mode="json")), flush=True)
+        print(json.dumps(finite_or_null(report.model_dump(mode="json")), allow_nan=False), flush=True)
     else:
         print_report(report)
     if not getattr(report, "within_error_budget", True):

@@ -9,15 +9,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import math
 import unicodedata
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from convoy.core.json_values import finite_or_null
 from convoy.report.blocks import Block, Page, Picture
 
 _MAX_CHARACTERS = 400
@@ -75,7 +74,7 @@ def image_link(data: bytes, media_type: str = "image/jpeg") -> str:
 
 def json_text(value: Any) -> str:
     """A value as JSON in ASCII; what is not finite is null."""
-    return json.dumps(_plain(value), separators=(",", ":"), allow_nan=False)
+    return json.dumps(finite_or_null(value), separators=(",", ":"), allow_nan=False)
 
 
 def _environment(**options: Any) -> Environment:
@@ -102,14 +101,6 @@ def _shown(character: str) -> str:
 def _data_link(value: Any) -> Markup:
     encoded = base64.b64encode(json_text(value).encode()).decode()
     return Markup(f"data:application/json;base64,{encoded}")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _policy(style: str) -> str:

@@ -17,6 +17,7 @@ from convoy.core.config import StrictModel
 from convoy.core.crash_points import CrashPoint, crash_point
 from convoy.core.errors import ObjectNotFound, PreconditionFailed, StorageError
 from convoy.core.fingerprints import MultisetDigest, canonical_json
+from convoy.core.json_values import finite_or_null
 from convoy.storage.object_store import ObjectInfo, ObjectStore, put_looking_first
 from convoy.storage.runs import RunFolder, RunRecord
 
@@ -168,8 +169,9 @@ def publish(folder: RunFolder, run: RunRecord, records: Iterable[SliceRecord]) -
 
 
 def finish(folder: RunFolder, report: dict[str, object]) -> None:
-    """Write the report, then the marker that ends the run."""
-    folder.store.put(folder.key("report.json"), json.dumps(report, indent=2, sort_keys=True).encode())
+    """Write the report, in which what is not finite is null, then the marker that ends the run."""
+    text = json.dumps(finite_or_null(report), indent=2, sort_keys=True, allow_nan=False)
+    folder.store.put(folder.key("report.json"), text.encode())
     folder.store.put(folder.key("_SUCCESS"), b"")
     crash_point(CrashPoint.SUCCESS_WRITTEN)
 

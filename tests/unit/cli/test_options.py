@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from pydantic import BaseModel
 
@@ -23,6 +25,18 @@ def test_an_exceeded_error_budget_names_new_run_where_images_could_not_be_fetche
         run_job(lambda _: Report(unfetched=unfetched), as_json=True)
     assert ("3 that could not be fetched" in caught.value.next_step) == is_named
     assert ("--new-run" in caught.value.next_step) == is_named
+
+
+class Measured(BaseModel):
+    top1: float
+    logme: float
+
+
+def test_a_number_that_is_not_finite_is_null_in_the_report_for_machines(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run_job(lambda _: Measured(top1=0.5, logme=math.nan), as_json=True)
+    assert capsys.readouterr().out == '{"top1": 0.5, "logme": null}\n'
 
 
 class Named(BaseModel):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -42,6 +43,17 @@ def test_unfinished_run_is_not_published(store: LocalStore) -> None:
         publish(folder, run, read_records(folder))
     assert read_manifest(folder) is None
     assert read_commits(store, SET_ID) == []
+
+
+def test_a_report_is_json_whatever_its_numbers_are(store: LocalStore) -> None:
+    folder = RunFolder(store, new_run(store, NAMES).run_id)
+    finish(folder, {"taps": [{"logme": float("nan")}], "speed": float("inf"), "top1": 0.5})
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    report = json.loads(store.get(folder.key("report.json")).data, parse_constant=refuse)
+    assert report == {"taps": [{"logme": None}], "speed": None, "top1": 0.5}
 
 
 def test_of_two_attempts_one_is_kept_and_the_other_deleted(store: LocalStore) -> None:
