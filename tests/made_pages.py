@@ -17,7 +17,7 @@ from convoy.core.drift import EmbeddingShift
 from convoy.core.metrics import EvaluationCounts
 from convoy.core.records import Split
 from convoy.core.statistics import bootstrap_difference, bootstrap_mean, mcnemar_test, wilson_interval
-from convoy.pipelines.evaluation import Evaluation, NamedClass
+from convoy.pipelines.evaluation import Evaluation, NamedClass, confusion_fields
 from convoy.pipelines.report_data_card import ClassRows, DataCard, FoundDuplicates, LabelledImage, SizeBin
 from convoy.pipelines.report_images import ShownImage
 from convoy.pipelines.report_lineage import LineageLink
@@ -88,7 +88,7 @@ def made_evaluation(
         ],
         reliability=list(metrics.reliability),
         classes=list(classes),
-        confusion=counts.confusion_KK.tolist(),
+        **confusion_fields(counts.confusion_KK),
     )
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from convoy.core.config import StrictModel
@@ -23,6 +24,9 @@ from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.predictions import list_array, read_labelled
 
+# Of so many classes a matrix is 2 MB of JSON, of ten times as many 200 MB, nearly all of it zeros.
+_MAX_MATRIX_CLASSES = 1000
+
 
 class NamedClass(ClassMetrics):
     """Per-class metrics with the class's name."""
@@ -35,6 +39,8 @@ class Evaluation(StrictModel):
 
     `nll`, `brier` (0..2), `ece` and `reliability` are null for heads whose scores are no probabilities.
     `intervals` are 95 %: bootstrap percentiles, and Wilson's for top-1 beside it, which stays honest near 0 and 1.
+    `confusion` has a row for each true class. Above 1,000 classes it is null, and `confusion_entries` are its entries
+    above 0: true class, predicted class, rows.
     """
 
     run: str
@@ -54,7 +60,16 @@ class Evaluation(StrictModel):
     per_class: list[NamedClass]
     reliability: list[ReliabilityBin] | None
     classes: list[str]
-    confusion: list[list[int]]
+    confusion: list[list[int]] | None
+    confusion_entries: list[tuple[int, int, int]] | None = None
+
+    def confused(self) -> Iterator[tuple[int, int, int]]:
+        """True class, predicted class and rows of each entry of the confusion matrix above 0."""
+        if self.confusion is None:
+            yield from self.confusion_entries or ()
+            return
+        for label, row in enumerate(self.confusion):
+            yield from ((label, pred, num_rows) for pred, num_rows in enumerate(row) if num_rows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,5 +183,16 @@ def measure_predictions(
         ],
         reliability=list(metrics.reliability) if honest else None,
         classes=list(classes),
-        confusion=counts.confusion_KK.tolist(),
+        **confusion_fields(counts.confusion_KK),
     )
+
+
+def confusion_fields(confusion_KK: np.ndarray) -> dict[str, Any]:
+    """What an evaluation keeps of a confusion matrix: all of it, or the entries above 0 where it is large."""
+    if len(confusion_KK) <= _MAX_MATRIX_CLASSES:
+        return {"confusion": confusion_KK.tolist()}
+    places = np.nonzero(confusion_KK)
+    return {
+        "confusion": None,
+        "confusion_entries": np.stack([*places, confusion_KK[places]], axis=1).tolist(),
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from convoy.core.metrics import ReliabilityBin
@@ -171,36 +172,39 @@ def _bounds(interval: Interval | None) -> list[float] | None:
 
 
 def _confusion(evaluation: Evaluation) -> Iterator[Block]:
-    counts, names = evaluation.confusion, evaluation.classes
+    counts = {(label, pred): num_rows for label, pred, num_rows in evaluation.confused()}
+    totals, errors = Counter[int](), Counter[int]()
+    for (label, pred), num_rows in counts.items():
+        totals[label] += num_rows
+        errors[label] += num_rows if label != pred else 0
+    names = evaluation.classes
     chosen = list(range(len(names)))
     caption = (
         "Rows are true classes. Blue is right, orange wrong: the deeper, the larger the share of the row."
     )
     if len(names) > _MAX_MATRIX:
-        errors = [sum(row) - row[label] for label, row in enumerate(counts)]
         chosen = sorted(sorted(chosen, key=lambda label: -errors[label])[:_MAX_MATRIX])
         caption += f" The {_MAX_MATRIX} of {len(names):,} classes with the most errors;"
         caption += " totals and shares count the others too."
-    shown = [[counts[row][column] for column in chosen] for row in chosen]
-    totals = [sum(counts[row]) for row in chosen]
+    shown = [[counts.get((row, column), 0) for column in chosen] for row in chosen]
+    shown_totals = [totals[row] for row in chosen]
     shown_names = [names[label] for label in chosen]
     yield Figure(
         key="confusion-matrix",
         title="Confusion matrix",
-        picture=confusion_matrix(shown_names, shown, totals, "Counts of true against predicted classes"),
-        data={"classes": shown_names, "rows_true_columns_predicted": shown, "row_totals": totals},
+        picture=confusion_matrix(
+            shown_names, shown, shown_totals, "Counts of true against predicted classes"
+        ),
+        data={"classes": shown_names, "rows_true_columns_predicted": shown, "row_totals": shown_totals},
         caption=caption,
         is_wide=len(chosen) > 14,
     )
-    pairs = [
-        (value, row, column)
-        for row, values in enumerate(counts)
-        for column, value in enumerate(values)
-        if value and row != column
-    ]
-    worst = sorted(pairs, key=lambda pair: (-pair[0], pair[1], pair[2]))[:_MAX_PAIRS]
+    pairs = [(-num_rows, label, pred) for (label, pred), num_rows in counts.items() if label != pred]
     yield _pair_table(
-        [ConfusedPair(label=names[row], pred=names[column], rows=value) for value, row, column in worst]
+        [
+            ConfusedPair(label=names[label], pred=names[pred], rows=-negative)
+            for negative, label, pred in sorted(pairs)[:_MAX_PAIRS]
+        ]
     )
 
 

@@ -26,8 +26,8 @@ _FORECAST_ROWS = {
 # Results that have sections of their own, or are as long as the data.
 _LONG = frozenset(
     {
-        "confusion", "per_class", "reliability", "history", "trials", "front", "overlap", "evaluation",
-        "reliability_before", "reliability_after", "classes", "forecast", "actual",
+        "confusion", "confusion_entries", "per_class", "reliability", "history", "trials", "front", "overlap",
+        "evaluation", "reliability_before", "reliability_after", "classes", "forecast", "actual",
     }
 )  # fmt: skip
 

@@ -164,6 +164,20 @@ def test_a_page_of_a_thousand_classes_stays_small() -> None:
     assert matrix["row_totals"] == [sum(evaluation.confusion[label]) for label in labels]
 
 
+def test_a_page_shows_the_same_confusions_whether_the_matrix_or_its_entries_are_stored() -> None:
+    classes = tuple(f"class {number}" for number in range(1001))
+    entries = made_evaluation(classes, num_rows=3000)
+    assert entries.confusion is None
+    matrix = [[0] * len(classes) for _ in classes]
+    for label, pred, num_rows in entries.confusion_entries or ():
+        matrix[label][pred] = num_rows
+    whole = entries.model_copy(update={"confusion": matrix, "confusion_entries": None})
+    pages = [PageParts(draw_page(made_page(evaluation=one, predictions=None))) for one in (entries, whole)]
+    for key in ("confusion-matrix", "confused-pairs"):
+        assert pages[0].json_of(key) == pages[1].json_of(key)
+    assert sum(pages[0].json_of("confusion-matrix")["row_totals"]) > 30
+
+
 def test_a_target_without_results_has_a_page() -> None:
     page = made_page(
         kind=TargetKind.MODEL, run=None, report={}, data_card=None, rejects=None, history=[], evaluation=None,
