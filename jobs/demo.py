@@ -23,6 +23,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
+# Stands in every folder that the demo made, and may delete.
+MARK = ".convoy-demo"
 SIDE_PX = 32
 TRAIN_PER_CLASS = 20
 # Places of each of the digits 0-4: the network that is transferred has seen enough to know strokes.
@@ -35,11 +37,15 @@ AUGMENTATION = {"crop": {"kind": "random", "padding_px": 2}, "mirror": None, "ro
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", default="demo-workspace", type=Path)
+    parser.add_argument(
+        "--folder",
+        default="demo-workspace",
+        type=Path,
+        help="where images and workspace go (%(default)s): a new or empty folder, or that of an earlier demo, "
+        "which is deleted first",
+    )
     folder = parser.parse_args().folder.resolve()
-    if folder.exists() and not (folder / "images").exists() and any(folder.iterdir()):
-        sys.exit(f"{folder} exists and was not made by the demo: choose another --folder")
-    shutil.rmtree(folder, ignore_errors=True)
+    begin_anew(folder)
     started_s = time.monotonic()
     workspace = str(folder / "workspace")
 
@@ -112,6 +118,19 @@ def main() -> None:
     print_ensemble(tuned)
     print(f"   images     {folder / 'images'}")
     print(f"   workspace  {workspace}")
+
+
+def begin_anew(folder: Path) -> None:
+    """An empty folder that is marked as the demo's; of what was there, only what bears the mark is deleted."""
+    mark = folder / MARK
+    if mark.is_file():
+        shutil.rmtree(folder)
+    elif folder.exists() and (folder.is_file() or any(folder.iterdir())):
+        sys.exit(
+            f"{folder} exists and has no {MARK} of the demo: choose another --folder, or delete it yourself"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.touch()
 
 
 def cache(folder: Path, settings: dict[str, object], workspace: str) -> None:
