@@ -19,6 +19,7 @@ from convoy.vision.backbones import (
     default_preset,
     depth_axis,
     pretrained_classes,
+    with_published_outputs,
 )
 from convoy.vision.depth_axis import count_macs
 from convoy.vision.presets import EvalPreset
@@ -35,6 +36,8 @@ def load_backbone(store: ObjectStore, config: BackboneConfig) -> BackboneRecord:
     """Build a network, load its weights from where the config says, and put them into the workspace."""
     network, classes = _load(config)
     require_digest(network.state_dict(), config.weights_digest)
+    if weight_source(config) is WeightSource.NAMED:
+        config = with_published_outputs(config)
     return keep_network(store, config, network, preset=default_preset(config), classes=classes)
 
 

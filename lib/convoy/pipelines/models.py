@@ -14,7 +14,9 @@ from convoy.storage.stores import open_object
 from convoy.vision.backbone_config import BackboneConfig, WeightSource, weight_source
 from convoy.vision.factories import with_pinned_code
 
-_RECORD_VERSION = 2
+_RECORD_VERSION = 3
+# Those of this version have another number of outputs than their network where that is not the architecture's own.
+_FORMER_VERSION, _ITS_OUTPUTS = 2, 1000
 
 
 def fetch_backbone(store: ObjectStore, config: BackboneConfig) -> BackboneRecord:
@@ -24,18 +26,34 @@ def fetch_backbone(store: ObjectStore, config: BackboneConfig) -> BackboneRecord
     VersionMismatch for a factory of other code than `code_digest` pins.
     """
     config = with_pinned_code(config)
-    request_key = f"{BACKBONES}requests/{digest([_RECORD_VERSION, config, _source_version(config)])}.json"
-    known = read_json(store, request_key)
-    if known is not None:
-        record = BackboneRecord.model_validate(known)
-        if exists(store, record.weights_key):
-            return record
+    source = _source_version(config)
+    known = _known(store, config, source)
+    if known is not None and exists(store, known.weights_key):
+        return known
     # Only a network that is new to the workspace has to be built and loaded.
     from convoy.pipelines.backbone_loading import load_backbone  # noqa: PLC0415
 
     record = load_backbone(store, config)
-    store.put(request_key, canonical_json(record))
+    # Jobs that build upon this one ask for the record's config, which may tell more.
+    for key in {_request_key(_RECORD_VERSION, asked, source) for asked in (config, record.config)}:
+        store.put(key, canonical_json(record))
     return record
+
+
+def _known(store: ObjectStore, config: BackboneConfig, source: str) -> BackboneRecord | None:
+    known = read_json(store, _request_key(_RECORD_VERSION, config, source))
+    if known is not None:
+        return BackboneRecord.model_validate(known)
+    former = read_json(store, _request_key(_FORMER_VERSION, config, source))
+    record = None if former is None else BackboneRecord.model_validate(former)
+    is_right = record is not None and record.num_classes == _ITS_OUTPUTS == (
+        config.num_classes or _ITS_OUTPUTS
+    )
+    return record if is_right else None
+
+
+def _request_key(version: int, config: BackboneConfig, source: str) -> str:
+    return f"{BACKBONES}requests/{digest([version, config, source])}.json"
 
 
 def _source_version(config: BackboneConfig) -> str:

@@ -13,7 +13,7 @@ from convoy.vision.heads import Head
 from convoy.vision.partial_reuse import PartialReuseNetwork
 from convoy.vision.presets import EvalPreset
 from convoy.vision.stages import DepthAxis, StageKind
-from convoy.vision.weights import HeadMismatch, load_weights, read_state_dict, state_to_safetensors
+from convoy.vision.weights import load_weights, read_state_dict, state_to_safetensors
 
 
 class NewNetwork:
@@ -25,7 +25,7 @@ class NewNetwork:
         self.axis: DepthAxis = depth_axis(config, self.network)
 
     def take_weights(self, store: ObjectStore, pretrained: BackboneRecord) -> None:
-        """Take the weights of a pretrained network; a classifier of another size keeps its random ones.
+        """Take the weights of a pretrained network; a classifier that it does not have in this size stays random.
 
         Raises ConfigError, with names and shapes, for weights that do not fit.
         """
@@ -33,7 +33,7 @@ class NewNetwork:
         if isinstance(self.network, PartialReuseNetwork):
             self.network.load_body(state)
         else:
-            load_weights(self.network, state, head=HeadMismatch.REPLACE)
+            load_weights(self.network, state, new_classifier=self.axis[len(self.axis) - 1].parameter_names)
 
     @property
     def head_tap(self) -> str | None:

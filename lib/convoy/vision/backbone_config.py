@@ -49,15 +49,16 @@ class BackboneConfig(StrictModel):
     `arch` is "torchvision:<name>", "timm:<name>", "lenet5", "cifar_resnet20" (32, 44, 56, 110), or
     "package.module:factory". `weights` is a name that the library knows (a member of torchvision's weights
     enum, a tag of timm, or "DEFAULT"), "random", or the path or s3:// URI of a state dict. `num_classes` and
-    `preset` replace those of the architecture and of the weights. `weights_digest` pins the weights' content, and
-    `code_digest` the file in which a factory is written, which jobs fill in where it is not given.
+    `preset` replace those of the architecture and of the weights; with 0 classes a network of timm has no classifier.
+    `weights_digest` pins the weights' content, and `code_digest` the file in which a factory is written, which jobs
+    fill in where it is not given.
     With `new_layers` the network ends at an early stage of the architecture and goes on with layers of its own.
     """
 
     arch: str
     weights: str = DEFAULT_WEIGHTS_NAME
     seed: int = Field(default=0, ge=0)
-    num_classes: int | None = Field(default=None, gt=0)
+    num_classes: int | None = Field(default=None, ge=0)
     preset: EvalPreset | None = None
     weights_digest: str | None = Field(default=None, pattern="^[0-9a-f]{32}$")
     # Left out where there is none: the identities of all other networks are what they were before factories had it.
@@ -68,8 +69,10 @@ class BackboneConfig(StrictModel):
 
     @model_validator(mode="after")
     def _keys_fit_together(self) -> BackboneConfig:
-        if self.new_layers is not None and self.num_classes is None:
+        if self.new_layers is not None and not self.num_classes:
             raise ValueError("new_layers need num_classes")
+        if self.num_classes == 0 and not self.arch.startswith(TIMM):
+            raise ValueError("num_classes must be above 0: only timm builds networks without a classifier")
         if self.code_digest is not None and not is_factory(self.arch):
             raise ValueError("code_digest is that of a package.module:factory")
         return self

@@ -71,6 +71,19 @@ def build_pretrained(config: BackboneConfig) -> nn.Module:
         ) from error
 
 
+def with_published_outputs(config: BackboneConfig) -> BackboneConfig:
+    """The config of which `build_network` makes what `build_pretrained` gives for it.
+
+    Published weights may have another number of outputs than their architecture has by default.
+    """
+    library, name = _locate(config.arch)
+    published = library.num_outputs(name, config.weights)
+    built = config.num_classes
+    if built is None:
+        built = library.num_outputs(name, DEFAULT_WEIGHTS_NAME)
+    return config if built == published else config.model_copy(update={"num_classes": published})
+
+
 def default_preset(config: BackboneConfig) -> EvalPreset:
     """The preset of the config, else the one that its weights were trained with.
 

@@ -52,6 +52,10 @@ class NetworkLibrary(Protocol):
         """The names of the weights' classes in the order of the logits, or None where they are not known."""
         ...
 
+    def num_outputs(self, name: str, weights: str) -> int:
+        """How many outputs the network has with the weights, 0 without a classifier; ConfigError where it has none."""
+        ...
+
 
 class Torchvision:
     """The image classifiers of torchvision."""
@@ -106,6 +110,10 @@ class Torchvision:
     def classes(self, name: str, weights: str) -> tuple[str, ...] | None:
         """The categories that stand beside the weights in torchvision."""
         return tuple(self._member(name, weights).meta["categories"])
+
+    def num_outputs(self, name: str, weights: str) -> int:
+        """One for each category."""
+        return len(self._member(name, weights).meta["categories"])
 
     def _member(self, name: str, weights: str) -> Any:
         import torchvision  # noqa: PLC0415
@@ -187,6 +195,11 @@ class Timm:
             for lemma, synset in zip(lemmas, info.label_names(), strict=True)
         )
 
+    def num_outputs(self, name: str, weights: str) -> int:
+        """Those of the tag: 21,841 of ImageNet-22k, an embedding's width of CLIP, 0 of self-supervised weights."""
+        num_outputs: int = self._pretrained_config(name, weights).num_classes
+        return num_outputs
+
     def _pretrained_config(self, name: str, weights: str) -> Any:
         import timm  # noqa: PLC0415
 
@@ -228,6 +241,10 @@ class Classics:
         """Not known."""
         return None
 
+    def num_outputs(self, name: str, weights: str) -> int:
+        """Always a ConfigError."""
+        raise _unknown_weights(name, weights, [])
+
 
 class Factories:
     """Any importable `package.module:function` that returns a torch.nn.Module. They come without weights."""
@@ -268,6 +285,10 @@ class Factories:
     def classes(self, name: str, weights: str) -> tuple[str, ...] | None:
         """Not known."""
         return None
+
+    def num_outputs(self, name: str, weights: str) -> int:
+        """Always a ConfigError."""
+        raise _unknown_weights(name, weights, [])
 
 
 def _unknown_weights(arch: str, weights: str, known: Sequence[str]) -> ConfigError:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import pickle
-from collections.abc import Mapping, Sequence
-from enum import StrEnum
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +36,6 @@ _BATCH_COUNTER = "num_batches_tracked"
 _MAX_LISTED = 5
 
 
-class HeadMismatch(StrEnum):
-    """What to do when a state dict was trained with another number of classes than the network has."""
-
-    REFUSE = "refuse"
-    REPLACE = "replace"
-
-
 def read_state_dict(source: bytes | str | Path) -> dict[str, Tensor]:
     """The tensors of a weight file on the CPU, by name, without containers and the prefixes of wrappers.
 
@@ -60,18 +52,18 @@ def read_state_dict(source: bytes | str | Path) -> dict[str, Tensor]:
 
 
 def load_weights(
-    network: nn.Module,
-    state: Mapping[str, Tensor],
-    *,
-    head: HeadMismatch = HeadMismatch.REFUSE,
+    network: nn.Module, state: Mapping[str, Tensor], *, new_classifier: Collection[str] = ()
 ) -> tuple[str, ...]:
     """Copy a state dict into a network; returns the names that kept their initial values, () if none did.
 
     All names and shapes are checked before anything is copied; a difference is a ConfigError that shows it.
-    With REPLACE the classifier may differ in its number of classes, and then keeps its initial values.
+    The parameters named by `new_classifier` may differ in the number of classes, or all be absent, and then keep their
+    initial values.
     """
-    state, targets = _comparable(state), _comparable(network.state_dict())
-    replaced = _head_names(targets, state) if head is HeadMismatch.REPLACE else ()
+    own = network.state_dict()
+    bare = dict(zip(own, _without_prefixes(own, (*_WRAPPERS, _BACKBONE)), strict=True))
+    state, targets = _comparable(state), _comparable(own)
+    replaced = _replaced(targets, state, [bare[name] for name in new_classifier])
     if differences := _differences(targets, state, replaced):
         raise ConfigError(
             "the weights do not fit the network:\n" + "\n".join(differences),
@@ -199,28 +191,28 @@ def _without_prefixes(tensors: Mapping[str, Tensor], prefixes: Sequence[str]) ->
     return dict(zip(names, tensors.values(), strict=True))
 
 
-def _head_names(targets: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """The names that differ, if only the number of classes does: in one module, in the first dimension.
-
-    Any other layer of another width would make the layers that read it differ as well.
-    """
-    differing = _misshapen(targets, state)
-    one_module = len({name.rpartition(".")[0] for name in differing}) == 1
-    only_classes = all(state[name].shape[1:] == targets[name].shape[1:] for name in differing)
-    return tuple(differing) if one_module and only_classes else ()
+def _replaced(
+    targets: Mapping[str, Tensor], state: Mapping[str, Tensor], classifier: Sequence[str]
+) -> tuple[str, ...]:
+    """The classifier's names, if the state has none of them; else those that differ in the number of classes alone."""
+    if not any(name in state for name in classifier):
+        return tuple(classifier)
+    misshapen = [name for name in _misshapen(targets, state) if name in classifier]
+    return tuple(name for name in misshapen if state[name].shape[1:] == targets[name].shape[1:])
 
 
 def _differences(
     targets: Mapping[str, Tensor], state: Mapping[str, Tensor], replaced: Sequence[str]
 ) -> list[str]:
     """One line for each way in which the names and shapes differ."""
+    absent = [name for name in targets if name not in state and name not in replaced]
     shapes = [
         f"{name} {tuple(state[name].shape)}, in the network {tuple(targets[name].shape)}"
         for name in _misshapen(targets, state)
         if name not in replaced
     ]
     return [
-        *_listed("missing in the weights", [name for name in targets if name not in state]),
+        *_listed("missing in the weights", absent),
         *_listed("unknown to the network", [name for name in state if name not in targets]),
         *_listed("of another shape", shapes),
     ]

@@ -234,7 +234,15 @@ def test_every_classifier_of_torchvision_has_a_preset() -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"seed": -1}, {"num_classes": 0}, {"weights_digest": "12"}, {"weights": None}, {"depth": 3}]
+    "fields",
+    [
+        {"seed": -1},
+        {"num_classes": -1},
+        {"num_classes": 0},
+        {"weights_digest": "12"},
+        {"weights": None},
+        {"depth": 3},
+    ],
 )
 def test_impossible_configs_are_refused(fields: dict[str, object]) -> None:
     with pytest.raises(ValidationError):

@@ -19,7 +19,6 @@ from convoy.vision.architectures import CifarResNet, LeNet5
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.backbones import build_pretrained
 from convoy.vision.weights import (
-    HeadMismatch,
     load_weights,
     read_state_dict,
     require_digest,
@@ -28,6 +27,7 @@ from convoy.vision.weights import (
 )
 
 State = dict[str, Tensor]
+CLASSIFIER = ("4.weight", "4.bias")
 REAL_DATA = Path(os.environ.get("CONVOY_TEST_DATA", Path(__file__).parents[4] / "shared" / "data"))
 
 
@@ -193,7 +193,7 @@ def test_another_number_of_classes_is_refused_or_replaced(state: State) -> None:
     head = network[4].weight.clone()
     with pytest.raises(ConfigError, match=r"4\.weight \(3, 4\), in the network \(7, 4\)"):
         load_weights(network, state)
-    assert load_weights(network, state, head=HeadMismatch.REPLACE) == ("4.weight", "4.bias")
+    assert load_weights(network, state, new_classifier=CLASSIFIER) == CLASSIFIER
     assert torch.equal(network[4].weight, head)
     assert torch.equal(network[0].weight, state["0.weight"])
 
@@ -203,10 +203,26 @@ def test_replacing_the_head_excuses_no_other_difference(state: State) -> None:
         nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 3)
     )
     with pytest.raises(ConfigError, match="of another shape"):
-        load_weights(narrow, state, head=HeadMismatch.REPLACE)
+        load_weights(narrow, state, new_classifier=CLASSIFIER)
     del state["4.weight"]
     with pytest.raises(ConfigError, match=r"missing in the weights: 4\.weight"):
-        load_weights(small_network(num_classes=7), state, head=HeadMismatch.REPLACE)
+        load_weights(small_network(num_classes=7), state, new_classifier=CLASSIFIER)
+
+
+def test_a_classifier_that_the_weights_lack_is_new(state: State) -> None:
+    network = small_network()
+    classifier = network[4].weight.clone()
+    headless = {name: tensor for name, tensor in state.items() if name not in CLASSIFIER}
+    with pytest.raises(ConfigError, match=r"missing in the weights: 4\.weight, 4\.bias"):
+        load_weights(network, headless)
+    assert load_weights(network, headless, new_classifier=CLASSIFIER) == CLASSIFIER
+    assert torch.equal(network[4].weight, classifier)
+    assert torch.equal(network[0].weight, state["0.weight"])
+    wrapped = nn.Module()
+    wrapped.add_module("backbone", network)
+    assert (
+        load_weights(wrapped, headless, new_classifier=("backbone.4.weight", "backbone.4.bias")) == CLASSIFIER
+    )
 
 
 def test_a_pinned_digest_refuses_changed_weights(state: State) -> None:

@@ -1,0 +1,98 @@
+"""Networks of named weights, as workers build them from their records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from convoy.core.fingerprints import canonical_json, digest
+from convoy.pipelines import backbone_loading
+from convoy.pipelines.backbone_loading import read_backbone_state
+from convoy.pipelines.backbone_record import BACKBONES, BackboneRecord
+from convoy.pipelines.models import fetch_backbone
+from convoy.pipelines.network_building import NewNetwork
+from convoy.storage.local_store import LocalStore
+from convoy.vision.backbone_config import BackboneConfig
+from convoy.vision.backbones import build_network
+from convoy.vision.libraries import Timm
+from convoy.vision.weights import load_weights
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalStore:
+    """A workspace, and timm's networks of any tag as they are, but for the download."""
+
+    def without_download(self: Timm, name: str, weights: str) -> nn.Module:
+        config = self._pretrained_config(name, weights)
+        network: nn.Module = timm.create_model(name, pretrained=False, pretrained_cfg=config)
+        return network
+
+    monkeypatch.setattr(Timm, "pretrained", without_download)
+    return LocalStore(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("arch", "weights", "num_classes", "recorded"),
+    [
+        ("timm:resnet10t", "c3_in1k", None, None),
+        ("timm:resnet10t", "DEFAULT", 1000, 1000),
+        ("timm:resnet10t", "c3_in1k", 7, 1000),
+        ("timm:mobilenetv3_large_100", "miil_in21k", None, 11221),
+        ("timm:convnextv2_atto", "fcmae", None, 0),
+    ],
+)
+def test_workers_build_the_network_of_named_weights_with_its_number_of_outputs(
+    store: LocalStore, arch: str, weights: str, num_classes: int | None, recorded: int | None
+) -> None:
+    record = fetch_backbone(store, BackboneConfig(arch=arch, weights=weights, num_classes=num_classes))
+    assert record.config.num_classes == recorded
+    assert load_weights(build_network(record.config), read_backbone_state(store, record)) == ()
+
+
+@pytest.mark.parametrize(
+    ("arch", "weights"), [("timm:mobilenetv3_large_100", "miil_in21k"), ("timm:convnextv2_atto", "fcmae")]
+)
+def test_a_training_begins_with_named_weights_of_any_number_of_outputs(
+    store: LocalStore, arch: str, weights: str
+) -> None:
+    record = fetch_backbone(store, BackboneConfig(arch=arch, weights=weights))
+    new = NewNetwork(BackboneConfig(arch=arch, weights="trained", num_classes=5))
+    new.take_weights(store, record)
+    state, taken = read_backbone_state(store, record), new.network.state_dict()
+    classifier = new.axis.stages[-1].parameter_names
+    assert all(torch.equal(taken[name], state[name]) for name in taken if name not in classifier)
+
+
+def test_what_builds_upon_a_record_finds_it(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = fetch_backbone(store, BackboneConfig(arch="timm:mobilenetv3_large_100", weights="miil_in21k"))
+    monkeypatch.delattr(backbone_loading, "load_backbone")
+    assert fetch_backbone(store, record.config) == record
+
+
+def keep_as_version_2(store: LocalStore, config: BackboneConfig, **fields: Any) -> BackboneRecord:
+    """What a workspace has of a network since before records told the outputs of named weights."""
+    record = fetch_backbone(store, config)
+    store.delete(entry.key for entry in list(store.list_objects(f"{BACKBONES}requests/")))
+    former = record.model_copy(update=fields)
+    store.put(f"{BACKBONES}requests/{digest([2, config, ''])}.json", canonical_json(former))
+    return former
+
+
+def test_records_of_former_versions_count_where_they_are_right(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirrored = BackboneConfig(arch="timm:resnet10t", weights="c3_in1k")
+    former = keep_as_version_2(store, mirrored)
+    monkeypatch.delattr(backbone_loading, "load_backbone")
+    assert fetch_backbone(store, mirrored) == former
+
+
+def test_records_of_former_versions_are_renewed_where_they_are_wrong(store: LocalStore) -> None:
+    config = BackboneConfig(arch="timm:resnet10t", weights="c3_in1k")
+    keep_as_version_2(store, config, num_classes=11821)
+    assert fetch_backbone(store, config).num_classes == 1000
