@@ -41,11 +41,11 @@ def test_a_training_resumed_within_a_stream_gets_the_very_batches_of_its_own_thr
     order = EpochOrder(spec, train["label"].to_numpy(), rank=0, num_workers=1)
     fused = FusedFeed(order, ImageLoader(spec, train), ImageLoader(spec, val))
     split = SplitFeed(spec, order, rank=0, num_workers=1)
-    # An epoch is five steps and a batch of validation rows: no stream holds two.
+    # An epoch is five steps and two batches of validation rows: no stream holds two epochs.
     num_batches = 0
     for ours, theirs in zip(batches(split, 3), batches(fused, 3), strict=True):
         assert torch.equal(ours.batch.images_BCHW, theirs.batch.images_BCHW)
         assert torch.equal(ours.batch.labels_B, theirs.batch.labels_B)
         assert ours.rows_B.tolist() == theirs.rows_B.tolist()
         num_batches += 1
-    assert num_batches == 6 * NUM_EPOCHS - 3
+    assert num_batches == 7 * NUM_EPOCHS - 3
