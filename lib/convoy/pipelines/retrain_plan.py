@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 from convoy.core.differences import describe_changes
 from convoy.core.errors import ConfigError, DataError
@@ -18,6 +17,7 @@ from convoy.storage.object_store import ObjectStore
 from convoy.storage.registry import Alias, read_aliases
 from convoy.storage.retrains import RetrainFolder, RetrainPlan
 from convoy.storage.runs import RunFolder
+from convoy.storage.stores import open_store
 
 # What may differ between two calls for one date: where, how fast and who hears of it, not what.
 _FREE_KEYS = ("workspace", "writers", "date", "mirror")
@@ -35,7 +35,7 @@ def plan_retrain(
     if config.source is not None:
         progress.stage(f"looking at {config.source}")
         # A path in a config is meant from where the command runs, as in `convoy dataset`.
-        source = config.source if "://" in config.source else str(Path(config.source).absolute())
+        source = config.source if "://" in config.source else open_store(config.source).root_uri
         freeze_dataset(
             store,
             config.dataset,

@@ -21,6 +21,7 @@ from convoy.core.fingerprints import digest
 from convoy.core.secrets import find_secrets
 from convoy.pipelines.workspace import workspace_uri
 from convoy.storage.runs import SUBMISSION_VARIABLE
+from convoy.storage.stores import open_store
 
 CONFIG_FILE = "job.yaml"
 NEW_RUN = "--new-run"
@@ -283,7 +284,7 @@ def _date_of(attempt: str) -> str | None:
 def _place(workspace: Any) -> str:
     """The workspace as the driver must be told: a path of this machine means nothing relative to its folder."""
     uri = workspace_uri(None if workspace is None else str(workspace))
-    return uri if "://" in uri else str(Path(uri).absolute())
+    return uri if "://" in uri else open_store(uri).root_uri
 
 
 def _status(job: SubmittedJob) -> JobStatus:

@@ -149,6 +149,13 @@ def test_rows_of_a_held_date_are_still_new_on_the_next(dates: Dates) -> None:
     assert dates.settled(plan) is None
 
 
+def test_a_source_below_the_home_is_found_there(dates: Dates, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = dates.retrains.plan("2026-01-01")
+    assert first is not None
+    monkeypatch.setenv("HOME", str(dates.folder))
+    assert dates.plan(source="~/images").fingerprint == first.fingerprint
+
+
 def test_a_dataset_that_was_renamed_is_refused_before_the_date_is_begun(dates: Dates) -> None:
     dates.arrive()
     with pytest.raises(ConfigError, match="'digits-v2' has no version") as caught:

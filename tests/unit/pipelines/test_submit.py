@@ -198,10 +198,12 @@ def test_all_tries_of_an_attempt_ask_for_the_same_new_run() -> None:
 
 def test_a_workspace_that_is_a_path_is_told_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("CONVOY_WORKSPACE", "somewhere")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     settings = {key: value for key, value in SETTINGS.items() if key != "workspace"}
-    submission = plan_submission(JobRequest(verb=Verb.CACHE, settings=settings))
-    assert yaml.safe_load(submission.files["job.yaml"])["workspace"] == str(tmp_path / "somewhere")
+    for path, whole in (("somewhere", "somewhere"), ("~/convoy", "home/convoy")):
+        monkeypatch.setenv("CONVOY_WORKSPACE", path)
+        submission = plan_submission(JobRequest(verb=Verb.CACHE, settings=settings))
+        assert yaml.safe_load(submission.files["job.yaml"])["workspace"] == str(tmp_path / whole)
 
 
 def test_a_setting_that_does_not_fit_is_refused_here_and_not_on_the_cluster() -> None:
