@@ -98,7 +98,7 @@ def test_cancelled_run_stops_and_the_same_command_starts_afresh(
         image.release()
         assert driver.stderr is not None
         said = driver.stderr.read()
-        assert driver.wait(TIMEOUT_S) == 4, said
+        assert driver.wait(TIMEOUT_S) == 6, said
         assert "the run was given up" in said
         assert "Traceback" not in said
     image.restore()

@@ -25,8 +25,10 @@ _POLL_FAILURES = 30
 _TAIL_ATTEMPTS = 5
 _SUCCEEDED, _STOPPED, _FAILED = "SUCCEEDED", "STOPPED", "FAILED"
 _TERMINAL = frozenset({_SUCCEEDED, _STOPPED, _FAILED})
-# Another try of the same would end the same.
-_FOR_A_PERSON = frozenset({ExitCode.USAGE, ExitCode.ERROR_BUDGET_EXCEEDED, ExitCode.REFUSED_BY_GATE})
+# Another try of the same would end the same, or do what a person stopped.
+_FOR_A_PERSON = frozenset(
+    {ExitCode.USAGE, ExitCode.ERROR_BUDGET_EXCEEDED, ExitCode.REFUSED_BY_GATE, ExitCode.GIVEN_UP}
+)
 # Where Ray begins to repeat the log, and how much of a message is shown: so much of its beginning, and of its end.
 _LOG_BEGINS = ", last available logs"
 _SHOWN_CHARACTERS = 300

@@ -15,6 +15,7 @@ class ExitCode(IntEnum):
     ERROR_BUDGET_EXCEEDED = 3
     STOPPED_RESUMABLE = 4
     REFUSED_BY_GATE = 5
+    GIVEN_UP = 6
 
 
 class ConvoyError(Exception):
@@ -133,9 +134,9 @@ class LeaseLost(ConvoyError):
 
 
 class RunCancelled(ConvoyError):
-    """The run was given up; the same command starts a new one."""
+    """The run was given up, by a person; the same command starts a new one."""
 
-    exit_code = ExitCode.STOPPED_RESUMABLE
+    exit_code = ExitCode.GIVEN_UP
 
 
 class ClusterError(ConvoyError):

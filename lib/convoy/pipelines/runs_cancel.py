@@ -50,4 +50,4 @@ def _refuse_published(folder: RunFolder, state: RunState) -> None:
 
 
 def _notes(held_by: str | None) -> list[str]:
-    return [] if held_by is None else [f"{held_by} stops at its next slice or event, with exit code 4"]
+    return [] if held_by is None else [f"{held_by} stops at its next slice or event, with exit code 6"]

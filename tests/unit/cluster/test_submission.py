@@ -11,7 +11,7 @@ import pytest
 
 from convoy.cluster import submission
 from convoy.cluster.submission import JobService, runtime_environment
-from convoy.core.errors import ClusterError, ConfigError, ExitCode
+from convoy.core.errors import ClusterError, ConfigError, ExitCode, RunCancelled
 
 
 class Dashboard(http.server.ThreadingHTTPServer):
@@ -84,6 +84,24 @@ def test_an_ended_job_has_the_exit_code_of_its_driver_or_one_that_says_the_same(
     dashboard.answers = [told(status, of_driver)]
     job = JobService(dashboard.address).get("one")
     assert (job.exit_code, job.ended) == (exit_code, exit_code is not None)
+
+
+@pytest.mark.parametrize(
+    ("status", "of_driver", "expected"),
+    [
+        ("FAILED", ExitCode.ERROR, True),
+        ("FAILED", ExitCode.STOPPED_RESUMABLE, True),
+        ("FAILED", -9, True),
+        ("FAILED", ExitCode.REFUSED_BY_GATE, False),
+        ("FAILED", RunCancelled.exit_code, False),
+        ("STOPPED", None, False),
+    ],
+)
+def test_no_other_try_is_for_what_would_end_the_same_or_was_stopped_by_a_person(
+    dashboard: Dashboard, status: str, of_driver: int | None, expected: bool
+) -> None:
+    dashboard.answers = [told(status, of_driver)]
+    assert JobService(dashboard.address).get("one").may_be_tried_again is expected
 
 
 @pytest.mark.parametrize(

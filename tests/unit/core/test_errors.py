@@ -30,4 +30,4 @@ def test_rejected_sample_survives_pickling() -> None:
 
 
 def test_exit_codes_are_the_public_contract() -> None:
-    assert [code.value for code in ExitCode] == [0, 1, 2, 3, 4, 5]
+    assert [code.value for code in ExitCode] == [0, 1, 2, 3, 4, 5, 6]

@@ -219,7 +219,7 @@ def test_a_cron_job_keeps_from_overlapping_and_tries_nothing_again_in_vain() -> 
     (cron,) = of_kind("CronJob")
     assert cron["spec"]["concurrencyPolicy"] == "Forbid"
     (final, disruption) = cron["spec"]["jobTemplate"]["spec"]["podFailurePolicy"]["rules"]
-    assert (final["action"], final["onExitCodes"]["values"]) == ("FailJob", [2, 3, 5])
+    assert (final["action"], final["onExitCodes"]["values"]) == ("FailJob", [2, 3, 5, 6])
     assert disruption["action"] == "Ignore"
 
 

@@ -252,7 +252,7 @@ def test_given_up_run_stops_its_driver_and_takes_no_other(folder: RunFolder) -> 
             lease.check()
         with pytest.raises(RunCancelled):
             lease.confirm()
-    assert cancelled.value.exit_code is ExitCode.STOPPED_RESUMABLE
+    assert cancelled.value.exit_code is ExitCode.GIVEN_UP
     with pytest.raises(RunCancelled), hold_run(folder):
         pass
 
