@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from convoy.core.errors import DataError
 from convoy.core.records import Split
 from convoy.pipelines.retrain_scoring import NamedRows
-from convoy.storage.feature_cache import content_id_array
+from convoy.storage.feature_cache import contains, content_id_array
 from convoy.storage.manifests import Manifest, label_names
 from convoy.storage.retrains import HOLDOUT_SCHEMA, RetrainFolder
 
@@ -30,15 +30,18 @@ class RetrainRows:
 
     `table` has the columns of the manifest that count here and `class`, the class name or null. `is_new_N` marks rows
     whose content and class were not in the version that the champion was made from, and `held_N` tells by date those
-    of them that came with a version whose data was objected to. `holdout` are rows of the frozen holdout that the
-    version still has, with the classes that were frozen; `frozen_by_class` counts all that were frozen,
-    `remained_by_class` those of them that the champion's version still had (all where there is none), `lost_by_class`
-    those of these that are gone since, and `joined` those that a date added.
+    of them that came with a version whose data was objected to. Rows are equal by `contents_N`, those of the holdout
+    by `held_out_contents_H`: content ids or, after `known_by_bytes`, digests of the bytes. `holdout` are rows of the
+    frozen holdout that the version still has, with the classes that were frozen; `frozen_by_class` counts all that were
+    frozen, `remained_by_class` those of them that the champion's version still had (all where there is none),
+    `lost_by_class` those of these that are gone since, and `joined` those that a date added.
     """
 
     manifest: Manifest
     table: pa.Table
+    contents_N: NDArray[np.bytes_]
     is_new_N: NDArray[np.bool_]
+    held_out_contents_H: NDArray[np.bytes_]
     is_held_out_N: NDArray[np.bool_]
     held_N: dict[str, NDArray[np.bool_]]
     holdout: NamedRows
@@ -49,6 +52,17 @@ class RetrainRows:
     num_before: int
     num_removed: int
     shared_classes: tuple[str, ...]
+
+    def known_by_bytes(self, content_ids: NDArray[np.bytes_], digests: NDArray[np.bytes_]) -> RetrainRows:
+        """The same rows, equal by the digests of sorted content ids: few stores tell that two names are one image."""
+        contents_N = _known_digests(self.contents_N, content_ids, digests)
+        held_out_H = _known_digests(self.held_out_contents_H, content_ids, digests)
+        return replace(
+            self,
+            contents_N=contents_N,
+            held_out_contents_H=held_out_H,
+            is_held_out_N=self.is_held_out_N | np.isin(contents_N, held_out_H),
+        )
 
     def training(self, split: Split) -> pa.Table:
         """The labelled rows of a split that are no rows of the holdout, nor equal to one."""
@@ -64,7 +78,7 @@ class RetrainRows:
     @property
     def newest(self) -> NamedRows:
         """New labelled rows that no training ever sees: of the test split, and equal to no row that is elsewhere."""
-        return named_rows(_unseen(self.table, self.is_new_N & ~self.is_held_out_N))
+        return named_rows(_unseen(self.table, self.contents_N, self.is_new_N & ~self.is_held_out_N))
 
     def chosen(self, is_chosen_N: NDArray[np.bool_]) -> pa.Table:
         """The rows of a mask."""
@@ -92,6 +106,7 @@ def open_rows(
     """
     table = _read(manifest)
     pairs = _pairs(table)
+    contents_N = content_id_array(table["content_id"])
     learnt = table.slice(0, 0) if previous is None else _read(previous)
     before = set(_pairs(learnt))
     is_new_N = np.array([pair not in before for pair in pairs], np.bool_)
@@ -101,9 +116,9 @@ def open_rows(
     elif folder.joined_holdout(date) is None and (
         wanted := _scarce(_still_there(learnt, holdout), champion_classes, min_class_rows)
     ):
-        were_unseen = set(_pairs(_unseen(learnt)))
+        were_unseen = set(_pairs(_unseen(learnt, content_id_array(learnt["content_id"]))))
         is_trusted_N = np.array([pair in were_unseen for pair in pairs], np.bool_)
-        unseen = _unseen(table, is_trusted_N & ~_is_held_out(table, holdout))
+        unseen = _unseen(table, contents_N, is_trusted_N & ~_is_held_out(table, holdout))
         joining = _some_of_each(unseen, wanted)
         if joining.num_rows:
             folder.extend_holdout(date, joining.select(HOLDOUT_SCHEMA.names))
@@ -120,7 +135,9 @@ def open_rows(
     return RetrainRows(
         manifest=manifest,
         table=table,
+        contents_N=contents_N,
         is_new_N=is_new_N,
+        held_out_contents_H=content_id_array(holdout["content_id"]),
         is_held_out_N=_is_held_out(table, holdout),
         held_N=_held_back(pairs, is_new_N, held or {}),
         holdout=NamedRows.of(kept["content_id"], kept["class"].to_pylist()),
@@ -163,14 +180,26 @@ def _is_held_out(table: pa.Table, holdout: pa.Table) -> NDArray[np.bool_]:
     return same_id_N | np.isin(content_id_array(table["content_id"]), content_id_array(holdout["content_id"]))
 
 
-def _unseen(table: pa.Table, is_wanted_N: NDArray[np.bool_] | None = None) -> pa.Table:
+def _known_digests(
+    contents_N: NDArray[np.bytes_], content_ids: NDArray[np.bytes_], digests: NDArray[np.bytes_]
+) -> NDArray[np.bytes_]:
+    """The contents, but digests where those of their bytes are known; the ids are sorted."""
+    is_known_N = contains(content_ids, contents_N)
+    by_bytes_N = contents_N.copy()
+    by_bytes_N[is_known_N] = digests[np.searchsorted(content_ids, contents_N[is_known_N])]
+    return by_bytes_N
+
+
+def _unseen(
+    table: pa.Table, contents_N: NDArray[np.bytes_], is_wanted_N: NDArray[np.bool_] | None = None
+) -> pa.Table:
     """The labelled test rows (among the wanted ones) that no training ever sees: equal to no row of another split."""
     in_test_N = as_mask(pc.equal(table["split"], Split.TEST.value))
     is_chosen_N = in_test_N & as_mask(pc.is_valid(table["label"]))
-    chosen = table.filter(pa.array(is_chosen_N if is_wanted_N is None else is_chosen_N & is_wanted_N))
-    elsewhere = table["content_id"].filter(pa.array(~in_test_N))
-    is_learnt_N = np.isin(content_id_array(chosen["content_id"]), content_id_array(elsewhere))
-    return chosen.filter(pa.array(~is_learnt_N))
+    if is_wanted_N is not None:
+        is_chosen_N &= is_wanted_N
+    is_learnt_N = np.isin(contents_N, contents_N[~in_test_N])
+    return table.filter(pa.array(is_chosen_N & ~is_learnt_N))
 
 
 def _scarce(holdout: pa.Table, classes: Sequence[str], min_class_rows: int) -> Counter[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from convoy.core.errors import DataError
 from convoy.core.progress import Progress
@@ -26,6 +27,7 @@ from convoy.pipelines.retrain_scoring import CachedScorer, can_be_compared
 from convoy.pipelines.retrain_steps import CandidateMaker
 from convoy.storage.bundles import BundleRef
 from convoy.storage.datasets import open_dataset
+from convoy.storage.duplicates import content_digests
 from convoy.storage.leases import RunLease
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.registry import Alias, AliasMove, read_aliases
@@ -96,20 +98,35 @@ class RetrainJob:
             note_missing=lambda set_id, missing: folder.note_missing(plan.date, set_id, missing),
             progress=progress,
         )
-        self._maker = CandidateMaker(
-            folder,
-            config,
+        self._draw_curves = draw_curves
+
+    @cached_property
+    def _maker(self) -> CandidateMaker:
+        return CandidateMaker(
+            self._folder,
+            self._config,
             self._rows,
             self._scorer,
-            plan=plan,
-            progress=progress,
-            draw_curves=draw_curves,
+            plan=self._plan,
+            progress=self._progress,
+            draw_curves=self._draw_curves,
         )
 
     def run(self, lease: RunLease) -> RetrainReport:
         """Decide the date, and move the aliases by the decision."""
+        set_id = self._ensure_set()
+        # Before anything is measured or fitted: only now the bytes of all rows are known.
+        self._rows = self._rows.known_by_bytes(*content_digests(self._scorer.cache, set_id))
         on_champion = None if self._champion is None else self._scores(self._champion)
-        data = self._examine(on_champion)
+        self._progress.stage("examining the new data")
+        data = examine_new_data(
+            self._rows,
+            self._scorer,
+            self._config.checks,
+            set_id=set_id,
+            champion=self._champion,
+            on_holdout=None if on_champion is None else on_champion[0],
+        )
         steps: list[StepResult] = []
         objections = data.objections or self._maker.objections(self._champion)
         if objections:
@@ -121,23 +138,13 @@ class RetrainJob:
         outcome = self._move_aliases(outcome, steps)
         return self._report(outcome, data, steps)
 
-    def _examine(self, on_champion: tuple[ModelScores, ModelScores] | None) -> NewData:
-        if self._champion is None:
-            config = self._config
-            backbone = fetch_backbone(self._store, config.backbone)
-            tap = backbone.resolve_tap(config.tap)
-            set_id = self._scorer.ensure_set(backbone, tap, config.extraction)
-        else:
-            set_id = self._scorer.ensure_features(self._champion.members[0].classifier)
-        self._progress.stage("examining the new data")
-        return examine_new_data(
-            self._rows,
-            self._scorer,
-            self._config.checks,
-            set_id=set_id,
-            champion=self._champion,
-            on_holdout=None if on_champion is None else on_champion[0],
-        )
+    def _ensure_set(self) -> str:
+        """The id of the feature set by which the rows are looked at."""
+        if self._champion is not None:
+            return self._scorer.ensure_features(self._champion.members[0].classifier)
+        backbone = fetch_backbone(self._store, self._config.backbone)
+        tap = backbone.resolve_tap(self._config.tap)
+        return self._scorer.ensure_set(backbone, tap, self._config.extraction)
 
     def _results(
         self, lease: RunLease, on_champion: tuple[ModelScores, ModelScores] | None

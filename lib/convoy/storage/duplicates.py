@@ -33,7 +33,7 @@ def find_duplicates(store: ObjectStore, manifest: Manifest, set_id: str) -> Dupl
 
     Groups that disagree on the label or cross splits come first among the examples, then the largest.
     """
-    content = _digests_of_content(FeatureCache(store), set_id)
+    content = content_digests(FeatureCache(store), set_id)
     # 16 bytes a sample find what is repeated; then some numbers a group, however large it is; then names of a few.
     digests = [digest for _, digest in _with_digests(manifest, ["content_id"], *content)]
     unique, counts = np.unique(np.concatenate(digests), return_counts=True)
@@ -106,7 +106,7 @@ def _with_digests(
         yield table, digests[np.searchsorted(content_ids, content_id_array(table["content_id"]))]
 
 
-def _digests_of_content(cache: FeatureCache, set_id: str) -> tuple[np.ndarray, np.ndarray]:
+def content_digests(cache: FeatureCache, set_id: str) -> tuple[np.ndarray, np.ndarray]:
     """Content ids, sorted and unique, and the digest of the bytes of each."""
     ids, digests = [], []
     for table in cache.iter_parts(set_id, ["content_id", "content_digest"]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
+from hashlib import md5
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,15 @@ from cache_jobs import write_digits
 from convoy.core.config import parse_config
 from convoy.core.crop_policies import CropPlan, CropPolicy
 from convoy.core.progress import Silent
+from convoy.core.records import Split
 from convoy.core.splits import SplitOptions
-from convoy.pipelines import retrain_steps, train
+from convoy.pipelines import retrain_steps, retrain_work, train
 from convoy.pipelines.committees import open_committee, write_ensemble
 from convoy.pipelines.model_registry import promote_model
 from convoy.pipelines.network_training import NetworkTraining, open_training
 from convoy.pipelines.retrain_config import Decision, RetrainConfig, StepResult
 from convoy.pipelines.retrain_gate import GateConfig, ModelScores, judge
+from convoy.pipelines.retrain_rows import RetrainRows
 from convoy.pipelines.retrain_steps import MadeModel
 from convoy.pipelines.retrain_work import RetrainJob, _Outcome, take_until_settled
 from convoy.pipelines.train import TrainReport
@@ -240,6 +243,40 @@ def test_a_date_leaves_behind_what_an_earlier_one_trained_and_nothing_of_a_perso
     assert left.run_id == persons.run_id
     assert own.run_id != earlier.run_id
     assert [is_given_up(folder) for folder in (left, earlier, own)] == [False, True, False]
+
+
+def test_images_of_the_holdout_under_another_name_are_learnt_by_no_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_digits(tmp_path / "images", 40)
+    for path in list((tmp_path / "images").rglob("*.jpg")):
+        path.with_name(f"copy-{path.name}").write_bytes(path.read_bytes())
+    store = LocalStore(str(tmp_path / "workspace"))
+    freeze_dataset(store, NAME, str(tmp_path / "images"), splits=SplitOptions(test_fraction=0.5))
+    rows = open_dataset(store, NAME).read_table()
+    bytes_of = {
+        content_id: md5(Path(uri).read_bytes()).digest()
+        for content_id, uri in zip(rows["content_id"].to_pylist(), rows["uri"].to_pylist(), strict=True)
+    }
+    ids = sorted(bytes_of)
+    digests = np.array([bytes_of[one] for one in ids], "S16")
+    job = begun(store)
+    trained_on: list[set[bytes]] = []
+
+    def stop(rows: RetrainRows, *_: Any, **__: Any) -> None:
+        trained_on.append({bytes_of[one] for one in rows.training(Split.TRAIN)["content_id"].to_pylist()})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job, "_ensure_set", lambda: "set")
+    monkeypatch.setattr(retrain_work, "content_digests", lambda *_: (np.array(ids, "S16"), digests))
+    monkeypatch.setattr(retrain_work, "examine_new_data", stop)
+    no_lease: Any = None
+    with pytest.raises(KeyboardInterrupt):
+        job.run(no_lease)
+    # numpy drops zeros at the end.
+    judges = {bytes_of[one.ljust(16, b"\0")] for one in job._rows.holdout.content_ids_N.tolist()}
+    assert trained_on[0]
+    assert not trained_on[0] & judges
 
 
 @pytest.mark.parametrize("crops", [CropPolicy.CENTER, CropPolicy.TEN])
