@@ -87,12 +87,29 @@ def fold_rows(manifest: Manifest, limit: RowLimit) -> pa.Table:
     """The rows of the limit's fold, in the order of the manifest: those that `read_split` leaves out.
 
     The folds of one count and seed are disjoint and hold every training row. Each class is dealt out to them evenly,
-    in the order of a hash of sample id and seed; rows of equal content stay together. Raises DataError for a class
-    that is too small to be in a fold and outside of it.
+    in the order of a hash of sample id and seed; rows of equal content stay together, as far as the manifest knows it
+    (see `fold_notes`). Raises DataError for a class that is too small to be in a fold and outside of it.
     """
     if limit.fold is None:
         raise ConfigError("the rows are in no fold", where="rows.fold", next_step="name a fold")
     return deal_fold(manifest, read_split(manifest, Split.TRAIN, limit.without_fold), limit)[1]
+
+
+def fold_notes(manifest: Manifest, limit: RowLimit) -> list[str]:
+    """What a person should know of the limit's folds: whether equal images may lie in several of them.
+
+    What the bytes of the images would say is not asked, as it comes to be known between the trainings of the folds.
+    """
+    if limit.fold is None:
+        return []
+    batches = manifest.iter_batches(["checksum"], splits=[Split.TRAIN])
+    num_unknown = sum(batch["checksum"].null_count for batch in batches)
+    if not num_unknown:
+        return []
+    return [
+        f"equal images are kept in one fold only where checksums are known, and those of {num_unknown} training images"
+        " are not: a copy in another fold is learnt, and then asked for (convoy cache counts duplicates)"
+    ]
 
 
 def deal_fold(manifest: Manifest, rows: pa.Table, limit: RowLimit) -> tuple[pa.Table, pa.Table]:

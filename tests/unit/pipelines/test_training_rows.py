@@ -17,6 +17,7 @@ from convoy.pipelines.training_rows import (
     Fold,
     RowLimit,
     class_weights,
+    fold_notes,
     fold_rows,
     read_split,
     validation_rows,
@@ -121,6 +122,18 @@ def test_folds_of_fewer_rows_hold_those_only(manifest: Manifest) -> None:
     folds = [ids(fold_rows(manifest, limit_of(index, max_per_class=5))) for index in range(COUNT)]
     assert sorted(name for fold in folds for name in fold) == ids(read_split(manifest, Split.TRAIN, limited))
     assert sum(map(len, folds)) == 5 + 5 + 3
+
+
+def test_folds_of_images_without_checksums_say_that_equal_ones_may_be_in_several(tmp_path: Path) -> None:
+    manifest = made_manifest(tmp_path / "unknown", rows_of_classes(3, 2))
+    (note,) = fold_notes(manifest, limit_of(0, 2))
+    assert "those of 5 training images" in note
+    assert fold_notes(manifest, RowLimit()) == []
+    rows = manifest.read_table()
+    checksums = pa.array(["md5:0"] * rows.num_rows)
+    known = rows.set_column(rows.schema.get_field_index("checksum"), "checksum", checksums)
+    store = LocalStore(str(tmp_path / "known"))
+    assert fold_notes(write_samples(store, known, CLASSES), limit_of(0, 2)) == []
 
 
 def test_equal_content_is_in_one_fold(tmp_path: Path) -> None:
