@@ -104,7 +104,7 @@ def freeze_dataset(
             where=source_uri,
             next_step="check the URI, or name the layout with --set reading.kind=...",
         )
-    splits = (splits or SplitOptions()).on_top_of(previous and previous.header.splits)
+    splits = (splits or SplitOptions()).on_top_of(None if previous is None else previous.header.splits)
     samples, classes = complete_rows(scan, splits)
     header = ManifestHeader(
         fingerprint=fingerprint_samples(samples, classes),

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from convoy.core.errors import DataError
-from convoy.storage.datasets import freeze_dataset
+from convoy.storage.datasets import freeze_dataset, open_dataset
 from convoy.storage.local_store import LocalStore
 from convoy.storage.sources.reading import find_kind, read_source
 from convoy.storage.sources.rows import ReadingOptions, SourceKind, SourceScan
@@ -58,6 +58,60 @@ def test_hugging_face_files_give_class_names_splits_and_rows(tmp_path: Path) -> 
         None,
     )
     assert len({row["content_id"] for row in rows}) == 4
+
+
+def test_rows_with_an_id_column_keep_ids_and_splits_when_a_row_before_them_goes(tmp_path: Path) -> None:
+    store, folder = LocalStore(str(tmp_path / "workspace")), tmp_path / "source"
+    folder.mkdir()
+    reading = ReadingOptions(id_column="name")
+
+    def splits_by_id(rows: list[int]) -> dict[str, str]:
+        table = pa.table(
+            {"image": [jpeg_bytes(row) for row in rows], "name": rows, "label": ["cat"] * len(rows)}
+        )
+        pq.write_table(table, folder / "a.parquet")
+        version = freeze_dataset(store, "pets", str(folder), reading=reading)
+        assert not any("rewritten" in warning for warning in version.warnings)
+        rows_of = open_dataset(store, "pets").read_table(["sample_id", "split"]).to_pydict()
+        return dict(zip(rows_of["sample_id"], rows_of["split"], strict=True))
+
+    before = splits_by_id(list(range(100)))
+    after = splits_by_id([row for row in range(100) if row != 3])
+    assert before.pop("a.parquet#000000003")
+    assert after == before
+    rows = open_dataset(store, "pets").read_table(["sample_id", "row_index"]).to_pylist()
+    assert rows[-1] == {"sample_id": "a.parquet#000000099", "row_index": 98}
+
+
+def test_ids_are_texts_or_integers(tmp_path: Path) -> None:
+    table = {
+        "image": [jpeg_bytes(0), jpeg_bytes(1)],
+        "name": ["b", "a"],
+        "nothing": ["b", None],
+        "number": [1.5, 2],
+    }
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    assert read(tmp_path, id_column="name").samples["sample_id"].to_pylist() == ["a.parquet#b", "a.parquet#a"]
+    for name in ("nothing", "number"):
+        with pytest.raises(DataError, match="is no id"):
+            read(tmp_path, id_column=name)
+    with pytest.raises(DataError, match="no column 'missing'"):
+        read(tmp_path, id_column="missing")
+
+
+def test_a_refresh_warns_where_rows_of_a_file_may_have_taken_the_ids_of_others(tmp_path: Path) -> None:
+    store, folder = LocalStore(str(tmp_path / "workspace")), tmp_path / "source"
+    folder.mkdir()
+
+    def freeze(name: str, *images: bytes) -> tuple[str, ...]:
+        pq.write_table(pa.table({"image": list(images)}), folder / name)
+        return freeze_dataset(store, "pets", str(folder)).warnings
+
+    assert freeze("a.parquet", jpeg_bytes(0), jpeg_bytes(1)) == ()
+    assert freeze("b.parquet", jpeg_bytes(2)) == ()
+    (warning,) = freeze("a.parquet", jpeg_bytes(1))
+    assert "1 (a.parquet)" in warning
+    assert "reading.id_column" in warning
 
 
 def test_hidden_labels_of_a_test_split_are_null(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ class KnownContainers:
     def __init__(self, manifest: Manifest | None = None) -> None:
         self._rows = SOURCE_SCHEMA.empty_table()
         self._runs: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
+        self._uris: set[str] = set()
         self.skipped_in = {} if manifest is None else manifest.header.skipped_in
         if manifest is not None:
             self._index(manifest)
@@ -41,6 +42,10 @@ class KnownContainers:
         """The rows of this version of a container, or None where they are not known."""
         runs = self._runs.get((uri, etag))
         return pa.concat_tables(self._rows.slice(start, length) for start, length in runs) if runs else None
+
+    def has_other_version(self, uri: str, etag: str) -> bool:
+        """Whether a container is known, but not in this version."""
+        return (uri, etag) not in self._runs and uri in self._uris
 
     def _index(self, manifest: Manifest) -> None:
         rows = manifest.read_table()
@@ -54,6 +59,7 @@ class KnownContainers:
             if uri not in manifest.header.incomplete:
                 self._runs[uri, rows["etag"][start].as_py()].append((start, end - start))
             start = end
+        self._uris = {uri for uri, _ in self._runs}
 
 
 def open_containers(root: SourceRoot, suffix: str, skips: Skips) -> tuple[ObjectStore, list[ObjectInfo]]:

@@ -39,17 +39,18 @@ _LARGE_GROUP_BYTES = 256 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageColumns:
-    """Where a parquet file keeps images and labels. `classes` are the names that integer labels index."""
+    """Where a parquet file keeps images, labels and ids. `classes` are the names that integer labels index."""
 
     image_field: str
     label: str | None = None
+    id: str | None = None
     classes: tuple[str, ...] | None = None
 
 
 def read_parquets(root: SourceRoot, options: ReadingOptions, known: KnownContainers) -> SourceScan:
-    """All rows of a parquet file, or of all below a root; a sample's id is `<key>#<row>`.
+    """All rows of a parquet file, or of all below a root; a sample's id is `<key>#<row>`, or `<key>#<id>`.
 
-    Only footers and label columns are read, and of files that are known in the same version nothing but the
+    Only footers, label and id columns are read, and of files that are known in the same version nothing but the
     footer of one. Sizes are not known; files that are read are warned of where their row groups are large. Raises
     DataError where the columns, the class names or a label are unclear, and where files differ in them.
     """
@@ -83,11 +84,15 @@ def read_parquets(root: SourceRoot, options: ReadingOptions, known: KnownContain
         return tabulate(_read_rows(file, columns, info, uri))
 
     tables = list(read_containers(files, read))
+    rewritten = [info.key for info in files if known.has_other_version(store.uri(info.key), info.etag)]
     return SourceScan(
         samples=with_splits(store, files, tables),
         classes=columns.classes,
         skipped=dict(skips.counts),
-        warnings=_warnings(large_groups),
+        warnings=(
+            *_warn_of_large_groups(large_groups),
+            *([] if columns.id else _warn_of_moved_rows(rewritten)),
+        ),
     )
 
 
@@ -96,15 +101,15 @@ def image_columns(schema: pa.Schema) -> list[str]:
     return [field.name for field in schema if _is_binary(field.type) or _is_binary(_bytes_type(field.type))]
 
 
-def _warnings(large_groups: Mapping[str, int]) -> tuple[str, ...]:
+def _warn_of_large_groups(large_groups: Mapping[str, int]) -> Iterator[str]:
     """What reading will suffer from; of some files their largest row group in bytes, by key."""
     if not large_groups:
-        return ()
+        return
     most_mb = max(large_groups.values()) / 1e6
-    return (
+    yield (
         f"row groups of up to {most_mb:,.0f} MB of images, which are read whole for a single one:"
         f" {describe_examples(len(large_groups), sorted(large_groups))};"
-        " write these files anew with row groups of a few hundred images (row_group_size of pyarrow)",
+        " write these files anew with row groups of a few hundred images (row_group_size of pyarrow)"
     )
 
 
@@ -126,8 +131,9 @@ def _choose_columns(schema: pa.Schema, options: ReadingOptions, where: str) -> I
             next_step="write it as binary, or as a struct with binary `bytes`",
         )
     image_field = image if _is_binary(schema.field(image).type) else f"{image}.bytes"
+    id_column = _choose(options.id_column, (), schema, where, "id")
     if options.labels is LabelRule.NONE:
-        return ImageColumns(image_field=image_field)
+        return ImageColumns(image_field=image_field, id=id_column)
     class_labels = [name for name, feature in features.items() if feature.get("_type") == "ClassLabel"]
     labels = class_labels or [name for name in _LABEL_NAMES if name in schema.names]
     label = _choose(options.label_column, labels, schema, where, "label")
@@ -137,6 +143,7 @@ def _choose_columns(schema: pa.Schema, options: ReadingOptions, where: str) -> I
     return ImageColumns(
         image_field=image_field,
         label=label,
+        id=id_column,
         classes=tuple(classes) if classes else None,
     )
 
@@ -176,27 +183,51 @@ def _is_binary(kind: pa.DataType) -> bool:
 
 def _read_rows(file: Any, columns: ImageColumns, info: ObjectInfo, uri: str) -> Iterator[SourceRow]:
     container = object_content_id(uri, info)
-    for row, label in enumerate(_read_labels(file, columns, uri)):
+    labels = _read_column(file, columns.label)
+    ids = range(file.metadata.num_rows) if columns.id is None else _read_column(file, columns.id)
+    for row, (label, row_id) in enumerate(zip(labels, ids, strict=True)):
         yield SourceRow(
-            # Nine digits: so ids sort as the rows do, and a slice of the manifest needs few row groups.
-            sample_id=f"{info.key}#{row:09d}",
+            sample_id=f"{info.key}#{_id_text(row_id, columns, uri)}",
             uri=uri,
             etag=info.etag,
             size_bytes=None,
             content_id=part_content_id(container, row, columns.image_field),
             row_index=row,
             container_field=columns.image_field,
-            label=label,
+            label=_label_name(label, columns, uri),
         )
 
 
-def _read_labels(file: Any, columns: ImageColumns, uri: str) -> Iterator[str | None]:
-    if columns.label is None:
+def _read_column(file: Any, name: str | None) -> Iterator[Any]:
+    """The values of a column, or as many nulls as there are rows."""
+    if name is None:
         yield from (None for _ in range(file.metadata.num_rows))
         return
-    for batch in file.iter_batches(columns=[columns.label]):
-        for value in batch.column(0).to_pylist():
-            yield _label_name(value, columns, uri)
+    for batch in file.iter_batches(columns=[name]):
+        yield from batch.column(0).to_pylist()
+
+
+def _id_text(value: Any, columns: ImageColumns, uri: str) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        # Nine digits: so ids sort as the rows do, and a slice of the manifest needs few row groups.
+        return f"{value:09d}"
+    if isinstance(value, str) and value:
+        return value
+    raise DataError(
+        f"{value!r} is no id",
+        where=f"column {columns.id} of {uri}",
+        next_step="give each row a text or an integer there, or name another column with reading.id_column",
+    )
+
+
+def _warn_of_moved_rows(rewritten: Sequence[str]) -> Iterator[str]:
+    if rewritten:
+        yield (
+            f"rewritten files: {describe_examples(len(rewritten), rewritten)}; a row's number is its id, so rows"
+            " behind one that was removed or put in take the ids and splits of others, and `test` may hold what was"
+            " trained on. Rows added at the end move none, and none moves where reading.id_column names a unique"
+            " column, best from the first freeze of a dataset on"
+        )
 
 
 def _label_name(value: Any, columns: ImageColumns, uri: str) -> str | None:
