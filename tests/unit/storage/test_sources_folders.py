@@ -246,7 +246,25 @@ def test_options_of_another_kind_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="images_root"):
         read_source(str(tmp_path), ReadingOptions(images_root="/data"))
     with pytest.raises(ConfigError, match="label_column"):
-        read_source(str(tmp_path), ReadingOptions(labels="none", label_column="breed"))
+        read_source(str(tmp_path / "list.csv"), ReadingOptions(labels="none", label_column="breed"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "option"),
+    [
+        ("folders", "image_column"),
+        ("folders", "label_column"),
+        ("tars", "label_column"),
+        ("tars", "id_column"),
+        ("list", "image_column"),
+        ("list", "id_column"),
+        ("inventory", "label_column"),
+        ("parquet", "images_root"),
+    ],
+)
+def test_an_option_that_a_kind_does_not_have_is_refused(tmp_path: Path, kind: str, option: str) -> None:
+    with pytest.raises(ConfigError, match=f"{option} belongs to .* is {kind}"):
+        read_source(str(tmp_path), ReadingOptions(kind=kind, **{option: "class"}))
 
 
 def test_the_workspace_below_a_bucket_is_no_part_of_the_source() -> None:

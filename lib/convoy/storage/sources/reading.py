@@ -26,6 +26,13 @@ _KIND_BY_SUFFIX = {
     ".parquet": SourceKind.PARQUET,
     **dict.fromkeys((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"), SourceKind.FOLDERS),
 }
+# The options that only some kinds have.
+_KINDS_WITH = {
+    "images_root": (SourceKind.LIST, SourceKind.INVENTORY),
+    "image_column": (SourceKind.PARQUET, SourceKind.TARS),
+    "label_column": (SourceKind.PARQUET, SourceKind.LIST),
+    "id_column": (SourceKind.PARQUET,),
+}
 _ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz", ".zip")
 
 
@@ -96,10 +103,13 @@ def _with_what_is_not_listed(root: SourceRoot, scan: SourceScan) -> SourceScan:
 
 def _refuse_unused(options: ReadingOptions, kind: SourceKind, uri: str) -> None:
     """Raise ConfigError for an option that this kind of source does not have."""
-    if options.images_root and kind not in (SourceKind.LIST, SourceKind.INVENTORY):
-        raise ConfigError(
-            f"images_root belongs to a list or an inventory, but this source is {kind.value}", where=uri
-        )
+    for name, kinds in _KINDS_WITH.items():
+        if getattr(options, name) is not None and kind not in kinds:
+            raise ConfigError(
+                f"{name} belongs to {' or '.join(kinds)}, but this source is {kind.value}",
+                where=uri,
+                next_step=f"leave reading.{name} out, or name the layout with --set reading.kind=...",
+            )
     if options.label_column and options.labels is LabelRule.NONE:
         raise ConfigError("label_column names labels, but labels is none", where=uri)
 
