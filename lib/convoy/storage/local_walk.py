@@ -13,6 +13,9 @@ from convoy.storage.object_store import ObjectInfo
 # Names that are ours and never objects: files being written, and locks.
 PRIVATE_PREFIX = ".convoy-tmp-"
 
+# Where a check of a volume puts what it finds: at the root of the volume, usually empty, and closed to all but root.
+LOST_AND_FOUND = "lost+found"
+
 # What the system says of a path that is no file or no folder.
 ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
@@ -54,8 +57,7 @@ def walk_into(
 def dangling_links(path: str, folder: str, chain: Chain) -> Iterator[str]:
     """The keys, in any order, of the links in the folder `path` and below that lead nowhere."""
     try:
-        with os.scandir(path) as scan:
-            entries = list(scan)
+        entries = _entries(path)
     except ABSENT:
         return
     for entry in entries:
@@ -74,11 +76,22 @@ def sorted_entries(path: str) -> list[tuple[str, os.DirEntry[str]]]:
     compares strings by code points, and that is the order of their UTF-8 bytes.
     """
     try:
-        with os.scandir(path) as scan:
-            named = [(_name(entry), entry) for entry in scan if not entry.name.startswith(PRIVATE_PREFIX)]
+        named = [
+            (_name(entry), entry) for entry in _entries(path) if not entry.name.startswith(PRIVATE_PREFIX)
+        ]
     except ABSENT:
         return []
     return sorted(((name, entry) for name, entry in named if name), key=itemgetter(0))
+
+
+def _entries(path: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(path) as scan:
+            return list(scan)
+    except PermissionError:
+        if os.path.basename(path) == LOST_AND_FOUND:
+            return []
+        raise
 
 
 def _name(entry: os.DirEntry[str]) -> str:

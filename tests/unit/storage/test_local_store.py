@@ -244,6 +244,22 @@ def test_a_closed_folder_is_access_denied() -> None:
             closed.chmod(0o700)
 
 
+@pytest.mark.usefixtures("without_root_rights")
+def test_the_root_of_a_volume_is_listed_without_its_closed_lost_and_found() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        closed = Path(folder, "lost+found")
+        closed.mkdir()
+        closed.chmod(0)
+        Path(folder, "cat").mkdir()
+        Path(folder, "cat/1.jpg").write_bytes(b"x")
+        store = LocalStore(folder)
+        try:
+            assert keys_of(store) == ["cat/1.jpg"]
+            assert (store.list_folders(), store.list_dangling_links()) == (["cat"], [])
+        finally:
+            closed.chmod(0o700)
+
+
 def test_a_full_disk_is_named_and_leaves_nothing_behind(tmp_path: Path) -> None:
     script = f"""
 import os

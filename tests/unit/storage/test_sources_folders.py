@@ -125,6 +125,7 @@ def test_side_files_are_skipped_and_counted_but_no_other_file_is(tmp_path: Path)
         *side,
         "_SUCCESS",
         "__MACOSX/cat/1.jpg",
+        "lost+found/#1.jpg",
         "cat/1.jpg",
         "cat/2.txt",
         "cat/3.pdf",
@@ -133,7 +134,7 @@ def test_side_files_are_skipped_and_counted_but_no_other_file_is(tmp_path: Path)
     (tmp_path / "cat/empty.jpg").write_bytes(b"")
     scan = read(tmp_path)
     assert set(rows_of(scan)) == {"cat/1.jpg", "cat/2.txt", "cat/3.pdf", "cat/LICENSE", "cat/empty.jpg"}
-    assert scan.skipped == {"side_file": 3, "hidden": 6}
+    assert scan.skipped == {"side_file": 3, "hidden": 7}
 
 
 def test_a_class_folder_without_samples_is_told(tmp_path: Path) -> None:

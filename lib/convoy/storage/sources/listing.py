@@ -9,12 +9,13 @@ from os.path import realpath
 from typing import TypeVar
 
 from convoy.core.errors import ConfigError
+from convoy.storage.local_walk import LOST_AND_FOUND
 from convoy.storage.object_store import ObjectInfo, ObjectStore
 from convoy.storage.stores import open_store
 
 NUM_THREADS = 16
 _MOST_RANGES = 16 * NUM_THREADS
-_SIDE_NAMES = frozenset({"thumbs.db", "desktop.ini", "_success", "__macosx"})
+_SIDE_NAMES = frozenset({"thumbs.db", "desktop.ini", "_success", "__macosx", LOST_AND_FOUND})
 _FOLDER_MARKER = "_$folder$"
 
 T = TypeVar("T")
@@ -80,7 +81,7 @@ def map_listing(
 
 
 def is_hidden(key: str) -> bool:
-    """Whether a key is a hidden file or folder, a marker, or what a desktop leaves behind."""
+    """Whether a key is a hidden file or folder, a marker, or what a desktop or a file system leaves behind."""
     names = key.split("/")
     if names[-1].endswith(_FOLDER_MARKER):
         return True
