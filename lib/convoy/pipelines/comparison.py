@@ -73,12 +73,16 @@ class ComparedModel(StrictModel):
 
 
 class Comparison(PairedComparison):
-    """The paired comparison of two bundles, and the evaluations that it is made from, `unfetched` of both together."""
+    """The paired comparison of two bundles, and the evaluations that it is made from.
+
+    `unfetched` and `notes` are those of both together.
+    """
 
     dataset: str
     splits: list[str]
     models: tuple[ComparedModel, ComparedModel]
     unfetched: int = 0
+    notes: list[str] = Field(default_factory=list)
     within_error_budget: bool
 
 
@@ -100,6 +104,7 @@ def compare_bundles(config: CompareConfig, *, progress: Progress, new_run: bool 
         splits=sorted(config.splits),
         models=(_compared_model(first, reports[0]), _compared_model(second, reports[1])),
         unfetched=sum(report.unfetched for report in reports),
+        notes=list(dict.fromkeys(note for report in reports for note in report.notes)),
         within_error_budget=all(report.within_error_budget for report in reports),
     )
 

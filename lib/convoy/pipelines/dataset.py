@@ -40,7 +40,8 @@ class DatasetReport(StrictModel):
     """A dataset's current version, and what this call changed in it, in numbers of samples.
 
     `fingerprint` names the version; `splits` counts all samples, labelled or not; `skipped` counts by reason
-    the objects that are no samples; `examples` are ids of samples that were added, changed, removed or moved.
+    the objects that are no samples; of the changed samples `left_train` were in `train` before; `examples` are ids
+    of samples that were added, changed, removed or moved.
     """
 
     name: str
@@ -54,6 +55,7 @@ class DatasetReport(StrictModel):
     changed: int
     removed: int
     moved: int
+    left_train: int
     examples: dict[str, tuple[str, ...]]
     skipped: dict[str, int]
     warnings: tuple[str, ...]

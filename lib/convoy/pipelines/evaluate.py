@@ -23,6 +23,7 @@ from convoy.pipelines.evaluation import Evaluation, EvaluationTask, evaluate_cla
 from convoy.pipelines.feature_plan import ErrorBudget, ExtractionConfig
 from convoy.pipelines.model_choice import LookSettings, ModelChoice, chosen_committee
 from convoy.pipelines.prediction_request import PredictionRequest
+from convoy.pipelines.training_overlap import overlap_notes
 from convoy.pipelines.workspace import open_workspace
 from convoy.storage.datasets import open_dataset
 from convoy.storage.manifests import Manifest
@@ -90,8 +91,10 @@ def run_evaluate(config: EvaluateConfig, *, progress: Progress, new_run: bool = 
             config=config.model_dump(mode="json"),
             new_run=new_run,
         )
+    overlap = overlap_notes(store, manifest, config.dataset, config.splits, committee)
+    report = evaluation.model_dump()
     return EvaluateReport(
-        **evaluation.model_dump(),
+        **report | {"notes": [*report.get("notes", ()), *overlap]},
         within_error_budget=config.error_budget.allows(evaluation.rejects, evaluation.samples),
     )
 

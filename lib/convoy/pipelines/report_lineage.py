@@ -7,12 +7,12 @@ from typing import Any
 
 from convoy.core.config import StrictModel
 from convoy.core.errors import ConvoyError
+from convoy.pipelines.data_origin import dataset_of_retraining, dataset_of_run, retraining_of
 from convoy.pipelines.report_members import members_of_run
 from convoy.pipelines.report_runs import newest_first
 from convoy.storage.bundles import ENSEMBLE_FILE, METRICS_FILE, Bundle, BundleRef, peek_bundle, resolve_bundle
 from convoy.storage.documents import read_json
 from convoy.storage.object_store import ObjectStore
-from convoy.storage.retrains import RetrainFolder
 from convoy.storage.runs import CODE, RunFolder, RunRecord
 
 # Newest first; a training behind them is not found.
@@ -82,7 +82,7 @@ def find_trainings(store: ObjectStore, bundles: Sequence[Bundle]) -> dict[str, R
 def _bundle_links(bundle: Bundle, training: RunRecord | None) -> list[LineageLink]:
     model = LineageLink(title="model", name=str(bundle.ref), facts=_bundle_facts(bundle))
     if training is None:
-        return [model, _retraining_link(_retraining(bundle))]
+        return [model, _retraining_link(retraining_of(bundle))]
     code = training.versions.get(CODE) or f"Convoy {training.versions.get('convoy-vision', '')}"
     facts = {
         "command": f"convoy {training.verb}",
@@ -93,13 +93,6 @@ def _bundle_links(bundle: Bundle, training: RunRecord | None) -> list[LineageLin
     if "weights_digest" in training.identity:
         facts["initial weights"] = str(training.identity["weights_digest"])
     return [model, LineageLink(title="training", name=f"run {training.run_id}", facts=facts)]
-
-
-def _retraining(bundle: Bundle) -> dict[str, str]:
-    """What a model that `convoy retrain` made on cached features, without a run, says of that; empty for others."""
-    metrics = bundle.read_json(METRICS_FILE)
-    found = metrics.get("lineage") or (metrics.get("measured") or {}).get("lineage") or {}
-    return found if "retraining" in found else {}
 
 
 def _retraining_link(lineage: Mapping[str, str]) -> LineageLink:
@@ -121,17 +114,16 @@ def _retraining_link(lineage: Mapping[str, str]) -> LineageLink:
 
 def _retraining_data(store: ObjectStore, bundle: Bundle) -> Iterator[LineageLink]:
     """The dataset of a retraining, which its plan names."""
-    lineage = _retraining(bundle)
+    lineage = retraining_of(bundle)
     if not lineage:
         return
-    name, _, date = lineage["retraining"].partition("/")
-    plan = RetrainFolder(store, name).plan(date)
     fingerprint = lineage["dataset fingerprint"]
-    if plan is None:
+    name = dataset_of_retraining(store, lineage)
+    if name is None:
         gap = "the plan of the retraining, which names the dataset, is no longer in the workspace"
         yield LineageLink(title="data", name="unknown", facts={"version": fingerprint}, gap=gap)
     else:
-        yield _data(store, plan.config["dataset"], fingerprint)
+        yield _data(store, name, fingerprint)
 
 
 def _report(folder: RunFolder) -> dict[str, Any]:
@@ -184,11 +176,3 @@ def _data(store: ObjectStore, name: str, fingerprint: str) -> LineageLink:
         facts={key: str(value) for key, value in facts.items() if value},
         gap="" if summary else "this version of the dataset is no longer in the workspace",
     )
-
-
-def dataset_of_run(record: RunRecord) -> tuple[str, str]:
-    """The name and the fingerprint of a run's dataset; empty where it says none."""
-    identity = record.identity
-    inner = identity.get("config") or {}
-    name = identity.get("dataset") or inner.get("dataset") or record.config.get("dataset") or ""
-    return str(name), str(identity.get("dataset_fingerprint") or "")

@@ -16,6 +16,7 @@ from convoy.core.progress import Progress
 from convoy.core.training_events import EpochResult
 from convoy.pipelines.advise_report import AdviceReport
 from convoy.pipelines.committee_evaluation import CommitteeCost, MemberEvaluation, ModeEffect
+from convoy.pipelines.data_origin import dataset_of_run
 from convoy.pipelines.ensemble_building import EnsembleReport
 from convoy.pipelines.evaluation import Evaluation
 from convoy.pipelines.inspect_report import InspectionReport
@@ -23,7 +24,7 @@ from convoy.pipelines.model_listing import ModelDescription, show_model
 from convoy.pipelines.report_data_card import DataCard, read_data_card
 from convoy.pipelines.report_images import read_rule
 from convoy.pipelines.report_inspection import InspectionPicture, read_pictures
-from convoy.pipelines.report_lineage import LineageLink, dataset_of_run, lineage_of_bundle, lineage_of_run
+from convoy.pipelines.report_lineage import LineageLink, lineage_of_bundle, lineage_of_run
 from convoy.pipelines.report_predictions import PredictionSummary, summarise_predictions
 from convoy.pipelines.report_rejects import RejectSummary, summarise_rejects
 from convoy.pipelines.report_sheet import AugmentationSheet, read_sheet

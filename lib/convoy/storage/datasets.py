@@ -39,7 +39,7 @@ from convoy.storage.manifests import (
     write_manifest,
 )
 from convoy.storage.object_store import ObjectStore, put_in_place_of
-from convoy.storage.sources.comparison import ManifestChanges, compare_samples
+from convoy.storage.sources.comparison import ManifestChanges, compare_samples, describe_moves
 from convoy.storage.sources.completion import complete_rows, find_problems
 from convoy.storage.sources.reading import read_source
 from convoy.storage.sources.rows import ReadingOptions, SourceKind
@@ -118,14 +118,20 @@ def freeze_dataset(
         skipped_in=scan.skipped_in,
     )
     made_otherwise = () if previous is None else tuple(_made_otherwise(previous.header, header))
+    changes = compare_samples(previous, samples, classes)
     version = DatasetVersion(
         name=name,
         kind=kind,
         manifest_uri=store.uri(_manifest_key(name, header.fingerprint)),
         header=header,
-        changes=compare_samples(previous, samples, classes),
+        changes=changes,
         skipped=scan.skipped,
-        warnings=(*_warn_of(made_otherwise), *scan.warnings, *find_problems(samples, classes)),
+        warnings=(
+            *_warn_of(made_otherwise),
+            *scan.warnings,
+            *find_problems(samples, classes),
+            *describe_moves(changes),
+        ),
         made_otherwise=made_otherwise,
     )
     if check is not None:

@@ -117,6 +117,20 @@ def test_images_that_could_not_be_fetched_are_counted_and_the_report_says_how_to
     assert not any("--new-run" in note for note in anew.notes)
 
 
+def test_the_report_of_an_evaluation_says_which_rows_its_models_learnt_from(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def overlap_notes(*arguments: Any) -> list[str]:
+        asked.extend(arguments[2:4])
+        return ["one of them learnt from these rows"]
+
+    monkeypatch.setattr("convoy.pipelines.evaluate.overlap_notes", overlap_notes)
+    assert evaluate(store).notes == ["one of them learnt from these rows"]
+    assert asked == ["digits", ("train", "val", "test")]
+
+
 @pytest.mark.parametrize("job", [score, evaluate])
 def test_a_new_run_that_was_cut_off_is_gone_on_with_by_the_plain_command(store: LocalStore, job: Any) -> None:
     first = job(store)

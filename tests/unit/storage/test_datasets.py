@@ -86,6 +86,7 @@ def test_a_refresh_tells_what_was_added_changed_and_removed(store: LocalStore, s
         "changed": 1,
         "removed": 1,
         "moved": 0,
+        "left_train": 0,
         "examples": {
             "added": ("eel/1.jpg", "eel/2.jpg"),
             "changed": ("cat/0.jpg",),
@@ -103,6 +104,23 @@ def test_a_changed_label_is_a_change(store: LocalStore, source: Path) -> None:
     lists.write_text("path,label\ncat/0.jpg,cow\ndog/0.jpg,dog\n")
     changes = freeze(store, lists).changes
     assert (changes.added, changes.changed, changes.examples) == (0, 1, {"changed": ("cat/0.jpg",)})
+
+
+def test_a_refresh_that_takes_samples_out_of_train_warns_with_their_number(
+    store: LocalStore, source: Path
+) -> None:
+    lists = source / "list.csv"
+    rows = {"cat/0.jpg": "train", "cat/1.jpg": "train", "dog/0.jpg": "test", "dog/1.jpg": "train"}
+
+    def frozen() -> DatasetVersion:
+        lists.write_text("path,split\n" + "".join(f"{path},{split}\n" for path, split in rows.items()))
+        return freeze(store, lists)
+
+    assert not any("left the split train" in warning for warning in frozen().warnings)
+    rows |= {"cat/0.jpg": "test", "cat/1.jpg": "val", "dog/0.jpg": "val"}
+    second = frozen()
+    assert (second.changes.changed, second.changes.left_train) == (3, 2)
+    assert any(warning.startswith("2 samples left the split train") for warning in second.warnings)
 
 
 def test_the_same_content_elsewhere_moves_the_samples_of_the_same_version(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
 from convoy.core.config import StrictModel
+from convoy.core.records import Split
 from convoy.storage.manifests import Manifest, label_names, with_long_columns
 from convoy.storage.sources.rows import NUM_EXAMPLES
 
@@ -17,13 +20,15 @@ class ManifestChanges(StrictModel):
     """How a manifest differs from the one before, in samples, with the ids of some of them.
 
     `changed` samples have other content, another label, split or weight; `moved` ones have all the same at
-    another place or in another version of their object.
+    another place or in another version of their object. Of the changed ones `left_train` were in the split `train`
+    and are in another one now.
     """
 
     added: int = 0
     changed: int = 0
     removed: int = 0
     moved: int = 0
+    left_train: int = 0
     examples: dict[str, tuple[str, ...]] = Field(default_factory=dict)
 
 
@@ -46,11 +51,24 @@ def compare_samples(
         "removed": old.filter(pc.invert(pc.is_in(old["sample_id"], new["sample_id"]))),
         "moved": kept.filter(is_moved),
     }
+    left_train = pc.and_(
+        pc.equal(before["split"], Split.TRAIN.value), pc.not_equal(kept["split"], Split.TRAIN.value)
+    )
     examples = {name: tuple(rows["sample_id"][:NUM_EXAMPLES].to_pylist()) for name, rows in chosen.items()}
     return ManifestChanges(
         **{name: rows.num_rows for name, rows in chosen.items()},
+        left_train=pc.sum(left_train).as_py() or 0,
         examples={name: ids for name, ids in examples.items() if ids},
     )
+
+
+def describe_moves(changes: ManifestChanges) -> Iterator[str]:
+    """A warning where samples left `train`: models that learnt them are still there."""
+    if changes.left_train:
+        yield (
+            f"{changes.left_train} samples left the split train: models that were trained on them look too good on the"
+            " splits where these are now, so train again before you evaluate"
+        )
 
 
 def _comparable(rows: pa.Table, classes: tuple[str, ...]) -> pa.Table:
