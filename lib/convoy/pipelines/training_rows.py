@@ -185,7 +185,12 @@ def rows_digest(rows: pa.Table) -> str:
 
 
 def count_classes(rows: pa.Table, classes: Sequence[str]) -> list[int]:
-    """Rows of each class. Raises DataError for classes without any: a network cannot learn them."""
+    """Rows of each class. Raises DataError for classes without any: nothing can learn them; and for a single class."""
+    if len(classes) < 2:
+        raise DataError(
+            f"the dataset has a single class, {', '.join(classes)}: there is nothing to tell it from",
+            next_step="freeze a source with two classes or more; one of class folders may be one folder too high",
+        )
     counts = np.bincount(rows["label"].to_numpy(), minlength=len(classes))
     empty = [name for name, count in zip(classes, counts, strict=True) if not count]
     if empty:

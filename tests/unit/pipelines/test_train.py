@@ -68,6 +68,23 @@ def test_where_nothing_could_be_measured_nothing_is_trained(
     assert "rows.fold" in str(caught.value.next_step)
 
 
+@pytest.mark.parametrize("strategy", ["linear_probe", "from_scratch"])
+def test_a_single_class_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    manifest = frozen_rows(tmp_path, dict.fromkeys(Split, (10,)), ("data",))
+    monkeypatch.setattr(train, "open_dataset", lambda *_: manifest)
+    monkeypatch.setattr(train, "open_as_begun", lambda *_, **__: (manifest, []))
+    monkeypatch.setattr(train, "_train", lambda job: pytest.fail("it was trained"))
+    settings = {**SETTINGS, "workspace": str(tmp_path), "strategy": strategy}
+    config = parse_config(TrainConfig, settings, where="here")
+    with pytest.raises(DataError, match="a single class, data") as caught:
+        run_train(config, progress=Silent(), draw_curves=lambda *_: b"")
+    assert "one folder too high" in str(caught.value.next_step)
+    with pytest.raises(DataError, match="a single class, data"):
+        plan_train(config)
+
+
 def test_several_values_of_c_without_rows_to_choose_by_are_refused_before_any_feature_is_computed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -389,6 +389,12 @@ def problems_of(scan: SourceScan) -> list[str]:
     return list(find_problems(*complete_rows(scan, WHOLE)))
 
 
+def test_a_single_class_is_told() -> None:
+    (problem,) = problems_of(scan_of(("a", "data", None), ("b", "data", None)))
+    assert "only one class, 'data'" in problem
+    assert problems_of(scan_of(("a", None, "test"))) == []
+
+
 def test_classes_are_sorted_as_integers_or_by_their_bytes() -> None:
     assert order_classes(["10", "9", "01"]) == ["01", "9", "10"]
     assert order_classes(["10", "9", "a"]) == ["10", "9", "a"]

@@ -76,6 +76,33 @@ def test_splits_beside_other_folders_are_ambiguous(tmp_path: Path) -> None:
         read(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("files", "advice"),
+    [
+        (
+            ["data/train/cats/1.jpg", "data/test/dogs/1.jpg", "data/more/1.jpg"],
+            "2 (data/test, data/train); did you mean the folder data inside of this source?",
+        ),
+        (
+            ["cats/Train/1.jpg", "cats/test/1.jpg", "dogs/train/1.jpg", "dogs/1.jpg"],
+            "3 (cats/Train, cats/test, dogs/train); put the splits on top, as SPLIT/CLASS/FILE",
+        ),
+    ],
+)
+def test_folders_inside_of_classes_that_are_named_like_splits_are_told(
+    tmp_path: Path, files: list[str], advice: str
+) -> None:
+    write_files(tmp_path, *files)
+    (warning,) = read(tmp_path).warnings
+    assert advice in warning
+
+
+@pytest.mark.parametrize("files", [["train/cats/test/1.jpg"], ["cats/old/1.jpg", "cats/test.jpg"]])
+def test_other_folders_inside_of_classes_are_nothing_to_tell(tmp_path: Path, files: list[str]) -> None:
+    write_files(tmp_path, *files)
+    assert read(tmp_path).warnings == ()
+
+
 def test_files_without_a_class_are_left_out_with_a_warning(tmp_path: Path) -> None:
     write_files(tmp_path, "stray.jpg", "cat/1.jpg", "metadata.csv")
     scan = read(tmp_path)

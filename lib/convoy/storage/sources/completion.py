@@ -50,6 +50,8 @@ def find_problems(samples: pa.Table, classes: Sequence[str]) -> Iterator[str]:
         if labelled and part.num_unlabelled:
             yield f"{part.num_unlabelled} samples of {split.value} have no label"
     if labelled:
+        if len(classes) == 1:
+            yield f"there is only one class, '{classes[0]}': is the source one folder too high?"
         totals = np.sum(list(labelled.values()), axis=0)
         yield from _describe_classes(classes, totals == 0, "without any sample")
         yield from _describe_classes(classes, totals == 1, "with a single sample")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from convoy.core.errors import DataError
 from convoy.core.splits import parse_split
@@ -114,7 +115,11 @@ def join_parts(parts: Iterable[tuple[pa.Table, Skips]], layout: FolderLayout) ->
     return SourceScan(
         samples=samples,
         skipped=dict(skips.counts),
-        warnings=layout.warnings + _explain(samples, skips, layout.classes),
+        warnings=(
+            *layout.warnings,
+            *_explain(samples, skips, layout.classes),
+            *_splits_below(samples, layout),
+        ),
     )
 
 
@@ -162,3 +167,21 @@ def _explain(samples: pa.Table, skips: Skips, classes: frozenset[str]) -> tuple[
     if empty:
         warnings.append(f"class folders without a sample: {describe_examples(len(empty), empty)}")
     return tuple(warnings)
+
+
+def _splits_below(samples: pa.Table, layout: FolderLayout) -> Iterator[str]:
+    """A warning where folders inside of classes are named like splits, which only folders on top are."""
+    if layout.splits_on_top or not layout.classes:
+        return
+    found = pc.extract_regex(samples["sample_id"], r"^(?P<folder>[^/]+/[^/]+)/")
+    folders = pc.struct_field(found, "folder").unique().drop_null().to_pylist()
+    named = sorted(folder for folder in folders if parse_split(folder.partition("/")[2]))
+    if named:
+        (only, *others) = layout.classes
+        advice = f"did you mean the folder {only} inside of this source?"
+        if others:
+            advice = "put the splits on top, as SPLIT/CLASS/FILE, or freeze a list with a `split` column"
+        yield (
+            f"folders inside of a class are named like splits, and are none: {describe_examples(len(named), named)};"
+            f" {advice}"
+        )
