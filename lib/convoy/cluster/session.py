@@ -9,9 +9,10 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from convoy.cluster.growth import grow_cluster, wanted_size
-from convoy.core.errors import ConfigError
+from convoy.core.errors import ClusterError, ConfigError
 
 # Without GPUs only keys and records flow through the object store, so a local session needs little of it.
 _SMALL_OBJECT_STORE_BYTES = 256 * 2**20
@@ -26,7 +27,8 @@ def ray_session() -> Iterator[None]:
 
     With RAY_ADDRESS set, that cluster is used, as soon as it has what CONVOY_CLUSTER_CPUS and CONVOY_CLUSTER_GPUS ask
     for. Without, a local Ray without a dashboard is started and stopped. A session that is already open in this
-    process (a test, a notebook) is used as it is. Raises ConfigError for an address of a dashboard.
+    process (a test, a notebook) is used as it is. Raises ConfigError for an address of a dashboard, ClusterError where
+    no Ray answers.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # A thread that still asks for Ray when the session has ended must not join whatever cluster it finds.
@@ -43,14 +45,15 @@ def ray_session() -> Iterator[None]:
             f"RAY_ADDRESS is {address}, where a dashboard takes jobs, not where Ray takes a driver",
             next_step="send the job there with `convoy submit`, or unset RAY_ADDRESS to run it here",
         )
-    local = {} if address else {"include_dashboard": False, "object_store_memory": _object_store_bytes()}
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    if not address:
+    if address:
+        _join(address)
+    else:
         # Threads of an OpenMP team that wait must not hold the cores that decoders need, but to wake them costs more
         # than a short wait: this is a tenth of a millisecond. Workers take it from the process that starts Ray.
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    # Without "local" Ray would join the last cluster that `ray start` left behind on this machine.
-    ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=False, **local)
+        # Without "local" Ray would join the last cluster that `ray start` left behind on this machine.
+        _init("local", include_dashboard=False, object_store_memory=_object_store_bytes())
     if threading.current_thread() is threading.main_thread():
         # Ray puts a handler of its own there, which aborts the process.
         signal.signal(signal.SIGTERM, on_sigterm)
@@ -60,6 +63,26 @@ def ray_session() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _join(address: str) -> None:
+    from ray.exceptions import AuthenticationError  # noqa: PLC0415
+
+    try:
+        _init(address)
+    # A ValueError says that this is no address.
+    except (ConnectionError, ValueError, AuthenticationError) as error:
+        raise ClusterError(
+            f"no Ray answers, or takes this driver: {error}",
+            where=f"RAY_ADDRESS={address}",
+            next_step="unset RAY_ADDRESS to run the job here, or check address and token, and that the cluster runs",
+        ) from error
+
+
+def _init(address: str, **settings: Any) -> None:
+    import ray  # noqa: PLC0415
+
+    ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **settings)
 
 
 def _object_store_bytes() -> int | None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +23,7 @@ from convoy.storage.stores import open_store
 FLOORS = {"ray": "2.55", "torch": "2.11", "pillow": "12.3", "pyarrow": "21"}
 _PROBE_KEY = ".convoy/doctor"
 _MAX_CLOCK_SKEW_S = 60.0
+_KNOCK_TIMEOUT_S = 5.0
 
 
 class Verdict(StrEnum):
@@ -93,6 +96,13 @@ def _ray_address() -> Check:
     address = os.environ.get("RAY_ADDRESS", "")
     if not address:
         return Check(verdict=Verdict.GREEN, what="ray", found="no RAY_ADDRESS: jobs start a local Ray")
+    try:
+        _knock(address)
+    except OSError as error:
+        advice = "start that cluster, correct RAY_ADDRESS, or unset it: then jobs start a local Ray"
+        return Check(
+            verdict=Verdict.RED, what="ray", found=f"nothing answers at {address}: {error}", advice=advice
+        )
     runs = "`convoy submit` sends jobs to" if address.startswith("http") else "jobs run on"
     token = os.environ.get("RAY_AUTH_MODE") == "token" or "RAY_AUTH_TOKEN" in os.environ
     return Check(
@@ -101,6 +111,13 @@ def _ray_address() -> Check:
         found=f"{runs} {address}",
         advice="" if token else "set RAY_AUTH_MODE=token: an open Ray port lets anybody run code",
     )
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nothing listens at HOST:PORT; `auto` and the like name no port to try."""
+    named = re.search(r"([^/\[\]]+)\]?:(\d+)/?$", address)
+    if named:
+        socket.create_connection((named[1], int(named[2])), _KNOCK_TIMEOUT_S).close()
 
 
 def _workspace(uri: str) -> Iterator[Check]:

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
 
 from convoy.core.errors import ConfigError
-from convoy.pipelines.doctor import Verdict, examine
+from convoy.pipelines.doctor import Check, Verdict, examine
 from convoy.pipelines.workspace import open_workspace
 from convoy.storage.conditional_put import VERDICT_KEY, StoreVerdict
 from convoy.storage.local_store import LocalStore
@@ -46,9 +47,32 @@ def test_unknown_scheme_is_red(tmp_path: Path) -> None:
     assert [check.what for check in diagnosis.checks if check.verdict is Verdict.RED] == ["workspace"]
 
 
-def test_open_ray_port_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+@pytest.mark.parametrize("address", ["127.0.0.1:{}", "http://localhost:{}/"])
+def test_open_ray_port_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str) -> None:
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
-    checks = examine(str(tmp_path)).checks
-    assert any(check.what == "ray" and check.verdict is Verdict.YELLOW for check in checks)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("RAY_ADDRESS", address.format(server.getsockname()[1]))
+        assert ray_check(tmp_path).verdict is Verdict.YELLOW
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:{}", "http://127.0.0.1:{}"])
+def test_a_ray_that_does_not_answer_is_red(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    monkeypatch.setenv("RAY_ADDRESS", address.format(port))
+    red = ray_check(tmp_path)
+    assert red.verdict is Verdict.RED
+    assert "unset it" in red.advice
+
+
+def test_an_address_without_a_port_is_not_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert ray_check(tmp_path).verdict is not Verdict.RED
+
+
+def ray_check(workspace: Path) -> Check:
+    """The last of that name: the first is about the package."""
+    return [check for check in examine(str(workspace)).checks if check.what == "ray"][-1]
