@@ -18,6 +18,7 @@ from convoy.storage.commits import RunManifest, SliceRecord
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.predictions import PREDICTIONS
 from convoy.storage.runs import RunFolder
+from convoy.storage.scores import label_of_partition
 from convoy.vision.decode_rule import DecodeRule
 
 NUM_SHOWN = 24
@@ -61,11 +62,13 @@ class PredictionSummary(StrictModel):
 
     `scores` and `reliability` are histograms over 0..1 of the score of the predicted class, of all and of the
     labelled rows, null for scores that are no probabilities. `wrong` are the rows whose wrong class had the highest
-    score, `unsure` those with the lowest scores.
+    score, `unsure` those with the lowest scores. Labelled rows have a label that the model knows; `unknown` more rows
+    have one that it does not know.
     """
 
     rows: int
     labelled: int
+    unknown: int = 0
     top1: Interval | None
     predicted: dict[str, int]
     scores: list[int] | None
@@ -91,7 +94,9 @@ def _tables(store: ObjectStore, record: SliceRecord) -> Iterator[pa.Table]:
         if output.startswith(PREDICTIONS):
             file = store.open_parquet(part.key)
             names = set(file.schema_arrow.names)
-            yield file.read(columns=[name for name in _COLUMNS if name in names])
+            table = file.read(columns=[name for name in _COLUMNS if name in names])
+            label = label_of_partition(output)
+            yield table if label is None else table.append_column("label_name", pa.repeat(label, len(table)))
 
 
 @dataclass(slots=True)
@@ -101,6 +106,7 @@ class _Found:
     names: dict[int, str]
     rows: int = 0
     labelled: int = 0
+    unknown: int = 0
     right: int = 0
     are_probabilities: bool = True
     predicted: Counter[int] = field(default_factory=Counter)
@@ -117,6 +123,8 @@ class _Found:
         self._learn_names(table)
         self.rows += len(pred_N)
         self.labelled += int(known_N.sum())
+        if "label_name" in table.column_names:
+            self.unknown += int((table["label_name"].is_valid().to_numpy() & ~known_N).sum())
         self.right += int(right_N.sum())
         self.predicted.update(pred_N.tolist())
         wrong_N = known_N & ~right_N
@@ -140,6 +148,7 @@ class _Found:
         return PredictionSummary(
             rows=self.rows,
             labelled=self.labelled,
+            unknown=self.unknown,
             top1=wilson_interval(self.right, self.labelled) if self.labelled else None,
             predicted={self._name(label): count for label, count in self.predicted.most_common()},
             scores=rows_B.astype(int).tolist() if self.are_probabilities else None,

@@ -16,6 +16,7 @@ from convoy.report.html import render_page
 from convoy.report.inspection_sections import inspection_sections, inspection_tiles
 from convoy.report.quality_sections import (
     committee_section,
+    judged_rows,
     prediction_sections,
     quality_sections,
     quality_tiles,
@@ -144,8 +145,10 @@ def _prediction_tiles(data: PageData) -> Iterator[Tile]:
     if found is not None:
         yield Tile(count(found.rows), "rows with predictions")
         if found.top1 is not None:
-            text = f"top-1 of {count(found.labelled)} labelled rows, 95 %: {span(found.top1)}"
+            text = f"top-1 of {count(found.labelled)} {judged_rows(found)}, 95 %: {span(found.top1)}"
             yield Tile(percent(found.top1.estimate), text)
+        if found.unknown:
+            yield Tile(count(found.unknown), "rows with a label that the model does not know")
 
 
 def _run_tiles(data: PageData) -> Iterator[Tile]:

@@ -62,11 +62,16 @@ def prediction_sections(predictions: PredictionSummary, evaluation: Evaluation |
     if evaluation is None:
         yield Section(key="predictions", title="Predictions", blocks=list(_prediction_blocks(predictions)))
     if predictions.labelled:
-        yield _worst(predictions.wrong)
+        yield _worst(predictions)
     if predictions.unsure:
         lead = "The rows whose best class has the lowest score: where a person's label would teach most."
         gallery = _gallery("unsure", f"{len(predictions.unsure)} rows", predictions.unsure)
         yield Section(key="least-sure", title="Least sure", lead=lead, blocks=[gallery])
+
+
+def judged_rows(predictions: PredictionSummary) -> str:
+    """What those rows are whose predictions can be compared with their labels."""
+    return "rows with a label that the model knows" if predictions.unknown else "labelled rows"
 
 
 def committee_section(parts: CommitteeParts) -> Section:
@@ -224,7 +229,9 @@ def _prediction_blocks(predictions: PredictionSummary) -> Iterator[Block]:
         yield _score_histogram(predictions.scores, predictions.rows)
     yield _predicted_counts(predictions)
     if predictions.reliability is not None:
-        yield reliability_figure("reliability", "Reliability of labelled rows", predictions.reliability)
+        yield reliability_figure(
+            "reliability", f"Reliability of {judged_rows(predictions)}", predictions.reliability
+        )
     if predictions.confused:
         yield _pair_table(predictions.confused)
 
@@ -263,13 +270,16 @@ def _score_histogram(scores: Sequence[int], rows: int) -> Figure:
     )
 
 
-def _worst(rows: Sequence[ShownRow]) -> Section:
+def _worst(predictions: PredictionSummary) -> Section:
+    rows = predictions.wrong
     lead = (
         "Wrong with the highest score. Look for wrong labels, for images of two things, and for what the model cannot"
         " have seen."
         if rows
-        else "No labelled row is wrong."
+        else f"None of {count(predictions.labelled)} {judged_rows(predictions)} is wrong."
     )
+    if predictions.unknown:
+        lead += f" {count(predictions.unknown)} more have one that it does not know, for which no answer is right."
     blocks = [_gallery("worst-errors", f"{len(rows)} rows", rows)] if rows else []
     return Section(key="worst", title="Worst errors", lead=lead, blocks=blocks)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +25,7 @@ from convoy.storage.predictions import PREDICTIONS, float_lists, ranking_table
 SCORES_SCHEMA_VERSION = 1
 # What Hive, Spark and DuckDB call the folder of rows that have no value.
 _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
+_LABEL_PARTITION = f"{PREDICTIONS}/label_name="
 
 
 class RowStatus(StrEnum):
@@ -117,4 +118,10 @@ def _partition(by: PartitionBy, value: str | int | None, classes: Sequence[str])
         return f"{PREDICTIONS}/split={value}"
     # Percent signs, as Hive writes them: a class may be called a/b, or x=y.
     name = _NULL_PARTITION if value is None else quote(classes[int(value)], safe="")
-    return f"{PREDICTIONS}/label_name={name}"
+    return f"{_LABEL_PARTITION}{name}"
+
+
+def label_of_partition(output: str) -> str | None:
+    """The name of the label of all rows of an output; None where they have none, or files do not lie by label."""
+    name = output.removeprefix(_LABEL_PARTITION)
+    return None if name in (output, _NULL_PARTITION) else unquote(name)

@@ -20,6 +20,7 @@ from made_pages import (
     PageParts,
     made_evaluation,
     made_page,
+    made_predictions,
     made_retrains,
 )
 
@@ -176,6 +177,18 @@ def test_a_page_shows_the_same_confusions_whether_the_matrix_or_its_entries_are_
     for key in ("confusion-matrix", "confused-pairs"):
         assert pages[0].json_of(key) == pages[1].json_of(key)
     assert sum(pages[0].json_of("confusion-matrix")["row_totals"]) > 30
+
+
+def test_a_page_tells_rows_apart_whose_label_the_model_does_not_know() -> None:
+    known = made_predictions().model_copy(update={"labelled": 4, "wrong": [], "top1": wilson_interval(4, 4)})
+    texts = [
+        PageParts(draw_page(made_page(evaluation=None, predictions=one))).text
+        for one in (known, known.model_copy(update={"unknown": 6}))
+    ]
+    assert "top-1 of 4 labelled rows" in texts[0]
+    assert "does not know" not in texts[0]
+    assert "top-1 of 4 rows with a label that the model knows" in texts[1]
+    assert "None of 4 rows with a label that the model knows is wrong. 6 more have one" in texts[1]
 
 
 def test_a_target_without_results_has_a_page() -> None:
