@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -15,6 +14,7 @@ from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.distillation import TaughtRows
 from convoy.pipelines.feature_plan import FeatureRequest
 from convoy.pipelines.feature_source import LabelledRows, count_rejects, open_features
+from convoy.pipelines.feature_summary import seconds_under_way
 from convoy.pipelines.features import FeatureJob
 from convoy.pipelines.pixel_statistics import resolve_augmentation
 from convoy.pipelines.train_config import TrainConfig
@@ -26,9 +26,6 @@ from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import RunFolder
 from convoy.vision.distillation import Teacher
 from convoy.vision.head_fitting import FittedHead, check_choice, fit_head
-
-# What happens to an image on its way to a feature, in a slice's record of seconds.
-_THROUGH_BODY = ("wait", "forward")
 
 
 class TrialSummary(StrictModel):
@@ -168,13 +165,11 @@ def _summarise(store: ObjectStore, fitted: FittedHead, cache_run: str | None) ->
 
 
 def _seconds_an_image(store: ObjectStore, cache_run: str | None) -> float | None:
-    """What the way through the body took when the run computed its features."""
+    """What an image took when the run computed its features, by all workers beside each other."""
     manifest = None if cache_run is None else read_manifest(RunFolder(store, cache_run))
     if manifest is None or not manifest.num_results:
         return None
-    slices: Sequence[dict[str, float]] = [record.seconds for record in manifest.slices]
-    seconds = sum(one.get(stage, 0.0) for one in slices for stage in _THROUGH_BODY)
-    return seconds / manifest.num_results
+    return seconds_under_way(manifest.slices) / manifest.num_results
 
 
 def _trials(fitted: FittedHead) -> list[TrialSummary]:

@@ -18,10 +18,13 @@ from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.probing import _summarise, fit_probe
 from convoy.pipelines.train_config import TrainConfig
 from convoy.pipelines.training_rows import Fold, RowLimit, read_split
+from convoy.storage.commits import publish, read_records, write_record
 from convoy.storage.local_store import LocalStore
+from convoy.storage.runs import RunFolder
 from convoy.vision.head_fitting import FittedHead, HeadTrial
 from convoy.vision.heads import Head, HeadKind, HeadSpec
 from made_advice_rows import frozen_rows
+from made_runs import finish_slice, new_run
 
 
 class Asked(Exception):
@@ -71,3 +74,18 @@ def test_epochs_of_an_mlp_are_passes_once(
         for number, value in enumerate(values_of_c, start=1)
     ]
     assert _summarise(LocalStore(str(tmp_path)), fitted(trials), None).num_passes == num_passes
+
+
+def test_a_pass_through_the_body_takes_as_long_as_all_workers_beside_each_other_took(tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path))
+    run = new_run(store, [f"s{row}" for row in range(8)], slice_rows=2)
+    for name in run.slice_names():
+        record = finish_slice(store, run, name)
+        begun_unix_s = 100.0 if name < "0-000002" else 105.0
+        times = {"started_unix_s": begun_unix_s, "finished_unix_s": begun_unix_s + 10}
+        write_record(store, record.model_copy(update={**times, "seconds": {"wait": 1.0, "forward": 9.0}}))
+    publish(RunFolder(store, run.run_id), run, read_records(RunFolder(store, run.run_id)))
+    trials = [HeadTrial(C=1.0, num_iterations=3, converged=True, val=None)]
+    told = _summarise(store, fitted(trials), run.run_id)
+    assert told.body_pass_s == 15.0, "of four slices in two pairs, the second five seconds after the first"
+    assert told.saved_s == 2 * 15.0 - 1.0
