@@ -143,7 +143,7 @@ def _worth(rows: OutOfFold, plan: CropPlan, *, gives_probabilities: bool) -> dic
     return {
         "top1": metrics.top1,
         "top1_interval": wilson_interval(num_correct, metrics.num_rows),
-        "nll": metrics.nll,
+        "nll": metrics.nll if gives_probabilities else None,
     }
 
 
