@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from convoy.core.config import StrictModel
+from convoy.core.errors import DataError
 from convoy.core.statistics import Interval, McNemarResult, mcnemar_test, paired_rate_difference
 
 # A difference with a smaller p is one: of the tests that look for harm.
@@ -126,6 +127,12 @@ def judge(
 def pair(first: ModelScores, second: ModelScores) -> PairedScores:
     """Two models on the rows that both saw; DataError where there is none."""
     both_N = first.found_N & second.found_N
+    if not both_N.any():
+        raise DataError(
+            "no row was seen by both models: they cannot be compared",
+            where=f"{int(first.found_N.sum())} and {int(second.found_N.sum())} of {len(first)} rows",
+            next_step="look at the rejects of both models' features with `convoy cache`",
+        )
     ours_N, theirs_N = first.correct_N[both_N], second.correct_N[both_N]
     return PairedScores(
         rows=int(both_N.sum()),

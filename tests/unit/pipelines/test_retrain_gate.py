@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from convoy.pipelines.retrain_gate import GateConfig, GateEvidence, ModelScores, judge, summary
+from convoy.core.errors import DataError
+from convoy.pipelines.retrain_gate import GateConfig, GateEvidence, ModelScores, judge, pair, summary
 
 CLASSES = ("cat", "dog")
 NUM_ROWS = 400
@@ -102,3 +103,10 @@ def test_only_rows_that_both_models_saw_are_compared() -> None:
     evidence = gated(blind, scores(20))
     assert evidence.holdout.rows == NUM_ROWS - 20
     assert evidence.holdout.top1 == (1.0, 1.0)
+
+
+def test_models_that_saw_no_row_in_common_cannot_be_compared() -> None:
+    seen_N = np.arange(NUM_ROWS) < 30
+    with pytest.raises(DataError, match="no row was seen by both models") as caught:
+        pair(replace(scores(20), found_N=seen_N), replace(scores(20), found_N=~seen_N))
+    assert "30 and 370 of 400 rows" in str(caught.value)
