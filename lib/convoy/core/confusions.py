@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -32,9 +31,7 @@ class PairRise(StrictModel):
     p_each: float
 
 
-def pair_rises(
-    labels_N: NDArray[Any], before_N: NDArray[Any], after_N: NDArray[Any], *, num_classes: int
-) -> list[PairRise]:
+def pair_rises(labels_N: NDArray[Any], before_N: NDArray[Any], after_N: NDArray[Any]) -> list[PairRise]:
     """The pairs of classes of which a row changed, those that rose most first.
 
     `before_N` and `after_N` are the predicted classes of the same rows. Raises DataError if they are not.
@@ -46,14 +43,12 @@ def pair_rises(
         )
     changed = before_N != after_N
     touched = {
-        *zip(labels_N[changed].tolist(), before_N[changed].tolist(), strict=True),
-        *zip(labels_N[changed].tolist(), after_N[changed].tolist(), strict=True),
+        (min(label, pred), max(label, pred))
+        for predicted_N in (before_N, after_N)
+        for label, pred in zip(labels_N[changed].tolist(), predicted_N[changed].tolist(), strict=True)
+        if label != pred
     }
-    rises = [
-        _pair(labels_N, before_N, after_N, first, second)
-        for first, second in combinations(range(num_classes), 2)
-        if (first, second) in touched or (second, first) in touched
-    ]
+    rises = [_pair(labels_N, before_N, after_N, first, second) for first, second in touched]
     return sorted(rises, key=lambda rise: (rise.before - rise.after, rise.first, rise.second))
 
 

@@ -123,15 +123,10 @@ def judge_outcomes(outcomes: Sequence[PolicyOutcome], classes: Sequence[str]) ->
         for outcome in known
     ]
     adjusted = holm_adjusted([test.mid_p for test in tests])
-    rises = [
-        pair_rises(outcome.labels_N, outcome.without_N, outcome.with_N, num_classes=len(classes))
-        for outcome in known
-    ]
+    rises = [pair_rises(outcome.labels_N, outcome.without_N, outcome.with_N) for outcome in known]
     confused = _adjusted(rises, [[rise.p for rise in of_policy] for of_policy in rises])
     turned = [
-        []
-        if outcome.drawn_N is None
-        else pair_rises(outcome.labels_N, outcome.without_N, outcome.drawn_N, num_classes=len(classes))
+        [] if outcome.drawn_N is None else pair_rises(outcome.labels_N, outcome.without_N, outcome.drawn_N)
         for outcome in known
     ]
     alike = _adjusted(turned, [[rise.p_each for rise in of_policy] for of_policy in turned])
