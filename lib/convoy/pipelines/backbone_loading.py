@@ -58,7 +58,7 @@ def keep_network(
         weights_digest=found,
         weights_key=f"{BACKBONES}{found}/model.safetensors",
         preset=preset,
-        num_classes=axis.stages[-1].channels,
+        num_classes=axis.num_classes,
         classes=classes,
         num_parameters=sum(parameter.numel() for parameter in network.parameters()),
         macs=count_macs(network, input_px=preset.crop_px),

@@ -13,7 +13,8 @@ BACKBONES = "models/backbones/"
 class BackboneRecord(StrictModel):
     """A network in the workspace: what it is, where its weights lie, its depth axis, and what it expects.
 
-    `macs` are multiply-adds for one image at the preset's size. `classes` are known for some weights only.
+    `macs` are multiply-adds for one image at the preset's size. `num_classes` is 0 without a classifier;
+    `classes` are known for some weights only.
     """
 
     config: BackboneConfig

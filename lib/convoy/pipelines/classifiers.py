@@ -114,6 +114,12 @@ def as_is(
 
     No parameter is changed. Raises ConfigError for classes that are not those of the network, or not told apart.
     """
+    if not backbone.num_classes:
+        raise ConfigError(
+            f"{backbone.arch} with these weights has no classifier",
+            where="backbone",
+            next_step="train one on its features, with the strategy linear_probe or fine_tune",
+        )
     names = classes or backbone.classes
     if not names:
         raise ConfigError(

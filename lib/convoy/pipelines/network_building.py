@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from convoy.core.errors import ConfigError
 from convoy.pipelines.backbone_loading import keep_network, read_backbone_state
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.storage.object_store import ObjectStore
@@ -23,6 +24,12 @@ class NewNetwork:
         self.config = config
         self.network = build_network(config)
         self.axis: DepthAxis = depth_axis(config, self.network)
+        if not self.axis.num_classes:
+            raise ConfigError(
+                f"the network ends without a classifier for {config.num_classes} classes",
+                where=config.arch,
+                next_step="let the factory take num_classes and end in a layer of so many outputs; or use linear_probe",
+            )
 
     def take_weights(self, store: ObjectStore, pretrained: BackboneRecord) -> None:
         """Take the weights of a pretrained network; a classifier that it does not have in this size stays random.

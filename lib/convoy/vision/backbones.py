@@ -48,7 +48,7 @@ def depth_axis(config: BackboneConfig, network: nn.Module) -> DepthAxis:
     """The depth axis of a network that was built from the config."""
     if isinstance(network, PartialReuseNetwork):
         return network.axis
-    return derive_depth_axis(network, input_px=native_px(config))
+    return derive_depth_axis(network, input_px=native_px(config), num_classes=config.num_classes)
 
 
 def build_pretrained(config: BackboneConfig) -> nn.Module:

@@ -7,7 +7,8 @@ The network runs once without computing anything, while module calls and the flo
    Everything else is opened: the root, nn.Sequential, chains like Conv-BatchNorm-ReLU.
 2. What remains are units in the order of execution. A unit that brings a weight (a parameter with two or more
    dimensions) begins a stage; norms, activations and pools join the stage before them.
-3. The last stage is `logits`. Between the last spatial stage and the first layer after it lies `pooled`.
+3. The last stage is `logits`. Between the last spatial stage and the first layer after it lies `pooled`. A network
+   without classifier ends in `pooled`, which is what it returns itself.
 
 So between two stages one activation carries everything (only a root may do otherwise: NASNet's cells each read
 two), and stages[:k] hold exactly the parameters that are frozen at freeze depth k.
@@ -16,7 +17,6 @@ two), and stages[:k] hold exactly the parameters that are frozen at freeze depth
 from __future__ import annotations
 
 import bisect
-import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,15 +29,16 @@ from convoy.vision.call_trace import Call, CallTrace, record_calls, run_on_shape
 from convoy.vision.stages import POOLED, DepthAxis, Stage, StageKind, TapPoint, TapSide
 
 
-def derive_depth_axis(network: nn.Module, *, input_px: int) -> DepthAxis:
-    """The depth axis of an image classifier in eval mode. Takes milliseconds, computes and changes nothing.
+def derive_depth_axis(network: nn.Module, *, input_px: int, num_classes: int | None = None) -> DepthAxis:
+    """The depth axis of a ConvNet in eval mode. Takes milliseconds, computes and changes nothing.
 
     `input_px` is the native input size of the architecture, not that of a job: so the axis belongs to the
-    architecture. Raises ConfigError for a network that is no ConvNet classifier or cannot take such an input.
+    architecture. `num_classes`, where it is known, tells whether a convolution at the end is a classifier. Raises
+    ConfigError for a network that is no ConvNet or cannot take such an input.
     """
     trace = record_calls(network, input_px=input_px)
     blocks = {type(call.module) for call in trace.calls if trace.is_block(call)} - {nn.Sequential}
-    drafts = _drafts(list(_opened(trace.calls[0], blocks)), trace)
+    drafts = _drafts(list(_opened(trace.calls[0], blocks)), trace, num_classes)
     sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
     names = _parameters_by_stage([draft.start for draft in drafts], trace.first_reads)
     return DepthAxis(
@@ -46,7 +47,7 @@ def derive_depth_axis(network: nn.Module, *, input_px: int) -> DepthAxis:
             for index, draft in enumerate(drafts)
         ),
         off_axis=tuple(name for name in sizes if name not in trace.first_reads),
-        num_reused=len(drafts) - 1,
+        num_reused=len(drafts) - (drafts[-1].name != POOLED),
     )
 
 
@@ -68,6 +69,15 @@ class _Draft:
     activation: Tensor
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Following:
+    """What a stage hands on, where it can be tapped, and the time by which it is there."""
+
+    tap_point: TapPoint
+    activation: Tensor
+    time: int
+
+
 def _opened(call: Call, blocks: set[type[nn.Module]]) -> Iterator[Call]:
     """The units of a call, in order: its children, opened where they are neither blocks nor layers."""
     for child in call.children:
@@ -78,27 +88,44 @@ def _opened(call: Call, blocks: set[type[nn.Module]]) -> Iterator[Call]:
             yield child
 
 
-def _drafts(units: Sequence[Call], trace: CallTrace) -> list[_Draft]:
-    groups = _grouped(units)
-    deepest = max((i for i, group in enumerate(groups[:-1]) if any(map(_gives_maps, group))), default=None)
+def _drafts(units: Sequence[Call], trace: CallTrace, num_classes: int | None) -> list[_Draft]:
+    groups, root = _grouped(units), trace.calls[0]
+    has_classifier = _is_classifier(groups[-1], root, num_classes)
+    body = groups[:-1] if has_classifier else groups
+    deepest = max((i for i, group in enumerate(body) if any(map(_gives_maps, group))), default=None)
     if deepest is None:
         raise ConfigError(
             "the network has no depth axis: no module with weights gives maps before its last one",
-            where=type(trace.calls[0].module).__name__,
+            where=type(root.module).__name__,
             next_step="choose a ConvNet, and give each layer with weights a module of its own",
         )
-    if trace.has_clipped_kernel(groups[deepest + 1][0].start, trace.calls[0].end):
+    behind = _given_to(groups[deepest + 1]) if deepest + 1 < len(groups) else _returned_by(root)
+    if trace.has_clipped_kernel(behind.time, root.end):
         raise ConfigError(
             f"images of {trace.input_px} px are too small: their maps shrink to one pixel on the way",
-            where=type(trace.calls[0].module).__name__,
+            where=type(root.module).__name__,
             next_step="derive the axis at the native size of the architecture",
         )
     maps, vectors = _split_after_maps(groups[deepest])
     runs = [*groups[:deepest], maps, *([vectors] if vectors else []), *groups[deepest + 1 :]]
-    drafts = [_body_draft(run, following[0], trace) for run, following in itertools.pairwise(runs)]
-    pooled = _pooled_draft(vectors, groups[deepest + 1][0], drafts[deepest])
-    drafts[deepest + 1 : deepest + 1 + bool(vectors)] = [pooled]
-    return [*drafts, _logits_draft(runs[-1], trace.calls[0])]
+    followings = [*map(_given_to, runs[1:]), *([] if has_classifier else [_returned_by(root)])]
+    drafts = [_body_draft(run, following, trace) for run, following in zip(runs, followings, strict=False)]
+    drafts[deepest + 1 : deepest + 1 + bool(vectors)] = [_pooled_draft(vectors, behind, drafts[deepest])]
+    return [*drafts, _logits_draft(runs[-1], root)] if has_classifier else drafts
+
+
+def _is_classifier(group: Sequence[Call], root: Call, num_classes: int | None) -> bool:
+    """Whether the last weights are those of a classifier, and not of the last maps before a pooling.
+
+    Where they give maps, as SqueezeNet's do, it is a single layer that gives a map for each class.
+    """
+    last = next((unit for unit in group if unit.brings_weight), group[-1])
+    if not _gives_maps(last):
+        return True
+    if num_classes is not None:
+        return root.output.shape[1:2] == (num_classes,)
+    with_parameters = [unit for unit in group if next(unit.module.parameters(), None) is not None]
+    return _is_vector(root.output) and with_parameters == [last] and not last.children
 
 
 def _grouped(units: Iterable[Call]) -> list[list[Call]]:
@@ -117,35 +144,47 @@ def _split_after_maps(group: Sequence[Call]) -> tuple[Sequence[Call], Sequence[C
     return group[:end], group[end:]
 
 
-def _body_draft(units: Sequence[Call], following: Call, trace: CallTrace) -> _Draft:
+def _given_to(units: Sequence[Call]) -> _Following:
+    """What the first of some units is given."""
+    first = units[0]
+    tap_point = TapPoint(module_name=first.name, side=TapSide.INPUT, call_index=first.index)
+    return _Following(tap_point=tap_point, activation=first.input, time=first.start)
+
+
+def _returned_by(root: Call) -> _Following:
+    """What the network returns."""
+    tap_point = TapPoint(module_name=root.name, side=TapSide.OUTPUT)
+    return _Following(tap_point=tap_point, activation=root.output, time=root.end)
+
+
+def _body_draft(units: Sequence[Call], following: _Following, trace: CallTrace) -> _Draft:
     """A stage inside the network. Its activation is what the next unit is given, after functions in between.
 
     Unless those functions pool the maps away, or the next unit goes on from elsewhere.
     """
     first, last = units[0], units[-1]
     name = next((unit.name for unit in units if unit.brings_weight), first.name)
-    continues = trace.returned_between(following.input, first.start, following.start)
-    if continues and _is_map(following.input) == _is_map(last.output):
-        tap_point = TapPoint(module_name=following.name, side=TapSide.INPUT, call_index=following.index)
-        activation = following.input
-    else:
+    tap_point, activation = following.tap_point, following.activation
+    continues = trace.returned_between(activation, first.start, following.time)
+    if not (continues and _is_map(activation) == _is_map(last.output)):
         tap_point = TapPoint(module_name=last.name, side=TapSide.OUTPUT, call_index=last.index)
         activation = last.output
     return _Draft(name=name, start=first.start, units=units, tap_point=tap_point, activation=activation)
 
 
-def _pooled_draft(units: Sequence[Call], following: Call, deepest: _Draft) -> _Draft:
-    """The vector that the first layer after the maps is given; or else the maps, to be averaged.
+def _pooled_draft(units: Sequence[Call], following: _Following, deepest: _Draft) -> _Draft:
+    """The vector that the first layer after the maps is given, or that is returned; or else the maps, to be averaged.
 
     A vector as long as the maps together is not pooled but flattened, as in AlexNet and VGG.
     """
     start = units[0].start if units else deepest.units[-1].end
-    if _is_vector(following.input) and _length(following.input) != _length(deepest.activation):
-        tap_point = TapPoint(module_name=following.name, side=TapSide.INPUT, call_index=following.index)
-        activation = following.input
-    else:
-        tap_point, activation = deepest.tap_point, deepest.activation
-    return _Draft(name=POOLED, start=start, units=units, tap_point=tap_point, activation=activation)
+    is_pooled = _is_vector(following.activation) and _length(following.activation) != _length(
+        deepest.activation
+    )
+    tapped = following if is_pooled else deepest
+    return _Draft(
+        name=POOLED, start=start, units=units, tap_point=tapped.tap_point, activation=tapped.activation
+    )
 
 
 def _logits_draft(units: Sequence[Call], root: Call) -> _Draft:

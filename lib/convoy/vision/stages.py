@@ -58,6 +58,8 @@ class Stage:
 class DepthAxis:
     """The stages of a network, stem = 0 to logits; every parameter that runs in eval mode is in exactly one.
 
+    Those of a network without classifier end with `pooled`.
+
     `off_axis` names the parameters that do not run in eval mode, such as those of auxiliary classifiers.
     `num_reused` leading stages keep what they have learnt when the network is put to another task; those behind them,
     the head or more, begin anew.
@@ -66,6 +68,12 @@ class DepthAxis:
     stages: tuple[Stage, ...]
     off_axis: tuple[str, ...]
     num_reused: int
+
+    @property
+    def num_classes(self) -> int:
+        """How many logits the network gives: 0 without a classifier."""
+        last = self.stages[-1]
+        return 0 if last.name == POOLED else last.channels
 
     def __len__(self) -> int:
         return len(self.stages)
@@ -88,7 +96,9 @@ def resolve_tap(axis: DepthAxis, tap: str | int) -> Stage:
             return axis[tap]
         advice = f"choose an index from 0 to {len(axis) - 1}"
         raise ConfigError(f"the network has no stage {tap}", where="tap", next_step=advice)
-    named = {stage.name: stage for stage in axis} | {"stem": axis[0], "logits": axis[len(axis) - 1]}
+    named = {stage.name: stage for stage in axis} | {"stem": axis[0]}
+    if axis.num_classes:
+        named["logits"] = axis[len(axis) - 1]
     if tap in named:
         return named[tap]
     for stage in reversed(axis.stages):
@@ -100,6 +110,8 @@ def resolve_tap(axis: DepthAxis, tap: str | int) -> Stage:
 
 
 def _advice(axis: DepthAxis, tap: str, known: Sequence[str]) -> str:
+    if tap == "logits":
+        return f"it has no classifier; what it returns is '{POOLED}'"
     for stage in axis:
         if any(tap.startswith(f"{name}.") for name in stage.module_names):
             return f"what lies inside a block cannot be tapped; the block itself is '{stage.name}'"

@@ -10,16 +10,20 @@ import timm
 import torch
 from torch import nn
 
+from convoy.core.errors import ConfigError
 from convoy.core.fingerprints import canonical_json, digest
 from convoy.pipelines import backbone_loading
 from convoy.pipelines.backbone_loading import read_backbone_state
 from convoy.pipelines.backbone_record import BACKBONES, BackboneRecord
+from convoy.pipelines.classifiers import as_is
+from convoy.pipelines.feature_plan import ExtractionConfig
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.network_building import NewNetwork
 from convoy.storage.local_store import LocalStore
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.backbones import build_network
 from convoy.vision.libraries import Timm
+from convoy.vision.presets import EvalPreset
 from convoy.vision.weights import load_weights
 
 
@@ -65,6 +69,7 @@ def test_a_training_begins_with_named_weights_of_any_number_of_outputs(
     new.take_weights(store, record)
     state, taken = read_backbone_state(store, record), new.network.state_dict()
     classifier = new.axis.stages[-1].parameter_names
+    assert new.axis.num_classes == 5
     assert all(torch.equal(taken[name], state[name]) for name in taken if name not in classifier)
 
 
@@ -96,3 +101,32 @@ def test_records_of_former_versions_are_renewed_where_they_are_wrong(store: Loca
     config = BackboneConfig(arch="timm:resnet10t", weights="c3_in1k")
     keep_as_version_2(store, config, num_classes=11821)
     assert fetch_backbone(store, config).num_classes == 1000
+
+
+def test_a_network_without_classifier_is_not_used_as_it_is(store: LocalStore) -> None:
+    record = fetch_backbone(store, BackboneConfig(arch="timm:convnextv2_atto", weights="fcmae"))
+    assert record.num_classes == 0
+    with pytest.raises(ConfigError, match="no classifier") as caught:
+        as_is(record, None, ExtractionConfig())
+    assert "linear_probe" in caught.value.next_step
+
+
+ENCODER = """
+from torch import nn
+
+def encoder(num_classes=0):
+    convs = (nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    return nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+"""
+
+
+def test_a_factory_that_gives_no_classifier_is_not_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "made_encoder.py").write_text(ENCODER)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = BackboneConfig(
+        arch="made_encoder:encoder", weights="trained", num_classes=5, preset=EvalPreset(crop_px=32)
+    )
+    with pytest.raises(ConfigError, match="without a classifier for 5 classes"):
+        NewNetwork(config)

@@ -13,6 +13,7 @@ from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.backbones import build_network, native_px
 from convoy.vision.depth_axis import count_macs, derive_depth_axis
 from convoy.vision.stages import DepthAxis, StageKind, TapSide, resolve_tap
+from convoy.vision.tapping import TappedNetwork
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,6 +245,58 @@ def test_a_layer_that_owns_its_weight_is_a_stage_on_either_path() -> None:
     ]
     assert axis[0].module_names == ("left",)
     assert axis[0].tap_point.side is TapSide.OUTPUT
+
+
+class Encoder(nn.Module):
+    """Convolutions, two blocks, and a pooling that the network returns with a norm behind it, or not at all."""
+
+    def __init__(self, *, pools: bool = True) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU())
+        self.blocks = nn.Sequential(Residual(8), Residual(8))
+        self.norm = nn.LayerNorm(8)
+        self.pools = pools
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        maps = self.blocks(self.stem(images_BCHW)).relu()
+        return self.norm(maps.amax((2, 3))) if self.pools else maps
+
+
+@pytest.mark.parametrize("pools", [True, False])
+def test_a_network_without_classifier_ends_in_pooled_and_returns_it(pools: bool) -> None:
+    network = Encoder(pools=pools).eval()
+    axis = derive_depth_axis(network, input_px=16)
+    assert [stage.name for stage in axis] == ["stem.0", "blocks.0", "blocks.1", "pooled"]
+    assert [stage.kind for stage in axis] == [StageKind.SPATIAL] * 3 + [StageKind.VECTOR]
+    assert (axis.num_reused, axis.num_classes) == (4, 0)
+    nn.init.uniform_(network.norm.weight)
+    images_BCHW = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        pooled_BD = TappedNetwork(network, axis, ["pooled"])(images_BCHW)["pooled"]
+        returned = network(images_BCHW)
+    assert torch.allclose(pooled_BD, returned if pools else returned.mean((2, 3)))
+    with pytest.raises(ConfigError, match="no tap 'logits'") as caught:
+        resolve_tap(axis, "logits")
+    assert "'pooled'" in caught.value.next_step
+
+
+def test_timms_networks_without_classifier_end_in_pooled() -> None:
+    with torch.device("meta"):
+        network = build_network(BackboneConfig(arch="timm:convnextv2_atto", weights="random", num_classes=0))
+    axis = derive_depth_axis(network, input_px=224)
+    assert axis[len(axis) - 2].name == "stages.3.blocks.1"
+    assert axis[len(axis) - 1].name == "pooled"
+    assert axis[len(axis) - 1].parameter_names == ("head.norm.weight", "head.norm.bias")
+
+
+@pytest.mark.parametrize(("num_classes", "last"), [(4, "3"), (None, "pooled"), (7, "pooled")])
+def test_a_convolution_with_a_norm_behind_it_is_a_classifier_where_its_maps_are_the_classes(
+    num_classes: int | None, last: str
+) -> None:
+    convs = (nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4))
+    network = nn.Sequential(*convs, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    axis = derive_depth_axis(network, input_px=16, num_classes=num_classes)
+    assert axis[len(axis) - 1].name == last
 
 
 def test_deriving_leaves_the_network_as_it_was() -> None:
