@@ -270,7 +270,7 @@ def random_weights(config: TrainConfig, manifest: Manifest) -> BackboneConfig:
 
 def _train_probe(job: _Job, backbone: BackboneRecord) -> _Trained:
     config = job.config
-    tap = backbone.resolve_tap("pooled" if config.tap is None else config.tap)
+    tap = backbone.resolve_tap(config.wanted_tap)
     taught = taught_rows(job.store, job.manifest, config, progress=job.progress)
     probe = fit_probe(
         job.store,

@@ -147,6 +147,11 @@ class TrainConfig(StrictModel):
         return self.strategy in NETWORKS or (self.strategy in PROBES and self.head.kind is HeadKind.SOFTMAX)
 
     @property
+    def wanted_tap(self) -> str | int:
+        """The tap whose features a probe learns from."""
+        return "pooled" if self.tap is None else self.tap
+
+    @property
     def wanted_freeze_depth(self) -> int | str:
         """The freeze depth of the config, or the strategy's own: nothing new has to be spared from scratch."""
         if self.freeze_depth is not None:

@@ -7,17 +7,20 @@ from pydantic import Field
 from convoy.cluster.network_device import known_device
 from convoy.core.config import StrictModel
 from convoy.core.records import Split
-from convoy.pipelines.classifiers import Strategy
+from convoy.pipelines.classifiers import Strategy, as_is
 from convoy.pipelines.distillation import with_pinned_teacher
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.network_plan import plan_network, trained_backbone_config
 from convoy.pipelines.network_training import open_training
+from convoy.pipelines.predictions import class_indices
 from convoy.pipelines.probing import check_head
 from convoy.pipelines.train import measured_on, random_weights, training_dataset
 from convoy.pipelines.train_config import NETWORKS, PROBES, TrainConfig
 from convoy.pipelines.training_rows import count_classes, read_split
 from convoy.pipelines.workspace import open_workspace
 from convoy.storage.bundles import check_bundle_name
+from convoy.storage.manifests import MANIFEST_SCHEMA, Manifest
+from convoy.storage.object_store import ObjectStore
 from convoy.vision.factories import with_pinned_code
 from convoy.vision.training_config import Phase, Recipe
 
@@ -33,7 +36,10 @@ class StageSummary(StrictModel):
 
 
 class TrainPlan(StrictModel):
-    """The resolved config and what it would do. `num_steps` are updates over all phases and workers together."""
+    """The resolved config and what it would do. `num_steps` are updates over all phases and workers together.
+
+    A network that is used as it is learns from no row.
+    """
 
     config: TrainConfig
     num_train_rows: int
@@ -57,20 +63,20 @@ def plan_train(config: TrainConfig) -> TrainPlan:
     manifest, version_notes = training_dataset(store, config)
     config = config.model_copy(update={"backbone": with_pinned_code(config.backbone)})
     config = with_pinned_teacher(store, manifest, config)
-    rows = read_split(manifest, Split.TRAIN, config.rows)
-    counts = count_classes(rows, manifest.classes)
+    learns = config.strategy is not Strategy.AS_IS
+    rows = read_split(manifest, Split.TRAIN, config.rows) if learns else MANIFEST_SCHEMA.empty_table()
+    counts = count_classes(rows, manifest.classes) if learns else []
     measured_on(manifest, config)
     folder = open_training(store, config.name).current()
     plan = TrainPlan(
         config=config,
         num_train_rows=rows.num_rows,
-        images_by_class=dict(zip(manifest.classes, counts, strict=True)),
+        images_by_class=dict(zip(manifest.classes, counts, strict=True)) if learns else {},
         unfinished_run=folder.run_id if folder else None,
         notes=[*version_notes, *config.unused_keys_notes],
     )
-    if config.strategy in PROBES:
-        check_head(manifest, config)
     if config.strategy not in NETWORKS:
+        _check_frozen(store, manifest, config)
         return plan
     from convoy.pipelines.network_building import NewNetwork  # noqa: PLC0415
     from convoy.pipelines.network_setup import takes_head_from_cache  # noqa: PLC0415
@@ -112,3 +118,14 @@ def plan_train(config: TrainConfig) -> TrainPlan:
             "notes": [*plan.notes, *network.notes],
         }
     )
+
+
+def _check_frozen(store: ObjectStore, manifest: Manifest, config: TrainConfig) -> None:
+    """Raise what a job without a training of networks would of its backbone, tap and classes."""
+    if config.strategy in PROBES:
+        check_head(manifest, config)
+        fetch_backbone(store, config.backbone).resolve_tap(config.wanted_tap)
+        return
+    backbone = fetch_backbone(store, config.backbone)
+    classifier = as_is(backbone, config.classes, config.extraction, class_map=config.class_map)
+    class_indices(manifest.classes, classifier.classes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from cache_jobs import write_digits
 from convoy.core.config import parse_config
-from convoy.core.errors import ConfigError, DataError
+from convoy.core.errors import ConfigError, ConvoyError, DataError
 from convoy.core.progress import Silent
 from convoy.core.records import Split
 from convoy.core.splits import SplitOptions
@@ -30,7 +31,7 @@ from made_advice_rows import frozen_rows
 from made_pages import made_evaluation
 
 CLASSES = ("good", "defect")
-SETTINGS = {"name": "parts", "dataset": "parts", "backbone": {"arch": "resnet18"}}
+SETTINGS = {"name": "parts", "dataset": "parts", "backbone": {"arch": "lenet5", "weights": "random"}}
 SPLITS = SplitOptions(val_fraction=0.3)
 CONFIG = parse_config(TrainConfig, SETTINGS, where="here")
 
@@ -198,6 +199,42 @@ def test_the_report_names_keys_of_another_strategy_and_the_bundle_the_version_it
     assert report.notes == ["without effect under as_is: epochs"]
     metrics = open_bundle(LocalStore(str(tmp_path)), report.bundle).read_json("metrics.json")
     assert metrics["dataset_fingerprint"] == manifest.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"backbone": {"arch": "torchvision:resnet81"}}, "resnet81"),
+        ({"backbone": {"arch": "resnet18"}}, "resnet18"),
+        ({"strategy": "early_layer_probe", "tap": "layer99"}, "layer99"),
+        ({"strategy": "as_is", "backbone": {"arch": "lenet5", "weights": "/nosuch.th"}}, "nosuch.th"),
+        ({"strategy": "as_is"}, "do not say what their classes are"),
+        (
+            {"strategy": "as_is", "classes": [*"0123456789"]},
+            "does not know 2 classes of the dataset: good, defect",
+        ),
+    ],
+)
+def test_a_dry_run_refuses_what_the_job_refuses_of_backbone_tap_and_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], error: str
+) -> None:
+    manifest = manifest_of(tmp_path, Split.TEST, Split.VAL)
+    monkeypatch.setattr(train, "open_dataset", lambda *_: manifest)
+    config = parse_config(TrainConfig, {**SETTINGS, "workspace": str(tmp_path), **settings}, where="here")
+    for job in (plan_train, partial(run_train, progress=Silent(), draw_curves=lambda *_: b"")):
+        with pytest.raises(ConvoyError, match=error):
+            job(config)
+
+
+def test_a_network_as_it_is_needs_no_training_rows_in_a_dry_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = frozen_rows(tmp_path, {Split.TEST: (10, 10)}, CLASSES)
+    monkeypatch.setattr(train, "open_dataset", lambda *_: manifest)
+    backbone = {"arch": "lenet5", "weights": "random", "num_classes": 2}
+    settings = {**SETTINGS, "strategy": "as_is", "backbone": backbone, "classes": CLASSES}
+    plan = plan_train(parse_config(TrainConfig, {**settings, "workspace": str(tmp_path)}, where="here"))
+    assert (plan.num_train_rows, plan.images_by_class) == (0, {})
 
 
 @pytest.mark.parametrize(
