@@ -50,10 +50,10 @@ def tour(fault_proxy: FaultProxy, tmp_path_factory: pytest.TempPathFactory) -> I
     environment = {
         **{name: value for name, value in os.environ.items() if name not in OVERRIDING_VARIABLES},
         **fault_proxy.as_server().environment(),
-        "PATH": f"{BIN}:{os.environ['PATH']}",
         "HOME": str(folder),
         "TORCH_HOME": str(folder / "torch"),
     }
+    put_environment(folder / ".venv")
     put_weights(folder / "torch" / "hub" / "checkpoints")
     with fault_proxy.keeping(Conditions.ATOMIC):
         put_photos(fault_proxy)
@@ -69,6 +69,12 @@ def tour(fault_proxy: FaultProxy, tmp_path_factory: pytest.TempPathFactory) -> I
         )
         assert walked.returncode == 0, walked.stderr[-4000:]
         yield Walked(folder, walked.stdout)
+
+
+def put_environment(folder: Path) -> None:
+    """What `make setup` leaves, as far as a tour goes: the script that puts the commands on the PATH."""
+    (folder / "bin").mkdir(parents=True)
+    (folder / "bin" / "activate").write_text(f'export PATH="{BIN}:$PATH"\n')
 
 
 def put_weights(folder: Path) -> None:
