@@ -27,8 +27,11 @@ models_app = typer.Typer(help="Look after networks and bundles in the workspace.
 def models_list(workspace: WorkspaceOption = None, as_json: JsonOption = False) -> None:
     """List the bundles of the workspace: what they are made of, and what they are worth."""
     from convoy.pipelines.model_listing import list_models  # noqa: PLC0415
+    from convoy.pipelines.workspace import workspace_uri  # noqa: PLC0415
+    from convoy.storage.stores import open_store  # noqa: PLC0415
 
-    run_job(lambda _: list_models(workspace), as_json=as_json)
+    where = open_store(workspace_uri(workspace)).root_uri
+    run_job(lambda _: list_models(workspace), as_json=as_json, if_empty=f"models of {where}: none")
 
 
 @models_app.command("show")

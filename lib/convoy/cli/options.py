@@ -52,12 +52,17 @@ def words(**values: object) -> list[str]:
     return [as_override(key, value) for key, value in values.items() if value is not None]
 
 
-def run_job(job: Callable[[TerminalProgress], ReportT], *, as_json: bool) -> None:
-    """Run a job, print its report, and turn a broken promise of the report into the exit code."""
+def run_job(job: Callable[[TerminalProgress], ReportT], *, as_json: bool, if_empty: str = "") -> None:
+    """Run a job, print its report, and turn a broken promise of the report into the exit code.
+
+    `if_empty` is what people are told in place of a report that has nothing to say.
+    """
     with TerminalProgress() as progress:
         report = job(progress)
     if as_json:
         print(json.dumps(finite_or_null(report.model_dump(mode="json")), allow_nan=False), flush=True)
+    elif if_empty and not any(report.model_dump().values()):
+        print(if_empty)
     else:
         print_report(report)
     if not getattr(report, "within_error_budget", True):

@@ -22,7 +22,8 @@ def runs_list(workspace: WorkspaceOption = None, as_json: JsonOption = False) ->
     """List all runs: finished, held by a driver, open, given up or left behind, and how far they are."""
     from convoy.pipelines.runs_list import list_runs  # noqa: PLC0415
 
-    run_job(lambda _: list_runs(_store(workspace)), as_json=as_json)
+    store = _store(workspace)
+    run_job(lambda _: list_runs(store), as_json=as_json, if_empty=f"runs of {store.root_uri}: none")
 
 
 @runs_app.command("show")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 from pydantic import BaseModel
@@ -61,3 +62,14 @@ def test_a_dry_run_of_a_scoring_hears_new_run(monkeypatch: pytest.MonkeyPatch) -
     for options in ([], ["--new-run"]):
         app(["score", "one", "--dataset", "digits", "--dry-run", *options], standalone_mode=False)
     assert heard == [False, True]
+
+
+@pytest.mark.parametrize("what", ["models", "runs"])
+def test_a_list_of_nothing_names_the_workspace_to_people_and_is_json_to_machines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    workspace = str(tmp_path / "mistyped")
+    app([what, "list", "--workspace", workspace], standalone_mode=False)
+    assert capsys.readouterr().out == f"{what} of {workspace}: none\n"
+    app([what, "list", "--workspace", workspace, "--json"], standalone_mode=False)
+    assert capsys.readouterr().out == f'{{"{what}": []}}\n'

@@ -395,6 +395,13 @@ def test_a_single_class_is_told() -> None:
     assert problems_of(scan_of(("a", None, "test"))) == []
 
 
+def test_class_names_that_differ_only_in_spaces_or_case_are_told() -> None:
+    names = ("Cat", "cat", "sea lion", "sealion", "dog")
+    rows = [(f"{name} {number}", name, None) for name in names for number in range(2)]
+    (problem,) = problems_of(scan_of(*rows))
+    assert "spaces or case: 2 ('Cat' and 'cat', 'sea lion' and 'sealion')" in problem
+
+
 def test_classes_are_sorted_as_integers_or_by_their_bytes() -> None:
     assert order_classes(["10", "9", "01"]) == ["01", "9", "10"]
     assert order_classes(["10", "9", "a"]) == ["10", "9", "a"]

@@ -188,6 +188,14 @@ def test_spaces_around_the_names_of_columns_do_not_count(root: Path) -> None:
     assert (row["label"], row["split"]) == ("cat", "val")
 
 
+def test_spaces_around_the_cells_of_a_csv_make_no_other_class(root: Path) -> None:
+    rows = read(write(root / "list.csv", "path,label\nimages/1.jpg,cat\nimages/2.jpg , cat \n"))
+    assert [(row["sample_id"], row["label"]) for row in rows] == [
+        ("images/1.jpg", "cat"),
+        ("images/2.jpg", "cat"),
+    ]
+
+
 @pytest.mark.parametrize("header", ["a.jpg;cat", "name,label", "path,uri"])
 def test_a_list_needs_exactly_one_path_column(root: Path, header: str) -> None:
     with pytest.raises(DataError, match="must have one column of path, uri, file_name"):

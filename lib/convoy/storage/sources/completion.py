@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -52,6 +53,7 @@ def find_problems(samples: pa.Table, classes: Sequence[str]) -> Iterator[str]:
     if labelled:
         if len(classes) == 1:
             yield f"there is only one class, '{classes[0]}': is the source one folder too high?"
+        yield from _describe_alike(classes)
         totals = np.sum(list(labelled.values()), axis=0)
         yield from _describe_classes(classes, totals == 0, "without any sample")
         yield from _describe_classes(classes, totals == 1, "with a single sample")
@@ -92,6 +94,15 @@ def _describe_classes(classes: Sequence[str], chosen: np.ndarray, problem: str) 
     names = [name for name, is_chosen in zip(classes, chosen, strict=True) if is_chosen]
     if names:
         yield f"classes {problem}: {describe_examples(len(names), names)} of {len(classes)}"
+
+
+def _describe_alike(classes: Sequence[str]) -> Iterator[str]:
+    names_of = defaultdict[str, list[str]](list)
+    for name in classes:
+        names_of["".join(name.split()).casefold()].append(name)
+    alike = [" and ".join(map(repr, names)) for names in names_of.values() if len(names) > 1]
+    if alike:
+        yield f"class names that differ only in spaces or case: {describe_examples(len(alike), alike)}"
 
 
 def _describe_equal_content(samples: pa.Table) -> Iterator[str]:

@@ -45,7 +45,7 @@ def read_listed_samples(
 
     Columns: one of `path`, `uri`, `file_name`; and where there are any, `label` (or `label_column`), `split`,
     `id`, `weight` and `md5` or `sha256`; others are ignored, and labels too unless `with_labels`. A CSV is
-    UTF-8 and has a header; a byte order mark and any line ends are fine.
+    UTF-8 and has a header; a byte order mark, any line ends, and spaces around cells are fine.
     """
     path_column = ""
     read_label_from = (label_column or "label") if with_labels else None
@@ -92,7 +92,7 @@ def _read_csv(text: str, bad_rows: BadRows) -> Iterator[tuple[int, dict[str, Any
             if not cells:
                 continue
             if len(cells) == len(header):
-                yield line, dict(zip(header, cells, strict=True))
+                yield line, dict(zip(header, map(str.strip, cells), strict=True))
             else:
                 bad_rows.add(line, f"{len(cells)} cells instead of {len(header)}")
     except csv.Error as error:
