@@ -115,7 +115,7 @@ def native_px(config: BackboneConfig) -> int:
     library, name = _locate(config.arch)
     if isinstance(library, Factories):
         return default_preset(config).crop_px
-    return library.preset(name, DEFAULT_WEIGHTS_NAME).crop_px
+    return library.input_px(name)
 
 
 def _locate(arch: str) -> tuple[NetworkLibrary, str]:

@@ -52,6 +52,10 @@ class NetworkLibrary(Protocol):
         """The names of the weights' classes in the order of the logits, or None where they are not known."""
         ...
 
+    def input_px(self, name: str) -> int:
+        """The input size of the default weights, however images come to it; ConfigError where it is not known."""
+        ...
+
     def num_outputs(self, name: str, weights: str) -> int:
         """How many outputs the network has with the weights, 0 without a classifier; ConfigError where it has none."""
         ...
@@ -110,6 +114,10 @@ class Torchvision:
     def classes(self, name: str, weights: str) -> tuple[str, ...] | None:
         """The categories that stand beside the weights in torchvision."""
         return tuple(self._member(name, weights).meta["categories"])
+
+    def input_px(self, name: str) -> int:
+        """The crop of the default weights."""
+        return self.preset(name, "DEFAULT").crop_px
 
     def num_outputs(self, name: str, weights: str) -> int:
         """One for each category."""
@@ -195,6 +203,11 @@ class Timm:
             for lemma, synset in zip(lemmas, info.label_names(), strict=True)
         )
 
+    def input_px(self, name: str) -> int:
+        """The training resolution of the default tag, which may squash images to it."""
+        size_px: int = self._pretrained_config(name, "DEFAULT").input_size[-1]
+        return size_px
+
     def num_outputs(self, name: str, weights: str) -> int:
         """Those of the tag: 21,841 of ImageNet-22k, an embedding's width of CLIP, 0 of self-supervised weights."""
         num_outputs: int = self._pretrained_config(name, weights).num_classes
@@ -241,6 +254,10 @@ class Classics:
         """Not known."""
         return None
 
+    def input_px(self, name: str) -> int:
+        """32 pixels."""
+        return self.preset(name, "DEFAULT").crop_px
+
     def num_outputs(self, name: str, weights: str) -> int:
         """Always a ConfigError."""
         raise _unknown_weights(name, weights, [])
@@ -285,6 +302,10 @@ class Factories:
     def classes(self, name: str, weights: str) -> tuple[str, ...] | None:
         """Not known."""
         return None
+
+    def input_px(self, name: str) -> int:
+        """Always a ConfigError."""
+        return self.preset(name, "DEFAULT").crop_px
 
     def num_outputs(self, name: str, weights: str) -> int:
         """Always a ConfigError."""

@@ -184,6 +184,13 @@ def test_a_transform_that_cannot_be_said_is_refused() -> None:
         default_preset(BackboneConfig(arch="timm:convnextv2_large", weights="fcmae_ft_in22k_in1k_384"))
 
 
+@pytest.mark.parametrize(("arch", "px"), [("timm:tf_efficientnetv2_b3", 240), ("timm:dm_nfnet_f0", 192)])
+def test_a_preset_of_ones_own_serves_where_the_default_weights_squash(arch: str, px: int) -> None:
+    mine = EvalPreset(resize_px=px, crop_px=px)
+    config = random_backbone(arch, preset=mine)
+    assert (default_preset(config), native_px(config)) == (mine, px)
+
+
 @pytest.mark.parametrize(
     ("arch", "known"), [("torchvision:resnet50", "IMAGENET1K_V2"), ("timm:convnext_tiny", "fb_in1k")]
 )
