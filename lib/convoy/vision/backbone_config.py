@@ -11,7 +11,8 @@ from pydantic import Field, PositiveInt, model_validator
 from convoy.core.config import StrictModel
 from convoy.vision.presets import EvalPreset
 
-_WEIGHT_FILES = frozenset({".safetensors", ".pt", ".pth", ".th"})
+# `model_best.pth.tar`, which PyTorch's own examples write, is no archive.
+_WEIGHT_FILES = frozenset({".safetensors", ".pt", ".pth", ".th", ".tar", ".bin", ".ckpt"})
 DEFAULT_WEIGHTS_NAME = "DEFAULT"
 # The prefixes of libraries; any other name with a colon is that of a factory.
 TORCHVISION, TIMM = "torchvision:", "timm:"
@@ -99,5 +100,5 @@ def weight_source(config: BackboneConfig) -> WeightSource:
     """
     if config.weights in (WeightSource.RANDOM, WeightSource.TRAINED):
         return WeightSource(config.weights)
-    is_file = PurePosixPath(config.weights).suffix.lower() in _WEIGHT_FILES
+    is_file = "/" in config.weights or PurePosixPath(config.weights).suffix.lower() in _WEIGHT_FILES
     return WeightSource.URI if is_file else WeightSource.NAMED

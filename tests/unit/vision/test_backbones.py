@@ -148,6 +148,11 @@ def test_a_factory_needs_a_preset(factory_module: str) -> None:
         ("s3://bucket/key/model.safetensors", WeightSource.URI),
         ("/models/resnet20-12fca82f.th", WeightSource.URI),
         ("best.PTH", WeightSource.URI),
+        ("model_best.pth.tar", WeightSource.URI),
+        ("pytorch_model.bin", WeightSource.URI),
+        ("last.ckpt", WeightSource.URI),
+        ("s3://bucket/resnet50-a1_0-14fe96d1", WeightSource.URI),
+        ("mine/weights", WeightSource.URI),
     ],
 )
 def test_weights_say_where_they_come_from(weights: str, source: WeightSource) -> None:
