@@ -105,7 +105,8 @@ class BackboneProbes(StrictModel):
 class LabelledFeatures:
     """Features of the train rows and of the judged ones, without those that could not be read.
 
-    Train rows of weight 0 are left out too: a training learns nothing from them.
+    Train rows of weight 0 are left out too: a training learns nothing from them. `places_M` tells the judged ones among
+    all that were to judge, in their order.
     """
 
     train_ND: NDArray[np.float32]
@@ -114,14 +115,19 @@ class LabelledFeatures:
     judged_MD: NDArray[np.float32]
     judged_labels_M: NDArray[np.int64]
     judged_weights_M: NDArray[np.float64]
+    places_M: NDArray[np.intp]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class JudgedHead:
-    """Of each judged row if the head is right, and its weight; the stronger C of the two chosen; seconds of the fit."""
+    """Of each judged row if the head is right, its weight, and its place among all that were to judge, in their order.
+
+    `C` is the stronger of the two chosen, `seconds` are those of the fit.
+    """
 
     correct_M: NDArray[np.bool_]
     weights_M: NDArray[np.float64]
+    places_M: NDArray[np.intp]
     C: float
     seconds: float
 
@@ -235,6 +241,7 @@ class Prober:
             judged_MD=judged_MD[found_M],
             judged_labels_M=judged.labels_N[found_M],
             judged_weights_M=judged.weights_N[found_M],
+            places_M=np.flatnonzero(found_M),
         )
 
     def judge(
@@ -253,6 +260,7 @@ class Prober:
             features.judged_MD,
             features.judged_labels_M,
             features.judged_weights_M,
+            features.places_M,
             num_classes=len(self._manifest.classes),
         )
 
@@ -348,12 +356,14 @@ def judge_head(
     judged_MD: NDArray[np.float32],
     judged_labels_M: NDArray[np.int64],
     judged_weights_M: NDArray[np.float64] | None = None,
+    places_M: NDArray[np.intp] | None = None,
     *,
     num_classes: int,
 ) -> JudgedHead:
     """A head on features, each judged row being judged by one that the other half of the rows chose.
 
     So none flatters the head that it chose. Rows choose alike, whatever they weigh (by default 1) where they judge.
+    Without `places_M` they are all that were to judge.
     """
     started_s = time.monotonic()
     heads = fit_path(config, train, num_classes=num_classes)
@@ -364,6 +374,7 @@ def judge_head(
     return JudgedHead(
         correct_M=predicted_M == judged_labels_M,
         weights_M=np.ones(len(judged_MD)) if judged_weights_M is None else judged_weights_M,
+        places_M=np.arange(len(judged_MD)) if places_M is None else places_M,
         C=sorted(set(config.C))[strongest],
         seconds=time.monotonic() - started_s,
     )

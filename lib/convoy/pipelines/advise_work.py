@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 
@@ -81,6 +82,7 @@ class AdviceWork:
             facts = data_facts(self.store, self.manifest, config, prober, gathered.best)
             verification = None if verifier is None else verifier.verify(strategies, found, check=self.check)
             costs = self._costs(records)
+            fronts, front_notes = _fronts(costs, gathered)
             augmentation = self._augmentation(gathered, prober)
         scenario = four_scenarios(advised.evidence, config.prior)
         return AdviceReport(
@@ -95,11 +97,11 @@ class AdviceWork:
             size=facts,
             verification=verification,
             costs=costs,
-            cost_fronts=_fronts(costs, gathered),
+            cost_fronts=fronts,
             augmentation_effect=augmentation,
             prior=config.prior,
             seconds=time.monotonic() - started_s,
-            notes=_notes(gathered, first, scenario.strategy.value),
+            notes=[*_notes(gathered, first, scenario.strategy.value), *front_notes],
             within_error_budget=config.error_budget.allows(facts.rejects, facts.looked_at),
         )
 
@@ -175,13 +177,24 @@ class AdviceWork:
         )
 
 
-def _fronts(costs: Sequence[BackboneCost], gathered: Gathered) -> list[CostFront]:
-    """The best probe of each backbone against its cost, on the judged rows that all of them could read."""
-    correct = [look.head.correct_M for look in gathered.looks]
-    if not costs or len({len(one) for one in correct}) > 1:
-        return []
+def _fronts(costs: Sequence[BackboneCost], gathered: Gathered) -> tuple[list[CostFront], list[str]]:
+    """The best probe of each backbone against its cost, on the judged rows that all of them could read, and notes."""
+    if not costs:
+        return [], []
+    heads = [look.head for look in gathered.looks]
+    shared = reduce(np.intersect1d, [head.places_M for head in heads])
+    most = max(len(head.places_M) for head in heads)
+    notes = []
+    if len(shared) < most:
+        notes.append(
+            f"cost fronts compare {len(shared)} rows, of {most} that judge: not all backbones could read the others"
+        )
+    if not len(shared):
+        return [], notes
     names = [look.probes.backbone for look in gathered.looks]
-    return cost_fronts(costs, names, np.stack(correct), gathered.best.head.weights_M)
+    correct_MN = np.stack([head.correct_M[np.isin(head.places_M, shared)] for head in heads])
+    best = gathered.best.head
+    return cost_fronts(costs, names, correct_MN, best.weights_M[np.isin(best.places_M, shared)]), notes
 
 
 def _notes(gathered: Gathered, first: StrategyAdvice, by_rule: str) -> list[str]:

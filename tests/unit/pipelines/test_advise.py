@@ -20,7 +20,7 @@ from convoy.pipelines.advise_data import data_facts
 from convoy.pipelines.advise_evidence import Gathered
 from convoy.pipelines.advise_probes import JudgedHead, Look, Prober
 from convoy.pipelines.advise_report import AdviceReport
-from convoy.pipelines.advise_work import AdviceWork, _notes
+from convoy.pipelines.advise_work import AdviceWork, _fronts, _notes
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.classifiers import Strategy
 from convoy.pipelines.feature_summary import FeatureSummary
@@ -29,7 +29,7 @@ from convoy.storage.commits import finish
 from convoy.storage.datasets import freeze_dataset
 from convoy.storage.local_store import LocalStore
 from convoy.storage.runs import RunFolder
-from made_advice import made_advice, made_probes
+from made_advice import made_advice, made_cost, made_probes
 from made_advice_rows import frozen_rows
 from made_sources import write_files
 
@@ -177,8 +177,27 @@ def made_look() -> Look:
     summary = FeatureSummary.model_construct(
         samples=1, rejects=0, reject_codes={}, sets={"pooled/0": "0" * 32}
     )
-    head = JudgedHead(np.ones(0, np.bool_), np.ones(0), C=1.0, seconds=0.0)
+    head = JudgedHead(np.ones(0, np.bool_), np.ones(0), np.arange(0), C=1.0, seconds=0.0)
     return Look(BackboneRecord.model_construct(), summary, made_probes("resnet20", 0.0), head, None)
+
+
+def test_cost_fronts_compare_the_rows_that_all_backbones_could_read() -> None:
+    """Each of the two lacks another row, so that they judged equally many."""
+    right_N = np.arange(100) % 2 == 0
+    looks = []
+    for name, lost in (("small", 3), ("large", 60)):
+        places_M = np.delete(np.arange(100), lost)
+        head = JudgedHead(right_N[places_M], np.ones(99), places_M, C=1.0, seconds=0.0)
+        looks.append(replace(made_look(), probes=made_probes(name, 0.0), head=head))
+    gathered = Gathered(looks=tuple(looks), best=looks[0], untrained=looks[0], curve=None, evidence=())
+    fronts, notes = _fronts([made_cost("small", 100.0, 1000), made_cost("large", 50.0, 9000)], gathered)
+    assert {front.num_rows for front in fronts} == {98}
+    cheapest, dearest = fronts[0].choices
+    assert cheapest.top1 == dearest.top1, "both are right about the same images"
+    assert dearest.dominated_by is not None
+    assert dearest.dominated_by.top1_difference.estimate == 0
+    assert dearest.dominated_by.top1_difference.low == 0, "no row is compared with another"
+    assert "cost fronts compare 98 rows, of 99 that judge" in notes[0]
 
 
 @pytest.mark.parametrize(("timed_images", "is_rough"), [(299, True), (300, False)])

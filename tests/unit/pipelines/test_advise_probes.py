@@ -139,7 +139,7 @@ def cached_look(store: LocalStore, manifest: Manifest, features: dict[str, np.nd
     )
     record = BackboneRecord.model_construct(config=config, axis=depth_axis(config, build_network(config)))
     summary = FeatureSummary.model_construct(sets=sets)
-    head = JudgedHead(np.ones(0, np.bool_), np.ones(0), C=1.0, seconds=0.0)
+    head = JudgedHead(np.ones(0, np.bool_), np.ones(0), np.arange(0), C=1.0, seconds=0.0)
     return Look(record, summary, made_probes("resnet20", 0.0), head, None)
 
 
@@ -257,8 +257,22 @@ def test_images_that_cannot_be_read_are_named_by_class_split_and_reason(
         Prober(store, manifest, CONFIG, Silent()).features(SET_ID)
 
 
+def test_features_tell_which_of_the_rows_that_judge_they_are_of(tmp_path: Path) -> None:
+    manifest = frozen_rows(tmp_path, {Split.TRAIN: (10, 10), Split.VAL: (30, 30)}, ("good", "defect"))
+    store = LocalStore(str(tmp_path))
+    prober = Prober(store, manifest, CONFIG, Silent())
+    lost = prober.rows.judged["sample_id"][7].as_py()
+    names = manifest.read_table(["sample_id"])["sample_id"].to_pylist()
+    record = new_run(store, names, slice_rows=len(names))
+    finish_slice(store, record, "0-000000", rejected=[lost])
+    publish(RunFolder(store, record.run_id), record, read_records(RunFolder(store, record.run_id)))
+    features = prober.features(SET_ID)
+    assert features.places_M.tolist() == [place for place in range(60) if place != 7]
+    assert prober.judge(features).places_M.tolist() == features.places_M.tolist()
+
+
 def test_a_probe_that_is_always_right_is_not_sure_of_the_next_row() -> None:
-    top1 = JudgedHead(np.ones(33, np.bool_), np.ones(33), C=1.0, seconds=0.0).top1
+    top1 = JudgedHead(np.ones(33, np.bool_), np.ones(33), np.arange(33), C=1.0, seconds=0.0).top1
     assert top1.estimate == top1.high == 1
     assert top1.low == pytest.approx(0.896, abs=0.001)
 

@@ -56,6 +56,7 @@ def features_of(rows: LookRows, seed: int) -> LabelledFeatures:
         judged_MD=drawn(judged.labels_N, seed + 1),
         judged_labels_M=judged.labels_N,
         judged_weights_M=judged.weights_N,
+        places_M=np.arange(len(judged.labels_N)),
     )
 
 
