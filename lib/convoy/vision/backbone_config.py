@@ -70,6 +70,10 @@ class BackboneConfig(StrictModel):
 
     @model_validator(mode="after")
     def _keys_fit_together(self) -> BackboneConfig:
+        if self.preset is not None and (self.preset.resize_px or self.preset.crop_px) < self.preset.crop_px:
+            raise ValueError(
+                "preset.resize_px is smaller than preset.crop_px, so no image would be large enough"
+            )
         if self.new_layers is not None and not self.num_classes:
             raise ValueError("new_layers need num_classes")
         if self.num_classes == 0 and not self.arch.startswith(TIMM):

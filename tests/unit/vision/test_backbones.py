@@ -177,6 +177,13 @@ def test_presets_of_timm_are_those_of_the_tag() -> None:
     )
 
 
+@pytest.mark.parametrize("preset", [{"crop_px": 320}, {"resize_px": 200, "crop_px": 224}])
+def test_a_preset_that_would_reject_every_image_is_refused(preset: dict[str, int]) -> None:
+    with pytest.raises(ValidationError, match="resize_px is smaller than"):
+        random_backbone("torchvision:inception_v3", preset=preset)
+    assert random_backbone("torchvision:inception_v3", preset={"resize_px": None, "crop_px": 320}).preset
+
+
 def test_a_preset_of_the_config_wins_but_does_not_move_the_axis() -> None:
     mine = EvalPreset(resize_px=None, crop_px=64)
     config = random_backbone("torchvision:resnet18", preset=mine)
