@@ -24,6 +24,7 @@ from convoy.vision.backbones import (
 from convoy.vision.depth_axis import count_macs
 from convoy.vision.presets import EvalPreset
 from convoy.vision.weights import (
+    adapt_published,
     load_weights,
     read_state_dict,
     require_digest,
@@ -92,5 +93,5 @@ def _load(config: BackboneConfig) -> tuple[nn.Module, tuple[str, ...] | None]:
     network = build_network(config)
     if source is WeightSource.URI:
         store, key = open_object(config.weights)
-        load_weights(network, read_state_dict(store.get(key).data))
+        load_weights(network, adapt_published(read_state_dict(store.get(key).data), network))
     return network, None

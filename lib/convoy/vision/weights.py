@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import pickle
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,9 @@ _WRAPPERS = ("module.", "_orig_mod.")
 _BACKBONE = "backbone."
 # BatchNorm counts its batches; no prediction depends on the count, and older files lack it.
 _BATCH_COUNTER = "num_batches_tracked"
+# The files of torchvision have names from before dots in them were forbidden, and heads that serve training only.
+_DENSE_LAYER = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
+_AUXILIARY_HEADS = ("AuxLogits.", "aux1.", "aux2.")
 _MAX_LISTED = 5
 
 
@@ -49,6 +53,21 @@ def read_state_dict(source: bytes | str | Path) -> dict[str, Tensor]:
     if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise _no_state_dict("it holds other things than named tensors", where)
     return _without_wrappers(tensors)
+
+
+def adapt_published(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a published file for a network, as torchvision itself takes its own.
+
+    Names of DenseNet's layers are those of today, and auxiliary classifiers that the network lacks are left out. What
+    the network has under the file's names stays as it is.
+    """
+    own = network.state_dict().keys()
+    named = {
+        name if name in own else _DENSE_LAYER.sub(r"\1\2", name): tensor for name, tensor in state.items()
+    }
+    return {
+        name: tensor for name, tensor in named.items() if name in own or not name.startswith(_AUXILIARY_HEADS)
+    }
 
 
 def load_weights(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.backbones import build_network
 from convoy.vision.libraries import Timm
 from convoy.vision.presets import EvalPreset
-from convoy.vision.weights import load_weights
+from convoy.vision.weights import load_weights, weights_digest
 
 
 @pytest.fixture
@@ -101,6 +102,16 @@ def test_records_of_former_versions_are_renewed_where_they_are_wrong(store: Loca
     config = BackboneConfig(arch="timm:resnet10t", weights="c3_in1k")
     keep_as_version_2(store, config, num_classes=11821)
     assert fetch_backbone(store, config).num_classes == 1000
+
+
+def test_torchvisions_own_file_of_a_densenet_is_taken(store: LocalStore, tmp_path: Path) -> None:
+    config = BackboneConfig(arch="torchvision:densenet121", weights="random")
+    own = build_network(config).state_dict()
+    older = {re.sub(r"(denselayer\d+\.(?:norm|conv))([12])", r"\1.\2", name): own[name] for name in own}
+    torch.save(older, tmp_path / "densenet121-a639ec97.pth")
+    weights = str(tmp_path / "densenet121-a639ec97.pth")
+    record = fetch_backbone(store, BackboneConfig(arch=config.arch, weights=weights))
+    assert record.weights_digest == weights_digest(own)
 
 
 def test_a_network_without_classifier_is_not_used_as_it_is(store: LocalStore) -> None:

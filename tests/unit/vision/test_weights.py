@@ -3,6 +3,7 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from convoy.vision.architectures import CifarResNet, LeNet5
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.backbones import build_pretrained
 from convoy.vision.weights import (
+    adapt_published,
     load_weights,
     read_state_dict,
     require_digest,
@@ -188,6 +191,24 @@ def test_long_differences_are_cut() -> None:
         load_weights(CifarResNet(20), dict(LeNet5().state_dict()))
 
 
+def test_a_classifier_of_several_layers_is_replaced_where_it_differs() -> None:
+    """As that of RepViT, which has one more for distillation, each with a norm."""
+
+    def network(num_classes: int) -> nn.Module:
+        heads = {
+            name: nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, num_classes))
+            for name in ("head", "distilled")
+        }
+        return nn.ModuleDict({"stem": nn.Linear(2, 2), **heads})
+
+    trained, new = network(3), network(7)
+    nn.init.uniform_(trained["head"][0].weight)
+    classifier = [name for name, _ in new.named_parameters() if not name.startswith("stem")]
+    kept = load_weights(new, trained.state_dict(), new_classifier=classifier)
+    assert kept == ("head.1.weight", "head.1.bias", "distilled.1.weight", "distilled.1.bias")
+    assert torch.equal(new["head"][0].weight, trained["head"][0].weight)
+
+
 def test_another_number_of_classes_is_refused_or_replaced(state: State) -> None:
     network = small_network(num_classes=7)
     head = network[4].weight.clone()
@@ -223,6 +244,29 @@ def test_a_classifier_that_the_weights_lack_is_new(state: State) -> None:
     assert (
         load_weights(wrapped, headless, new_classifier=("backbone.4.weight", "backbone.4.bias")) == CLASSIFIER
     )
+
+
+@pytest.mark.parametrize("heads", [("aux1", "aux2"), ("AuxLogits",)])
+def test_auxiliary_classifiers_of_a_file_are_left_out_where_the_network_has_none(
+    heads: tuple[str, ...],
+) -> None:
+    with_heads = nn.ModuleDict({"fc": nn.Linear(2, 3), **{head: nn.Linear(2, 3) for head in heads}})
+    published, network = with_heads.state_dict(), nn.ModuleDict({"fc": nn.Linear(2, 3)})
+    with pytest.raises(ConfigError, match="unknown to the network"):
+        load_weights(network, published)
+    assert load_weights(network, adapt_published(published, network)) == ()
+    assert torch.equal(network["fc"].weight, published["fc.weight"])
+    assert same(adapt_published(published, with_heads), published)
+
+
+def test_files_of_densenet_from_before_names_had_no_dots_load() -> None:
+    with torch.device("meta"):
+        network = torchvision.models.densenet121(weights=None)
+    own = network.state_dict()
+    published = {re.sub(r"(denselayer\d+\.(?:norm|conv))([12])", r"\1.\2", name): own[name] for name in own}
+    assert "features.denseblock1.denselayer1.norm.1.weight" in published
+    assert adapt_published(published, network).keys() == own.keys()
+    assert load_weights(network, adapt_published(published, network)) == ()
 
 
 def test_a_pinned_digest_refuses_changed_weights(state: State) -> None:
