@@ -15,8 +15,8 @@ from convoy.vision.backbone_config import BackboneConfig, WeightSource, weight_s
 from convoy.vision.factories import with_pinned_code
 
 _RECORD_VERSION = 3
-# Those of this version have another number of outputs than their network where that is not the architecture's own.
-_FORMER_VERSION, _ITS_OUTPUTS = 2, 1000
+# Records of this version may be wrong where the outputs are neither those that were asked for nor ImageNet's classes.
+_FORMER_VERSION, _USUAL_OUTPUTS = 2, 1000
 
 
 def fetch_backbone(store: ObjectStore, config: BackboneConfig) -> BackboneRecord:
@@ -46,9 +46,7 @@ def _known(store: ObjectStore, config: BackboneConfig, source: str) -> BackboneR
         return BackboneRecord.model_validate(known)
     former = read_json(store, _request_key(_FORMER_VERSION, config, source))
     record = None if former is None else BackboneRecord.model_validate(former)
-    is_right = record is not None and record.num_classes == _ITS_OUTPUTS == (
-        config.num_classes or _ITS_OUTPUTS
-    )
+    is_right = record is not None and record.num_classes == (config.num_classes or _USUAL_OUTPUTS)
     return record if is_right else None
 
 

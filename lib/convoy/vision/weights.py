@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from convoy.core.errors import ChecksumMismatch, ConfigError, DataError
 from convoy.core.fingerprints import digest, digest_bytes
 
-# Under these keys training programs keep the state dict, beside optimiser states and counters.
+# Under these keys training programs keep the state dict, beside optimiser states and counters. Averaged weights come
+# first, as in timm: they are what the programs report.
 _CONTAINERS = (
+    "state_dict_ema",
+    "model_ema",
     "state_dict",
     "model_state_dict",
     "model_state",
     "model",
-    "model_ema",
-    "state_dict_ema",
     "weights",
 )
 # DataParallel and AveragedModel put the first before every name, torch.compile the second.
@@ -43,8 +44,9 @@ _MAX_LISTED = 5
 def read_state_dict(source: bytes | str | Path) -> dict[str, Tensor]:
     """The tensors of a weight file on the CPU, by name, without containers and the prefixes of wrappers.
 
-    Reads safetensors, and PyTorch files in the mode that runs no code. Raises ConfigError for a path that
-    cannot be read, and DataError for anything that is no plain state dict.
+    Where a file has the last weights of a training and their average (EMA), these are the average. Reads safetensors,
+    and PyTorch files in the mode that runs no code. Raises ConfigError for a path that cannot be read, and DataError
+    for anything that is no plain state dict.
     """
     data = source if isinstance(source, bytes) else _read(Path(source))
     where = "weights" if isinstance(source, bytes) else str(source)
@@ -185,7 +187,8 @@ def _no_state_dict(why: str, where: str) -> DataError:
 def _unpacked(content: Any) -> dict[Any, Any]:
     """The innermost of nested containers, without what AveragedModel adds to a model's own names."""
     while isinstance(content, Mapping):
-        inner = next((content[key] for key in _CONTAINERS if isinstance(content.get(key), Mapping)), None)
+        mappings = (content[key] for key in _CONTAINERS if isinstance(content.get(key), Mapping))
+        inner = next((mapping for mapping in mappings if mapping), None)
         if inner is None:
             return {name: value for name, value in content.items() if name != "n_averaged"}
         content = inner

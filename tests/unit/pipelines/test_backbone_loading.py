@@ -89,10 +89,11 @@ def keep_as_version_2(store: LocalStore, config: BackboneConfig, **fields: Any) 
     return former
 
 
+@pytest.mark.parametrize(("weights", "num_classes"), [("c3_in1k", None), ("random", 7)])
 def test_records_of_former_versions_count_where_they_are_right(
-    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch, weights: str, num_classes: int | None
 ) -> None:
-    mirrored = BackboneConfig(arch="timm:resnet10t", weights="c3_in1k")
+    mirrored = BackboneConfig(arch="timm:resnet10t", weights=weights, num_classes=num_classes)
     former = keep_as_version_2(store, mirrored)
     monkeypatch.delattr(backbone_loading, "load_backbone")
     assert fetch_backbone(store, mirrored) == former

@@ -72,6 +72,9 @@ def same(left: State, right: State) -> bool:
         lambda state: {"model_state": prefixed("module.", state)},
         lambda state: {"state_dict": {"model": prefixed("_orig_mod.", state)}},
         lambda state: prefixed("module._orig_mod.", state),
+        lambda state: {"state_dict": {"0.weight": torch.zeros(1)}, "state_dict_ema": state},
+        lambda state: {"model": {"0.weight": torch.zeros(1)}, "model_ema": prefixed("module.", state)},
+        lambda state: {"state_dict": state, "state_dict_ema": None},
         lambda state: {"model_ema": {**prefixed("module.", state), "n_averaged": torch.tensor(9)}},
     ],
 )
