@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
@@ -17,17 +17,11 @@ from convoy.core.fingerprints import digest
 from convoy.core.machine import MachineFacts
 from convoy.core.progress import Progress
 from convoy.pipelines.backbone_record import BackboneRecord
-from convoy.pipelines.feature_plan import (
-    CompileChoice,
-    DeviceFinder,
-    ExtractionConfig,
-    compile_decision,
-    forward_s,
-)
+from convoy.pipelines.feature_plan import CompileChoice, ExtractionConfig, compile_decision, forward_s
 from convoy.pipelines.pixel_statistics import choose_rows
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
-from convoy.vision.engine_options import Precision
+from convoy.vision.engine_options import NetworkDevice, Precision
 
 _MILLION = 1_000_000
 
@@ -36,11 +30,12 @@ class CostsConfig(StrictModel):
     """How the cost of a backbone is measured.
 
     Batches for `seconds`, then up to `latencies` single images for as long at most, then `images` of the train split
-    on their whole way from the store; 0 leaves that out. `compile: auto` compiles what would be compiled for a
-    million images. `price_per_hour` is what the whole cluster costs an hour, in any currency.
+    on their whole way from the store; 0 leaves that out. Without `batch_size` batches are those of the extraction.
+    `compile: auto` compiles what would be compiled for a million images. `price_per_hour` is what the whole cluster
+    costs an hour, in any currency.
     """
 
-    batch_size: PositiveInt = 32
+    batch_size: PositiveInt | None = None
     seconds: PositiveFloat = 2.0
     latencies: PositiveInt = 100
     images: NonNegativeInt = 256
@@ -126,9 +121,10 @@ def _spec(
     config: CostsConfig,
     extraction: ExtractionConfig,
     images_digest: str,
-    find: DeviceFinder,
+    find: Callable[[], NetworkDevice],
 ) -> TimingSpec:
     compiled, _ = compile_decision(config.compile, forward_s(_MILLION * backbone.macs), find)
+    batch_size = config.batch_size or extraction.batch_size or find().batch_size(backbone.preset.crop_px)
     return TimingSpec(
         weights_key=backbone.weights_key,
         weights_digest=backbone.weights_digest,
@@ -137,7 +133,7 @@ def _spec(
         decode_rule=extraction.decode,
         precision=Precision(extraction.precision.value),
         compiled=compiled,
-        batch_size=config.batch_size,
+        batch_size=batch_size,
         num_workers=extraction.num_workers,
         cpus_per_worker=extraction.cpus_per_worker,
         num_fetch_threads=extraction.num_fetch_threads,

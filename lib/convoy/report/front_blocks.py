@@ -118,8 +118,8 @@ def _cost_table(costs: Sequence[BackboneCost]) -> Table:
         "memory", "price a million",
     ]  # fmt: skip
     where = costs[0].machine
-    caption = (
-        f"Measured on {where.gpu or where.cpu}, batches of {costs[0].batch_size}, {costs[0].precision.value}."
-    )
+    least, most = min(one.batch_size for one in costs), max(one.batch_size for one in costs)
+    batches = f"{least}" if least == most else f"{least} to {most}"
+    caption = f"Measured on {where.gpu or where.cpu}, batches of {batches}, {costs[0].precision.value}."
     data = [one.model_dump(mode="json") for one in costs]
     return text_table(columns, rows, key="costs", title="What was measured", data=data, caption=caption)
