@@ -87,15 +87,25 @@ def with_published_outputs(config: BackboneConfig) -> BackboneConfig:
 def default_preset(config: BackboneConfig) -> EvalPreset:
     """The preset of the config, else the one that its weights were trained with.
 
-    Random weights and files take that of the architecture's default weights. Raises ConfigError where none is
-    known, or the named weights do not exist.
+    Random weights and files take that of the architecture's default weights. What a config leaves out of its preset
+    is as in that of named weights: their mean and deviation, for instance, whatever the size. Raises ConfigError where
+    none is known, the named weights do not exist, or no image would be large enough.
     """
-    if config.preset is not None:
-        return config.preset
-    library, name = _locate(config.arch)
-    return library.preset(
-        name, config.weights if weight_source(config) is WeightSource.NAMED else DEFAULT_WEIGHTS_NAME
-    )
+    told, is_named = config.preset, weight_source(config) is WeightSource.NAMED
+    if told is not None and (not is_named or told.model_fields_set == set(EvalPreset.model_fields)):
+        preset = told
+    else:
+        library, name = _locate(config.arch)
+        preset = library.preset(name, config.weights if is_named else DEFAULT_WEIGHTS_NAME)
+        if told is not None:
+            preset = preset.model_copy(update=told.model_dump(exclude_unset=True))
+    if preset.resize_px is not None and preset.resize_px < preset.crop_px:
+        raise ConfigError(
+            f"images are resized to {preset.resize_px} pixels, and {preset.crop_px} are to be cut out of them",
+            where="backbone.preset",
+            next_step="set resize_px to as many as crop_px or more",
+        )
+    return preset
 
 
 def pretrained_classes(config: BackboneConfig) -> tuple[str, ...] | None:

@@ -172,7 +172,7 @@ class Timm:
             raise ConfigError(
                 f"'{name}' wants images that are not cut but {transform['crop_mode']}",
                 where="backbone.preset",
-                next_step="set backbone.preset to the nearest transform that keeps the aspect",
+                next_step="set all keys of backbone.preset to the nearest transform that keeps the aspect",
             )
         crop_px = transform["input_size"][-1]
         return EvalPreset(

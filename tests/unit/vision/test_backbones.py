@@ -179,9 +179,19 @@ def test_presets_of_timm_are_those_of_the_tag() -> None:
 
 @pytest.mark.parametrize("preset", [{"crop_px": 320}, {"resize_px": 200, "crop_px": 224}])
 def test_a_preset_that_would_reject_every_image_is_refused(preset: dict[str, int]) -> None:
-    with pytest.raises(ValidationError, match="resize_px is smaller than"):
-        random_backbone("torchvision:inception_v3", preset=preset)
-    assert random_backbone("torchvision:inception_v3", preset={"resize_px": None, "crop_px": 320}).preset
+    with pytest.raises(ConfigError, match="set resize_px to as many as crop_px"):
+        default_preset(random_backbone("torchvision:inception_v3", preset=preset))
+
+
+def test_what_a_preset_leaves_out_is_as_in_that_of_named_weights() -> None:
+    """Inception-v3 has other means than ImageNet's, whatever the size."""
+    named = BackboneConfig(
+        arch="torchvision:inception_v3", preset=EvalPreset.model_validate({"crop_px": 320})
+    )
+    own = EvalPreset(resize_px=342, crop_px=320, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    assert default_preset(named) == own
+    files = named.model_copy(update={"weights": "nets/inception.pth", "preset": EvalPreset(crop_px=192)})
+    assert default_preset(files) == EvalPreset(crop_px=192)
 
 
 def test_a_preset_of_the_config_wins_but_does_not_move_the_axis() -> None:
