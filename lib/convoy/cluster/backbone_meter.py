@@ -36,7 +36,8 @@ def measure_backbone(workspace: str, spec: TimingSpec, images: pa.Table, pool: W
     store, machine, num_threads = open_store(workspace), facts_here(), pool.num_threads
     kept = kept_timing(store, spec, machine)
     if kept is not None:
-        return kept
+        # The cluster may have another size by now.
+        return kept.model_copy(update={"num_workers": pool.num_workers, "gpu_share": pool.num_gpus})
     # As the workers of jobs do.
     keep_freed_memory()
     memory = MemoryMeter(best_device())

@@ -24,7 +24,7 @@ from convoy.storage.commits import PartFile, SliceRecord, part_key
 from convoy.storage.parts import FeatureRows, write_features
 from convoy.storage.runs import FIRST_SLICE, RunFolder
 from convoy.storage.stores import open_store
-from convoy.vision.backbones import build_network, depth_axis
+from convoy.vision.backbones import build_network, recorded_axis
 from convoy.vision.engine import FeatureEngine
 from convoy.vision.engine_options import Precision
 from convoy.vision.views import prepare_view
@@ -62,7 +62,7 @@ class FeatureExtractor:
             digests_content=True,
         )
         network = build_network(spec.backbone)
-        axis = depth_axis(spec.backbone, network)
+        axis = recorded_axis(spec.backbone, network, spec.num_classes)
         load_weights(network, read_kept_weights(self._store, spec.weights_key))
         taps = tuple(dict.fromkeys(output.tap for output in spec.outputs))
         self._engine = FeatureEngine(network, axis, spec.preset, taps=taps, options=spec.engine)

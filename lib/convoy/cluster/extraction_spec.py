@@ -22,11 +22,15 @@ class FeatureOutput(StrictModel):
 
 
 class ExtractionSpec(StrictModel):
-    """Everything that a worker needs, as JSON; the rest it reads from the workspace."""
+    """Everything that a worker needs, as JSON; the rest it reads from the workspace.
+
+    `num_classes` are those of the network by its record, 0 without a classifier.
+    """
 
     workspace: str
     run_id: str
     backbone: BackboneConfig
+    num_classes: int
     weights_key: str
     preset: EvalPreset
     decode_rule: DecodeRule

@@ -51,7 +51,8 @@ def _ask() -> NetworkDevice:
     import ray  # noqa: PLC0415
     from ray.exceptions import GetTimeoutError, RayError  # noqa: PLC0415
 
-    has_gpus = any(node["GPU"] for node in alive_nodes())
+    nodes = alive_nodes()
+    has_gpus = any(node["GPU"] for node in nodes)
     share = {"num_cpus": 0, "num_gpus": _SHARE} if has_gpus else {"num_cpus": _SHARE}
     # One call a process, so that what torch takes of a GPU is given back; and not within the reservation of a trial,
     # which has none.
@@ -64,7 +65,8 @@ def _ask() -> NetworkDevice:
         return supposed_gpu(types) if has_gpus else _supposed_cpu()
     except RayError as error:
         raise first_cause(error) from error
-    return device
+    # Of a container the system tells the CPUs of its host.
+    return device.model_copy(update={"num_cpus": max(int(max(node["CPU"] for node in nodes)), 1)})
 
 
 def supposed_gpu(types: list[str]) -> NetworkDevice:

@@ -25,7 +25,7 @@ from convoy.storage.commits import SliceRecord
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import RunFolder
 from convoy.storage.stores import open_store
-from convoy.vision.backbones import build_network, depth_axis
+from convoy.vision.backbones import build_network, recorded_axis
 from convoy.vision.committee import Committee, Member, TurnOutput, check_input_size
 from convoy.vision.gating import GatedCommittee, GatedRows
 from convoy.vision.heads import HEAD_PREFIX, OutputGroups, head_from_state
@@ -164,7 +164,7 @@ def weights_budget_bytes(free_bytes: int, total_bytes: int, gpu_share: float) ->
 def _open_network(store: ObjectStore, spec: MemberSpec, features_tap: str | None) -> LogitsNetwork:
     """A member's network with its readout, from the workspace."""
     network = build_network(spec.backbone)
-    axis = depth_axis(spec.backbone, network)
+    axis = recorded_axis(spec.backbone, network, spec.num_classes)
     load_weights(network, read_kept_weights(store, spec.weights_key))
     head = None
     if spec.head is not None and spec.head_key is not None:

@@ -16,12 +16,14 @@ from convoy.vision.heads import HeadSpec
 class MemberSpec(StrictModel):
     """A network with its readout, and where a worker finds its tensors.
 
-    `head_key` is a bundle's file that holds the head; `output_groups` adds outputs up to classes. `class_order`
-    gives for each class of the committee its index among the member's, null where the order is the same.
+    `num_classes` are those of the network by its record. `head_key` is a bundle's file that holds the head;
+    `output_groups` adds outputs up to classes. `class_order` gives for each class of the committee its index among the
+    member's, null where the order is the same.
     """
 
     digest: str
     backbone: BackboneConfig
+    num_classes: int
     weights_key: str
     tap: str
     head: HeadSpec | None

@@ -122,23 +122,24 @@ def run_training(
     calling thread. Raises the ConvoyError of a worker, NoRoom if none came free for the group, or another
     ClusterError.
     """
-    for _ in range(plan.max_failures):
+    failures_left = plan.max_failures
+    while True:
+        # What is decided between plan and start takes minutes, a head that is fitted an hour, a new machine a quarter
+        # of one: Ray Train waits for four minutes.
+        regrow_cluster()
         try:
             return _train_group(spec, plan, tell)
         except NoRoom:
             # Others that hold the room are not waited for, a machine in the place of a lost one is.
-            if not has_shrunk():
+            if not (failures_left and has_shrunk()):
                 raise
-    return _train_group(spec, plan, tell)
+        failures_left -= 1
 
 
 def _train_group(
     spec: TrainingSpec, plan: WorkerPlan, tell: Callable[[TrainingEvent], None]
 ) -> dict[str, Any]:
     """What Ray Train makes of the training, with restarts for which it finds room within minutes."""
-    # What is decided between plan and start takes minutes, a head that is fitted an hour, a new machine a quarter of
-    # one: Ray Train waits for four minutes.
-    regrow_cluster()
     board = actor_here(Board).remote()
     trainer = _trainer(spec, plan, board)
     ended: list[Any] = []

@@ -16,7 +16,7 @@ from convoy.pipelines.advise_rows import has_held_out, has_judges, images_by_cla
 from convoy.pipelines.advise_rule import Evidence, JudgedProbe
 from convoy.pipelines.advise_strategies import BackboneEvidence, SvmProbe
 from convoy.pipelines.backbone_record import BackboneRecord
-from convoy.pipelines.feature_plan import FeatureRequest
+from convoy.pipelines.feature_plan import FeatureRequest, holding_features
 from convoy.pipelines.feature_source import gather_features
 from convoy.pipelines.features import FeatureJob
 from convoy.pipelines.models import fetch_backbone
@@ -79,7 +79,8 @@ class Gatherer:
         rows = rows.take(pa.array(np.linspace(0, rows.num_rows - 1, num_rows).round().astype(np.int64)))
         tap = look.probes.top.tap
         request = FeatureRequest(dataset=name, backbone=look.record.config, taps=(tap,))
-        job = FeatureJob(self._store, reference, look.record, request, self._config.extraction, rows=rows)
+        extraction = holding_features(self._config.extraction, look.record)
+        job = FeatureJob(self._store, reference, look.record, request, extraction, rows=rows)
         job.ensure(progress=self._prober.progress)
         wanted = content_id_array(rows["content_id"])
         reference_ND, found_N = gather_features(FeatureCache(self._store), job.set_id(tap), wanted)

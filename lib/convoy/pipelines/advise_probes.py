@@ -27,7 +27,7 @@ from convoy.pipelines.advise_rule import JudgedProbe
 from convoy.pipelines.advise_taps import probed_taps
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.classifiers import Classifier
-from convoy.pipelines.feature_plan import FeatureDtype, FeatureRequest
+from convoy.pipelines.feature_plan import FeatureRequest, holding_features
 from convoy.pipelines.feature_source import gather_features
 from convoy.pipelines.feature_summary import FeatureSummary
 from convoy.pipelines.features import FeatureJob
@@ -41,7 +41,6 @@ from convoy.pipelines.probe_judging import CrossFittedProbe
 from convoy.storage.feature_cache import FeatureCache, content_id_array
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
-from convoy.vision.backbone_config import WeightSource, weight_source
 from convoy.vision.head_fitting import fit_path
 from convoy.vision.heads import FeatureSource, HeadConfig, TensorFeatures
 
@@ -318,10 +317,7 @@ class Prober:
         outputs = () if own is None else (own.tap,)
         taps = tuple(dict.fromkeys([*taps, *near_duplicate_taps(record.axis), *outputs]))
         request = FeatureRequest(dataset=self._config.dataset_name, backbone=record.config, taps=taps)
-        extraction = self._config.extraction
-        if weight_source(record.config) is WeightSource.RANDOM:
-            # Its activations shrink from stage to stage, to far below what float16 holds.
-            extraction = extraction.model_copy(update={"dtype": FeatureDtype.FLOAT32})
+        extraction = holding_features(self._config.extraction, record)
         return FeatureJob(self._store, self._manifest, record, request, extraction, rows=self.rows.all)
 
     def _probe(self, record: BackboneRecord, tap: str, set_id: str) -> tuple[TapProbe, JudgedHead]:

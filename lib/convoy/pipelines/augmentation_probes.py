@@ -11,7 +11,7 @@ from convoy.cluster.session import ray_session
 from convoy.core.progress import Progress
 from convoy.pipelines.augmentation_outcomes import NamedPolicy, PolicyOutcome
 from convoy.pipelines.backbone_record import BackboneRecord
-from convoy.pipelines.feature_plan import ExtractionConfig, ManyPolicies
+from convoy.pipelines.feature_plan import ExtractionConfig, ManyPolicies, holding_features
 from convoy.pipelines.features import FeatureJob
 from convoy.pipelines.probe_judging import ProbeBench, ProbeRows
 from convoy.storage.feature_cache import FeatureCache
@@ -94,6 +94,7 @@ class ViewProbes:
         batch_size = self._extraction.batch_size or _USUAL_BATCH
         view_bytes = batch_size * 3 * backbone.preset.crop_px**2
         most = max((_MOST_BATCH_BYTES // view_bytes - 1) // (views - 1), 1)
+        extraction = holding_features(self._extraction, backbone)
         jobs = []
         for start in range(0, len(policies), most):
             part = policies[start : start + most]
@@ -101,6 +102,6 @@ class ViewProbes:
             request = self._request.model_copy(
                 update={"views": views, "augmentation": first, "policies": tuple(further)}
             )
-            job = FeatureJob(self._store, self._manifest, backbone, request, self._extraction, rows=rows)
+            job = FeatureJob(self._store, self._manifest, backbone, request, extraction, rows=rows)
             jobs.append((part, job))
         return jobs

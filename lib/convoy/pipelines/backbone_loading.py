@@ -37,13 +37,9 @@ def load_backbone(store: ObjectStore, config: BackboneConfig) -> BackboneRecord:
     """Build a network, load its weights from where the config says, and put them into the workspace."""
     network, classes = _load(config)
     require_digest(network.state_dict(), config.weights_digest)
-    preset = default_preset(config)
     if weight_source(config) is WeightSource.NAMED:
         config = with_published_outputs(config)
-    if config.preset is not None:
-        # All of it: who goes on from the record may not know the weights.
-        config = config.model_copy(update={"preset": preset})
-    return keep_network(store, config, network, preset=preset, classes=classes)
+    return keep_network(store, config, network, preset=default_preset(config), classes=classes)
 
 
 def keep_network(

@@ -172,7 +172,7 @@ class CommitteeJob:
 
     def _freeze(self, folder: RunFolder, identity: dict[str, Any], config: dict[str, Any]) -> RunRecord:
         request = self._request
-        batch_size = request.batch_size(self._store)
+        batch_size = request.batch_size(self._store, self._manifest)
         slice_rows = request.slice_rows(self._manifest, batch_size)
         groups = freeze_input(folder, self._rows_by_output(), slice_rows=slice_rows)
         outputs = sorted({output for group in groups for output in group.outputs})

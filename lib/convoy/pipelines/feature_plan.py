@@ -16,13 +16,15 @@ from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.storage.feature_cache import FeatureSetSpec
 from convoy.storage.manifests import Manifest
 from convoy.vision.augmentation_policy import AugmentationPolicy, view_recipe
-from convoy.vision.backbone_config import BackboneConfig
+from convoy.vision.backbone_config import BackboneConfig, WeightSource, weight_source
 from convoy.vision.decode_rule import DecodeRule
 from convoy.vision.engine_options import NetworkDevice, Precision
 
 # torch.compile costs about half a minute a worker and saves about a sixth of the forward time (resnet18 and resnet50
 # at 224 pixels on two AVX512-bf16 cores): it pays from this much forward work of a device on.
 COMPILE_PAYS_FROM_S = 400.0
+# Before, `pooled` was the block before the last one there.
+_AXIS_WITHOUT_CLASSIFIER = 2
 # Multiply-adds a second of two such cores in bf16; the forecast needs no better guess.
 _MACS_PER_S = 2.5e11
 
@@ -68,6 +70,16 @@ class ExtractionConfig(StrictModel):
     cpus_per_worker: int | None = Field(default=None, gt=0)
     slice_rows: int | None = Field(default=None, gt=0)
     num_fetch_threads: PositiveInt | None = None
+
+
+def holding_features(extraction: ExtractionConfig, backbone: BackboneRecord) -> ExtractionConfig:
+    """The settings with a dtype that holds the features of a network.
+
+    Activations of random weights shrink from stage to stage, to far below what float16 holds.
+    """
+    if weight_source(backbone.config) is not WeightSource.RANDOM:
+        return extraction
+    return extraction.model_copy(update={"dtype": FeatureDtype.FLOAT32})
 
 
 class ErrorBudget(StrictModel):
@@ -126,6 +138,7 @@ def plan_sets(
             arch=backbone.arch,
             weights_digest=backbone.weights_digest,
             code_digest=backbone.config.code_digest,
+            axis_version=None if backbone.num_classes else _AXIS_WITHOUT_CLASSIFIER,
             tap=backbone.resolve_tap(tap),
             precision=Precision(extraction.precision.value).value,
             dtype=extraction.dtype.value,

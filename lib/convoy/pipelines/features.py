@@ -260,6 +260,7 @@ class FeatureJob:
             workspace=self._store.root_uri,
             run_id=record.run_id,
             backbone=self._backbone.config,
+            num_classes=self._backbone.num_classes,
             weights_key=self._backbone.weights_key,
             preset=self._backbone.preset,
             decode_rule=self._extraction.decode,

@@ -42,7 +42,7 @@ def forecast_scoring(
     """
     started_unix_s = time.time()
     num_images = request.num_rows(manifest)
-    batch_size = request.batch_size(store)
+    batch_size = request.batch_size(store, manifest)
     num_sampled = max(_SAMPLED_ROWS, _SAMPLED_SLICES * _BATCHES_A_SLICE * batch_size)
     rows = _spread_rows(manifest, request, num_images, min(num_sampled, num_images))
     partitions, slice_rows = request.partition_rows(manifest), request.slice_rows(manifest, batch_size)

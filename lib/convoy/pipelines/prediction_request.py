@@ -26,6 +26,10 @@ from convoy.vision.presets import EvalPreset, dense_preset, geometry_of
 EVALUATE, SCORE = "evaluate", "score"
 
 
+# A pass of fewer images is hardly faster.
+_LEAST_OF_A_FOLDER = 32
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreRequest:
     """How `convoy score` wants its rows. An unfinished run of the same `name` is gone on with, or refused.
@@ -138,12 +142,20 @@ class PredictionRequest:
         by_class = [one.by_class for one in counts]
         return [*map(sum, zip(*by_class, strict=True)), sum(one.num_unlabelled for one in counts)]
 
-    def batch_size(self, store: ObjectStore) -> int:
-        """How many images a pass of a network takes: where nobody says, by the member that sees the largest ones."""
+    def batch_size(self, store: ObjectStore, manifest: Manifest) -> int:
+        """How many images a pass of a network takes: where nobody says, by the member that sees the largest ones.
+
+        And by the folders of scores, each of which ends with a pass that is not full, and takes as long.
+        """
         geometries = {geometry_of(self.preset(member)) for member in self.committee.members}
         crop_px = max(geometry.crop_px for geometry in geometries)
         num_crops = num_slots(self.plan) * len(geometries)
-        return settle_batch_size(store, self.dataset, self.extraction, crop_px, num_crops=num_crops)
+        batch_size = settle_batch_size(store, self.dataset, self.extraction, crop_px, num_crops=num_crops)
+        if self.extraction.batch_size is not None:
+            return batch_size
+        rows = [num_rows for num_rows in self.partition_rows(manifest) if num_rows]
+        mean_rows = sum(rows) // max(len(rows), 1)
+        return min(batch_size, max(1 << max(mean_rows - 1, 0).bit_length(), _LEAST_OF_A_FOLDER))
 
     def slice_rows(self, manifest: Manifest, batch_size: int) -> int:
         """How many rows a slice has."""

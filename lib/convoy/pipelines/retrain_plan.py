@@ -208,4 +208,7 @@ def _settings(config: RetrainConfig) -> dict[str, object]:
 
 
 def _asks_the_same(plan: RetrainPlan, before: RetrainPlan | None) -> bool:
-    return before is not None and (plan.champion, plan.config) == (before.champion, before.config)
+    if before is None or plan.champion != before.champion:
+        return False
+    # A setting that an older Convoy had not is none that was changed.
+    return not describe_changes(before.config, plan.config)

@@ -194,6 +194,12 @@ class CandidateMaker:
             )
         kept = self._folder.fine_tuned(self._date)
         if kept is None:
+            if self._rows.num_leaks:
+                self.notes.append(
+                    f"fine_tune is left out, as a network would learn {self._rows.num_leaks} images of the holdout:"
+                    " take them out of the train split"
+                )
+                return None
             cost = cost_check(self._macs_when_trained(), champion.macs, self._config.gate)
             if not cost.passed:
                 self.notes.append(f"fine_tune is left out, as the gate would refuse {arch}: {cost.text}")
@@ -210,12 +216,6 @@ class CandidateMaker:
         return count_macs(network, input_px=fetch_backbone(self._store, config.backbone).preset.crop_px)
 
     def _train_network(self) -> TrainReport:
-        if self._rows.num_leaks:
-            raise DataError(
-                f"{self._rows.num_leaks} training images are images of the holdout, and a network would learn them",
-                where=self._manifest.uri,
-                next_step="take them out of the train split, or leave fine_tune out",
-            )
         # No bundle is named so: what a person trains under the model's name is left alone.
         target = f"{self._config.name}/retrain"
         train = partial(

@@ -116,6 +116,7 @@ def _member_spec(request: PredictionRequest, member: CommitteeMember) -> MemberS
     return MemberSpec(
         digest=member.digest,
         backbone=classifier.backbone.config,
+        num_classes=classifier.backbone.num_classes,
         weights_key=classifier.backbone.weights_key,
         tap=classifier.tap,
         head=None if classifier.head is None else classifier.head.spec,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import cache
 
 import numpy as np
 import pyarrow as pa
@@ -37,7 +38,12 @@ def overlap_notes(
         for member in committee.members
         if member.bundle is not None and member.classifier.strategy is not Strategy.AS_IS
     ]
-    notes = (_note(store, manifest, dataset, splits, ref) for ref in refs)
+
+    @cache
+    def count(fingerprint: str) -> tuple[int, int, int]:
+        return count_overlap(manifest, splits, open_dataset(store, dataset, fingerprint))
+
+    notes = (_note(store, manifest, dataset, ref, count) for ref in refs)
     return [note for note in notes if note]
 
 
@@ -55,19 +61,22 @@ def count_overlap(manifest: Manifest, splits: Collection[Split], trained: Manife
 
 
 def _note(
-    store: ObjectStore, manifest: Manifest, dataset: str, splits: Collection[Split], ref: BundleRef
+    store: ObjectStore,
+    manifest: Manifest,
+    dataset: str,
+    ref: BundleRef,
+    count: Callable[[str], tuple[int, int, int]],
 ) -> str:
     name, fingerprint = dataset_of_model(store, peek_bundle(store, ref))
     if name != dataset or fingerprint in ("", manifest.fingerprint):
         return ""
     try:
-        trained = open_dataset(store, dataset, fingerprint)
+        total, learnt, chosen_by = count(fingerprint)
     except DataError:
         return (
             f"{ref} was trained on version {fingerprint} of {dataset}, which is no longer in the workspace: nobody can"
             " say how many of these rows it learnt from"
         )
-    total, learnt, chosen_by = count_overlap(manifest, splits, trained)
     if not learnt + chosen_by:
         return ""
     also = f", and {chosen_by} to its val split, by which it may have been chosen" if chosen_by else ""

@@ -10,6 +10,7 @@ bytes lie if the same content is found at a new place, and how its samples were 
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -192,13 +193,14 @@ def notes_of_version(store: ObjectStore, name: str, fingerprint: str) -> list[st
 def _same_source(previous: Manifest | None, source_uri: str, reading: ReadingOptions) -> Manifest | None:
     if previous is None or previous.header.source != source_uri:
         return None
-    return previous if _reading_of(previous.header) == reading.model_dump(mode="json") else None
+    return None if _reading_changes(previous.header, reading.model_dump(mode="json")) else previous
 
 
 def _made_otherwise(before: ManifestHeader, now: ManifestHeader) -> Iterator[str]:
     """In what the settings of two versions differ, as far as the one before has kept them."""
-    yield from describe_changes({"source": before.source}, {"source": now.source})
-    yield from describe_changes({"reading": _reading_of(before)}, {"reading": now.reading})
+    if _place(before.source) != _place(now.source):
+        yield from describe_changes({"source": before.source}, {"source": now.source})
+    yield from _reading_changes(before, now.reading)
     if before.splits is not None and now.splits is not None:
         options = before.splits.model_dump(), now.splits.model_dump()
         yield from describe_changes({"splits": options[0]}, {"splits": options[1]})
@@ -208,6 +210,19 @@ def _warn_of(made_otherwise: Iterable[str]) -> Iterator[str]:
     changes = "; ".join(line.strip() for line in made_otherwise)
     if changes:
         yield f"the version before was made otherwise, so samples may have changed ids, labels or splits: {changes}"
+
+
+def _reading_changes(before: ManifestHeader, reading: Mapping[str, Any]) -> list[str]:
+    """In what a version was read otherwise; a kind that is not told is the one that is found."""
+    old, new = _reading_of(before), dict(reading)
+    if None in (old["kind"], new["kind"]):
+        old["kind"] = new["kind"] = None
+    return describe_changes({"reading": old}, {"reading": new})
+
+
+def _place(source: str) -> str:
+    """A source by whatever name: of a local one without links."""
+    return source if "://" in source else os.path.realpath(source)
 
 
 def _reading_of(header: ManifestHeader) -> dict[str, Any]:
@@ -228,14 +243,11 @@ def _publish(
     is_written = is_current and previous is not None and previous.header == version.header
     if not is_written or version.changes.moved:
         write_manifest(store, _manifest_key(version.name, fingerprint), samples, version.header)
-    elif notes_of_version(store, version.name, fingerprint) == _notes(version):
+    elif (read_json(store, _summary_key(version.name, fingerprint)) or {}).get("skipped") == version.skipped:
+        # Some of its warnings are of what its first freeze did.
         return version
     store.put(_summary_key(version.name, fingerprint), canonical_json(version))
     return version if is_current else _move_pointer(store, version, pointer)
-
-
-def _notes(version: DatasetVersion) -> list[str]:
-    return list(reading_notes(version.skipped, version.warnings))
 
 
 def _move_pointer(store: ObjectStore, version: DatasetVersion, pointer: _Pointer) -> DatasetVersion:

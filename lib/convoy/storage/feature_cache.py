@@ -31,7 +31,11 @@ _ID_DTYPE = np.dtype("S16")
 
 
 class FeatureSetSpec(StrictModel):
-    """Everything that determines the rows of a set, for any image. `code_digest` is that of a factory's network."""
+    """Everything that determines the rows of a set, for any image.
+
+    `code_digest` is that of a factory's network, `axis_version` by which rule the depths of one without a classifier
+    are counted.
+    """
 
     format_version: int = FEATURE_CACHE_VERSION
     decode_rule: dict[str, Any]
@@ -43,6 +47,7 @@ class FeatureSetSpec(StrictModel):
     weights_digest: str
     # Left out where there is none, so that the sets of all other networks keep their ids.
     code_digest: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    axis_version: int | None = Field(default=None, exclude_if=lambda value: value is None)
     tap: str
     precision: str
     dtype: str

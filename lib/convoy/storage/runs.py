@@ -16,7 +16,7 @@ from pydantic import Field
 from convoy.core.code_revision import package_digest
 from convoy.core.config import StrictModel
 from convoy.core.crash_points import CrashPoint, crash_point
-from convoy.core.differences import describe_changes
+from convoy.core.differences import describe_changes, differences
 from convoy.core.errors import ConfigError, DataError, PreconditionFailed, RunMismatch
 from convoy.core.fingerprints import canonical_json, digest
 from convoy.core.version import VERSION
@@ -213,9 +213,11 @@ class OpenRun:
         """The record of the unfinished run, if its config says the same of these keys."""
         folder = self.unfinished()
         record = None if folder is None else folder.record()
-        if record is None or any(record.config.get(key) != value for key, value in settings.items()):
+        if record is None:
             return None
-        return record
+        # A setting that an older Convoy had not is none that was changed.
+        begun = {key: record.config.get(key) for key in settings}
+        return None if differences(begun, dict(settings)) else record
 
     def begins_anew(self, new_run: bool) -> bool:
         """Whether runs of this target that are there do not count: it was asked for, and no try before did it."""

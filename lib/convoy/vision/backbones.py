@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from convoy.core.errors import ConfigError, ConvoyError, StoreUnavailable
+from convoy.core.errors import ConfigError, ConvoyError, StoreUnavailable, VersionMismatch
 from convoy.vision.backbone_config import (
     DEFAULT_WEIGHTS_NAME,
     BackboneConfig,
@@ -51,6 +52,22 @@ def depth_axis(config: BackboneConfig, network: nn.Module) -> DepthAxis:
     return derive_depth_axis(network, input_px=native_px(config), num_classes=config.num_classes)
 
 
+def recorded_axis(config: BackboneConfig, network: nn.Module, num_classes: int) -> DepthAxis:
+    """The same for a network whose record counts so many classes.
+
+    VersionMismatch where the axis counts others: depths of networks without classifier were counted otherwise before.
+    """
+    axis = depth_axis(config, network)
+    if axis.num_classes != num_classes:
+        raise VersionMismatch(
+            f"the network has {axis.num_classes} classes, and its record from before says {num_classes}: what its tap"
+            " is called is another layer by now",
+            where=config.arch,
+            next_step="train the model anew, or cache its features anew",
+        )
+    return axis
+
+
 def build_pretrained(config: BackboneConfig) -> nn.Module:
     """The network as its named weights were published, with their classes, in eval mode.
 
@@ -87,9 +104,9 @@ def with_published_outputs(config: BackboneConfig) -> BackboneConfig:
 def default_preset(config: BackboneConfig) -> EvalPreset:
     """The preset of the config, else the one that its weights were trained with.
 
-    Random weights and files take that of the architecture's default weights. What a config leaves out of its preset
-    is as in that of named weights: their mean and deviation, for instance, whatever the size. Raises ConfigError where
-    none is known, the named weights do not exist, or no image would be large enough.
+    Random weights and files take that of the architecture's default weights. Raises ConfigError where none is known,
+    the named weights do not exist, no image would be large enough, or a preset does not say what of named weights is
+    not as usual: their mean and deviation, for instance.
     """
     told, is_named = config.preset, weight_source(config) is WeightSource.NAMED
     if told is not None and (not is_named or told.model_fields_set == set(EvalPreset.model_fields)):
@@ -98,7 +115,8 @@ def default_preset(config: BackboneConfig) -> EvalPreset:
         library, name = _locate(config.arch)
         preset = library.preset(name, config.weights if is_named else DEFAULT_WEIGHTS_NAME)
         if told is not None:
-            preset = preset.model_copy(update=told.model_dump(exclude_unset=True))
+            _refuse_unsaid(told, preset)
+            preset = told
     if preset.resize_px is not None and preset.resize_px < preset.crop_px:
         raise ConfigError(
             f"images are resized to {preset.resize_px} pixels, and {preset.crop_px} are to be cut out of them",
@@ -106,6 +124,22 @@ def default_preset(config: BackboneConfig) -> EvalPreset:
             next_step="set resize_px to as many as crop_px or more",
         )
     return preset
+
+
+def _refuse_unsaid(told: EvalPreset, published: EvalPreset) -> None:
+    """ConfigError where a preset leaves out what its weights want otherwise than usual: no digest could tell that."""
+    unsaid = {
+        name: value
+        for name, value in published.model_dump(mode="json").items()
+        if name not in told.model_fields_set and value != told.model_dump(mode="json")[name]
+    }
+    if unsaid:
+        raise ConfigError(
+            f"the preset leaves out {', '.join(unsaid)}, and these weights were not trained with the usual ones",
+            where="backbone.preset",
+            next_step="say them: the weights' own are "
+            + ", ".join(f"{name}={json.dumps(value)}" for name, value in unsaid.items()),
+        )
 
 
 def pretrained_classes(config: BackboneConfig) -> tuple[str, ...] | None:

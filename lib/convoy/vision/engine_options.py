@@ -102,7 +102,7 @@ def _device(name: str, *, is_gpu: bool, has_bf16: bool) -> NetworkDevice:
         is_gpu=is_gpu,
         precision=Precision.BF16 if has_bf16 else Precision.FP32,
         has_compiler=any(map(shutil.which, compilers)),
-        num_cpus=os.cpu_count() or 1,
+        num_cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
     )
 
 

@@ -212,6 +212,25 @@ def test_a_training_that_loses_its_machines_again_and_again_ends_and_can_go_on(
     assert trainer.num_starts == 3
 
 
+def test_a_machine_that_never_comes_is_waited_for_once(
+    train: Callable[[_Trainer], dict[str, Any]],
+    alive: list[dict[str, float]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    num_waits = 0
+
+    def wait_in_vain() -> None:
+        nonlocal num_waits
+        num_waits += training.has_shrunk()
+        if training.has_shrunk():
+            raise NoRoom("none joined")
+
+    monkeypatch.setattr(training, "regrow_cluster", wait_in_vain)
+    with pytest.raises(NoRoom, match="none joined"):
+        train(_Trainer(alive, num_losses=4, left=nodes(HEAD)))
+    assert num_waits == 1
+
+
 def test_a_training_does_not_wait_again_for_what_others_hold(
     train: Callable[[_Trainer], dict[str, Any]], alive: list[dict[str, float]]
 ) -> None:

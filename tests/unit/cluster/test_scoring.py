@@ -67,6 +67,7 @@ def made_spec(
             MemberSpec(
                 digest=str(seed),
                 backbone=classifier.backbone.config,
+                num_classes=classifier.backbone.num_classes,
                 weights_key=classifier.backbone.weights_key,
                 tap=classifier.tap,
                 head=None,

@@ -403,5 +403,6 @@ def test_a_pretrained_network_scores_in_precision_and_batches_of_a_clusters_work
     record = RunFolder(store, first.run).record()
     assert record is not None
     assert record.identity["precision"] == ["bf16"]
-    assert record.settings["batch_size"] == made_device().batch_size(32)
+    # Of 256 that the GPU computes at once, there are so few.
+    assert record.settings["batch_size"] == 32
     assert not answers

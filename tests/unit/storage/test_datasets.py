@@ -245,6 +245,17 @@ def test_what_made_a_dataset_otherwise_is_told_or_refused_before_anything_is_wri
     assert "reading.labels: was 'folders', is 'none'" in replaced.warnings[0]
 
 
+def test_a_layout_that_is_named_as_it_was_found_or_a_link_to_the_source_makes_nothing_otherwise(
+    store: LocalStore, source: Path, tmp_path: Path
+) -> None:
+    freeze(store, source)
+    (tmp_path / "link").symlink_to(source)
+    named = ReadingOptions(kind="folders")
+    for place, reading in ((source, named), (source, None), (tmp_path / "link", named)):
+        again = freeze_dataset(store, "pets", str(place), reading=reading, check=refuse_made_otherwise)
+        assert again.made_otherwise == ()
+
+
 def test_a_version_that_does_not_say_how_it_was_split_is_split_as_the_refresh_tells(
     store: LocalStore, source: Path
 ) -> None:
@@ -315,6 +326,17 @@ def test_what_a_refresh_left_out_is_kept_where_no_sample_changed(store: LocalSto
     assert freeze(store, source).header == version.header
     notes = notes_of_version(store, "pets", version.header.fingerprint)
     assert "1 objects skipped as no_class" in notes
+
+
+def test_what_a_freeze_warned_of_is_known_of_its_version_after_another_that_changed_nothing(
+    store: LocalStore, source: Path
+) -> None:
+    freeze(store, source)
+    replaced = freeze_dataset(store, "pets", str(source), reading=ReadingOptions(labels="none"))
+    warning = next(one for one in replaced.warnings if "made otherwise" in one)
+    again = freeze_dataset(store, "pets", str(source), reading=ReadingOptions(labels="none"))
+    assert warning not in again.warnings
+    assert warning in notes_of_version(store, "pets", replaced.header.fingerprint)
 
 
 def test_names_of_datasets_are_told_when_one_is_missing(store: LocalStore, source: Path) -> None:

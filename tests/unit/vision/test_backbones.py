@@ -9,14 +9,16 @@ import torchvision
 from pydantic import ValidationError
 from torch import nn
 
-from convoy.core.errors import ConfigError, StoreUnavailable
+from convoy.core.errors import ConfigError, StoreUnavailable, VersionMismatch
 from convoy.vision.backbone_config import BackboneConfig, WeightSource, weight_source
 from convoy.vision.backbones import (
     build_network,
     build_pretrained,
     default_preset,
+    depth_axis,
     native_px,
     pretrained_classes,
+    recorded_axis,
 )
 from convoy.vision.libraries import Torchvision
 from convoy.vision.presets import EvalPreset, Interpolation
@@ -183,15 +185,29 @@ def test_a_preset_that_would_reject_every_image_is_refused(preset: dict[str, int
         default_preset(random_backbone("torchvision:inception_v3", preset=preset))
 
 
-def test_what_a_preset_leaves_out_is_as_in_that_of_named_weights() -> None:
+def test_a_preset_says_what_of_named_weights_is_not_as_usual() -> None:
     """Inception-v3 has other means than ImageNet's, whatever the size."""
     named = BackboneConfig(
         arch="torchvision:inception_v3", preset=EvalPreset.model_validate({"crop_px": 320})
     )
-    own = EvalPreset(resize_px=342, crop_px=320, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    assert default_preset(named) == own
+    with pytest.raises(ConfigError, match="leaves out resize_px, mean, std") as refused:
+        default_preset(named)
+    assert "resize_px=342, mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5]" in str(refused.value.next_step)
+    own = EvalPreset(
+        resize_px=342, crop_px=320, interpolation=Interpolation.BILINEAR, mean=(0.5,) * 3, std=(0.5,) * 3
+    )
+    for told in (own, own.model_copy(update={"mean": (0.4, 0.4, 0.4)})):
+        assert default_preset(named.model_copy(update={"preset": told})) == told
     files = named.model_copy(update={"weights": "nets/inception.pth", "preset": EvalPreset(crop_px=192)})
     assert default_preset(files) == EvalPreset(crop_px=192)
+
+
+def test_a_record_that_took_the_last_maps_for_logits_is_not_gone_on_with() -> None:
+    config = BackboneConfig(arch="timm:resnet18", weights="random", num_classes=0)
+    network = build_network(config)
+    assert recorded_axis(config, network, 0) == depth_axis(config, network)
+    with pytest.raises(VersionMismatch, match="record from before says 512"):
+        recorded_axis(config, network, 512)
 
 
 def test_a_preset_of_the_config_wins_but_does_not_move_the_axis() -> None:
