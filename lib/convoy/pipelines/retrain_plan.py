@@ -167,9 +167,8 @@ def _last_examined(newest_first: Iterable[RetrainReport], fingerprint: str) -> R
 class _Past:
     """What earlier dates say of versions of the dataset.
 
-    `learnt` is the one that the champion was made from, or None where no date made it; `trusted` the last one whose
-    data nobody objected to. `held` are those that were objected to since the champion, or since the last promotion, by
-    date.
+    `learnt` is the one that the champion was made from, or None where no date made it; `trusted` that of the last date
+    that was not held. `held` are those that were objected to since the champion, or since the last promotion, by date.
     """
 
     learnt: str | None
@@ -188,7 +187,7 @@ def _since_champion(newest_first: Iterable[RetrainReport], champion: str) -> _Pa
             return _Past(learnt=report.dataset_fingerprint, trusted=trusted, held=_by_date(held))
         if report.data is not None and report.data.objections and report.decision is Decision.HELD:
             held[report.dataset_fingerprint] = report.date
-        elif trusted is None:
+        if trusted is None and report.decision is not Decision.HELD:
             trusted = report.dataset_fingerprint
         if held_since_promoted is None and report.decision is Decision.PROMOTED:
             held_since_promoted = dict(held)

@@ -299,7 +299,7 @@ class RetrainJob:
             return []
         compared = "all rows count as new"
         if self._plan.previous_fingerprint is not None:
-            compared = "the new data is what came since the last date whose data nobody objected to"
+            compared = "the new data is what came since the last date that was not held"
         return [f"nothing says which version of the dataset the champion was made from: {compared}"]
 
     def _holdout_notes(self) -> list[str]:

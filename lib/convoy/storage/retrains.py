@@ -43,7 +43,7 @@ class RetrainPlan(StrictModel):
     """`plan.json`: what a date began with. `champion` is a digest.
 
     `previous_fingerprint` is of the version that the champion was made from: what is not in it is new. Where that is
-    not known (`is_champions_version`), it is of the last date whose data nobody objected to. `held` are the versions
+    not known (`is_champions_version`), it is of the last date that was not held. `held` are the versions
     whose new data was objected to since then, by their dates.
     """
 

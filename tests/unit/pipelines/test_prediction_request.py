@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,3 +48,16 @@ def test_predictions_of_other_pixels_are_another_request(
     record = RunRecord.new("r1", verb="score", identity=one, config={}, outputs={}, groups=[])
     with pytest.raises(RunMismatch, match=f"decode_rule.*{field}"):
         refuse_changed_identity(record, other)
+
+
+@pytest.mark.parametrize(("num_rows", "told", "expected"), [(3, None, 32), (40, None, 64), (40, 256, 256)])
+def test_a_batch_that_is_not_told_is_no_larger_than_the_rows_can_fill(
+    tmp_path: Path, num_rows: int, told: int | None, expected: int
+) -> None:
+    """A pass that is not full takes as long, and every folder of scores ends with one."""
+    store = LocalStore(str(tmp_path / "workspace"))
+    write_files(tmp_path / "images", *(f"{index % 2}/{index}.jpg" for index in range(num_rows)))
+    freeze_dataset(store, "digits", str(tmp_path / "images"))
+    request = pretrained_request(store, DecodeRule())
+    sized = replace(request, extraction=request.extraction.model_copy(update={"batch_size": told}))
+    assert sized.batch_size(store, open_dataset(store, "digits")) == expected

@@ -140,7 +140,7 @@ def test_what_is_new_is_told_from_is_said_where_the_champions_version_is_not_kno
     assert note.endswith("all rows count as new")
     job._plan = job._plan.model_copy(update={"previous_fingerprint": "0" * 32})
     (note,) = job._version_notes()
-    assert note.endswith("since the last date whose data nobody objected to")
+    assert note.endswith("since the last date that was not held")
 
 
 def test_a_date_that_was_killed_after_its_move_is_decided_by_the_move(job: RetrainJob) -> None:
