@@ -104,7 +104,7 @@ def test_a_worker_of_a_cluster_says_what_it_runs_networks_on(
         cluster.add_node(num_cpus=1, num_gpus=num_gpus)
         monkeypatch.setenv("RAY_ADDRESS", cluster.address)
         assert known_device() is None
-        assert find_device() == device_here()
+        assert find_device() == device_here().model_copy(update={"num_cpus": 1})
 
 
 def test_gpus_that_others_hold_are_not_waited_for_for_good(monkeypatch: pytest.MonkeyPatch) -> None:

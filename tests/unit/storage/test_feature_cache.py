@@ -104,6 +104,7 @@ def test_everything_that_determines_features_changes_the_set() -> None:
         "arch": "b",
         "weights_digest": "e",
         "code_digest": "c",
+        "axis_version": 2,
         "tap": "u",
         "precision": "bf16",
         "dtype": "float16",
