@@ -147,12 +147,12 @@ class PredictionRequest:
 
         And by the folders of scores, each of which ends with a pass that is not full, and takes as long.
         """
+        if self.extraction.batch_size is not None:
+            return self.extraction.batch_size
         geometries = {geometry_of(self.preset(member)) for member in self.committee.members}
         crop_px = max(geometry.crop_px for geometry in geometries)
         num_crops = num_slots(self.plan) * len(geometries)
         batch_size = settle_batch_size(store, self.dataset, self.extraction, crop_px, num_crops=num_crops)
-        if self.extraction.batch_size is not None:
-            return batch_size
         rows = [num_rows for num_rows in self.partition_rows(manifest) if num_rows]
         mean_rows = sum(rows) // max(len(rows), 1)
         return min(batch_size, max(1 << max(mean_rows - 1, 0).bit_length(), _LEAST_OF_A_FOLDER))

@@ -63,10 +63,9 @@ class NetworkDevice(StrictModel):
 
     def batch_size(self, crop_px: int) -> int:
         """Images of `crop_px` a pass where nobody says otherwise: a power of two; the larger they are, the fewer."""
-        at_224 = _CPU_BATCH
+        at_224, most = _CPU_BATCH, _MOST_IN_A_CPU_BATCH
         if self.is_gpu:
-            at_224 = _GPU_BATCH if self.precision is Precision.BF16 else _OLD_GPU_BATCH
-        most = at_224 if self.is_gpu else _MOST_IN_A_CPU_BATCH
+            at_224 = most = _GPU_BATCH if self.precision is Precision.BF16 else _OLD_GPU_BATCH
         fitting = min(at_224 * _BATCH_PX**2 // crop_px**2, most)
         return 1 << max(fitting.bit_length() - 1, 0)
 
