@@ -24,11 +24,9 @@ demo: setup  ## Run the main job on real images: local Ray, local folder, no clo
 	$(BIN)/python jobs/demo.py
 
 # Two processes: one that has every library of the unit tests loaded is no place to start and stop clusters in.
-# A crash while Python ends says where.
-test: export PYTHONFAULTHANDLER = 1
 test: setup  ## Run all tests that need no special machine.
-	$(BIN)/python -m pytest tests/unit -m "not slow and not gpu"
-	$(BIN)/python -m pytest tests/contract tests/integration tests/chaos -m "not slow and not gpu" --durations 25
+	$(BIN)/python tests/run_pytest.py tests/unit -m "not slow and not gpu"
+	$(BIN)/python tests/run_pytest.py tests/contract tests/integration tests/chaos -m "not slow and not gpu" --durations 25
 
 check: setup  ## Lint, format, strict types, and the floors.
 	$(BIN)/ruff check $(SOURCES)
@@ -41,10 +39,10 @@ format: setup  ## Format the code.
 	$(BIN)/ruff check --fix $(SOURCES)
 
 integration: setup  ## Only the tests that start a real Ray or a real S3 server.
-	$(BIN)/python -m pytest tests/contract tests/integration -m "not gpu"
+	$(BIN)/python tests/run_pytest.py tests/contract tests/integration -m "not gpu"
 
 chaos: setup  ## Kill and spoil things on purpose, the long form; ends in a table of faults.
-	$(BIN)/python -m pytest tests/contract/test_s3_faults.py tests/contract/test_conditional_put_faults.py tests/chaos -m "not gpu"
+	$(BIN)/python tests/run_pytest.py tests/contract/test_s3_faults.py tests/contract/test_conditional_put_faults.py tests/chaos -m "not gpu"
 
 gpu: setup  ## The tests that need a CUDA device.
 	$(BIN)/python -m pytest tests/gpu -m gpu
