@@ -25,6 +25,8 @@ from made_bundles import made_classifier, write_classifier
 from process_table import Process, process_table
 from train_jobs import convoy_here
 
+# The name under which a test's report carries its rows of the table.
+FAULT = "fault"
 SLICE_ROWS = 16
 _FP32 = f"extraction={{batch_size: {SLICE_ROWS}, slice_rows: {SLICE_ROWS}, precision: fp32, dtype: float32}}"
 SETTINGS = {
@@ -50,15 +52,18 @@ class Audit:
 
 @dataclass(frozen=True, slots=True)
 class FaultTable:
-    """One row a fault: how often it fired, and what the job that met it left in the end."""
+    """One row a fault: how often it fired, and what the job that met it left in the end.
 
-    rows: list[tuple[str, str, str, str, str]]
+    Rows are kept by `record(FAULT, row)`, pytest's `record_property`: they travel with the report of their test.
+    """
+
+    record: Callable[[str, object], None]
 
     def add(self, fault: str, *, fired: int, audit: Audit, clean_digest: str) -> None:
         """Keep the row; then it must say that the fault fired and that nothing is lost, doubled or different."""
         is_equal = audit.digest == clean_digest
         row = (fault, str(fired), str(audit.lost), str(audit.doubled), "yes" if is_equal else "NO")
-        self.rows.append(row)
+        self.record(FAULT, row)
         assert fired > 0, "the fault did not fire"
         assert (audit.lost, audit.doubled) == (0, 0)
         assert is_equal, "the rows differ from those of the clean run"

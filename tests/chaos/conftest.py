@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import ray
 
-from chaos_jobs import FaultTable
+from chaos_jobs import FAULT, FaultTable
 from fault_proxy import FaultProxy
 from s3_server import OVERRIDING_VARIABLES
 
 HEADINGS = ("fault", "fired", "lost", "doubled", "digest equal")
 
 
-_TABLE = pytest.StashKey[FaultTable]()
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_TABLE] = FaultTable([])
-
-
 @pytest.fixture
-def fault_table(request: pytest.FixtureRequest) -> FaultTable:
+def fault_table(record_property: Callable[[str, object], None]) -> FaultTable:
     """The table that is printed at the end."""
-    return request.config.stash[_TABLE]
+    return FaultTable(record_property)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    rows = [HEADINGS, *config.stash[_TABLE].rows]
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    calls = [report for report in reports if getattr(report, "when", None) == "call"]
+    rows = [HEADINGS, *(row for call in calls for name, row in call.user_properties if name == FAULT)]
     if len(rows) == 1:
         return
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from convoy.core.errors import DataError, StorageError
+from convoy.core.errors import DataError, ObjectUnreadable, StorageError
 from convoy.core.records import RejectCode, SampleRejected, Stage
 from convoy.storage.parquet_files import is_damage
 from convoy.storage.stores import open_object
@@ -23,7 +24,8 @@ _BATCH_ROWS = 1024
 class ImageColumn:
     """The column `container_field` of one version of a parquet file. Thread-safe.
 
-    Raises SampleRejected for a file that is damaged, or not of the version `etag`; errors of storage pass.
+    Raises SampleRejected for a file that is damaged, not of the version `etag`, or not given by the disk; errors of
+    storage pass.
     """
 
     def __init__(self, uri: str, etag: str, container_field: str) -> None:
@@ -65,7 +67,9 @@ class ImageColumn:
         try:
             file = store.open_parquet(key)
         except DataError as error:
-            raise _unreadable(error) from error
+            raise _damaged(error) from error
+        except ObjectUnreadable as error:
+            raise _unreadable(error.what) from error
         if store.head(key).etag != self._etag:
             raise SampleRejected(RejectCode.CHANGED, Stage.FETCH, "the parquet file is of another version")
         return file
@@ -81,6 +85,8 @@ class ImageColumn:
                 return self._read_once(group, wanted)
             except OSError as error:
                 what = f"the file system failed: {error.strerror or error}"
+                if error.errno == errno.EIO:
+                    raise _unreadable(what) from error
                 raise StorageError(what, where=self._uri, errno=error.errno) from error
 
     def _read_once(self, group: int, wanted: Sequence[int]) -> dict[int, bytes]:
@@ -95,7 +101,7 @@ class ImageColumn:
                 start += len(values)
         except (pa.ArrowException, OSError) as error:
             if is_damage(error):
-                raise _unreadable(error) from error
+                raise _damaged(error) from error
             raise
         return images
 
@@ -115,5 +121,9 @@ def image_bytes_by_group(metadata: Any, container_field: str) -> list[int]:
     return [group.column(column).total_uncompressed_size for group in groups]
 
 
-def _unreadable(error: Exception) -> SampleRejected:
-    return SampleRejected(RejectCode.UNREADABLE, Stage.FETCH, f"the parquet file is damaged: {error}")
+def _damaged(error: Exception) -> SampleRejected:
+    return _unreadable(f"the parquet file is damaged: {error}")
+
+
+def _unreadable(reason: str) -> SampleRejected:
+    return SampleRejected(RejectCode.UNREADABLE, Stage.FETCH, reason)

@@ -258,14 +258,36 @@ def test_a_row_group_that_failed_once_is_read_again(
     assert read(rows, num_threads=1) == [jpeg_bytes(index) for index in range(20)]
 
 
-def test_a_disk_that_keeps_failing_is_no_fault_of_a_parquet_file(
+def test_a_row_group_that_the_disk_does_not_give_is_lost_and_no_other(
     parquet: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = rows_of(parquet)
     fail_row_groups(monkeypatch, *[OSError(errno.EIO, "made")] * 2)
+    found = read(rows, num_threads=1)
+    num_lost = found.count(RejectCode.UNREADABLE)
+    assert 0 < num_lost < 20
+    assert found[num_lost:] == [jpeg_bytes(index) for index in range(num_lost, 20)]
+
+
+def test_a_parquet_file_that_the_disk_does_not_open_is_a_reject(
+    parquet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opening(*_: Any, **_options: Any) -> Any:
+        raise OSError(errno.EIO, "made")
+
+    rows = rows_of(parquet)
+    monkeypatch.setattr("convoy.storage.local_store.open_parquet_file", opening)
+    assert set(read(rows)) == {RejectCode.UNREADABLE}
+
+
+def test_a_file_system_that_keeps_failing_otherwise_is_no_fault_of_a_parquet_file(
+    parquet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = rows_of(parquet)
+    fail_row_groups(monkeypatch, *[OSError(errno.ESTALE, "made")] * 2)
     with pytest.raises(StorageError, match="made") as caught:
         read(rows, num_threads=1)
-    assert (caught.value.where, caught.value.fields["errno"]) == (str(parquet), errno.EIO)
+    assert (caught.value.where, caught.value.fields["errno"]) == (str(parquet), errno.ESTALE)
 
 
 def test_memory_that_a_row_group_lacks_is_no_fault_of_it(
