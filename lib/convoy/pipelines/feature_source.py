@@ -12,7 +12,7 @@ import torch
 
 from convoy.core.errors import DataError
 from convoy.core.records import RejectCode
-from convoy.storage.feature_cache import FeatureCache, content_id_array
+from convoy.storage.feature_cache import FeatureCache, PartIndex, content_id_array
 from convoy.storage.feature_reading import FeatureChunk, iter_wanted
 from convoy.vision.distillation import Teacher
 from convoy.vision.heads import FeatureBatch, FeatureSource, TensorFeatures
@@ -120,12 +120,12 @@ def _in_memory(cache: FeatureCache, set_ids: Sequence[str], rows: LabelledRows) 
 
 
 def gather_features(
-    cache: FeatureCache, set_id: str, content_ids_N: np.ndarray
+    cache: FeatureCache, set_id: str, content_ids_N: np.ndarray, *, index: PartIndex | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Float32 features_ND in the order of the ids, and a mask found_N: rows that are not cached stay zero."""
     features_ND = np.empty((len(content_ids_N), 0), np.float32)
     found_N = np.zeros(len(content_ids_N), dtype=bool)
-    for chunk in iter_wanted(cache, set_id, content_ids_N):
+    for chunk in iter_wanted(cache, set_id, content_ids_N, index=index):
         if not features_ND.shape[1]:
             features_ND = np.zeros((len(content_ids_N), chunk.features_BD.shape[1]), np.float32)
         features_ND[chunk.rows_B] = chunk.features_BD

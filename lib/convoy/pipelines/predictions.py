@@ -28,7 +28,7 @@ from convoy.storage.commits import (
     read_records,
     write_record,
 )
-from convoy.storage.feature_cache import FeatureCache, KnownContent, content_id_array
+from convoy.storage.feature_cache import FeatureCache, KnownContent, PartIndex, content_id_array
 from convoy.storage.leases import WhenHeld, hold_run
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
@@ -43,7 +43,7 @@ from convoy.storage.run_input import freeze_input, missing_rows, slice_rows_for
 from convoy.storage.runs import OpenRun, RunFolder, RunRecord, refuse_changed_identity
 
 VERB = "evaluate"
-# Slices whose features are gathered in one pass over the cache: at most 64 x 2048 rows in memory.
+# Slices whose features are gathered at a time: at most 64 x 2048 rows in memory.
 _SLICES_A_PASS = 64
 
 
@@ -100,8 +100,9 @@ class PredictionJob:
             todo = [name for name in record.slice_names() if name not in done]
             known = self._cache.rejected_content(self._set_id).to_pylist()
             rejects = {row["content_id"]: row for row in known}
+            index = self._cache.part_index(self._set_id) if len(todo) > _SLICES_A_PASS else None
             for names in batched(todo, _SLICES_A_PASS):
-                self._predict(folder, record, names, rejects)
+                self._predict(folder, record, names, rejects, index)
                 lease.check()
             lease.confirm()
             return folder, publish(folder, record, read_records(folder)), open_run
@@ -129,12 +130,17 @@ class PredictionJob:
         return record
 
     def _predict(
-        self, folder: RunFolder, record: RunRecord, names: Sequence[str], rejects: dict[bytes, dict[str, Any]]
+        self,
+        folder: RunFolder,
+        record: RunRecord,
+        names: Sequence[str],
+        rejects: dict[bytes, dict[str, Any]],
+        index: PartIndex | None,
     ) -> None:
-        """Predict some slices with one pass over the cache."""
+        """Predict some slices with one look into the cache."""
         slices = [folder.read_slice(name) for name in names]
         content_ids_N = np.concatenate([content_id_array(rows["content_id"]) for rows in slices])
-        features_ND, found_N = gather_features(self._cache, self._set_id, content_ids_N)
+        features_ND, found_N = gather_features(self._cache, self._set_id, content_ids_N, index=index)
         start = 0
         for name, rows in zip(names, slices, strict=True):
             part = slice(start, start + rows.num_rows)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from convoy.storage.feature_cache import FeatureCache, content_id_array
+from convoy.storage.feature_cache import FeatureCache, PartIndex, content_id_array
 
 
 def features_array(column: pa.ChunkedArray) -> np.ndarray:
@@ -31,16 +31,18 @@ class FeatureChunk:
     features_BD: np.ndarray
 
 
-def iter_wanted(cache: FeatureCache, set_id: str, content_ids: np.ndarray) -> Iterator[FeatureChunk]:
+def iter_wanted(
+    cache: FeatureCache, set_id: str, content_ids: np.ndarray, *, index: PartIndex | None = None
+) -> Iterator[FeatureChunk]:
     """Features of the wanted content ids, a committed part at a time, in a fixed order.
 
     Every wanted row comes at most once, also where two rows want the same content, or where two runs computed
-    it: the first part that has it wins. Rows without features do not come.
+    it: the first part that has it wins. Rows without features do not come. `index` is worth its memory for many looks.
     """
     order = np.argsort(content_ids, kind="stable")
     sorted_ids = content_ids[order]
     served = np.zeros(len(content_ids), dtype=bool)
-    for table in cache.iter_parts(set_id, ["content_id", "features"], having=sorted_ids):
+    for table in cache.iter_parts(set_id, ["content_id", "features"], having=sorted_ids, index=index):
         part_ids = content_id_array(table["content_id"])
         first = np.searchsorted(sorted_ids, part_ids, "left")
         count = np.searchsorted(sorted_ids, part_ids, "right") - first

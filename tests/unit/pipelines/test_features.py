@@ -17,16 +17,19 @@ from convoy.cluster.extraction_spec import ExtractionSpec
 from convoy.cluster.slices import SliceTask, WorkerPool
 from convoy.core.errors import RunMismatch
 from convoy.core.progress import Silent
+from convoy.core.records import Split
 from convoy.pipelines.dataset import DatasetConfig, freeze
 from convoy.pipelines.feature_plan import ExtractionConfig, FeatureRequest
 from convoy.pipelines.feature_summary import FeatureSummary
 from convoy.pipelines.features import FeatureJob
-from convoy.storage.commits import SliceRecord
+from convoy.pipelines.predictions import PredictionJob
+from convoy.storage.commits import RunManifest, SliceRecord
 from convoy.storage.datasets import open_dataset
 from convoy.storage.leases import WhenHeld, hold_run
 from convoy.storage.local_store import LocalStore
 from convoy.storage.runs import RunFolder, RunRecord, open_pointers
 from convoy.vision.engine_options import Precision
+from convoy.vision.heads import HeadKind
 from made_bundles import FP32, made_classifier
 from made_devices import made_device
 
@@ -105,6 +108,27 @@ def test_who_needs_features_leaves_an_unfinished_run_of_another_version_alone(
     refresh(store, images)
     assert ensure(job(store)).rows == NUM_IMAGES + 2
     assert list(open_pointers(store)) == [begun]
+
+
+def test_predictions_in_many_looks_into_the_features_are_those_of_one(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = job(store)
+    ensure(needed)
+    manifest = open_dataset(store, "digits")
+    classifier = made_classifier(store, 0, classes=manifest.classes, head=HeadKind.SOFTMAX)
+
+    def predicted(*, new_run: bool) -> RunManifest:
+        set_id = needed.set_id("f6")
+        predictions = PredictionJob(store, manifest, classifier, model_digest="made", set_id=set_id)
+        return predictions.commit("digits", list(Split), {}, new_run=new_run)[1]
+
+    at_once = predicted(new_run=False)
+    monkeypatch.setattr("convoy.pipelines.predictions._SLICES_A_PASS", 1)
+    slice_by_slice = predicted(new_run=True)
+    assert len(slice_by_slice.slices) > 1
+    assert slice_by_slice.num_results == NUM_IMAGES
+    assert slice_by_slice.rows_digest() == at_once.rows_digest()
 
 
 def test_who_needs_a_few_rows_is_not_kept_by_a_run_of_all(store: LocalStore) -> None:

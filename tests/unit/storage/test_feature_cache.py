@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -64,8 +65,30 @@ def test_parts_without_a_wanted_row_are_left_out(store: LocalStore) -> None:
     committed(store, NAMES[4:8], "r2")
     cache = FeatureCache(store)
     for wanted, num_rows in ((NAMES[:2], [4]), (NAMES[3:5], [4, 4]), (NAMES[9:], [])):
-        tables = cache.iter_parts(SET_ID, ["sample_id"], having=np.sort(ids(wanted)))
-        assert [table.num_rows for table in tables] == num_rows
+        for index in (None, cache.part_index(SET_ID)):
+            tables = cache.iter_parts(SET_ID, ["sample_id"], having=np.sort(ids(wanted)), index=index)
+            assert [table.num_rows for table in tables] == num_rows
+
+
+def test_with_an_index_no_part_is_opened_that_has_nothing_wanted(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    committed(store, NAMES[:4], "r1")
+    committed(store, NAMES[4:8], "r2")
+    cache = FeatureCache(store)
+    index = cache.part_index(SET_ID)
+    opened: list[str] = []
+    open_parquet = LocalStore.open_parquet
+
+    def watched(of_store: LocalStore, key: str) -> Any:
+        opened.append(key)
+        return open_parquet(of_store, key)
+
+    monkeypatch.setattr(LocalStore, "open_parquet", watched)
+    chunks = list(iter_wanted(cache, SET_ID, ids(NAMES[5:7]), index=index))
+    assert [len(chunk.rows_B) for chunk in chunks] == [2]
+    assert [key for key in opened if "run=r1" in key] == []
+    assert len(opened) == 1
 
 
 def test_features_are_vectors_for_duckdb_polars_and_pandas(store: LocalStore, tmp_path: Path) -> None:
