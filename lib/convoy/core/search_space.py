@@ -145,12 +145,15 @@ def with_values(settings: Mapping[str, Any], values: Values) -> dict[str, Any]:
     """The settings of a config with some values put in at their dotted keys; neither argument is changed.
 
     The keys of a value under `config`, dotted as well, are put in first. A value that is a section replaces the
-    whole section. Raises ConfigError where a key leads through something that is no section.
+    whole section, before keys in it are put in. Raises ConfigError where a key leads through something that is no
+    section.
     """
     result = copy.deepcopy(dict(settings))
     others = {dotted: value for dotted, value in values.items() if dotted != WHOLE_CONFIG}
-    for dotted, value in (*values.get(WHOLE_CONFIG, {}).items(), *others.items()):
-        _put(result, str(dotted), copy.deepcopy(value))
+    for group in (values.get(WHOLE_CONFIG, {}), others):
+        # Not in the order of the mapping: a drawn point that was read back from its JSON has another.
+        for dotted in sorted(map(str, group), key=lambda key: key.count(".")):
+            _put(result, dotted, copy.deepcopy(group[dotted]))
     return result
 
 

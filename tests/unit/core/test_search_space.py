@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from convoy.core.errors import ConfigError
+from convoy.core.fingerprints import canonical_json
 from convoy.core.search_space import SearchSpace, parse_space, with_values
 
 MIXED: dict[str, Any] = {
@@ -102,6 +104,21 @@ def test_values_are_put_in_at_their_keys() -> None:
     assert with_values(base, {"config": {"recipe": {"seed": 3}}})["recipe"] == {"seed": 3}
     with pytest.raises(ConfigError, match="'augmentation' is 'cifar', not a section"):
         with_values({"augmentation": "cifar"}, {"augmentation.rotation.degrees": 5})
+
+
+def test_values_in_a_section_stay_in_whichever_order_they_were_listed() -> None:
+    values = {
+        "backbone.preset": {"crop_px": 128},
+        "backbone": {"arch": "resnet18"},
+        "config": {"recipe.seed": 3, "recipe": {"batch_size": 64}},
+    }
+    expected = {
+        "backbone": {"arch": "resnet18", "preset": {"crop_px": 128}},
+        "recipe": {"batch_size": 64, "seed": 3},
+    }
+    backwards = {**dict(reversed(values.items())), "config": dict(reversed(values["config"].items()))}
+    for listed in (values, backwards, json.loads(canonical_json(values))):
+        assert with_values({}, listed) == expected
 
 
 @pytest.mark.parametrize(
