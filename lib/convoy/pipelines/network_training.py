@@ -45,7 +45,7 @@ from convoy.vision.training_config import AUTO, Balance, Distillation, Precision
 _VERB = "train"
 _TRAINED = "trained.json"
 # What of a config may change between a kill and the next call: where and how fast, not what is computed.
-_NOT_IDENTITY: dict[str, Any] = {
+NOT_IDENTITY: dict[str, Any] = {
     **dict.fromkeys(
         ("workspace", "writers", "workers", "local_cache", "tracking", "checkpoint_steps", "error_budget"),
         True,
@@ -61,7 +61,7 @@ def config_identity(config: TrainConfig) -> dict[str, Any]:
     recipe = wanted_recipe(config).model_dump(mode="json")
     # `auto` came after trainings without it, which say `false`: these go on, as they were decided.
     recipe["sync_batchnorm"] = {AUTO: False, False: "never", True: True}[recipe["sync_batchnorm"]]
-    return {**config.model_dump(mode="json", exclude=_NOT_IDENTITY), "recipe": recipe}
+    return {**config.model_dump(mode="json", exclude=NOT_IDENTITY), "recipe": recipe}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,6 +24,7 @@ from convoy.pipelines.ensemble_building import EnsembleReport, ReportDrawer, bui
 from convoy.pipelines.ensemble_choice import EnsembleSettings
 from convoy.pipelines.ingest_choice import FUSED_NOTE, settle_ingest
 from convoy.pipelines.network_training import CurveDrawer
+from convoy.pipelines.search_identity import as_recorded, search_identity
 from convoy.pipelines.search_time import SearchTimer, seconds_spent
 from convoy.pipelines.training_rows import has_labels
 from convoy.pipelines.trial_candidates import as_candidate, candidate_trials, reject_notes
@@ -55,11 +56,6 @@ _PAGE = "ensemble.html"
 _ANSWERS = "searches/"
 _NEVER_RAN = GivenUp(
     state=TrialState.STOPPED, reason="the budget was used up before it came to run", epochs=(), seconds=0
-)
-# What of a config may change between a kill and the next call: where, how fast and how long, and what is built of the
-# trials; not what is searched.
-_NOT_IDENTITY: dict[str, Any] = dict.fromkeys(
-    ("workspace", "writers", "budget", "max_concurrent", "ensemble"), True
 )
 
 TrialDrawer = Callable[[Sequence[TrialRecord]], bytes]
@@ -134,7 +130,7 @@ def run_tune(
     if config.folds is None:
         _require_validation_rows(manifest)
     identity = search_identity(manifest, config)
-    folder, _ = open_run.resume(identity, new_run=new_run)
+    folder, _ = open_run.resume(as_recorded(identity, open_run.current()), new_run=new_run)
     answer_key = f"{_ANSWERS}{digest(identity)}.json"
     if folder is None and not open_run.begins_anew(new_run):
         folder = finished_run(store, answer_key)
@@ -148,7 +144,7 @@ def run_tune(
         if record is None:
             progress.stage("bringing the networks into the workspace")
             record = _record(folder, identity, config, pin_names(store, manifest, config))
-        refuse_changed_identity(record, identity)
+        refuse_changed_identity(record, as_recorded(identity, folder))
         pins = SearchPins.model_validate(record.settings)
         search = _Search(store, manifest, config, progress, folder, lease)
         with ray_session():
@@ -171,16 +167,6 @@ def run_tune(
         finish(folder, report.model_dump(mode="json"))
         open_run.close(folder)
     return report.model_copy(update={"notes": [*version_notes, *report.notes]})
-
-
-def search_identity(manifest: Manifest, config: TuneConfig) -> dict[str, Any]:
-    """What a search must share with the one that it goes on with."""
-    code = code_digests(config)
-    return {
-        "dataset_fingerprint": manifest.fingerprint,
-        "config": config.model_dump(mode="json", exclude=_NOT_IDENTITY),
-        **({"code_digests": code} if code else {}),
-    }
 
 
 def _report(folder: RunFolder) -> TuneReport | None:

@@ -19,9 +19,9 @@ from convoy.pipelines.feature_plan import FeatureRequest, plan_sets
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.network_training import config_identity
 from convoy.pipelines.retrain_config import RetrainConfig
+from convoy.pipelines.search_identity import search_identity
 from convoy.pipelines.train_config import TrainConfig
 from convoy.pipelines.train_plan import plan_train
-from convoy.pipelines.tune import search_identity
 from convoy.pipelines.tune_config import TuneConfig
 from convoy.storage.datasets import freeze_dataset, open_dataset
 from convoy.storage.local_store import LocalStore

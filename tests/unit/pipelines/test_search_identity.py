@@ -1,0 +1,101 @@
+"""Which search a config means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from cache_jobs import write_digits
+from convoy.core.config import parse_config
+from convoy.core.errors import RunMismatch
+from convoy.core.fingerprints import digest
+from convoy.core.progress import Silent
+from convoy.core.splits import SplitOptions
+from convoy.pipelines import tune, tune_plan
+from convoy.pipelines.search_identity import search_identity
+from convoy.pipelines.tune import TuneDrawers, run_tune
+from convoy.pipelines.tune_config import TuneConfig
+from convoy.storage.datasets import freeze_dataset, open_dataset
+from convoy.storage.local_store import LocalStore
+from convoy.storage.runs import OpenRun
+from convoy.vision.engine_options import Precision
+from made_devices import made_device
+
+DRAW = TuneDrawers(training=lambda _: b"", space=lambda _: b"", trials=lambda _: b"", ensemble=lambda _: b"")
+OPERATIONAL: dict[str, Any] = {
+    "workers": {"num_workers": 1},
+    "local_cache": {"max_gb": 2},
+    "checkpoint_steps": 50,
+    "extraction": {"num_workers": 2, "cpus_per_worker": 1, "num_fetch_threads": 4},
+}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LocalStore:
+    write_digits(tmp_path / "images", 30)
+    store = LocalStore(str(tmp_path / "workspace"))
+    freeze_dataset(store, "digits", str(tmp_path / "images"), splits=SplitOptions(val_fraction=0.3))
+    return store
+
+
+def config_in(store: LocalStore, **base: Any) -> TuneConfig:
+    network = {"backbone": {"arch": "lenet5", "weights": "random"}, "strategy": "from_scratch"}
+    settings = {
+        "workspace": store.root_uri,
+        "name": "search",
+        "dataset": "digits",
+        "base": {**network, **base},
+        "space": {"recipe.seed": {"grid": [0, 1, 2]}},
+    }
+    return parse_config(TuneConfig, settings, where="test")
+
+
+@pytest.mark.parametrize(
+    ("base", "is_same"),
+    [
+        *(({key: value}, True) for key, value in OPERATIONAL.items()),
+        (OPERATIONAL, True),
+        ({"extraction": {"num_workers": 2, "precision": "bf16"}}, False),
+        ({"epochs": 3}, False),
+        # Each trial has stored whether it kept to it.
+        ({"error_budget": {"rate": 0.1}}, False),
+    ],
+)
+def test_how_fast_trials_train_makes_no_other_search(
+    store: LocalStore, base: dict[str, Any], is_same: bool
+) -> None:
+    manifest = open_dataset(store, "digits")
+    one, other = (digest(search_identity(manifest, config_in(store, **each))) for each in ({}, base))
+    assert (one == other) is is_same
+
+
+def test_a_search_whose_record_still_counts_how_fast_it_trains_goes_on(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tune_plan, "find_device", lambda: made_device(Precision.FP32))
+    monkeypatch.setattr(tune, "ray_session", stop)
+
+    def search(config: TuneConfig) -> str:
+        with pytest.raises(KeyboardInterrupt):
+            run_tune(config, progress=Silent(), draw=DRAW)
+        folder = OpenRun(store, verb="tune", target=digest([config.name])).current()
+        assert folder is not None
+        return folder.run_id
+
+    begun = config_in(store, **OPERATIONAL)
+    run_id = search(begun)
+    folder = OpenRun(store, verb="tune", target=digest(["search"])).current()
+    assert folder is not None
+    record = folder.record()
+    assert record is not None
+    config = {**record.identity["config"], "base": begun.base}
+    folder.write_record(record.model_copy(update={"identity": {**record.identity, "config": config}}))
+    for changed in (begun, config_in(store), config_in(store, workers={"num_workers": 2})):
+        assert search(changed) == run_id
+    with pytest.raises(RunMismatch, match="epochs"):
+        run_tune(config_in(store, epochs=3), progress=Silent(), draw=DRAW)
