@@ -44,7 +44,7 @@ from convoy.pipelines.tune_plan import (
 )
 from convoy.pipelines.workspace import open_workspace
 from convoy.storage.commits import finish
-from convoy.storage.leases import RunLease, WhenHeld, hold_run
+from convoy.storage.leases import RunLease, WhenHeld, give_up, hold_run
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import OpenRun, RunFolder, RunRecord, finished_run, refuse_changed_identity
@@ -149,7 +149,15 @@ def run_tune(
         search = _Search(store, manifest, config, progress, folder, lease)
         with ray_session():
             is_over = known is not None and known.budget == config.budget
-            records = search.records() if is_over else search.run(draw.training, pins)
+            try:
+                records = search.records() if is_over else search.run(draw.training, pins)
+            except ConfigError:
+                if not search.has_drawn():
+                    # A budget that is too small, or the like: the config that corrects it may be another search.
+                    lease.confirm()
+                    open_run.close(folder)
+                    give_up(folder)
+                raise
             ensemble = search.build_ensemble(records)
         report = TuneReport(
             **ensemble.model_dump(),
@@ -250,6 +258,10 @@ class _Search:
         self._lease.confirm()
         self._forget_ray_tune()
         return self._ended(cut_short)
+
+    def has_drawn(self) -> bool:
+        """Whether there is any trial yet."""
+        return bool(self._journal.waiting(()))
 
     def records(self) -> list[TrialRecord]:
         """Those of all trials so far."""

@@ -69,19 +69,20 @@ class Example:
 def pin_names(store: ObjectStore, manifest: Manifest, config: TuneConfig) -> SearchPins:
     """What a search means that begins now; its networks are in the workspace then.
 
-    Raises DataError for a teacher that does not exist, ConfigError for one that lacks a class of the dataset and for
-    weights that do not fit their network, before any trial starts.
+    Raises DataError for a teacher that does not exist, ConfigError for one that lacks a class of the dataset, for
+    weights that do not fit their network and what `check_crops` raises, before the search is recorded.
     """
     names = dict.fromkeys(one.distill.teacher for one in config.examples() if one.distill is not None)
     teachers = {name: pinned_teacher(store, manifest, name) for name in names}
-    weights = copied_weights(fetch_networks(store, manifest, config, {}))
+    examples = fetch_networks(store, manifest, config, {})
+    check_crops(config, examples)
     # The last, as a cluster may have to start a machine for it.
     device = find_device()
     return SearchPins(
         precision=PrecisionChoice(device.precision.value),
         precision_note=device.precision_note,
         teachers=teachers,
-        weights=weights,
+        weights=copied_weights(examples),
     )
 
 

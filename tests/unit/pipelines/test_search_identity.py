@@ -1,15 +1,18 @@
-"""Which search a config means."""
+"""Which search a config means, and that a refusal leaves none behind."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 
 from cache_jobs import write_digits
+from convoy.cluster.search_plan import Concurrency
+from convoy.cluster.training import TrialWorkers
 from convoy.core.config import parse_config
-from convoy.core.errors import RunMismatch
+from convoy.core.errors import ConfigError, RunMismatch
 from convoy.core.fingerprints import digest
 from convoy.core.progress import Silent
 from convoy.core.splits import SplitOptions
@@ -40,7 +43,7 @@ def store(tmp_path: Path) -> LocalStore:
     return store
 
 
-def config_in(store: LocalStore, **base: Any) -> TuneConfig:
+def config_in(store: LocalStore, *, search: dict[str, Any] | None = None, **base: Any) -> TuneConfig:
     network = {"backbone": {"arch": "lenet5", "weights": "random"}, "strategy": "from_scratch"}
     settings = {
         "workspace": store.root_uri,
@@ -48,6 +51,7 @@ def config_in(store: LocalStore, **base: Any) -> TuneConfig:
         "dataset": "digits",
         "base": {**network, **base},
         "space": {"recipe.seed": {"grid": [0, 1, 2]}},
+        **(search or {}),
     }
     return parse_config(TuneConfig, settings, where="test")
 
@@ -99,3 +103,40 @@ def test_a_search_whose_record_still_counts_how_fast_it_trains_goes_on(
         assert search(changed) == run_id
     with pytest.raises(RunMismatch, match="epochs"):
         run_tune(config_in(store, epochs=3), progress=Silent(), draw=DRAW)
+
+
+WHOLE = {"arch": "lenet5", "weights": "random", "preset": {"resize_px": None, "crop_px": 32}}
+OF_TEN = {"ensemble": {"crops": ["ten"]}}
+A_SECOND = {"budget": {"hours": 1 / 3600}}
+
+
+@pytest.mark.parametrize(
+    ("refused", "corrected", "words"),
+    [
+        ({"search": OF_TEN}, {"search": {**OF_TEN, "crops": "ten"}}, "keep no views of ten"),
+        ({"search": A_SECOND, "epochs": 10**9}, {"search": A_SECOND, "epochs": 1}, "too small for one trial"),
+        ({"search": A_SECOND, "epochs": 10**9}, {"epochs": 10**9}, "too small for one trial"),
+    ],
+)
+def test_the_config_that_corrects_a_refused_search_is_taken(
+    store: LocalStore,
+    monkeypatch: pytest.MonkeyPatch,
+    refused: dict[str, Any],
+    corrected: dict[str, Any],
+    words: str,
+) -> None:
+    share = Concurrency(max_concurrent=1, workers=TrialWorkers(on_gpus=False))
+
+    def search_on(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tune_plan, "find_device", lambda: made_device(Precision.FP32))
+    monkeypatch.setattr(tune, "ray_session", nullcontext)
+    monkeypatch.setattr(tune, "plan_trials", lambda *_, **__: share)
+    monkeypatch.setattr(tune, "alive_nodes", lambda: [{"CPU": 2.0, "GPU": 0.0}])
+    monkeypatch.setattr(tune, "run_search", search_on)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=words):
+            run_tune(config_in(store, backbone=WHOLE, **refused), progress=Silent(), draw=DRAW)
+    with pytest.raises(KeyboardInterrupt):
+        run_tune(config_in(store, backbone=WHOLE, **corrected), progress=Silent(), draw=DRAW)
