@@ -62,9 +62,11 @@ class TrialQueue(Searcher):  # type: ignore[misc] # Ray has no types
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """A trial ended."""
-        top1 = None if error else (result or {}).get(METRIC)
-        self._drawer.tell(trial_id, self._points[trial_id], top1)
+        """A trial ended. One that recorded its own failure is no error to Tune, which has its last epoch."""
+        point = self._points[trial_id]
+        ended = None if error else self._journal.ended(point)
+        has_failed = error or (ended is not None and ended.state is TrialState.FAILED)
+        self._drawer.tell(trial_id, point, None if has_failed else (result or {}).get(METRIC))
 
     def __reduce__(self) -> tuple[type[object], tuple[()]]:
         # Tune pickles what it is given, for a restore that never happens: the journal is what is gone by.

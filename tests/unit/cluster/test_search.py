@@ -110,6 +110,7 @@ def test_a_cluster_too_small_for_one_trial_gives_no_plan() -> None:
 @dataclass
 class MemoryJournal:
     points: list[TrialPoint] = field(default_factory=list)
+    states: dict[str, TrialState] = field(default_factory=dict)
 
     def point(self, index: int, values: Values) -> TrialPoint:
         return TrialPoint(trial=f"{index:03}", index=index, values=values)
@@ -118,7 +119,8 @@ class MemoryJournal:
         self.points.append(point)
 
     def ended(self, point: TrialPoint) -> TrialStatus | None:
-        raise AssertionError("a queue does not ask")
+        state = self.states.get(point.trial)
+        return None if state is None else TrialStatus(trial=point.trial, state=state, values=point.values)
 
     def give_up(self, point: TrialPoint, end: GivenUp) -> None:
         raise AssertionError("a queue gives nothing up")
@@ -200,6 +202,22 @@ def test_the_estimator_goes_where_accuracy_was_high() -> None:
 
 def test_failed_trials_teach_the_estimator_nothing_and_do_not_stop_it() -> None:
     assert len(taken(TrialQueue(plan(kind=SearchKind.OPTUNA), MemoryJournal()), top1=None)) == 6
+
+
+def test_a_trial_that_recorded_its_failure_teaches_the_estimator_no_accuracy_of_its_last_epoch() -> None:
+    """In the call that ran it as in one that goes on. One that was stopped early counts with what it had."""
+    journal = MemoryJournal()
+    queue = TrialQueue(plan(kind=SearchKind.OPTUNA), journal)
+    for trial, state in (("failed", TrialState.FAILED), ("stopped", None), ("finished", TrialState.FINISHED)):
+        queue.suggest(trial)
+        if state is not None:
+            journal.states[journal.points[-1].trial] = state
+        queue.on_trial_complete(trial, {METRIC: 0.9})
+    ended = [past(point, top1) for point, top1 in zip(journal.points, (None, 0.9, 0.9), strict=True)]
+    resumed = TrialQueue(plan(kind=SearchKind.OPTUNA, past=tuple(ended)), MemoryJournal())
+    for one in (queue, resumed):
+        study = one._drawer._search._ot_study  # type: ignore[attr-defined]
+        assert [trial.value for trial in study.trials] == [None, 0.9, 0.9]
 
 
 def test_a_finite_space_ends_before_its_budget() -> None:
