@@ -15,7 +15,7 @@ from convoy.core.errors import ConfigError
 from convoy.core.fingerprints import digest
 from convoy.core.randomness import generator
 
-# Draws in a row that were drawn before, after which a finite space counts as exhausted.
+# Draws in a row that were drawn before, after which a space counts as exhausted.
 _MAX_REPEATS = 1000
 
 
@@ -80,13 +80,18 @@ class SearchSpace:
         """Whether nothing is drawn, so that the number of points follows from the space."""
         return all(isinstance(domain, Grid) for domain in self.domains.values())
 
+    @property
+    def num_points(self) -> float:
+        """Distinct points; infinite where a range has fractions."""
+        return math.prod(_num_values(domain) for domain in self.domains.values())
+
     def points(self, seed: int) -> Iterator[Values]:
         """Distinct points in an order that depends on the seed only; ends where a finite space is exhausted.
 
         The grid is gone through again and again, each time with new draws of the other keys.
         """
         seen: set[str] = set()
-        repeats = 0
+        repeats, num_points = 0, self.num_points
         for number in itertools.count():
             values = self._point(seed, number)
             name = digest(values)
@@ -98,6 +103,8 @@ class SearchSpace:
             repeats = 0
             seen.add(name)
             yield values
+            if len(seen) == num_points:
+                return
 
     def spot_checks(self, limit: int) -> Iterator[Values]:
         """Points that hold every listed value and both ends of every range.
@@ -238,6 +245,12 @@ def _draw(domain: Choice | Range, seed: int, number: int, key: str) -> Any:
         case Scale.LOG_UNIFORM:
             drawn = math.exp(random.uniform(math.log(domain.low), math.log(domain.high)))
             return min(max(drawn, domain.low), domain.high)
+
+
+def _num_values(domain: Domain) -> float:
+    if not isinstance(domain, Range):
+        return len(domain.values)
+    return int(domain.high) - int(domain.low) + 1 if domain.scale is Scale.INT else math.inf
 
 
 def _edges(domain: Domain) -> tuple[Any, ...]:

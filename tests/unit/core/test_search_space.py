@@ -75,6 +75,32 @@ def test_a_finite_space_ends_when_every_point_was_drawn() -> None:
     assert not space.is_grid
 
 
+@pytest.mark.parametrize(
+    ("space", "number"),
+    [
+        ({"recipe.seed": {"grid": list(range(40))}, "learning_rate": {"grid": [0.1, 0.2]}}, 80),
+        ({"recipe.seed": {"grid": [0, 1, 2]}, "head.kind": {"choice": ["softmax", "mlp"]}}, 6),
+        ({"recipe.seed": {"int": [0, 3]}, "config": {"choice": [{"epochs": 1}, {"epochs": 2}]}}, 8),
+    ],
+)
+def test_nothing_is_drawn_after_the_last_point_of_a_finite_space(
+    space: dict[str, Any], number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+    draw = SearchSpace._point
+
+    def counted(space: SearchSpace, seed: int, number: int) -> dict[str, Any]:
+        drawn.append(number)
+        return draw(space, seed, number)
+
+    monkeypatch.setattr(SearchSpace, "_point", counted)
+    points = parse_space(space).points(0)
+    assert len(list(itertools.islice(points, number))) == number
+    drawn.clear()
+    assert next(points, None) is None
+    assert drawn == []
+
+
 def test_spot_checks_hold_every_value_and_every_end() -> None:
     space = parse_space(MIXED)
     for limit, number in ((100, 2 * 2 * 2 * 2 * 2), (10, 10)):
