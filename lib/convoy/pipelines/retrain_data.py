@@ -19,7 +19,7 @@ from convoy.pipelines.retrain_config import DataChecks, NewData, WhenFound
 from convoy.pipelines.retrain_gate import ModelScores
 from convoy.pipelines.retrain_rows import RetrainRows, as_mask, class_counts, named_rows
 from convoy.pipelines.retrain_scoring import CachedScorer
-from convoy.storage.feature_cache import content_id_array
+from convoy.storage.feature_cache import KnownContent, content_id_array
 
 # Embeddings of each side of a shift: its noise is far below any limit then.
 _EMBEDDINGS = 4096
@@ -50,7 +50,8 @@ def examine_new_data(
     """Whether the new rows look like data to learn from; `set_id` holds the embeddings that are compared."""
     findings = Findings()
     new, old = rows.chosen(rows.is_new_N), rows.chosen(~rows.is_new_N)
-    is_usable_N = scorer.known_content(set_id).has_rows(new["content_id"].combine_chunks())
+    known = scorer.known_content(set_id)
+    is_usable_N = known.has_rows(new["content_id"])
     num_usable = int(is_usable_N.sum())
     new_classes = sorted({*new["class"].drop_null().to_pylist()} - {*champion.classes} if champion else ())
     shift = class_shift(class_counts(new), class_counts(old))
@@ -63,7 +64,7 @@ def examine_new_data(
     agreement = _agreement(rows, new, scorer, champion, on_holdout)
     top1 = _examine_batches(rows, is_usable_N, agreement, checks, findings)
     look_for_losses(rows, checks, champion, findings)
-    empty = _empty_classes(rows)
+    empty = _empty_classes(rows, known)
     findings.add(bool(empty), f"no training image can be used of: {', '.join(empty[:5])}", WhenFound.HOLD)
     return NewData(
         rows=new.num_rows,
@@ -227,6 +228,9 @@ def _judges_gone(
     return frozen, frozen - left
 
 
-def _empty_classes(rows: RetrainRows) -> list[str]:
-    present = set(rows.training(Split.TRAIN)["class"].to_pylist())
+def _empty_classes(rows: RetrainRows, known: KnownContent) -> list[str]:
+    """The classes that no head could be fitted for: none of their training images is usable and has a weight."""
+    train = rows.training(Split.TRAIN)
+    counts_N = known.has_rows(train["content_id"]) & (train["weight"].to_numpy() > 0)
+    present = class_counts(train.filter(pa.array(counts_N)))
     return [name for name in rows.manifest.classes if name not in present]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,6 @@ import pyarrow as pa
 import pytest
 
 from cache_jobs import write_digits
-from convoy.cluster.extraction import FeatureExtractor
-from convoy.cluster.extraction_spec import ExtractionSpec
-from convoy.cluster.slices import SliceTask, WorkerPool
 from convoy.core.errors import RunMismatch
 from convoy.core.progress import Silent
 from convoy.core.records import Split
@@ -23,13 +19,14 @@ from convoy.pipelines.feature_plan import ExtractionConfig, FeatureRequest
 from convoy.pipelines.feature_summary import FeatureSummary
 from convoy.pipelines.features import FeatureJob
 from convoy.pipelines.predictions import PredictionJob
-from convoy.storage.commits import RunManifest, SliceRecord
+from convoy.storage.commits import RunManifest
 from convoy.storage.datasets import open_dataset
 from convoy.storage.leases import WhenHeld, hold_run
 from convoy.storage.local_store import LocalStore
-from convoy.storage.runs import RunFolder, RunRecord, open_pointers
+from convoy.storage.runs import RunFolder, open_pointers
 from convoy.vision.engine_options import Precision
 from convoy.vision.heads import HeadKind
+from features_here import compute_features_here
 from made_bundles import FP32, made_classifier
 from made_devices import made_device
 
@@ -52,16 +49,7 @@ def images(tmp_path: Path) -> Path:
 def store(images: Path, monkeypatch: pytest.MonkeyPatch) -> LocalStore:
     """A workspace with a dataset of digits, whose slices are computed by this process."""
     store = LocalStore(str(images.parent / "workspace"))
-
-    def do_slices(_: RunFolder, record: RunRecord, run: Any, **_options: Any) -> list[SliceRecord]:
-        tasks = [SliceTask(slice=name, outputs=record.outputs_of(name)) for name in record.slice_names()]
-        return list(run(tasks, WorkerPool(num_workers=1, num_cpus=1, num_gpus=0, num_threads=1)))
-
-    def extract(spec: ExtractionSpec, tasks: Sequence[SliceTask], _: WorkerPool) -> Iterator[SliceRecord]:
-        return map(FeatureExtractor(spec), tasks)
-
-    monkeypatch.setattr(f"{FEATURES}.do_slices", do_slices)
-    monkeypatch.setattr(f"{FEATURES}.extract_slices", extract)
+    compute_features_here(monkeypatch)
     refresh(store, images)
     return store
 

@@ -15,6 +15,7 @@ import pytest
 from cache_jobs import write_digits
 from convoy.core.config import parse_config
 from convoy.core.crop_policies import CropPlan, CropPolicy
+from convoy.core.errors import ExitCode
 from convoy.core.progress import Silent
 from convoy.core.records import Split
 from convoy.core.splits import SplitOptions
@@ -22,7 +23,8 @@ from convoy.pipelines import retrain_steps, retrain_work, train
 from convoy.pipelines.committees import open_committee, write_ensemble
 from convoy.pipelines.model_registry import promote_model
 from convoy.pipelines.network_training import NetworkTraining, open_training
-from convoy.pipelines.retrain_config import Decision, RetrainConfig, StepResult
+from convoy.pipelines.retrain import run_retrain
+from convoy.pipelines.retrain_config import Decision, RetrainConfig, RetrainReport, StepResult
 from convoy.pipelines.retrain_gate import GateConfig, ModelScores, judge
 from convoy.pipelines.retrain_rows import RetrainRows
 from convoy.pipelines.retrain_steps import MadeModel
@@ -36,7 +38,8 @@ from convoy.storage.object_store import WriterMode
 from convoy.storage.registry import Alias, AliasMove, move_aliases, read_aliases
 from convoy.storage.retrains import RetrainFolder, RetrainPlan
 from convoy.storage.runs import RunFolder, RunRecord
-from made_bundles import made_classifier, write_classifier
+from features_here import compute_features_here
+from made_bundles import FP32, made_classifier, write_classifier
 
 NAME = "digits"
 CHAMPION = f"{NAME}@{'a' * 32}"
@@ -310,3 +313,40 @@ def test_the_champion_made_again_is_nothing_new_and_no_refusal(job: RetrainJob) 
     outcome = job._decide(AGAIN, on_champion)
     assert (outcome.decision, outcome.candidate) == (Decision.NOTHING_NEW, None)
     assert job._decide(OTHER, on_champion).decision is Decision.HELD
+
+
+@pytest.mark.parametrize(("is_damaged", "weight"), [(True, 1), (False, 0)])
+def test_a_class_of_which_no_training_image_can_be_used_holds_every_night(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_damaged: bool, weight: int
+) -> None:
+    compute_features_here(monkeypatch)
+    write_digits(tmp_path / "images", 60)
+    images = sorted((tmp_path / "images").rglob("*.jpg"))
+    source = tmp_path / "images.csv"
+    with source.open("w") as rows:
+        rows.write("uri,label,weight,split\n")
+        for index, image in enumerate(images):
+            rows.write(f"{image},{image.parent.name},1,{('train', 'val', 'test')[index % 3]}\n")
+    settings = {
+        "workspace": str(tmp_path / "workspace"),
+        "name": NAME,
+        "dataset": NAME,
+        "source": str(source),
+        "backbone": {"arch": "lenet5", "weights": "random"},
+        "extraction": FP32.model_dump(),
+    }
+
+    def night(date: str) -> RetrainReport:
+        config = parse_config(RetrainConfig, {**settings, "date": date}, where="test")
+        return run_retrain(config, progress=Silent(), draw_curves=draw_learning_curves)
+
+    assert night("2026-01-01").decision is Decision.PROMOTED
+    with source.open("a") as rows:
+        for index in range(12):
+            image = tmp_path / f"{index}.jpg"
+            image.write_bytes(b"no image" * index if is_damaged else images[index].read_bytes() + b"another")
+            rows.write(f"{image},newclass,{weight},train\n")
+    for date in ("2026-01-02", "2026-01-03"):
+        report = night(date)
+        assert report.process_exit_code is ExitCode.REFUSED_BY_GATE
+        assert "no training image can be used of: newclass" in report.reason
