@@ -87,6 +87,10 @@ class ObjectUnreadable(StorageError):
     """The disk does not give the bytes of this file (EIO)."""
 
 
+class ObjectReplaced(StorageError):
+    """Another version took the place of the object while that was read."""
+
+
 class StorageFull(StorageError):
     """There is no room for what is to be written; with room the same command goes on."""
 

@@ -8,8 +8,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from convoy.core.errors import DataError, StorageError
-from convoy.storage.object_store import Blob, ObjectStore
+from convoy.core.errors import DataError, ObjectReplaced, StorageError
+from convoy.storage.object_store import ObjectStore
 
 # Neighbouring small columns come with one request; a larger read is one request of its own.
 BUFFER_BYTES = 1 << 20
@@ -19,7 +19,7 @@ class ObjectReader(io.RawIOBase):
     """One version of an object as a seekable file; a read is a range request, with the store's own retries.
 
     An object of up to BUFFER_BYTES is read whole and once, so that the store compares its checksum.
-    Raises StorageError if the object is replaced between two reads.
+    Raises ObjectReplaced if the object is replaced between two reads.
     """
 
     def __init__(self, store: ObjectStore, key: str) -> None:
@@ -58,20 +58,27 @@ class ObjectReader(io.RawIOBase):
 
     def _read(self, first: int, num_bytes: int) -> bytes:
         if self._info.size_bytes > BUFFER_BYTES:
-            blob = self._store.get(self._info.key, byte_range=(first, num_bytes))
-            return self._of_this_version(blob)
+            return self._get((first, num_bytes))
         if self._whole is None:
-            self._whole = self._of_this_version(self._store.get(self._info.key))
+            self._whole = self._get()
         return self._whole[first : first + num_bytes]
 
-    def _of_this_version(self, blob: Blob) -> bytes:
-        if blob.etag != self._info.etag:
-            raise StorageError(
-                "the object was replaced while it was read",
-                where=self._store.uri(self._info.key),
-                next_step="run the command again",
-            )
-        return blob.data
+    def _get(self, byte_range: tuple[int, int] | None = None) -> bytes:
+        key = self._info.key
+        try:
+            blob = self._store.get(key, byte_range=byte_range)
+        except StorageError as error:
+            # A range beyond the end, if the new version is shorter.
+            if error.retryable or self._store.head(key).etag == self._info.etag:
+                raise
+        else:
+            if blob.etag == self._info.etag:
+                return blob.data
+        raise ObjectReplaced(
+            "the object was replaced while it was read",
+            where=self._store.uri(key),
+            next_step="run the command again",
+        )
 
 
 def buffered_reader(store: ObjectStore, key: str) -> io.BufferedReader:

@@ -25,7 +25,7 @@ class ImageColumn:
     """The column `container_field` of one version of a parquet file. Thread-safe.
 
     Raises SampleRejected for a file that is damaged, not of the version `etag`, or not given by the disk; errors of
-    storage pass.
+    storage pass, ObjectReplaced among them where the file is replaced while it is read.
     """
 
     def __init__(self, uri: str, etag: str, container_field: str) -> None:

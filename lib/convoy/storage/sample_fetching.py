@@ -13,6 +13,7 @@ from convoy.core.errors import (
     CredentialsRefused,
     ObjectArchived,
     ObjectNotFound,
+    ObjectReplaced,
     ObjectUnreadable,
     StorageError,
 )
@@ -61,6 +62,8 @@ def rejecting() -> Iterator[None]:
         yield
     except ObjectNotFound as error:
         raise _reject(RejectCode.GONE, error.what) from None
+    except ObjectReplaced as error:
+        raise _reject(RejectCode.CHANGED, error.what) from None
     except CredentialsRefused:
         # With these every sample would be refused, which says nothing of any of them.
         raise

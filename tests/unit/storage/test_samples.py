@@ -27,14 +27,16 @@ from convoy.core.errors import (
 from convoy.core.records import RejectCode, SampleRejected, Stage
 from convoy.core.splits import SplitOptions
 from convoy.storage.local_cache import LocalImageCache
+from convoy.storage.local_store import LocalStore
 from convoy.storage.manifests import MANIFEST_SCHEMA
 from convoy.storage.object_store import Blob
+from convoy.storage.parquet_files import BUFFER_BYTES, buffered_reader, open_parquet_file
 from convoy.storage.row_groups import ImageColumn
 from convoy.storage.samples import SampleReader
 from convoy.storage.sources.completion import complete_rows
 from convoy.storage.sources.reading import read_source
 from convoy.storage.sources.rows import ReadingOptions
-from convoy.storage.stores import UriReader
+from convoy.storage.stores import UriReader, open_object
 from made_sources import jpeg_bytes, shard_bytes, write_files
 
 NEVER_HEAL = {RejectCode.EMPTY, RejectCode.TOO_LARGE}
@@ -221,6 +223,41 @@ def test_parquet_files_that_are_gone_changed_or_damaged(parquet: Path) -> None:
     assert set(read(rows)) == {RejectCode.UNREADABLE}
     parquet.unlink()
     assert set(read(rows)) == {RejectCode.GONE}
+
+
+class _StoreOfRanges(LocalStore):
+    """Reads parquet files as an S3 store does: by a request for each range, which the newest version answers."""
+
+    def open_parquet(self, key: str) -> Any:
+        return open_parquet_file(buffered_reader(self, key), where=self.uri(key))
+
+
+@pytest.mark.parametrize("num_rows", [6, 1])
+def test_a_parquet_file_that_is_replaced_while_it_is_read_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_rows: int
+) -> None:
+    path = tmp_path / "a.parquet"
+
+    def write(*images: bytes) -> None:
+        pq.write_table(pa.table({"image": images}), tmp_path / "new", row_group_size=1, compression="none")
+        os.replace(tmp_path / "new", path)
+
+    def ranges_of(uri: str) -> tuple[LocalStore, str]:
+        store, key = open_object(uri)
+        assert isinstance(store, LocalStore)
+        return _StoreOfRanges(store.root), key
+
+    monkeypatch.setattr("convoy.storage.row_groups.open_object", ranges_of)
+    images = [bytes([index]) * BUFFER_BYTES for index in range(6)]
+    write(*images)
+    outcomes = SampleReader(num_threads=1, window_bytes=1).read(rows_of(path))
+    first = next(outcomes)
+    write(*images[:num_rows])
+    left = [data for _, data in outcomes]
+    assert first == (0, images[0])
+    assert {data.code for data in left if isinstance(data, SampleRejected)} == {RejectCode.CHANGED}
+    # The next one may have been on its way.
+    assert isinstance(left[1], SampleRejected)
 
 
 def test_a_parquet_file_whose_footer_is_damaged_is_unreadable(parquet: Path) -> None:
