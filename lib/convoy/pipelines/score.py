@@ -26,6 +26,7 @@ from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.predictions import PREDICTIONS
 from convoy.storage.runs import OpenRun, RunFolder, RunRecord
+from convoy.storage.scores import require_short_labels
 
 FORECASTS = "forecasts/"
 
@@ -122,6 +123,8 @@ def _open_request(
             where=f"splits of {request.dataset}",
             next_step=f"choose splits that have some: {', '.join(manifest.counts)}",
         )
+    if config.partition_by is PartitionBy.LABEL:
+        require_short_labels(manifest.classes)
     forecast = read_json(store, _forecast_key(manifest, request))
     return store, manifest, request.with_forecast(forecast), [*notes, *model_notes]
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from urllib.parse import quote, unquote
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from convoy.core.errors import ConfigError
 from convoy.core.fingerprints import MultisetDigest
 from convoy.core.result_columns import ClassOutputs, PartitionBy
 from convoy.storage.commits import PartFile
@@ -25,7 +26,13 @@ from convoy.storage.predictions import PREDICTIONS, float_lists, ranking_table
 SCORES_SCHEMA_VERSION = 1
 # What Hive, Spark and DuckDB call the folder of rows that have no value.
 _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
-_LABEL_PARTITION = f"{PREDICTIONS}/label_name="
+_LABEL_FOLDER = "label_name="
+_LABEL_PARTITION = f"{PREDICTIONS}/{_LABEL_FOLDER}"
+# What Hive escapes in names of folders, and no more: Hive and Spark read each code as a character, so the bytes of ä,
+# encoded as in a URL, would be two.
+_ESCAPES = {ord(char): f"%{ord(char):02X}" for char in [*map(chr, range(32)), *"\"#%'*/:=?\\\x7f{[]^"]}
+# Of a file or folder, on any usual disk.
+_LONGEST_NAME_BYTES = 255
 
 
 class RowStatus(StrEnum):
@@ -116,12 +123,29 @@ def partitioned(
 def _partition(by: PartitionBy, value: str | int | None, classes: Sequence[str]) -> str:
     if by is PartitionBy.SPLIT:
         return f"{PREDICTIONS}/split={value}"
-    # Percent signs, as Hive writes them: a class may be called a/b, or x=y.
-    name = _NULL_PARTITION if value is None else quote(classes[int(value)], safe="")
-    return f"{_LABEL_PARTITION}{name}"
+    return f"{PREDICTIONS}/{_label_folder(None if value is None else classes[int(value)])}"
+
+
+def _label_folder(label: str | None) -> str:
+    # As Hive writes it: a class may be called a/b, or x=y.
+    return _LABEL_FOLDER + (_NULL_PARTITION if label is None else label.translate(_ESCAPES))
+
+
+def require_short_labels(classes: Iterable[str]) -> None:
+    """Raise ConfigError unless the folder of every class has a name that a disk can hold."""
+    for label in classes:
+        if len(_label_folder(label).encode()) > _LONGEST_NAME_BYTES:
+            raise ConfigError(
+                f"the folder of class '{label[:40]}…' would have a name of more than {_LONGEST_NAME_BYTES} bytes",
+                where="partition_by: label",
+                next_step="use partition_by: none, where label_name is a column, or give the class a shorter name",
+            )
 
 
 def label_of_partition(output: str) -> str | None:
-    """The name of the label of all rows of an output; None where they have none, or files do not lie by label."""
+    """The name of the label of all rows of an output; None where they have none, or files do not lie by label.
+
+    Runs of earlier versions percent-encoded more of it, as in a URL.
+    """
     name = output.removeprefix(_LABEL_PARTITION)
     return None if name in (output, _NULL_PARTITION) else unquote(name)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
+from urllib.parse import quote
 
 import pytest
 
@@ -221,6 +222,32 @@ def test_a_scoring_of_no_image_is_an_error_that_names_the_splits_with_some(
         job(config, progress=Silent())
     assert refused.value.next_step.endswith(": test")
     assert (run_ids(store), open_pointers(store)) == ([], {})
+
+
+@pytest.mark.parametrize("job", [run_score, plan_score])
+def test_a_scoring_by_label_refuses_a_class_whose_folder_no_disk_could_hold(
+    images: Path, store: LocalStore, job: Any
+) -> None:
+    (images / "0").rename(images / ("x" * 250))
+    assert job(from_source(images, store), progress=Silent()).notes
+    kept = run_ids(store)
+    with pytest.raises(ConfigError, match="255 bytes"):
+        job(from_source(images, store, partition_by="label"), progress=Silent())
+    assert (run_ids(store), open_pointers(store)) == (kept, {})
+
+
+def test_a_cut_off_scoring_by_label_is_ended_under_the_folder_names_that_it_began_with(
+    images: Path, store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (images / "0").rename(images / "Käfer")
+    config = from_source(images, store, partition_by="label")
+    with cut_off(), monkeypatch.context() as earlier:
+        earlier.setattr("convoy.storage.scores._label_folder", lambda label: f"label_name={quote(label)}")
+        run_score(config, progress=Silent())
+    report = run_score(config, progress=Silent())
+    folders = store.list_folders(f"runs/{report.run}/predictions/")
+    assert [name for name in folders if "K" in name] == ["label_name=K%C3%A4fer"]
+    assert verify_run(store, report.run).ok
 
 
 @pytest.mark.parametrize("job", [run_score, plan_score])

@@ -13,11 +13,20 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import pytest
 
+from convoy.core.errors import ConfigError
 from convoy.core.result_columns import ClassOutputs, PartitionBy
 from convoy.storage.commits import PartFile, part_key
 from convoy.storage.local_store import LocalStore
 from convoy.storage.manifests import MANIFEST_SCHEMA
-from convoy.storage.scores import RowStatus, ScoredRows, partitioned, scores_table, write_scores
+from convoy.storage.scores import (
+    RowStatus,
+    ScoredRows,
+    label_of_partition,
+    partitioned,
+    require_short_labels,
+    scores_table,
+    write_scores,
+)
 
 MODEL_CLASSES = ("cat", "dog", "a/b")
 LOGITS_NK = np.array([[2, 0, 0], [0, 0, 3], [0, 1, 0]], np.float32)
@@ -193,6 +202,44 @@ def test_partitions_are_folders_as_hive_names_them(store: LocalStore, tmp_path: 
     files = f"read_parquet('{tmp_path}/predictions/*/*.parquet', hive_partitioning = true)"
     query = f"SELECT DISTINCT label_name FROM {files}"
     assert {name for (name,) in duckdb.sql(query).fetchall()} == {"cat", "a/b", None}
+
+
+@pytest.mark.parametrize(
+    ("label", "folder"),
+    [
+        ("Käfer", "Käfer"),
+        ("red fox+2", "red fox+2"),
+        ("50%", "50%25"),
+        ("a=b:{c}\t", "a%3Db%3A%7Bc}%09"),
+        ("長毛" * 20, "長毛" * 20),
+    ],
+)
+def test_names_of_folders_have_codes_where_hive_writes_them_and_nowhere_else(
+    store: LocalStore, tmp_path: Path, label: str, folder: str
+) -> None:
+    ((output,), _), *_ = partitioned([manifest_rows([0], ["train"])], PartitionBy.LABEL, [label])
+    assert output == f"predictions/label_name={folder}"
+    assert label_of_partition(output) == label
+    table = scores_table(scored_rows(), outputs=ClassOutputs.NONE, partition_by=PartitionBy.LABEL)
+    key = part_key(f"{output}/", "0-000000", "a0")
+    write_scores(store, key, table, LOGITS_NK, model_digest="m1", run_id="r1", metadata={})
+    files = f"read_parquet('{tmp_path}/predictions/*/*.parquet', hive_partitioning = true)"
+    assert set(duckdb.sql(f"SELECT label_name FROM {files}").fetchall()) == {(label,)}
+    for found in (
+        pads.dataset(tmp_path / "predictions", partitioning="hive").to_table()["label_name"].to_pylist(),
+        pl.scan_parquet(tmp_path / "predictions", hive_partitioning=True).collect()["label_name"].to_list(),
+    ):
+        assert set(found) == {label}
+
+
+def test_folders_of_earlier_runs_have_their_label() -> None:
+    assert label_of_partition("predictions/label_name=K%C3%A4fer%2Fred%20fox") == "Käfer/red fox"
+
+
+def test_a_class_whose_folder_no_disk_could_hold_is_refused() -> None:
+    require_short_labels(["猫" * 81, "cat"])
+    with pytest.raises(ConfigError, match="more than 255 bytes"):
+        require_short_labels(["cat", "猫" * 82])
 
 
 def test_rows_by_split_keep_their_order() -> None:
