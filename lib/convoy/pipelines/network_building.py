@@ -8,13 +8,13 @@ from convoy.core.errors import ConfigError
 from convoy.pipelines.backbone_loading import keep_network, read_backbone_state
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.storage.object_store import ObjectStore
-from convoy.vision.backbone_config import BackboneConfig
+from convoy.vision.backbone_config import BackboneConfig, NewLayers, WeightSource, weight_source
 from convoy.vision.backbones import build_network, depth_axis
 from convoy.vision.heads import Head
 from convoy.vision.partial_reuse import PartialReuseNetwork
 from convoy.vision.presets import EvalPreset
 from convoy.vision.stages import DepthAxis, StageKind
-from convoy.vision.weights import load_weights, read_state_dict, state_to_safetensors
+from convoy.vision.weights import load_weights, read_state_dict, state_below, state_to_safetensors
 
 
 class NewNetwork:
@@ -34,11 +34,13 @@ class NewNetwork:
     def take_weights(self, store: ObjectStore, pretrained: BackboneRecord) -> None:
         """Take the weights of a pretrained network; a classifier that it does not have in this size stays random.
 
-        Raises ConfigError, with names and shapes, for weights that do not fit.
+        New layers that the pretrained network does not have just so stay random too. Raises ConfigError, with names
+        and shapes, for weights that do not fit.
         """
         state = read_backbone_state(store, pretrained)
-        if isinstance(self.network, PartialReuseNetwork):
-            self.network.load_body(state)
+        learnt = _learnt_layers(pretrained.config)
+        if isinstance(self.network, PartialReuseNetwork) and self.config.new_layers != learnt:
+            self.network.load_body(state if learnt is None else state_below(state, "body."))
         else:
             load_weights(self.network, state, new_classifier=self.axis[len(self.axis) - 1].parameter_names)
 
@@ -62,6 +64,11 @@ class NewNetwork:
     def to_safetensors(self) -> bytes:
         """The weights as they are now."""
         return state_to_safetensors(self.network.state_dict())
+
+
+def _learnt_layers(config: BackboneConfig) -> NewLayers | None:
+    """The new layers that a pretrained network has weights of; published weights are those of a whole network."""
+    return None if weight_source(config) is WeightSource.NAMED else config.new_layers
 
 
 def keep_trained(

@@ -21,11 +21,11 @@ from convoy.pipelines.feature_plan import ExtractionConfig
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.network_building import NewNetwork
 from convoy.storage.local_store import LocalStore
-from convoy.vision.backbone_config import BackboneConfig
+from convoy.vision.backbone_config import BackboneConfig, ConvLayer, NewLayers
 from convoy.vision.backbones import build_network
 from convoy.vision.libraries import Timm
 from convoy.vision.presets import EvalPreset
-from convoy.vision.weights import load_weights, weights_digest
+from convoy.vision.weights import load_weights, state_to_safetensors, weights_digest
 
 
 @pytest.fixture
@@ -72,6 +72,49 @@ def test_a_training_begins_with_named_weights_of_any_number_of_outputs(
     classifier = new.axis.stages[-1].parameter_names
     assert new.axis.num_classes == 5
     assert all(torch.equal(taken[name], state[name]) for name in taken if name not in classifier)
+
+
+def taken_from(store: LocalStore, record: BackboneRecord, config: BackboneConfig) -> set[str]:
+    """The parts of a network (body, convs, mlp.<n>) that began with the weights of a record, under names alike."""
+    new = NewNetwork(config.model_copy(update={"weights": "trained", "seed": 1}))
+    new.take_weights(store, record)
+    state = read_backbone_state(store, record)
+    fresh, taken = build_network(new.config).state_dict(), new.network.state_dict()
+    weights = [name for name in taken if not torch.equal(taken[name], fresh[name])]
+    assert all(torch.equal(taken[name], state[name]) for name in weights)
+    return {re.match(r"body|convs|mlp\.\d+", name)[0] for name in weights}  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "changes", "taken"),
+    [
+        (7, {}, {"body", "convs", "mlp.0", "mlp.3"}),
+        (5, {}, {"body", "convs", "mlp.0"}),
+        (7, {"convs": (ConvLayer(width=16),)}, {"body"}),
+        (7, {"after": "layer1.0"}, {"body"}),
+    ],
+)
+def test_a_training_begins_with_the_layers_of_a_network_with_new_layers(
+    store: LocalStore, tmp_path: Path, num_classes: int, changes: dict[str, Any], taken: set[str]
+) -> None:
+    layers = NewLayers(after="layer1", convs=(ConvLayer(width=8),), hidden_widths=(16,))
+    config = BackboneConfig(arch="cifar_resnet20", weights="random", num_classes=7, new_layers=layers)
+    (tmp_path / "model.safetensors").write_bytes(state_to_safetensors(build_network(config).state_dict()))
+    path = str(tmp_path / "model.safetensors")
+    record = fetch_backbone(store, config.model_copy(update={"weights": path}))
+    wanted = layers.model_copy(update=changes)
+    update = {"num_classes": num_classes, "new_layers": wanted}
+    assert taken_from(store, record, config.model_copy(update=update)) == taken
+
+
+def test_a_training_begins_with_named_weights_below_new_layers(store: LocalStore) -> None:
+    layers = NewLayers(after="layer1", convs=(ConvLayer(width=8),), hidden_widths=(16,))
+    config = BackboneConfig(arch="timm:resnet10t", weights="c3_in1k", num_classes=7, new_layers=layers)
+    record = fetch_backbone(store, config)
+    new = NewNetwork(config.model_copy(update={"weights": "trained"}))
+    new.take_weights(store, record)
+    state, body = read_backbone_state(store, record), new.network.get_submodule("body").state_dict()
+    assert all(torch.equal(body[name], state[name]) for name in body)
 
 
 def test_what_builds_upon_a_record_finds_it(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
