@@ -40,6 +40,7 @@ from convoy.pipelines.tune_plan import (
     copied_weights,
     fetch_networks,
     most_batch_bytes,
+    moved_names,
     pin_names,
 )
 from convoy.pipelines.workspace import open_workspace
@@ -120,13 +121,14 @@ def run_tune(
 
     It goes on with the version of the dataset on which it began, and says so where there is a newer one.
     A trial that ended never runs again, whether the search was finished or not: another `ensemble` is built of the
-    same trials, and with a larger budget there may be more. Raises ConfigError for a
+    same trials, and with a larger budget there may be more. A finished one whose teacher or file of weights is another
+    now does not count, which a note says. Raises ConfigError for a
     dataset without labelled validation rows and for a budget that cannot suffice, what `pin_names` raises,
     TrainingError where no trial finished, LeaseHeld where another driver is at work on the same search.
     """
     store = open_workspace(config.workspace, config.writers)
     open_run = OpenRun(store, verb=_VERB, target=digest([config.name]))
-    manifest, version_notes = open_as_begun(store, open_run, config.dataset, new_run=new_run)
+    manifest, notes = open_as_begun(store, open_run, config.dataset, new_run=new_run)
     if config.folds is None:
         _require_validation_rows(manifest)
     identity = search_identity(manifest, config)
@@ -134,6 +136,9 @@ def run_tune(
     answer_key = f"{_ANSWERS}{digest(identity)}.json"
     if folder is None and not open_run.begins_anew(new_run):
         folder = finished_run(store, answer_key)
+        if folder is not None and (moved := _moved_since(folder, manifest, config)):
+            notes.append(f"a new search, as since {folder.run_id} {', '.join(moved)}")
+            folder = None
     folder = folder or open_run.start()
     with hold_run(folder, when_held=WhenHeld.REFUSE) as lease:
         known = _report(folder)
@@ -174,13 +179,21 @@ def run_tune(
         store.put(answer_key, canonical_json({"run_id": folder.run_id}))
         finish(folder, report.model_dump(mode="json"))
         open_run.close(folder)
-    return report.model_copy(update={"notes": [*version_notes, *report.notes]})
+    return report.model_copy(update={"notes": [*notes, *report.notes]})
 
 
 def _report(folder: RunFolder) -> TuneReport | None:
     """What a finished search found, maybe by a driver that was at work until now."""
     stored = folder.report()
     return None if stored is None else TuneReport.model_validate(stored)
+
+
+def _moved_since(folder: RunFolder, manifest: Manifest, config: TuneConfig) -> list[str]:
+    """What the names of a finished search mean otherwise now; with another budget it goes on with what they meant."""
+    known, record = _report(folder), folder.record()
+    if known is None or record is None or known.budget != config.budget:
+        return []
+    return moved_names(folder.store, manifest, config, SearchPins.model_validate(record.settings))
 
 
 def _record(folder: RunFolder, identity: dict[str, Any], config: TuneConfig, pins: SearchPins) -> RunRecord:

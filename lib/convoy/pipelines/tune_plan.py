@@ -10,7 +10,7 @@ from pydantic import Field
 from convoy.cluster.network_device import find_device
 from convoy.core.config import StrictModel
 from convoy.core.crop_policies import CropPlan
-from convoy.core.errors import ConfigError
+from convoy.core.errors import ConfigError, DataError, StorageError
 from convoy.core.fingerprints import digest
 from convoy.core.records import Split
 from convoy.pipelines.backbone_record import BackboneRecord
@@ -72,18 +72,41 @@ def pin_names(store: ObjectStore, manifest: Manifest, config: TuneConfig) -> Sea
     Raises DataError for a teacher that does not exist, ConfigError for one that lacks a class of the dataset, for
     weights that do not fit their network and what `check_crops` raises, before the search is recorded.
     """
+    pins = _pins_now(store, manifest, config)
+    # The last, as a cluster may have to start a machine for it.
+    device = find_device()
+    precision = PrecisionChoice(device.precision.value)
+    return pins.model_copy(update={"precision": precision, "precision_note": device.precision_note})
+
+
+def moved_names(store: ObjectStore, manifest: Manifest, config: TuneConfig, pins: SearchPins) -> list[str]:
+    """Which teachers and files of weights are others now than a search has pinned, in words.
+
+    None where one of them cannot be read any more: what the search has found stays. Raises ConfigError where
+    `pin_names` does.
+    """
+    if not (pins.teachers or pins.weights):
+        return []
+    try:
+        now = _pins_now(store, manifest, config)
+    except (DataError, StorageError):
+        return []
+    moved = [
+        f"the teacher {name} is {bundle}"
+        for name, bundle in now.teachers.items()
+        if pins.teachers.get(name, bundle) != bundle
+    ]
+    if any(pins.weights.get(network, key) != key for network, key in now.weights.items()):
+        moved.append("a file of weights has other contents")
+    return moved
+
+
+def _pins_now(store: ObjectStore, manifest: Manifest, config: TuneConfig) -> SearchPins:
     names = dict.fromkeys(one.distill.teacher for one in config.examples() if one.distill is not None)
     teachers = {name: pinned_teacher(store, manifest, name) for name in names}
     examples = fetch_networks(store, manifest, config, {})
     check_crops(config, examples)
-    # The last, as a cluster may have to start a machine for it.
-    device = find_device()
-    return SearchPins(
-        precision=PrecisionChoice(device.precision.value),
-        precision_note=device.precision_note,
-        teachers=teachers,
-        weights=copied_weights(examples),
-    )
+    return SearchPins(teachers=teachers, weights=copied_weights(examples))
 
 
 def fetch_networks(

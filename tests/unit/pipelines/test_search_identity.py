@@ -1,4 +1,4 @@
-"""Which search a config means, and that a refusal leaves none behind."""
+"""Which search a config means, when one answers, and that a refusal leaves none behind."""
 
 from __future__ import annotations
 
@@ -18,13 +18,19 @@ from convoy.core.progress import Silent
 from convoy.core.splits import SplitOptions
 from convoy.pipelines import tune, tune_plan
 from convoy.pipelines.search_identity import search_identity
-from convoy.pipelines.tune import TuneDrawers, run_tune
+from convoy.pipelines.tune import TuneDrawers, _Search, run_tune
 from convoy.pipelines.tune_config import TuneConfig
+from convoy.storage.bundles import BundleRef
 from convoy.storage.datasets import freeze_dataset, open_dataset
 from convoy.storage.local_store import LocalStore
 from convoy.storage.runs import OpenRun
+from convoy.vision.backbone_config import BackboneConfig
+from convoy.vision.backbones import build_network
 from convoy.vision.engine_options import Precision
+from convoy.vision.weights import state_to_safetensors
+from made_bundles import made_classifier, write_classifier
 from made_devices import made_device
+from made_ensembles import made_candidates, made_report
 
 DRAW = TuneDrawers(training=lambda _: b"", space=lambda _: b"", trials=lambda _: b"", ensemble=lambda _: b"")
 OPERATIONAL: dict[str, Any] = {
@@ -140,3 +146,51 @@ def test_the_config_that_corrects_a_refused_search_is_taken(
             run_tune(config_in(store, backbone=WHOLE, **refused), progress=Silent(), draw=DRAW)
     with pytest.raises(KeyboardInterrupt):
         run_tune(config_in(store, backbone=WHOLE, **corrected), progress=Silent(), draw=DRAW)
+
+
+def test_a_finished_search_does_not_answer_for_another_teacher_or_other_weights(
+    store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classes = open_dataset(store, "digits").classes
+    file = tmp_path / "lenet.safetensors"
+    backbone = {"arch": "lenet5", "weights": str(file), "num_classes": len(classes)}
+    distill = {"teacher": "photos"}
+    monkeypatch.setattr(tune_plan, "find_device", lambda: made_device(Precision.FP32))
+    monkeypatch.setattr(tune, "ray_session", nullcontext)
+    monkeypatch.setattr(_Search, "run", lambda *_: [])
+    monkeypatch.setattr(_Search, "build_ensemble", lambda *_: made_report(made_candidates(1.0, 1.2)))
+
+    def write_weights(seed: int) -> None:
+        settings = {**backbone, "weights": "random", "seed": seed}
+        network = build_network(BackboneConfig.model_validate(settings))
+        file.write_bytes(state_to_safetensors(network.state_dict()))
+
+    def write_teacher(seed: int) -> BundleRef:
+        return write_classifier(store, "photos", made_classifier(store, seed, classes=classes))
+
+    def answer(budget: dict[str, Any] | None = None) -> tuple[str, list[str]]:
+        search = {} if budget is None else {"budget": budget}
+        config = config_in(
+            store, search=search, strategy="fine_tune", epochs=1, backbone=backbone, distill=distill
+        )
+        report = run_tune(config, progress=Silent(), draw=DRAW)
+        return report.run, [note for note in report.notes if note.startswith("a new search")]
+
+    write_weights(0)
+    write_teacher(0)
+    first, notes = answer()
+    assert notes == []
+    assert answer() == (first, [])
+    write_weights(1)
+    larger = {"trials": 9}
+    assert answer(larger) == (first, []), "it goes on with what its trials began with"
+    second, (note,) = answer(larger)
+    assert second != first
+    assert note == f"a new search, as since {first} a file of weights has other contents"
+    teacher = write_teacher(1)
+    third, (note,) = answer(larger)
+    assert third not in (first, second)
+    assert note == f"a new search, as since {second} the teacher photos is {teacher}"
+    assert answer(larger) == (third, [])
+    file.unlink()
+    assert answer(larger) == (third, []), "what was found stays"
