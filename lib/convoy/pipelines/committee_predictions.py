@@ -96,7 +96,7 @@ class CommitteeJob:
 
     def __init__(self, store: ObjectStore, manifest: Manifest, request: PredictionRequest) -> None:
         if request.mode is EvaluationMode.GATED:
-            _require_gate(request.committee)
+            require_gate(request.committee)
             # Not every member sees every image.
             request = request.keeping(MemberOutputs.NONE)
         # Refuses classes that do not match before anything is computed.
@@ -242,7 +242,7 @@ def _found(
     )
 
 
-def _require_gate(committee: CommitteeRecord) -> None:
+def require_gate(committee: CommitteeRecord) -> None:
     """Raise ConfigError unless the committee has a gate that fits its members and crops."""
     if committee.gate is None:
         raise ConfigError(

@@ -96,6 +96,7 @@ def extrapolate(
     *,
     num_images: int,
     num_slices: int,
+    num_workers: int,
     startup_s: float,
     prices: Prices,
     notes: Iterable[str],
@@ -103,13 +104,13 @@ def extrapolate(
 ) -> Forecast:
     """The forecast for so many images in so many slices. The first slice of each worker is left out of the rate.
 
-    `batches_ratio` is how many batches there are for each one of the images in a single row.
+    A slice is one worker's, and `num_workers` are all that will be at work: how many of them the few slices of a sample
+    kept busy says nothing. `batches_ratio` is how many batches there are for each one of the images in a single row.
     """
     steady = steady_slices(sample)
-    concurrency = sum(_duration_s(one) for one in steady) / max(seconds_under_way(steady), 1e-9)
-    rates = [concurrency * _num_rows(one) / max(_duration_s(one), 1e-9) / batches_ratio for one in steady]
+    rates = [num_workers * _rate_of_a_worker([one]) / batches_ratio for one in steady]
+    images_per_s = num_workers * _rate_of_a_worker(steady) / batches_ratio
     sampled = sum(_num_rows(one) for one in sample)
-    images_per_s = _rate(sum(map(_num_rows, steady)), seconds_under_way(steady) / 3600) / batches_ratio
     hours = num_images / max(images_per_s, 1e-9) / 3600
     files = [file for one in sample for file in one.parts.values()]
     share = num_images / max(sampled, 1)
@@ -152,6 +153,10 @@ def _cost(
 
 def _rate(num_images: int, hours: float) -> float:
     return num_images / max(hours * 3600, 1e-9)
+
+
+def _rate_of_a_worker(slices: Sequence[SliceRecord]) -> float:
+    return sum(map(_num_rows, slices)) / max(sum(map(_duration_s, slices)), 1e-9)
 
 
 def _duration_s(one: SliceRecord) -> float:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
+from convoy.cluster.session import ray_session
+from convoy.cluster.slices import PlannedWork, plan_pool
 from convoy.core.progress import Progress
 from convoy.core.result_columns import PartitionBy
 from convoy.pipelines.committee_predictions import CommitteeJob
@@ -18,11 +22,15 @@ from convoy.pipelines.scoring_plan import scoring_settings
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 
-_SAMPLED_SLICES = 4
+# Two for each worker: the first one says little of the steady state, and all work at once, as they will.
+_SLICES_A_WORKER = 2
+_LEAST_SLICES = 4
 # Enough to see how batches of a slice overlap, and not more: of a large ensemble each takes a minute. With two batches
 # a slice its start and its end weighed so much that 222 images/s were forecast of 364.
-_SAMPLED_ROWS = 512
 _BATCHES_A_SLICE = 4
+_LEAST_SLICE_ROWS = 128
+# On many workers slices are shorter where a dry run would be a good part of the run.
+_LARGEST_SHARE = 1 / 4
 
 
 def forecast_scoring(
@@ -34,7 +42,7 @@ def forecast_scoring(
     progress: Progress,
     new_run: bool = False,
 ) -> Forecast:
-    """What this scoring would take on the cluster as it is, from rows that are spread evenly over it.
+    """What this scoring would take on the cluster as it is, from blocks of rows that are spread evenly over it.
 
     The sample is computed as the whole would be: with a compiled network if that pays for the whole. Its run is
     deleted afterwards; one that is killed is gone on with by the next dry run of the same, and left behind by one of
@@ -43,24 +51,27 @@ def forecast_scoring(
     started_unix_s = time.time()
     num_images = request.num_rows(manifest)
     batch_size = request.batch_size(store, manifest)
-    num_sampled = max(_SAMPLED_ROWS, _SAMPLED_SLICES * _BATCHES_A_SLICE * batch_size)
-    rows = _spread_rows(manifest, request, num_images, min(num_sampled, num_images))
     partitions, slice_rows = request.partition_rows(manifest), request.slice_rows(manifest, batch_size)
+    num_slices = sum(-(-rows // slice_rows) for rows in partitions)
     settings = scoring_settings(manifest, request, batch_size)
-    told = request.extraction.model_copy(
-        update={
-            "batch_size": batch_size,
-            "slice_rows": max(rows.num_rows // (_SAMPLED_SLICES * batch_size), 1) * batch_size,
-            "compile": CompileChoice.ALWAYS if settings["compiled"] else CompileChoice.NEVER,
-        }
-    )
-    sample = _sample_request(request, rows, told, planned_rows=num_images)
-    job = CommitteeJob(store, manifest, sample)
-    found = job.ensure(
-        progress=progress,
-        config={"forecast_of": request.target(manifest)},
-        new_run=new_run or job.is_barred(),
-    )
+    progress.stage("starting Ray")
+    with ray_session():
+        num_workers = min(_planned_workers(request, num_images), num_slices)
+        size = sample_size(num_images, batch_size, num_workers)
+        told = request.extraction.model_copy(
+            update={
+                "batch_size": batch_size,
+                "slice_rows": size.slice_rows,
+                "compile": CompileChoice.ALWAYS if settings["compiled"] else CompileChoice.NEVER,
+            }
+        )
+        rows = spread_blocks(request.batches(manifest), num_images, size)
+        job = CommitteeJob(store, manifest, _sample_request(request, rows, told, planned_rows=num_images))
+        found = job.ensure(
+            progress=progress,
+            config={"forecast_of": request.target(manifest)},
+            new_run=new_run or job.is_barred(),
+        )
     try:
         slices = found.manifest.slices
         first_row_s = min(
@@ -69,7 +80,8 @@ def forecast_scoring(
         return extrapolate(
             slices,
             num_images=num_images,
-            num_slices=sum(-(-rows // slice_rows) for rows in partitions),
+            num_slices=num_slices,
+            num_workers=num_workers,
             # The network takes as long for a batch that is not full.
             batches_ratio=sum(-(-rows // batch_size) for rows in partitions) / -(-num_images // batch_size),
             startup_s=max(first_row_s - started_unix_s, 0.0),
@@ -78,6 +90,30 @@ def forecast_scoring(
         )
     finally:
         job.discard(found)
+
+
+class SampleSize(NamedTuple):
+    """How many slices a sample has, and the rows of each."""
+
+    num_slices: int
+    slice_rows: int
+
+
+def sample_size(num_images: int, batch_size: int, num_workers: int) -> SampleSize:
+    """Slices for so many workers, as far as there are images: whole batches, and a small part of all images."""
+    wanted_rows = max(_BATCHES_A_SLICE * batch_size, _LEAST_SLICE_ROWS)
+    num_slices = max(_SLICES_A_WORKER * num_workers, _LEAST_SLICES)
+    most_rows = max(int(_LARGEST_SHARE * num_images), _LEAST_SLICES * wanted_rows)
+    num_rows = min(num_slices * wanted_rows, most_rows, num_images)
+    slice_rows = max(num_rows // (num_slices * batch_size), 1) * batch_size
+    return SampleSize(max(min(num_slices, num_images // slice_rows), 1), slice_rows)
+
+
+def _planned_workers(request: PredictionRequest, num_images: int) -> int:
+    """How many the cluster has for the whole."""
+    extraction = request.extraction
+    work = PlannedWork(num_images, request.committee.weights_bytes)
+    return plan_pool(extraction.num_workers, extraction.cpus_per_worker, work).num_workers
 
 
 def _sample_request(
@@ -94,13 +130,18 @@ def _sample_request(
     return replace(request, rows=rows, extraction=extraction, scores=scores, planned_rows=planned_rows)
 
 
-def _spread_rows(
-    manifest: Manifest, request: PredictionRequest, num_images: int, num_sampled: int
+def spread_blocks(
+    batches: Iterable[pa.Table | pa.RecordBatch], num_images: int, size: SampleSize
 ) -> pa.Table:
-    """Rows at even distances in the order of the manifest."""
-    wanted = np.unique(np.linspace(0, num_images - 1, num_sampled).round().astype(np.int64))
+    """For each slice a block of consecutive rows, at even distances in the order of the manifest.
+
+    Neighbours often lie in one row group of a parquet file, which is read once for all of them, as in the whole run.
+    """
+    block_rows = min(size.slice_rows, num_images)
+    starts = np.arange(size.num_slices) * (num_images - block_rows) // max(size.num_slices - 1, 1)
+    wanted = (starts[:, None] + np.arange(block_rows)).reshape(-1)
     taken, start = [], 0
-    for batch in request.batches(manifest):
+    for batch in batches:
         table = pa.Table.from_batches([batch]) if isinstance(batch, pa.RecordBatch) else batch
         here = wanted[(wanted >= start) & (wanted < start + table.num_rows)] - start
         if len(here):

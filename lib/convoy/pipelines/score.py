@@ -11,7 +11,7 @@ from convoy.core.errors import ConfigError, DataError, StorageError
 from convoy.core.fingerprints import canonical_json, digest
 from convoy.core.progress import Progress
 from convoy.core.result_columns import PartitionBy
-from convoy.pipelines.committee_predictions import CommitteeJob, CommitteePredictions
+from convoy.pipelines.committee_predictions import CommitteeJob, CommitteePredictions, require_gate
 from convoy.pipelines.feature_summary import timings
 from convoy.pipelines.forecast import Actual, Forecast, actual_of
 from convoy.pipelines.forecast_sampling import forecast_scoring
@@ -104,6 +104,8 @@ def _open_request(
     references, model_notes = config.references_for(store, open_run, new_run=new_run)
     committee = chosen_committee(store, config.naming(references), config, config.extraction)
     _require_features(config, len(committee.members))
+    if config.mode is EvaluationMode.GATED:
+        require_gate(committee)
     request = PredictionRequest(
         committee=committee,
         dataset=config.dataset_name,

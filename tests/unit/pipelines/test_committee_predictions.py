@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -14,7 +14,7 @@ import pytest
 from cache_jobs import write_digits
 from convoy.cluster.scoring import Scorer
 from convoy.cluster.scoring_spec import ScoringSpec
-from convoy.cluster.slices import SliceTask, WorkerPool
+from convoy.cluster.slices import PlannedWork, SliceTask, WorkerPool
 from convoy.core.crop_policies import CropPolicy
 from convoy.core.errors import ConfigError, ConvoyError, DataError, RunMismatch, StoreUnavailable
 from convoy.core.progress import Silent
@@ -39,6 +39,7 @@ from made_sources import shard_bytes, write_files
 
 NUM_IMAGES = 12
 EXTRACTION = ExtractionConfig(batch_size=4)
+ONE_WORKER = WorkerPool(num_workers=1, num_cpus=1, num_gpus=0, num_threads=1)
 
 
 @pytest.fixture
@@ -58,13 +59,15 @@ def store(images: Path, monkeypatch: pytest.MonkeyPatch) -> LocalStore:
 
     def do_slices(_: RunFolder, record: RunRecord, run: Any, **_options: Any) -> list[SliceRecord]:
         tasks = [SliceTask(slice=name, outputs=record.outputs_of(name)) for name in record.slice_names()]
-        return list(run(tasks, WorkerPool(num_workers=1, num_cpus=1, num_gpus=0, num_threads=1)))
+        return list(run(tasks, ONE_WORKER))
 
     def score_slices(spec: ScoringSpec, tasks: Sequence[SliceTask], _: WorkerPool) -> Iterator[SliceRecord]:
         return map(Scorer(spec), tasks)
 
     monkeypatch.setattr("convoy.pipelines.committee_predictions.do_slices", do_slices)
     monkeypatch.setattr("convoy.pipelines.committee_predictions.score_slices", score_slices)
+    monkeypatch.setattr("convoy.pipelines.forecast_sampling.ray_session", nullcontext)
+    monkeypatch.setattr("convoy.pipelines.forecast_sampling.plan_pool", lambda *_: ONE_WORKER)
     return store
 
 
@@ -338,6 +341,38 @@ def test_a_dry_run_does_not_keep_a_cut_off_scoring_from_going_on(
     assert forecast.images == NUM_IMAGES + 1
     assert "an unfinished run goes on" in forecast.notes[0]
     assert run_score(config, progress=Silent()).run == begun
+
+
+@pytest.mark.parametrize(("num_workers", "counted"), [(3, 3), (60, 4)])
+def test_a_forecast_is_of_the_workers_that_the_cluster_has_and_the_run_has_slices_for(
+    images: Path, store: LocalStore, monkeypatch: pytest.MonkeyPatch, num_workers: int, counted: int
+) -> None:
+    told: dict[str, Any] = {}
+    asked: list[PlannedWork] = []
+
+    def plan_pool(*arguments: Any) -> WorkerPool:
+        asked.append(arguments[2])
+        return ONE_WORKER.model_copy(update={"num_workers": num_workers})
+
+    def extrapolated(sample: Sequence[SliceRecord], **options: Any) -> Forecast:
+        told.update(options, sampled_slices=len(sample))
+        return extrapolate(sample, **options)
+
+    monkeypatch.setattr("convoy.pipelines.forecast_sampling.plan_pool", plan_pool)
+    monkeypatch.setattr("convoy.pipelines.forecast_sampling.extrapolate", extrapolated)
+    config = from_source(images, store, extraction=ExtractionConfig(batch_size=2, slice_rows=4))
+    plan_score(config, progress=Silent())
+    assert asked == [PlannedWork(NUM_IMAGES + 1, asked[0].weights_bytes)]
+    assert (told["num_workers"], told["sampled_slices"]) == (counted, 6)
+
+
+@pytest.mark.parametrize("job", [run_score, plan_score])
+def test_a_scoring_behind_a_gate_that_is_not_there_is_refused_first(
+    images: Path, store: LocalStore, monkeypatch: pytest.MonkeyPatch, job: Any
+) -> None:
+    monkeypatch.setattr("convoy.pipelines.forecast_sampling.ray_session", Mock(side_effect=AssertionError))
+    with pytest.raises(ConfigError, match="no gate"):
+        job(from_source(images, store, mode="gated"), progress=Silent())
 
 
 @pytest.mark.parametrize("partition_by", ["none", "split", "label"])

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from convoy.pipelines.feature_summary import seconds_under_way, timings
 from convoy.pipelines.forecast import Prices, actual_of, extrapolate, steady_slices
+from convoy.pipelines.forecast_sampling import SampleSize, sample_size, spread_blocks
 from convoy.storage.commits import PartFile, RunManifest, SliceRecord
 
 PRICES = Prices(per_hour=36.0, per_gb_read=2.0, per_gb_written=3.0, per_1000_gets=5.0, per_1000_puts=7.0)
@@ -80,7 +83,7 @@ def test_a_sample_of_first_slices_alone_is_better_than_none() -> None:
 
 def test_the_forecast_scales_the_steady_rate_and_the_bytes_of_the_sample() -> None:
     forecast = extrapolate(
-        SAMPLE, num_images=144_000, num_slices=100, startup_s=9.0, prices=PRICES, notes=["why"]
+        SAMPLE, num_images=144_000, num_slices=100, num_workers=2, startup_s=9.0, prices=PRICES, notes=["why"]
     )
     assert forecast.images_per_s == pytest.approx(40)
     assert forecast.images_per_s_range == pytest.approx((40, 40))
@@ -96,10 +99,71 @@ def test_the_forecast_scales_the_steady_rate_and_the_bytes_of_the_sample() -> No
 
 def test_the_range_is_that_of_the_slowest_and_the_fastest_slice() -> None:
     slices = [*SAMPLE[:2], made_slice("0-2", 10, 14), made_slice("0-3", 14, 22)]
-    forecast = extrapolate(slices, num_images=100, num_slices=1, startup_s=0, prices=Prices(), notes=[])
+    forecast = extrapolate(
+        slices, num_images=100, num_slices=1, num_workers=1, startup_s=0, prices=Prices(), notes=[]
+    )
     assert forecast.images_per_s == pytest.approx(200 / 12)
     assert forecast.images_per_s_range == pytest.approx((12.5, 25))
     assert forecast.cost.total == 0
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3, 4, 60])
+@pytest.mark.parametrize("num_slices", [4, 120])
+def test_the_rate_is_that_of_all_workers_whatever_the_sample_kept_busy(
+    num_workers: int, num_slices: int
+) -> None:
+    """Each of them does 100 images in 5 s."""
+    rounds = (divmod(number, num_workers)[0] for number in range(num_slices))
+    slices = [made_slice(f"0-{number}", 5 * turn, 5 * turn + 5) for number, turn in enumerate(rounds)]
+    forecast = extrapolate(
+        slices,
+        num_images=720_000,
+        num_slices=400,
+        num_workers=num_workers,
+        startup_s=0,
+        prices=PRICES,
+        notes=[],
+    )
+    assert forecast.images_per_s == pytest.approx(20 * num_workers)
+    assert forecast.images_per_s_range == pytest.approx((20 * num_workers, 20 * num_workers))
+    assert (forecast.hours, forecast.cost.compute) == pytest.approx((10 / num_workers, 360 / num_workers))
+
+
+@pytest.mark.parametrize(
+    ("num_images", "batch_size", "num_workers", "size"),
+    [
+        (10**6, 32, 1, (4, 128)),
+        (10**6, 2, 1, (4, 128)),
+        (10**6, 256, 3, (6, 1024)),
+        (10**6, 256, 60, (120, 1024)),
+        # A quarter of all, and never less than a batch.
+        (60_000, 32, 60, (120, 96)),
+        (20_000, 256, 10, (20, 256)),
+        (96, 16, 2, (4, 16)),
+        (13, 4, 1, (3, 4)),
+        (5, 32, 60, (1, 32)),
+    ],
+)
+def test_a_sample_has_two_slices_for_each_worker_and_is_a_part_of_the_images(
+    num_images: int, batch_size: int, num_workers: int, size: tuple[int, int]
+) -> None:
+    assert sample_size(num_images, batch_size, num_workers) == size
+
+
+@pytest.mark.parametrize(
+    ("num_images", "num_slices", "slice_rows"), [(100, 4, 10), (13, 3, 4), (12, 3, 4), (5, 1, 32)]
+)
+def test_a_sample_is_of_blocks_of_neighbours_at_even_distances(
+    num_images: int, num_slices: int, slice_rows: int
+) -> None:
+    rows = pa.table({"row": range(num_images)})
+    batches = [rows.slice(0, 7), *rows.slice(7).to_batches(max_chunksize=11)]
+    found = spread_blocks(batches, num_images, SampleSize(num_slices, slice_rows))["row"].to_numpy()
+    blocks = found.reshape(num_slices, -1)
+    assert (np.diff(blocks, axis=1) == 1).all()
+    assert (blocks[0, 0], blocks[-1, -1]) == (0, num_images - 1)
+    assert np.ptp(np.diff(blocks[:, 0])) <= 1 if num_slices > 1 else len(found) == num_images
+    assert len(set(found)) == len(found)
 
 
 def test_batches_that_are_not_full_cost_as_much_as_full_ones() -> None:
@@ -108,6 +172,7 @@ def test_batches_that_are_not_full_cost_as_much_as_full_ones() -> None:
             SAMPLE,
             num_images=144_000,
             num_slices=100,
+            num_workers=2,
             startup_s=0,
             prices=PRICES,
             notes=[],
