@@ -106,12 +106,12 @@ def test_lost_and_changed_objects_are_tried_again_until_they_heal(
     put(s3_bucket, {"digits/4/00004.jpg": images["4/00014.jpg"]})
 
     first = job.run(ray_on_s3)
-    fetch_rejects = {"gone": 1, "changed": 1}
-    assert first["reject_codes"] == {"truncated": 1, **fetch_rejects}
+    rejects = {"truncated": 1, "gone": 1, "changed": 1}
+    assert first["reject_codes"] == rejects
     assert (first["recomputed"], first["rows"], first["rejects"]) == (40, 37, 3)
 
     second = job.run(ray_on_s3)
-    assert (second["recomputed"], second["reject_codes"]) == (2, fetch_rejects)
+    assert (second["recomputed"], second["reject_codes"]) == (2, rejects)
     assert (second["rows"], second["rejects"]) == (37, 3)
 
     put(s3_bucket, {"digits/3/00003.jpg": images["3/00003.jpg"]})

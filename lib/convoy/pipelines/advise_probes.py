@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +27,7 @@ from convoy.pipelines.advise_taps import probed_taps
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.classifiers import Classifier
 from convoy.pipelines.feature_plan import FeatureRequest, holding_features
-from convoy.pipelines.feature_source import gather_features
+from convoy.pipelines.feature_source import count_rejects, gather_features
 from convoy.pipelines.feature_summary import FeatureSummary
 from convoy.pipelines.features import FeatureJob
 from convoy.pipelines.near_duplicates import (
@@ -291,10 +290,10 @@ class Prober:
 
     def _unreadable(self, set_id: str, rows: pa.Table, what: str) -> DataError:
         """That none of some rows could be read, and why not."""
-        codes = self._cache.reject_codes(set_id, rows["content_id"].to_pylist())
+        codes = count_rejects(self._cache, [set_id], rows)
         splits = ", ".join(sorted(set(rows["split"].to_pylist())))
         return DataError(
-            f"{what} could be read, of split {splits}: {dict(Counter(codes.values()))}",
+            f"{what} could be read, of split {splits}: {codes}",
             where=self._manifest.uri,
             next_step="look at the rejects with `convoy cache`, and freeze the dataset anew where images have moved",
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +10,6 @@ import pyarrow as pa
 import torch
 
 from convoy.core.errors import DataError
-from convoy.core.records import RejectCode
 from convoy.storage.feature_cache import FeatureCache, PartIndex, content_id_array
 from convoy.storage.feature_reading import FeatureChunk, iter_wanted
 from convoy.vision.distillation import Teacher
@@ -137,6 +135,4 @@ def count_rejects(cache: FeatureCache, set_ids: Collection[str], rows: pa.Table)
     """Why some rows have no features in one of the sets, whichever job found that out: how many for each code."""
     content_ids = rows["content_id"].combine_chunks()
     found_N = np.logical_and.reduce([cache.known_content(one).has_rows(content_ids) for one in set_ids])
-    lost = content_ids.filter(pa.array(~found_N)).to_pylist()
-    codes = {content: code for one in set_ids for content, code in cache.reject_codes(one, lost).items()}
-    return dict(Counter(codes.get(content_id, RejectCode.UNREADABLE.value) for content_id in lost))
+    return cache.count_rejects(set_ids, content_id_array(content_ids)[~found_N])

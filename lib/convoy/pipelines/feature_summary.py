@@ -13,6 +13,7 @@ from convoy.storage.commits import SliceRecord
 class FeatureSummary(StrictModel):
     """What `ensure_features` found and did, in samples; `rows + rejects == samples`.
 
+    `reject_codes` say why of all rejects, whichever call met them; `flags` are of the run's own slices.
     `sets` maps "<tap>/<view>" to the id of its feature set; `run` is the run that computed rows now, or else the
     last one that did. `images_per_s` is the steady rate of this call, over the time in which slices were being
     computed; `first_row_s` is when its first batch was through the network, `seconds` sums over workers.

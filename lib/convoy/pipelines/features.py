@@ -39,7 +39,7 @@ from convoy.storage.commits import (
     read_commits,
     read_records,
 )
-from convoy.storage.feature_cache import FeatureCache, FeatureSetSpec, KnownContent
+from convoy.storage.feature_cache import FeatureCache, FeatureSetSpec, KnownContent, content_id_array
 from convoy.storage.leases import RunLease, WhenHeld, hold_run
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
@@ -304,12 +304,14 @@ class FeatureJob:
         finished: Sequence[SliceRecord],
         started_unix_s: float,
     ) -> FeatureSummary:
-        samples, rows = self._count_rows()
+        samples, lost = self._count_rows()
+        # Those that earlier runs rejected are in no slice of this one.
+        codes = self._cache.count_rejects([spec.set_id for spec in self.sets], lost)
         return FeatureSummary(
             run=record.run_id if record else self._last_run(),
             samples=samples,
-            rows=rows,
-            rejects=samples - rows,
+            rows=samples - len(lost),
+            rejects=len(lost),
             sets={label: spec.set_id for label, spec in self._labelled()},
             precision=self.sets[0].precision,
             notes=[
@@ -317,21 +319,23 @@ class FeatureJob:
                 *self._precision_notes,
             ],
             job_s=time.time() - started_unix_s,
-            **slice_totals(slices),
+            **{**slice_totals(slices), "reject_codes": codes},
             **timings(finished, started_unix_s),
         )
 
     def _labelled(self) -> Iterator[tuple[str, FeatureSetSpec]]:
         return zip(set_labels(self.sets), self.sets, strict=True)
 
-    def _count_rows(self) -> tuple[int, int]:
-        """Samples of the request, and those that have rows in every set."""
+    def _count_rows(self) -> tuple[int, np.ndarray]:
+        """Samples of the request, and the content ids of those that have no row in one of the sets."""
         known = self._known().values()
-        samples = rows = 0
+        samples = 0
+        lost = [np.empty(0, "S16")]
         for batch in self._batches(_COUNTED):
             samples += batch.num_rows
-            rows += int(np.logical_and.reduce([one.has_rows(batch["content_id"]) for one in known]).sum())
-        return samples, rows
+            has_all = np.logical_and.reduce([one.has_rows(batch["content_id"]) for one in known])
+            lost.append(content_id_array(batch["content_id"])[~has_all])
+        return samples, np.concatenate(lost)
 
     def _last_run(self) -> str | None:
         commits = (commit for spec in self.sets for commit in read_commits(self._store, spec.set_id))

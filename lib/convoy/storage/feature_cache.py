@@ -7,7 +7,7 @@ more images, recomputes nothing that is there.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from pydantic import Field
 
 from convoy.core.config import StrictModel
 from convoy.core.fingerprints import canonical_json, digest
-from convoy.core.records import Stage
+from convoy.core.records import RejectCode, Stage
 from convoy.storage.commits import PartFile, read_commits
 from convoy.storage.documents import exists
 from convoy.storage.object_store import ObjectStore
@@ -119,11 +119,26 @@ class FeatureCache:
         tables = list(self._read_parts(rejects, None))
         return pa.concat_tables(tables) if tables else pa.table({})
 
-    def reject_codes(self, set_id: str, content_ids: Iterable[bytes]) -> dict[bytes, str]:
-        """The codes of remembered rejects by content id, as far as some content was rejected; the last one counts."""
-        wanted = set(content_ids)
-        rejects = self.rejected_content(set_id).to_pylist()
-        return {row["content_id"]: row["code"] for row in rejects if row["content_id"] in wanted}
+    def count_rejects(self, set_ids: Iterable[str], content_ids: np.ndarray) -> dict[str, int]:
+        """Why some contents have no rows in one of the sets: how many for each code of their remembered rejects.
+
+        The last reject counts, and what none tells of is unreadable. Some 100 bytes of memory for each content id.
+        """
+        if not len(content_ids):
+            return {}
+        lost, counts = np.unique(content_ids, return_counts=True)
+        codes = np.full(len(lost), RejectCode.UNREADABLE.value, object)
+        for set_id in set_ids:
+            rejects = [part for commit in read_commits(self._store, set_id) for part in commit.rejects]
+            for table in self._read_parts(rejects, ["content_id", "code"]):
+                found = content_id_array(table["content_id"])
+                is_lost = contains(lost, found)
+                positions = np.searchsorted(lost, found[is_lost])
+                codes[positions] = table["code"].filter(pa.array(is_lost)).to_pylist()
+        totals = Counter[str]()
+        for code, count in zip(codes, counts, strict=True):
+            totals[code] += int(count)
+        return dict(totals)
 
     def part_index(self, set_id: str) -> PartIndex:
         """The committed parts of a set by the content ids in them."""

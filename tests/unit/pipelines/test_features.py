@@ -1,4 +1,4 @@
-"""Jobs that need features while another run of the same sets is unfinished, without Ray."""
+"""Jobs that need features, also while another run of the same sets is unfinished, without Ray."""
 
 from __future__ import annotations
 
@@ -85,6 +85,23 @@ def cut_off(job: FeatureJob, **options: Any) -> None:
 
 def some_rows(store: LocalStore) -> pa.Table:
     return open_dataset(store, "digits").read_table().slice(0, 3)
+
+
+def test_every_call_says_why_images_have_no_features(store: LocalStore, images: Path) -> None:
+    def reject_codes() -> dict[str, int]:
+        refresh(store, images)
+        summary = ensure(job(store))
+        assert summary.rejects == sum(summary.reject_codes.values())
+        return summary.reject_codes
+
+    (images / "0/first.jpg").write_bytes(b"no image at all")
+    assert reject_codes() == {"not_an_image": 1}
+    assert reject_codes() == {"not_an_image": 1}
+    (images / "0/second.jpg").write_bytes(b"no image either")
+    (images / "0/third.jpg").write_bytes(b"")
+    assert reject_codes() == {"not_an_image": 2, "empty": 1}
+    (images / "0/first.jpg").unlink()
+    assert reject_codes() == {"not_an_image": 1, "empty": 1}
 
 
 def test_who_needs_features_leaves_an_unfinished_run_of_another_version_alone(
