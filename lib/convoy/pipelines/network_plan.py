@@ -15,6 +15,7 @@ from convoy.core.errors import ConfigError
 from convoy.pipelines.classifiers import Strategy
 from convoy.pipelines.train_config import TrainConfig
 from convoy.vision.backbone_config import BackboneConfig
+from convoy.vision.call_trace import run_on_shapes
 from convoy.vision.engine_options import NetworkDevice
 from convoy.vision.freezing import frozen_stages, resolve_freeze_depth, trains_batchnorm
 from convoy.vision.presets import EvalPreset
@@ -85,8 +86,8 @@ def plan_network(
     """Resolve recipe and phases for a network, a dataset with `counts` images a class, and a group of workers.
 
     `device` is what a worker trains on; where that is not known, a precision of `auto` stays so. Raises ConfigError
-    for an impossible freeze depth, a batch that the training rows or workers do not fit, or a network that is to be
-    compiled where nothing compiles.
+    for an impossible freeze depth, a batch that the training rows or workers do not fit, a resolution that the network
+    cannot take, or a network that is to be compiled where nothing compiles.
     """
     wanted = wanted_recipe(config)
     phases = _wanted_phases(config, wanted)
@@ -94,6 +95,7 @@ def plan_network(
     batch_size = group_batch_size(recipe, num_workers)
     factor = rate_factor(recipe, num_workers)
     _check_batch(batch_size, sum(counts), num_workers)
+    _check_resolutions(phases, network)
     images_per_class = statistics.median(counts)
     resolved = tuple(
         phase.model_copy(
@@ -255,6 +257,20 @@ def _check_batch(batch_size: int, num_rows: int, num_workers: int) -> None:
             where="recipe.batch_size",
             next_step="raise the batch size, or lower workers.num_workers",
         )
+
+
+def _check_resolutions(phases: Sequence[Phase], network: nn.Module) -> None:
+    for phase in phases:
+        if phase.resolution_px is None:
+            continue
+        try:
+            run_on_shapes(network, num_images=2, input_px=phase.resolution_px)
+        except ConfigError as error:
+            raise ConfigError(
+                error.what,
+                where=f"phases.{phase.name}.resolution_px",
+                next_step="choose a size that the network can take, or leave it out for that of its preset",
+            ) from error
 
 
 def _balance(wanted: Balance, counts: Sequence[int]) -> Balance:

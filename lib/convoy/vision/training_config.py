@@ -31,12 +31,16 @@ class OptimiserKind(StrEnum):
     ADAMW = "adamw"
 
 
+# How much of a running mean stays after an update.
+_Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Optimiser(StrictModel):
     """`momentum` belongs to SGD, `betas` to AdamW. Norms and biases have no weight decay."""
 
     kind: OptimiserKind = OptimiserKind.SGD
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    betas: tuple[float, float] = (0.9, 0.999)
+    momentum: _Decay = 0.9
+    betas: tuple[_Decay, _Decay] = (0.9, 0.999)
     weight_decay: NonNegativeFloat = 1e-4
 
 

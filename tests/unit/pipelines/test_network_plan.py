@@ -152,6 +152,17 @@ def test_a_last_phase_of_another_resolution_is_told() -> None:
     assert not any("judged at" in note for note in plan_of().notes)
 
 
+@pytest.mark.parametrize("resolution_px", [24, 48])
+def test_a_resolution_that_the_network_cannot_take_is_refused(resolution_px: int) -> None:
+    phases = [
+        {"name": "small", "epochs": 1, "learning_rate": 0.1, "resolution_px": resolution_px},
+        {"name": "full", "epochs": 1, "learning_rate": 0.1, "resolution_px": 32},
+    ]
+    with pytest.raises(ConfigError, match=f"cannot take images of {resolution_px} px") as caught:
+        plan_of(arch="lenet5", phases=phases)
+    assert caught.value.where == "phases.small.resolution_px"
+
+
 def test_a_precision_of_auto_is_that_of_what_trains_and_is_told() -> None:
     plan = plan_of()
     assert plan.recipe.precision is Precision.BF16

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, OneCycleLR
 
@@ -63,6 +64,12 @@ def test_frozen_parameters_are_in_no_group(resnet: tuple[nn.Module, DepthAxis]) 
     assert members == {
         id(network.get_parameter(name)) for stage in axis.stages[7:] for name in stage.parameter_names
     }
+
+
+@pytest.mark.parametrize("betas", [(0.9, 1.0), (-0.1, 0.999)])
+def test_betas_that_torch_would_refuse_are_refused_in_the_config(betas: tuple[float, float]) -> None:
+    with pytest.raises(ValidationError, match="betas"):
+        Optimiser(kind=OptimiserKind.ADAMW, betas=betas)
 
 
 def test_rates_fall_with_the_depth_below_the_head(resnet: tuple[nn.Module, DepthAxis]) -> None:
