@@ -99,7 +99,14 @@ def open_training(job: TrainJob, **changed: str) -> Training:
     counts = count_classes(rows, manifest.classes)
     device = device_here()
     plan = plan_network(
-        config, new.network, new.axis, counts, num_workers=1, on_gpus=device.is_gpu, device=device
+        config,
+        new.network,
+        new.axis,
+        counts,
+        num_workers=1,
+        on_gpus=device.is_gpu,
+        device=device,
+        has_val=False,
     )
     spec = TrainingSpec(
         workspace=job.workspace,

@@ -82,12 +82,14 @@ def plan_network(
     num_workers: int,
     on_gpus: bool,
     device: NetworkDevice | None,
+    has_val: bool,
 ) -> NetworkPlan:
     """Resolve recipe and phases for a network, a dataset with `counts` images a class, and a group of workers.
 
-    `device` is what a worker trains on; where that is not known, a precision of `auto` stays so. Raises ConfigError
-    for an impossible freeze depth, a batch that the training rows or workers do not fit, a resolution that the network
-    cannot take, or a network that is to be compiled where nothing compiles.
+    `device` is what a worker trains on; where that is not known, a precision of `auto` stays so. `has_val`: whether
+    labelled rows watch the training. Raises ConfigError for an impossible freeze depth, a batch that the training rows
+    or workers do not fit, a resolution that the network cannot take, or a network that is to be compiled where nothing
+    compiles.
     """
     wanted = wanted_recipe(config)
     phases = _wanted_phases(config, wanted)
@@ -134,6 +136,8 @@ def plan_network(
         notes.append(
             f"learning rate {rate:g}, for {kinds[0]}: none is given, and the default would be {kinds[1]}'s"
         )
+    if not has_val:
+        notes += _notes_without_val(recipe)
     if factor != 1.0:
         notes.append(
             f"learning rates times {factor:g} for {num_workers} workers ({recipe.rate_scaling.value})"
@@ -290,4 +294,14 @@ def _notes(
             frozen = f"{depth} of {len(axis)} stages frozen, up to {axis[depth - 1].name}"
         why = f", by {images_per_class:g} images a class" if wanted.freeze_depth == "auto" else ""
         notes.append(f"phase {phase.name}: {phase.epochs} epochs, {frozen}{why}")
+    return notes
+
+
+def _notes_without_val(recipe: Recipe) -> list[str]:
+    """What of a recipe does not mean what it says where nothing is measured after an epoch."""
+    why, notes = "no labelled rows watch the training", []
+    if recipe.patience_epochs is not None:
+        notes.append(f"patience_epochs has no effect: {why}, so every phase takes all of its epochs")
+    if recipe.averaging in (Averaging.BEST, Averaging.SOUP):
+        notes.append(f"averaging {recipe.averaging.value} goes by the training loss, as {why}")
     return notes

@@ -19,7 +19,7 @@ from convoy.pipelines.network_plan import (
 from convoy.pipelines.pixel_statistics import resolve_augmentation
 from convoy.pipelines.probing import HeadSummary, fit_probe
 from convoy.pipelines.train_config import HeadSource, TrainConfig
-from convoy.pipelines.training_rows import class_weights, count_classes, weigh_classes
+from convoy.pipelines.training_rows import class_weights, count_classes, has_validation_rows, weigh_classes
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.vision.augmentation_policy import AugmentationPolicy
@@ -64,6 +64,7 @@ def set_up_training(
         num_workers=workers.num_workers,
         on_gpus=workers.gpus_per_worker > 0,
         device=device,
+        has_val=has_validation_rows(manifest, config.rows),
     )
     plan = plan.model_copy(update={"notes": (*plan.notes, *taught.notes)})
     policy = resolve_augmentation(

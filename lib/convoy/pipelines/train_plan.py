@@ -16,7 +16,7 @@ from convoy.pipelines.predictions import class_indices
 from convoy.pipelines.probing import check_head
 from convoy.pipelines.train import measured_on, random_weights, training_dataset
 from convoy.pipelines.train_config import NETWORKS, PROBES, TrainConfig
-from convoy.pipelines.training_rows import count_classes, read_split
+from convoy.pipelines.training_rows import count_classes, has_validation_rows, read_split
 from convoy.pipelines.workspace import open_workspace
 from convoy.storage.bundles import check_bundle_name
 from convoy.storage.manifests import MANIFEST_SCHEMA, Manifest
@@ -95,6 +95,7 @@ def plan_train(config: TrainConfig) -> TrainPlan:
         # A cluster without any is rare, and the training itself knows.
         on_gpus=device is None or device.is_gpu,
         device=device,
+        has_val=has_validation_rows(manifest, config.rows),
     )
     if takes_head_from_cache(config, network, new):
         check_head(manifest, config)

@@ -118,11 +118,16 @@ def deal_fold(manifest: Manifest, rows: pa.Table, limit: RowLimit) -> tuple[pa.T
     return rows.filter(pa.array(~is_in_fold)), rows.filter(pa.array(is_in_fold))
 
 
+def has_validation_rows(manifest: Manifest, limit: RowLimit) -> bool:
+    """Whether a training is watched by labelled rows."""
+    return limit.fold is not None or has_labels(manifest, Split.VAL)
+
+
 def validation_rows(manifest: Manifest, limit: RowLimit) -> pa.Table | None:
     """The labelled rows by which a training is watched: its fold, or `val`, or None where `val` has no label."""
-    if limit.fold is not None:
-        return fold_rows(manifest, limit)
-    return read_split(manifest, Split.VAL) if has_labels(manifest, Split.VAL) else None
+    if not has_validation_rows(manifest, limit):
+        return None
+    return read_split(manifest, Split.VAL) if limit.fold is None else fold_rows(manifest, limit)
 
 
 def _is_in_fold(manifest: Manifest, rows: pa.Table, limit: RowLimit) -> NDArray[np.bool_]:

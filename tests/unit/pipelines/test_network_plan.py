@@ -34,6 +34,7 @@ def plan_of(
     recipe: dict[str, Any] | None = None,
     device: NetworkDevice | None = H100,
     on_gpus: bool = True,
+    has_val: bool = True,
     **settings: Any,
 ) -> NetworkPlan:
     config = config_of(recipe={"batch_size": 8, **(recipe or {})}, **settings)
@@ -41,7 +42,14 @@ def plan_of(
     network = build_network(backbone)
     axis = depth_axis(backbone, network)
     return plan_network(
-        config, network, axis, COUNTS, num_workers=num_workers, on_gpus=on_gpus, device=device
+        config,
+        network,
+        axis,
+        COUNTS,
+        num_workers=num_workers,
+        on_gpus=on_gpus,
+        device=device,
+        has_val=has_val,
     )
 
 
@@ -144,6 +152,24 @@ def test_at_most_half_of_the_last_phase_is_averaged(
 def test_who_averages_no_epochs_is_told_nothing_of_them() -> None:
     plan = plan_of(recipe={"averaging": "ema"}, strategy="fine_tune", epochs=3)
     assert not any("half" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "told"),
+    [
+        ({"patience_epochs": 2}, ["patience_epochs has no effect"]),
+        ({"averaging": "best"}, ["averaging best goes by the training loss"]),
+        ({"averaging": "soup"}, ["averaging soup goes by the training loss"]),
+        ({"averaging": "ema"}, []),
+    ],
+)
+def test_what_goes_by_validation_rows_is_told_where_there_are_none(
+    recipe: dict[str, Any], told: list[str]
+) -> None:
+    watched, alone = plan_of(recipe=recipe).notes, plan_of(recipe=recipe, has_val=False).notes
+    added = [note for note in alone if note not in watched]
+    assert [any(note.startswith(words) for words in told) for note in added] == [True] * len(told)
+    assert set(watched) <= set(alone)
 
 
 def test_a_last_phase_of_another_resolution_is_told() -> None:
