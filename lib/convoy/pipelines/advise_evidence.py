@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from convoy.core.learning_curve import AS_MEASURED, MIN_SIZES, LearningCurve, Shrink, fit_curve
+from convoy.core.records import Split
 from convoy.core.transferability import DomainDistance, domain_distance
 from convoy.pipelines.advise_config import AdviseConfig, CandidateBackbone
 from convoy.pipelines.advise_probes import Look, Prober, TapProbe
@@ -20,6 +21,7 @@ from convoy.pipelines.feature_plan import FeatureRequest, holding_features
 from convoy.pipelines.feature_source import gather_features
 from convoy.pipelines.features import FeatureJob
 from convoy.pipelines.models import fetch_backbone
+from convoy.pipelines.training_rows import read_split
 from convoy.storage.feature_cache import FeatureCache, content_id_array
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
@@ -152,7 +154,7 @@ class Gatherer:
             untrained_rate=untrained.probes.images_per_s if is_best else None,
             train_images=sum(counts),
             looked_images=num_seen,
-            missing_images=max(sum(counts) - num_seen, 0),
+            missing_images=self._missing(look, probes.top.tap),
             has_val=has_judges(self._manifest, self._config.look),
             has_held_out=has_held_out(self._manifest),
             is_unbalanced=max(counts) >= _UNBALANCED_FROM * min(counts),
@@ -166,7 +168,23 @@ class Gatherer:
         tap = max(earlier, key=lambda probe: (probe.top1.estimate, probe.depth)).tap
         config = self._config.head.model_copy(update={"kind": HeadKind.LINEAR_SVM})
         head = self._prober.judge(self._prober.features(self._prober.set_id(look, tap)), head=config)
-        return SvmProbe(judged=head.judged(tap), C=head.C, fit_seconds=head.seconds)
+        return SvmProbe(
+            judged=head.judged(tap),
+            C=head.C,
+            fit_seconds=head.seconds,
+            missing_images=self._missing(look, tap),
+        )
+
+    def _missing(self, look: Look, tap: str) -> int:
+        """The training images whose features at a tap a probe's training would have to compute."""
+        config, limit = self._config, self._config.rows
+        rows = None if limit.max_per_class is None else read_split(self._manifest, Split.TRAIN, limit)
+        request = FeatureRequest(
+            dataset=config.dataset_name, splits=(Split.TRAIN,), backbone=look.record.config, taps=(tap,)
+        )
+        # Stored as that training stores them, not as a look does.
+        job = FeatureJob(self._store, self._manifest, look.record, request, config.extraction, rows=rows)
+        return job.plan().missing
 
     def _reused(self, look: Look) -> JudgedProbe | None:
         """The probe at the stage behind which `partial_reuse` puts its layers, or at the tap nearest to it."""

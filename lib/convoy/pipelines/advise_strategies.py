@@ -72,11 +72,15 @@ class StrategyAdvice(StrictModel):
 
 
 class SvmProbe(StrictModel):
-    """A linear SVM on a tap below the top, the C that was chosen, and the seconds of its fit."""
+    """A linear SVM on a tap below the top, the C that was chosen, and the seconds of its fit.
+
+    `missing_images` are the training images whose features at that tap the cache lacks.
+    """
 
     judged: JudgedProbe
     C: float
     fit_seconds: float
+    missing_images: int
 
 
 class BackboneEvidence(StrictModel):
@@ -85,9 +89,9 @@ class BackboneEvidence(StrictModel):
     `as_is` is the network without training, with the `own_classes` of its config, None where its classes are others.
     `svm` is the probe of `early_layer_probe`, None where no tap lies below the top; `reused` the probe at the stage
     that `partial_reuse` keeps. `untrained_rate` are images/s of the untrained network, None where that of another
-    architecture stands for it. `missing_images` are those that no pass has seen yet. Without `has_val` configs of heads
-    name the C that was chosen here, as a training has no rows, or too few, to choose by. Without `has_held_out`,
-    labels in test or val, configs leave a fold out to be measured on.
+    architecture stands for it. `missing_images` are the training images whose features at the top tap the cache lacks.
+    Without `has_val` configs of heads name the C that was chosen here, as a training has no rows, or too few, to choose
+    by. Without `has_held_out`, labels in test or val, configs leave a fold out to be measured on.
     """
 
     probes: BackboneProbes
@@ -203,7 +207,7 @@ def _linear_probe(config: AdviseConfig, one: BackboneEvidence) -> Option:
         backbone=one.probes.backbone,
         tap=top.tap,
         top1=expected_probe(one.evidence.top, shrink=one.evidence.shrink),
-        cost=_probe_cost(config, one, top.fit_seconds),
+        cost=_probe_cost(config, one, top.fit_seconds, one.missing_images),
         basis=_probe_basis(one),
         settings=_settings(
             config, one, Strategy.LINEAR_PROBE, tap=top.tap, head=_head(config, one, HeadKind.SOFTMAX, top.C)
@@ -224,7 +228,7 @@ def _early_probe(config: AdviseConfig, one: BackboneEvidence) -> list[Option]:
             backbone=one.probes.backbone,
             tap=tap,
             top1=expected_probe(svm.judged, shrink=one.evidence.shrink),
-            cost=_probe_cost(config, one, svm.fit_seconds),
+            cost=_probe_cost(config, one, svm.fit_seconds, svm.missing_images),
             basis=_probe_basis(one),
             settings=_settings(config, one, Strategy.EARLY_LAYER_PROBE, tap=tap, head=head),
             why=f"measured: a linear SVM at {tap} gets {_counted(svm.judged)}",
@@ -353,9 +357,11 @@ def _probe_basis(one: BackboneEvidence) -> Basis:
     return Basis.MEASURED if one.evidence.shrink == AS_MEASURED else Basis.EXTRAPOLATED
 
 
-def _probe_cost(config: AdviseConfig, one: BackboneEvidence, fit_s: float) -> StrategyCost:
+def _probe_cost(
+    config: AdviseConfig, one: BackboneEvidence, fit_s: float, missing_images: int
+) -> StrategyCost:
     """The rest of the pass, at its measured rate, and fits that take as much longer as there are more rows."""
-    pass_s = one.missing_images / one.probes.images_per_s
+    pass_s = missing_images / one.probes.images_per_s
     seconds = pass_s + fit_s * one.train_images / max(one.looked_images, 1)
     return StrategyCost(
         seconds=seconds, low_s=seconds, high_s=seconds, money=_money(config, seconds), basis=Basis.MEASURED

@@ -5,18 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from convoy.core.config import load_config
+from convoy.core.fingerprints import canonical_json
+from convoy.core.learning_curve import AS_MEASURED
 from convoy.core.progress import Silent
 from convoy.core.records import Split
 from convoy.pipelines.advise_config import AdviseConfig, CandidateBackbone
 from convoy.pipelines.advise_evidence import Gatherer
-from convoy.pipelines.advise_probes import Look, Prober
+from convoy.pipelines.advise_probes import JudgedHead, Look, Prober
+from convoy.pipelines.feature_plan import FeatureRequest
 from convoy.pipelines.feature_summary import FeatureSummary
 from convoy.pipelines.features import FeatureJob
 from convoy.pipelines.models import fetch_backbone
+from convoy.storage.commits import SetCommit, feature_prefix, part_key
 from convoy.storage.local_store import LocalStore
+from convoy.storage.parts import FeatureRows, write_features
 from made_advice import made_probes
 from made_advice_rows import frozen_rows
 
@@ -68,3 +74,50 @@ def test_activations_of_random_weights_are_kept_where_float16_would_make_them_ze
     with pytest.raises(LookupError):
         Prober(store, manifest, config, Silent()).look(candidate, record)
     assert set(stored) == {dtype}
+
+
+def cache_rows(store: LocalStore, set_id: str, rows: pa.Table) -> None:
+    """One number a row, which tells the classes apart, as a finished run leaves it."""
+    contents = rows["content_id"].to_pylist()
+    part = FeatureRows(
+        sample_ids=rows["sample_id"].to_pylist(),
+        content_ids=contents,
+        content_digests=contents,
+        view=0,
+        features_BD=rows["label"].to_numpy()[:, None].astype(np.float32),
+    )
+    written = write_features(store, part_key(feature_prefix(set_id, "r"), "0-000000", "a0"), part, {})
+    commit = SetCommit(run_id="r", committed_unix_s=0.0, parts=(written,), rejects=())
+    store.put(f"features/{set_id}/commits/r.json", canonical_json(commit))
+
+
+@pytest.mark.parametrize(("limit", "missing"), [(None, 300), (50, 0), (80, 60)])
+def test_probes_cost_a_pass_over_those_training_images_alone_that_the_cache_lacks_at_their_tap(
+    tmp_path: Path, limit: int | None, missing: int
+) -> None:
+    """Everything is cached at `pooled`, as `convoy cache` does by default, and at `c1` what was looked at."""
+    settings = [
+        f"candidates=[{{backbone: {{{LENET}}}}}]", "dataset=parts", "look.images_per_class=50",
+        "extraction.precision=fp32", *([] if limit is None else [f"rows.max_per_class={limit}"]),
+    ]  # fmt: skip
+    config = load_config(AdviseConfig, None, settings)
+    counts = {Split.TRAIN: (200, 200), Split.VAL: (60, 60)}
+    manifest = frozen_rows(tmp_path, counts, ("good", "defect"))
+    store, (candidate,) = LocalStore(str(tmp_path)), config.candidates
+    record = fetch_backbone(store, candidate.backbone)
+    c1, pooled = record.resolve_tap("c1"), record.resolve_tap("pooled")
+    prober = Prober(store, manifest, config, Silent())
+    request = FeatureRequest(dataset="parts", backbone=record.config, taps=(c1, pooled))
+    job = FeatureJob(store, manifest, record, request, config.extraction)
+    cache_rows(store, job.set_id(c1), prober.rows.all)
+    cache_rows(store, job.set_id(pooled), manifest.read_table())
+    made = made_probes("lenet5", 0.0)
+    early, top = made.taps[0].model_copy(update={"tap": c1}), made.top.model_copy(update={"tap": pooled})
+    summary = FeatureSummary.model_construct(sets={f"{tap}/0": job.set_id(tap) for tap in (c1, pooled)})
+    head = JudgedHead(np.ones(0, np.bool_), np.ones(0), np.arange(0), C=1.0, seconds=0.0)
+    look = Look(record, summary, made.model_copy(update={"taps": [early, top]}), head, None)
+    gatherer = Gatherer(store, manifest, config, prober)
+    evidence = gatherer._evidence(candidate, look, look, is_best=True, shrink=AS_MEASURED)
+    assert evidence.missing_images == 0
+    assert evidence.svm is not None
+    assert evidence.svm.missing_images == missing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from convoy.pipelines.advise_taps import spread_taps
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.feature_source import LabelledRows, open_features
 from convoy.pipelines.feature_summary import FeatureSummary
+from convoy.pipelines.models import fetch_backbone
 from convoy.storage.commits import SetCommit, feature_prefix, part_key, publish, read_records
 from convoy.storage.feature_cache import FeatureCache
 from convoy.storage.local_store import LocalStore
@@ -285,7 +287,10 @@ def test_configs_choose_their_c_by_val_only_where_val_can_judge_and_are_measured
     manifest = frozen_rows(tmp_path, counts, ("good", "defect"))
     store = LocalStore(str(tmp_path))
     gatherer = Gatherer(store, manifest, CONFIG, Prober(store, manifest, CONFIG, Silent()))
-    look = cached_look(store, manifest, {"stage 2": np.eye(len(manifest.read_table()), 8, dtype=np.float32)})
+    look = cached_look(store, manifest, {})
+    top = look.probes.top.model_copy(update={"tap": "pooled"})
+    record = fetch_backbone(store, look.record.config)
+    look = replace(look, record=record, probes=look.probes.model_copy(update={"taps": [top]}))
     evidence = gatherer._evidence(CONFIG.candidates[0], look, look, is_best=True, shrink=AS_MEASURED)
     assert evidence.has_val is has_val
     assert evidence.has_held_out is (num_val > 0)

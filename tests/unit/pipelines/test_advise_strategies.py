@@ -76,7 +76,10 @@ def found(settings: AdviseConfig, **changes: Any) -> BackboneEvidence:
         "as_is": None,
         "own_classes": {},
         "svm": SvmProbe(
-            judged=JudgedProbe(tap="layer2.2", num_correct=152, num_rows=200), C=0.1, fit_seconds=3.0
+            judged=JudgedProbe(tap="layer2.2", num_correct=152, num_rows=200),
+            C=0.1,
+            fit_seconds=3.0,
+            missing_images=500,
         ),
         "reused": JudgedProbe(tap="layer1.2", num_correct=90, num_rows=200),
         "untrained_rate": 80.0,
