@@ -92,7 +92,7 @@ def plan_network(
     compiles.
     """
     wanted = wanted_recipe(config)
-    phases = _wanted_phases(config, wanted)
+    phases = wanted_phases(config, wanted)
     recipe = _resolve_recipe(wanted, phases[-1], device)
     batch_size = group_batch_size(recipe, num_workers)
     factor = rate_factor(recipe, num_workers)
@@ -151,7 +151,7 @@ def planned_batch_bytes(config: TrainConfig, preset: EvalPreset, num_workers: in
     """Bytes of the images of the largest batch that one of so many workers gets, before anything else is decided."""
     recipe = wanted_recipe(config)
     batch_size = group_batch_size(recipe, num_workers)
-    return largest_batch_bytes(preset, _wanted_phases(config, recipe), batch_size, num_workers)
+    return largest_batch_bytes(preset, wanted_phases(config, recipe), batch_size, num_workers)
 
 
 def wanted_recipe(config: TrainConfig) -> Recipe:
@@ -222,8 +222,11 @@ def _source(config: TrainConfig) -> str:
     return f"recipe: Convoy's for {config.strategy.value}"
 
 
-def _wanted_phases(config: TrainConfig, recipe: Recipe) -> tuple[Phase, ...]:
-    """The phases of the config, or else those of the strategy or the paper, at its rate or the optimiser's."""
+def wanted_phases(config: TrainConfig, recipe: Recipe) -> tuple[Phase, ...]:
+    """The phases of the config, or else those of the strategy or the paper, at its rate or the optimiser's.
+
+    Freeze depths are as they were asked for, by number or by name.
+    """
     if config.phases is not None:
         return config.phases
     depth = config.wanted_freeze_depth

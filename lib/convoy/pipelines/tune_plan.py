@@ -18,15 +18,16 @@ from convoy.pipelines.classifiers import Strategy
 from convoy.pipelines.distillation import pinned_teacher
 from convoy.pipelines.feature_plan import PrecisionChoice, forward_s
 from convoy.pipelines.models import fetch_backbone
-from convoy.pipelines.network_plan import planned_batch_bytes, wanted_recipe
+from convoy.pipelines.network_plan import planned_batch_bytes, wanted_phases, wanted_recipe
 from convoy.pipelines.train import random_weights
-from convoy.pipelines.train_config import NETWORKS, TrainConfig
+from convoy.pipelines.train_config import NETWORKS, HeadSource, TrainConfig
 from convoy.pipelines.trial_outcomes import kept_crops
 from convoy.pipelines.tune_config import TuneConfig
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.vision.backbone_config import BackboneConfig, WeightSource, weight_source
 from convoy.vision.factories import with_pinned_code
+from convoy.vision.training_config import Phase
 
 # A pass backward costs about two passes forward.
 _PASSES_A_TRAINED_IMAGE = 3
@@ -112,10 +113,10 @@ def _pins_now(store: ObjectStore, manifest: Manifest, config: TuneConfig) -> Sea
 def fetch_networks(
     store: ObjectStore, manifest: Manifest, config: TuneConfig, weights: Mapping[str, str]
 ) -> list[Example]:
-    """Examples of the space, one for each network, number of epochs and batch; the networks are in the workspace then.
+    """Examples of the space: one for each network, batch, and what says how long it trains.
 
-    `weights` are the copies that stand for files, as in `SearchPins`. Raises ConfigError for weights that do not fit
-    their network.
+    The networks are in the workspace then. `weights` are the copies that stand for files, as in `SearchPins`. Raises
+    ConfigError for weights that do not fit their network.
     """
     records: dict[str, BackboneRecord] = {}
     examples: dict[str, Example] = {}
@@ -130,7 +131,14 @@ def fetch_networks(
             records[name] = fetch_backbone(store, wanted)
         recipe = wanted_recipe(training)
         batch = [recipe.batch_size, recipe.batch_unit]
-        kind = digest([name, training.strategy, training.epochs, training.phases, training.rows, *batch])
+        length = [
+            training.epochs,
+            training.freeze_depth,
+            training.phases,
+            training.head_source,
+            recipe.patience_epochs,
+        ]
+        kind = digest([name, training.strategy, *length, training.rows, *batch])
         examples.setdefault(kind, Example(training=training, network=records[name]))
     return list(examples.values())
 
@@ -178,7 +186,7 @@ def check_budget(
 ) -> None:
     """Raise ConfigError if even the shortest trial takes longer than the budget, by a forecast that errs on its side.
 
-    There is none on GPUs, nor of trials that train no network.
+    There is none on GPUs, nor of trials that train no network or a part of one.
     """
     allowed_s = config.budget.seconds
     if allowed_s is None or any(node["GPU"] for node in nodes):
@@ -194,11 +202,27 @@ def check_budget(
 
 
 def _forecast_s(example: Example, manifest: Manifest) -> float:
-    """Seconds of a training on two cores, in the network alone; 0 where its features may lie in the cache."""
+    """The least seconds of a training on two cores, in the network alone.
+
+    0 where features may lie in the cache, and for a part of a network, which may be a small one.
+    """
     training, num_rows = example.training, manifest.counts[Split.TRAIN].num_samples
-    if training.strategy not in NETWORKS:
+    if training.strategy not in (Strategy.FINE_TUNE, Strategy.FROM_SCRATCH):
         return 0.0
     if training.rows.max_per_class is not None:
         num_rows = min(num_rows, training.rows.max_per_class * len(manifest.classes))
-    epochs = training.epochs or sum(phase.epochs for phase in training.phases or ()) or 1
-    return forward_s(num_rows * epochs * _PASSES_A_TRAINED_IMAGE * example.network.macs)
+    first, *others = wanted_phases(training, wanted_recipe(training))
+    if first.freeze_depth == 0 or training.head_source is HeadSource.NETWORK:
+        # Else it may be of the head alone, which is fitted on features.
+        others.append(first)
+    passes = sum(_least_passes(phase, example) for phase in others)
+    return forward_s(num_rows * passes * example.network.macs)
+
+
+def _least_passes(phase: Phase, example: Example) -> float:
+    """How many passes forward, at the preset's size, a phase costs an image: in as few epochs as may be."""
+    patience, crop_px = wanted_recipe(example.training).patience_epochs, example.network.preset.crop_px
+    epochs = phase.epochs if patience is None else min(phase.epochs, patience + 1)
+    # Behind frozen stages little may be left to go back through.
+    passes = _PASSES_A_TRAINED_IMAGE if phase.freeze_depth == 0 else 1
+    return epochs * passes * ((phase.resolution_px or crop_px) / crop_px) ** 2

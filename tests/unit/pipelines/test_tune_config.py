@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 from cache_jobs import write_digits
 from convoy.core.config import load_config, parse_config
 from convoy.core.errors import ConfigError
+from convoy.core.records import Split
 from convoy.core.splits import SplitOptions
+from convoy.pipelines.feature_plan import forward_s
 from convoy.pipelines.tune_config import TuneConfig
 from convoy.pipelines.tune_plan import (
     check_budget,
@@ -198,6 +201,61 @@ def test_a_budget_too_small_for_one_trial_is_refused_with_the_numbers(
     check_budget(config, examples, manifest, [{"CPU": 2.0, "GPU": 1.0}])
     enough = config.model_copy(update={"budget": config.budget.model_copy(update={"hours": 10.0})})
     check_budget(enough, examples, manifest, laptop)
+
+
+HEAD = {"name": "head", "epochs": 30, "freeze_depth": "body", "learning_rate": 0.1}
+REST = {"name": "all", "epochs": 2, "learning_rate": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("base", "passes"),
+    [
+        ({"epochs": 20, "freeze_depth": 0}, 20 * 3),
+        ({"strategy": "from_scratch", "epochs": 20}, 20 * 3),
+        # Behind frozen stages there may be no way back but that of the head.
+        ({"epochs": 20, "freeze_depth": "body"}, 20),
+        ({"epochs": 20}, 20),
+        # A head that is fitted on features, which may lie in the cache.
+        ({"phases": [HEAD, REST]}, 2 * 3),
+        ({"phases": [HEAD, REST], "head_source": "network"}, 30 + 2 * 3),
+        ({"phases": [{**REST, "resolution_px": 112}]}, 2 * 3 / 4),
+        ({"epochs": 100, "freeze_depth": 0, "recipe": {"patience_epochs": 3}}, 4 * 3),
+        ({"epochs": 2, "freeze_depth": 0, "recipe": {"patience_epochs": 3}}, 2 * 3),
+        # The new network may end behind the first of its layers.
+        ({"strategy": "partial_reuse", "reuse": {"after": "layer1"}, "epochs": 20, "freeze_depth": 0}, 0),
+    ],
+)
+def test_a_budget_is_refused_only_where_the_least_that_a_trial_computes_takes_longer(
+    digits: tuple[LocalStore, Manifest], base: dict[str, Any], passes: float
+) -> None:
+    store, manifest = digits
+    resnet = {"arch": "torchvision:resnet18", "weights": "random"}
+    config = parsed(
+        base={"backbone": resnet, "strategy": "fine_tune", **base},
+        space={"recipe.seed": {"grid": [0, 1]}},
+        budget={"hours": 1.0},
+    )
+    examples = fetch_networks(store, manifest, config, {})
+    pass_s = forward_s(manifest.counts[Split.TRAIN].num_samples * examples[0].network.macs)
+    laptop = [{"CPU": 2.0, "GPU": 0.0}]
+    for share in (0.9, 1.1):
+        # The forecast is true to within a factor of two.
+        hours = share * max(passes, 1e-6) * pass_s / 2 / 3600
+        within = config.model_copy(update={"budget": config.budget.model_copy(update={"hours": hours})})
+        is_refused = passes > 0 and share < 1
+        with pytest.raises(ConfigError, match="too small for one trial") if is_refused else nullcontext():
+            check_budget(within, examples, manifest, laptop)
+
+
+def test_trainings_of_one_network_that_take_longer_or_shorter_are_told_apart(
+    digits: tuple[LocalStore, Manifest],
+) -> None:
+    store, manifest = digits
+    config = parsed(
+        base={"backbone": {"arch": "torchvision:resnet18", "weights": "random"}, "strategy": "fine_tune"},
+        space={"freeze_depth": {"grid": [0, "body"]}, "recipe.patience_epochs": {"grid": [1, 3]}},
+    )
+    assert len(fetch_networks(store, manifest, config, {})) == 4
 
 
 def test_a_search_over_heads_needs_no_time_for_features_that_may_be_cached(
