@@ -18,7 +18,7 @@ from convoy.cli.options import (
     run_job,
     words,
 )
-from convoy.core.config import config_keys
+from convoy.core.config import config_keys, read_settings
 from convoy.core.errors import ConfigError
 from convoy.report.progress import TerminalProgress
 
@@ -185,7 +185,8 @@ def score(  # noqa: PLR0917 (an option of the command line is an argument)
     given = words(dataset=dataset, source=source, name=name) + _evaluated_words(
         [bundle] if bundle else [], []
     )
-    settings = load(ScoreConfig, config, [*(overrides or []), *given], workspace)
+    replaced = _replaced_dataset_words(config, dataset, source)
+    settings = load(ScoreConfig, config, [*replaced, *(overrides or []), *given], workspace)
     if dry_run:
         run_job(lambda progress: plan_score(settings, progress=progress, new_run=new_run), as_json=as_json)
         return
@@ -251,6 +252,18 @@ def advise(
         ),
         as_json=as_json,
     )
+
+
+def _replaced_dataset_words(config: str | None, dataset: str | None, source: str | None) -> list[str]:
+    """What a config says of the dataset, unsaid where the command line names another one.
+
+    The name in a config with a source is that of its dataset; beside a dataset it is the scoring's own.
+    """
+    if source:
+        return ["dataset=null"]
+    if dataset and read_settings(config, []).get("source") is not None:
+        return ["source=null", "name=null"]
+    return []
 
 
 def _evaluated_words(bundles: Sequence[str] | None, members: Sequence[str] | None) -> list[str]:

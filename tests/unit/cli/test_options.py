@@ -10,7 +10,9 @@ from pydantic import BaseModel
 
 from convoy.cli.main import app
 from convoy.cli.options import load, run_job, words
-from convoy.core.errors import ErrorBudgetExceeded
+from convoy.core.config import write_settings
+from convoy.core.errors import ConfigError, ErrorBudgetExceeded
+from convoy.pipelines.score_config import ScoreConfig
 
 
 class Report(BaseModel):
@@ -62,6 +64,49 @@ def test_a_dry_run_of_a_scoring_hears_new_run(monkeypatch: pytest.MonkeyPatch) -
     for options in ([], ["--new-run"]):
         app(["score", "one", "--dataset", "digits", "--dry-run", *options], standalone_mode=False)
     assert heard == [False, True]
+
+
+FROM_DATASET = {"dataset": "digits"}
+NIGHTLY = {"dataset": "digits", "name": "nightly"}
+FROM_SOURCE = {"source": "s3://b/old", "name": "old"}
+
+
+@pytest.mark.parametrize(
+    ("said", "options", "settings"),
+    [
+        (FROM_DATASET, ["--source", "s3://b/new", "--name", "new"], (None, "s3://b/new", "new")),
+        (FROM_SOURCE, ["--source", "s3://b/new", "--name", "new"], (None, "s3://b/new", "new")),
+        (FROM_SOURCE, ["--dataset", "digits"], ("digits", None, None)),
+        (FROM_SOURCE, ["--dataset", "digits", "--name", "again"], ("digits", None, "again")),
+        (FROM_SOURCE, ["--name", "again"], (None, "s3://b/old", "again")),
+        (NIGHTLY, ["--dataset", "letters"], ("letters", None, "nightly")),
+    ],
+)
+def test_what_is_to_be_scored_on_the_command_line_takes_the_place_of_the_configs(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    said: dict[str, str],
+    options: list[str],
+    settings: tuple[str | None, ...],
+) -> None:
+    heard: list[ScoreConfig] = []
+
+    def run_score(config: ScoreConfig, **_: object) -> Report:
+        heard.append(config)
+        return Report(within_error_budget=True)
+
+    monkeypatch.setattr("convoy.pipelines.score.run_score", run_score)
+    (tmp_path / "score.yaml").write_text(write_settings({"bundle": "one", **said}))
+    app(["score", "--config", str(tmp_path / "score.yaml"), *options], standalone_mode=False)
+    assert [(one.dataset, one.source, one.name) for one in heard] == [settings]
+
+
+@pytest.mark.parametrize(
+    "options", [["--dataset", "digits"], ["--set", "dataset=digits"]], ids=["options", "set"]
+)
+def test_a_command_line_that_names_both_a_dataset_and_a_source_is_refused(options: list[str]) -> None:
+    with pytest.raises(ConfigError, match="either dataset, or source and name"):
+        app(["score", "one", "--source", "s3://b/new", "--name", "new", *options], standalone_mode=False)
 
 
 @pytest.mark.parametrize("what", ["models", "runs"])
