@@ -2,7 +2,8 @@
 
 A damaged slice is not mended here: its attempt is forgotten and the run opened again, so that the job's own command
 computes that slice, and only that, and publishes the run anew. Frozen input and settings stay, and with them the
-digest of the rows.
+digest of the rows. A run of features whose dataset has another version by now stays closed: the command's next run
+adds the rows that are missing.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from convoy.core.config import StrictModel
 from convoy.core.errors import ConfigError, DataError, PreconditionFailed, StorageError
 from convoy.core.fingerprints import canonical_json
+from convoy.pipelines.data_origin import dataset_of_run
 from convoy.pipelines.prediction_request import SCORE
 from convoy.pipelines.runs_state import Changes
 from convoy.pipelines.verify import slice_problems
@@ -26,7 +28,7 @@ from convoy.storage.commits import (
     stray_files,
     write_record,
 )
-from convoy.storage.datasets import open_dataset
+from convoy.storage.datasets import list_datasets, open_dataset
 from convoy.storage.leases import RunLease, hold_run
 from convoy.storage.object_store import ObjectInfo, ObjectStore, put_looking_first
 from convoy.storage.runs import RunFolder, RunRecord, parse_slice_name, require_run
@@ -77,13 +79,13 @@ def repair_run(store: ObjectStore, run_id: str, changes: Changes) -> RepairRepor
             next_step="run its command again: a damaged checkpoint is left out, a finished trial is kept",
         )
     if changes is Changes.SHOWN:
-        return _report(run, _examine(folder, run), changes)
+        return _report(store, run, _examine(folder, run), changes)
     with hold_run(folder) as lease:
         findings = _examine(folder, run)
         if findings.damaged:
             _set_aside(folder, run, findings, lease)
         store.delete(info.key for info in findings.orphans)
-    return _report(run, findings, changes)
+    return _report(store, run, findings, changes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,13 +112,17 @@ def _examine(folder: RunFolder, run: RunRecord) -> _Findings:
 
 
 def _set_aside(folder: RunFolder, run: RunRecord, findings: _Findings, lease: RunLease) -> None:
-    """Forget the damaged attempts and open the run again. A kill in between leaves a run to repair once more."""
+    """Forget the damaged attempts, and open the run again where a command goes on with it.
+
+    A kill in between leaves a run to repair once more.
+    """
     for attempt, _ in findings.damaged:
         _require_input(folder, run, attempt.slice)
     store = folder.store
     if findings.manifest is not None:
         _require_dataset(store, run)
-        _open_again(store, run)
+        if not _is_outdated(store, run):
+            _open_again(store, run)
         lease.confirm()
         _unpublish(folder, run, findings.manifest, findings.sound, lease.token)
     for attempt, _ in findings.damaged:
@@ -145,7 +151,7 @@ def _require_dataset(store: ObjectStore, run: RunRecord) -> None:
     The rows of a feature set are published one part at a time, and any later run adds those that are missing. A
     scoring that is open again is ended on its own version by its command; evaluations and inspections take the newest.
     """
-    if run.verb == SCORE or all(prefix.startswith(FEATURES) for prefix in run.outputs.values()):
+    if run.verb == SCORE or _adds_features(run):
         return
     name, frozen = run.identity["dataset"], run.identity["dataset_fingerprint"]
     current = open_dataset(store, name).fingerprint
@@ -156,6 +162,18 @@ def _require_dataset(store: ObjectStore, run: RunRecord) -> None:
             where=f"runs/{run.run_id}",
             next_step="leave it, without its damaged slices, and run the job's command again for the new version",
         )
+
+
+def _is_outdated(store: ObjectStore, run: RunRecord) -> bool:
+    """Whether a run of features is of a version that its dataset has no more: `convoy cache` would refuse it."""
+    name, frozen = dataset_of_run(run)
+    if not _adds_features(run) or name not in list_datasets(store):
+        return False
+    return open_dataset(store, name).fingerprint != frozen
+
+
+def _adds_features(run: RunRecord) -> bool:
+    return all(prefix.startswith(FEATURES) for prefix in run.outputs.values())
 
 
 def _open_again(store: ObjectStore, run: RunRecord) -> None:
@@ -194,7 +212,7 @@ def _unpublish(
     store.delete([folder.key("manifest.json")])
 
 
-def _report(run: RunRecord, findings: _Findings, changes: Changes) -> RepairReport:
+def _report(store: ObjectStore, run: RunRecord, findings: _Findings, changes: Changes) -> RepairReport:
     damaged = [
         DamagedSlice(slice=attempt.slice, attempt=attempt.attempt, problem=problem)
         for attempt, problem in findings.damaged[:_MAX_LISTED]
@@ -209,14 +227,16 @@ def _report(run: RunRecord, findings: _Findings, changes: Changes) -> RepairRepo
         orphan_bytes=sum(info.size_bytes for info in findings.orphans),
         damaged=damaged,
         orphans=[info.key for info in findings.orphans[:_MAX_LISTED]],
-        left_to_do=_left_to_do(run, findings, changes),
+        left_to_do=_left_to_do(store, run, findings, changes),
     )
 
 
-def _left_to_do(run: RunRecord, findings: _Findings, changes: Changes) -> str:
+def _left_to_do(store: ObjectStore, run: RunRecord, findings: _Findings, changes: Changes) -> str:
     if changes is Changes.SHOWN and (findings.damaged or findings.orphans):
         return f"convoy runs repair {run.run_id} --apply"
     if findings.damaged or findings.manifest is None:
+        if _is_outdated(store, run):
+            return "run the job's command: its new run computes the missing rows"
         again = f"run the same convoy {run.verb} command again: it computes what is missing"
         return f"{again}; then convoy verify {run.run_id}"
     return "nothing"

@@ -19,7 +19,10 @@ from convoy.pipelines.feature_plan import ExtractionConfig, FeatureRequest
 from convoy.pipelines.feature_summary import FeatureSummary
 from convoy.pipelines.features import FeatureJob
 from convoy.pipelines.predictions import PredictionJob
-from convoy.storage.commits import RunManifest
+from convoy.pipelines.runs_gc import collect_garbage
+from convoy.pipelines.runs_repair import repair_run
+from convoy.pipelines.runs_state import Changes
+from convoy.storage.commits import RunManifest, read_manifest
 from convoy.storage.datasets import open_dataset
 from convoy.storage.leases import WhenHeld, hold_run
 from convoy.storage.local_store import LocalStore
@@ -175,6 +178,26 @@ def test_the_command_for_features_refuses_an_unfinished_run_of_other_inputs(stor
     cut_off(job(store))
     with pytest.raises(RunMismatch, match="rows"):
         ensure(job(store, rows=some_rows(store)), when_held=WhenHeld.REFUSE)
+
+
+def test_a_repaired_run_whose_dataset_was_refreshed_bars_no_command(store: LocalStore, images: Path) -> None:
+    in_slices = FP32.model_copy(update={"slice_rows": 4})
+    damaged = RunFolder(store, str(ensure(job(store, extraction=in_slices)).run))
+    manifest = read_manifest(damaged)
+    assert manifest is not None
+    store.delete(part.key for part in manifest.slices[0].parts.values())
+    write_digits(images, 2, start=NUM_IMAGES)
+    refresh(store, images)
+
+    for _ in range(2):
+        repaired = repair_run(store, damaged.run_id, Changes.MADE)
+        assert repaired.left_to_do == "run the job's command: its new run computes the missing rows"
+    assert open_pointers(store) == {}
+    again = ensure(job(store), when_held=WhenHeld.REFUSE)
+    assert (again.rows, again.recomputed, again.run == damaged.run_id) == (NUM_IMAGES + 2, 4 + 2, False)
+    # Its sound rows are still needed.
+    assert collect_garbage(store, Changes.MADE, older_than_days=0).garbage == []
+    assert ensure(job(store)).recomputed == 0
 
 
 def test_who_waited_for_a_run_that_turns_out_to_be_of_other_inputs_computes_beside_it(
