@@ -194,7 +194,8 @@ class _Inspection:
         has_maps = Section.EMBEDDING in config.sections
         maps = write_maps(folder, found, config.embedding, draw_map) if has_maps else []
         figures, notes = read_figures(folder)
-        num_samples = len(sample.labels_N) + sample.num_rejects
+        num_results = int(sample.is_counted_N.sum())
+        num_samples = num_results + sample.num_rejects
         return InspectionReport(
             run=folder.run_id,
             model=self._model.name,
@@ -202,7 +203,7 @@ class _Inspection:
             dataset=config.dataset,
             splits=sorted(config.splits),
             samples=num_samples,
-            results=len(sample.labels_N),
+            results=num_results,
             rejects=sample.num_rejects,
             top1=sample.top1,
             neighbour_agreement=found.neighbour_agreement,

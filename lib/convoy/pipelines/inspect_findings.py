@@ -62,6 +62,7 @@ def look_at_sample(
         rows, [*taps, *(duplicate_taps if duplicate_rows is rows else ())], progress=progress
     )
     sample = reading.sample(rows, features[classifier.tap], found_N)
+    notes = reading.notes(rows, found_N)
     embedding_ND = features[embedding_tap] if wants_near else None
     duplicates = None
     if duplicate_rows is not None:
@@ -84,6 +85,7 @@ def look_at_sample(
         else neighbour_agreement(embedding_ND, sample.labels_N),
         duplicates=duplicates,
         duplicate_rows=duplicate_rows,
+        notes=notes,
     )
 
 

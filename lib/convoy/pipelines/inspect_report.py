@@ -30,7 +30,8 @@ class InspectionFigure(StrictModel):
 class InspectionReport(StrictModel):
     """What was looked at and drawn; `top1` is of the sample's labelled images that the model has a class for.
 
-    `samples` = `results` + `rejects`. `notes` say what could not be shown, and why. `folder` is the pictures' URI.
+    `samples` = `results` + `rejects`. They and `top1` are of the `splits`: images of others that were named are shown
+    and not counted. `notes` say what could not be shown, and why. `folder` is the pictures' URI.
     """
 
     run: str

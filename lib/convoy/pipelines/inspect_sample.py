@@ -31,7 +31,8 @@ _UNKNOWN = -1
 class InspectedSample:
     """Usable images: their rows, logits_NK, and the model's class that each is labelled as, -1 for none.
 
-    `scores_N` are the probability of the predicted class, or its margin. `num_rejects` images could not be used.
+    `scores_N` are the probability of the predicted class, or its margin. `is_counted_N` are those of the splits that
+    the inspection is about, of which `num_rejects` could not be used; images of others were named to be shown.
     """
 
     rows: pa.Table
@@ -39,6 +40,7 @@ class InspectedSample:
     logits_NK: NDArray[np.float32]
     labels_N: NDArray[np.int64]
     scores_N: NDArray[np.float32]
+    is_counted_N: NDArray[np.bool_]
     num_rejects: int
 
     @property
@@ -55,8 +57,8 @@ class InspectedSample:
 
     @property
     def top1(self) -> float | None:
-        """The share of labelled images that are predicted right."""
-        known = self.labels_N >= 0
+        """The share of labelled images of the splits that are predicted right."""
+        known = (self.labels_N >= 0) & self.is_counted_N
         return float(1 - self.wrong_N[known].mean()) if known.any() else None
 
     def sample_ids(self) -> list[str]:
@@ -129,6 +131,16 @@ class SampleReading:
             )
         return {tap: features_ND[found_N] for tap, (features_ND, _) in gathered.items()}, found_N
 
+    def notes(self, rows: pa.Table, found_N: NDArray[np.bool_]) -> list[str]:
+        """Which of the images that the config names are not shown, as they cannot be used."""
+        named = self._config.sample.sample_ids
+        lost = set(named).intersection(rows.filter(pa.array(~found_N))["sample_id"].to_pylist())
+        if not lost:
+            return []
+        return [
+            f"{len(lost)} of {len(set(named))} named images cannot be used and are not shown: {', '.join(sorted(lost))}"
+        ]
+
     def sample(
         self, rows: pa.Table, features_ND: NDArray[np.float32], found_N: NDArray[np.bool_]
     ) -> InspectedSample:
@@ -137,6 +149,7 @@ class SampleReading:
         logits_NK = classifier.logits(torch.from_numpy(features_ND)).float()
         scores_NK = logits_NK.softmax(dim=1) if classifier.gives_probabilities else logits_NK
         usable = rows.filter(pa.array(found_N)).combine_chunks()
+        is_counted = np.isin(rows["split"].to_pylist(), [split.value for split in self._config.splits])
         # The model may not know all classes of the dataset; the last entry stands for rows without a label.
         index_of = {name: index for index, name in enumerate(classifier.classes)}
         class_of_label = np.array(
@@ -148,5 +161,6 @@ class SampleReading:
             logits_NK=logits_NK.numpy(),
             labels_N=class_of_label[labels_of(usable)],
             scores_N=scores_NK.amax(dim=1).numpy(),
-            num_rejects=rows.num_rows - usable.num_rows,
+            is_counted_N=is_counted[found_N],
+            num_rejects=int((is_counted & ~found_N).sum()),
         )
