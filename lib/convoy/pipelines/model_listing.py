@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 from pydantic import Field
 
 from convoy.core.config import StrictModel
 from convoy.core.crop_policies import Averaging, CropPlan
-from convoy.core.errors import DataError
+from convoy.core.errors import ConvoyError, CredentialsRefused, DataError, StoreUnavailable
 from convoy.pipelines.workspace import workspace_uri
 from convoy.storage.bundles import (
     ENSEMBLE_FILE,
@@ -23,6 +25,7 @@ from convoy.storage.stores import open_store
 from convoy.vision.committee_options import GateOptions
 
 ENSEMBLE = "ensemble"
+_THREADS = 8
 
 
 class ListedModel(StrictModel):
@@ -38,10 +41,19 @@ class ListedModel(StrictModel):
     rows: str
 
 
+class UnreadableModel(StrictModel):
+    """A bundle, or the aliases of a name, that cannot be read: what is wrong, and where."""
+
+    model: str
+    what: str
+    where: str
+
+
 class ModelList(StrictModel):
-    """All complete bundles of a workspace, by name, then digest."""
+    """All complete bundles of a workspace, by name, then digest, and those that cannot be read."""
 
     models: list[ListedModel]
+    unreadable: list[UnreadableModel] = Field(default_factory=list)
 
 
 class ListedMember(StrictModel):
@@ -67,18 +79,34 @@ class ModelDescription(ListedModel):
 
 
 def list_models(workspace: str | None) -> ModelList:
-    """The bundles of a workspace; their small files are read and verified."""
+    """The bundles of a workspace; their small files are read and verified.
+
+    One that is damaged hides no other; a store that does not answer is an error.
+    """
     store = open_store(workspace_uri(workspace))
     refs = list_bundles(store)
-    names = {ref.name for ref in refs}
-    latest = {_latest(store, name) for name in names}
-    aliases = {name: read_aliases(store, name) for name in names}
-    return ModelList(
-        models=[
-            _listed(store, peek_bundle(store, ref), aliases[ref.name], is_latest=ref in latest)
-            for ref in refs
-        ]
-    )
+    names = sorted({ref.name for ref in refs})
+    unreadable: list[UnreadableModel] = []
+
+    def read_names(name: str) -> tuple[BundleRef | None, AliasRecord]:
+        try:
+            return _latest(store, name), read_aliases(store, name)
+        except ConvoyError as error:
+            unreadable.append(_unreadable(name, error))
+            return None, AliasRecord()
+
+    def read_model(ref: BundleRef) -> ListedModel | None:
+        latest, aliases = names_of[ref.name]
+        try:
+            return _listed(store, peek_bundle(store, ref), aliases, is_latest=ref == latest)
+        except ConvoyError as error:
+            unreadable.append(_unreadable(str(ref), error))
+            return None
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        names_of = dict(zip(names, pool.map(read_names, names), strict=True))
+        models = [model for model in pool.map(read_model, refs) if model is not None]
+    return ModelList(models=models, unreadable=sorted(unreadable, key=lambda one: one.model))
 
 
 def show_model(workspace: str | None, reference: str) -> ModelDescription:
@@ -123,6 +151,13 @@ def _listed(store: ObjectStore, bundle: Bundle, aliases: AliasRecord, *, is_late
         top1=measured.get("top1"),
         rows=measured.get("rows", ""),
     )
+
+
+def _unreadable(model: str, error: ConvoyError) -> UnreadableModel:
+    if isinstance(error, (StoreUnavailable, CredentialsRefused)):
+        # Of the store, not of this model.
+        raise error
+    return UnreadableModel(model=model, what=error.what, where=error.where)
 
 
 def _network_of(store: ObjectStore, reference: str) -> str | None:

@@ -24,7 +24,7 @@ from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import RunFolder
 from convoy.storage.stores import open_store
 
-# More rows than a page can be read with; the newest are shown.
+# More rows than a page can be read with; the newest runs are shown, and the first models by name.
 MAX_RUNS, MAX_MODELS = 1000, 1000
 _MAX_PAGES = 5000
 _HEAD_BYTES = 4096
@@ -54,7 +54,7 @@ class IndexedRun(ListedRun):
 
 
 class IndexData(StrictModel):
-    """A workspace, newest first. `pages` maps targets to the names of files beside the index.
+    """A workspace, newest runs first, models by name. `pages` maps targets to the names of files beside the index.
 
     `num_runs` and `num_models` are all that there are; the lists hold 1000 each at most.
     """
@@ -108,7 +108,9 @@ def read_index(store: ObjectStore, folder: Path) -> IndexData:
         shown = list(pool.map(lambda run: _indexed_run(store, run), runs[:MAX_RUNS]))
     models: list[ListedModel] = []
     try:
-        models = list_models(store.root_uri).models
+        found = list_models(store.root_uri)
+        models = found.models
+        missing += [f"model {one.model}: {one.what} [{one.where}]" for one in found.unreadable]
     except ConvoyError as error:
         missing.append(f"the models: {error.what}")
     return IndexData(

@@ -75,7 +75,7 @@ def _models(models: Sequence[ListedModel], index: IndexData) -> Table:
         for one in models
     ]
     columns = ["model*", "names*", "strategy*", "networks*", "classes", "top-1", "measured on*"]
-    caption = _of_all(len(models), index.num_models)
+    caption = _of_all("first", len(models), index.num_models, order=", by name")
     return _table(columns, rows, key="models", data=[one.model_dump() for one in models], caption=caption)
 
 
@@ -95,7 +95,8 @@ def _runs(runs: Sequence[IndexedRun], index: IndexData) -> Table:
     ]
     columns = ["run*", "verb*", "name*", "dataset*", "state*", "rows", "top-1", "begun*"]
     data = [one.model_dump(mode="json") for one in runs]
-    return _table(columns, rows, key="runs", data=data, caption=_of_all(len(runs), index.num_runs))
+    caption = _of_all("newest", len(runs), index.num_runs)
+    return _table(columns, rows, key="runs", data=data, caption=caption)
 
 
 def _linked(text: str, target: str, pages: Mapping[str, str]) -> Cell:
@@ -104,8 +105,8 @@ def _linked(text: str, target: str, pages: Mapping[str, str]) -> Cell:
     return Cell(text, href=f"./{quote(file, safe='')}" if file else "")
 
 
-def _of_all(shown: int, there_are: int) -> str:
-    return "" if shown == there_are else f"The newest {count(shown)} of {count(there_are)}."
+def _of_all(which: str, shown: int, there_are: int, *, order: str = "") -> str:
+    return "" if shown == there_are else f"The {which} {count(shown)} of {count(there_are)}{order}."
 
 
 def _table(

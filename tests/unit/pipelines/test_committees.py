@@ -192,6 +192,21 @@ def test_models_are_listed_by_name_and_newest_marked(store: LocalStore) -> None:
     assert (models[1].num_classes, models[1].top1, models[1].rows) == (10, 0.5, "test")
 
 
+def test_a_bundle_with_a_damaged_or_lost_file_hides_no_other(store: LocalStore) -> None:
+    refs = [write_classifier(store, name, made_classifier(store, 0)) for name in ("edited", "good", "lost")]
+    store.put(f"{refs[0].folder}README.md", b"edited by hand")
+    store.delete([f"{refs[2].folder}classes.json"])
+    store.put("models/good/aliases.json", b"{")
+    found = list_models(store.root_uri)
+    assert [one.model for one in found.models] == [str(refs[1])]
+    assert [(one.model, one.what) for one in found.unreadable][::2] == [
+        (str(refs[0]), "README.md does not hold the bytes that were recorded"),
+        (str(refs[2]), "the bundle has lost classes.json"),
+    ]
+    assert found.unreadable[0].where == f"{refs[0].uri}/README.md"
+    assert found.unreadable[1].model == "good"
+
+
 def test_a_shown_ensemble_says_who_its_members_are_and_who_has_left(store: LocalStore) -> None:
     _, committee = written_ensemble(store)
     gone = open_bundle(store, "second").ref

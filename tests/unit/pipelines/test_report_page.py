@@ -13,6 +13,7 @@ import pytest
 from convoy.core.errors import ConfigError, DataError
 from convoy.core.progress import Silent
 from convoy.core.records import Split
+from convoy.pipelines import report_index
 from convoy.pipelines.report_data_card import choose_examples
 from convoy.pipelines.report_index import find_pages, read_index, write_index
 from convoy.pipelines.report_page import PageData, read_page, write_page
@@ -26,6 +27,7 @@ from convoy.storage.manifests import Manifest
 from convoy.storage.predictions import read_labelled
 from convoy.storage.runs import CODE, RunFolder
 from made_advice_rows import frozen_rows
+from made_bundles import made_classifier, write_classifier
 from made_evaluations import CLASSES, DATASET, MODEL_DIGEST, RUN, made_workspace
 from made_pages import PageParts
 
@@ -270,6 +272,19 @@ def test_an_empty_workspace_has_an_index(tmp_path: Path) -> None:
     index = read_index(LocalStore(str(tmp_path / "new")), tmp_path)
     assert (index.runs, index.datasets, index.models) == ([], [], [])
     assert b"<h1>" in draw_index(index)
+
+
+def test_the_index_shows_sound_models_beside_a_damaged_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = LocalStore(str(tmp_path))
+    refs = [write_classifier(store, f"m{number}", made_classifier(store, number)) for number in range(4)]
+    store.put(f"{refs[0].folder}README.md", b"edited by hand")
+    monkeypatch.setattr(report_index, "MAX_MODELS", 2)
+    index = read_index(store, tmp_path)
+    assert ([one.model for one in index.models], index.num_models) == ([str(refs[1]), str(refs[2])], 3)
+    assert [str(refs[0]) in line and f"{refs[0].uri}/README.md" in line for line in index.missing] == [True]
+    assert "The first 2 of 3, by name." in PageParts(draw_index(index)).text
 
 
 def test_parts_of_the_data_add_up_to_the_whole(tmp_path: Path) -> None:
