@@ -40,7 +40,8 @@ class Evaluation(StrictModel):
     `nll`, `brier` (0..2), `ece` and `reliability` are null for heads whose scores are no probabilities.
     `intervals` are 95 %: bootstrap percentiles, and Wilson's for top-1 beside it, which stays honest near 0 and 1.
     `confusion` has a row for each true class. Above 1,000 classes it is null, and `confusion_entries` are its entries
-    above 0: true class, predicted class, rows.
+    above 0: true class, predicted class, rows. `rows` says in words what was measured on where a training did it, of
+    which that may be one fold of a split.
     """
 
     run: str
@@ -62,6 +63,12 @@ class Evaluation(StrictModel):
     classes: list[str]
     confusion: list[list[int]] | None
     confusion_entries: list[tuple[int, int, int]] | None = None
+    rows: str | None = None
+
+    @property
+    def measured_on(self) -> str:
+        """The rows in words: the splits, or the fold of one."""
+        return self.rows or ", ".join(self.splits)
 
     def confused(self) -> Iterator[tuple[int, int, int]]:
         """True class, predicted class and rows of each entry of the confusion matrix above 0."""

@@ -45,7 +45,7 @@ def training_card(
         dataset_fingerprint=manifest.fingerprint,
         split_rows={split.value: counts.num_samples for split, counts in manifest.counts.items()},
         classes=classifier.classes,
-        split=_split_name(evaluation, measured_fold),
+        split=rows_in_words(evaluation, measured_fold),
         metrics=evaluation.intervals,
         intended_use="Images like those of the dataset above, prepared by `preprocess.json`.",
         limits=limits,
@@ -65,7 +65,8 @@ def _summary(config: TrainConfig, classifier: Classifier) -> str:
     return f"{arch}, {len(classifier.classes)} classes."
 
 
-def _split_name(evaluation: Evaluation, fold: Fold | None) -> str:
+def rows_in_words(evaluation: Evaluation, fold: Fold | None) -> str:
+    """What a model was measured on: splits, or a fold of one."""
     splits = ", ".join(evaluation.splits)
     return splits if fold is None else f"{splits} (fold {fold.index + 1} of {fold.count})"
 

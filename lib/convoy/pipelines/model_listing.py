@@ -140,7 +140,7 @@ def _listed(store: ObjectStore, bundle: Bundle, aliases: AliasRecord, *, is_late
     else:
         config = bundle.read_json("config.json")
         strategy, networks = config["strategy"], [config["backbone"]["arch"]]
-        measured = {**metrics, "rows": ", ".join(metrics.get("splits", ()))}
+        measured = {**metrics, "rows": metrics.get("rows") or ", ".join(metrics.get("splits", ()))}
     return ListedModel(
         model=str(bundle.ref),
         is_latest=is_latest,

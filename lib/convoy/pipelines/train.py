@@ -23,7 +23,7 @@ from convoy.pipelines.device_settings import settle_precision
 from convoy.pipelines.distillation import taught_rows, with_pinned_teacher
 from convoy.pipelines.evaluation import Evaluation, EvaluationTask, evaluate_classifier, require_labels
 from convoy.pipelines.feature_plan import FeatureDtype
-from convoy.pipelines.model_cards import training_card
+from convoy.pipelines.model_cards import rows_in_words, training_card
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.network_training import CurveDrawer, TrainedNetwork, network_training, open_training
 from convoy.pipelines.probing import HeadSummary, TrialSummary, check_head, fit_probe
@@ -192,7 +192,8 @@ def _run(job: _Job) -> TrainReport:
     with _train(job) as trained:
         classifier = trained.classifier
         files = classifier_files(store, classifier)
-        evaluation = _evaluate(job, classifier, bundle_digest(files))
+        measured = _evaluate(job, classifier, bundle_digest(files))
+        evaluation = measured.model_copy(update={"rows": rows_in_words(measured, job.measured_fold)})
         described = {**evaluation.model_dump(mode="json"), "dataset_fingerprint": manifest.fingerprint}
         files["metrics.json"] = canonical_json(described)
         card = training_card(

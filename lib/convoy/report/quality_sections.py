@@ -43,7 +43,7 @@ def quality_tiles(evaluation: Evaluation) -> list[Tile]:
         tiles.append(Tile(number(evaluation.nll), "NLL, nats"))
     if evaluation.ece is not None:
         tiles.append(Tile(percent(evaluation.ece), "ECE, expected calibration error"))
-    return [*tiles, Tile(count(evaluation.labelled), f"labelled rows of {', '.join(evaluation.splits)}")]
+    return [*tiles, Tile(count(evaluation.labelled), f"labelled rows of {evaluation.measured_on}")]
 
 
 def quality_sections(evaluation: Evaluation, predictions: PredictionSummary | None) -> Iterator[Section]:

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from convoy.core.crop_policies import Averaging, CropPlan, CropPolicy
 from convoy.core.errors import ConfigError, DataError
-from convoy.pipelines.classifiers import Classifier, read_classifier
+from convoy.pipelines.classifiers import Classifier, classifier_files, read_classifier
 from convoy.pipelines.committees import (
     CommitteeMember,
     CommitteeRecord,
@@ -18,7 +19,7 @@ from convoy.pipelines.committees import (
     write_ensemble,
 )
 from convoy.pipelines.model_listing import list_models, show_model
-from convoy.storage.bundles import BundleRef, open_bundle
+from convoy.storage.bundles import BundleRef, open_bundle, write_bundle
 from convoy.storage.local_store import LocalStore
 from convoy.vision.committee_options import GateOptions
 from convoy.vision.decode_rule import DecodeRule
@@ -205,6 +206,13 @@ def test_a_bundle_with_a_damaged_or_lost_file_hides_no_other(store: LocalStore) 
     ]
     assert found.unreadable[0].where == f"{refs[0].uri}/README.md"
     assert found.unreadable[1].model == "good"
+
+
+def test_a_model_is_listed_with_the_fold_that_it_was_measured_on(store: LocalStore) -> None:
+    metrics = {"top1": 0.9, "splits": ["train"], "rows": "train (fold 1 of 5)"}
+    described = {"metrics.json": json.dumps(metrics).encode(), "README.md": b"# made"}
+    write_bundle(store, "probe", {**classifier_files(store, made_classifier(store, 0)), **described})
+    assert list_models(store.root_uri).models[0].rows == "train (fold 1 of 5)"
 
 
 def test_a_shown_ensemble_says_who_its_members_are_and_who_has_left(store: LocalStore) -> None:

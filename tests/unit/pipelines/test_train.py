@@ -263,3 +263,25 @@ def test_classes_of_the_network_are_refused_where_those_of_the_dataset_are_learn
     with pytest.raises(ConfigError, match="for as_is: under linear_probe the classes are the dataset's"):
         parse_config(TrainConfig, {**SETTINGS, **key}, where="here")
     parse_config(TrainConfig, {**SETTINGS, **key, "strategy": "as_is"}, where="here")
+
+
+def test_a_model_that_was_measured_on_a_fold_says_so_beside_its_top1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = manifest_of(tmp_path)
+    monkeypatch.setattr(train, "open_dataset", lambda *_: manifest)
+    evaluation = made_evaluation(CLASSES).model_copy(update={"splits": ["train"]})
+    monkeypatch.setattr(train, "evaluate_classifier", lambda *_, **__: evaluation)
+    settings = {
+        **SETTINGS,
+        "workspace": str(tmp_path),
+        "strategy": "as_is",
+        "backbone": {"arch": "lenet5", "weights": "random", "num_classes": 2},
+        "classes": CLASSES,
+        "rows": {"fold": {"index": 0, "count": 5}},
+    }
+    config = parse_config(TrainConfig, settings, where="here")
+    report = run_train(config, progress=Silent(), draw_curves=lambda *_: b"")
+    bundle = open_bundle(LocalStore(str(tmp_path)), report.bundle)
+    assert report.rows == bundle.read_json("metrics.json")["rows"] == "train (fold 1 of 5)"
+    assert b"On the train (fold 1 of 5) split." in bundle.files["README.md"]

@@ -9,6 +9,7 @@ from convoy.pipelines.report_page import CommitteeParts
 from convoy.pipelines.report_subgroups import Subgroup
 from convoy.pipelines.report_target import TargetKind
 from convoy.report.page import draw_page
+from convoy.report.quality_sections import quality_tiles
 from made_pages import (
     HIDDEN,
     HOSTILE,
@@ -116,6 +117,12 @@ def test_the_json_beside_a_figure_is_what_it_draws(parts: PageParts) -> None:
     assert [row["sample_id"] for row in parts.json_of("worst-errors")] == [
         f"{number}/{name}" for number, name in enumerate(HOSTILE[:6])
     ]
+
+
+def test_a_fold_that_was_measured_is_named_beside_the_quality() -> None:
+    fold = made_evaluation().model_copy(update={"splits": ["train"], "rows": "train (fold 1 of 5)"})
+    assert quality_tiles(fold)[-1].text == "labelled rows of train (fold 1 of 5)"
+    assert quality_tiles(made_evaluation())[-1].text == "labelled rows of test"
 
 
 def test_every_figure_has_its_json(parts: PageParts) -> None:
