@@ -50,7 +50,9 @@ def training_card(
         intended_use="Images like those of the dataset above, prepared by `preprocess.json`.",
         limits=limits,
         lineage={
-            "initial weights": config.backbone.weights,
+            "initial weights": "random"
+            if config.strategy is Strategy.FROM_SCRATCH
+            else config.backbone.weights,
             "backbone weights": backbone.weights_digest,
             **({} if config.distill is None else {"teacher": config.distill.teacher}),
             "evaluation run": evaluation.run,

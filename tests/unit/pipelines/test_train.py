@@ -16,6 +16,7 @@ from convoy.core.progress import Silent
 from convoy.core.records import Split
 from convoy.core.splits import SplitOptions
 from convoy.pipelines import train
+from convoy.pipelines.model_cards import training_card
 from convoy.pipelines.network_training import open_training
 from convoy.pipelines.train import TrainReport, measured_on, run_train
 from convoy.pipelines.train_config import TrainConfig
@@ -28,6 +29,7 @@ from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import RunFolder, RunRecord
 from made_advice_rows import frozen_rows
+from made_bundles import made_classifier
 from made_pages import made_evaluation
 
 CLASSES = ("good", "defect")
@@ -285,3 +287,19 @@ def test_a_model_that_was_measured_on_a_fold_says_so_beside_its_top1(
     bundle = open_bundle(LocalStore(str(tmp_path)), report.bundle)
     assert report.rows == bundle.read_json("metrics.json")["rows"] == "train (fold 1 of 5)"
     assert b"On the train (fold 1 of 5) split." in bundle.files["README.md"]
+
+
+@pytest.mark.parametrize(("strategy", "initial"), [("from_scratch", "random"), ("fine_tune", "DEFAULT")])
+def test_a_card_names_the_weights_that_the_training_began_with(
+    tmp_path: Path, strategy: str, initial: str
+) -> None:
+    settings = {**SETTINGS, "strategy": strategy, "backbone": {"arch": "resnet18"}}
+    card = training_card(
+        parse_config(TrainConfig, settings, where="here"),
+        manifest_of(tmp_path, Split.TEST),
+        made_classifier(LocalStore(str(tmp_path)), 0, classes=CLASSES),
+        made_evaluation(CLASSES),
+        measured_fold=None,
+        notes=(),
+    )
+    assert card.lineage["initial weights"] == initial
