@@ -74,7 +74,9 @@ class Verifier:
         key = self._folder.key(f"verified/{option.settings['name']}.json")
         known = read_json(self._folder.store, key)
         if known is not None:
-            return VerifiedStrategy.model_validate(known)
+            # Measured again are ranks and expectations, by a call that went on with the advice.
+            now = {"rank": strategy.rank, "expected_top1": strategy.expected_top1}
+            return VerifiedStrategy.model_validate(known | now)
         self._progress.stage(f"verifying {strategy.strategy.value} on {strategy.backbone}")
         started_s = time.monotonic()
         training, _ = train_config(at_budget(option, self._config, self._settings), where=key)

@@ -106,3 +106,33 @@ def test_new_run_leaves_unfinished_trainings_behind_and_repeats_none_that_was_ve
         assert verifier is not None
         verifier.verify([made_strategy(1, strategy, 0.5, 1.0)], [made_option(strategy)], check=lambda: None)
     assert begun == [("parts-x-verify", new_run)]
+
+
+def test_what_was_verified_has_the_rank_and_the_expectation_of_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A killed advice that goes on measures its costs anew, and strategies within a tie change places."""
+    monkeypatch.setattr(
+        advise_verify,
+        "run_train",
+        lambda *_, **__: SimpleNamespace(intervals={"top1_wilson": interval(0.5)}, bundle="b@1"),
+    )
+    verifier = Verifier(
+        frozen_rows(tmp_path, {Split.TRAIN: (40, 40), Split.VAL: (30, 30)}, ("good", "defect")),
+        CONFIG,
+        VerifySettings(),
+        RunFolder(LocalStore(str(tmp_path)), "r1"),
+        progress=Silent(),
+        draw_curves=lambda *_: b"",
+        new_run=False,
+    )
+    order = [Strategy.LINEAR_PROBE, Strategy.FINE_TUNE]
+    found = [
+        made.model_copy(update={"settings": made.settings | {"name": made.strategy.value}})
+        for made in map(made_option, order)
+    ]
+    for top1, strategies in ((0.5, order), (0.6, order[::-1])):
+        ranked = [made_strategy(rank, one, top1, 1.0) for rank, one in enumerate(strategies, start=1)]
+        runs = verifier.verify(ranked, found, check=lambda: None).runs
+        assert [(one.strategy, one.rank) for one in runs] == [(strategies[0], 1), (strategies[1], 2)]
+        assert {one.expected_top1 for one in runs} == {top1}
