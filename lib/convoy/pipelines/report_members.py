@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 from pydantic import ValidationError
 
 from convoy.core.config import StrictModel
 from convoy.core.errors import ConvoyError
-from convoy.storage.bundles import BundleRef, list_bundles, resolve_bundle
+from convoy.storage.bundles import MODELS_PREFIX, BundleRef, list_bundles, resolve_bundle
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import RunRecord
 
@@ -25,7 +27,10 @@ def members_of_run(store: ObjectStore, record: RunRecord) -> RunMembers | None:
     words = {name: str(value) for name, value in told.items() if value}
     identity = record.identity
     if "model_digest" in identity:
-        ref = next((ref for ref in list_bundles(store) if ref.digest == identity["model_digest"]), None)
+        # Equal models may have several names: that by which the run was told comes first.
+        told_name = _name_told(store, record)
+        refs = [ref for ref in list_bundles(store) if ref.digest == identity["model_digest"]]
+        ref = min(refs, key=lambda ref: ref.name != told_name, default=None)
         if ref is not None:
             return RunMembers(bundles=[str(ref)], told={})
         gap = f"no bundle of the workspace has the digest {identity['model_digest']}: it was never kept, or removed"
@@ -37,6 +42,12 @@ def members_of_run(store: ObjectStore, record: RunRecord) -> RunMembers | None:
         # A search names the members of its ensembles with their digests.
         return _kept(store, named, words)
     return _rebuilt(store, record, words)
+
+
+def _name_told(store: ObjectStore, record: RunRecord) -> str:
+    """The name of the bundle that a run was told to take, or to write."""
+    reference = str(record.config.get("bundle") or record.config.get("name") or "")
+    return re.split("[@/]", reference.removeprefix(store.uri(MODELS_PREFIX)), maxsplit=1)[0]
 
 
 def _kept(store: ObjectStore, references: list[str], words: dict[str, str]) -> RunMembers:

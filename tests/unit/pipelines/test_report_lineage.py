@@ -10,11 +10,13 @@ import pytest
 
 from convoy.pipelines.classifiers import classifier_files
 from convoy.pipelines.report_lineage import LineageLink, lineage_of_bundle
+from convoy.pipelines.report_members import members_of_run
 from convoy.storage.bundles import BundleRef, write_bundle
 from convoy.storage.local_store import LocalStore
 from convoy.storage.retrains import RetrainFolder, RetrainPlan
+from convoy.storage.runs import RunRecord
 from convoy.vision.heads import HeadKind
-from made_bundles import made_classifier
+from made_bundles import made_classifier, write_classifier
 
 DATE = "2026-11-27"
 
@@ -86,3 +88,34 @@ def test_a_model_that_nothing_says_anything_of_has_a_gap(tmp_path: Path) -> None
     links = lineage(LocalStore(str(tmp_path)), {"top1": 0.5})
     assert list(links) == ["model", "training"]
     assert "no run of the workspace" in links["training"].gap
+
+
+@pytest.mark.parametrize(
+    ("told", "found"),
+    [
+        ({"bundle": "zebras"}, "zebras"),
+        ({"bundle": "zebras@champion"}, "zebras"),
+        ({"bundle": "{uri}"}, "zebras"),
+        ({"name": "zebras"}, "zebras"),
+        ({"bundle": "renamed"}, "horses"),
+    ],
+)
+def test_of_equal_models_a_run_leads_to_the_one_that_it_was_told_of(
+    tmp_path: Path, told: dict[str, str], found: str
+) -> None:
+    store = LocalStore(str(tmp_path))
+    refs = {name: write_classifier(store, name, made_classifier(store, 0)) for name in ("horses", "zebras")}
+    digest = refs["zebras"].digest
+    assert refs["horses"].digest == digest
+    record = RunRecord.new(
+        "r1",
+        verb="evaluate",
+        identity={"model_digest": digest},
+        config={key: value.format(uri=refs["zebras"].uri) for key, value in told.items()},
+        outputs={},
+        groups=(),
+        settings={},
+    )
+    members = members_of_run(store, record)
+    assert members is not None
+    assert members.bundles == [str(refs[found])]
