@@ -117,7 +117,8 @@ class AdviseConfig(DatasetChoice):
     `rows` are those that a training would have, by default all; advice for fewer is as if `train` had no others, but
     costs and resolution are those of any of its images. `wanted_top1` asks how many images reach it. `reference` is a
     dataset of the domain that the backbones were trained on. `price_per_hour` is what the whole cluster costs an hour,
-    in any currency. Strategies within `tie` of the best are as good as the best: the cheapest of them is advised.
+    in any currency, and the price of `costs` that name none. Strategies within `tie` of the best are as good as the
+    best: the cheapest of them is advised.
     `verify`, `costs` and `augmentation_effect` are measured where they are given, `{}` for their defaults.
     """
 

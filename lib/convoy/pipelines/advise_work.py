@@ -149,13 +149,13 @@ class AdviceWork:
         )
 
     def _costs(self, records: Sequence[BackboneRecord]) -> list[BackboneCost]:
-        config = self.config
-        if config.costs is None:
+        config, costs = self.config, self.config.costs
+        if costs is None:
             return []
+        if costs.price_per_hour is None:
+            costs = costs.model_copy(update={"price_per_hour": config.price_per_hour})
         extraction, _ = settle_precision(self.store, config.dataset_name, config.extraction)
-        return measure_costs(
-            self.store, self.manifest, records, config.costs, extraction, progress=self.progress
-        )
+        return measure_costs(self.store, self.manifest, records, costs, extraction, progress=self.progress)
 
     def _augmentation(self, gathered: Gathered, prober: Prober) -> AugmentationEffect | None:
         config, effect = self.config, self.config.augmentation_effect

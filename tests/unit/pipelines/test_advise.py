@@ -173,6 +173,41 @@ def test_advice_for_fewer_images_knows_no_others(tmp_path: Path, monkeypatch: py
     assert (facts.images_per_class_min, facts.images_per_class_max, facts.imbalance) == (20, 20, 1)
 
 
+@pytest.mark.parametrize(("own", "price"), [("", 3.6), ("price_per_hour: 1.5", 1.5)])
+def test_costs_without_a_price_have_that_of_the_advice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str, price: float
+) -> None:
+    config = load_config(
+        AdviseConfig,
+        None,
+        [
+            "dataset=parts",
+            "candidates=[{backbone: {arch: lenet5}}]",
+            "price_per_hour=3.6",
+            f"costs={{{own}}}",
+            "extraction.precision=fp32",
+        ],
+    )
+    priced: list[float | None] = []
+    monkeypatch.setattr(
+        "convoy.pipelines.advise_work.measure_costs",
+        lambda *given, **_: priced.append(given[3].price_per_hour),
+    )
+    store = LocalStore(str(tmp_path))
+    work = AdviceWork(
+        store=store,
+        manifest=frozen_rows(tmp_path, {Split.TRAIN: (10, 10)}, ("good", "defect")),
+        config=config,
+        folder=RunFolder(store, "r"),
+        progress=Silent(),
+        draw_curves=lambda *_: b"",
+        check=lambda: None,
+        new_run=False,
+    )
+    work._costs([])
+    assert priced == [price]
+
+
 def made_look() -> Look:
     summary = FeatureSummary.model_construct(
         samples=1, rejects=0, reject_codes={}, sets={"pooled/0": "0" * 32}
