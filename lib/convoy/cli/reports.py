@@ -45,7 +45,9 @@ def report_page(
     ] = None,
     output: Annotated[
         str | None,
-        typer.Option("--out", "-o", help="The HTML file to write. Default: report.html or index.html."),
+        typer.Option(
+            "--out", "--output", "-o", help="The HTML file to write. Default: report.html or index.html."
+        ),
     ] = None,
     index: Annotated[
         str | None,
@@ -81,7 +83,9 @@ def report_augmentation(
     config: ConfigOption = None,
     overrides: SetOption = None,
     workspace: WorkspaceOption = None,
-    output: Annotated[str, typer.Option("--output", "-o", help="The PNG to write.")] = "augmentation.png",
+    output: Annotated[
+        str, typer.Option("--out", "--output", "-o", help="The PNG to write.")
+    ] = "augmentation.png",
     images: Annotated[int, typer.Option("--images", help="Rows, stratified over the classes.")] = 8,
     views: Annotated[int, typer.Option("--views", help="Draws of the policy beside the eval view.")] = 7,
     as_json: JsonOption = False,
@@ -102,7 +106,7 @@ def report_augmentation(
 def report_ensemble(
     ensemble: Annotated[str, typer.Argument(help="An ensemble's bundle, or the run of its search.")],
     output: Annotated[
-        str, typer.Option("--output", "--out", "-o", help="The HTML file to write.")
+        str, typer.Option("--out", "--output", "-o", help="The HTML file to write.")
     ] = "ensemble.html",
     workspace: WorkspaceOption = None,
     as_json: JsonOption = False,

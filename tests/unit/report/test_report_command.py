@@ -55,3 +55,14 @@ def test_the_other_commands_go_on_working() -> None:
     assert result.exit_code == 0
     for word in ("augmentation", "ensemble", "page", "TARGET"):
         assert word in result.output
+
+
+@pytest.mark.parametrize("option", ["--out", "--output", "-o"])
+@pytest.mark.parametrize("words", [["pets"], ["augmentation"], ["ensemble", "none"]])
+def test_every_command_takes_the_same_names_of_its_output(
+    workspace: str, tmp_path: Path, words: list[str], option: str
+) -> None:
+    result = CliRunner().invoke(
+        app, ["report", *words, "--workspace", workspace, option, str(tmp_path / "x"), "--help"]
+    )
+    assert result.exit_code == 0, result.output
