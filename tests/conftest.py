@@ -7,9 +7,16 @@ from collections.abc import Iterator
 
 import boto3
 import pytest
+from hypothesis import HealthCheck, settings
 
 from fault_proxy import FaultProxy, running_proxy
 from s3_server import OVERRIDING_VARIABLES, S3Server, SwiftCannotRunError, running_server
+
+
+def pytest_configure() -> None:
+    """No test depends on how fast the machine is, nor do Hypothesis' examples."""
+    settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("unhurried")
 
 
 @pytest.fixture(scope="session")

@@ -79,7 +79,7 @@ def test_a_confidence_on_an_edge_belongs_to_the_bin_below():
     assert half.reliability[4].high == pytest.approx(1 / 3)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(chunk_rows=st.integers(1, 120), seed=st.integers(0, 5), num_classes=st.integers(1, 9))
 def test_chunks_of_any_size_and_merged_workers_give_the_same_metrics(chunk_rows, seed, num_classes):
     logits, labels = make_rows(num_rows=101, num_classes=num_classes, seed=seed)

@@ -50,7 +50,7 @@ names = st.text(st.sampled_from("ab-./ é\uffff\U0001f600~"), min_size=1, max_si
 keys = st.lists(names, min_size=1, max_size=4).map("/".join)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(written=st.sets(keys, max_size=12), prefix=st.just("") | keys, start_after=st.just("") | keys)
 def test_a_listing_is_the_sorted_keys_behind_a_key_and_below_a_prefix(
     written: set[str], prefix: str, start_after: str

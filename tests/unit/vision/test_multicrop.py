@@ -81,7 +81,7 @@ def all_equal(ones: list[Tensor], others: list[Tensor]) -> bool:
     return all(torch.equal(one, other) for one, other in zip(ones, others, strict=True))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(images, geometries)
 def test_every_policy_is_torchvisions_on_the_same_resized_image(
     image: Tensor, geometry: CropGeometry
@@ -135,7 +135,7 @@ def plain_crops(square: Tensor, geometry: CropGeometry, crops: SquareCrops) -> I
     yield resized(square, size_px, geometry)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     images,
     geometries,

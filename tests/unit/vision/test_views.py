@@ -48,7 +48,7 @@ def view_of(
     return out_CHW
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(20, 200), st.integers(20, 200), st.sampled_from(Interpolation))
 def test_eval_view_is_torchvisions_resize_and_center_crop(
     height_px: int, width_px: int, interpolation: Interpolation

@@ -133,7 +133,7 @@ def test_bytes_that_are_no_weights_are_an_error(data: bytes) -> None:
 
 
 @given(st.binary(max_size=64))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_no_bytes_raise_anything_but_our_error(data: bytes) -> None:
     with pytest.raises(DataError):
         read_state_dict(data)
