@@ -89,8 +89,7 @@ def set_up_training(
         )
         new.take_head(probe.fitted.head)
         head = probe.summary
-        note = f"phase {plan.phases[0].name} was fitted from the feature cache instead"
-        plan = plan.model_copy(update={"phases": plan.phases[1:], "notes": (*plan.notes, note)})
+        plan = without_head_phase(plan)
     return TrainingSetup(plan=plan, augmentation=policy, head=head), new.to_safetensors()
 
 
@@ -107,3 +106,9 @@ def takes_head_from_cache(config: TrainConfig, plan: NetworkPlan, new: NewNetwor
             next_step=f"give the first phase `freeze_depth: body`, or leave head_source at {HeadSource.AUTO.value}",
         )
     return is_possible
+
+
+def without_head_phase(plan: NetworkPlan) -> NetworkPlan:
+    """What is left to train where the first phase is a fit on cached features (see `takes_head_from_cache`)."""
+    note = f"phase {plan.phases[0].name} is a fit from the feature cache instead"
+    return plan.model_copy(update={"phases": plan.phases[1:], "notes": (*plan.notes, note)})

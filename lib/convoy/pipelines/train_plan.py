@@ -79,7 +79,7 @@ def plan_train(config: TrainConfig) -> TrainPlan:
         _check_frozen(store, manifest, config)
         return plan
     from convoy.pipelines.network_building import NewNetwork  # noqa: PLC0415
-    from convoy.pipelines.network_setup import takes_head_from_cache  # noqa: PLC0415
+    from convoy.pipelines.network_setup import takes_head_from_cache, without_head_phase  # noqa: PLC0415
 
     is_new = config.strategy is Strategy.FROM_SCRATCH
     pretrained = fetch_backbone(store, random_weights(config, manifest) if is_new else config.backbone)
@@ -99,6 +99,7 @@ def plan_train(config: TrainConfig) -> TrainPlan:
     )
     if takes_head_from_cache(config, network, new):
         check_head(manifest, config)
+        network = without_head_phase(network)
     steps_an_epoch = -(-rows.num_rows // network.batch_size)
     stages = [
         StageSummary(

@@ -240,6 +240,27 @@ def test_a_network_as_it_is_needs_no_training_rows_in_a_dry_run(
 
 
 @pytest.mark.parametrize(
+    ("settings", "phases"),
+    [
+        ({}, ["body"]),
+        ({"head_source": "network"}, ["head", "body"]),
+        ({"phases": [{"name": "only", "epochs": 2, "freeze_depth": "body", "learning_rate": 0.1}]}, []),
+    ],
+)
+def test_a_dry_run_counts_no_phase_that_is_a_fit_from_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], phases: list[str]
+) -> None:
+    manifest = manifest_of(tmp_path, Split.TEST, Split.VAL)
+    monkeypatch.setattr(train, "open_as_begun", lambda *_, **__: (manifest, []))
+    config = {**SETTINGS, "workspace": str(tmp_path), "strategy": "fine_tune", "recipe": {"batch_size": 10}}
+    plan = plan_train(parse_config(TrainConfig, {**config, **settings}, where="here"))
+    assert [phase.name for phase in plan.phases] == phases
+    assert plan.num_steps == 2 * sum(phase.epochs for phase in plan.phases)
+    assert {phase for stage in plan.stages for phase in stage.frozen_in} <= set(phases)
+    assert any("is a fit from the feature cache" in note for note in plan.notes) == ("head" not in phases)
+
+
+@pytest.mark.parametrize(
     ("settings", "unused"),
     [
         ({"strategy": "fine_tune", **FORGOTTEN, "views": 2}, []),
