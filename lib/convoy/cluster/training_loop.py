@@ -187,8 +187,9 @@ class TrainingWorker:
 
     def _measure_epoch(self, phase: Phase, epoch: int, meter: EpochMeter) -> EpochResult:
         """The epoch's losses over the whole group, and the validation of the weights that would be kept."""
-        seconds = meter.seconds
         loss_sum, num_correct, num_rows = self._finite_sums().tolist()
+        # The sums wait for the device, and the validation is no part of what the training takes.
+        seconds, images_per_s = meter.seconds, meter.images_per_s
         if not num_rows:
             raise DataError(
                 f"none of {self._spec.train.num_rows} training images could be used",
@@ -211,7 +212,7 @@ class TrainingWorker:
             rejects=self._spec.train.num_rows - int(num_rows),
             seconds=seconds,
             wait_s=meter.wait_s,
-            images_per_s=meter.images_per_s,
+            images_per_s=images_per_s,
         )
 
     def _validate(self, phase: Phase, epoch: int) -> tuple[float | None, float | None]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -428,3 +429,17 @@ def test_a_training_without_a_single_usable_image_is_an_error(tmp_path: Path) ->
     spec = training_spec(tmp_path / "training", rows, batch_size=4)
     with pytest.raises(DataError, match="none of 8 training images could be used"):
         train(spec)
+
+
+def test_how_fast_an_epoch_ran_does_not_depend_on_its_validation(
+    tmp_path: Path, rows: pa.Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validate = TrainingWorker._validate
+
+    def validate_slowly(self: TrainingWorker, *args: Any) -> tuple[float | None, float | None]:
+        time.sleep(0.3)
+        return validate(self, *args)
+
+    monkeypatch.setattr(TrainingWorker, "_validate", validate_slowly)
+    for one in train(training_spec(tmp_path, rows)).history:
+        assert one.images_per_s == pytest.approx(one.images / one.seconds, rel=0.02)
