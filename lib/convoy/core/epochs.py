@@ -28,19 +28,25 @@ def shuffled(num_rows: int, seed: int, *position: str | int) -> NDArray[np.int64
     return np.argsort(generator(seed, "order", *position).random(num_rows), kind="stable")
 
 
+def rows_by_class(labels_N: NDArray[np.integer]) -> dict[int, NDArray[np.int64]]:
+    """The rows of each class that there is, classes and rows in ascending order. One sort, however many classes."""
+    classes, counts = np.unique(labels_N, return_counts=True)
+    order = np.argsort(labels_N, kind="stable")
+    parts = np.split(order, np.cumsum(counts))[:-1]
+    return {int(label): rows for label, rows in zip(classes, parts, strict=True)}
+
+
 def balanced_draw(labels_N: NDArray[np.int64], seed: int, epoch: int) -> NDArray[np.int64]:
     """N rows in which every class is drawn equally often, to within one draw; rows of rare classes repeat.
 
     Each class is walked through in shuffled passes, so no row of it comes a second time before all came once.
     """
-    classes = np.unique(labels_N)
+    by_class = rows_by_class(labels_N)
     drawn = []
-    for index, label in enumerate(classes):
-        rows = np.flatnonzero(labels_N == label)
-        wanted = len(even_share(len(labels_N), len(classes), index))
+    for index, (label, rows) in enumerate(by_class.items()):
+        wanted = len(even_share(len(labels_N), len(by_class), index))
         passes = [
-            rows[shuffled(len(rows), seed, epoch, int(label), number)]
-            for number in range(-(-wanted // len(rows)))
+            rows[shuffled(len(rows), seed, epoch, label, number)] for number in range(-(-wanted // len(rows)))
         ]
         drawn.append(np.concatenate([np.empty(0, np.int64), *passes])[:wanted])
     joined = np.concatenate(drawn)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from convoy.core.config import StrictModel
+from convoy.core.epochs import rows_by_class
 from convoy.core.errors import ConfigError, DataError
 from convoy.core.fingerprints import digest
 from convoy.core.randomness import unit_interval
@@ -139,8 +140,7 @@ def _is_in_fold(manifest: Manifest, rows: pa.Table, limit: RowLimit) -> NDArray[
     contents_N = rows["content_id"].combine_chunks().dictionary_encode().indices.to_numpy()
     folds_N = np.empty(rows.num_rows, np.int64)
     num_dealt = 0
-    for label in np.unique(labels_N):
-        members = np.flatnonzero(labels_N == label)
+    for label, members in rows_by_class(labels_N).items():
         places, num_contents = _places(draws_N[members], contents_N[members])
         if num_contents < 2:
             raise DataError(
@@ -178,8 +178,8 @@ def first_of_class(rows: pa.Table, most_K: Sequence[int] | NDArray[np.int64], *,
     draws_N = np.array([unit_interval(seed, "rows", name) for name in rows["sample_id"].to_pylist()])
     labels_N = rows["label"].to_numpy()
     kept = [
-        np.flatnonzero(labels_N == label)[np.argsort(draws_N[labels_N == label])[: most_K[label]]]
-        for label in np.unique(labels_N)
+        members[np.argsort(draws_N[members])[: most_K[label]]]
+        for label, members in rows_by_class(labels_N).items()
     ]
     return rows.take(pa.array(np.sort(np.concatenate(kept))))
 

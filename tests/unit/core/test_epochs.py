@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convoy.core.epochs import EpochPlan, balanced_draw, even_share, shuffled
+from convoy.core.epochs import EpochPlan, balanced_draw, even_share, rows_by_class, shuffled
 from convoy.core.errors import ConfigError
 
 sizes = st.integers(min_value=1, max_value=400)
@@ -61,6 +61,16 @@ def test_the_order_is_a_permutation_that_depends_on_seed_and_epoch_only() -> Non
 
 def test_the_order_is_that_of_earlier_versions() -> None:
     assert shuffled(8, 0, 0).tolist() == [2, 5, 7, 1, 4, 3, 0, 6]
+    labels_N = np.array([2, 0, 0, 5, 0, 2, 0, 0])
+    assert balanced_draw(labels_N, 0, 0).tolist() == [0, 3, 2, 5, 1, 3, 5, 3]
+
+
+@given(st.lists(st.integers(0, 9), max_size=60))
+def test_rows_by_class_holds_the_rows_of_every_class_in_ascending_order(labels: list[int]) -> None:
+    labels_N = np.array(labels, np.int32)
+    found = {label: rows.tolist() for label, rows in rows_by_class(labels_N).items()}
+    assert list(found) == sorted(set(labels))
+    assert found == {label: np.flatnonzero(labels_N == label).tolist() for label in set(labels)}
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=120), st.integers(0, 3), st.integers(0, 3))
