@@ -139,7 +139,7 @@ def test_what_cannot_be_inspected_is_said_before_anything_is_drawn(inspection: I
     num_runs = inspection.num_runs()
     refused = {
         "both": ((), "this is an ensemble"),
-        "network": (("stages=[c9]",), "no tap 'c9'"),
+        "network": (("stages=[c9]",), "no stage 'c9'"),
         "probe": (("sections=[classes]", "classes=[eleven]"), "no class 'eleven'"),
     }
     for bundle, (settings, words) in refused.items():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 
 from torch import nn
 
 from convoy.core.errors import ConfigError
-from convoy.vision.stages import DepthAxis, resolve_tap
+from convoy.vision.stages import DepthAxis, Stage, resolve_tap
 from convoy.vision.training_config import AUTO, BODY, Phase
 
 # Up to the first number of images a class only the head is trained, from the second on everything is.
@@ -28,14 +29,24 @@ def resolve_freeze_depth(axis: DepthAxis, wanted: int | str, *, images_per_class
         return automatic_freeze_depth(axis.num_reused, images_per_class)
     if wanted == BODY:
         return axis.num_reused
-    depth = wanted if isinstance(wanted, int) else resolve_tap(axis, wanted).index + 1
+    depth = wanted if isinstance(wanted, int) else _last_frozen(axis, wanted).index + 1
     if not 0 <= depth <= most:
         raise ConfigError(
             f"a freeze depth of {wanted} is impossible: the network has {len(axis)} stages, and one must train",
-            where="phases.freeze_depth",
+            where="freeze_depth",
             next_step=f"choose 0 (nothing frozen) to {most} ({BODY}: only what is new trains), or {AUTO}",
         )
     return depth
+
+
+def _last_frozen(axis: DepthAxis, name: str) -> Stage:
+    try:
+        return resolve_tap(axis, name, where="freeze_depth")
+    except ConfigError:
+        # Below new layers stages lie in `body`, and are asked for as in the network that they come from.
+        with suppress(ConfigError):
+            return resolve_tap(axis, f"{BODY}.{name}")
+        raise
 
 
 def frozen_stages(phase: Phase) -> int:

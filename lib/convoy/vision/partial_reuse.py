@@ -144,7 +144,7 @@ class _ReachedLastStage(Exception):
 
 
 def _last_reused(axis: DepthAxis, after: str | int) -> Stage:
-    stage = resolve_tap(axis, after)
+    stage = resolve_tap(axis, after, where="reuse.after")
     if stage.kind is not StageKind.SPATIAL:
         spatial = [one.name for one in axis if one.kind is StageKind.SPATIAL]
         raise ConfigError(

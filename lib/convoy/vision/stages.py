@@ -85,17 +85,17 @@ class DepthAxis:
         return self.stages[index]
 
 
-def resolve_tap(axis: DepthAxis, tap: str | int) -> Stage:
+def resolve_tap(axis: DepthAxis, tap: str | int, *, where: str = "tap") -> Stage:
     """The stage that a tap means: an index, a stage's name, a module's name, or an alias.
 
     `stem`, `pooled` and `logits` are the same places in every network; a module that holds several stages,
-    such as `layer2`, means its last one. Raises ConfigError with the nearest names.
+    such as `layer2`, means its last one. Raises ConfigError with the nearest names, at `where`: the key that was set.
     """
     if isinstance(tap, int):
         if 0 <= tap < len(axis):
             return axis[tap]
         advice = f"choose an index from 0 to {len(axis) - 1}"
-        raise ConfigError(f"the network has no stage {tap}", where="tap", next_step=advice)
+        raise ConfigError(f"the network has no stage {tap}", where=where, next_step=advice)
     named = {stage.name: stage for stage in axis} | {"stem": axis[0]}
     if axis.num_classes:
         named["logits"] = axis[len(axis) - 1]
@@ -105,7 +105,7 @@ def resolve_tap(axis: DepthAxis, tap: str | int) -> Stage:
         if any(name == tap or name.startswith(f"{tap}.") for name in stage.module_names):
             return stage
     raise ConfigError(
-        f"the network has no tap '{tap}'", where="tap", next_step=_advice(axis, tap, list(named))
+        f"the network has no stage '{tap}'", where=where, next_step=_advice(axis, tap, list(named))
     )
 
 

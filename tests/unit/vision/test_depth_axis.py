@@ -275,7 +275,7 @@ def test_a_network_without_classifier_ends_in_pooled_and_returns_it(pools: bool)
         pooled_BD = TappedNetwork(network, axis, ["pooled"])(images_BCHW)["pooled"]
         returned = network(images_BCHW)
     assert torch.allclose(pooled_BD, returned if pools else returned.mean((2, 3)))
-    with pytest.raises(ConfigError, match="no tap 'logits'") as caught:
+    with pytest.raises(ConfigError, match="no stage 'logits'") as caught:
         resolve_tap(axis, "logits")
     assert "'pooled'" in caught.value.next_step
 

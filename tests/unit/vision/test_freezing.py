@@ -136,6 +136,9 @@ def test_a_depth_that_leaves_nothing_to_train_is_an_error(resnet_axis: DepthAxis
 def test_an_unknown_stage_is_an_error_that_names_the_nearest(resnet_axis: DepthAxis) -> None:
     with pytest.raises(ConfigError, match=r"layer3\.2"):
         resolve_freeze_depth(resnet_axis, "layer3.9", images_per_class=100)
+    with pytest.raises(ConfigError) as caught:
+        resolve_freeze_depth(resnet_axis, "layer9", images_per_class=100)
+    assert caught.value.where == "freeze_depth"
 
 
 def test_an_unresolved_phase_is_an_error() -> None:

@@ -255,6 +255,26 @@ def test_new_convolutions_need_maps(after: str) -> None:
         build_network(reuse_config("cifar_resnet20", after))
 
 
+def test_an_unknown_stage_to_reuse_is_an_error_of_that_key() -> None:
+    with pytest.raises(ConfigError, match="no stage 'layer9'") as caught:
+        build_network(reuse_config("cifar_resnet20", "layer9"))
+    assert caught.value.where == "reuse.after"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "depth"), [("layer1", 4), ("body.layer1", 4), ("layer1.0", 2), ("convs.0", 6), ("stem", 1)]
+)
+def test_a_freeze_depth_below_new_layers_may_be_named_as_in_the_original_network(
+    wanted: str, depth: int
+) -> None:
+    config = reuse_config("cifar_resnet20", "layer2.0")
+    axis = depth_axis(config, build_network(config))
+    assert resolve_freeze_depth(axis, wanted, images_per_class=100) == depth
+    with pytest.raises(ConfigError, match="no stage 'layer9'") as caught:
+        resolve_freeze_depth(axis, "layer9", images_per_class=100)
+    assert caught.value.where == "freeze_depth"
+
+
 def test_new_layers_need_a_number_of_classes() -> None:
     with pytest.raises(ValueError, match="need num_classes"):
         BackboneConfig(arch="lenet5", new_layers=NewLayers(after="c1"))

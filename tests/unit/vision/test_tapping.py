@@ -212,5 +212,5 @@ def test_compiled_without_breaks_and_without_what_lies_behind(
 def test_no_tap_and_an_unknown_tap_are_errors(resnet: tuple[nn.Module, DepthAxis]) -> None:
     with pytest.raises(ConfigError, match="no tap is named"):
         TappedNetwork(*resnet, [])
-    with pytest.raises(ConfigError, match="no tap 'layer9'"):
+    with pytest.raises(ConfigError, match="no stage 'layer9'"):
         TappedNetwork(*resnet, ["layer9"])
