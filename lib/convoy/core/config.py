@@ -117,13 +117,17 @@ def _apply_override(settings: dict[str, Any], override: str) -> None:
         )
     *sections, key = dotted.strip().split(".")
     target = settings
-    for section in sections:
+    for depth, section in enumerate(sections, start=1):
         if target.get(section) is None:
             # Missing, or a section of which a file has the name only.
             target[section] = {}
         target = target[section]
         if not isinstance(target, dict):
-            raise ConfigError(f"'{section}' is a value, not a section", where=override)
+            raise ConfigError(
+                f"'{section}' is a value, '{target}', not a section",
+                where=override,
+                next_step=f"set the whole section: --set '{'.'.join(sections[:depth])}={{KEY: VALUE, ...}}'",
+            )
     try:
         target[key] = _parse_yaml(text)
     except yaml.YAMLError as error:

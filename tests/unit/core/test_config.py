@@ -47,13 +47,14 @@ def test_override_makes_a_missing_section(tmp_path: Path) -> None:
         ("veiws=1", "did you mean 'views'"),
         ("views=many", "views"),
         ("views", "section.key=value"),
-        ("name.x=1", "not a section"),
+        ("name.x=1", "'name' is a value, 'x', not a section"),
+        ("inner.learning_rate.x.y=1", r"--set 'inner\.learning_rate=\{KEY: VALUE"),
         ("views=[", "not valid YAML"),
     ],
 )
 def test_bad_override_is_explained(override: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        load_config(Outer, None, ["name=x", override])
+        load_config(Outer, None, ["name=x", "inner.learning_rate=1", override])
 
 
 @pytest.mark.parametrize(
