@@ -100,9 +100,9 @@ def plan_workers(
         if plan is not None:
             return plan
         if time.monotonic() > deadline_s:
-            wanted = f"{options.num_workers or 1} workers of {options.cpus_per_worker or 1} CPUs"
-            if isinstance(options, TrialWorkers) and options.on_gpus:
-                wanted += " and a GPU"
+            has_gpus = any(node["GPU"] for node in nodes)
+            on_gpus = options.on_gpus if isinstance(options, TrialWorkers) else has_gpus
+            wanted = _wanted(options.num_workers or 1, options.cpus_per_worker or 1, on_gpus=on_gpus)
             if options.ingest is Ingest.SPLIT:
                 wanted += f" and a preparer of {CPUS_A_PREPARER} CPUs for each"
             raise NoRoom(
@@ -167,7 +167,7 @@ def _explained(error: BaseException, plan: WorkerPlan) -> ConvoyError:
     num_slots = _num_slots(nodes, plan.cpus_per_worker, on_gpus=plan.gpus_per_worker > 0)
     if type(cause) is not ClusterError:
         return cause
-    wanted = f"{plan.num_workers} workers of {plan.num_threads} CPUs"
+    wanted = _wanted(plan.num_workers, plan.num_threads, on_gpus=plan.gpus_per_worker > 0)
     if num_slots < plan.num_workers:
         return NoRoom(
             f"the cluster cannot hold {wanted} any more: it has {_shown(nodes)}",
@@ -278,6 +278,10 @@ def _out_of_memory(error: Exception, spec: TrainingSpec) -> TrainingError:
         next_step="raise recipe.accumulate, lower recipe.batch_size or the resolution_px of a phase, or take"
         " recipe.precision=bf16, and add --new-run",
     )
+
+
+def _wanted(num_workers: int, num_threads: int, *, on_gpus: bool) -> str:
+    return f"{num_workers} workers of {num_threads} CPUs{' and a GPU each' if on_gpus else ''}"
 
 
 def _shown(nodes: Sequence[Mapping[str, float]]) -> str:

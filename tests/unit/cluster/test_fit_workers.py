@@ -190,11 +190,26 @@ def test_workers_wait_for_gpus_that_are_gone(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_group_that_no_node_can_hold_has_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "alive_nodes", lambda: nodes((8, 0)))
-    with pytest.raises(NoRoom, match="1 workers of 2 CPUs and a GPU: after 0 s it has 8 CPUs and 0 GPUs"):
+    with pytest.raises(
+        NoRoom, match="1 workers of 2 CPUs and a GPU each: after 0 s it has 8 CPUs and 0 GPUs"
+    ):
         plan_workers(TrialWorkers(num_workers=1, cpus_per_worker=2, on_gpus=True), timeout_s=0)
     # Which is nobody's fault: it ends no trial, and the same command goes on.
     assert NoRoom in OBSTACLES
     assert NoRoom.exit_code is ExitCode.STOPPED_RESUMABLE
+
+
+def test_a_group_without_room_for_lack_of_gpus_says_that_it_takes_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(training, "alive_nodes", lambda: nodes((8, 1)))
+    with pytest.raises(
+        NoRoom, match="2 workers of 1 CPUs and a GPU each: after 0 s it has 8 CPUs and 1 GPUs"
+    ):
+        plan_workers(WorkerOptions(num_workers=2), timeout_s=0)
+    monkeypatch.setattr(training, "alive_nodes", lambda: nodes((8, 0)))
+    with pytest.raises(NoRoom, match="17 workers of 1 CPUs: after"):
+        plan_workers(WorkerOptions(num_workers=17), timeout_s=0)
 
 
 @pytest.mark.parametrize(
