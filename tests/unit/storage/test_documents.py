@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from convoy.core.errors import DataError
+from convoy.storage.documents import read_json
+from convoy.storage.local_store import LocalStore
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe{"])
+def test_a_damaged_document_is_named(tmp_path: Path, data: bytes) -> None:
+    store = LocalStore(str(tmp_path))
+    store.put("runs/one/run.json", data)
+    with pytest.raises(DataError, match="damaged") as caught:
+        read_json(store, "runs/one/run.json")
+    assert caught.value.where == f"{tmp_path}/runs/one/run.json"
+
+
+def test_a_document_that_is_not_there_is_none(tmp_path: Path) -> None:
+    assert read_json(LocalStore(str(tmp_path)), "runs/one/run.json") is None
