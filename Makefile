@@ -23,10 +23,10 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 demo: setup  ## Run the main job on real images: local Ray, local folder, no cloud. About four minutes on two cores.
 	$(BIN)/python jobs/demo.py
 
-# In turn, as a process that has every library of the unit tests loaded is no place to start and stop clusters in. Two
-# files of tests at a time, whose jobs wait for each other's processes to start more than they compute.
+# In turn, as a process that has every library of the unit tests loaded is no place to start and stop clusters in. Of the
+# others two files at a time: their jobs wait for processes to start as much as they compute.
 test: setup  ## Run all tests that need no special machine.
-	$(BIN)/python tests/run_pytest.py tests/unit -m "not slow and not gpu" -n 2 --dist loadfile
+	$(BIN)/python tests/run_pytest.py tests/unit -m "not slow and not gpu"
 	$(BIN)/python tests/run_pytest.py tests/contract tests/integration tests/chaos -m "not slow and not gpu" \
 		-n 2 --dist loadfile --durations 25
 

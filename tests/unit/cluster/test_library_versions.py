@@ -38,6 +38,6 @@ def test_a_slice_worker_with_other_libraries_answers_with_the_error_and_makes_no
 
 
 def test_a_worker_that_measures_pixels_with_other_libraries_answers_with_the_error() -> None:
-    answer = _PixelWorker(DecodeRule().model_dump_json(), 1, OTHERS)(pa.table({}))
+    answer = _PixelWorker(DecodeRule().model_dump_json(), 1, "token", OTHERS)(pa.table({}))
     with pytest.raises(VersionMismatch):
         raise pickle.loads(answer["error"][0].as_py())

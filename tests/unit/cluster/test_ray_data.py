@@ -15,7 +15,7 @@ from convoy.cluster.ray_data import set_up_ray_data
 
 @pytest.fixture
 def context() -> Iterator[DataContext]:
-    with DataContext.current(DataContext.get_current().copy()):
+    with DataContext.current(DataContext()):
         yield DataContext.get_current()
 
 
