@@ -31,10 +31,21 @@ ARRIVAL = {
 
 
 @pytest.fixture(scope="module")
-def clean_job(tmp_path_factory: pytest.TempPathFactory) -> CacheJob:
-    job = made_job(tmp_path_factory.mktemp("clean"))
+def fresh_job(tmp_path_factory: pytest.TempPathFactory) -> CacheJob:
+    """A job that has not begun."""
+    return made_job(tmp_path_factory.mktemp("fresh"))
+
+
+@pytest.fixture(scope="module")
+def clean_digest(fresh_job: CacheJob, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The rows of the job where nothing kills it."""
+    return digest_of_clean_run(fresh_job, tmp_path_factory.mktemp("clean"))
+
+
+def digest_of_clean_run(fresh: CacheJob, folder: Path) -> str:
+    job = fresh.copied_to(folder)
     job.run()
-    return job
+    return str(job.verify()["rows_digest"])
 
 
 # How often a job of six slices of two parts comes by, where that is more than once.
@@ -67,9 +78,14 @@ SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5)
     sorted(set(CrashPoint) - TRAINING_CRASH_POINTS - SEARCH_CRASH_POINTS - RETRAIN_CRASH_POINTS),
 )
 def test_killed_job_resumes_to_the_same_rows(
-    point: CrashPoint, seed: int, clean_job: CacheJob, tmp_path: Path, fault_table: FaultTable
+    point: CrashPoint,
+    seed: int,
+    fresh_job: CacheJob,
+    clean_digest: str,
+    tmp_path: Path,
+    fault_table: FaultTable,
 ) -> None:
-    job, nth = of_seed(made_job(tmp_path), point, seed)
+    job, nth = of_seed(fresh_job.copied_to(tmp_path), point, seed)
     counter = tmp_path / "arrivals"
     environment = {"CONVOY_CRASH_POINT": f"{point}:{nth}:{counter}"}
 
@@ -86,22 +102,27 @@ def test_killed_job_resumes_to_the_same_rows(
     proof = job.verify()
     assert proof["ok"], proof["problems"]
     assert proof["inputs"] == job.num_images
-    assert proof["rows_digest"] == clean_job.verify()["rows_digest"]
+    assert proof["rows_digest"] == clean_digest
     for slice_name, attempts in attempts_before.items():
         assert job.attempts()[slice_name] == attempts, f"finished slice {slice_name} was computed again"
     fault_table.add(
         f"F2 killed at {point} ({nth}), cache",
         fired=1,
         audit=audit_run(job.workspace, report["run"]),
-        clean_digest=clean_job.verify()["rows_digest"],
+        clean_digest=clean_digest,
     )
 
 
 @pytest.fixture(scope="module")
-def clean_committee(tmp_path_factory: pytest.TempPathFactory) -> CacheJob:
-    job = made_committee_job(tmp_path_factory.mktemp("clean_committee"))
-    job.run()
-    return job
+def fresh_committee(tmp_path_factory: pytest.TempPathFactory) -> CacheJob:
+    """An evaluation that has not begun."""
+    return made_committee_job(tmp_path_factory.mktemp("fresh_committee"))
+
+
+@pytest.fixture(scope="module")
+def clean_committee_digest(fresh_committee: CacheJob, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The rows of the evaluation where nothing kills it."""
+    return digest_of_clean_run(fresh_committee, tmp_path_factory.mktemp("clean_committee"))
 
 
 # Of the steps of any run those at which a committee's differs from that of features: what its workers write, and
@@ -116,9 +137,13 @@ def clean_committee(tmp_path_factory: pytest.TempPathFactory) -> CacheJob:
     ],
 )
 def test_killed_evaluation_of_a_committee_resumes_to_the_same_rows(
-    point: CrashPoint, clean_committee: CacheJob, tmp_path: Path, fault_table: FaultTable
+    point: CrashPoint,
+    fresh_committee: CacheJob,
+    clean_committee_digest: str,
+    tmp_path: Path,
+    fault_table: FaultTable,
 ) -> None:
-    job = made_committee_job(tmp_path)
+    job = fresh_committee.copied_to(tmp_path)
     counter = tmp_path / "arrivals"
     environment = {"CONVOY_CRASH_POINT": f"{point}:{ARRIVAL.get(point, 1)}:{counter}"}
 
@@ -135,5 +160,5 @@ def test_killed_evaluation_of_a_committee_resumes_to_the_same_rows(
         f"F2 killed at {point}, evaluate",
         fired=1,
         audit=audit_run(job.workspace, proof["run"]),
-        clean_digest=clean_committee.verify()["rows_digest"],
+        clean_digest=clean_committee_digest,
     )

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 # A loaded machine may take several times as long.
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 _BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 _NUM_IMAGES = 4

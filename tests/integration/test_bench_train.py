@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from cache_jobs import freeze, write_digits
 
 # A loaded machine may take several times as long.
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 _BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 _NUM_IMAGES = 16

@@ -144,6 +144,7 @@ def test_asha_stops_a_trial_that_lags_behind_and_the_next_one_has_its_cpus(job: 
     assert states == ["finished", "given up", "given up"]
 
 
+@pytest.mark.slow
 def test_asha_knows_the_epochs_before_the_checkpoint_that_a_trial_goes_on_from(
     job: TuneJob, tmp_path: Path
 ) -> None:
@@ -164,6 +165,7 @@ def test_asha_knows_the_epochs_before_the_checkpoint_that_a_trial_goes_on_from(
     assert (record["state"], [epoch for epoch, _ in record["epochs"]]) == ("finished", [1, 2, 3, 4])
 
 
+@pytest.mark.slow
 def test_optuna_searches_without_repeating_itself(job: TuneJob) -> None:
     space = "space={tap: {choice: [c1, c3, f6]}, head.gradient_tolerance: {log_uniform: [1.0e-6, 1.0e-4]}}"
     report = job.changed(
@@ -255,6 +257,7 @@ def test_a_driver_killed_while_it_measures_the_ensemble_trains_nothing_again(
     assert report["measured"]["num_rows"] == NUM_ROWS["test"]
 
 
+@pytest.mark.slow
 def test_folds_choose_by_every_training_row_and_need_no_validation_rows(
     digits: TuneJob, tmp_path: Path
 ) -> None:
