@@ -149,6 +149,7 @@ def test_folds_that_are_known_are_neither_trained_nor_predicted_again(
     assert len(list(Path(workspace, "runs").iterdir())) == len(runs) + 1
 
 
+@pytest.mark.slow
 def test_a_network_is_watched_by_the_fold_that_it_leaves_out(workspace: str) -> None:
     settings = {
         "name": "network",

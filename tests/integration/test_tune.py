@@ -120,6 +120,7 @@ def freeze_without_val(digits: TuneJob, workspace: str) -> None:
     convoy_json("dataset", str(images), "--name", "digits", "--workspace", workspace, *fractions)
 
 
+@pytest.mark.slow
 def test_asha_stops_a_trial_that_lags_behind_and_the_next_one_has_its_cpus(job: TuneJob) -> None:
     # One after the other: of two at once, the first to reach a rung is not judged there, and either may be first.
     report = job.changed(
@@ -198,9 +199,8 @@ def test_a_killed_driver_goes_on_with_the_trials_that_have_not_ended(job: TuneJo
     assert [record["state"] for record in after.values()] == ["finished"] * 3
 
 
-@pytest.mark.parametrize(
-    "point", [CrashPoint.TRIAL_TRAINED, pytest.param(CrashPoint.TRIAL_RECORDED, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("point", [CrashPoint.TRIAL_TRAINED, CrashPoint.TRIAL_RECORDED])
 def test_a_killed_trial_goes_on_in_another_process(point: CrashPoint, job: TuneJob, tmp_path: Path) -> None:
     job = job.changed(*PROBES[:2], f"space.config={{grid: [{NETWORK}, {EARLY}]}}")
     arrivals = tmp_path / "arrivals"
