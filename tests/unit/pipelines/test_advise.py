@@ -28,6 +28,7 @@ from convoy.pipelines.training_rows import RowLimit
 from convoy.storage.commits import finish
 from convoy.storage.datasets import freeze_dataset
 from convoy.storage.local_store import LocalStore
+from convoy.storage.manifests import Manifest
 from convoy.storage.runs import RunFolder
 from made_advice import made_advice, made_cost, made_probes
 from made_advice_rows import frozen_rows
@@ -140,6 +141,20 @@ def test_a_reference_that_is_not_there_is_refused_before_any_backbone_is_fetched
         advise.run_advise(with_reference(tmp_path, "fotos"), progress=Silent(), draw_curves=lambda *_: b"")
 
 
+def work_on(store: LocalStore, manifest: Manifest, config: AdviseConfig) -> AdviceWork:
+    """The work of an advice that nobody watches."""
+    return AdviceWork(
+        store=store,
+        manifest=manifest,
+        config=config,
+        folder=RunFolder(store, "r"),
+        progress=Silent(),
+        draw_curves=lambda *_: b"",
+        check=lambda: None,
+        new_run=False,
+    )
+
+
 def test_advice_for_fewer_images_knows_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither what augmentation does, nor the sizes of the classes: 90 and 30 images become 20 of each."""
     settings = ["rows={max_per_class: 20, seed: 3}", "augmentation_effect={}", "look={judged_per_class: 25}"]
@@ -152,16 +167,7 @@ def test_advice_for_fewer_images_knows_no_others(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(
         "convoy.pipelines.advise_work.measure_augmentation", lambda *given, **_: asked.append(given[4])
     )
-    work = AdviceWork(
-        store=store,
-        manifest=manifest,
-        config=config,
-        folder=RunFolder(store, "r"),
-        progress=Silent(),
-        draw_curves=lambda *_: b"",
-        check=lambda: None,
-        new_run=False,
-    )
+    work = work_on(store, manifest, config)
     look = made_look()
     work._augmentation(Gathered(looks=(look,), best=look, untrained=look, curve=None, evidence=()), prober)
     assert (asked[0].rows, asked[0].max_judged) == (RowLimit(max_per_class=20, seed=3), 50)
@@ -194,16 +200,7 @@ def test_costs_without_a_price_have_that_of_the_advice(
         lambda *given, **_: priced.append(given[3].price_per_hour),
     )
     store = LocalStore(str(tmp_path))
-    work = AdviceWork(
-        store=store,
-        manifest=frozen_rows(tmp_path, {Split.TRAIN: (10, 10)}, ("good", "defect")),
-        config=config,
-        folder=RunFolder(store, "r"),
-        progress=Silent(),
-        draw_curves=lambda *_: b"",
-        check=lambda: None,
-        new_run=False,
-    )
+    work = work_on(store, frozen_rows(tmp_path, {Split.TRAIN: (10, 10)}, ("good", "defect")), config)
     work._costs([])
     assert priced == [price]
 

@@ -8,20 +8,17 @@ from typing import Any, NoReturn
 
 import pytest
 
-from cache_jobs import write_digits
 from convoy.cluster.search_plan import Concurrency
 from convoy.cluster.training import TrialWorkers
-from convoy.core.config import parse_config
 from convoy.core.errors import ConfigError, RunMismatch
 from convoy.core.fingerprints import digest
 from convoy.core.progress import Silent
-from convoy.core.splits import SplitOptions
 from convoy.pipelines import tune, tune_plan
 from convoy.pipelines.search_identity import search_identity
-from convoy.pipelines.tune import TuneDrawers, _Search, run_tune
+from convoy.pipelines.tune import _Search, run_tune
 from convoy.pipelines.tune_config import TuneConfig
 from convoy.storage.bundles import BundleRef
-from convoy.storage.datasets import freeze_dataset, open_dataset
+from convoy.storage.datasets import open_dataset
 from convoy.storage.local_store import LocalStore
 from convoy.storage.runs import OpenRun
 from convoy.vision.backbone_config import BackboneConfig
@@ -31,8 +28,8 @@ from convoy.vision.weights import state_to_safetensors
 from made_bundles import made_classifier, write_classifier
 from made_devices import made_device
 from made_ensembles import made_candidates, made_report
+from made_searches import DRAW, config_in, store_of_digits
 
-DRAW = TuneDrawers(training=lambda _: b"", space=lambda _: b"", trials=lambda _: b"", ensemble=lambda _: b"")
 OPERATIONAL: dict[str, Any] = {
     "workers": {"num_workers": 1},
     "local_cache": {"max_gb": 2},
@@ -43,23 +40,7 @@ OPERATIONAL: dict[str, Any] = {
 
 @pytest.fixture
 def store(tmp_path: Path) -> LocalStore:
-    write_digits(tmp_path / "images", 30)
-    store = LocalStore(str(tmp_path / "workspace"))
-    freeze_dataset(store, "digits", str(tmp_path / "images"), splits=SplitOptions(val_fraction=0.3))
-    return store
-
-
-def config_in(store: LocalStore, *, search: dict[str, Any] | None = None, **base: Any) -> TuneConfig:
-    network = {"backbone": {"arch": "lenet5", "weights": "random"}, "strategy": "from_scratch"}
-    settings = {
-        "workspace": store.root_uri,
-        "name": "search",
-        "dataset": "digits",
-        "base": {**network, **base},
-        "space": {"recipe.seed": {"grid": [0, 1, 2]}},
-        **(search or {}),
-    }
-    return parse_config(TuneConfig, settings, where="test")
+    return store_of_digits(tmp_path)
 
 
 @pytest.mark.parametrize(

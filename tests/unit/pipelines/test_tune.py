@@ -14,7 +14,6 @@ import pytest
 
 from cache_jobs import write_digits
 from convoy.cluster.search_plan import GivenUp
-from convoy.core.config import parse_config
 from convoy.core.crop_policies import CropPolicy
 from convoy.core.errors import ConfigError, LeaseHeld, RunMismatch, TrainingError
 from convoy.core.fingerprints import digest
@@ -31,8 +30,8 @@ from convoy.pipelines.runs_gc import collect_garbage
 from convoy.pipelines.runs_state import Changes
 from convoy.pipelines.trial_candidates import as_candidate, candidate_trials
 from convoy.pipelines.trial_journal import TrialCost, TrialJournal, TrialRecord
-from convoy.pipelines.tune import TuneDrawers, _Search, run_tune
-from convoy.pipelines.tune_config import SearchBudget, TuneConfig
+from convoy.pipelines.tune import _Search, run_tune
+from convoy.pipelines.tune_config import SearchBudget
 from convoy.pipelines.tune_plan import SearchPins
 from convoy.storage.bundles import BundleRef
 from convoy.storage.datasets import freeze_dataset, open_dataset
@@ -47,33 +46,13 @@ from made_bundles import DIGITS, made_classifier, write_classifier
 from made_devices import made_device
 from made_ensembles import made_candidates, made_report
 from made_leases import put_lease
+from made_searches import DRAW, config_in, store_of_digits
 from made_sources import jpeg_bytes
-
-DRAW = TuneDrawers(
-    training=lambda history: b"",
-    space=lambda records: b"",
-    trials=lambda records: b"",
-    ensemble=lambda report: b"",
-)
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> LocalStore:
-    write_digits(tmp_path / "images", 30)
-    store = LocalStore(str(tmp_path / "workspace"))
-    freeze_dataset(store, "digits", str(tmp_path / "images"), splits=SplitOptions(val_fraction=0.3))
-    return store
-
-
-def config_in(store: LocalStore) -> TuneConfig:
-    settings = {
-        "workspace": store.root_uri,
-        "name": "search",
-        "dataset": "digits",
-        "base": {"backbone": {"arch": "lenet5", "weights": "random"}, "strategy": "from_scratch"},
-        "space": {"recipe.seed": {"grid": [0, 1, 2]}},
-    }
-    return parse_config(TuneConfig, settings, where="test")
+    return store_of_digits(tmp_path)
 
 
 @pytest.fixture
