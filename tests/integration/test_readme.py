@@ -108,7 +108,7 @@ def test_the_first_block_names_the_two_targets_of_make() -> None:
     (block,) = fenced_blocks(README, "sh")[TRY_IT]
     commands = [line.partition("#")[0].strip() for line in block.splitlines()]
     assert commands == ["make demo", "make test"]
-    for command, started in zip(commands, ("jobs/demo.py", "pytest tests/unit"), strict=True):
+    for command, started in zip(commands, ("jobs/demo.py", "run_pytest.py tests/unit"), strict=True):
         shown = subprocess.run(
             [*command.split(), "--dry-run", "--always-make"],
             cwd=ROOT,
