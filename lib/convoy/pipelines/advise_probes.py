@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from convoy.core.config import StrictModel
+from convoy.core.epochs import rows_by_class
 from convoy.core.errors import DataError
 from convoy.core.learning_curve import CurveSample
 from convoy.core.progress import Progress
@@ -382,9 +383,8 @@ def subset_rows(labels_N: NDArray[np.int64], per_class: int, *, seed: int, repea
     """
     largest = int(np.bincount(labels_N).max())
     chosen = []
-    for label in np.unique(labels_N):
-        members = np.flatnonzero(labels_N == label)
-        order = generator(seed, "curve", repeat, int(label)).permutation(len(members))
+    for label, members in rows_by_class(labels_N).items():
+        order = generator(seed, "curve", repeat, label).permutation(len(members))
         chosen.append(members[order[: max(round(len(members) * per_class / largest), 1)]])
     rows: NDArray[np.intp] = np.sort(np.concatenate(chosen))
     return rows

@@ -11,7 +11,7 @@ from convoy.pipelines.network_training import NOT_IDENTITY
 from convoy.pipelines.tune_config import TuneConfig
 from convoy.pipelines.tune_plan import code_digests
 from convoy.storage.manifests import Manifest
-from convoy.storage.runs import RunFolder
+from convoy.storage.runs import RunRecord
 
 # What may change between a kill and the next call: where, how fast and how long, and what is built of the trials; not
 # what is searched.
@@ -32,11 +32,11 @@ def search_identity(manifest: Manifest, config: TuneConfig) -> dict[str, Any]:
     )
 
 
-def as_recorded(identity: dict[str, Any], folder: RunFolder | None) -> dict[str, Any]:
+def as_recorded(identity: dict[str, Any], record: RunRecord | None) -> dict[str, Any]:
     """The identity as the record of its run has it, which may be from when more of `base` counted."""
-    record = None if folder is None else folder.record()
-    is_same = record is not None and _counted(record.identity) == json.loads(canonical_json(identity))
-    return record.identity if record is not None and is_same else identity
+    if record is None or _counted(record.identity) != json.loads(canonical_json(identity)):
+        return identity
+    return record.identity
 
 
 def _counted(identity: dict[str, Any]) -> dict[str, Any]:

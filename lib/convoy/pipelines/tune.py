@@ -132,7 +132,9 @@ def run_tune(
     if config.folds is None:
         _require_validation_rows(manifest)
     identity = search_identity(manifest, config)
-    folder, _ = open_run.resume(as_recorded(identity, open_run.current()), new_run=new_run)
+    begun = open_run.current()
+    told = as_recorded(identity, None if begun is None else begun.record())
+    folder, _ = open_run.resume(told, new_run=new_run)
     answer_key = f"{_ANSWERS}{digest(identity)}.json"
     if folder is None and not open_run.begins_anew(new_run):
         folder = finished_run(store, answer_key)
@@ -149,7 +151,7 @@ def run_tune(
         if record is None:
             progress.stage("bringing the networks into the workspace")
             record = _record(folder, identity, config, pin_names(store, manifest, config))
-        refuse_changed_identity(record, as_recorded(identity, folder))
+        refuse_changed_identity(record, as_recorded(identity, record))
         pins = SearchPins.model_validate(record.settings)
         search = _Search(store, manifest, config, progress, folder, lease)
         with ray_session():

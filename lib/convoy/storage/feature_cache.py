@@ -115,8 +115,7 @@ class FeatureCache:
 
     def rejected_content(self, set_id: str) -> pa.Table:
         """All remembered rejects of a set: columns of the reject table."""
-        rejects = [part for commit in read_commits(self._store, set_id) for part in commit.rejects]
-        tables = list(self._read_parts(rejects, None))
+        tables = list(self._read_parts(self._reject_parts(set_id), None))
         return pa.concat_tables(tables) if tables else pa.table({})
 
     def count_rejects(self, set_ids: Iterable[str], content_ids: np.ndarray) -> dict[str, int]:
@@ -129,8 +128,7 @@ class FeatureCache:
         lost, counts = np.unique(content_ids, return_counts=True)
         codes = np.full(len(lost), RejectCode.UNREADABLE.value, object)
         for set_id in set_ids:
-            rejects = [part for commit in read_commits(self._store, set_id) for part in commit.rejects]
-            for table in self._read_parts(rejects, ["content_id", "code"]):
+            for table in self._read_parts(self._reject_parts(set_id), ["content_id", "code"]):
                 found = content_id_array(table["content_id"])
                 is_lost = contains(lost, found)
                 positions = np.searchsorted(lost, found[is_lost])
@@ -167,6 +165,9 @@ class FeatureCache:
 
     def _parts(self, set_id: str) -> list[PartFile]:
         return [part for commit in read_commits(self._store, set_id) for part in commit.parts]
+
+    def _reject_parts(self, set_id: str) -> list[PartFile]:
+        return [part for commit in read_commits(self._store, set_id) for part in commit.rejects]
 
     def _read_parts(
         self, parts: Sequence[PartFile], columns: Sequence[str] | None, having: np.ndarray | None = None
