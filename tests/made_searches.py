@@ -10,8 +10,13 @@ from convoy.core.config import parse_config
 from convoy.core.splits import SplitOptions
 from convoy.pipelines.tune import TuneDrawers
 from convoy.pipelines.tune_config import TuneConfig
-from convoy.storage.datasets import freeze_dataset
+from convoy.storage.bundles import BundleRef
+from convoy.storage.datasets import freeze_dataset, open_dataset
 from convoy.storage.local_store import LocalStore
+from convoy.vision.backbone_config import BackboneConfig
+from convoy.vision.backbones import build_network
+from convoy.vision.weights import state_to_safetensors
+from made_bundles import made_classifier, write_classifier
 
 DRAW = TuneDrawers(training=lambda _: b"", space=lambda _: b"", trials=lambda _: b"", ensemble=lambda _: b"")
 
@@ -36,3 +41,15 @@ def config_in(store: LocalStore, *, search: dict[str, Any] | None = None, **base
         **(search or {}),
     }
     return parse_config(TuneConfig, settings, where="test")
+
+
+def write_lenet(file: Path, seed: int, *, num_classes: int) -> None:
+    """A file of a LeNet-5's random weights."""
+    config = BackboneConfig(arch="lenet5", weights="random", num_classes=num_classes, seed=seed)
+    file.write_bytes(state_to_safetensors(build_network(config).state_dict()))
+
+
+def write_teacher(store: LocalStore, seed: int) -> BundleRef:
+    """The bundle `photos`, which knows the classes of the digits."""
+    classes = open_dataset(store, "digits").classes
+    return write_classifier(store, "photos", made_classifier(store, seed, classes=classes))

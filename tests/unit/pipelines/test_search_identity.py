@@ -17,18 +17,13 @@ from convoy.pipelines import tune, tune_plan
 from convoy.pipelines.search_identity import search_identity
 from convoy.pipelines.tune import _Search, run_tune
 from convoy.pipelines.tune_config import TuneConfig
-from convoy.storage.bundles import BundleRef
 from convoy.storage.datasets import open_dataset
 from convoy.storage.local_store import LocalStore
 from convoy.storage.runs import OpenRun
-from convoy.vision.backbone_config import BackboneConfig
-from convoy.vision.backbones import build_network
 from convoy.vision.engine_options import Precision
-from convoy.vision.weights import state_to_safetensors
-from made_bundles import made_classifier, write_classifier
 from made_devices import made_device
 from made_ensembles import made_candidates, made_report
-from made_searches import DRAW, config_in, store_of_digits
+from made_searches import DRAW, config_in, store_of_digits, write_lenet, write_teacher
 
 OPERATIONAL: dict[str, Any] = {
     "workers": {"num_workers": 1},
@@ -132,22 +127,13 @@ def test_the_config_that_corrects_a_refused_search_is_taken(
 def test_a_finished_search_does_not_answer_for_another_teacher_or_other_weights(
     store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    classes = open_dataset(store, "digits").classes
-    file = tmp_path / "lenet.safetensors"
-    backbone = {"arch": "lenet5", "weights": str(file), "num_classes": len(classes)}
+    file, num_classes = tmp_path / "lenet.safetensors", len(open_dataset(store, "digits").classes)
+    backbone = {"arch": "lenet5", "weights": str(file), "num_classes": num_classes}
     distill = {"teacher": "photos"}
     monkeypatch.setattr(tune_plan, "find_device", lambda: made_device(Precision.FP32))
     monkeypatch.setattr(tune, "ray_session", nullcontext)
     monkeypatch.setattr(_Search, "run", lambda *_: [])
     monkeypatch.setattr(_Search, "build_ensemble", lambda *_: made_report(made_candidates(1.0, 1.2)))
-
-    def write_weights(seed: int) -> None:
-        settings = {**backbone, "weights": "random", "seed": seed}
-        network = build_network(BackboneConfig.model_validate(settings))
-        file.write_bytes(state_to_safetensors(network.state_dict()))
-
-    def write_teacher(seed: int) -> BundleRef:
-        return write_classifier(store, "photos", made_classifier(store, seed, classes=classes))
 
     def answer(budget: dict[str, Any] | None = None) -> tuple[str, list[str]]:
         search = {} if budget is None else {"budget": budget}
@@ -157,18 +143,18 @@ def test_a_finished_search_does_not_answer_for_another_teacher_or_other_weights(
         report = run_tune(config, progress=Silent(), draw=DRAW)
         return report.run, [note for note in report.notes if note.startswith("a new search")]
 
-    write_weights(0)
-    write_teacher(0)
+    write_lenet(file, 0, num_classes=num_classes)
+    write_teacher(store, 0)
     first, notes = answer()
     assert notes == []
     assert answer() == (first, [])
-    write_weights(1)
+    write_lenet(file, 1, num_classes=num_classes)
     larger = {"trials": 9}
     assert answer(larger) == (first, []), "it goes on with what its trials began with"
     second, (note,) = answer(larger)
     assert second != first
     assert note == f"a new search, as since {first} a file of weights has other contents"
-    teacher = write_teacher(1)
+    teacher = write_teacher(store, 1)
     third, (note,) = answer(larger)
     assert third not in (first, second)
     assert note == f"a new search, as since {second} the teacher photos is {teacher}"

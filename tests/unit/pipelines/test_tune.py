@@ -38,15 +38,12 @@ from convoy.storage.datasets import freeze_dataset, open_dataset
 from convoy.storage.leases import hold_run, is_given_up
 from convoy.storage.local_store import LocalStore
 from convoy.storage.runs import OpenRun, RunFolder, open_pointers
-from convoy.vision.backbone_config import BackboneConfig
-from convoy.vision.backbones import build_network
 from convoy.vision.engine_options import Precision
-from convoy.vision.weights import state_to_safetensors
 from made_bundles import DIGITS, made_classifier, write_classifier
 from made_devices import made_device
 from made_ensembles import made_candidates, made_report
 from made_leases import put_lease
-from made_searches import DRAW, config_in, store_of_digits
+from made_searches import DRAW, config_in, store_of_digits, write_lenet, write_teacher
 from made_sources import jpeg_bytes
 
 
@@ -168,19 +165,15 @@ def test_a_search_that_goes_on_elsewhere_keeps_what_names_meant_when_it_began(
     store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its trials are compared: all of them learn from one teacher, and begin with the same weights."""
-    classes = open_dataset(store, "digits").classes
-    file = tmp_path / "lenet.safetensors"
-    backbone = {"arch": "lenet5", "weights": str(file), "num_classes": len(classes)}
+    file, num_classes = tmp_path / "lenet.safetensors", len(open_dataset(store, "digits").classes)
+    backbone = {"arch": "lenet5", "weights": str(file), "num_classes": num_classes}
     base = {"backbone": backbone, "strategy": "fine_tune", "epochs": 1, "distill": {"teacher": "photos"}}
     config = config_in(store).model_copy(update={"base": base})
 
     def change(seed: int, precision: Precision) -> BundleRef:
-        network = build_network(
-            BackboneConfig.model_validate({**backbone, "weights": "random", "seed": seed})
-        )
-        file.write_bytes(state_to_safetensors(network.state_dict()))
+        write_lenet(file, seed, num_classes=num_classes)
         monkeypatch.setattr(tune_plan, "find_device", lambda: made_device(precision))
-        return write_classifier(store, "photos", made_classifier(store, seed, classes=classes))
+        return write_teacher(store, seed)
 
     seen: list[SearchPins] = []
 
