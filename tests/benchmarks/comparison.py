@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+import torch
 from bounds import Bounds
 from measuring import WayResult
 
@@ -53,13 +54,16 @@ def _ratios(runs: Runs) -> dict[str, list[float]]:
     """How many times as fast our job is; each repeat against its own neighbours, since machines change pace."""
     precisions = [Precision(result.details["precision"]) for result in runs.ways[OURS]]
     paired = list(zip(runs.bounds, precisions, strict=True))
+    combined = [bounds.combined(precision) for bounds, precision in paired]
+    shares = [result.details["others_share"] for result in runs.ways[OURS]]
     ours, ours_fp32 = _rates(runs, OURS), _rates(runs, OURS_FP32)
     peers = {way: _rates(runs, name) for way, name in _peers(runs).items()}
     walls = {way: [result.wall_s for result in runs.ways[name]] for way, name in _peers(runs).items()}
     our_walls = [result.wall_s for result in runs.ways[OURS]]
     return {
         "ratio_to_bound": divide(ours, [bounds.forward(precision) for bounds, precision in paired]),
-        "ratio_to_combined_bound": divide(ours, [bounds.combined(precision) for bounds, precision in paired]),
+        "ratio_to_combined_bound": divide(ours, combined),
+        "ratio_to_remaining_bound": divide(ours, remaining_bounds(combined, shares)),
         **{f"ratio_to_{way}": divide(ours, rates) for way, rates in peers.items()},
         "fp32_ratio_to_bound": divide(ours_fp32, [bounds.forward_fp32 for bounds in runs.bounds]),
         **{f"fp32_ratio_to_{way}": divide(ours_fp32, peers[way]) for way in (RAY_DOCS, DATALOADER)},
@@ -89,6 +93,13 @@ def _rates(runs: Runs, way: str) -> list[float]:
 def divide(ones: Sequence[float], others: Sequence[float]) -> list[float]:
     """The quotient of each pair."""
     return [one / other for one, other in zip(ones, others, strict=True)]
+
+
+def remaining_bounds(bounds: Sequence[float], shares: Sequence[float | None]) -> list[float]:
+    """What is left of bounds of cores, of which the driver and Ray take a share; a GPU's they do not touch."""
+    if torch.cuda.is_available():
+        return list(bounds)
+    return [bound * (1 - (share or 0.0)) for bound, share in zip(bounds, shares, strict=True)]
 
 
 def describe_way(results: Sequence[WayResult]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from comparison import OURS, best_way, divide, spread, with_workers
+from comparison import OURS, best_way, divide, remaining_bounds, spread, with_workers
 from dataloader import Variant
 from equality import Equality, compare_features
 from evaluate_bounds import EvaluateBounds
@@ -32,11 +32,13 @@ from convoy.core.errors import ConvoyError
 class EvaluateBench(BenchSettings):
     """What is measured.
 
-    Every way runs `repeats` times, in turn with the others, on made images; before that the joint outputs of the
-    first `num_compared` must agree. `archs` are all networks, `sizes` the committees of the first of them; the
-    headlines are those of the largest. `workers` are the counts that the DataLoaders are tried with (null: 0 and
-    all cores), `variants` how they run the networks; `compiled` is for ours. `num_gated` images of CIFAR-10 in
-    `data` measure the gate.
+    Every way runs `repeats` times, in turn with the others, on made images: ours on all, so that one network is
+    work enough for an operator on each core, the usual ways, which are slower and have no start to make up for, on
+    the first `num_peer_images`. Before that the joint outputs of the first `num_compared` must agree.
+
+    `archs` are all networks, `sizes` the committees of the first of them; the headlines are those of the largest.
+    `workers` are the counts that the DataLoaders are tried with (null: 0 and all cores), `variants` how they run the
+    networks; `compiled` is for ours. `num_gated` images of CIFAR-10 in `data` measure the gate.
     """
 
     archs: tuple[str, ...] = Field(
@@ -52,7 +54,8 @@ class EvaluateBench(BenchSettings):
     sizes: tuple[PositiveInt, ...] = Field(default=(1, 3, 5), min_length=1)
     crop_px: PositiveInt = Field(default_factory=lambda: by_device(128, 224))
     batch_size: PositiveInt = Field(default_factory=lambda: by_device(16, 128))
-    num_images: PositiveInt = Field(default_factory=lambda: by_device(48, 2048))
+    num_images: PositiveInt = Field(default_factory=lambda: by_device(704, 8192))
+    num_peer_images: PositiveInt = Field(default_factory=lambda: by_device(96, 2048))
     num_compared: PositiveInt = 8
     repeats: PositiveInt = 1
     workers: tuple[int, ...] | None = Field(default=None, min_length=1)
@@ -82,6 +85,7 @@ class EvaluateComparison:
                     options = {"way": way, "variant": variant, "workers": workers}
                     name = with_workers(_peer(way, variant), workers)
                     self._ways[name] = ("evaluate_dataloader.py", options)
+        self._for_peers = link_first(images, folder / "for_peers", settings.num_peer_images)
         self._bounds: list[EvaluateBounds] = []
         self._results: dict[str, list[CommitteeRates]] = defaultdict(list)
 
@@ -105,7 +109,8 @@ class EvaluateComparison:
         self._bounds.append(EvaluateBounds.model_validate(bounds))
         say(f"  bounds: {self._bounds[-1]!r}")
         for name, (script, options) in self._ways.items():
-            result = self._run(script, name, self._images, options)
+            images = self._images if name == OURS else self._for_peers
+            result = self._run(script, name, images, options)
             say(f"  {name}: {result.images_per_s}")
             self._results[name].append(result)
 
@@ -121,9 +126,11 @@ class EvaluateComparison:
             "combined": [one.combined[size] for one in self._bounds],
             "prepare": [one.prepare for one in self._bounds],
         }
+        shares = [one.others_share[size] for one in self._results[OURS]]
         ratios = {
             "ratio_to_bound": divide(rates[OURS], bounds["forward"]),
             "ratio_to_combined_bound": divide(rates[OURS], bounds["combined"]),
+            "ratio_to_remaining_bound": divide(rates[OURS], remaining_bounds(bounds["combined"], shares)),
             **{f"ratio_to_{peer}": divide(rates[OURS], rates[name]) for peer, name in best.items()},
         }
         return {
@@ -131,6 +138,7 @@ class EvaluateComparison:
             "best_workers": best,
             "images_per_s": {name: spread(values) for name, values in rates.items()},
             "bounds": {name: spread(values) for name, values in bounds.items()},
+            "others_share": shares,
             "precision": self._bounds[0].precision,
             "device": self._bounds[0].device,
         }

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
 import torch
 from evaluate_job import NUM_VIEWS, PLAN, EvaluateJob, num_cores
-from every_core import EveryCore, Round
+from every_core import EveryCore, Round, steady_rate_of
 from pydantic import PositiveFloat
 
 from convoy.core.config import StrictModel, load_config
@@ -20,7 +19,7 @@ from convoy.vision.decode_rule import DecodeRule
 from convoy.vision.decoding import decode_image
 from convoy.vision.engine import FeatureEngine
 from convoy.vision.engine_options import EngineOptions, Precision, device_here
-from convoy.vision.forward import new_images
+from convoy.vision.forward import autocast, new_images
 from convoy.vision.multicrop import cut_slots
 from convoy.vision.presets import geometry_of
 
@@ -36,9 +35,9 @@ class BoundsSettings(EvaluateJob):
 class EvaluateBounds(StrictModel):
     """Images a second by the number of networks, and what they were measured in.
 
-    `forward`: 1 / (10 sum g), where g are the seconds that each network needs for one crop. `prepare`: reading,
-    decoding and cutting all crops, in a process for each core. `combined`: both on the same cores; beside a GPU the
-    slower one.
+    `forward`: 1 / (10 sum g), where g are the seconds that each network needs for one crop: of one process with all
+    cores and, without a GPU, of a process for each core, whichever is faster. `prepare`: reading, decoding and cutting
+    all crops, in a process for each core. `combined`: both on the same cores; beside a GPU the slower one.
     """
 
     forward: dict[int, float]
@@ -49,10 +48,10 @@ class EvaluateBounds(StrictModel):
 
 
 def measure_bounds(settings: BoundsSettings) -> EvaluateBounds:
-    """All rates, those of the networks in one process."""
-    keep_freed_memory()
-    prepare = _prepare_rate(settings)
-    seconds = [_seconds_per_crop(settings, place) for place in range(len(settings.archs))]
+    """All rates."""
+    with EveryCore() as cores:
+        prepare = cores.rate(partial(_prepare_round, settings, cores.num_processes), settings.probe_s)
+        seconds = [1 / _crops_per_second(settings, place, cores) for place in range(len(settings.archs))]
     forward = {size: 1 / (NUM_VIEWS * sum(seconds[:size])) for size in settings.sizes}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return EvaluateBounds(
@@ -67,35 +66,36 @@ def measure_bounds(settings: BoundsSettings) -> EvaluateBounds:
     )
 
 
-def _seconds_per_crop(settings: BoundsSettings, place: int) -> float:
+def _crops_per_second(settings: BoundsSettings, place: int, cores: EveryCore) -> float:
+    rate = steady_rate_of(_forward_round(settings, place, num_cores(), 0), settings.probe_s)
+    if num_cores() == 1 or settings.compiled or torch.cuda.is_available():
+        return rate
+    return max(rate, cores.rate(partial(_forward_round, settings, place, 1), settings.probe_s))
+
+
+def _forward_round(settings: BoundsSettings, place: int, num_threads: int, _process: int) -> Round:
+    """Some batches of crops through one network, and the wait for the device at their end."""
+    keep_freed_memory()
     options = EngineOptions(
         precision=device_here().precision,
         batch_size=settings.batch_size,
         compiled=settings.compiled,
-        num_threads=num_cores(),
+        num_threads=num_threads,
     )
     network = settings.network(place)
     axis = depth_axis(settings.backbone(place), network)
     engine = FeatureEngine(network, axis, settings.preset, taps=["logits"], options=options)
     batch_BCHW = engine.new_batch()
 
-    def run_rounds(num_rounds: int) -> None:
-        for _ in range(num_rounds):
-            logits_BK = engine.run(batch_BCHW)["logits"]
-        # Waits for the device.
+    def run_round() -> int:
+        # One context for all views, as in a committee: the weights are cast once.
+        with autocast(engine.device, options.precision):
+            for _ in range(NUM_VIEWS):
+                logits_BK = engine.run(batch_BCHW)["logits"]
         logits_BK.cpu()
+        return NUM_VIEWS * settings.batch_size
 
-    run_rounds(2)
-    num_rounds, started_s = 0, time.perf_counter()
-    while (elapsed_s := time.perf_counter() - started_s) < settings.probe_s:
-        run_rounds(NUM_VIEWS)
-        num_rounds += NUM_VIEWS
-    return elapsed_s / (num_rounds * settings.batch_size)
-
-
-def _prepare_rate(settings: BoundsSettings) -> float:
-    with EveryCore() as cores:
-        return cores.rate(partial(_prepare_round, settings, cores.num_processes), settings.probe_s)
+    return run_round
 
 
 def _prepare_round(settings: BoundsSettings, num_processes: int, place: int) -> Round:

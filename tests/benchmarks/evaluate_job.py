@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 from measuring import list_images
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 from torch import nn
 
 from convoy.core.config import StrictModel
@@ -54,10 +54,14 @@ class EvaluateJob(StrictModel):
 
 
 class CommitteeRates(StrictModel):
-    """One run of one way: images a second by the number of networks, and how many there were."""
+    """One run of one way: images a second by the number of networks, and how many there were.
+
+    `others_share` is the share of all cores that our driver and Ray took meanwhile.
+    """
 
     num_images: int
     images_per_s: dict[int, float]
+    others_share: dict[int, float | None] = Field(default_factory=dict)
 
 
 def num_cores() -> int:

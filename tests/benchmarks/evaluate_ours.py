@@ -9,7 +9,9 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pyarrow.dataset as pads
-from evaluate_job import PLAN, CommitteeRates, EvaluateJob, save_joint
+from evaluate_job import PLAN, CommitteeRates, EvaluateJob, num_cores, save_joint
+from job_processes import ProcessSampler, share_of_others
+from machine import by_device
 from measuring import convoy
 
 from convoy.cluster.session import ray_session
@@ -20,6 +22,9 @@ from convoy.core.progress import Silent
 from convoy.pipelines.committees import EnsembleConfig, MemberConfig
 from convoy.pipelines.evaluate import EvaluateConfig, EvaluateReport, run_evaluate
 from convoy.pipelines.feature_plan import CompileChoice, ExtractionConfig, PrecisionChoice
+from convoy.storage.commits import read_records
+from convoy.storage.runs import RunFolder
+from convoy.storage.stores import open_store
 
 _DATASET = "images"
 _NUM_OUTPUTS = 1000
@@ -33,18 +38,21 @@ class OursSettings(EvaluateJob):
 
 def run_ours(settings: OursSettings) -> CommitteeRates:
     """The rate of each committee is the job's own: from the start of its first slice to the end of its last."""
-    rates = {}
+    rates, shares = {}, {}
     with TemporaryDirectory(prefix="convoy-bench-evaluate-") as folder, ray_session():
         workspace = str(Path(folder, "workspace"))
         _freeze(settings, Path(folder, "images"), workspace)
         for size in settings.sizes:
-            report = run_evaluate(_config(settings, size, workspace), progress=Silent())
+            with ProcessSampler() as sampler:
+                report = run_evaluate(_config(settings, size, workspace), progress=Silent())
             if report.cost is None or report.cost.images_per_s is None:
                 raise ConvoyError("the evaluation has no rate", where=f"{size} networks")
             rates[size] = report.cost.images_per_s
+            records = read_records(RunFolder(open_store(workspace), report.run))
+            shares[size] = share_of_others(sampler.samples, records)
             if size == len(settings.archs):
                 save_joint(settings, _probabilities(settings, workspace, report))
-    return CommitteeRates(num_images=len(settings.paths), images_per_s=rates)
+    return CommitteeRates(num_images=len(settings.paths), images_per_s=rates, others_share=shares)
 
 
 def _freeze(settings: OursSettings, tree: Path, workspace: str) -> None:
@@ -76,8 +84,8 @@ def _config(settings: OursSettings, size: int, workspace: str) -> EvaluateConfig
             precision=settings.precision,
             compile=CompileChoice.ALWAYS if settings.compiled else CompileChoice.NEVER,
             batch_size=settings.batch_size,
-            # A slice is as large as slices of large jobs are, so that all images are in one.
-            slice_rows=len(settings.paths),
+            # Slices are as large as those of large jobs are: without a GPU one for the operator on each core.
+            slice_rows=-(-len(settings.paths) // by_device(num_cores(), 1)),
         ),
     )
 

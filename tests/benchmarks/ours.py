@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from job_processes import ProcessSampler, share_of_others
 from measuring import WayResult, WaySettings, convoy, save_features
 from our_rate import steady_rate
 
@@ -43,7 +44,8 @@ def run_ours(settings: OursSettings) -> WayResult:
         started_s = time.time()
         convoy("dataset", settings.images, "--name", "images", "--workspace", workspace)
         launched_unix_s = time.time()
-        report = convoy("cache", "--workspace", workspace, *_cache_overrides(settings))
+        with ProcessSampler() as sampler:
+            report = convoy("cache", "--workspace", workspace, *_cache_overrides(settings))
         finished_s = time.time()
         store = open_store(workspace)
         _save_features(store, report, settings.features)
@@ -56,6 +58,7 @@ def run_ours(settings: OursSettings) -> WayResult:
         details={
             "dataset_s": launched_unix_s - started_s,
             "job_images_per_s": report["images_per_s"],
+            "others_share": share_of_others(sampler.samples, records),
             **{name: report[name] for name in _REPORTED},
         },
     )

@@ -26,6 +26,7 @@ from comparison import (
     best_way,
     describe_way,
     divide,
+    remaining_bounds,
     spread,
     with_workers,
 )
@@ -196,9 +197,11 @@ class ScoreComparison:
         }
         slowest = [min(stages) for stages in zip(*bounds.values(), strict=True)]
         combined = [one.combined(precision) for one in self._bounds]
+        shares = [one.details["others_share"] for one in self._results[OURS]]
         ratios = {
             "ratio_to_bound": divide(rates[OURS], slowest),
             "ratio_to_combined_bound": divide(rates[OURS], combined),
+            "ratio_to_remaining_bound": divide(rates[OURS], remaining_bounds(combined, shares)),
             "ratio_to_ray_docs": divide(rates[OURS], rates[RAY_DOCS]),
             **{f"ratio_to_{peer}": divide(rates[OURS], rates[name]) for peer, name in best.items()},
         }
@@ -277,6 +280,7 @@ def _headlines(measured: dict[str, Any]) -> dict[str, Any]:
     return {
         **{name: ratio["median"] for name, ratio in measured["ratios"].items()},
         "first_row_s": ours["first_row_s"]["median"],
+        "others_share": ours["details"][-1]["others_share"],
         "memory_growth": ours["details"][-1]["memory_growth"],
     }
 

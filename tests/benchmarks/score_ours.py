@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from job_processes import ProcessSampler, memory_growth, share_of_others
 from measuring import WayResult, WaySettings, convoy, save_features
 from our_rate import steady_rate
-from score_memory import MemorySampler, growth
 from score_network import ScoredNetwork
 
 from convoy.core.config import load_config
@@ -52,26 +52,25 @@ def run_ours(settings: OursSettings) -> WayResult:
         started_s = time.time()
         convoy("dataset", settings.images, "--name", "images", "--workspace", workspace)
         launched_unix_s = time.time()
-        with MemorySampler() as memory:
+        with ProcessSampler() as sampler:
             report = convoy("score", "--config", str(config), "--workspace", workspace)
         finished_s = time.time()
         store = open_store(workspace)
         records = read_records(RunFolder(store, report["run"]))
         _save_logits(store, records, settings.features)
-    first_row_unix_s = min(one.first_row_unix_s for one in records)
-    last_row_unix_s = max(one.finished_unix_s for one in records)
     return WayResult(
         num_images=report["recomputed"],
         images_per_s=steady_rate(records),
-        first_row_s=first_row_unix_s - launched_unix_s,
+        first_row_s=min(one.first_row_unix_s for one in records) - launched_unix_s,
         wall_s=finished_s - started_s,
         details={
             "dataset_s": launched_unix_s - started_s,
             "job_images_per_s": report["images_per_s"],
-            "memory_growth": growth(memory.samples, first_row_unix_s, last_row_unix_s),
+            "memory_growth": memory_growth(sampler.samples, records),
+            "others_share": share_of_others(sampler.samples, records),
             "memory_s_driver_workers_mib": [
-                (round(at - launched_unix_s, 2), round(driver), round(workers))
-                for at, driver, workers in memory.samples
+                (round(one.at_unix_s - launched_unix_s, 2), round(one.driver_mib), round(one.workers_mib))
+                for one in sampler.samples
             ],
             **{name: report[name] for name in _REPORTED},
         },

@@ -25,10 +25,11 @@ from convoy.storage.commits import SliceRecord
 _CPUS_AN_OPERATOR = 4
 _MOST_OPERATORS_A_GPU = 4
 # Without GPUs: what a process takes beside the weights of its networks, which it may hold twice, the second time as
-# kernels want them, and the rows that make up for its start.
+# kernels want them, and the rows, or the seconds of networks on all cores, that make up for its start.
 _MEMORY_AN_OPERATOR_BYTES = 2 << 30
 _COPIES_OF_WEIGHTS = 2
 _ROWS_AN_OPERATOR = 1000
+_FORWARD_S_AN_OPERATOR = 8.0
 _AFTER_A_DEADLY_SLICE = (
     "most likely the memory is too small: use fewer workers (extraction.num_workers), or find the image that does it;"
     " then run the same command again, finished slices are kept"
@@ -50,11 +51,15 @@ class WorkerPool(StrictModel):
 
 
 class PlannedWork(NamedTuple):
-    """What a pool is to do: so many rows, by networks of so many bytes, in so many slices if that is known."""
+    """What a pool is to do: so many rows, by networks of so many bytes, in so many slices if that is known.
+
+    `forward_s` is the forecast of the seconds in the networks, of a machine's cores together.
+    """
 
     num_rows: int = 0
     weights_bytes: int = 0
     num_slices: int | None = None
+    forward_s: float = 0.0
 
 
 _NO_WORK = PlannedWork()
@@ -95,7 +100,7 @@ def fit_pool(
 ) -> WorkerPool:
     """Operators for these nodes; unless their number is given, the CPUs are shared out as threads.
 
-    Without GPUs one a node, and for many rows one a CPU. With GPUs one for every four CPUs beside a GPU, and at most
+    Without GPUs one a node, and for much work one a CPU. With GPUs one for every four CPUs beside a GPU, and at most
     four share it: one process cannot decode as fast as a GPU computes, because its threads share Python's lock. For few
     slices there are fewer, as many on each GPU: Ray would put what is left of a full pool on the first ones.
     """
@@ -124,13 +129,15 @@ def fit_pool(
 
 
 def _operators_without_gpus(nodes: Sequence[NodeSize], cpus_each: int, work: PlannedWork) -> int:
-    """One a node, or as many as CPUs and memory hold, if there are rows enough to make up for their start.
+    """One a node, or as many as CPUs and memory hold, if there is work enough to make up for their start.
 
     The threads of one network wait for each other: while a decoder has one of their cores, all of them stand still.
     """
     memory_bytes = _MEMORY_AN_OPERATOR_BYTES + _COPIES_OF_WEIGHTS * work.weights_bytes
     most = sum(max(min(node.cpus // cpus_each, node.memory_bytes // memory_bytes), 1) for node in nodes)
-    return max(len(nodes), min(most, work.num_rows // _ROWS_AN_OPERATOR))
+    paid_for = max(work.num_rows // _ROWS_AN_OPERATOR, int(work.forward_s // _FORWARD_S_AN_OPERATOR))
+    wanted = paid_for if work.num_slices is None else min(paid_for, work.num_slices)
+    return max(len(nodes), min(most, wanted))
 
 
 class SliceSpec(Protocol):

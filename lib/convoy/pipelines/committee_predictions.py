@@ -210,11 +210,13 @@ class CommitteeJob:
 
         extraction = self._request.extraction
         planned_rows = self._request.planned_rows
+        num_rows = planned_rows or record.num_inputs
         work = PlannedWork(
-            planned_rows or record.num_inputs,
+            num_rows,
             self._request.committee.weights_bytes,
             # Those of a sample say nothing of the whole.
             None if planned_rows else record.num_slices,
+            self._request.forecast_forward_s(num_rows),
         )
         return do_slices(
             folder,

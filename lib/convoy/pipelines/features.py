@@ -252,7 +252,12 @@ class FeatureJob:
             lease=lease,
             extraction=self._extraction,
             progress=progress,
-            work=PlannedWork(record.num_inputs, self._backbone.weights_bytes, record.num_slices),
+            work=PlannedWork(
+                record.num_inputs,
+                self._backbone.weights_bytes,
+                record.num_slices,
+                forecast_forward_s(self._backbone, self._request, record.num_inputs),
+            ),
         )
 
     def _spec(self, record: RunRecord, pool: WorkerPool) -> ExtractionSpec:

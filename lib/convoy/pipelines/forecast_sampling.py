@@ -112,7 +112,9 @@ def sample_size(num_images: int, batch_size: int, num_workers: int) -> SampleSiz
 def _planned_workers(request: PredictionRequest, num_images: int) -> int:
     """How many the cluster has for the whole."""
     extraction = request.extraction
-    work = PlannedWork(num_images, request.committee.weights_bytes)
+    work = PlannedWork(
+        num_images, request.committee.weights_bytes, forward_s=request.forecast_forward_s(num_images)
+    )
     return plan_pool(extraction.num_workers, extraction.cpus_per_worker, work).num_workers
 
 

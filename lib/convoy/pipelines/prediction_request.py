@@ -8,13 +8,20 @@ from typing import Any
 
 import pyarrow as pa
 
-from convoy.core.crop_policies import CropPlan, CropPolicy, EvaluationMode, MemberOutputs, num_slots
+from convoy.core.crop_policies import (
+    CropPlan,
+    CropPolicy,
+    EvaluationMode,
+    MemberOutputs,
+    crop_views,
+    num_slots,
+)
 from convoy.core.fingerprints import digest
 from convoy.core.records import Split
 from convoy.core.result_columns import PartitionBy, ScoreColumns
 from convoy.pipelines.committees import CommitteeMember, CommitteeRecord
 from convoy.pipelines.device_settings import settle_batch_size
-from convoy.pipelines.feature_plan import ExtractionConfig
+from convoy.pipelines.feature_plan import ExtractionConfig, forward_s
 from convoy.pipelines.training_rows import rows_digest
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
@@ -160,6 +167,11 @@ class PredictionRequest:
     def slice_rows(self, manifest: Manifest, batch_size: int) -> int:
         """How many rows a slice has."""
         return self.extraction.slice_rows or slice_rows_for(self.num_rows(manifest), batch_size)
+
+    def forecast_forward_s(self, num_rows: int) -> float:
+        """Forecast of the seconds in the networks for so many rows: every member on every view."""
+        macs = sum(member.classifier.backbone.macs for member in self.committee.members)
+        return forward_s(num_rows * len(crop_views(self.plan)) * macs)
 
     def identity(self, manifest: Manifest) -> dict[str, Any]:
         """What determines the predictions, and which of them are kept."""

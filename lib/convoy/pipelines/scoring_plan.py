@@ -6,10 +6,10 @@ from typing import Any
 
 from convoy.cluster.scoring_spec import MemberSpec, ScoreTable, ScoringSpec
 from convoy.cluster.slices import WorkerPool
-from convoy.core.crop_policies import EvaluationMode, crop_views
+from convoy.core.crop_policies import EvaluationMode
 from convoy.core.errors import ConfigError
 from convoy.pipelines.committees import CommitteeMember
-from convoy.pipelines.feature_plan import compile_decision, forward_s
+from convoy.pipelines.feature_plan import compile_decision
 from convoy.pipelines.model_choice import REFERENCES
 from convoy.pipelines.prediction_request import PredictionRequest
 from convoy.pipelines.predictions import class_indices
@@ -23,8 +23,7 @@ from convoy.vision.committee_options import CommitteeOptions, MemberOptions
 
 def scoring_settings(manifest: Manifest, request: PredictionRequest, batch_size: int) -> dict[str, Any]:
     """What is decided once, so that a resumed run computes the very same numbers."""
-    macs = sum(member.classifier.backbone.macs for member in request.committee.members)
-    forecast_s = forward_s(request.num_rows(manifest) * len(crop_views(request.plan)) * macs)
+    forecast_s = request.forecast_forward_s(request.num_rows(manifest))
     compiled, reason = compile_decision(request.extraction.compile, forecast_s)
     settings = {
         "compiled": compiled,

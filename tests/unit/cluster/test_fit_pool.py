@@ -81,6 +81,24 @@ def test_many_rows_get_an_operator_for_each_cpu(
     assert pool.num_cpus * pool.num_workers < sum(cpus for cpus, *_ in sizes)
 
 
+@pytest.mark.parametrize(
+    ("forward_s", "num_slices", "num_workers", "num_threads"),
+    [
+        (15.9, 8, 1, 2),
+        # Few rows, but each of them goes through many crops and networks.
+        (16, 8, 2, 1),
+        # An operator without a slice would only take threads from the others.
+        (1000, 1, 1, 2),
+    ],
+)
+def test_heavy_networks_get_an_operator_for_each_cpu(
+    forward_s: float, num_slices: int, num_workers: int, num_threads: int
+) -> None:
+    work = PlannedWork(100, num_slices=num_slices, forward_s=forward_s)
+    pool = fit_pool(None, [NodeSize(2, 0, 16 * GIB)], work=work)
+    assert (pool.num_workers, pool.num_threads) == (num_workers, num_threads)
+
+
 def test_operators_of_given_threads_share_the_cpus() -> None:
     pool = fit_pool(None, [NodeSize(16, 0, 64 * GIB)], 4, PlannedWork(10**6))
     assert (pool.num_workers, pool.num_threads) == (4, 4)

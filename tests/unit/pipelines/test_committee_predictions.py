@@ -362,7 +362,8 @@ def test_a_forecast_is_of_the_workers_that_the_cluster_has_and_the_run_has_slice
     monkeypatch.setattr("convoy.pipelines.forecast_sampling.extrapolate", extrapolated)
     config = from_source(images, store, extraction=ExtractionConfig(batch_size=2, slice_rows=4))
     plan_score(config, progress=Silent())
-    assert asked == [PlannedWork(NUM_IMAGES + 1, asked[0].weights_bytes)]
+    assert asked == [PlannedWork(NUM_IMAGES + 1, asked[0].weights_bytes, forward_s=asked[0].forward_s)]
+    assert asked[0].forward_s > 0
     assert (told["num_workers"], told["sampled_slices"]) == (counted, 6)
 
 
