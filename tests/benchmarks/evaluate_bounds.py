@@ -19,7 +19,7 @@ from convoy.vision.decode_rule import DecodeRule
 from convoy.vision.decoding import decode_image
 from convoy.vision.engine import FeatureEngine
 from convoy.vision.engine_options import EngineOptions, Precision, device_here
-from convoy.vision.forward import autocast, new_images
+from convoy.vision.forward import new_images
 from convoy.vision.multicrop import cut_slots
 from convoy.vision.presets import geometry_of
 
@@ -88,10 +88,8 @@ def _forward_round(settings: BoundsSettings, place: int, num_threads: int, _proc
     batch_BCHW = engine.new_batch()
 
     def run_round() -> int:
-        # One context for all views, as in a committee: the weights are cast once.
-        with autocast(engine.device, options.precision):
-            for _ in range(NUM_VIEWS):
-                logits_BK = engine.run(batch_BCHW)["logits"]
+        for _ in range(NUM_VIEWS):
+            logits_BK = engine.run(batch_BCHW)["logits"]
         logits_BK.cpu()
         return NUM_VIEWS * settings.batch_size
 

@@ -9,15 +9,14 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pyarrow.dataset as pads
-from evaluate_job import PLAN, CommitteeRates, EvaluateJob, num_cores, save_joint
+from evaluate_job import PLAN, CommitteeRates, EvaluateJob, save_joint
 from job_processes import ProcessSampler, share_of_others
-from machine import by_device
 from measuring import convoy
+from our_rate import steady_rate
 
 from convoy.cluster.session import ray_session
 from convoy.core.config import load_config
 from convoy.core.crop_policies import MemberOutputs
-from convoy.core.errors import ConvoyError
 from convoy.core.progress import Silent
 from convoy.pipelines.committees import EnsembleConfig, MemberConfig
 from convoy.pipelines.evaluate import EvaluateConfig, EvaluateReport, run_evaluate
@@ -37,7 +36,7 @@ class OursSettings(EvaluateJob):
 
 
 def run_ours(settings: OursSettings) -> CommitteeRates:
-    """The rate of each committee is the job's own: from the start of its first slice to the end of its last."""
+    """The rate of each committee is the steady one, as in the other benchmarks."""
     rates, shares = {}, {}
     with TemporaryDirectory(prefix="convoy-bench-evaluate-") as folder, ray_session():
         workspace = str(Path(folder, "workspace"))
@@ -45,10 +44,8 @@ def run_ours(settings: OursSettings) -> CommitteeRates:
         for size in settings.sizes:
             with ProcessSampler() as sampler:
                 report = run_evaluate(_config(settings, size, workspace), progress=Silent())
-            if report.cost is None or report.cost.images_per_s is None:
-                raise ConvoyError("the evaluation has no rate", where=f"{size} networks")
-            rates[size] = report.cost.images_per_s
             records = read_records(RunFolder(open_store(workspace), report.run))
+            rates[size] = steady_rate(records)
             shares[size] = share_of_others(sampler.samples, records)
             if size == len(settings.archs):
                 save_joint(settings, _probabilities(settings, workspace, report))
@@ -84,8 +81,6 @@ def _config(settings: OursSettings, size: int, workspace: str) -> EvaluateConfig
             precision=settings.precision,
             compile=CompileChoice.ALWAYS if settings.compiled else CompileChoice.NEVER,
             batch_size=settings.batch_size,
-            # Slices are as large as those of large jobs are: without a GPU one for the operator on each core.
-            slice_rows=-(-len(settings.paths) // by_device(num_cores(), 1)),
         ),
     )
 

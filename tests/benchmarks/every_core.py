@@ -12,6 +12,8 @@ from types import TracebackType
 
 import torch
 
+from convoy.vision.forward import best_device, casting_once
+
 _WARM_UP_ROUNDS = 3
 _PATIENCE_S = 120.0
 
@@ -54,12 +56,13 @@ class EveryCore:
 
 def steady_rate_of(run_round: Round, probe_s: float) -> float:
     """Images per second of whole rounds, for `probe_s` seconds or a little longer, after a few to warm up."""
-    for _ in range(_WARM_UP_ROUNDS):
-        run_round()
-    num_images, started_s = 0, time.perf_counter()
-    while (elapsed_s := time.perf_counter() - started_s) < probe_s:
-        num_images += run_round()
-    return num_images / elapsed_s
+    with casting_once(best_device()):
+        for _ in range(_WARM_UP_ROUNDS):
+            run_round()
+        num_images, started_s = 0, time.perf_counter()
+        while (elapsed_s := time.perf_counter() - started_s) < probe_s:
+            num_images += run_round()
+        return num_images / elapsed_s
 
 
 def _rate_at_once(make_round: Callable[[int], Round], place: int, probe_s: float, start: Barrier) -> float:

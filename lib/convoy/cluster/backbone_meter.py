@@ -19,7 +19,7 @@ from convoy.vision.augmentation_policy import EVAL_VIEW
 from convoy.vision.backbones import build_network, depth_axis
 from convoy.vision.engine import FeatureEngine
 from convoy.vision.engine_options import EngineOptions, facts_here
-from convoy.vision.forward import best_device
+from convoy.vision.forward import best_device, casting_once
 from convoy.vision.network_timing import MemoryMeter, time_network
 from convoy.vision.views import prepare_view
 from convoy.vision.weights import load_weights
@@ -93,10 +93,12 @@ def _job_images_per_s(
     rows = SliceImages(pa.concat_tables([images] * repeats).combine_chunks(), time.time())
     num_images, started_s = 0, time.perf_counter()
     batches = preparer.batches(rows, lambda: {EVAL_VIEW: engine.new_batch()}, spec.batch_size)
-    for batch in batches:
-        for features_BD in engine.run(batch.images[EVAL_VIEW]).values():
-            features_BD.cpu()
-        num_images += len(batch.rows)
-        if time.perf_counter() > started_s + spec.seconds and num_images >= _FEWEST_BATCHES * spec.batch_size:
-            break
+    with casting_once(engine.device):
+        for batch in batches:
+            for features_BD in engine.run(batch.images[EVAL_VIEW]).values():
+                features_BD.cpu()
+            num_images += len(batch.rows)
+            is_long = time.perf_counter() > started_s + spec.seconds
+            if is_long and num_images >= _FEWEST_BATCHES * spec.batch_size:
+                break
     return num_images / (time.perf_counter() - started_s)

@@ -27,6 +27,7 @@ from convoy.storage.stores import open_store
 from convoy.vision.backbones import build_network, recorded_axis
 from convoy.vision.engine import FeatureEngine
 from convoy.vision.engine_options import Precision
+from convoy.vision.forward import casting_once
 from convoy.vision.views import prepare_view
 from convoy.vision.weights import load_weights
 
@@ -77,8 +78,9 @@ class FeatureExtractor:
         batches = self._preparer.batches(
             result.images, partial(self._new_buffers, numbers), self._spec.engine.batch_size
         )
-        for batch in batches:
-            self._run_batch(batch, outputs, result)
+        with casting_once(self._engine.device):
+            for batch in batches:
+                self._run_batch(batch, outputs, result)
         return result.images.commit(
             self._folder,
             task.slice,

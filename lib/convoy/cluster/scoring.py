@@ -27,6 +27,7 @@ from convoy.storage.runs import RunFolder
 from convoy.storage.stores import open_store
 from convoy.vision.backbones import build_network, recorded_axis
 from convoy.vision.committee import Committee, Member, TurnOutput, check_input_size
+from convoy.vision.forward import casting_once
 from convoy.vision.gating import GatedCommittee, GatedRows
 from convoy.vision.heads import HEAD_PREFIX, OutputGroups, head_from_state
 from convoy.vision.multicrop import cut_slots
@@ -106,12 +107,12 @@ class Scorer:
     def _run_turn(self, turn: tuple[int, ...], images: SliceImages) -> TurnOutput:
         """The outputs of some members for all rows of a slice, on the host."""
         parts = []
-        for batch in self._batches(images):
-            started_s = time.perf_counter()
-            parts.append(
-                _on_host(self._committee.run_turn(batch.images, turn, self._spec.keep), len(batch.rows))
-            )
-            images.through_network(started_s)
+        with casting_once(self._committee.device):
+            for batch in self._batches(images):
+                started_s = time.perf_counter()
+                output = self._committee.run_turn(batch.images, turn, self._spec.keep)
+                parts.append(_on_host(output, len(batch.rows)))
+                images.through_network(started_s)
         return _joined_rows(parts)
 
     def _behind_gate(self, images: SliceImages, gated: GatedCommittee) -> SliceLogits:
@@ -124,12 +125,13 @@ class Scorer:
                 joint_NK[list(rows.rows)] = rows.logits_BK.cpu().numpy()
                 images.flags[rows.stage.value] += len(rows.rows)
 
-        for batch in self._batches(images):
-            started_s = time.perf_counter()
-            usable = [row if images.usable_N[row] else None for row in batch.rows]
-            take(gated.run(batch.images, usable))
-            images.through_network(started_s)
-        take(gated.flush())
+        with casting_once(self._committee.device):
+            for batch in self._batches(images):
+                started_s = time.perf_counter()
+                usable = [row if images.usable_N[row] else None for row in batch.rows]
+                take(gated.run(batch.images, usable))
+                images.through_network(started_s)
+            take(gated.flush())
         return SliceLogits(joint_NK)
 
     def _stored(self, features_BD: Tensor | None) -> NDArray[np.floating] | None:

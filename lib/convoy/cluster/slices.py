@@ -25,7 +25,7 @@ from convoy.storage.commits import SliceRecord
 _CPUS_AN_OPERATOR = 4
 _MOST_OPERATORS_A_GPU = 4
 # Without GPUs: what a process takes beside the weights of its networks, which it may hold twice, the second time as
-# kernels want them, and the rows, or the seconds of networks on all cores, that make up for its start.
+# kernels want them, and the rows, or the seconds of two cores in networks, that make up for its start.
 _MEMORY_AN_OPERATOR_BYTES = 2 << 30
 _COPIES_OF_WEIGHTS = 2
 _ROWS_AN_OPERATOR = 1000
@@ -53,7 +53,7 @@ class WorkerPool(StrictModel):
 class PlannedWork(NamedTuple):
     """What a pool is to do: so many rows, by networks of so many bytes, in so many slices if that is known.
 
-    `forward_s` is the forecast of the seconds in the networks, of a machine's cores together.
+    `forward_s` is the forecast of the seconds in the networks, as if two cores did it all.
     """
 
     num_rows: int = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -125,6 +126,15 @@ def _compile(network: nn.Module, device: torch.device) -> Callable[[Tensor], Any
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     """The context in which a network computes in that precision."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision is Precision.BF16)
+
+
+def casting_once(device: torch.device) -> AbstractContextManager[object]:
+    """Within it a network's weights are cast to the precision of its passes once, not in each pass.
+
+    autocast keeps what it has cast until the outermost context ends, which is this one; it casts nothing itself. A
+    GPU casts in no time, and the copies would take the room of activations.
+    """
+    return torch.autocast(device.type, enabled=False) if device.type == "cpu" else nullcontext()
 
 
 def new_images(shape: tuple[int, int, int, int], device: torch.device) -> Tensor:

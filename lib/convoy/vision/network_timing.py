@@ -12,6 +12,7 @@ from torch import Tensor
 from convoy.core.config import StrictModel
 from convoy.core.machine import peak_memory_bytes, reset_peak_memory, resident_memory_bytes
 from convoy.vision.engine import FeatureEngine
+from convoy.vision.forward import casting_once
 
 _WARM_UP_PASSES = 2
 _FEWEST_PASSES = 5
@@ -76,17 +77,18 @@ def time_network(engine: FeatureEngine, *, seconds: float, num_latencies: int) -
 def _pass_seconds(
     engine: FeatureEngine, images_BCHW: Tensor, *, seconds: float, most: int | None
 ) -> list[float]:
-    for _ in range(_WARM_UP_PASSES):
-        _run(engine, images_BCHW)
-    durations_s: list[float] = []
-    end_s = time.perf_counter() + seconds
-    while len(durations_s) < _FEWEST_PASSES or (
-        time.perf_counter() < end_s and (most is None or len(durations_s) < most)
-    ):
-        started_s = time.perf_counter()
-        _run(engine, images_BCHW)
-        durations_s.append(time.perf_counter() - started_s)
-    return durations_s
+    with casting_once(engine.device):
+        for _ in range(_WARM_UP_PASSES):
+            _run(engine, images_BCHW)
+        durations_s: list[float] = []
+        end_s = time.perf_counter() + seconds
+        while len(durations_s) < _FEWEST_PASSES or (
+            time.perf_counter() < end_s and (most is None or len(durations_s) < most)
+        ):
+            started_s = time.perf_counter()
+            _run(engine, images_BCHW)
+            durations_s.append(time.perf_counter() - started_s)
+        return durations_s
 
 
 def _run(engine: FeatureEngine, images_BCHW: Tensor) -> None:

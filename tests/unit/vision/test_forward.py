@@ -1,4 +1,4 @@
-"""A device that has no room for a batch gets smaller ones, and no image is left out."""
+"""A device that has no room for a batch gets smaller ones, and no image is left out; weights are cast once."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from convoy.vision.forward import FittingForward, NormalisedNetwork, place
+from convoy.vision.engine_options import Precision
+from convoy.vision.forward import FittingForward, NormalisedNetwork, autocast, casting_once, place
 from convoy.vision.presets import EvalPreset
 from convoy.vision.readout import LogitsAndFeatures
+
+CPU = torch.device("cpu")
 
 
 class SmallDevice(nn.Module):
@@ -82,3 +86,44 @@ def test_each_of_many_compiled_networks_has_its_own_weights_as_constants() -> No
         for parameter in network.parameters():
             parameter.zero_()
         assert torch.allclose(forward(images_BCHW), expected, atol=1e-5)
+
+
+class Casts(TorchDispatchMode):
+    """Counts what is cast to bfloat16 in the shape of a weight."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and output.dtype is torch.bfloat16:
+            self.count += output.shape == self.shape
+        return output
+
+
+def run_twice(network: nn.Module, images_BCHW: Tensor) -> list[Tensor]:
+    outputs = []
+    for _ in range(2):
+        with autocast(CPU, Precision.BF16), torch.no_grad():
+            outputs.append(network(images_BCHW))
+    return outputs
+
+
+def test_within_one_context_weights_are_cast_once_for_all_passes() -> None:
+    network, images_BCHW = nn.Conv2d(3, 4, 5), torch.rand(2, 3, 9, 9)
+    with Casts(network.weight.shape) as casts:
+        plain = run_twice(network, images_BCHW)
+        assert casts.count == 2
+        with casting_once(CPU):
+            held = run_twice(network, images_BCHW)
+        assert casts.count == 3
+        run_twice(network, images_BCHW)
+        assert casts.count == 5
+    assert all(torch.equal(one, other) for one, other in zip(plain, held, strict=True))
+    assert held[0].dtype is torch.bfloat16
+
+
+def test_the_context_itself_casts_nothing() -> None:
+    with casting_once(CPU):
+        assert nn.Conv2d(3, 4, 5)(torch.rand(2, 3, 9, 9)).dtype is torch.float32
