@@ -225,35 +225,84 @@ def _one_bag(
     values_MNK: Floats, labels_N: NDArray[Any], averaging: Averaging, objective: Objective, num_rounds: int
 ) -> Floats:
     counts_M = (uniform_top_k(values_MNK, labels_N, averaging, objective=objective) > 0).astype(np.float64)
-    sums_NK = np.tensordot(counts_M, values_MNK, axes=1)
-    best_loss = _loss_of(sums_NK / counts_M.sum(), labels_N, averaging, objective)
-    best_counts_M = counts_M.copy()
-    for size in range(int(counts_M.sum()) + 1, num_rounds + 1):
-        losses = [
-            _loss_of((sums_NK + values_NK) / size, labels_N, averaging, objective) for values_NK in values_MNK
-        ]
-        member = min(range(len(values_MNK)), key=lambda index: losses[index])
-        counts_M[member] += 1
-        sums_NK += values_MNK[member]
-        if losses[member] < best_loss:
-            best_loss, best_counts_M = losses[member], counts_M.copy()
+    mean = _GrowingMean(values_MNK, labels_N, averaging, objective, counts_M)
+    best_loss, best_counts_M = mean.loss(), mean.counts_M.copy()
+    while mean.counts_M.sum() < num_rounds:
+        loss = mean.add_best()
+        if loss < best_loss:
+            best_loss, best_counts_M = loss, mean.counts_M.copy()
     return np.asarray(best_counts_M / best_counts_M.sum())
+
+
+class _GrowingMean:
+    """The mean of members that come in one by one, with replacement: the one that makes its loss smallest.
+
+    What breaks ties is looked at where there is one.
+    """
+
+    def __init__(
+        self,
+        values_MNK: Floats,
+        labels_N: NDArray[Any],
+        averaging: Averaging,
+        objective: Objective,
+        counts_M: Floats,
+    ) -> None:
+        self.counts_M = counts_M
+        self._values_MNK, self._labels_N, self._averaging = values_MNK, labels_N, averaging
+        self._sums_NK = np.tensordot(counts_M, values_MNK, axes=1)
+        by_nll = objective is Objective.NLL
+        self._first, self._second = (self._nll, self._errors) if by_nll else (self._errors, self._nll)
+        # A mean of members that give one answer gives it too, so errors move in the other rows alone.
+        answers_MN = values_MNK.argmax(axis=2)
+        is_open_N = (answers_MN != answers_MN[0]).any(axis=0)
+        self._open_MOK, self._open_labels_O = values_MNK[:, is_open_N], labels_N[is_open_N]
+        self._open_sums_OK = self._sums_NK[is_open_N]
+        self._num_settled_errors = int((answers_MN[0] != labels_N)[~is_open_N].sum())
+
+    def loss(self, member: int | None = None) -> _Loss:
+        """The loss of the mean, or of what it would be with one member more."""
+        return self._first(member), self._second(member)
+
+    def add_best(self) -> _Loss:
+        """Take in the member with which the loss is smallest, and say how large it is."""
+        firsts = [self._first(member) for member in range(len(self._values_MNK))]
+        tied = [member for member, first in enumerate(firsts) if first == min(firsts)]
+        second, member = min((self._second(member), member) for member in tied)
+        self.counts_M[member] += 1
+        self._sums_NK += self._values_MNK[member]
+        self._open_sums_OK += self._open_MOK[member]
+        return firsts[member], second
+
+    def _nll(self, member: int | None) -> float:
+        return _nll_of(self._mean(self._sums_NK, self._values_MNK, member), self._labels_N, self._averaging)
+
+    def _errors(self, member: int | None) -> float:
+        open_OK = self._mean(self._open_sums_OK, self._open_MOK, member)
+        num_open_errors = int((open_OK.argmax(axis=1) != self._open_labels_O).sum())
+        return (self._num_settled_errors + num_open_errors) / len(self._labels_N)
+
+    def _mean(self, sums_NK: Floats, values_MNK: Floats, member: int | None) -> Floats:
+        size = self.counts_M.sum()
+        if member is None:
+            return np.asarray(sums_NK / size)
+        return np.asarray((sums_NK + values_MNK[member]) / (size + 1))
 
 
 def _loss(
     values_MNK: Floats, weights_M: Floats, labels_N: NDArray[Any], averaging: Averaging, objective: Objective
 ) -> _Loss:
-    return _loss_of(np.tensordot(weights_M, values_MNK, axes=1), labels_N, averaging, objective)
-
-
-def _loss_of(joint_NK: Floats, labels_N: NDArray[Any], averaging: Averaging, objective: Objective) -> _Loss:
-    rows_N = np.arange(len(labels_N))
-    if averaging is Averaging.PROBABILITIES:
-        nll = float(-np.log(np.maximum(joint_NK[rows_N, labels_N], _TINY)).mean())
-    else:
-        nll = mean_nll(joint_NK, labels_N)
-    errors = float((joint_NK.argmax(axis=1) != labels_N).mean())
+    joint_NK = np.tensordot(weights_M, values_MNK, axes=1)
+    nll, errors = _nll_of(joint_NK, labels_N, averaging), 1 - top1(joint_NK, labels_N)
     return (nll, errors) if objective is Objective.NLL else (errors, nll)
+
+
+def _nll_of(joint_NK: Floats, labels_N: NDArray[Any], averaging: Averaging) -> float:
+    """The mean negative log-likelihood of joint values that are not logarithms yet where probabilities are averaged."""
+    if averaging is Averaging.LOGITS:
+        return mean_nll(joint_NK, labels_N)
+    own_N = joint_NK[np.arange(len(labels_N)), labels_N]
+    return float(-np.log(np.maximum(own_N, _TINY)).mean())
 
 
 def _trimmed(weights_M: Floats) -> Floats:

@@ -180,6 +180,30 @@ def test_the_greedy_weights_are_at_least_as_good_as_the_best_member_and_the_best
     assert greedy <= loss(least_nll_weights(values_MNK, labels_N, averaging)) + 0.01
 
 
+@BOTH
+@pytest.mark.parametrize("objective", list(Objective))
+def test_every_round_takes_the_member_with_which_the_loss_is_smallest(
+    labels_N: NDArray[np.int64], averaging: Averaging, objective: Objective
+) -> None:
+    # The last member is a copy, so there are ties in every round.
+    values_MNK = values(library(labels_N, 0.9, 1.0, 1.1, 2.5), averaging)[[0, 1, 2, 3, 1]]
+
+    def loss(counts_M: NDArray[np.float64]) -> tuple[float, float]:
+        joint_NK = joint_logits(values_MNK, counts_M / counts_M.sum(), averaging)
+        both = mean_nll(joint_NK, labels_N), 1 - top1(joint_NK, labels_N)
+        first, second = both if objective is Objective.NLL else both[::-1]
+        return round(first, 9), round(second, 9)
+
+    counts_M = (uniform_top_k(values_MNK, labels_N, averaging, objective=objective) > 0).astype(float)
+    tried = [counts_M]
+    while counts_M.sum() < 12:
+        counts_M = min((counts_M + one for one in np.eye(len(values_MNK))), key=loss)
+        tried.append(counts_M)
+    best_M = min(tried, key=loss)
+    found_M = greedy_selection(values_MNK, labels_N, averaging, objective=objective, num_rounds=12)
+    np.testing.assert_allclose(found_M, best_M / best_M.sum())
+
+
 def test_errors_that_never_meet_do_not_overlap() -> None:
     labels_N = np.zeros(4, np.int64)
     right, wrong = np.array([2.0, 0.0]), np.array([0.0, 2.0])
