@@ -22,7 +22,7 @@ from convoy.core.progress import Progress
 from convoy.core.records import FETCH_CODES
 from convoy.pipelines.committees import CommitteeRecord
 from convoy.pipelines.feature_summary import slice_totals, timings
-from convoy.pipelines.prediction_request import PredictionRequest
+from convoy.pipelines.prediction_request import PlannedSize, PredictionRequest
 from convoy.pipelines.scoring_plan import labels_in_committee, scoring_settings, scoring_spec
 from convoy.pipelines.slice_work import do_slices
 from convoy.storage.commits import (
@@ -209,14 +209,12 @@ class CommitteeJob:
             return score_slices(spec, tasks, pool)
 
         extraction = self._request.extraction
-        planned_rows = self._request.planned_rows
-        num_rows = planned_rows or record.num_inputs
+        planned = self._request.planned or PlannedSize(record.num_inputs, record.num_slices)
         work = PlannedWork(
-            num_rows,
+            planned.num_rows,
             self._request.committee.weights_bytes,
-            # Those of a sample say nothing of the whole.
-            None if planned_rows else record.num_slices,
-            self._request.forecast_forward_s(num_rows),
+            planned.num_slices,
+            self._request.forecast_forward_s(planned.num_rows),
         )
         return do_slices(
             folder,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -52,12 +52,19 @@ class ScoreRequest:
     forecast: dict[str, Any] | None = None
 
 
+class PlannedSize(NamedTuple):
+    """How many rows a run has whose sample this is, and in how many slices: its operators are those of the run."""
+
+    num_rows: int
+    num_slices: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PredictionRequest:
     """Which samples a committee predicts, and how. `rows` are rows of the manifest instead of whole splits.
 
     `splits` of None are all. With `scores` the result is the table of `convoy score`, else that of an evaluation.
-    Workers are planned for `planned_rows`, or else for the rows that there are.
+    Workers are planned for the size `planned`, or else for the rows that there are.
     """
 
     committee: CommitteeRecord
@@ -67,7 +74,7 @@ class PredictionRequest:
     keep: MemberOutputs = MemberOutputs.NONE
     mode: EvaluationMode = EvaluationMode.EXACT
     rows: pa.Table | None = None
-    planned_rows: int | None = None
+    planned: PlannedSize | None = None
     scores: ScoreRequest | None = None
 
     @property

@@ -18,6 +18,7 @@ from convoy.cluster.slices import PlannedWork, SliceTask, WorkerPool
 from convoy.core.crop_policies import CropPolicy
 from convoy.core.errors import ConfigError, ConvoyError, DataError, RunMismatch, StoreUnavailable
 from convoy.core.progress import Silent
+from convoy.pipelines import committee_predictions
 from convoy.pipelines.dataset import DatasetConfig, freeze
 from convoy.pipelines.evaluate import EvaluateConfig, run_evaluate
 from convoy.pipelines.feature_plan import ExtractionConfig
@@ -358,12 +359,23 @@ def test_a_forecast_is_of_the_workers_that_the_cluster_has_and_the_run_has_slice
         told.update(options, sampled_slices=len(sample))
         return extrapolate(sample, **options)
 
+    computed: list[PlannedWork] = []
+    do_slices = committee_predictions.do_slices
+
+    def compute(*arguments: Any, work: PlannedWork, **options: Any) -> list[SliceRecord]:
+        computed.append(work)
+        return do_slices(*arguments, work=work, **options)
+
     monkeypatch.setattr("convoy.pipelines.forecast_sampling.plan_pool", plan_pool)
     monkeypatch.setattr("convoy.pipelines.forecast_sampling.extrapolate", extrapolated)
+    monkeypatch.setattr("convoy.pipelines.committee_predictions.do_slices", compute)
     config = from_source(images, store, extraction=ExtractionConfig(batch_size=2, slice_rows=4))
     plan_score(config, progress=Silent())
-    assert asked == [PlannedWork(NUM_IMAGES + 1, asked[0].weights_bytes, forward_s=asked[0].forward_s)]
+    num_rows = NUM_IMAGES + 1
+    assert asked == [PlannedWork(num_rows, asked[0].weights_bytes, -(-num_rows // 4), asked[0].forward_s)]
     assert asked[0].forward_s > 0
+    # The sample is computed by the operators of the whole.
+    assert computed == asked
     assert (told["num_workers"], told["sampled_slices"]) == (counted, 6)
 
 
