@@ -24,9 +24,12 @@ class NewNetwork:
         self.config = config
         self.network = build_network(config)
         self.axis: DepthAxis = depth_axis(config, self.network)
-        if not self.axis.num_classes:
+        if self.axis.num_classes != config.num_classes:
+            ending = (
+                f"in {self.axis.num_classes} outputs" if self.axis.num_classes else "without a classifier"
+            )
             raise ConfigError(
-                f"the network ends without a classifier for {config.num_classes} classes",
+                f"the network ends {ending} for {config.num_classes} classes",
                 where=config.arch,
                 next_step="let the factory take num_classes and end in a layer of so many outputs; or use linear_probe",
             )

@@ -172,16 +172,31 @@ from torch import nn
 def encoder(num_classes=0):
     convs = (nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
     return nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+def fixed(num_classes=10):
+    return nn.Sequential(encoder(), nn.Linear(8, 10))
 """
 
 
-def test_a_factory_that_gives_no_classifier_is_not_trained(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("factory", "num_classes", "ending"),
+    [
+        ("encoder", 5, "without a classifier for 5 classes"),
+        # The loss would be that of ten classes, and what was trained could not be evaluated.
+        ("fixed", 5, "in 10 outputs for 5 classes"),
+        ("fixed", 12, "in 10 outputs for 12 classes"),
+    ],
+)
+def test_a_factory_that_does_not_end_in_the_classes_is_not_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factory: str, num_classes: int, ending: str
 ) -> None:
     (tmp_path / "made_encoder.py").write_text(ENCODER)
     monkeypatch.syspath_prepend(tmp_path)
     config = BackboneConfig(
-        arch="made_encoder:encoder", weights="trained", num_classes=5, preset=EvalPreset(crop_px=32)
+        arch=f"made_encoder:{factory}",
+        weights="trained",
+        num_classes=num_classes,
+        preset=EvalPreset(crop_px=32),
     )
-    with pytest.raises(ConfigError, match="without a classifier for 5 classes"):
+    with pytest.raises(ConfigError, match=ending):
         NewNetwork(config)
