@@ -33,7 +33,7 @@ class Sample(NamedTuple):
 
 
 class ProcessSampler:
-    """Samples this process and all below it while it is entered."""
+    """Samples this process and all below it while it is entered; there are no samples where it is not Linux."""
 
     def __init__(self) -> None:
         self.samples: list[Sample] = []
@@ -49,6 +49,8 @@ class ProcessSampler:
         self._thread.join()
 
     def _run(self) -> None:
+        if not Path("/proc/self/stat").exists():
+            return
         while not self._stop.wait(_PERIOD_S):
             children = _children()
             below = list(children[os.getpid()])

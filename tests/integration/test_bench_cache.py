@@ -26,6 +26,7 @@ _TINY = (
 _HEADLINES = (
     "ratio_to_bound",
     "ratio_to_combined_bound",
+    "ratio_to_remaining_bound",
     "ratio_to_ray_docs",
     "ratio_to_dataloader",
     "ratio_to_dataloader_tuned",
