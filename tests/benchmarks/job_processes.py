@@ -51,13 +51,15 @@ class ProcessSampler:
     def _run(self) -> None:
         if not Path("/proc/self/stat").exists():
             return
+        workers: set[int] = set()
         while not self._stop.wait(_PERIOD_S):
             children = _children()
             below = list(children[os.getpid()])
             driver_mib = sum(map(_resident_mib, below))
             for pid in below:
                 below.extend(children[pid])
-            workers = {pid for pid in below if _WORKER_TITLE in _title(pid)}
+            # A worker that has done its last slice loses its title, but what it took stays its own.
+            workers |= {pid for pid in below if _WORKER_TITLE in _title(pid)}
             others = [os.getpid(), *(pid for pid in below if pid not in workers)]
             self.samples.append(
                 Sample(time.time(), driver_mib, sum(map(_resident_mib, workers)), sum(map(_cpu_s, others)))
