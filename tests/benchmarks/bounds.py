@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from every_core import EveryCore, Round, steady_rate_of
+from every_core import EveryCore, Round
 from measuring import list_images
 from pydantic import Field
 from score_network import ScoredNetwork
@@ -136,20 +136,15 @@ class _Stages:
 
 def measure_bounds(settings: BoundsSettings) -> Bounds:
     """All rates. Takes about ten times `probe_s`, the time to compile, and that to start a process for each core."""
-    num_cores = os.cpu_count() or 1
     rates: dict[str, float] = {}
     with TemporaryDirectory(prefix="convoy-bench-bounds-") as folder, EveryCore() as cores:
         for stage in _Stage:
             make_round = partial(_stage_round, settings, folder, cores.num_processes, stage)
             rates[stage] = cores.rate(make_round, settings.probe_s)
         images_BCHW = _ready_batch(settings, folder)
-        for name, options in _engines(settings, num_cores):
-            run_round = _forward_round(settings, options, images_BCHW.numpy(), 0)
-            rates[name] = steady_rate_of(run_round, settings.probe_s)
-            if num_cores > 1 and not (options.compiled or torch.cuda.is_available()):
-                alone = options.model_copy(update={"num_threads": 1})
-                make_round = partial(_forward_round, settings, alone, images_BCHW.numpy())
-                rates[name] = max(rates[name], cores.rate(make_round, settings.probe_s))
+        for name, precision, compiled in _engines(settings):
+            make_forward = partial(_forward_round, settings, precision, compiled, images_BCHW.numpy())
+            rates[name] = cores.fastest(make_forward, settings.probe_s, compiled=compiled)
     return Bounds(**rates, device="cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -178,7 +173,12 @@ def _ready_batch(settings: BoundsSettings, folder: str) -> Tensor:
 
 
 def _forward_round(
-    settings: BoundsSettings, options: EngineOptions, images_BCHW: np.ndarray, _place: int
+    settings: BoundsSettings,
+    precision: Precision,
+    compiled: bool,
+    images_BCHW: np.ndarray,
+    num_threads: int,
+    _place: int,
 ) -> Round:
     """Some batches through the network, and the wait for the device at their end."""
     keep_freed_memory()
@@ -186,6 +186,9 @@ def _forward_round(
     network, preset = build_network(backbone), default_preset(backbone)
     axis = derive_depth_axis(network, input_px=preset.crop_px)
     tap = resolve_tap(axis, "pooled" if settings.network is None else "logits").name
+    options = EngineOptions(
+        precision=precision, batch_size=settings.batch_size, compiled=compiled, num_threads=num_threads
+    )
     engine = FeatureEngine(network, axis, preset, taps=[tap], options=options)
     batch_BCHW = engine.new_batch().copy_(torch.from_numpy(images_BCHW))
 
@@ -198,22 +201,12 @@ def _forward_round(
     return run_round
 
 
-def _engines(settings: BoundsSettings, num_threads: int) -> Iterator[tuple[str, EngineOptions]]:
-    for precision, compiled in (
-        (Precision.BF16, False),
-        (Precision.FP32, False),
-        *([(Precision.BF16, True)] if settings.compiled else []),
-    ):
-        name = "forward_compiled" if compiled else f"forward_{precision}"
-        yield (
-            name,
-            EngineOptions(
-                precision=precision,
-                batch_size=settings.batch_size,
-                compiled=compiled,
-                num_threads=num_threads,
-            ),
-        )
+def _engines(settings: BoundsSettings) -> Iterator[tuple[str, Precision, bool]]:
+    """The name, precision and form, compiled or not, of every network that is measured."""
+    yield "forward_bf16", Precision.BF16, False
+    yield "forward_fp32", Precision.FP32, False
+    if settings.compiled:
+        yield "forward_compiled", Precision.BF16, True
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from evaluate_job import NUM_VIEWS, PLAN, EvaluateJob, num_cores
-from every_core import EveryCore, Round, steady_rate_of
+from evaluate_job import NUM_VIEWS, PLAN, EvaluateJob
+from every_core import EveryCore, Round
 from pydantic import PositiveFloat
 
 from convoy.core.config import StrictModel, load_config
@@ -51,7 +51,13 @@ def measure_bounds(settings: BoundsSettings) -> EvaluateBounds:
     """All rates."""
     with EveryCore() as cores:
         prepare = cores.rate(partial(_prepare_round, settings, cores.num_processes), settings.probe_s)
-        seconds = [1 / _crops_per_second(settings, place, cores) for place in range(len(settings.archs))]
+        seconds = [
+            1
+            / cores.fastest(
+                partial(_forward_round, settings, place), settings.probe_s, compiled=settings.compiled
+            )
+            for place in range(len(settings.archs))
+        ]
     forward = {size: 1 / (NUM_VIEWS * sum(seconds[:size])) for size in settings.sizes}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return EvaluateBounds(
@@ -64,13 +70,6 @@ def measure_bounds(settings: BoundsSettings) -> EvaluateBounds:
         precision=device_here().precision,
         device=device,
     )
-
-
-def _crops_per_second(settings: BoundsSettings, place: int, cores: EveryCore) -> float:
-    rate = steady_rate_of(_forward_round(settings, place, num_cores(), 0), settings.probe_s)
-    if num_cores() == 1 or settings.compiled or torch.cuda.is_available():
-        return rate
-    return max(rate, cores.rate(partial(_forward_round, settings, place, 1), settings.probe_s))
 
 
 def _forward_round(settings: BoundsSettings, place: int, num_threads: int, _process: int) -> Round:

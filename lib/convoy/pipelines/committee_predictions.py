@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from convoy.cluster.committee_scoring import score_slices
-from convoy.cluster.slices import PlannedWork, SliceTask, WorkerPool
+from convoy.cluster.slices import SliceTask, WorkerPool
 from convoy.core.crop_policies import EvaluationMode, MemberOutputs
 from convoy.core.errors import ConfigError
 from convoy.core.fingerprints import canonical_json, digest
@@ -22,7 +22,7 @@ from convoy.core.progress import Progress
 from convoy.core.records import FETCH_CODES
 from convoy.pipelines.committees import CommitteeRecord
 from convoy.pipelines.feature_summary import slice_totals, timings
-from convoy.pipelines.prediction_request import PlannedSize, PredictionRequest
+from convoy.pipelines.prediction_request import PredictionRequest
 from convoy.pipelines.scoring_plan import labels_in_committee, scoring_settings, scoring_spec
 from convoy.pipelines.slice_work import do_slices
 from convoy.storage.commits import (
@@ -209,13 +209,6 @@ class CommitteeJob:
             return score_slices(spec, tasks, pool)
 
         extraction = self._request.extraction
-        planned = self._request.planned or PlannedSize(record.num_inputs, record.num_slices)
-        work = PlannedWork(
-            planned.num_rows,
-            self._request.committee.weights_bytes,
-            planned.num_slices,
-            self._request.forecast_forward_s(planned.num_rows),
-        )
         return do_slices(
             folder,
             record,
@@ -223,7 +216,7 @@ class CommitteeJob:
             lease=lease,
             extraction=extraction,
             progress=progress,
-            work=work,
+            work=self._request.planned or self._request.work(record.num_inputs, record.num_slices),
         )
 
 

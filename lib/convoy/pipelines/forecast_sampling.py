@@ -17,7 +17,7 @@ from convoy.core.result_columns import PartitionBy
 from convoy.pipelines.committee_predictions import CommitteeJob
 from convoy.pipelines.feature_plan import CompileChoice, ExtractionConfig
 from convoy.pipelines.forecast import Forecast, Prices, extrapolate
-from convoy.pipelines.prediction_request import PlannedSize, PredictionRequest
+from convoy.pipelines.prediction_request import PredictionRequest
 from convoy.pipelines.scoring_plan import scoring_settings
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
@@ -56,8 +56,8 @@ def forecast_scoring(
     settings = scoring_settings(manifest, request, batch_size)
     progress.stage("starting Ray")
     with ray_session():
-        planned = PlannedSize(num_images, num_slices)
-        num_workers = min(_planned_workers(request, planned), num_slices)
+        planned = request.work(num_images, num_slices)
+        num_workers = min(_planned_workers(request.extraction, planned), num_slices)
         size = sample_size(num_images, batch_size, num_workers)
         told = request.extraction.model_copy(
             update={
@@ -110,20 +110,13 @@ def sample_size(num_images: int, batch_size: int, num_workers: int) -> SampleSiz
     return SampleSize(max(min(num_slices, num_images // slice_rows), 1), slice_rows)
 
 
-def _planned_workers(request: PredictionRequest, planned: PlannedSize) -> int:
+def _planned_workers(extraction: ExtractionConfig, planned: PlannedWork) -> int:
     """How many the cluster has for the whole."""
-    extraction = request.extraction
-    work = PlannedWork(
-        planned.num_rows,
-        request.committee.weights_bytes,
-        planned.num_slices,
-        request.forecast_forward_s(planned.num_rows),
-    )
-    return plan_pool(extraction.num_workers, extraction.cpus_per_worker, work).num_workers
+    return plan_pool(extraction.num_workers, extraction.cpus_per_worker, planned).num_workers
 
 
 def _sample_request(
-    request: PredictionRequest, rows: pa.Table, extraction: ExtractionConfig, planned: PlannedSize
+    request: PredictionRequest, rows: pa.Table, extraction: ExtractionConfig, planned: PlannedWork
 ) -> PredictionRequest:
     assert request.scores is not None, "only scorings are forecast"
     # Without folders: of so few rows, those of one folder might not fill a batch.

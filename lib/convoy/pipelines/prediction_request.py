@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 
+from convoy.cluster.slices import PlannedWork
 from convoy.core.crop_policies import (
     CropPlan,
     CropPolicy,
@@ -52,19 +53,12 @@ class ScoreRequest:
     forecast: dict[str, Any] | None = None
 
 
-class PlannedSize(NamedTuple):
-    """How many rows a run has whose sample this is, and in how many slices: its operators are those of the run."""
-
-    num_rows: int
-    num_slices: int
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PredictionRequest:
     """Which samples a committee predicts, and how. `rows` are rows of the manifest instead of whole splits.
 
     `splits` of None are all. With `scores` the result is the table of `convoy score`, else that of an evaluation.
-    Workers are planned for the size `planned`, or else for the rows that there are.
+    Workers are those of the work `planned`, of which this is a sample, or else of the rows that there are.
     """
 
     committee: CommitteeRecord
@@ -74,7 +68,7 @@ class PredictionRequest:
     keep: MemberOutputs = MemberOutputs.NONE
     mode: EvaluationMode = EvaluationMode.EXACT
     rows: pa.Table | None = None
-    planned: PlannedSize | None = None
+    planned: PlannedWork | None = None
     scores: ScoreRequest | None = None
 
     @property
@@ -174,6 +168,15 @@ class PredictionRequest:
     def slice_rows(self, manifest: Manifest, batch_size: int) -> int:
         """How many rows a slice has."""
         return self.extraction.slice_rows or slice_rows_for(self.num_rows(manifest), batch_size)
+
+    def work(self, num_rows: int, num_slices: int) -> PlannedWork:
+        """What predicting so many rows in so many slices asks of the workers."""
+        return PlannedWork(
+            num_rows,
+            self.committee.weights_bytes,
+            num_slices,
+            self.forecast_forward_s(num_rows),
+        )
 
     def forecast_forward_s(self, num_rows: int) -> float:
         """Forecast of the seconds in the networks for so many rows: every member on every view."""

@@ -260,19 +260,20 @@ class _GrowingMean:
         self._open_sums_OK = self._sums_NK[is_open_N]
         self._num_settled_errors = int((answers_MN[0] != labels_N)[~is_open_N].sum())
 
-    def loss(self, member: int | None = None) -> _Loss:
-        """The loss of the mean, or of what it would be with one member more."""
-        return self._first(member), self._second(member)
+    def loss(self) -> _Loss:
+        """The loss of the mean as it is."""
+        return self._first(None), self._second(None)
 
     def add_best(self) -> _Loss:
         """Take in the member with which the loss is smallest, and say how large it is."""
         firsts = [self._first(member) for member in range(len(self._values_MNK))]
-        tied = [member for member, first in enumerate(firsts) if first == min(firsts)]
+        least = min(firsts)
+        tied = [member for member, first in enumerate(firsts) if first == least]
         second, member = min((self._second(member), member) for member in tied)
         self.counts_M[member] += 1
         self._sums_NK += self._values_MNK[member]
         self._open_sums_OK += self._open_MOK[member]
-        return firsts[member], second
+        return least, second
 
     def _nll(self, member: int | None) -> float:
         return _nll_of(self._mean(self._sums_NK, self._values_MNK, member), self._labels_N, self._averaging)
