@@ -22,6 +22,7 @@ from comparison import (
     RAY_DOCS,
     Runs,
     describe_runs,
+    halfway,
     with_workers,
 )
 from equality import compare_features
@@ -81,14 +82,16 @@ class CacheComparison:
                 self._ways[with_workers(way, workers)] = ("dataloader.py", options)
 
     def measure(self, images: ImageSet) -> dict[str, Any]:
-        """Equal outputs first, then every way in turn, the bounds right before our job."""
+        """Equal outputs first, then every way in turn, the bounds right before and after our job."""
         equality = self._compare(images)
         runs = Runs()
         for repeat in range(self._settings.repeats):
             say(f"repeat {repeat + 1} of {self._settings.repeats}")
-            runs.bounds.append(self._run_bounds(images))
+            before = self._run_bounds(images)
             for way in self._ways:
                 runs.ways[way].append(self._run(way, images))
+                if way == OURS_FP32:
+                    runs.bounds.append(halfway(before, self._run_bounds(images)))
         return {**describe_runs(runs), "equality": equality, "images": images.model_dump()}
 
     def _compare(self, images: ImageSet) -> dict[str, Any]:

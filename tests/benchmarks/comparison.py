@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import median
-from typing import Any
+from statistics import harmonic_mean, median
+from typing import Any, TypeVar
 
 import torch
 from bounds import Bounds
 from measuring import WayResult
 
+from convoy.core.config import StrictModel
 from convoy.vision.engine_options import Precision
 
 OURS, OURS_FP32, RAY_DOCS = "ours", "ours_fp32", "ray_docs"
 DATALOADER, DATALOADER_TUNED = "dataloader", "dataloader_tuned"
+
+BoundsT = TypeVar("BoundsT", bound=StrictModel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,17 @@ def describe_runs(runs: Runs) -> dict[str, Any]:
             if isinstance(rate, float)
         },
     }
+
+
+def halfway(before: BoundsT, after: BoundsT) -> BoundsT:
+    """The bounds between two looks at a machine that changes its pace: the mean of the seconds of an image."""
+    return type(before).model_validate(_halfway(before.model_dump(), after.model_dump()))
+
+
+def _halfway(before: Any, after: Any) -> Any:
+    if isinstance(before, dict):
+        return {key: _halfway(one, after[key]) for key, one in before.items()}
+    return harmonic_mean([before, after]) if isinstance(before, float) else before
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:

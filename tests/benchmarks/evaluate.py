@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from comparison import OURS, best_way, divide, remaining_bounds, spread, with_workers
+from comparison import OURS, best_way, divide, halfway, remaining_bounds, spread, with_workers
 from dataloader import Variant
 from equality import Equality, compare_features
 from evaluate_bounds import EvaluateBounds
@@ -78,15 +78,14 @@ class EvaluateComparison:
     def __init__(self, settings: EvaluateBench, images: ImageSet, folder: Path) -> None:
         self._settings, self._images, self._folder = settings, images, folder
         self._peers = [_peer(way, variant) for way in Way for variant in settings.variants]
-        self._ways: dict[str, tuple[str, dict[str, Any]]] = {OURS: ("evaluate_ours.py", {})}
-        for way in Way:
-            for variant in settings.variants:
-                for workers in settings.worker_counts:
-                    options = {"way": way, "variant": variant, "workers": workers}
-                    name = with_workers(_peer(way, variant), workers)
-                    self._ways[name] = ("evaluate_dataloader.py", options)
+        self._peer_options: dict[str, dict[str, Any]] = {
+            with_workers(_peer(way, variant), workers): {"way": way, "variant": variant, "workers": workers}
+            for way in Way
+            for variant in settings.variants
+            for workers in settings.worker_counts
+        }
         self._for_peers = link_first(images, folder / "for_peers", settings.num_peer_images)
-        self._bounds: list[EvaluateBounds] = []
+        self._bounds: dict[int, list[EvaluateBounds]] = defaultdict(list)
         self._results: dict[str, list[CommitteeRates]] = defaultdict(list)
 
     def check_equality(self) -> dict[str, Equality]:
@@ -103,30 +102,33 @@ class EvaluateComparison:
         return found
 
     def repeat(self) -> None:
-        """Every way once, the bounds right before ours."""
-        job = self._job(self._images, "bounds")
-        bounds = run_script("evaluate_bounds.py", **job.model_dump(), probe_s=self._settings.probe_s)
-        self._bounds.append(EvaluateBounds.model_validate(bounds))
-        say(f"  bounds: {self._bounds[-1]!r}")
-        for name, (script, options) in self._ways.items():
-            images = self._images if name == OURS else self._for_peers
-            result = self._run(script, name, images, options)
-            say(f"  {name}: {result.images_per_s}")
-            self._results[name].append(result)
+        """Every way once, the bounds right before and after each of our committees."""
+        before = self._run_bounds()
+        for size in self._settings.sizes:
+            self._measure("evaluate_ours.py", OURS, self._images, {"sizes": [size]})
+            after = self._run_bounds()
+            self._bounds[size].append(halfway(before, after))
+            before = after
+        for name, options in self._peer_options.items():
+            self._measure("evaluate_dataloader.py", name, self._for_peers, options)
 
     def describe(self) -> dict[str, Any]:
         """By the number of networks: ratios, then the rates of every way and bound."""
         return {str(size): self._describe(size) for size in self._settings.sizes}
 
     def _describe(self, size: int) -> dict[str, Any]:
-        rates = {name: [one.images_per_s[size] for one in results] for name, results in self._results.items()}
+        measured = {
+            name: [one for one in results if size in one.images_per_s]
+            for name, results in self._results.items()
+        }
+        rates = {name: [one.images_per_s[size] for one in results] for name, results in measured.items()}
         best = {peer: best_way(rates, peer) for peer in self._peers}
         bounds = {
-            "forward": [one.forward[size] for one in self._bounds],
-            "combined": [one.combined[size] for one in self._bounds],
-            "prepare": [one.prepare for one in self._bounds],
+            "forward": [one.forward[size] for one in self._bounds[size]],
+            "combined": [one.combined[size] for one in self._bounds[size]],
+            "prepare": [one.prepare for one in self._bounds[size]],
         }
-        shares = [one.others_share[size] for one in self._results[OURS]]
+        shares = [one.others_share[size] for one in measured[OURS]]
         ratios = {
             "ratio_to_bound": divide(rates[OURS], bounds["forward"]),
             "ratio_to_combined_bound": divide(rates[OURS], bounds["combined"]),
@@ -139,12 +141,24 @@ class EvaluateComparison:
             "images_per_s": {name: spread(values) for name, values in rates.items()},
             "bounds": {name: spread(values) for name, values in bounds.items()},
             "others_share": shares,
-            "precision": self._bounds[0].precision,
-            "device": self._bounds[0].device,
+            "precision": self._bounds[size][0].precision,
+            "device": self._bounds[size][0].device,
         }
 
+    def _run_bounds(self) -> EvaluateBounds:
+        job = self._job(self._images, "bounds")
+        printed = run_script("evaluate_bounds.py", **job.model_dump(), probe_s=self._settings.probe_s)
+        bounds = EvaluateBounds.model_validate(printed)
+        say(f"  bounds: {bounds!r}")
+        return bounds
+
+    def _measure(self, script: str, name: str, images: ImageSet, options: dict[str, Any]) -> None:
+        result = self._run(script, name, images, options)
+        say(f"  {name}: {result.images_per_s}")
+        self._results[name].append(result)
+
     def _run(self, script: str, name: str, images: ImageSet, options: dict[str, Any]) -> CommitteeRates:
-        printed = run_script(script, **self._job(images, name).model_dump(), **options)
+        printed = run_script(script, **{**self._job(images, name).model_dump(), **options})
         result = CommitteeRates.model_validate(printed)
         if result.num_images != images.num_images:
             raise ConvoyError(f"outputs of {result.num_images} images, not {images.num_images}", where=name)

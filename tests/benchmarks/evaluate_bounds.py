@@ -51,13 +51,14 @@ def measure_bounds(settings: BoundsSettings) -> EvaluateBounds:
     """All rates."""
     with EveryCore() as cores:
         prepare = cores.rate(partial(_prepare_round, settings, cores.num_processes), settings.probe_s)
-        seconds = [
-            1
-            / cores.fastest(
+        rates = {
+            arch: cores.fastest(
                 partial(_forward_round, settings, place), settings.probe_s, compiled=settings.compiled
             )
-            for place in range(len(settings.archs))
-        ]
+            for place, arch in enumerate(settings.archs)
+            if arch not in settings.archs[:place]
+        }
+    seconds = [1 / rates[arch] for arch in settings.archs]
     forward = {size: 1 / (NUM_VIEWS * sum(seconds[:size])) for size in settings.sizes}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return EvaluateBounds(

@@ -26,6 +26,7 @@ from comparison import (
     best_way,
     describe_way,
     divide,
+    halfway,
     remaining_bounds,
     spread,
     with_workers,
@@ -170,14 +171,12 @@ class ScoreComparison:
         return {peer: equality.model_dump() for peer, equality in found.items()}
 
     def repeat(self) -> None:
-        """Every way once, the bounds right before ours."""
-        options = {"batch_size": self._workload.batch_size, "probe_s": self._settings.probe_s}
-        network = self._workload.network.model_dump()
-        bounds = run_script("bounds.py", images=self._images.folder, network=network, **options)
-        self._bounds.append(Bounds.model_validate(bounds))
-        say(f"  bounds: {self._bounds[-1]!r}")
+        """Every way once, the bounds right before and after ours."""
+        before = self._run_bounds()
         for name, way in self._ways.items():
             self._results[name].append(self._run(name, self._images, way))
+            if name == OURS:
+                self._bounds.append(halfway(before, self._run_bounds()))
 
     def run_on_swift(self, root: str) -> None:
         """Our job once, with a copy of the images and the workspace on an S3 server."""
@@ -215,6 +214,15 @@ class ScoreComparison:
             "images": self._images.model_dump(exclude={"folder"}),
             "workload": self._workload.model_dump(mode="json"),
         }
+
+    def _run_bounds(self) -> Bounds:
+        options = {"batch_size": self._workload.batch_size, "probe_s": self._settings.probe_s}
+        network = self._workload.network.model_dump()
+        bounds = Bounds.model_validate(
+            run_script("bounds.py", images=self._images.folder, network=network, **options)
+        )
+        say(f"  bounds: {bounds!r}")
+        return bounds
 
     def _run(self, name: str, images: ImageSet, way: tuple[str, dict[str, Any]]) -> WayResult:
         script, options = way
