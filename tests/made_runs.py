@@ -66,7 +66,7 @@ def new_run(
     record = RunRecord.new(
         run_id,
         verb=verb,
-        identity=identity or {"names": list(names)},
+        identity=identity or {"names": list(names), "splits": "all"},
         config={},
         outputs={SET_ID: prefix or feature_prefix(SET_ID, run_id)},
         groups=groups,

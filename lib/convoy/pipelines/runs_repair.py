@@ -2,8 +2,8 @@
 
 A damaged slice is not mended here: its attempt is forgotten and the run opened again, so that the job's own command
 computes that slice, and only that, and publishes the run anew. Frozen input and settings stay, and with them the
-digest of the rows. A run of features whose dataset has another version by now stays closed: the command's next run
-adds the rows that are missing.
+digest of the rows. A run of features that `convoy cache` would refuse, as its dataset has another version by now or as
+it is of some rows only, stays closed: the next run that needs them adds the rows that are missing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from convoy.storage.commits import (
 from convoy.storage.datasets import list_datasets, open_dataset
 from convoy.storage.leases import RunLease, hold_run
 from convoy.storage.object_store import ObjectInfo, ObjectStore, put_looking_first
-from convoy.storage.runs import RunFolder, RunRecord, parse_slice_name, require_run
+from convoy.storage.runs import RunFolder, RunRecord, open_pointers, parse_slice_name, require_run
 
 _MAX_LISTED = 100
 
@@ -121,7 +121,7 @@ def _set_aside(folder: RunFolder, run: RunRecord, findings: _Findings, lease: Ru
     store = folder.store
     if findings.manifest is not None:
         _require_dataset(store, run)
-        if not _is_outdated(store, run):
+        if not (_is_outdated(store, run) or _is_of_some_rows(run)):
             _open_again(store, run)
         lease.confirm()
         _unpublish(folder, run, findings.manifest, findings.sound, lease.token)
@@ -170,6 +170,14 @@ def _is_outdated(store: ObjectStore, run: RunRecord) -> bool:
     if not _adds_features(run) or name not in list_datasets(store):
         return False
     return open_dataset(store, name).fingerprint != frozen
+
+
+def _is_of_some_rows(run: RunRecord) -> bool:
+    """Whether a run of features is of some splits or rows, as an evaluation or an advice needs them.
+
+    Open again, it would bar `convoy cache` of all rows, and commands that need others would not end it.
+    """
+    return _adds_features(run) and (run.identity["splits"] != "all" or "rows" in run.identity)
 
 
 def _adds_features(run: RunRecord) -> bool:
@@ -234,9 +242,12 @@ def _report(store: ObjectStore, run: RunRecord, findings: _Findings, changes: Ch
 def _left_to_do(store: ObjectStore, run: RunRecord, findings: _Findings, changes: Changes) -> str:
     if changes is Changes.SHOWN and (findings.damaged or findings.orphans):
         return f"convoy runs repair {run.run_id} --apply"
-    if findings.damaged or findings.manifest is None:
-        if _is_outdated(store, run):
-            return "run the job's command: its new run computes the missing rows"
-        again = f"run the same convoy {run.verb} command again: it computes what is missing"
-        return f"{again}; then convoy verify {run.run_id}"
-    return "nothing"
+    if not findings.damaged and findings.manifest is not None:
+        return "nothing"
+    again = f"run the same convoy {run.verb} command again"
+    if _adds_features(run):
+        if _is_outdated(store, run) or run.run_id not in open_pointers(store):
+            again = "run the job that needs these features again, such as convoy cache, train or evaluate"
+            return f"{again}: its new run computes the missing rows"
+        again += ", or the job that needed these features"
+    return f"{again}: it computes what is missing; then convoy verify {run.run_id}"

@@ -22,6 +22,7 @@ from convoy.pipelines.predictions import PredictionJob
 from convoy.pipelines.runs_gc import collect_garbage
 from convoy.pipelines.runs_repair import repair_run
 from convoy.pipelines.runs_state import Changes
+from convoy.pipelines.verify import verify_run
 from convoy.storage.commits import RunManifest, read_manifest
 from convoy.storage.datasets import open_dataset
 from convoy.storage.leases import WhenHeld, hold_run
@@ -36,6 +37,7 @@ from made_devices import made_device
 NUM_IMAGES = 8
 PATIENCE_S = 20
 FEATURES = "convoy.pipelines.features"
+IN_SLICES = FP32.model_copy(update={"slice_rows": 2})
 
 
 class CutOff(Exception):
@@ -62,11 +64,15 @@ def refresh(store: LocalStore, images: Path) -> None:
 
 
 def job(
-    store: LocalStore, *, rows: pa.Table | None = None, extraction: ExtractionConfig = FP32
+    store: LocalStore,
+    *,
+    rows: pa.Table | None = None,
+    splits: tuple[Split, ...] | None = None,
+    extraction: ExtractionConfig = FP32,
 ) -> FeatureJob:
-    """Features of the dataset's current version, or of some rows of it; always the same set."""
+    """Features of the dataset's current version, or of some splits or rows of it; always the same set."""
     backbone = made_classifier(store, 0).backbone
-    request = FeatureRequest(dataset="digits", backbone=backbone.config, taps=("f6",))
+    request = FeatureRequest(dataset="digits", splits=splits, backbone=backbone.config, taps=("f6",))
     return FeatureJob(store, open_dataset(store, "digits"), backbone, request, extraction, rows=rows)
 
 
@@ -180,21 +186,51 @@ def test_the_command_for_features_refuses_an_unfinished_run_of_other_inputs(stor
         ensure(job(store, rows=some_rows(store)), when_held=WhenHeld.REFUSE)
 
 
-def test_a_repaired_run_whose_dataset_was_refreshed_bars_no_command(store: LocalStore, images: Path) -> None:
-    in_slices = FP32.model_copy(update={"slice_rows": 4})
-    damaged = RunFolder(store, str(ensure(job(store, extraction=in_slices)).run))
-    manifest = read_manifest(damaged)
+def damaged_run(store: LocalStore, needed: FeatureJob) -> RunFolder:
+    """The finished run of a job, whose first slice has lost its part."""
+    folder = RunFolder(store, str(ensure(needed).run))
+    manifest = read_manifest(folder)
     assert manifest is not None
     store.delete(part.key for part in manifest.slices[0].parts.values())
+    return folder
+
+
+@pytest.mark.parametrize("is_of_rows", [True, False])
+def test_a_repaired_run_of_some_rows_bars_no_command_and_the_next_one_computes_them(
+    store: LocalStore, is_of_rows: bool
+) -> None:
+    """Such as an evaluation begins of the test split, or an advice of a sample."""
+    part = {"rows": some_rows(store)} if is_of_rows else {"splits": (Split.TRAIN,)}
+    needed = job(store, extraction=IN_SLICES, **part)
+    damaged = damaged_run(store, needed)
+    for _ in range(2):
+        repaired = repair_run(store, damaged.run_id, Changes.MADE)
+        assert repaired.left_to_do.endswith("its new run computes the missing rows")
+        assert open_pointers(store) == {}
+    again = ensure(needed)
+    assert (again.recomputed, again.run == damaged.run_id) == (2, False)
+    assert ensure(job(store), when_held=WhenHeld.REFUSE).rows == NUM_IMAGES
+
+
+def test_a_run_of_all_rows_is_ended_after_its_repair_by_whoever_needs_them(store: LocalStore) -> None:
+    damaged = damaged_run(store, job(store, extraction=IN_SLICES))
+    repaired = repair_run(store, damaged.run_id, Changes.MADE)
+    assert repaired.left_to_do.endswith(f"then convoy verify {damaged.run_id}")
+    assert ensure(job(store), when_held=WhenHeld.REFUSE).run == damaged.run_id
+    assert verify_run(store, damaged.run_id).ok
+
+
+def test_a_repaired_run_whose_dataset_was_refreshed_bars_no_command(store: LocalStore, images: Path) -> None:
+    damaged = damaged_run(store, job(store, extraction=IN_SLICES))
     write_digits(images, 2, start=NUM_IMAGES)
     refresh(store, images)
 
     for _ in range(2):
         repaired = repair_run(store, damaged.run_id, Changes.MADE)
-        assert repaired.left_to_do == "run the job's command: its new run computes the missing rows"
+        assert repaired.left_to_do.endswith("its new run computes the missing rows")
     assert open_pointers(store) == {}
     again = ensure(job(store), when_held=WhenHeld.REFUSE)
-    assert (again.rows, again.recomputed, again.run == damaged.run_id) == (NUM_IMAGES + 2, 4 + 2, False)
+    assert (again.rows, again.recomputed, again.run == damaged.run_id) == (NUM_IMAGES + 2, 2 + 2, False)
     # Its sound rows are still needed.
     assert collect_garbage(store, Changes.MADE, older_than_days=0).garbage == []
     assert ensure(job(store)).recomputed == 0

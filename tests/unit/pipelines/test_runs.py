@@ -158,7 +158,7 @@ def test_show_tells_the_progress_from_the_records_alone(store: LocalStore) -> No
     # The made slices take from second 1 to second 3.
     assert shown.images_per_s == 2
     assert shown.left_s == 3
-    assert shown.identity == {"names": NAMES}
+    assert shown.identity == {"names": NAMES, "splits": "all"}
     assert shown.forecast is None
 
 
@@ -350,7 +350,7 @@ def test_a_damaged_slice_and_no_other_is_computed_again(
     assert len(commit.parts) == 2, "the sound rows stay visible"
 
     pointer = OpenRun(store, verb="cache", target="t")
-    resumed, found = pointer.resume({"names": NAMES}, new_run=False)
+    resumed, found = pointer.resume({"names": NAMES, "splits": "all"}, new_run=False)
     assert resumed is not None
     assert found is not None
     assert do_rest(resumed, found, attempt="a1") == [SLICES[1]]
