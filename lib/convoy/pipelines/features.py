@@ -150,7 +150,7 @@ class FeatureJob:
         for set_ids, rows in self._missing(self._known(), _COUNTED):
             num_missing += rows.num_rows
             missing.update(dict.fromkeys(set_ids, rows.num_rows))
-        folder = self._open_run.current()
+        folder = self._open_run.unfinished()
         choice = self._extraction.compile
         _, reason = plan_compile(self._backbone, self._request, choice, num_missing, known_device)
         return FeaturePlan(

@@ -67,7 +67,7 @@ def plan_train(config: TrainConfig) -> TrainPlan:
     rows = read_split(manifest, Split.TRAIN, config.rows) if learns else MANIFEST_SCHEMA.empty_table()
     counts = count_classes(rows, manifest.classes) if learns else []
     measured_on(manifest, config)
-    folder = open_training(store, config.name).current()
+    folder = open_training(store, config.name).unfinished()
     plan = TrainPlan(
         config=config,
         num_train_rows=rows.num_rows,

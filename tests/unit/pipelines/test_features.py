@@ -27,7 +27,7 @@ from convoy.storage.commits import RunManifest, read_manifest
 from convoy.storage.datasets import open_dataset
 from convoy.storage.leases import WhenHeld, hold_run
 from convoy.storage.local_store import LocalStore
-from convoy.storage.runs import RunFolder, open_pointers
+from convoy.storage.runs import OpenRun, RunFolder, open_pointers
 from convoy.vision.engine_options import Precision
 from convoy.vision.heads import HeadKind
 from features_here import compute_features_here
@@ -171,6 +171,21 @@ def test_who_needs_features_goes_on_with_the_same_run_of_another_command(store: 
     cut_off(job(store), when_held=WhenHeld.REFUSE)
     (begun,) = open_pointers(store)
     assert ensure(job(store)).run == begun
+
+
+def test_a_dry_run_names_the_unfinished_run_and_not_one_that_only_did_not_close_its_pointer(
+    store: LocalStore,
+) -> None:
+    cut_off(job(store), when_held=WhenHeld.REFUSE)
+    (begun,) = open_pointers(store)
+    plan = job(store).plan()
+    assert (plan.missing, plan.unfinished_run) == (NUM_IMAGES, begun)
+    with pytest.MonkeyPatch.context() as killed:
+        killed.setattr(OpenRun, "close", lambda *_: None)
+        ensure(job(store), when_held=WhenHeld.REFUSE)
+    assert list(open_pointers(store)) == [begun]
+    plan = job(store).plan()
+    assert (plan.missing, plan.unfinished_run) == (0, None)
 
 
 def test_a_new_run_leaves_that_of_other_inputs_where_it_is(store: LocalStore) -> None:

@@ -23,6 +23,7 @@ from convoy.pipelines.train_config import TrainConfig
 from convoy.pipelines.train_plan import plan_train
 from convoy.pipelines.training_rows import Fold, RowLimit
 from convoy.storage.bundles import open_bundle
+from convoy.storage.commits import finish
 from convoy.storage.datasets import freeze_dataset, open_dataset
 from convoy.storage.local_store import LocalStore
 from convoy.storage.manifests import Manifest
@@ -134,6 +135,14 @@ def network_in(store: ObjectStore, **changes: str) -> TrainConfig:
         "recipe": {"batch_size": 8},
     }
     return parse_config(TrainConfig, {**settings, **changes}, where="test")
+
+
+def test_a_dry_run_names_the_unfinished_training_and_not_one_that_only_did_not_close_its_pointer(
+    begun: RunFolder,
+) -> None:
+    assert plan_train(network_in(begun.store)).unfinished_run == begun.run_id
+    finish(begun, {})
+    assert plan_train(network_in(begun.store)).unfinished_run is None
 
 
 def test_a_cut_off_training_is_ended_on_the_images_on_which_it_began(
