@@ -24,7 +24,7 @@ from convoy.pipelines.committees import CommitteeRecord
 from convoy.pipelines.feature_summary import slice_totals, timings
 from convoy.pipelines.prediction_request import PredictionRequest
 from convoy.pipelines.scoring_plan import labels_in_committee, scoring_settings, scoring_spec
-from convoy.pipelines.slice_work import do_slices
+from convoy.pipelines.slice_work import do_slices, done_slices
 from convoy.storage.commits import (
     RunManifest,
     SliceRecord,
@@ -91,6 +91,25 @@ class CommitteePredictions:
         return {"run": self.run_id, "images_per_s": self.images_per_s, "seconds": self.seconds}
 
 
+@dataclass(frozen=True, slots=True)
+class BegunRun:
+    """A run that is there already, and the slices of it that are done."""
+
+    record: RunRecord
+    done: tuple[SliceRecord, ...]
+    is_finished: bool
+
+    @property
+    def images_left(self) -> int:
+        """Images of the slices that are not done."""
+        return self.record.num_inputs - sum(one.num_results + one.num_rejects for one in self.done)
+
+    @property
+    def slices_left(self) -> int:
+        """Slices that are not done."""
+        return self.record.num_slices - len(self.done)
+
+
 class CommitteeJob:
     """One request against one workspace."""
 
@@ -147,6 +166,21 @@ class CommitteeJob:
     def is_barred(self) -> bool:
         """Whether `ensure` would refuse, as the unfinished run of the same target is that of another request."""
         return self._open_run().is_anothers(self._request.identity(self._manifest))
+
+    def begun(self, *, new_run: bool) -> BegunRun | None:
+        """The run that `ensure` would go on with or be answered by, if there is one whose input is frozen."""
+        open_run = self._open_run()
+        if open_run.begins_anew(new_run):
+            return None
+        folder = None
+        if open_run.is_open_for(self._request.identity(self._manifest)):
+            folder = open_run.unfinished()
+        elif (known := self._known()) is not None:
+            folder = RunFolder(self._store, known.run_id)
+        record = None if folder is None else folder.record()
+        if folder is None or record is None:
+            return None
+        return BegunRun(record, tuple(done_slices(folder, record).values()), is_finished=folder.is_finished())
 
     def discard(self, found: CommitteePredictions) -> None:
         """Forget predictions that were made to be thrown away, and delete their files."""

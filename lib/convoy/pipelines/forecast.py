@@ -57,7 +57,8 @@ class Work(StrictModel):
 class Forecast(Work):
     """From a sample: `images_per_s_range` are its slowest and fastest slice, at the same number of workers.
 
-    `startup_s` is from the call to the first batch through the network.
+    `images` are those that are left to do, `startup_s` is from the call to the first batch through the network. Where
+    nothing is left, there is no sample, and all figures are 0.
     """
 
     images_per_s_range: tuple[float, float]
@@ -68,6 +69,22 @@ class Forecast(Work):
 
 class Actual(Work):
     """What a finished run took, over all its attempts that count."""
+
+
+def nothing_left(notes: Sequence[str]) -> Forecast:
+    """The forecast for what is done already, without a sample."""
+    amounts = {"bytes_read": 0, "bytes_written": 0, "get_requests": 0, "put_requests": 0}
+    return Forecast(
+        images=0,
+        images_per_s=0.0,
+        images_per_s_range=(0.0, 0.0),
+        hours=0.0,
+        cost=_cost(Prices(), 0.0, **amounts),
+        startup_s=0.0,
+        sampled_images=0,
+        notes=list(notes),
+        **amounts,
+    )
 
 
 def actual_of(manifest: RunManifest, prices: Prices) -> Actual:

@@ -14,7 +14,7 @@ from convoy.cluster.session import ray_session
 from convoy.cluster.slices import PlannedWork, plan_pool
 from convoy.core.progress import Progress
 from convoy.core.result_columns import PartitionBy
-from convoy.pipelines.committee_predictions import CommitteeJob
+from convoy.pipelines.committee_predictions import BegunRun, CommitteeJob
 from convoy.pipelines.feature_plan import CompileChoice, ExtractionConfig
 from convoy.pipelines.forecast import Forecast, Prices, extrapolate
 from convoy.pipelines.prediction_request import PredictionRequest
@@ -40,25 +40,34 @@ def forecast_scoring(
     *,
     prices: Prices,
     progress: Progress,
+    begun: BegunRun | None = None,
     new_run: bool = False,
 ) -> Forecast:
     """What this scoring would take on the cluster as it is, from blocks of rows that are spread evenly over it.
+
+    Of a run that was `begun` only what is left is forecast, with the settings that it keeps.
 
     The sample is computed as the whole would be: with a compiled network if that pays for the whole. Its run is
     deleted afterwards; one that is killed is gone on with by the next dry run of the same, and left behind by one of
     other settings or another version, and with `new_run`.
     """
     started_unix_s = time.time()
-    num_images = request.num_rows(manifest)
-    batch_size = request.batch_size(store, manifest)
-    partitions, slice_rows = request.partition_rows(manifest), request.slice_rows(manifest, batch_size)
-    num_slices = sum(-(-rows // slice_rows) for rows in partitions)
-    settings = scoring_settings(manifest, request, batch_size)
+    num_images, partitions = request.num_rows(manifest), request.partition_rows(manifest)
+    if begun is None:
+        batch_size = request.batch_size(store, manifest)
+        settings = scoring_settings(manifest, request, batch_size)
+        slice_rows = request.slice_rows(manifest, batch_size)
+        images_left, slices_left = num_images, sum(-(-rows // slice_rows) for rows in partitions)
+        num_slices = slices_left
+    else:
+        settings, num_slices = begun.record.settings, begun.record.num_slices
+        batch_size = settings["batch_size"]
+        images_left, slices_left = begun.images_left, begun.slices_left
     progress.stage("starting Ray")
     with ray_session():
         planned = request.work(num_images, num_slices)
-        num_workers = min(_planned_workers(request.extraction, planned), num_slices)
-        size = sample_size(num_images, batch_size, num_workers)
+        num_workers = min(_planned_workers(request.extraction, planned), slices_left)
+        size = sample_size(images_left, batch_size, num_workers)
         told = request.extraction.model_copy(
             update={
                 "batch_size": batch_size,
@@ -80,8 +89,8 @@ def forecast_scoring(
         )
         return extrapolate(
             slices,
-            num_images=num_images,
-            num_slices=num_slices,
+            num_images=images_left,
+            num_slices=slices_left,
             num_workers=num_workers,
             # The network takes as long for a batch that is not full.
             batches_ratio=sum(-(-rows // batch_size) for rows in partitions) / -(-num_images // batch_size),

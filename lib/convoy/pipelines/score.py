@@ -11,9 +11,14 @@ from convoy.core.errors import ConfigError, DataError, StorageError
 from convoy.core.fingerprints import canonical_json, digest
 from convoy.core.progress import Progress
 from convoy.core.result_columns import PartitionBy
-from convoy.pipelines.committee_predictions import CommitteeJob, CommitteePredictions, require_gate
+from convoy.pipelines.committee_predictions import (
+    BegunRun,
+    CommitteeJob,
+    CommitteePredictions,
+    require_gate,
+)
 from convoy.pipelines.feature_summary import timings
-from convoy.pipelines.forecast import Actual, Forecast, actual_of
+from convoy.pipelines.forecast import Actual, Forecast, actual_of, nothing_left
 from convoy.pipelines.forecast_sampling import forecast_scoring
 from convoy.pipelines.model_choice import chosen_committee
 from convoy.pipelines.prediction_request import SCORE, PredictionRequest, ScoreRequest
@@ -86,13 +91,34 @@ def run_score(config: ScoreConfig, *, progress: Progress, new_run: bool = False)
 
 
 def plan_score(config: ScoreConfig, *, progress: Progress, new_run: bool = False) -> Forecast:
-    """What `run_score` would take, from the scores of a sample, which are thrown away; kept for the run's record."""
+    """What `run_score` would take, from the scores of a sample, which are thrown away; kept for the run's record.
+
+    Of a run that is there already, only what is left of it.
+    """
     store, manifest, request, notes = _open_request(config, progress, new_run=new_run)
+    begun = CommitteeJob(store, manifest, request).begun(new_run=new_run)
+    if begun is not None and begun.done:
+        notes = [*notes, _done_note(begun)]
+    if begun is not None and not begun.slices_left:
+        return nothing_left(notes)
     forecast = forecast_scoring(
-        store, manifest, request, prices=config.prices, progress=progress, new_run=new_run
+        store, manifest, request, prices=config.prices, progress=progress, begun=begun, new_run=new_run
     )
-    store.put(_forecast_key(manifest, request), canonical_json(forecast))
+    if begun is None:
+        # For the record of the run that begins next, and so only where it is of all images.
+        store.put(_forecast_key(manifest, request), canonical_json(forecast))
     return forecast.model_copy(update={"notes": [*notes, *forecast.notes]})
+
+
+def _done_note(begun: BegunRun) -> str:
+    run_id, num_slices = begun.record.run_id, begun.record.num_slices
+    if begun.is_finished:
+        return f"nothing is left: every row was scored already, by run {run_id}; --new-run scores them anew"
+    if not begun.slices_left:
+        return f"nothing is left: all slices of run {run_id} are done, and the same command commits them"
+    return (
+        f"{len(begun.done)} of {num_slices} slices of run {run_id} are done: the forecast is of what is left"
+    )
 
 
 def _open_request(

@@ -17,6 +17,14 @@ from convoy.storage.runs import RunFolder, RunRecord
 SliceRunner = Callable[[Sequence[SliceTask], WorkerPool], Iterator[SliceRecord]]
 
 
+def done_slices(folder: RunFolder, record: RunRecord) -> dict[str, SliceRecord]:
+    """The slices of a run that need not be computed again, by name: all of a run that was published."""
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        return {one.slice: one for one in manifest.slices}
+    return choose_attempts(folder, record, read_records(folder))
+
+
 def do_slices(
     folder: RunFolder,
     record: RunRecord,
@@ -34,9 +42,7 @@ def do_slices(
     The lease is confirmed at the end: what follows is publishing. Raises LeaseLost or RunCancelled between slices, as
     soon as the run is not this driver's any more.
     """
-    if read_manifest(folder) is not None:
-        return []
-    done = choose_attempts(folder, record, read_records(folder))
+    done = done_slices(folder, record)
     tasks = [
         SliceTask(slice=name, outputs=record.outputs_of(name))
         for name in record.slice_names()

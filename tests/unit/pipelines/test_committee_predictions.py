@@ -26,7 +26,7 @@ from convoy.pipelines.forecast import Forecast, extrapolate
 from convoy.pipelines.model_registry import promote_model
 from convoy.pipelines.runs_repair import repair_run
 from convoy.pipelines.runs_state import Changes
-from convoy.pipelines.score import ScoreConfig, plan_score, run_score
+from convoy.pipelines.score import FORECASTS, ScoreConfig, plan_score, run_score
 from convoy.pipelines.verify import verify_run
 from convoy.storage.commits import SliceRecord, read_manifest
 from convoy.storage.local_store import LocalStore
@@ -73,10 +73,12 @@ def store(images: Path, monkeypatch: pytest.MonkeyPatch) -> LocalStore:
 
 
 @contextmanager
-def cut_off() -> Iterator[None]:
-    """The job within dies before its first slice."""
+def cut_off(*, after: int = 0) -> Iterator[None]:
+    """The job within dies after so many slices."""
 
-    def die(*_: Any, **__: Any) -> Any:
+    def die(_: RunFolder, record: RunRecord, run: Any, **__: Any) -> Any:
+        names = list(record.slice_names())[:after]
+        list(run([SliceTask(slice=name, outputs=record.outputs_of(name)) for name in names], ONE_WORKER))
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patched:
@@ -342,6 +344,55 @@ def test_a_dry_run_does_not_keep_a_cut_off_scoring_from_going_on(
     assert forecast.images == NUM_IMAGES + 1
     assert "an unfinished run goes on" in forecast.notes[0]
     assert run_score(config, progress=Silent()).run == begun
+
+
+def forecast_files(store: LocalStore) -> list[bytes]:
+    return [store.get(info.key).data for info in store.list_objects(FORECASTS)]
+
+
+@pytest.mark.parametrize(("done", "left"), [(1, 9), (3, 1)])
+def test_a_dry_run_forecasts_what_is_left_of_a_scoring_that_was_cut_off(
+    images: Path, store: LocalStore, done: int, left: int
+) -> None:
+    settings = ExtractionConfig(batch_size=2, slice_rows=4)
+    config = from_source(images, store, extraction=settings, prices={"per_1000_gets": 1000})
+    whole = plan_score(config, progress=Silent())
+    assert (whole.images, whole.get_requests) == (NUM_IMAGES + 1, NUM_IMAGES + 1 + 2 * 4)
+    kept = forecast_files(store)
+    with cut_off(after=done):
+        run_score(config, progress=Silent())
+    (begun,) = open_pointers(store)
+    # A run keeps its settings.
+    changed = config.model_copy(update={"extraction": ExtractionConfig(batch_size=4, slice_rows=8)})
+    forecast = plan_score(changed, progress=Silent())
+    assert (forecast.images, forecast.get_requests) == (left, left + 2 * (4 - done))
+    assert forecast.cost.requests == pytest.approx(forecast.get_requests)
+    note = f"{done} of 4 slices of run {begun} are done: the forecast is of what is left"
+    assert note in forecast.notes
+    assert forecast_files(store) == kept, "the next run would be compared with a part of it"
+    assert plan_score(config, progress=Silent(), new_run=True).images == NUM_IMAGES + 1
+    assert run_score(config, progress=Silent()).run == begun
+
+
+def test_a_dry_run_of_a_scoring_of_which_nothing_is_left_says_so_at_once(
+    images: Path, store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = from_source(images, store)
+    with cut_off(after=NUM_IMAGES):
+        run_score(config, progress=Silent())
+    (begun,) = open_pointers(store)
+    with monkeypatch.context() as patched:
+        patched.setattr("convoy.pipelines.score.forecast_scoring", Mock(side_effect=AssertionError))
+        uncommitted = plan_score(config, progress=Silent())
+        assert run_score(config, progress=Silent()).run == begun
+        finished = plan_score(config, progress=Silent())
+    for forecast in (uncommitted, finished):
+        assert (forecast.images, forecast.hours, forecast.put_requests) == (0, 0, 0)
+    assert f"all slices of run {begun} are done, and the same command commits them" in uncommitted.notes[-1]
+    assert f"every row was scored already, by run {begun}; --new-run" in finished.notes[-1]
+    assert plan_score(config, progress=Silent(), new_run=True).images == NUM_IMAGES + 1
+    write_digits(images, 2, start=NUM_IMAGES)
+    assert plan_score(config, progress=Silent()).images == NUM_IMAGES + 3
 
 
 @pytest.mark.parametrize(("num_workers", "counted"), [(3, 3), (60, 4)])
