@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Set
-from typing import Self
+from typing import Annotated, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from convoy.core.config import StrictModel, parse_config
 from convoy.core.randomness import unit_interval
@@ -18,6 +18,14 @@ _SPLIT_WORDS = {
     "validation": Split.VAL,
     "test": Split.TEST,
 }
+
+
+def _each_once(splits: tuple[Split, ...]) -> tuple[Split, ...]:
+    return tuple(dict.fromkeys(splits))
+
+
+# The splits that a config chooses: one that is named twice is meant once.
+ChosenSplits = Annotated[tuple[Split, ...], AfterValidator(_each_once)]
 
 
 class SplitOptions(StrictModel):

@@ -11,6 +11,7 @@ from pydantic import Field
 from convoy.core.crop_policies import Averaging, CropPolicy, EvaluationMode, MemberOutputs
 from convoy.core.progress import Progress
 from convoy.core.records import Split
+from convoy.core.splits import ChosenSplits
 from convoy.pipelines.classifiers import Classifier
 from convoy.pipelines.committee_evaluation import (
     CommitteeCost,
@@ -39,7 +40,7 @@ class EvaluationSettings(LookSettings):
     workspace: str | None = None
     writers: WriterMode = WriterMode.MANY
     dataset: str
-    splits: tuple[Split, ...] = (Split.TEST,)
+    splits: ChosenSplits = (Split.TEST,)
     keep: MemberOutputs = MemberOutputs.MEMBERS
     extraction: ExtractionConfig = ExtractionConfig()
     error_budget: ErrorBudget = ErrorBudget()

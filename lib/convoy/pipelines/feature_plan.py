@@ -11,7 +11,7 @@ from pydantic import Field, PositiveInt
 from convoy.cluster.network_device import find_device
 from convoy.core.config import StrictModel
 from convoy.core.errors import ConfigError
-from convoy.core.records import Split
+from convoy.core.splits import ChosenSplits
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.storage.feature_cache import FeatureSetSpec
 from convoy.storage.manifests import Manifest
@@ -97,7 +97,7 @@ class FeatureRequest(StrictModel):
     """Which features of which samples: some taps and views of a backbone, for some splits of a dataset."""
 
     dataset: str
-    splits: tuple[Split, ...] | None = None
+    splits: ChosenSplits | None = None
     backbone: BackboneConfig
     taps: tuple[str | int, ...] = ("pooled",)
     views: int = Field(default=1, ge=1)

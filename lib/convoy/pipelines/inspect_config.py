@@ -10,6 +10,7 @@ from pydantic import Field, PositiveInt, model_validator
 from convoy.core.config import StrictModel
 from convoy.core.embedding import NEAR_DUPLICATE_THRESHOLD
 from convoy.core.records import Split
+from convoy.core.splits import ChosenSplits
 from convoy.pipelines.embedding_maps import MapMethod
 from convoy.pipelines.feature_plan import ErrorBudget, ExtractionConfig
 from convoy.pipelines.model_choice import PretrainedModel
@@ -86,7 +87,7 @@ class InspectConfig(StrictModel):
     bundle: str | None = None
     model: PretrainedModel | None = None
     dataset: str
-    splits: tuple[Split, ...] = Field(default=(Split.TEST,), min_length=1)
+    splits: ChosenSplits = Field(default=(Split.TEST,), min_length=1)
     sections: tuple[Section, ...] = Field(default=tuple(Section), min_length=1)
     sample: SampleConfig = SampleConfig()
     stages: tuple[str | int, ...] | None = Field(default=None, min_length=1, max_length=16)

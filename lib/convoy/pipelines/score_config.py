@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from convoy.core.records import Split
 from convoy.core.result_columns import PartitionBy, ScoreColumns
+from convoy.core.splits import ChosenSplits
 from convoy.pipelines.dataset_choice import DatasetChoice
 from convoy.pipelines.feature_plan import ErrorBudget, ExtractionConfig
 from convoy.pipelines.forecast import Prices
@@ -17,7 +17,7 @@ class ScoreConfig(LookSettings, ModelChoice, DatasetChoice):
     `prices` turn the forecast of a dry run into money.
     """
 
-    splits: tuple[Split, ...] | None = None
+    splits: ChosenSplits | None = None
     columns: ScoreColumns = ScoreColumns()
     partition_by: PartitionBy = PartitionBy.NONE
     extraction: ExtractionConfig = ExtractionConfig()

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from convoy.core.config import parse_config
 from convoy.core.records import Split
 from convoy.core.splits import SplitOptions, draw_split, parse_split
+from convoy.pipelines.cache import CacheConfig
+from convoy.pipelines.evaluate import EvaluateConfig
+from convoy.pipelines.inspect_config import InspectConfig
+from convoy.pipelines.score_config import ScoreConfig
 
 IDS = [f"cat/{index:05d}.jpg" for index in range(20_000)]
 
@@ -60,6 +67,22 @@ def test_a_split_that_the_source_names_is_not_drawn() -> None:
 def test_nothing_left_for_train_is_refused() -> None:
     with pytest.raises(ValueError, match="less than 1"):
         SplitOptions(val_fraction=0.5, test_fraction=0.5)
+
+
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        (CacheConfig, {"backbone": {"arch": "lenet5"}}),
+        (EvaluateConfig, {"bundle": "one"}),
+        (InspectConfig, {"bundle": "one"}),
+        (ScoreConfig, {"bundle": "one"}),
+    ],
+)
+def test_a_split_that_a_config_names_twice_is_meant_once(
+    model: type[CacheConfig | EvaluateConfig | InspectConfig | ScoreConfig], settings: dict[str, Any]
+) -> None:
+    named = {**settings, "dataset": "digits", "splits": ["test", "train", "test"]}
+    assert parse_config(model, named, where="here").splits == (Split.TEST, Split.TRAIN)
 
 
 @pytest.mark.parametrize(

@@ -374,6 +374,14 @@ def test_a_dry_run_forecasts_what_is_left_of_a_scoring_that_was_cut_off(
     assert run_score(config, progress=Silent()).run == begun
 
 
+def test_a_split_that_is_named_twice_is_counted_once(images: Path, store: LocalStore) -> None:
+    once, twice = (from_source(images, store, splits=splits) for splits in (["train"], ["train", "train"]))
+    forecast = plan_score(twice, progress=Silent())
+    report = run_score(twice, progress=Silent())
+    assert forecast.images == report.inputs > 0
+    assert run_score(once, progress=Silent()).run == report.run
+
+
 def test_a_dry_run_of_a_scoring_of_which_nothing_is_left_says_so_at_once(
     images: Path, store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
