@@ -76,7 +76,12 @@ def runs_gc(
     older_than_days: Annotated[
         float | None,
         typer.Option(
-            "--older-than", min=0, metavar="DAYS", help="Of runs that were left behind. Default: 7."
+            "--older-than",
+            min=0,
+            # A hundred years: of many more there is no date.
+            max=36_500,
+            metavar="DAYS",
+            help="Of runs that were left behind. Default: 7.",
         ),
     ] = None,
     workspace: WorkspaceOption = None,

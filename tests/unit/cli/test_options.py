@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from pydantic import BaseModel
+from typer.testing import CliRunner
 
 from convoy.cli.main import app
 from convoy.cli.options import load, run_job, words
@@ -120,3 +121,9 @@ def test_a_list_of_nothing_names_the_workspace_to_people_and_is_json_to_machines
     app([what, "list", "--workspace", workspace, "--json"], standalone_mode=False)
     (line,) = capsys.readouterr().out.splitlines()
     assert json.loads(line)[what] == []
+
+
+@pytest.mark.parametrize(("days", "code"), [("0.5", 0), ("36500", 0), ("1000000", 2), ("inf", 2), ("-1", 2)])
+def test_an_age_of_runs_that_no_date_has_is_a_wrong_option(tmp_path: Path, days: str, code: int) -> None:
+    words = ["runs", "gc", "--older-than", days, "--workspace", str(tmp_path)]
+    assert CliRunner().invoke(app, words).exit_code == code
