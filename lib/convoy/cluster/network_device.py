@@ -9,7 +9,7 @@ import os
 import sys
 
 from convoy.cluster.growth import regrow_cluster
-from convoy.cluster.nodes import alive_nodes
+from convoy.cluster.nodes import alive_nodes, worker_nodes
 from convoy.cluster.ray_data import first_cause
 from convoy.cluster.session import ray_session
 from convoy.vision.engine_options import NetworkDevice, Precision, device_here
@@ -52,7 +52,7 @@ def _ask() -> NetworkDevice:
     from ray.exceptions import GetTimeoutError, RayError  # noqa: PLC0415
 
     nodes = alive_nodes()
-    has_gpus = any(node["GPU"] for node in nodes)
+    has_gpus = any(node["GPU"] for node in worker_nodes(nodes))
     share = {"num_cpus": 0, "num_gpus": _SHARE} if has_gpus else {"num_cpus": _SHARE}
     # One call a process, so that what torch takes of a GPU is given back; and not within the reservation of a trial,
     # which has none.

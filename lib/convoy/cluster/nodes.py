@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 _COUNTED = ("CPU", "GPU", "memory", "object_store_memory")
 
 
@@ -15,3 +17,8 @@ def alive_nodes() -> list[dict[str, float]]:
         for node in ray.nodes()
         if node["Alive"]
     ]
+
+
+def worker_nodes(nodes: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
+    """Those that can hold a worker or an operator, which need a CPU: a GPU beside none is of no use to them."""
+    return [node for node in nodes if node["CPU"] >= 1]

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from pydantic import Field, PositiveInt
 
+from convoy.cluster.nodes import worker_nodes
 from convoy.cluster.training import TrialWorkers, WorkerOptions, WorkerPlan, fit_workers
 from convoy.core.config import StrictModel
 from convoy.core.progress import Progress
@@ -176,12 +177,12 @@ def fit_trials(
 
 def _cluster_share(num_workers: int, plan: WorkerPlan, nodes: Sequence[Mapping[str, float]]) -> float:
     if plan.gpus_per_worker:
-        return num_workers / sum(node["GPU"] for node in nodes)
+        return num_workers / sum(node["GPU"] for node in worker_nodes(nodes))
     return min(1.0, num_workers * plan.num_threads / sum(node["CPU"] for node in nodes))
 
 
 def _most_trials(options: WorkerOptions, nodes: Sequence[Mapping[str, float]], workers_per_trial: int) -> int:
-    num_gpus = int(sum(node["GPU"] for node in nodes))
+    num_gpus = int(sum(node["GPU"] for node in worker_nodes(nodes)))
     if num_gpus:
         return max(1, num_gpus // workers_per_trial)
     alone = fit_workers(options.model_copy(update={"num_workers": workers_per_trial}), nodes)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from convoy.cluster.deadly_slices import DeathWatch
 from convoy.cluster.growth import regrow_cluster
 from convoy.cluster.library_versions import library_versions, require_versions
-from convoy.cluster.nodes import alive_nodes
+from convoy.cluster.nodes import alive_nodes, worker_nodes
 from convoy.cluster.ray_data import first_cause, set_up_ray_data
 from convoy.cluster.slice_metrics import SliceMetrics
 from convoy.core.config import StrictModel
@@ -73,7 +73,7 @@ class SliceTask(StrictModel):
 
 
 class NodeSize(NamedTuple):
-    """What a node offers to operators."""
+    """What a node that can hold operators offers to them."""
 
     cpus: int
     gpus: int = 0
@@ -88,7 +88,10 @@ def plan_pool(
     Raises ClusterError where no node offers a CPU, and what `regrow_cluster` raises.
     """
     regrow_cluster()
-    nodes = [NodeSize(int(node["CPU"]), int(node["GPU"]), int(node["memory"])) for node in alive_nodes()]
+    usable = worker_nodes(alive_nodes())
+    if not usable:
+        raise ClusterError("no node offers a CPU", next_step="start workers, or look at `ray status`")
+    nodes = [NodeSize(int(node["CPU"]), int(node["GPU"]), int(node["memory"])) for node in usable]
     return fit_pool(num_workers, nodes, cpus_per_worker, work)
 
 
@@ -104,15 +107,12 @@ def fit_pool(
     four share it: one process cannot decode as fast as a GPU computes, because its threads share Python's lock. For few
     slices there are fewer, as many on each GPU: Ray would put what is left of a full pool on the first ones.
     """
-    usable = [node for node in nodes if node.cpus > 0]
-    if not usable:
-        raise ClusterError("no node offers a CPU", next_step="start workers, or look at `ray status`")
     num_gpus = sum(node.gpus for node in nodes)
     if not num_gpus:
-        workers = num_workers or _operators_without_gpus(usable, cpus_per_worker or 1, work)
-        num_threads = cpus_per_worker or max(sum(node.cpus for node in usable) // workers, 1)
+        workers = num_workers or _operators_without_gpus(nodes, cpus_per_worker or 1, work)
+        num_threads = cpus_per_worker or max(sum(node.cpus for node in nodes) // workers, 1)
         # A fraction of a CPU too few is asked for, so that Ray Data's own tasks always find room.
-        num_cpus = max(min(num_threads, *(node.cpus for node in usable)) - 0.5, 0.1)
+        num_cpus = max(min(num_threads, *(node.cpus for node in nodes)) - 0.5, 0.1)
         return WorkerPool(num_workers=workers, num_cpus=num_cpus, num_gpus=0, num_threads=num_threads)
     cpus_a_gpu = min(node.cpus // node.gpus for node in nodes if node.gpus)
     share = min(max(cpus_a_gpu // _CPUS_AN_OPERATOR, 1), _MOST_OPERATORS_A_GPU)

@@ -17,7 +17,7 @@ from pydantic import Field, PositiveInt
 
 from convoy.cluster.growth import has_shrunk, regrow_cluster
 from convoy.cluster.library_versions import library_versions, require_versions
-from convoy.cluster.nodes import alive_nodes
+from convoy.cluster.nodes import alive_nodes, worker_nodes
 from convoy.cluster.own_node import actor_here
 from convoy.cluster.ray_data import first_cause, settle_ray_data
 from convoy.cluster.training_board import Board, BoardReader
@@ -100,7 +100,7 @@ def plan_workers(
         if plan is not None:
             return plan
         if time.monotonic() > deadline_s:
-            has_gpus = any(node["GPU"] for node in nodes)
+            has_gpus = any(node["GPU"] for node in worker_nodes(nodes))
             on_gpus = options.on_gpus if isinstance(options, TrialWorkers) else has_gpus
             wanted = _wanted(options.num_workers or 1, options.cpus_per_worker or 1, on_gpus=on_gpus)
             if options.ingest is Ingest.SPLIT:
@@ -311,14 +311,15 @@ def fit_workers(
 def _fit_group(
     options: WorkerOptions, nodes: Sequence[Mapping[str, float]], cpus_beside: float, batch_bytes: int
 ) -> WorkerPlan | None:
-    num_gpus = int(sum(node["GPU"] for node in nodes))
+    usable = worker_nodes(nodes)
+    num_gpus = int(sum(node["GPU"] for node in usable))
     if isinstance(options, TrialWorkers):
         if options.on_gpus and not num_gpus:
             return None
         num_gpus = num_gpus if options.on_gpus else 0
-    hosts = [node for node in nodes if node["CPU"] >= 1 and (node["GPU"] or not num_gpus)]
+    hosts = [node for node in usable if node["GPU"] or not num_gpus]
     num_workers = options.num_workers or num_gpus or 1
-    ingest = _ingest(options.ingest, nodes, hosts, num_gpus)
+    ingest = _ingest(options.ingest, usable, hosts, num_gpus)
     if num_gpus and ingest is Ingest.SPLIT:
         num_threads = options.cpus_per_worker or _THREADS_BESIDE_PREPARERS
     else:
@@ -356,7 +357,7 @@ def _ingest(
     """What `auto` means: a GPU takes more images a second than the threads of one process can prepare."""
     if wanted is not Ingest.AUTO:
         return wanted
-    has_helpers = any(node["CPU"] >= 1 and not node["GPU"] for node in nodes)
+    has_helpers = any(not node["GPU"] for node in nodes)
     has_cpus = bool(hosts) and all(node["CPU"] >= _CPUS_A_GPU_TO_SPLIT * node["GPU"] for node in hosts)
     return Ingest.SPLIT if num_gpus and (has_helpers or has_cpus) else Ingest.FUSED
 

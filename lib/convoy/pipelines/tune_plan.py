@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pydantic import Field
 
 from convoy.cluster.network_device import find_device
+from convoy.cluster.nodes import worker_nodes
 from convoy.core.config import StrictModel
 from convoy.core.crop_policies import CropPlan
 from convoy.core.errors import ConfigError, DataError, StorageError
@@ -189,7 +190,7 @@ def check_budget(
     There is none on GPUs, nor of trials that train no network or a part of one.
     """
     allowed_s = config.budget.seconds
-    if allowed_s is None or any(node["GPU"] for node in nodes):
+    if allowed_s is None or any(node["GPU"] for node in worker_nodes(nodes)):
         return
     speed = _FORECAST_FACTOR * max(1.0, sum(node["CPU"] for node in nodes) / _FORECAST_CPUS)
     shortest_s = min(_forecast_s(example, manifest) for example in examples) / speed

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from convoy.cluster.slices import NodeSize, PlannedWork, fit_pool
+from convoy.cluster import slices
+from convoy.cluster.slices import NodeSize, PlannedWork, fit_pool, plan_pool
 from convoy.core.errors import ClusterError
 
 
@@ -12,7 +13,6 @@ from convoy.core.errors import ClusterError
         # Without GPUs one operator a node.
         ([(2, 0)], 1, 0, 2),
         ([(8, 0), (8, 0)], 2, 0, 8),
-        ([(0, 0), (8, 0)], 1, 0, 8),
         # One for every four CPUs beside a GPU, at most four.
         ([(16, 1)], 4, 0.25, 4),
         ([(64, 1)], 4, 0.25, 16),
@@ -38,9 +38,32 @@ def test_an_explicit_number_of_operators_shares_the_gpus() -> None:
     assert fit_pool(1, [NodeSize(16, 2)]).num_gpus == 1
 
 
-def test_a_cluster_without_cpus_is_an_error() -> None:
+def has_nodes(monkeypatch: pytest.MonkeyPatch, *sizes: tuple[float, float]) -> None:
+    alive = [{"CPU": cpus, "GPU": gpus, "memory": 0.0} for cpus, gpus in sizes]
+    monkeypatch.setattr(slices, "alive_nodes", lambda: alive)
+
+
+def test_a_cluster_without_cpus_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    has_nodes(monkeypatch, (0, 0), (0.5, 2))
     with pytest.raises(ClusterError, match="no node offers a CPU"):
-        fit_pool(None, [NodeSize(0), NodeSize(0, 2)])
+        plan_pool(None)
+
+
+@pytest.mark.parametrize("useless", [(0, 0), (0, 2), (0.5, 2)])
+@pytest.mark.parametrize(
+    ("size", "num_workers", "num_gpus", "num_threads"), [((8, 0), 1, 0, 8), ((16, 1), 4, 0.25, 4)]
+)
+def test_a_node_without_a_cpu_holds_no_operator_whatever_gpus_it_has(
+    monkeypatch: pytest.MonkeyPatch,
+    useless: tuple[float, float],
+    size: tuple[float, float],
+    num_workers: int,
+    num_gpus: float,
+    num_threads: int,
+) -> None:
+    has_nodes(monkeypatch, useless, size)
+    pool = plan_pool(None)
+    assert (pool.num_workers, pool.num_gpus, pool.num_threads) == (num_workers, num_gpus, num_threads)
 
 
 def test_an_operator_may_be_given_its_share_of_the_cpus() -> None:

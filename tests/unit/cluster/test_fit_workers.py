@@ -34,6 +34,9 @@ def nodes(*sizes: tuple[float, float]) -> list[dict[str, float]]:
         ([(2, 1), (32, 0)], 1, 2, 1, Ingest.SPLIT),
         ([(0, 0), (2, 1)], 1, 2, 1, Ingest.FUSED),
         ([(0, 0), (8, 0)], 1, 8, 0, Ingest.FUSED),
+        # Nor can a worker use a GPU that has no CPU beside it.
+        ([(16, 1), (0, 1)], 1, 2, 1, Ingest.SPLIT),
+        ([(8, 0), (0.5, 1)], 1, 8, 0, Ingest.FUSED),
         # But not where a GPU has one CPU, which suffices for a worker of one thread.
         ([(1, 1)], 1, 1, 1, Ingest.FUSED),
         ([(1, 1), (16, 0)], 1, 1, 1, Ingest.FUSED),
@@ -207,7 +210,7 @@ def test_a_group_without_room_for_lack_of_gpus_says_that_it_takes_them(
         NoRoom, match="2 workers of 1 CPUs and a GPU each: after 0 s it has 8 CPUs and 1 GPUs"
     ):
         plan_workers(WorkerOptions(num_workers=2), timeout_s=0)
-    monkeypatch.setattr(training, "alive_nodes", lambda: nodes((8, 0)))
+    monkeypatch.setattr(training, "alive_nodes", lambda: nodes((8, 0), (0, 1)))
     with pytest.raises(NoRoom, match="17 workers of 1 CPUs: after"):
         plan_workers(WorkerOptions(num_workers=17), timeout_s=0)
 

@@ -64,7 +64,8 @@ def test_a_worker_with_a_gpu_is_asked_where_there_is_one(
 def test_without_gpus_a_node_that_works_is_asked_and_not_a_head_that_only_drives(
     monkeypatch: pytest.MonkeyPatch, asked: list[dict[str, Any]]
 ) -> None:
-    has_nodes(monkeypatch, {"CPU": 16.0, "GPU": 0.0})
+    # Nor one whose GPU no worker can use.
+    has_nodes(monkeypatch, {"CPU": 16.0, "GPU": 0.0}, {"CPU": 0.0, "GPU": 1.0})
     assert find_device() == H100.model_copy(update={"num_cpus": 16})
     (options,) = asked
     assert 0 < options["num_cpus"] < 0.1

@@ -29,6 +29,8 @@ from convoy.core.trial_events import TrialState, TrialStatus
 
 LAPTOP = [{"CPU": 2.0, "GPU": 0.0}]
 GPU_NODE = {"CPU": 16.0, "GPU": 4.0}
+# Which no worker can use.
+GPUS_WITHOUT_CPUS = {"CPU": 0.0, "GPU": 4.0}
 
 
 @pytest.mark.parametrize(
@@ -42,6 +44,8 @@ GPU_NODE = {"CPU": 16.0, "GPU": 4.0}
         ({}, [{"CPU": 8.0, "GPU": 0.0}] * 4, None, (4, 1, 8)),
         ({}, [GPU_NODE], None, (4, 1, 2)),
         ({"num_workers": 2}, [GPU_NODE], None, (2, 2, 2)),
+        ({"num_workers": 2}, [GPU_NODE, GPUS_WITHOUT_CPUS], None, (2, 2, 2)),
+        ({"cpus_per_worker": 1}, [*LAPTOP, GPUS_WITHOUT_CPUS], None, (2, 1, 1)),
         ({}, [GPU_NODE] * 2, 3, (3, 1, 2)),
         ({"cpus_per_worker": 7}, [GPU_NODE], None, (2, 1, 7)),
         # Two of 7.5 CPUs, a preparer for each, and the trials' own processes would need more than all 16.
@@ -73,6 +77,7 @@ def test_trials_share_the_cluster_without_waiting_for_each_other(
         ({"cpus_per_worker": 2}, [{"CPU": 16.0, "GPU": 0.0}], 1, 1 / 8),
         ({}, [GPU_NODE] * 2, 3, 1 / 8),
         ({"num_workers": 2}, [GPU_NODE], None, 1 / 2),
+        ({"num_workers": 2}, [GPU_NODE, GPUS_WITHOUT_CPUS], None, 1 / 2),
     ],
 )
 def test_a_trial_knows_its_share_of_the_cluster(

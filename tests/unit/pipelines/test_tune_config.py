@@ -196,7 +196,7 @@ def test_a_budget_too_small_for_one_trial_is_refused_with_the_numbers(
     examples = fetch_networks(store, manifest, config, {})
     laptop = [{"CPU": 2.0, "GPU": 0.0}]
     with pytest.raises(ConfigError, match=r"the budget of 4 s is too small for one trial, which takes \d+ s"):
-        check_budget(config, examples, manifest, laptop)
+        check_budget(config, examples, manifest, [*laptop, {"CPU": 0.0, "GPU": 1.0}])
     check_budget(config, examples, manifest, [{"CPU": 2000.0, "GPU": 0.0}])
     check_budget(config, examples, manifest, [{"CPU": 2.0, "GPU": 1.0}])
     enough = config.model_copy(update={"budget": config.budget.model_copy(update={"hours": 10.0})})
