@@ -24,6 +24,8 @@ from convoy.storage.commits import SliceRecord
 
 _CPUS_AN_OPERATOR = 4
 _MOST_OPERATORS_A_GPU = 4
+# What operators leave of a node without GPUs, so that Ray's own tasks always find room.
+_CPUS_LEFT = 0.5
 # Without GPUs: what a process takes beside the weights of its networks, which it may hold twice, the second time as
 # kernels want them, and the rows, or the seconds of two cores in networks, that make up for its start.
 _MEMORY_AN_OPERATOR_BYTES = 2 << 30
@@ -111,8 +113,11 @@ def fit_pool(
     if not num_gpus:
         workers = num_workers or _operators_without_gpus(nodes, cpus_per_worker or 1, work)
         num_threads = cpus_per_worker or max(sum(node.cpus for node in nodes) // workers, 1)
-        # A fraction of a CPU too few is asked for, so that Ray Data's own tasks always find room.
-        num_cpus = max(min(num_threads, *(node.cpus for node in nodes)) - 0.5, 0.1)
+        if num_workers is None:
+            num_cpus = _cpus_of_counted(nodes, num_threads)
+        else:
+            # As many as were asked for, and as the workers of a trial have in whose place they come.
+            num_cpus = min(num_threads, *(node.cpus for node in nodes)) - _CPUS_LEFT
         return WorkerPool(num_workers=workers, num_cpus=num_cpus, num_gpus=0, num_threads=num_threads)
     cpus_a_gpu = min(node.cpus // node.gpus for node in nodes if node.gpus)
     share = min(max(cpus_a_gpu // _CPUS_AN_OPERATOR, 1), _MOST_OPERATORS_A_GPU)
@@ -138,6 +143,14 @@ def _operators_without_gpus(nodes: Sequence[NodeSize], cpus_each: int, work: Pla
     paid_for = max(work.num_rows // _ROWS_AN_OPERATOR, int(work.forward_s // _FORWARD_S_AN_OPERATOR))
     wanted = paid_for if work.num_slices is None else min(paid_for, work.num_slices)
     return max(len(nodes), min(most, wanted))
+
+
+def _cpus_of_counted(nodes: Sequence[NodeSize], num_threads: int) -> float:
+    """What each of them reserves: on nodes of one size so much that none takes more of them than it has memory for.
+
+    Else one node would take all operators of another that is lost. All of them fit, and leave something of each node.
+    """
+    return min((node.cpus - _CPUS_LEFT) / max(node.cpus // num_threads, 1) for node in nodes)
 
 
 class SliceSpec(Protocol):

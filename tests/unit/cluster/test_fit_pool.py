@@ -127,6 +127,40 @@ def test_operators_of_given_threads_share_the_cpus() -> None:
     assert (pool.num_workers, pool.num_threads) == (4, 4)
 
 
+@pytest.mark.parametrize(
+    ("size", "num_nodes", "cpus_per_worker"),
+    [
+        ((16, 0, 64 * GIB), 2, None),
+        ((2, 0, 16 * GIB), 3, None),
+        ((16, 0, 8 * GIB), 2, None),
+        ((16, 0, 64 * GIB), 2, 2),
+        ((3, 0, 16 * GIB), 1, 2),
+    ],
+)
+def test_a_node_takes_no_more_operators_than_it_has_memory_for_when_another_is_lost(
+    size: tuple[int, int, int], num_nodes: int, cpus_per_worker: int | None
+) -> None:
+    cpus, *_ = size
+    pool = fit_pool(None, [NodeSize(*size)] * num_nodes, cpus_per_worker, PlannedWork(10**6))
+    on_a_node = pool.num_workers // num_nodes
+    assert (on_a_node + 1) * pool.num_cpus > cpus
+    # Room for Ray's own tasks.
+    assert on_a_node * pool.num_cpus <= cpus - 0.5
+
+
+@pytest.mark.parametrize("sizes", [(1, 16), (2, 5), (7, 8, 9)])
+def test_counted_operators_fit_on_nodes_of_unequal_size(sizes: tuple[int, ...]) -> None:
+    pool = fit_pool(None, [NodeSize(cpus, 0, 64 * GIB) for cpus in sizes], work=PlannedWork(10**6))
+    assert pool.num_workers == sum(sizes)
+    for cpus in sizes:
+        assert cpus * pool.num_cpus <= cpus - 0.5
+
+
+def test_more_operators_than_cpus_run_where_they_are_asked_for() -> None:
+    pool = fit_pool(4, [NodeSize(2, 0, 16 * GIB)])
+    assert (pool.num_threads, pool.num_workers * pool.num_cpus) == (1, 2)
+
+
 def test_an_operator_has_room_for_its_networks() -> None:
     heavy = PlannedWork(10**6, weights_bytes=3 * GIB)
     assert fit_pool(None, [NodeSize(16, 0, 64 * GIB)], work=heavy).num_workers == 8
