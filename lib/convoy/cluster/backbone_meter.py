@@ -29,26 +29,27 @@ _FEWEST_BATCHES = 8
 
 
 def measure_backbone(workspace: str, spec: TimingSpec, images: pa.Table, pool: WorkerPool) -> BackboneTiming:
-    """Measure the network of a spec as a worker of the pool, and keep it, unless it is kept for a machine like this.
+    """Measure the network of a spec as a worker of the pool, and keep it.
 
-    `images` are rows of a manifest, which come again where they are few; without rows only the network is timed.
+    What is kept for a machine like this, and as many threads, is not measured again. `images` are rows of a
+    manifest, which come again where they are few; without rows only the network is timed.
     """
-    store, machine, num_threads = open_store(workspace), facts_here(), pool.num_threads
+    store, machine = open_store(workspace), facts_here()
     kept = kept_timing(store, spec, machine)
-    if kept is not None:
+    if kept is not None and kept.num_threads == pool.num_threads:
         # The cluster may have another size by now.
         return kept.model_copy(update={"num_workers": pool.num_workers, "gpu_share": pool.num_gpus})
     # As the workers of jobs do.
     keep_freed_memory()
     memory = MemoryMeter(best_device())
-    engine = _open_engine(store, spec, num_threads)
+    engine = _open_engine(store, spec, pool.num_threads)
     engine.warm_up()
     network = time_network(engine, seconds=spec.seconds, num_latencies=spec.num_latencies)
     timing = BackboneTiming(
         **network.model_dump(),
-        job_images_per_s=_job_images_per_s(engine, spec, images, num_threads) if images.num_rows else None,
+        job_images_per_s=_job_images_per_s(engine, spec, images, pool) if images.num_rows else None,
         peak_memory_bytes=memory.peak_bytes(),
-        num_threads=num_threads,
+        num_threads=pool.num_threads,
         num_workers=pool.num_workers,
         gpu_share=pool.num_gpus,
         machine=machine,
@@ -73,7 +74,7 @@ def _open_engine(store: ObjectStore, spec: TimingSpec, num_threads: int) -> Feat
 
 
 def _job_images_per_s(
-    engine: FeatureEngine, spec: TimingSpec, images: pa.Table, num_threads: int
+    engine: FeatureEngine, spec: TimingSpec, images: pa.Table, pool: WorkerPool
 ) -> float | None:
     """Images a second from the store to features, as the operator of a cache job does it but for the writing."""
 
@@ -86,7 +87,7 @@ def _job_images_per_s(
     preparer: ImagePreparer[int] = ImagePreparer(
         spec.decode_rule,
         num_fetch_threads=spec.num_fetch_threads,
-        num_decode_threads=num_threads,
+        num_decode_threads=pool.num_decode_threads,
         fill=fill,
     )
     repeats = -(-_FEWEST_BATCHES * spec.batch_size // images.num_rows)

@@ -23,21 +23,21 @@ def machine_of_workers() -> MachineFacts | None:
 
 
 def time_backbones(
-    workspace: str, specs: Sequence[TimingSpec], images: pa.Table, pool: WorkerPool
+    workspace: str, asked: Sequence[tuple[TimingSpec, WorkerPool]], images: pa.Table
 ) -> Iterator[BackboneTiming]:
-    """The result of each spec, in order; a worker that finds it kept for its machine measures nothing.
+    """The result of each spec, in order; a worker that finds it kept for its machine and threads measures nothing.
 
-    Every network gets a process of its own, with the CPUs and threads of one worker of the pool, and a whole GPU where
+    Every network gets a process of its own, with the CPUs and threads of one worker of its pool, and a whole GPU where
     there are GPUs. Raises the ConvoyError of a worker.
     """
     import ray  # noqa: PLC0415
     from ray.exceptions import RayError  # noqa: PLC0415
 
-    # One call a process: the memory of one network must not be counted with that of the one before it.
-    options = {"num_cpus": pool.num_cpus, "num_gpus": 1 if pool.num_gpus else 0, "max_calls": 1}
-    measure = ray.remote(**options)(_measure)
     rows = ray.put(images)
-    for spec in specs:
+    for spec, pool in asked:
+        # One call a process: the memory of one network must not be counted with that of the one before it.
+        options = {"num_cpus": pool.num_cpus, "num_gpus": 1 if pool.num_gpus else 0, "max_calls": 1}
+        measure = ray.remote(**options)(_measure)
         try:
             result = ray.get(measure.remote(workspace, spec.model_dump_json(), rows, pool.model_dump_json()))
         except RayError as error:

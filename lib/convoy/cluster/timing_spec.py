@@ -13,7 +13,7 @@ from convoy.vision.engine_options import Precision
 from convoy.vision.presets import EvalPreset
 
 # Raised when the same network on the same machine would be measured in another way.
-_VERSION = 2
+_VERSION = 3
 _FOLDER = "models/costs/"
 
 

@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from convoy.cluster.backbone_timing import machine_of_workers, time_backbones
 from convoy.cluster.network_device import find_device
 from convoy.cluster.session import ray_session
-from convoy.cluster.slices import plan_pool
+from convoy.cluster.slices import PlannedWork, WorkerPool, plan_pool
 from convoy.cluster.timing_spec import BackboneTiming, TimingSpec, kept_timing
 from convoy.core.config import StrictModel
 from convoy.core.fingerprints import digest
@@ -85,7 +85,7 @@ def measure_costs(
     *,
     progress: Progress,
 ) -> list[BackboneCost]:
-    """The cost of each backbone, in their order, as one worker of the extraction's pool meets it.
+    """The cost of each backbone, in their order, as one worker of a job of a million images meets it.
 
     The precision of `extraction` is one that was settled.
 
@@ -99,13 +99,17 @@ def measure_costs(
     specs = [_spec(backbone, config, extraction, images_digest, find) for backbone in backbones]
     here = machine_of_workers()
     known = [None if here is None else kept_timing(store, spec, here) for spec in specs]
-    lacking = [spec for spec, timing in zip(specs, known, strict=True) if timing is None]
+    lacking = [
+        (backbone, spec)
+        for backbone, spec, timing in zip(backbones, specs, known, strict=True)
+        if timing is None
+    ]
     measured: list[BackboneTiming] = []
     if lacking:
         with ray_session():
-            pool = plan_pool(extraction.num_workers, extraction.cpus_per_worker)
+            asked = [(spec, _pool(backbone, extraction)) for backbone, spec in lacking]
             progress.stage(f"measuring the cost of {len(lacking)} backbones")
-            for timing in time_backbones(store.root_uri, lacking, images, pool):
+            for timing in time_backbones(store.root_uri, asked, images):
                 measured.append(timing)
                 progress.stage(f"measured the cost of {len(measured)} of {len(lacking)} backbones")
     new = iter(measured)
@@ -114,6 +118,12 @@ def measure_costs(
         _cost(store, backbone, spec, timing, config)
         for backbone, spec, timing in zip(backbones, specs, timings, strict=True)
     ]
+
+
+def _pool(backbone: BackboneRecord, extraction: ExtractionConfig) -> WorkerPool:
+    """The workers of a large job: without work to share out, the pool would be one of few large ones."""
+    work = PlannedWork(_MILLION, backbone.weights_bytes)
+    return plan_pool(extraction.num_workers, extraction.cpus_per_worker, work)
 
 
 def _spec(

@@ -1,13 +1,20 @@
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cache_jobs import freeze, write_digits
+from convoy.cluster import backbone_meter
+from convoy.cluster.backbone_meter import measure_backbone
 from convoy.cluster.backbone_timing import machine_of_workers
+from convoy.cluster.slices import WorkerPool
 from convoy.cluster.timing_spec import BackboneTiming, TimingSpec, keep_timing, kept_timing
 from convoy.core.machine import machine_facts
+from convoy.pipelines.models import fetch_backbone
+from convoy.storage.datasets import open_dataset
 from convoy.storage.local_store import LocalStore
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.decode_rule import DecodeRule
@@ -102,3 +109,35 @@ def test_only_a_cluster_elsewhere_has_to_be_asked(monkeypatch: pytest.MonkeyPatc
     assert machine_of_workers() == facts_here()
     monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
     assert machine_of_workers() is None
+
+
+def pool_of(num_threads: int, num_workers: int = 2) -> WorkerPool:
+    return WorkerPool(num_workers=num_workers, num_cpus=0.5, num_gpus=0, num_threads=num_threads)
+
+
+def test_a_worker_is_timed_as_the_workers_of_jobs_decode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of a single thread decodes in it, and what was measured with other threads says nothing about it."""
+    write_digits(tmp_path / "images" / "train", 3)
+    freeze(tmp_path / "images", str(tmp_path / "workspace"))
+    store = LocalStore(str(tmp_path / "workspace"))
+    images = open_dataset(store, "digits").read_table()
+    weights_key = fetch_backbone(store, SPEC.backbone).weights_key
+    spec = SPEC.model_copy(update={"weights_key": weights_key, "seconds": 0.01, "batch_size": 2})
+    threads, prepare = [], backbone_meter.prepare_view
+
+    def watch(*arguments: Any, **options: Any) -> None:
+        threads.append(threading.current_thread().name.startswith("decode"))
+        prepare(*arguments, **options)
+
+    monkeypatch.setattr(backbone_meter, "prepare_view", watch)
+    alone = measure_backbone(store.root_uri, spec, images, pool_of(1))
+    assert threads
+    assert not any(threads)
+    assert measure_backbone(store.root_uri, spec, images, pool_of(1, 8)) == alone.model_copy(
+        update={"num_workers": 8}
+    )
+    threads.clear()
+    assert measure_backbone(store.root_uri, spec, images, pool_of(2)).num_threads == 2
+    assert all(threads)

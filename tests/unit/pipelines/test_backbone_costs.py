@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from convoy.pipelines.backbone_costs import CostsConfig, _spec
+from cache_jobs import freeze, write_digits
+from convoy.cluster import slices
+from convoy.cluster.slices import WorkerPool
+from convoy.cluster.timing_spec import BackboneTiming, TimingSpec
+from convoy.core.machine import machine_facts
+from convoy.core.progress import Silent
+from convoy.pipelines import backbone_costs
+from convoy.pipelines.backbone_costs import CostsConfig, _spec, measure_costs
 from convoy.pipelines.feature_plan import ExtractionConfig
 from convoy.pipelines.models import fetch_backbone
+from convoy.storage.datasets import open_dataset
 from convoy.storage.local_store import LocalStore
 from convoy.vision.backbone_config import BackboneConfig
 from made_bundles import FP32
@@ -26,3 +36,44 @@ def test_batches_are_those_of_jobs_unless_they_are_told(
     backbone = fetch_backbone(LocalStore(str(tmp_path)), config)
     settled = extraction.model_copy(update={"precision": FP32.precision})
     assert _spec(backbone, CostsConfig(batch_size=told), settled, "none", made_device).batch_size == expected
+
+
+@pytest.mark.parametrize(("memory_gib", "num_workers", "num_threads"), [(64, 16, 1), (8, 3, 5)])
+def test_costs_are_those_of_the_workers_of_a_large_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory_gib: int, num_workers: int, num_threads: int
+) -> None:
+    write_digits(tmp_path / "images" / "train", 4)
+    freeze(tmp_path / "images", str(tmp_path / "workspace"))
+    store, pools = LocalStore(str(tmp_path / "workspace")), []
+    backbone = fetch_backbone(store, BackboneConfig(arch="lenet5", weights="random"))
+
+    def supposed(
+        workspace: str, asked: Sequence[tuple[TimingSpec, WorkerPool]], images: object
+    ) -> Iterator[BackboneTiming]:
+        for _, pool in asked:
+            pools.append(pool)
+            yield BackboneTiming(
+                images_per_s=100,
+                slow_images_per_s=90,
+                fast_images_per_s=110,
+                latency_p50_ms=10,
+                latency_p95_ms=12,
+                job_images_per_s=80,
+                peak_memory_bytes=None,
+                num_threads=pool.num_threads,
+                num_workers=pool.num_workers,
+                gpu_share=pool.num_gpus,
+                machine=machine_facts(None),
+                measured_unix_s=1.0,
+            )
+
+    node = {"CPU": 16.0, "GPU": 0.0, "memory": float(memory_gib << 30)}
+    monkeypatch.setattr(slices, "alive_nodes", lambda: [node])
+    monkeypatch.setattr(backbone_costs, "ray_session", nullcontext)
+    monkeypatch.setattr(backbone_costs, "time_backbones", supposed)
+    # With its weights, an operator takes a little more than 2 GiB.
+    manifest, extraction = open_dataset(store, "digits"), FP32.model_copy(update={"batch_size": 8})
+    (cost,) = measure_costs(store, manifest, [backbone], CostsConfig(), extraction, progress=Silent())
+    (pool,) = pools
+    assert (pool.num_workers, pool.num_threads) == (num_workers, num_threads)
+    assert (cost.num_threads, cost.images_per_s) == (num_threads, 80 * num_workers)
