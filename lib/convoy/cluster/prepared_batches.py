@@ -69,6 +69,12 @@ class SliceImages:
                 self.usable_N[row] = False
                 self.rejects.append(reject)
 
+    def add_effort(self, later: SliceImages) -> None:
+        """Add the seconds and repeated requests that a later pass over the rows took."""
+        self.num_retries += later.num_retries
+        for step, seconds in later.seconds.items():
+            self.seconds[step] += seconds
+
     def through_network(self, started_s: float) -> None:
         """Note the seconds of a batch in the network, by the clock of `time.perf_counter`."""
         self.first_row_unix_s = self.first_row_unix_s or time.time()

@@ -93,6 +93,7 @@ class Scorer:
             turns.append(self._run_turn(turn, again))
             # An image that is lost between two turns has no joint output.
             images.reject_too(again)
+            images.add_effort(again)
         output = self._committee.join(turns)
         kept = {
             MemberOutputs.NONE: None,

@@ -156,6 +156,30 @@ def test_members_that_take_turns_say_the_same(store: LocalStore, keep: MemberOut
     }
 
 
+def test_seconds_and_retries_of_every_turn_are_counted(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    retries, read = [0], SampleReader.read
+
+    def read_with_a_retry(
+        reader: SampleReader, rows: pa.Table
+    ) -> Iterator[tuple[int, bytes | SampleRejected]]:
+        retries[0] += 1
+        yield from read(reader, rows)
+
+    def a_second_in_the_network(images: SliceImages, _: float) -> None:
+        images.seconds["forward"] += 1
+
+    monkeypatch.setattr(SampleReader, "read", read_with_a_retry)
+    monkeypatch.setattr(SampleReader, "num_retries", property(lambda _: retries[0]))
+    monkeypatch.setattr(SliceImages, "through_network", a_second_in_the_network)
+    together, in_turns = score(made_spec(store)), score(made_spec(store, max_resident_bytes=1))
+    assert (together.num_retries, in_turns.num_retries) == (1, 2)
+    assert in_turns.seconds["forward"] == 2 * together.seconds["forward"]
+    # The images are the same.
+    assert (in_turns.bytes_read, in_turns.flags) == (together.bytes_read, together.flags)
+
+
 def test_operators_that_share_a_gpu_share_the_room_for_weights() -> None:
     total_bytes = 80 << 30
     alone = weights_budget_bytes(total_bytes, total_bytes, 1.0)
