@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 _POLL_S = 1.0
 _POLL_FAILURES = 30
-# A tail that breaks (a proxy's time limit, a restarted dashboard) is taken up again where it broke.
+# A tail that breaks (a proxy's time limit, a restarted dashboard) is taken up again where it broke: as long as the job
+# is at work, and then so often in a row without anything new.
 _TAIL_ATTEMPTS = 5
 _SUCCEEDED, _STOPPED, _FAILED = "SUCCEEDED", "STOPPED", "FAILED"
 _TERMINAL = frozenset({_SUCCEEDED, _STOPPED, _FAILED})
@@ -142,31 +143,34 @@ class JobService:
         )
 
     def follow_logs(self, submission_id: str, write: Callable[[str], None]) -> None:
-        """Hand on what the job prints until it ends. Returns early where its log cannot be had any more."""
-        tail = _Tail(write)
-        for _ in range(_TAIL_ATTEMPTS):
+        """Hand on what the job prints until it ends; what of it cannot be had any more by then is left out."""
+        tail, attempts = _Tail(write), 0
+        while attempts < _TAIL_ATTEMPTS:
+            written, is_whole = tail.written, True
             try:
                 asyncio.run(tail.follow(self._client, submission_id))
             except Exception:  # any fault of the connection: a lost log must not fail a job that goes on
-                time.sleep(_POLL_S)
-            else:
-                return
+                is_whole = False
+            if self._ask(submission_id).ended:
+                if is_whole:
+                    return
+                attempts = 0 if tail.written > written else attempts + 1
+            time.sleep(_POLL_S)
 
     def wait(self, submission_id: str) -> SubmittedJob:
         """The job when it has ended, however long that takes; a dashboard that is away for a moment is waited for."""
-        failures = 0
-        while True:
-            try:
-                job = self.get(submission_id)
-            except ClusterError:
-                failures += 1
-                if failures == _POLL_FAILURES:
-                    raise
-            else:
-                failures = 0
-                if job.ended:
-                    return job
+        while not (job := self._ask(submission_id)).ended:
             time.sleep(_POLL_S)
+        return job
+
+    def _ask(self, submission_id: str) -> SubmittedJob:
+        """The job as it stands, as soon as the dashboard answers."""
+        for _ in range(_POLL_FAILURES - 1):
+            try:
+                return self.get(submission_id)
+            except ClusterError:
+                time.sleep(_POLL_S)
+        return self.get(submission_id)
 
     def logs(self, submission_id: str) -> str:
         """What the job has printed so far."""
@@ -206,16 +210,16 @@ class _Tail:
 
     def __init__(self, write: Callable[[str], None]) -> None:
         self._write = write
-        self._written = 0
+        self.written = 0
 
     async def follow(self, client: JobSubmissionClient, submission_id: str) -> None:
         seen = 0
         async for text in client.tail_job_logs(submission_id):
-            new = text[max(0, self._written - seen) :]
+            new = text[max(0, self.written - seen) :]
             seen += len(text)
             if new:
                 self._write(new)
-                self._written += len(new)
+                self.written += len(new)
 
 
 def _prepare_environment(address: str) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import base64
+import hashlib
 import http.server
 import json
 import threading
@@ -15,11 +17,15 @@ from convoy.core.errors import ClusterError, ConfigError, ExitCode, RunCancelled
 
 
 class Dashboard(http.server.ThreadingHTTPServer):
-    """A server that speaks as much of Ray's Jobs API as a client needs to wait: its answers, one a question."""
+    """A server that speaks as much of Ray's Jobs API as a client needs to wait: its answers, one a question.
+
+    `tails` are what a job has printed whenever its log is asked for, and whether that ends as it should or breaks off.
+    """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Answering)
         self.answers: list[dict[str, Any] | None] = []
+        self.tails: list[tuple[str, bool]] = []
 
     @property
     def address(self) -> str:
@@ -30,11 +36,24 @@ class _Answering(http.server.BaseHTTPRequestHandler):
     server: Dashboard
 
     def do_GET(self) -> None:
+        if self.path.endswith("/logs/tail"):
+            self._tail(*self.server.tails.pop(0))
+            return
         version = {"version": "4", "ray_version": "2.60.0", "ray_commit": "", "session_name": ""}
         answer = version if self.path == "/api/version" else self.server.answers.pop(0)
         self.send_response(200 if answer else 503)
         self.end_headers()
         self.wfile.write(json.dumps(answer or "away").encode())
+
+    def _tail(self, text: str, is_whole: bool) -> None:
+        """One message of a WebSocket (RFC 6455), and its end."""
+        key = self.headers["Sec-WebSocket-Key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+        accept = base64.b64encode(hashlib.sha1(key.encode()).digest()).decode()
+        upgrade = "Upgrade: websocket\r\nConnection: Upgrade"
+        head = f"HTTP/1.1 101 Switching Protocols\r\n{upgrade}\r\nSec-WebSocket-Accept: {accept}\r\n\r\n"
+        self.wfile.write(head.encode() + bytes((0x81, len(text))) + text.encode())
+        if is_whole:
+            self.wfile.write(bytes((0x88, 2)) + (1000).to_bytes(2, "big"))
 
     def log_message(self, *_: object) -> None:
         """Say nothing."""
@@ -135,6 +154,43 @@ def test_waiting_ends_when_the_dashboard_stays_away(dashboard: Dashboard) -> Non
     with pytest.raises(ClusterError, match="refused the request"):
         JobService(dashboard.address).wait("one")
     assert dashboard.answers == []
+
+
+RUNNING, SUCCEEDED = told("RUNNING"), told("SUCCEEDED", 0)
+BROKEN, WHOLE = False, True
+LOG = "reading 11 images\ndone\n"
+
+
+@pytest.mark.parametrize(
+    ("tails", "answers"),
+    [
+        # A proxy that breaks it again and again, of a job that prints and of one that does not.
+        ([(LOG[: 2 * n], BROKEN) for n in range(8)] + [(LOG, WHOLE)], [RUNNING] * 8 + [SUCCEEDED]),
+        ([("", BROKEN)] * 8 + [(LOG, WHOLE)], [RUNNING] * 8 + [SUCCEEDED]),
+        # One that ends it in good order, and a dashboard that is away.
+        ([(LOG[:5], WHOLE), (LOG, WHOLE)], [RUNNING, SUCCEEDED]),
+        ([(LOG[:5], WHOLE), (LOG, WHOLE)], [None, None, RUNNING, SUCCEEDED]),
+        # The job ends meanwhile.
+        ([(LOG[:5], BROKEN), (LOG, WHOLE)], [SUCCEEDED, SUCCEEDED]),
+    ],
+)
+def test_a_log_is_followed_to_the_end_of_its_job(
+    dashboard: Dashboard, tails: list[tuple[str, bool]], answers: list[dict[str, Any] | None]
+) -> None:
+    dashboard.tails, dashboard.answers = tails[:], answers[:]
+    written: list[str] = []
+    JobService(dashboard.address).follow_logs("one", written.append)
+    assert "".join(written) == LOG
+    assert dashboard.tails == dashboard.answers == []
+
+
+def test_a_log_of_an_ended_job_that_breaks_off_is_not_asked_for_for_ever(dashboard: Dashboard) -> None:
+    dashboard.tails = [(LOG[:5], BROKEN)] * (1 + submission._TAIL_ATTEMPTS)
+    dashboard.answers = [SUCCEEDED] * (1 + submission._TAIL_ATTEMPTS)
+    written: list[str] = []
+    JobService(dashboard.address).follow_logs("one", written.append)
+    assert "".join(written) == LOG[:5]
+    assert dashboard.tails == dashboard.answers == []
 
 
 def test_an_address_where_nobody_answers_is_told_within_seconds() -> None:
