@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
 ORIENTATION_TAG = 274
+
+ByteOrder = Literal["<", ">"]
 
 
 def encode(pixels_HWC: np.ndarray | Image.Image, image_format: str, **options: Any) -> bytes:
@@ -63,6 +66,22 @@ def png_file(header: tuple[int, int, int, int], raw: bytes, *extra: bytes) -> by
     ihdr = png_chunk(b"IHDR", struct.pack(">IIBBBBB", *header, 0, 0, 0))
     idat = png_chunk(b"IDAT", zlib.compress(raw))
     return b"\x89PNG\r\n\x1a\n" + ihdr + b"".join(extra) + idat + png_chunk(b"IEND", b"")
+
+
+def tiff_file(tags: Mapping[int, int], planes: Sequence[bytes], byte_order: ByteOrder = "<") -> bytes:
+    """An uncompressed TIFF of one strip a plane, as Pillow cannot write it; each plane as long as the first."""
+    num_planes, num_bytes = len(planes), len(planes[0])
+    arrays = 8 + 2 + (len(tags) + 3) * 12 + 4
+    start = arrays + 8 * num_planes
+    offsets = [start + place * num_bytes for place in range(num_planes)]
+    pointers = {273: arrays, 279: arrays + 4 * num_planes} if num_planes > 1 else {273: start, 279: num_bytes}
+    entries = b"".join(
+        struct.pack(f"{byte_order}HHII", tag, 4, num_planes if tag in pointers else 1, value)
+        for tag, value in sorted({**tags, 259: 1, **pointers}.items())
+    )
+    lengths = struct.pack(f"{byte_order}{2 * num_planes}I", *offsets, *[num_bytes] * num_planes)
+    header = {"<": b"II*\0", ">": b"MM\0*"}[byte_order] + struct.pack(f"{byte_order}IH", 8, len(tags) + 3)
+    return header + entries + bytes(4) + lengths + b"".join(planes)
 
 
 def with_jpeg_frame(jpeg: bytes, *, marker: int | None = None, precision: int | None = None) -> bytes:

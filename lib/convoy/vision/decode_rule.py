@@ -26,9 +26,11 @@ class DecodeRule(StrictModel):
     """
 
     # Raised when the same bytes and fields would give other pixels or another verdict. Bundles and caches remember
-    # earlier ones: version 2 shows 12-bit grey TIFFs almost black, and PNGs of 2, 4 or 3x16 bits without the one colour
-    # that they declare transparent; version 1 also shows 16-bit grey TIFFs whose zero is white as negatives.
-    version: Literal[1, 2, 3] = 3
+    # earlier ones. Up to version 3, uncompressed TIFFs whose planes are declared separate are noise at 16 bits in
+    # colour, and grey ones that count from white negatives; up to 2, 12-bit grey TIFFs are almost black, and PNGs of
+    # 2, 4 or 3x16 bits lack the one colour that they declare transparent; in 1, 16-bit grey TIFFs whose zero is white
+    # are negatives.
+    version: Literal[1, 2, 3, 4] = 4
     formats: tuple[ImageFormat, ...] = tuple(ImageFormat)
     max_pixels: int = Field(default=50_000_000, gt=0, le=PILLOW_MAX_PIXELS)
     max_bytes: int = Field(default=256 << 20, gt=0)

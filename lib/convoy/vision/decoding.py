@@ -9,12 +9,13 @@ import re
 import warnings
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError, features
 from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import OPEN_INFO, TiffImageFile
 
 from convoy.core.records import RejectCode, SampleRejected, Stage
 from convoy.vision.decode_rule import PILLOW_MAX_PIXELS, DecodeFlag, DecodeRule
@@ -39,8 +40,9 @@ class DecodedImage:
 
 
 _SIXTEEN_BIT_GREY = ("I;16", "I;16L", "I;16B", "I;16N")
-# TIFF 6.0, section 8: a value of PhotometricInterpretation.
+# TIFF 6.0, section 8: a value of PhotometricInterpretation, and one of PlanarConfiguration.
 _WHITE_IS_ZERO = 0
+_SEPARATE_PLANES = 2
 # By Pillow's raw mode of a PNG: what a sample is multiplied by, and rounded down, on its way to 8 bits.
 _SAMPLE_FACTORS = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
 
@@ -145,6 +147,8 @@ def _check_header(image: Image.Image, rule: DecodeRule) -> None:
 def _decode_opened(image: ImageFile.ImageFile, data: bytes, rule: DecodeRule) -> DecodedImage:
     # Pillow calls a JPEG that holds several pictures MPO.
     image_format = ImageFormat.JPEG if image.format == "MPO" else ImageFormat(str(image.format))
+    if isinstance(image, TiffImageFile) and rule.version > 3:
+        _name_planes(image)
     flags = _header_flags(image)
     if image_format is ImageFormat.JPEG:
         pixels_CHW = _decode_jpeg(image, data, rule)
@@ -198,6 +202,36 @@ def _decode_with_pillow(image: Image.Image, data: bytes, rule: DecodeRule) -> to
     return torch.from_numpy(pixels_HWC).permute(2, 0, 1)
 
 
+def _name_planes(image: TiffImageFile) -> None:
+    """Give Pillow the raw mode of each plane of an uncompressed TIFF whose channels lie apart.
+
+    It takes the letters of a pixel's raw mode one by one, "R" of "RGB;16L", and so loses what samples are.
+    """
+    tags = image.tag_v2
+    # Of the codec "raw" these are tuples: the raw mode, the bytes of a row, which row comes first.
+    tiles: list[Any] = [tile for tile in image.tile if tile.codec_name == "raw"]
+    if tags.get(ExifTags.Base.PlanarConfiguration) != _SEPARATE_PLANES or not tiles:
+        return
+    num_bits, fill_order = _sample_bits(image), tags.get(ExifTags.Base.FillOrder, 1)
+    if image.mode in ("1", "L", "P", *_SIXTEEN_BIT_GREY):
+        photometric = tags[ExifTags.Base.PhotometricInterpretation]
+        sample_format = tags.get(ExifTags.Base.SampleFormat, (1,))[:1]
+        _, raw_mode = OPEN_INFO[tags.prefix, photometric, sample_format, fill_order, (num_bits,), ()]
+        raw_modes = [raw_mode] * len(tiles)
+    elif image.mode in ("RGB", "RGBA") and num_bits == 16:
+        depth = "16L" if tags.prefix == b"II" else "16B"
+        raw_modes = [f"{tile.args[0]};{depth}" for tile in tiles]
+    elif num_bits == 8 and fill_order == 1:
+        return
+    else:
+        reason = f"TIFF: {image.mode} of {num_bits} bits in separate planes, in fill order {fill_order}"
+        raise _reject(RejectCode.UNSUPPORTED_FORMAT, reason)
+    image.tile = [
+        tile._replace(args=(raw_mode, *tile.args[1:]))
+        for tile, raw_mode in zip(tiles, raw_modes, strict=True)
+    ]
+
+
 def _scale_colour_key(image: Image.Image) -> None:
     """Give the colour that a PNG declares transparent in the 8 bits of Pillow's samples, which leaves it as it is."""
     key = image.info.get("transparency")
@@ -231,7 +265,11 @@ def _zero_is_white(image: Image.Image) -> bool:
 
 def _grey_bits(image: Image.Image) -> int:
     """How many bits of the 16 that Pillow gives a sample of grey are used: a TIFF may have 12, numbers up to 4095."""
-    bits: tuple[int, ...] = getattr(image, "tag_v2", {}).get(ExifTags.Base.BitsPerSample, (16,))
+    return _sample_bits(image) if isinstance(image, TiffImageFile) else 16
+
+
+def _sample_bits(image: TiffImageFile) -> int:
+    bits: tuple[int, ...] = image.tag_v2.get(ExifTags.Base.BitsPerSample, (1,))
     return bits[0]
 
 
