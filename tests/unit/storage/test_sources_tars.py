@@ -225,3 +225,15 @@ def test_a_label_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
         (tmp_path / "0.tar").write_bytes(tar_bytes({"0.jpg": jpeg_bytes(0), name: data}))
         with pytest.raises(DataError, match=r"label"):
             read(tmp_path)
+
+
+def test_a_broken_label_that_another_comes_before_is_none(tmp_path: Path) -> None:
+    members = {"0.jpg": jpeg_bytes(0), "0.json": b"{", "0.txt": b"\xff\xfe", "0.cls": b"cat"}
+    members |= {"1.txt": b"\xff\xfe", "1.json": b'{"label": "dog"}', "1.jpg": jpeg_bytes(1)}
+    (tmp_path / "0.tar").write_bytes(tar_bytes(members))
+    assert labels_of(read(tmp_path)) == {"0.tar#0": "cat", "0.tar#1": "dog"}
+    (tmp_path / "0.tar").write_bytes(
+        tar_bytes({**members, "2.jpg": jpeg_bytes(2), "2.json": b"{", "2.txt": b"owl"})
+    )
+    with pytest.raises(DataError, match=r"label cannot be read .*2\.json in"):
+        read(tmp_path)

@@ -47,11 +47,15 @@ _BLOCK_BYTES = 512
 @dataclass(slots=True)
 class _Sample:
     image: tarfile.TarInfo | None = None
-    labels: dict[str, str] = field(default_factory=dict)
+    # Or why it is none, which matters only where no other comes first.
+    labels: dict[str, str | DataError] = field(default_factory=dict)
 
     @property
     def label(self) -> str | None:
-        return next((self.labels[suffix] for suffix in _LABEL_SUFFIXES if suffix in self.labels), None)
+        first = next((self.labels[suffix] for suffix in _LABEL_SUFFIXES if suffix in self.labels), None)
+        if isinstance(first, DataError):
+            raise first
+        return first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,8 +73,9 @@ def read_tars(root: SourceRoot, options: ReadingOptions, known: KnownContainers)
     request: so small members come many to a request, large ones are stepped over, and neither takes more than
     twice the best time. Shards that are known in the same version are not read. Of a shard that is cut off
     the whole samples are kept, of joined archives those of the first, and a warning names the loss. Raises
-    DataError for a file that is no tar, and for two images in a sample. A hard link to an earlier member is read
-    there; other links are counted, and so are samples whose image is a sparse file, which lies in pieces.
+    DataError for a file that is no tar, two images in a sample, or a label that cannot be read. A hard link to
+    an earlier member is read there; other links are counted, and so are samples whose image is a sparse file,
+    which lies in pieces.
     """
     skips = Skips()
     store, infos = open_containers(root, ".tar", skips)
@@ -210,7 +215,9 @@ def _is_image(suffix: str, options: ReadingOptions) -> bool:
     return suffix.rpartition(".")[2] in _IMAGE_SUFFIXES
 
 
-def _read_label(archive: tarfile.TarFile, member: tarfile.TarInfo, suffix: str, uri: str) -> str | None:
+def _read_label(
+    archive: tarfile.TarFile, member: tarfile.TarInfo, suffix: str, uri: str
+) -> str | DataError | None:
     file = archive.extractfile(member)
     content = file.read() if file else b""
     try:
@@ -218,10 +225,10 @@ def _read_label(archive: tarfile.TarFile, member: tarfile.TarInfo, suffix: str, 
             return content.decode().strip() or None
         label = json.loads(content).get("label")
     except (ValueError, AttributeError) as error:
-        raise DataError(f"the label cannot be read ({error})", where=f"{member.name} in {uri}") from None
+        return DataError(f"the label cannot be read ({error})", where=f"{member.name} in {uri}")
     if label is None or isinstance(label, str | int):
         return None if label is None else str(label)
-    raise DataError(f"{label!r} is no label", where=f"{member.name} in {uri}")
+    return DataError(f"{label!r} is no label", where=f"{member.name} in {uri}")
 
 
 def _to_rows(uri: str, info: ObjectInfo, samples: dict[str, _Sample], skips: Skips) -> Iterator[SourceRow]:
