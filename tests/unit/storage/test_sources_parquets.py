@@ -173,6 +173,27 @@ def test_a_parquet_with_paths_is_a_list(tmp_path: Path) -> None:
     assert find_kind(str(tmp_path / "a.parquet")) is SourceKind.LIST
 
 
+def test_a_list_may_have_a_binary_column_that_is_no_image(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    (tmp_path / "1.jpg").write_bytes(jpeg_bytes(0))
+    pq.write_table(pa.table({"path": ["1.jpg"], "hash": [b"\x01"], "label": ["cat"]}), path)
+    kind, scan = read_source(str(path), ReadingOptions())
+    assert kind is SourceKind.LIST
+    assert scan.samples["uri"].to_pylist() == [str(tmp_path / "1.jpg")]
+
+
+def test_images_may_have_a_path_beside_them(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    for table in (
+        pa.table({"path": ["1.jpg"], "image": [jpeg_bytes(0)]}),
+        pa.table({"path": ["1.jpg"], "photo": [{"bytes": jpeg_bytes(0), "path": "1.jpg"}]}),
+    ):
+        pq.write_table(table, path)
+        assert find_kind(str(path)) is SourceKind.PARQUET
+    pq.write_table(pa.table({"path": ["1.jpg"], "photo": [jpeg_bytes(0)]}), path)
+    assert read(path, image_column="photo").samples["container_field"].to_pylist() == ["photo"]
+
+
 def test_files_that_name_classes_differently_are_refused(tmp_path: Path) -> None:
     pq.write_table(hugging_face_table([0], ["wolf", "ant"]), tmp_path / "0.parquet")
     pq.write_table(hugging_face_table([0], ["ant", "wolf"]), tmp_path / "1.parquet")

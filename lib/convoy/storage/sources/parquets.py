@@ -101,6 +101,12 @@ def image_columns(schema: pa.Schema) -> list[str]:
     return [field.name for field in schema if _is_binary(field.type) or _is_binary(_bytes_type(field.type))]
 
 
+def sure_image_columns(schema: pa.Schema) -> list[str]:
+    """Those that tell it themselves: declared an image or laid out as one of Hugging Face's, or named `image`."""
+    told = {*_declared_images(schema), "image"}
+    return [name for name in image_columns(schema) if name in told or not _is_binary(schema.field(name).type)]
+
+
 def _warn_of_large_groups(large_groups: Mapping[str, int]) -> Iterator[str]:
     """What reading will suffer from; of some files their largest row group in bytes, by key."""
     if not large_groups:
@@ -120,8 +126,8 @@ def _open_columns(store: ObjectStore, info: ObjectInfo, options: ReadingOptions)
 
 def _choose_columns(schema: pa.Schema, options: ReadingOptions, where: str) -> ImageColumns:
     features = _features(schema)
-    declared = [name for name, feature in features.items() if feature.get("_type") == "Image"]
-    image = _choose(options.image_column, declared or image_columns(schema), schema, where, "image")
+    images = _declared_images(schema) or image_columns(schema)
+    image = _choose(options.image_column, images, schema, where, "image")
     if image is None:
         raise DataError("no column holds image bytes", where=where, next_step="set reading.image_column")
     if image not in image_columns(schema):
@@ -160,6 +166,10 @@ def _choose(
             next_step=f"choose one with reading.{role}_column",
         )
     return wanted or next(iter(candidates), None)
+
+
+def _declared_images(schema: pa.Schema) -> list[str]:
+    return [name for name, feature in _features(schema).items() if feature.get("_type") == "Image"]
 
 
 def _features(schema: pa.Schema) -> dict[str, Any]:

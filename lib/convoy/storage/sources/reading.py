@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import islice
 
+import pyarrow as pa
+
 from convoy.core.errors import ConfigError, DataError, ObjectNotFound
 from convoy.storage.local_store import LocalStore
 from convoy.storage.manifests import Manifest
@@ -12,10 +14,10 @@ from convoy.storage.sources.containers import KnownContainers
 from convoy.storage.sources.folders import read_folders
 from convoy.storage.sources.inventory import read_inventory
 from convoy.storage.sources.inventory_files import is_report, may_hold_report
-from convoy.storage.sources.list_files import LIST_SUFFIXES
+from convoy.storage.sources.list_files import LIST_SUFFIXES, PATH_COLUMNS
 from convoy.storage.sources.listing import SourceRoot, is_hidden
 from convoy.storage.sources.lists import read_list
-from convoy.storage.sources.parquets import image_columns, read_parquets
+from convoy.storage.sources.parquets import image_columns, read_parquets, sure_image_columns
 from convoy.storage.sources.rows import LabelRule, ReadingOptions, SourceKind, SourceScan, describe_examples
 from convoy.storage.sources.tars import read_tars
 from convoy.storage.stores import open_object
@@ -46,7 +48,7 @@ def read_source(
     ConfigError for options that do not fit the kind, and for the workspace itself as a source.
     """
     root = SourceRoot.open(uri, workspace)
-    kind = options.kind or find_kind(uri, root)
+    kind = options.kind or find_kind(uri, root, options.image_column)
     _refuse_unused(options, kind, uri)
     match kind:
         case SourceKind.LIST:
@@ -64,15 +66,17 @@ def read_source(
     return kind, _with_what_is_not_listed(root, scan)
 
 
-def find_kind(uri: str, root: SourceRoot | None = None) -> SourceKind:
+def find_kind(uri: str, root: SourceRoot | None = None, image_column: str | None = None) -> SourceKind:
     """The kind of a source, by the name of a file or by the first 1,000 objects below its root.
 
+    A parquet file is a list where it has a column of paths, unless `image_column` or the file itself says which
+    column holds the images.
     Raises DataError where the objects are of several kinds, or archives that cannot be read by range.
     """
     name = uri.lower()
     if name.endswith(".parquet") and _is_object(uri):
         store, key = open_object(uri)
-        return SourceKind.PARQUET if image_columns(store.open_parquet(key).schema_arrow) else SourceKind.LIST
+        return _kind_of_columns(store.open_parquet(key).schema_arrow, image_column)
     if name.endswith(LIST_SUFFIXES) and _is_object(uri):
         return SourceKind.LIST
     if name.endswith(".tar") and _is_object(uri):
@@ -84,6 +88,13 @@ def find_kind(uri: str, root: SourceRoot | None = None) -> SourceKind:
     if may_hold_report(keys) and is_report(uri):
         return SourceKind.INVENTORY
     return _kind_of_keys([key.lower() for key in keys], uri)
+
+
+def _kind_of_columns(schema: pa.Schema, image_column: str | None) -> SourceKind:
+    has_paths = not set(PATH_COLUMNS).isdisjoint(schema.names)
+    # Beside paths, binary columns may be anything: hashes, embeddings, thumbnails.
+    images = sure_image_columns(schema) if has_paths else image_columns(schema)
+    return SourceKind.PARQUET if images or image_column else SourceKind.LIST
 
 
 def _with_what_is_not_listed(root: SourceRoot, scan: SourceScan) -> SourceScan:

@@ -43,14 +43,16 @@ class LabelRule(StrEnum):
 class ReadingOptions(StrictModel):
     """How a source is read; what is null is found by looking at the source.
 
-    `kind`: `folders` (one folder a class), `images` (any folder, unlabelled), `list` (CSV, JSONL or parquet
-    with paths), `parquet` (with image bytes), `tars` (WebDataset), `inventory` (a report of S3 Inventory). A
-    list's relative paths begin at `images_root`, else at the folder of the list; of an inventory's objects those
-    below `images_root` are samples, else all of the bucket. With `labels` none, samples have no label, whatever
-    the source says. `image_column` chooses among several columns of a parquet file or several images of a tar's
-    samples; `label_column` chooses the label of a parquet file or a list. `id_column` of parquet files has a text or
-    integer that is unique in its file: with it a sample keeps its id, and with that its split, whatever rows of the
-    file come or go; without it the row's number is the id. Files are read fastest where ids ascend with the rows.
+    `kind`: `folders` (one folder a class), `images` (any folder, unlabelled), `list` (CSV, JSONL or parquet with
+    paths), `parquet` (with image bytes), `tars` (WebDataset), `inventory` (a report of S3 Inventory). A single
+    parquet file with a column `path`, `uri` or `file_name` is a list, unless its images are in a column of Hugging
+    Face's layout, in one named `image`, or in the `image_column`. A list's relative paths begin at `images_root`,
+    else at the folder of the list; of an inventory's objects those below `images_root` are samples, else all of the
+    bucket. With `labels` none, samples have no label, whatever the source says. `image_column` chooses among several
+    columns of a parquet file or several images of a tar's samples; `label_column` chooses the label of a parquet file
+    or a list. `id_column` of parquet files has a text or integer that is unique in its file: with it a sample keeps
+    its id, and with that its split, whatever rows of the file come or go; without it the row's number is the id.
+    Files are read fastest where ids ascend with the rows.
     """
 
     kind: SourceKind | None = None
