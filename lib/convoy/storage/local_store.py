@@ -40,6 +40,8 @@ from convoy.storage.parquet_files import open_parquet_file
 LOCK_NAME = f"{PRIVATE_PREFIX}lock"
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+# A path that leads in a circle, or with a name that is too long for any file.
+_NO_PATH = (errno.ELOOP, errno.ENAMETOOLONG)
 _NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -107,6 +109,10 @@ class LocalStore:
             status = _file_status(path)
         return ObjectInfo(key=key, size_bytes=status.st_size, etag=local_etag(status))
 
+    def find(self, keys: Iterable[str]) -> list[ObjectInfo]:
+        """The objects of those keys that name a file, whatever else their folders hold."""
+        return [info for key in keys if (info := self._find(key)) is not None]
+
     def get(self, key: str, *, byte_range: tuple[int, int] | None = None) -> Blob:
         """As in ObjectStore."""
         path = self._path(key)
@@ -169,6 +175,20 @@ class LocalStore:
             _file_status(path)
             # Not memory-mapped: a mapped file that is cut short kills the process instead of raising.
             return open_parquet_file(path, where=path)
+
+    def _find(self, key: str) -> ObjectInfo | None:
+        path = self.uri(key)
+        with _reading(path):
+            try:
+                status = os.stat(path)
+            except (*ABSENT, ValueError):  # ValueError: no name has a NUL, or half of a character
+                return None
+            except OSError as error:
+                if error.errno in _NO_PATH:
+                    return None
+                raise
+        is_file = stat.S_ISREG(status.st_mode)
+        return ObjectInfo(key=key, size_bytes=status.st_size, etag=local_etag(status)) if is_file else None
 
     def _path(self, key: str) -> str:
         names = key.split("/")

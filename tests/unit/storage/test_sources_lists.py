@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from hashlib import md5, sha256
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from convoy.core.errors import DataError
-from convoy.storage.sources.lists import find_objects
+from convoy.storage.local_store import LocalStore
+from convoy.storage.sources.lists import _by_folder, _find_in_folder
 from convoy.storage.sources.reading import read_source
 from convoy.storage.sources.rows import ReadingOptions, SourceKind
 from made_sources import jpeg_bytes, write_files
@@ -225,9 +227,32 @@ def test_the_content_id_follows_a_given_checksum(root: Path) -> None:
 
 
 def test_objects_far_apart_are_found_without_listing_what_lies_between(root: Path) -> None:
-    folder = root / "many"
-    folder.mkdir()
     for index in range(1200):
-        (folder / f"{index:05d}.jpg").write_bytes(jpeg_bytes(1))
-    wanted = {f"{folder}/00000.jpg", f"{folder}/01199.jpg", f"{root}/images/deep/3.jpg"}
-    assert set(find_objects([*wanted, f"{folder}/00000.jpx", f"{root}/gone/1.jpg"])) == wanted
+        write_files(root, f"many/{index:05d}.jpg")
+    wanted = {"many/00000.jpg", "many/01199.jpg", "images/deep/3.jpg"}
+    groups = _by_folder({*wanted, "gone/1.jpg"})
+    assert {info.key for group in groups for info in _find_in_folder(LocalStore(str(root)), group)} == wanted
+
+
+def test_what_lies_beside_local_files_is_not_looked_at(root: Path) -> None:
+    (root / os.fsdecode(b"images/\xe4.jpg")).write_bytes(jpeg_bytes(1))
+    rows = read(write(root / "list.csv", "path\nimages/1.jpg\nimages/2.jpg\n"))
+    assert [row["uri"] for row in rows] == [f"{root}/images/1.jpg", f"{root}/images/2.jpg"]
+
+
+def test_local_paths_that_name_no_file_are_reported_with_their_lines(root: Path) -> None:
+    os.mkfifo(root / "fifo.jpg")
+    (root / "circle.jpg").symlink_to("circle.jpg")
+    paths = [
+        "images",
+        "images/none.jpg",
+        "images/1.jpg/2.jpg",
+        "fifo.jpg",
+        "circle.jpg",
+        "x" * 300 + ".jpg",
+        "\0.jpg",
+    ]
+    text = "".join(f"{json.dumps({'path': path})}\n" for path in [*paths, "\ud800.jpg", "images/1.jpg"])
+    with pytest.raises(DataError, match="8 rows cannot be used") as caught:
+        read(write(root / "a.jsonl", text))
+    assert str(caught.value).count("does not exist") == 8

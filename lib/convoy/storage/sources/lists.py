@@ -1,4 +1,4 @@
-"""Samples named in a list; sizes and versions come from listing their folders."""
+"""Samples named in a list; sizes and versions come from the files, or from listing the folders of a bucket."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from urllib.parse import unquote
 
+from convoy.core.batching import batched
 from convoy.core.errors import ObjectNotFound
+from convoy.storage.local_store import LocalStore
 from convoy.storage.object_store import ObjectInfo, ObjectStore
 from convoy.storage.sources.list_files import ListedSample, read_listed_samples
 from convoy.storage.sources.listing import NUM_THREADS
@@ -27,6 +29,7 @@ from convoy.storage.stores import open_object, open_store
 # A request lists 1,000 objects in about the time of two HEADs. So a listing that has passed this many objects
 # for each one that is wanted has cost as much as asking for them one by one, and that is then done.
 _OBJECTS_LISTED_PER_SAMPLE = 500
+_FILES_PER_CALL = 1000
 
 
 def read_list(uri: str, options: ReadingOptions) -> SourceScan:
@@ -61,7 +64,8 @@ def read_list(uri: str, options: ReadingOptions) -> SourceScan:
 def find_objects(uris: Iterable[str]) -> dict[str, ObjectInfo]:
     """What is known of each object, by URI; objects that do not exist are missing.
 
-    Each folder is listed once, and single objects are asked for only where they lie far apart.
+    Of a bucket each folder is listed once, and single objects are asked for only where they lie far apart. Of local
+    files each is asked for: that costs no more than its part of a listing, and needs no rights but its own.
     """
     keys_by_root: dict[str, set[str]] = defaultdict(set)
     for uri in uris:
@@ -71,7 +75,11 @@ def find_objects(uris: Iterable[str]) -> dict[str, ObjectInfo]:
     with ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="list") as pool:
         for root, keys in keys_by_root.items():
             store = open_store(root)
-            for infos in pool.map(partial(_find_in_folder, store), _by_folder(keys)):
+            if isinstance(store, LocalStore):
+                groups = pool.map(store.find, batched(sorted(keys), _FILES_PER_CALL))
+            else:
+                groups = pool.map(partial(_find_in_folder, store), _by_folder(keys))
+            for infos in groups:
                 found.update((store.uri(info.key), info) for info in infos)
     return found
 
