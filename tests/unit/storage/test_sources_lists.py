@@ -78,6 +78,33 @@ def test_jsonl_and_parquet_say_the_same_as_csv(root: Path) -> None:
     assert [row["label"] for row in read(root / "a.csv")] == ["3", "10"]
 
 
+def test_of_a_parquet_list_only_the_columns_that_are_used_are_read(root: Path) -> None:
+    columns = {
+        "path": ["images/1.jpg", "images/2.jpg"],
+        "species": ["cat", "dog"],
+        "embedding": [[0.5] * 512] * 2,
+    }
+    path = root / "a.parquet"
+    pq.write_table(pa.table(columns), path, compression="none", use_dictionary=False)
+    chunk = pq.ParquetFile(path).metadata.row_group(0).column(2)
+    data = bytearray(path.read_bytes())
+    # No reader of the column gets past these zeros.
+    data[chunk.data_page_offset : chunk.data_page_offset + chunk.total_compressed_size] = bytes(
+        chunk.total_compressed_size
+    )
+    path.write_bytes(data)
+    assert [row["label"] for row in read(path, label_column="species")] == ["cat", "dog"]
+
+
+def test_a_parquet_list_without_a_path_column_tells_all_that_it_has(root: Path) -> None:
+    pq.write_table(pa.table({"label": ["cat"], "embedding": [[0.5]]}), root / "a.parquet")
+    with pytest.raises(DataError, match="but has only label, embedding"):
+        read(root / "a.parquet")
+    pq.write_table(pa.table({"path": ["images/1.jpg"], "embedding": [[0.5]]}), root / "a.parquet")
+    with pytest.raises(DataError, match="no column 'breed', only path, embedding"):
+        read(root / "a.parquet", label_column="breed")
+
+
 def test_labels_that_became_floats_are_integers_again(root: Path) -> None:
     pq.write_table(pa.table({"path": ["images/1.jpg"], "label": [7.0]}), root / "a.parquet")
     assert read(root / "a.parquet")[0]["label"] == "7"

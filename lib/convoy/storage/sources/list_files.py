@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from convoy.core.errors import DataError
@@ -19,6 +19,8 @@ from convoy.storage.sources.rows import BadRows
 PATH_COLUMNS = ("path", "uri", "file_name")
 LIST_SUFFIXES = (".csv", ".jsonl", ".ndjson", ".parquet")
 _CHECKSUM_DIGITS = {"md5": 32, "sha256": 64}
+_COLUMNS_BESIDE_LABELS = (*PATH_COLUMNS, "split", "id", "weight", *_CHECKSUM_DIGITS)
+_PARQUET_ROWS_PER_BATCH = 8192
 
 
 class ListedSample(NamedTuple):
@@ -50,7 +52,7 @@ def read_listed_samples(
     path_column = ""
     read_label_from = (label_column or "label") if with_labels else None
     seen: set[str] = set()
-    for line, record in _read_records(store, key, bad_rows):
+    for line, record in _read_records(store, key, bad_rows, label_column):
         if not path_column:
             path_column = _find_path_column(record, label_column, store.uri(key))
         problems: list[str] = []
@@ -64,9 +66,11 @@ def read_listed_samples(
             yield sample
 
 
-def _read_records(store: ObjectStore, key: str, bad_rows: BadRows) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _read_records(
+    store: ObjectStore, key: str, bad_rows: BadRows, label_column: str | None
+) -> Iterator[tuple[int, Mapping[str, Any]]]:
     if key.lower().endswith(".parquet"):
-        return _read_parquet(store, key)
+        return _read_parquet(store, key, label_column)
     try:
         text = store.get(key).data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -116,21 +120,29 @@ def _read_jsonl(text: str, bad_rows: BadRows) -> Iterator[tuple[int, dict[str, A
             bad_rows.add(line, "not a JSON object")
 
 
-def _read_parquet(store: ObjectStore, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_parquet(
+    store: ObjectStore, key: str, label_column: str | None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    file = store.open_parquet(key)
+    names = file.schema_arrow.names
+    # Told here, where the names of all columns are known.
+    _find_path_column(names, label_column, store.uri(key))
+    # Only these: what else is in a list may be embeddings, of which each number is an object here.
+    columns = [name for name in names if name in {*_COLUMNS_BESIDE_LABELS, label_column or "label"}]
     row = 0
-    for batch in store.open_parquet(key).iter_batches():
+    for batch in file.iter_batches(batch_size=_PARQUET_ROWS_PER_BATCH, columns=columns):
         for record in batch.to_pylist():
             row += 1
             yield row, record
 
 
-def _find_path_column(record: Mapping[str, Any], label_column: str | None, where: str) -> str:
-    if label_column and label_column not in record:
-        raise DataError(f"the list has no column '{label_column}', only {', '.join(record)}", where=where)
-    found = [name for name in PATH_COLUMNS if name in record]
+def _find_path_column(columns: Collection[str], label_column: str | None, where: str) -> str:
+    if label_column and label_column not in columns:
+        raise DataError(f"the list has no column '{label_column}', only {', '.join(columns)}", where=where)
+    found = [name for name in PATH_COLUMNS if name in columns]
     if len(found) == 1:
         return found[0]
-    problem = f"several: {', '.join(found)}" if found else f"only {', '.join(record) or 'nothing'}"
+    problem = f"several: {', '.join(found)}" if found else f"only {', '.join(columns) or 'nothing'}"
     raise DataError(
         f"the list must have one column of {', '.join(PATH_COLUMNS)}, but has {problem}",
         where=where,
