@@ -25,6 +25,8 @@ def dataset(
     """Freeze a dataset: list its samples into a manifest. Again: refresh it, and say what changed.
 
     On a local disk a file of the same size and modification time counts as the same.
+
+    A list takes about 1.5 kB of memory a row, a report of S3 Inventory 0.6 kB: split larger lists, a dataset each.
     """
     from convoy.pipelines.dataset import DatasetConfig, freeze  # noqa: PLC0415
 
