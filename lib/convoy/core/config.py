@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from yaml.composer import ComposerError
 
 from convoy.core.errors import ConfigError
+from convoy.core.json_values import not_finite
 
 
 class StrictModel(BaseModel):
@@ -33,15 +34,22 @@ def load_config(model: type[ConfigT], path: str | None, overrides: Sequence[str]
 
 
 def parse_config(model: type[ConfigT], settings: Mapping[str, Any], *, where: str) -> ConfigT:
-    """The config that a mapping of keys describes; ConfigError for an unknown key or a value that does not fit."""
+    """The config that a mapping of keys describes; ConfigError for an unknown key or a value that does not fit.
+
+    A number that is not finite fits nowhere: the records of a job are JSON, which has no word for it.
+    """
     try:
-        return model.model_validate(settings)
+        config = model.model_validate(settings)
+        problems = [f"{key}: {value} is no finite number" for key, value in not_finite(config.model_dump())]
     except ValidationError as error:
+        problems = [_explain(model, problem) for problem in error.errors()]
+    if problems:
         raise ConfigError(
-            "\n".join(_explain(model, problem) for problem in error.errors()),
+            "\n".join(problems),
             where=where,
             next_step="correct the config, or see the examples in jobs/configs",
-        ) from None
+        )
+    return config
 
 
 def config_keys(path: str | None, overrides: Sequence[str] = ()) -> frozenset[str]:

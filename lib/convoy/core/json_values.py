@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 
@@ -14,3 +14,15 @@ def finite_or_null(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite_or_null(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def not_finite(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers in a value that are not finite, each after the dotted keys that lead to it."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from not_finite(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from not_finite(item, f"{key}.{index}" if key else str(index))
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield key, value

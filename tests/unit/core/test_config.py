@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import Field
 
 from convoy.core.config import (
     StrictModel,
@@ -23,6 +25,8 @@ class Outer(StrictModel):
     name: str
     views: int = 1
     inner: Inner = Inner()
+    steps: tuple[Inner, ...] = ()
+    space: dict[str, Any] = Field(default_factory=dict)
     taps: tuple[str, ...] = ("pooled",)
 
 
@@ -50,6 +54,11 @@ def test_override_makes_a_missing_section(tmp_path: Path) -> None:
         ("name.x=1", "'name' is a value, 'x', not a section"),
         ("inner.learning_rate.x.y=1", r"--set 'inner\.learning_rate=\{KEY: VALUE"),
         ("views=[", "not valid YAML"),
+        ("inner.learning_rate=.inf", r"inner\.learning_rate: inf is no finite number"),
+        ("inner.learning_rate=-inf", r"inner\.learning_rate: -inf is no finite number"),
+        ("inner.learning_rate=1e999", r"inner\.learning_rate: inf is no finite number"),
+        ("steps=[{}, {learning_rate: .nan}]", r"steps\.1\.learning_rate: nan is no finite number"),
+        ("space.rate={choices: [0.1, .inf]}", r"space\.rate\.choices\.1: inf is no finite number"),
     ],
 )
 def test_bad_override_is_explained(override: str, words: str) -> None:
