@@ -18,7 +18,7 @@ from convoy.cli.options import (
     run_job,
     words,
 )
-from convoy.core.config import config_keys, read_settings
+from convoy.core.config import read_settings
 from convoy.core.errors import ConfigError
 from convoy.report.progress import TerminalProgress
 
@@ -243,7 +243,7 @@ def advise(
     from convoy.report.curves import draw_learning_curves  # noqa: PLC0415
 
     given = words(source=source, name=name) + (["dataset=null"] if source else [])
-    if verify and "verify" not in config_keys(config, overrides or []):
+    if verify and read_settings(config, overrides or []).get("verify") is None:
         given += words(verify={})
     settings = load(AdviseConfig, config, [*(overrides or []), *given], workspace)
     run_job(

@@ -14,6 +14,7 @@ from convoy.cli.main import app
 from convoy.cli.options import load, run_job, words
 from convoy.core.config import write_settings
 from convoy.core.errors import ConfigError, ErrorBudgetExceeded
+from convoy.pipelines.advise_config import AdviseConfig
 from convoy.pipelines.score_config import ScoreConfig
 
 
@@ -109,6 +110,28 @@ def test_what_is_to_be_scored_on_the_command_line_takes_the_place_of_the_configs
 def test_a_command_line_that_names_both_a_dataset_and_a_source_is_refused(options: list[str]) -> None:
     with pytest.raises(ConfigError, match="either dataset, or source and name"):
         app(["score", "one", "--source", "s3://b/new", "--name", "new", *options], standalone_mode=False)
+
+
+@pytest.mark.parametrize(
+    ("said", "num_epochs"), [("", 10), ("verify:\n", 10), ("verify: {}\n", 10), ("verify: {epochs: 2}\n", 2)]
+)
+def test_an_advice_verifies_where_told_to_whether_the_config_says_how_or_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, num_epochs: int
+) -> None:
+    heard: list[AdviseConfig] = []
+
+    def run_advise(config: AdviseConfig, **_: object) -> Report:
+        heard.append(config)
+        return Report(within_error_budget=True)
+
+    monkeypatch.setattr("convoy.pipelines.advise.run_advise", run_advise)
+    (tmp_path / "advise.yaml").write_text(
+        f"dataset: digits\ncandidates: [{{backbone: {{arch: lenet5}}}}]\n{said}"
+    )
+    app(["advise", "--verify", "--config", str(tmp_path / "advise.yaml")], standalone_mode=False)
+    (verify,) = [config.verify for config in heard]
+    assert verify is not None
+    assert verify.epochs == num_epochs
 
 
 @pytest.mark.parametrize("what", ["models", "runs"])
