@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
 
 from convoy.core.errors import ConfigError
 from convoy.core.json_values import not_finite
@@ -78,8 +79,8 @@ def write_settings(settings: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(settings), sort_keys=True, allow_unicode=True)
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML forbids a key twice in one mapping; PyYAML takes the last one without a word."""
+class _StrictLoader(yaml.SafeLoader):
+    """PyYAML, which also refuses a key twice in one mapping, and in its own words what only looks like a date."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """A mapping as it is written, before what `<<` brings is merged into it."""
@@ -94,9 +95,18 @@ class _UniqueKeys(yaml.SafeLoader):
                 seen.add((key.tag, key.value))
         return node
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """The value of a node; a YAML error too where it only looks like a date or a number, as 2026-02-30."""
+        try:
+            return super().construct_object(node, deep=deep)
+        except ValueError as error:
+            raise ConstructorError(
+                None, None, f"'{node.value}' is no {node.tag.rpartition(':')[2]}: {error}", node.start_mark
+            ) from None
+
 
 def _parse_yaml(text: str) -> Any:
-    return yaml.load(text, _UniqueKeys)
+    return yaml.load(text, _StrictLoader)
 
 
 def _read_yaml(path: str) -> dict[str, Any]:

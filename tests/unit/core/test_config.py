@@ -54,6 +54,7 @@ def test_override_makes_a_missing_section(tmp_path: Path) -> None:
         ("name.x=1", "'name' is a value, 'x', not a section"),
         ("inner.learning_rate.x.y=1", r"--set 'inner\.learning_rate=\{KEY: VALUE"),
         ("views=[", "not valid YAML"),
+        ("name=2026-02-30", "not valid YAML: '2026-02-30' is no timestamp: day is out of range"),
         ("inner.learning_rate=.inf", r"inner\.learning_rate: inf is no finite number"),
         ("inner.learning_rate=-inf", r"inner\.learning_rate: -inf is no finite number"),
         ("inner.learning_rate=1e999", r"inner\.learning_rate: inf is no finite number"),
@@ -111,6 +112,18 @@ def test_a_key_may_take_the_place_of_one_that_is_merged_in(tmp_path: Path) -> No
         "in": {"b": {"x": 3, "y": 2}},
         "c": {"x": 3, "y": 4, "1": 5, 1: 6},
     }
+
+
+@pytest.mark.parametrize("value", ["2026-02-30", "2026-01-01T25:00:00", "0x_"])
+def test_a_value_that_only_looks_like_a_date_or_a_number_is_refused_with_its_line(
+    tmp_path: Path, value: str
+) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(f"views: 1\ninner: {{name: [{value}]}}\n")
+    with pytest.raises(ConfigError, match=rf"not valid YAML: '{value}' is no (timestamp|int): [^$]*line 2"):
+        load_config(Outer, str(path))
+    path.write_text(f"views: 1\nname: '{value}'\n")
+    assert load_config(Outer, str(path)).name == value
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "\xff"])
