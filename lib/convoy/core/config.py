@@ -124,6 +124,13 @@ def _read_yaml(path: str) -> dict[str, Any]:
         return {}
     if not isinstance(loaded, dict):
         raise ConfigError("the config must be a mapping of keys to values", where=path)
+    for key in loaded:
+        if not isinstance(key, str):
+            raise ConfigError(
+                f"the config has a key that YAML reads as {key}, which is no text",
+                where=path,
+                next_step="correct the key, or put it in quotes: on, off, yes, no, null, numbers and dates are no text",
+            )
     return loaded
 
 

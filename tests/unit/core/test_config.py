@@ -126,6 +126,21 @@ def test_a_value_that_only_looks_like_a_date_or_a_number_is_refused_with_its_lin
     assert load_config(Outer, str(path)).name == value
 
 
+@pytest.mark.parametrize(
+    ("key", "read"),
+    [("on", "True"), ("no", "False"), ("~", "None"), ("3", "3"), ("2026-01-01", "2026-01-01")],
+)
+def test_a_key_that_yaml_reads_as_no_text_is_named_as_it_was_read(
+    tmp_path: Path, key: str, read: str
+) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(f"name: a\n{key}: 1\n")
+    with pytest.raises(ConfigError, match=f"a key that YAML reads as {read}, [^$]*put it in quotes"):
+        read_settings(str(path), [])
+    path.write_text(f"'{key}': 1\n")
+    assert read_settings(str(path), []) == {key: 1}
+
+
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "\xff"])
 def test_file_that_is_not_a_mapping_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "job.yaml"
