@@ -84,8 +84,15 @@ def _package(package: str, floor: str) -> Check:
 
 
 def _devices() -> Check:
-    import torch  # noqa: PLC0415 (seconds of import that the other checks need not wait for)
-
+    try:
+        import torch  # noqa: PLC0415 (it may not load, and every other check can do without)
+    except Exception as error:  # a broken installation fails in any way
+        return Check(
+            verdict=Verdict.RED,
+            what="devices",
+            found=f"torch cannot be imported: {error}",
+            advice="run `make setup`, or install the build of torch that fits this machine",
+        )
     if not torch.cuda.is_available():
         return Check(verdict=Verdict.GREEN, what="devices", found=f"{os.cpu_count()} CPUs, no CUDA GPU")
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

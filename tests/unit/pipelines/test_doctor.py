@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from convoy.core.errors import ConfigError
-from convoy.pipelines.doctor import Check, Verdict, examine
+from convoy.pipelines.doctor import Check, Diagnosis, Verdict, examine
 from convoy.pipelines.workspace import open_workspace
 from convoy.storage.conditional_put import VERDICT_KEY, StoreVerdict
 from convoy.storage.local_store import LocalStore
@@ -45,6 +48,25 @@ def test_workspace_that_cannot_be_written_is_red_with_advice(tmp_path: Path) -> 
 def test_unknown_scheme_is_red(tmp_path: Path) -> None:
     diagnosis = examine("ftp://host/folder")
     assert [check.what for check in diagnosis.checks if check.verdict is Verdict.RED] == ["workspace"]
+
+
+@pytest.mark.parametrize(
+    "raised", ["ImportError('libcudart.so.13: cannot open')", "OSError('libcudart.so.13: cannot open')"]
+)
+def test_a_torch_that_cannot_be_imported_is_one_red_line_of_a_whole_report(
+    tmp_path: Path, raised: str
+) -> None:
+    (tmp_path / "torch.py").write_text(f"raise {raised}\n")
+    variables = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.pathsep.join(sys.path)}"}
+    command = [sys.executable, "-m", "convoy.cli", "doctor", "--json", "--workspace", str(tmp_path)]
+    finished = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
+    assert finished.returncode == 1, finished.stderr
+    checks = Diagnosis.model_validate_json(finished.stdout).checks
+    (red,) = [check for check in checks if check.verdict is Verdict.RED]
+    assert red.what == "devices"
+    assert red.found == "torch cannot be imported: libcudart.so.13: cannot open"
+    assert "make setup" in red.advice
+    assert {"python", "ray", "c++ compiler", "workspace delete", "clock"} <= {check.what for check in checks}
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:{}", "http://localhost:{}/"])
