@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,7 +18,7 @@ from convoy.cli.options import (
     run_job,
     words,
 )
-from convoy.core.config import read_settings
+from convoy.core.config import parse_config, read_settings
 from convoy.core.errors import ConfigError
 from convoy.report.progress import TerminalProgress
 
@@ -139,8 +139,9 @@ def evaluate(  # noqa: PLR0917 (an option of the command line is an argument)
     if compare:
         from convoy.pipelines.comparison import CompareConfig, compare_bundles  # noqa: PLC0415
 
-        given += words(bundles=[*(bundles or []), *(ensemble or [])] or None)
-        comparison = load(CompareConfig, config, [*(overrides or []), *given], workspace)
+        told = [*(overrides or []), *given, *words(workspace=workspace)]
+        settings_of_both = _compared_settings([*(bundles or []), *(ensemble or [])], config, told)
+        comparison = parse_config(CompareConfig, settings_of_both, where=config or "--set")
         run_job(
             lambda progress: compare_bundles(comparison, progress=progress, new_run=new_run), as_json=as_json
         )
@@ -264,6 +265,15 @@ def _replaced_dataset_words(config: str | None, dataset: str | None, source: str
     if dataset and read_settings(config, []).get("source") is not None:
         return ["source=null", "name=null"]
     return []
+
+
+def _compared_settings(named: Sequence[str], config: str | None, told: Sequence[str]) -> dict[str, Any]:
+    """What a comparison is told: the models named take the place of the one that a config of `evaluate` names."""
+    settings = read_settings(config, [*told, *words(bundles=list(named) or None)])
+    if named:
+        for which in ("bundle", "model", "ensemble"):
+            settings.pop(which, None)
+    return settings
 
 
 def _evaluated_words(bundles: Sequence[str] | None, members: Sequence[str] | None) -> list[str]:

@@ -13,8 +13,10 @@ from typer.testing import CliRunner
 from convoy.cli.main import app
 from convoy.cli.options import load, run_job, words
 from convoy.core.config import write_settings
+from convoy.core.crop_policies import CropPolicy
 from convoy.core.errors import ConfigError, ErrorBudgetExceeded
 from convoy.pipelines.advise_config import AdviseConfig
+from convoy.pipelines.comparison import CompareConfig
 from convoy.pipelines.score_config import ScoreConfig
 
 
@@ -110,6 +112,42 @@ def test_what_is_to_be_scored_on_the_command_line_takes_the_place_of_the_configs
 def test_a_command_line_that_names_both_a_dataset_and_a_source_is_refused(options: list[str]) -> None:
     with pytest.raises(ConfigError, match="either dataset, or source and name"):
         app(["score", "one", "--source", "s3://b/new", "--name", "new", *options], standalone_mode=False)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"bundle": "old"},
+        {"model": {"backbone": {"arch": "lenet5"}}},
+        {"ensemble": {"members": [{"bundle": "old"}, {"bundle": "older"}]}},
+        {"bundles": ["old", "older"]},
+    ],
+    ids=lambda said: next(iter(said)),
+)
+def test_models_to_compare_on_the_command_line_take_the_place_of_the_configs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: dict[str, object]
+) -> None:
+    heard: list[CompareConfig] = []
+
+    def compare_bundles(config: CompareConfig, **_: object) -> Report:
+        heard.append(config)
+        return Report(within_error_budget=True)
+
+    monkeypatch.setattr("convoy.pipelines.comparison.compare_bundles", compare_bundles)
+    path = str(tmp_path / "evaluate.yaml")
+    Path(path).write_text(write_settings({"dataset": "digits", "crops": "flip", "workspace": "/w", **said}))
+    options = ["--config", path, "--dataset", "letters", "--workspace", "/here"]
+    app(["evaluate", "--compare", "one", "two", *options], standalone_mode=False)
+    (config,) = heard
+    assert (config.bundles, config.dataset, config.workspace) == (("one", "two"), "letters", "/here")
+    assert config.crops is CropPolicy.FLIP
+
+
+def test_a_comparison_that_names_no_models_takes_those_of_its_config_alone(tmp_path: Path) -> None:
+    path = tmp_path / "evaluate.yaml"
+    path.write_text("dataset: digits\nbundle: old\nbundles: [one, two]\n")
+    with pytest.raises(ConfigError, match="bundle: unknown key"):
+        app(["evaluate", "--compare", "--config", str(path)], standalone_mode=False)
 
 
 @pytest.mark.parametrize(
