@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from torch import nn
+import contextlib
+
+from torch import Tensor, nn
 
 from convoy.core.errors import ConfigError
 from convoy.pipelines.backbone_loading import keep_network, read_backbone_state
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.storage.object_store import ObjectStore
-from convoy.vision.backbone_config import BackboneConfig, NewLayers, WeightSource, weight_source
-from convoy.vision.backbones import build_network, depth_axis
+from convoy.vision.backbone_config import BackboneConfig, NewLayers, WeightSource, is_factory, weight_source
+from convoy.vision.backbones import build_network, depth_axis, native_px
+from convoy.vision.call_trace import run_on_shapes
 from convoy.vision.heads import Head
 from convoy.vision.partial_reuse import PartialReuseNetwork
 from convoy.vision.presets import EvalPreset
@@ -23,6 +26,8 @@ class NewNetwork:
     def __init__(self, config: BackboneConfig) -> None:
         self.config = config
         self.network = build_network(config)
+        if is_factory(config.arch):
+            _refuse_other_than_logits(self.network, config)
         self.axis: DepthAxis = depth_axis(config, self.network)
         if self.axis.num_classes != config.num_classes:
             ending = (
@@ -67,6 +72,22 @@ class NewNetwork:
     def to_safetensors(self) -> bytes:
         """The weights as they are now."""
         return state_to_safetensors(self.network.state_dict())
+
+
+def _refuse_other_than_logits(network: nn.Module, config: BackboneConfig) -> None:
+    """ConfigError for a network that returns more than one tensor, in train mode only perhaps, as Inception does."""
+    input_px = native_px(config)
+    outputs = {"eval": run_on_shapes(network, num_images=2, input_px=input_px)}
+    # A network that looks at its random numbers cannot train without data, and need not return anything else.
+    with contextlib.suppress(ConfigError):
+        outputs["train"] = run_on_shapes(network, num_images=2, input_px=input_px, training=True)
+    for mode, output in outputs.items():
+        if not isinstance(output, Tensor):
+            raise ConfigError(
+                f"in {mode} mode the network returns {type(output).__name__}, and not one tensor with its logits",
+                where=config.arch,
+                next_step="let its forward return the logits alone, in training too; or use linear_probe",
+            )
 
 
 def _learnt_layers(config: BackboneConfig) -> NewLayers | None:

@@ -34,19 +34,25 @@ def record_calls(network: nn.Module, *, input_px: int) -> CallTrace:
 
 
 def run_on_shapes(
-    network: nn.Module, *, num_images: int, input_px: int, parameters: dict[str, Tensor] | None = None
-) -> None:
-    """Run a network in eval mode on tensors without data, so for nothing; dispatch modes see every operation.
+    network: nn.Module,
+    *,
+    num_images: int,
+    input_px: int,
+    parameters: dict[str, Tensor] | None = None,
+    training: bool = False,
+) -> Any:
+    """What a network returns for tensors without data, so for nothing; dispatch modes see every operation.
 
-    `parameters` are what to run with instead of a fresh set of `shape_parameters`. Raises ConfigError if the
-    network cannot take RGB images of that size, or cannot run without data.
+    It runs in eval mode, or in train mode where it is `training`. `parameters` are what to run with instead of a
+    fresh set of `shape_parameters`. Raises ConfigError if the network cannot take RGB images of that size, or cannot
+    run without data.
     """
     stand_ins = shape_parameters(network) if parameters is None else parameters
     buffers = {name: buffer.to("meta") for name, buffer in network.named_buffers()}
     images_BCHW = torch.empty(num_images, 3, input_px, input_px, device="meta")
     try:
-        with _eval_mode(network), torch.no_grad(), torch.device("meta"):
-            torch.func.functional_call(network, {**stand_ins, **buffers}, (images_BCHW,))
+        with _in_mode(network, training=training), torch.no_grad(), torch.device("meta"):
+            return torch.func.functional_call(network, {**stand_ins, **buffers}, (images_BCHW,))
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise ConfigError(
             f"the network cannot take images of {input_px} px: {error}",
@@ -197,15 +203,15 @@ class CallTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager
-def _eval_mode(network: nn.Module) -> Iterator[None]:
-    """Eval mode inside, every module's own mode again outside."""
+def _in_mode(network: nn.Module, *, training: bool) -> Iterator[None]:
+    """Train or eval mode inside, every module's own mode again outside."""
     modes = [(module, module.training) for module in network.modules()]
-    network.eval()
+    network.train(training)
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module, was_training in modes:
+            module.training = was_training
 
 
 def _tensors(tree: Any) -> list[Tensor]:

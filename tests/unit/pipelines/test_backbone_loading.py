@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -200,3 +201,59 @@ def test_a_factory_that_does_not_end_in_the_classes_is_not_trained(
     )
     with pytest.raises(ConfigError, match=ending):
         NewNetwork(config)
+
+
+SEVERAL_OUTPUTS = """
+import torch
+from torch import nn
+
+class Network(nn.Module):
+    def __init__(self, outputs, num_classes):
+        super().__init__()
+        self.outputs, self.conv, self.norm = outputs, nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.fc = nn.Linear(4, num_classes)
+
+    def forward(self, images):
+        logits = self.fc(self.norm(self.conv(images)).mean(dim=(2, 3)))
+        if self.outputs == "tuple" or (self.outputs == "train_tuple" and self.training):
+            return logits, logits
+        if self.outputs == "dict":
+            return {"logits": logits}
+        if self.outputs == "random_depth" and self.training and torch.rand(1).item() < 0.5:
+            return logits * 2
+        return logits
+
+def network_of(outputs):
+    return lambda num_classes: Network(outputs, num_classes)
+
+pair, named, aux, random = map(network_of, ("tuple", "dict", "train_tuple", "random_depth"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("factory", "returned"),
+    [("pair", "in eval mode .* tuple"), ("named", "in eval mode .* dict"), ("aux", "in train mode .* tuple")],
+)
+def test_a_factory_whose_network_returns_more_than_logits_is_not_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factory: str, returned: str
+) -> None:
+    with pytest.raises(ConfigError, match=returned) as caught:
+        NewNetwork(_several_outputs(tmp_path, monkeypatch, factory))
+    assert "logits alone" in caught.value.next_step
+
+
+def test_a_network_that_can_train_with_data_only_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = NewNetwork(_several_outputs(tmp_path, monkeypatch, "random"))
+    assert new.axis.num_classes == 5
+    assert not any(module.training for module in new.network.modules())
+    assert new.network.get_buffer("norm.num_batches_tracked") == 0
+
+
+def _several_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factory: str) -> BackboneConfig:
+    monkeypatch.delitem(sys.modules, "made_outputs", raising=False)
+    (tmp_path / "made_outputs.py").write_text(SEVERAL_OUTPUTS)
+    monkeypatch.syspath_prepend(tmp_path)
+    arch = f"made_outputs:{factory}"
+    return BackboneConfig(arch=arch, weights="trained", num_classes=5, preset=EvalPreset(crop_px=32))
