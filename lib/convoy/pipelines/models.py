@@ -41,13 +41,19 @@ def fetch_backbone(store: ObjectStore, config: BackboneConfig) -> BackboneRecord
 
 
 def _known(store: ObjectStore, config: BackboneConfig, source: str) -> BackboneRecord | None:
-    known = read_json(store, _request_key(_RECORD_VERSION, config, source))
+    known = _read_record(store, _request_key(_RECORD_VERSION, config, source))
     if known is not None:
-        return BackboneRecord.model_validate(known)
-    former = read_json(store, _request_key(_FORMER_VERSION, config, source))
-    record = None if former is None else BackboneRecord.model_validate(former)
-    is_right = record is not None and record.num_classes == (config.num_classes or _USUAL_OUTPUTS)
-    return record if is_right else None
+        # Of some networks without classifier the last layer was once taken for one.
+        is_right = known.config.num_classes != 0 or known.num_classes == 0
+        return known if is_right else None
+    former = _read_record(store, _request_key(_FORMER_VERSION, config, source))
+    is_right = former is not None and former.num_classes == (config.num_classes or _USUAL_OUTPUTS)
+    return former if is_right else None
+
+
+def _read_record(store: ObjectStore, key: str) -> BackboneRecord | None:
+    document = read_json(store, key)
+    return None if document is None else BackboneRecord.model_validate(document)
 
 
 def _request_key(version: int, config: BackboneConfig, source: str) -> str:

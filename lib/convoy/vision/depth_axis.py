@@ -8,7 +8,7 @@ The network runs once without computing anything, while module calls and the flo
 2. What remains are units in the order of execution. A unit that brings a weight (a parameter with two or more
    dimensions) begins a stage; norms, activations and pools join the stage before them.
 3. The last stage is `logits`. Between the last spatial stage and the first layer after it lies `pooled`. A network
-   without classifier ends in `pooled`, which is what it returns itself.
+   without classifier ends in `pooled`, which is what it returns itself; layers behind its maps belong to that.
 
 So between two stages one activation carries everything (only a root may do otherwise: NASNet's cells each read
 two), and stages[:k] hold exactly the parameters that are frozen at freeze depth k.
@@ -33,8 +33,8 @@ def derive_depth_axis(network: nn.Module, *, input_px: int, num_classes: int | N
     """The depth axis of a ConvNet in eval mode. Takes milliseconds, computes and changes nothing.
 
     `input_px` is the native input size of the architecture, not that of a job: so the axis belongs to the
-    architecture. `num_classes`, where it is known, tells whether a convolution at the end is a classifier. Raises
-    ConfigError for a network that is no ConvNet or cannot take such an input.
+    architecture. `num_classes`, where it is known, tells whether the network has a classifier (0: none), a convolution
+    perhaps. Raises ConfigError for a network that is no ConvNet or cannot take such an input.
     """
     trace = record_calls(network, input_px=input_px)
     blocks = {type(call.module) for call in trace.calls if trace.is_block(call)} - {nn.Sequential}
@@ -106,6 +106,10 @@ def _drafts(units: Sequence[Call], trace: CallTrace, num_classes: int | None) ->
             where=type(root.module).__name__,
             next_step="derive the axis at the native size of the architecture",
         )
+    if not has_classifier:
+        # Layers behind the maps make of them what the network returns, as MobileNetV3's last one does.
+        groups[deepest:] = [[unit for group in groups[deepest:] for unit in group]]
+        behind = _returned_by(root)
     maps, vectors = _split_after_maps(groups[deepest])
     runs = [*groups[:deepest], maps, *([vectors] if vectors else []), *groups[deepest + 1 :]]
     followings = [*map(_given_to, runs[1:]), *([] if has_classifier else [_returned_by(root)])]
@@ -117,8 +121,11 @@ def _drafts(units: Sequence[Call], trace: CallTrace, num_classes: int | None) ->
 def _is_classifier(group: Sequence[Call], root: Call, num_classes: int | None) -> bool:
     """Whether the last weights are those of a classifier, and not of the last maps before a pooling.
 
-    Where they give maps, as SqueezeNet's do, it is a single layer that gives a map for each class.
+    Of 0 classes there is none. Where they give maps, as SqueezeNet's do, it is a single layer that gives a map for
+    each class.
     """
+    if num_classes == 0:
+        return False
     last = next((unit for unit in group if unit.brings_weight), group[-1])
     if not _gives_maps(last):
         return True

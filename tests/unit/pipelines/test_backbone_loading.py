@@ -149,6 +149,14 @@ def test_records_of_former_versions_are_renewed_where_they_are_wrong(store: Loca
     assert fetch_backbone(store, config).num_classes == 1000
 
 
+def test_records_that_took_the_last_layer_for_a_classifier_are_renewed(store: LocalStore) -> None:
+    config = BackboneConfig(arch="timm:mobilenetv3_small_100", weights="random", num_classes=0)
+    record = fetch_backbone(store, config)
+    request = next(iter(store.list_objects(f"{BACKBONES}requests/"))).key
+    store.put(request, canonical_json(record.model_copy(update={"num_classes": 1024})))
+    assert fetch_backbone(store, config) == record
+
+
 def test_torchvisions_own_file_of_a_densenet_is_taken(store: LocalStore, tmp_path: Path) -> None:
     config = BackboneConfig(arch="torchvision:densenet121", weights="random")
     own = build_network(config).state_dict()

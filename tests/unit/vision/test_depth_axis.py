@@ -289,6 +289,31 @@ def test_timms_networks_without_classifier_end_in_pooled() -> None:
     assert axis[len(axis) - 1].parameter_names == ("head.norm.weight", "head.norm.bias")
 
 
+@pytest.mark.parametrize(
+    ("arch", "deepest", "layers", "width"),
+    [
+        ("mobilenetv3_small_100", "blocks.5.0.conv", {"conv_head"}, 1024),
+        ("ghostnet_100", "blocks.9.0.conv", {"conv_head"}, 1280),
+        ("vgg11", "features.18", {"pre_logits.fc1", "pre_logits.fc2"}, 4096),
+    ],
+)
+def test_layers_behind_the_maps_of_a_network_without_classifier_belong_to_what_it_returns(
+    arch: str, deepest: str, layers: set[str], width: int
+) -> None:
+    network = build_network(BackboneConfig(arch=f"timm:{arch}", weights="random", num_classes=0))
+    axis = derive_depth_axis(network, input_px=224, num_classes=0)
+    maps, pooled = axis[len(axis) - 2], axis[len(axis) - 1]
+    assert (maps.name, maps.kind) == (deepest, StageKind.SPATIAL)
+    assert (pooled.name, pooled.channels, axis.num_classes) == ("pooled", width, 0)
+    assert layers <= set(pooled.module_names)
+    assert sum(stage.num_parameters for stage in axis) == sum(one.numel() for one in network.parameters())
+    assert axis.num_reused == len(axis)
+    images_BCHW = torch.rand(1, 3, 224, 224)
+    with torch.no_grad():
+        pooled_BD = TappedNetwork(network, axis, ["pooled"])(images_BCHW)["pooled"]
+        assert torch.equal(pooled_BD, network(images_BCHW))
+
+
 @pytest.mark.parametrize(("num_classes", "last"), [(4, "3"), (None, "pooled"), (7, "pooled")])
 def test_a_convolution_with_a_norm_behind_it_is_a_classifier_where_its_maps_are_the_classes(
     num_classes: int | None, last: str
