@@ -256,8 +256,8 @@ class _GrowingMean:
         # A mean of members that give one answer gives it too, so errors move in the other rows alone.
         answers_MN = values_MNK.argmax(axis=2)
         is_open_N = (answers_MN != answers_MN[0]).any(axis=0)
-        self._open_MOK, self._open_labels_O = values_MNK[:, is_open_N], labels_N[is_open_N]
-        self._open_sums_OK = self._sums_NK[is_open_N]
+        # Their values are not kept: they may be as many as all.
+        self._open_O = np.flatnonzero(is_open_N)
         self._num_settled_errors = int((answers_MN[0] != labels_N)[~is_open_N].sum())
 
     def loss(self) -> _Loss:
@@ -272,22 +272,21 @@ class _GrowingMean:
         second, member = min((self._second(member), member) for member in tied)
         self.counts_M[member] += 1
         self._sums_NK += self._values_MNK[member]
-        self._open_sums_OK += self._open_MOK[member]
         return least, second
 
     def _nll(self, member: int | None) -> float:
-        return _nll_of(self._mean(self._sums_NK, self._values_MNK, member), self._labels_N, self._averaging)
+        return _nll_of(self._mean(member, slice(None)), self._labels_N, self._averaging)
 
     def _errors(self, member: int | None) -> float:
-        open_OK = self._mean(self._open_sums_OK, self._open_MOK, member)
-        num_open_errors = int((open_OK.argmax(axis=1) != self._open_labels_O).sum())
+        answers_O = self._mean(member, self._open_O).argmax(axis=1)
+        num_open_errors = int((answers_O != self._labels_N[self._open_O]).sum())
         return (self._num_settled_errors + num_open_errors) / len(self._labels_N)
 
-    def _mean(self, sums_NK: Floats, values_MNK: Floats, member: int | None) -> Floats:
+    def _mean(self, member: int | None, rows: slice | NDArray[Any]) -> Floats:
         size = self.counts_M.sum()
         if member is None:
-            return np.asarray(sums_NK / size)
-        return np.asarray((sums_NK + values_MNK[member]) / (size + 1))
+            return np.asarray(self._sums_NK[rows] / size)
+        return np.asarray((self._sums_NK[rows] + self._values_MNK[member][rows]) / (size + 1))
 
 
 def _loss(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -202,6 +204,21 @@ def test_every_round_takes_the_member_with_which_the_loss_is_smallest(
     best_M = min(tried, key=loss)
     found_M = greedy_selection(values_MNK, labels_N, averaging, objective=objective, num_rounds=12)
     np.testing.assert_allclose(found_M, best_M / best_M.sum())
+
+
+@pytest.mark.parametrize("objective", list(Objective))
+def test_a_selection_keeps_no_copy_of_the_values(objective: Objective) -> None:
+    rng = np.random.default_rng(0)
+    values_MNK, labels_N = rng.normal(size=(20, 500, 100)), rng.integers(0, 100, 500)
+    tracemalloc.start()
+    try:
+        greedy_selection(
+            values_MNK, labels_N, Averaging.LOGITS, objective=objective, num_rounds=3, num_bags=1
+        )
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < values_MNK.nbytes / 2
 
 
 def test_errors_that_never_meet_do_not_overlap() -> None:
