@@ -93,9 +93,17 @@ def _devices() -> Check:
             found=f"torch cannot be imported: {error}",
             advice="run `make setup`, or install the build of torch that fits this machine",
         )
-    if not torch.cuda.is_available():
-        return Check(verdict=Verdict.GREEN, what="devices", found=f"{os.cpu_count()} CPUs, no CUDA GPU")
-    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    try:
+        if not torch.cuda.is_available():
+            return Check(verdict=Verdict.GREEN, what="devices", found=f"{os.cpu_count()} CPUs, no CUDA GPU")
+        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    except Exception as error:  # a GPU without a working driver, in whatever words CUDA has for it
+        return Check(
+            verdict=Verdict.RED,
+            what="devices",
+            found=f"the GPUs cannot be used: {error}",
+            advice="mend what `nvidia-smi` shows, or set CUDA_VISIBLE_DEVICES= to work on CPUs",
+        )
     return Check(verdict=Verdict.GREEN, what="devices", found=", ".join(names))
 
 

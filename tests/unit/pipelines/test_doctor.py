@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -66,6 +67,23 @@ def test_a_torch_that_cannot_be_imported_is_one_red_line_of_a_whole_report(
     assert red.what == "devices"
     assert red.found == "torch cannot be imported: libcudart.so.13: cannot open"
     assert "make setup" in red.advice
+    assert {"python", "ray", "c++ compiler", "workspace delete", "clock"} <= {check.what for check in checks}
+
+
+@pytest.mark.parametrize("asked", ["is_available", "device_count", "get_device_name"])
+def test_a_gpu_that_does_not_answer_is_one_red_line_of_a_whole_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    def broken(*_: object) -> NoReturn:
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr(f"torch.cuda.{asked}", broken)
+    checks = examine(str(tmp_path)).checks
+    (red,) = [check for check in checks if check.verdict is Verdict.RED]
+    assert (red.what, "nvidia-smi" in red.advice) == ("devices", True)
+    assert red.found == "the GPUs cannot be used: CUDA error: uncorrectable ECC error encountered"
     assert {"python", "ray", "c++ compiler", "workspace delete", "clock"} <= {check.what for check in checks}
 
 
