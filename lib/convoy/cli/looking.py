@@ -53,9 +53,8 @@ def verify(
 def doctor(workspace: WorkspaceOption = None, as_json: JsonOption = False) -> None:
     """Check Python, Ray, torch, devices, the workspace's rights, clock and conditional writes."""
     from convoy.pipelines.doctor import examine  # noqa: PLC0415
-    from convoy.pipelines.workspace import workspace_uri  # noqa: PLC0415
 
-    run_job(lambda _: examine(workspace_uri(workspace)), as_json=as_json)
+    run_job(lambda _: examine(workspace), as_json=as_json)
 
 
 @looking_app.command()

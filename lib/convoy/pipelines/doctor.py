@@ -17,7 +17,6 @@ from convoy.core.config import StrictModel
 from convoy.core.errors import ConvoyError
 from convoy.storage.conditional_put import judge_conditional_put
 from convoy.storage.object_store import ConditionalPut, ObjectStore
-from convoy.storage.stores import open_store
 
 # The oldest versions that are safe: older ones run code from data files (see lib/README.md).
 FLOORS = {"ray": "2.55", "torch": "2.11", "pillow": "12.3", "pyarrow": "21"}
@@ -50,8 +49,11 @@ class Diagnosis(StrictModel):
     checks: list[Check]
 
 
-def examine(workspace: str) -> Diagnosis:
-    """Check this machine and the workspace. What create-if-absent is worth there stays, for the jobs to come."""
+def examine(workspace: str | None) -> Diagnosis:
+    """Check this machine and the workspace, that of jobs whose config names none where it is None.
+
+    What create-if-absent is worth there stays, for the jobs to come.
+    """
     checks = [*_machine(), *_workspace(workspace)]
     return Diagnosis(ok=all(check.verdict is not Verdict.RED for check in checks), checks=checks)
 
@@ -135,9 +137,21 @@ def _knock(address: str) -> None:
         socket.create_connection((named[1], int(named[2])), _KNOCK_TIMEOUT_S).close()
 
 
-def _workspace(uri: str) -> Iterator[Check]:
+def _workspace(configured: str | None) -> Iterator[Check]:
     try:
-        store = open_store(uri)
+        # They need pyarrow and boto3, which may not load either.
+        from convoy.pipelines.workspace import workspace_uri  # noqa: PLC0415
+        from convoy.storage.stores import open_store  # noqa: PLC0415
+    except Exception as error:
+        yield Check(
+            verdict=Verdict.RED,
+            what="workspace",
+            found=f"what opens it cannot be imported: {error}",
+            advice="run `make setup`, or install the package that is missing or broken",
+        )
+        return
+    try:
+        store = open_store(workspace_uri(configured))
         yield Check(verdict=Verdict.GREEN, what="workspace", found=store.root_uri)
     except ConvoyError as error:
         yield _red("workspace", error)

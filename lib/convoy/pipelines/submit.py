@@ -19,9 +19,6 @@ from convoy.core.config import StrictModel, parse_config, write_settings
 from convoy.core.errors import ConfigError
 from convoy.core.fingerprints import digest
 from convoy.core.secrets import find_secrets
-from convoy.pipelines.workspace import workspace_uri
-from convoy.storage.runs import SUBMISSION_VARIABLE
-from convoy.storage.stores import open_store
 
 CONFIG_FILE = "job.yaml"
 NEW_RUN = "--new-run"
@@ -194,6 +191,8 @@ def plan_submission(
     }
     command = ["python", "-m", "convoy.cli", request.verb.value, "--config", CONFIG_FILE, "--json"]
     if NEW_RUN in request.arguments:
+        from convoy.storage.runs import SUBMISSION_VARIABLE  # noqa: PLC0415 (as in `_place`)
+
         # So a later try goes on with what one before has begun, and begins anew where none came so far.
         variables = {**variables, SUBMISSION_VARIABLE: _submission_id(parts, number_of_try=1)}
     return Submission(
@@ -283,6 +282,10 @@ def _date_of(attempt: str) -> str | None:
 
 def _place(workspace: Any) -> str:
     """The workspace as the driver must be told: a path of this machine means nothing relative to its folder."""
+    # Every command imports this module, and `convoy doctor` is asked where packages of the storage may not load.
+    from convoy.pipelines.workspace import workspace_uri  # noqa: PLC0415
+    from convoy.storage.stores import open_store  # noqa: PLC0415
+
     uri = workspace_uri(None if workspace is None else str(workspace))
     return uri if "://" in uri else open_store(uri).root_uri
 

@@ -51,23 +51,28 @@ def test_unknown_scheme_is_red(tmp_path: Path) -> None:
     assert [check.what for check in diagnosis.checks if check.verdict is Verdict.RED] == ["workspace"]
 
 
-@pytest.mark.parametrize(
-    "raised", ["ImportError('libcudart.so.13: cannot open')", "OSError('libcudart.so.13: cannot open')"]
-)
+@pytest.mark.parametrize("raised", [ImportError, OSError])
 def test_a_torch_that_cannot_be_imported_is_one_red_line_of_a_whole_report(
-    tmp_path: Path, raised: str
+    tmp_path: Path, raised: type[Exception]
 ) -> None:
-    (tmp_path / "torch.py").write_text(f"raise {raised}\n")
-    variables = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.pathsep.join(sys.path)}"}
-    command = [sys.executable, "-m", "convoy.cli", "doctor", "--json", "--workspace", str(tmp_path)]
-    finished = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
-    assert finished.returncode == 1, finished.stderr
-    checks = Diagnosis.model_validate_json(finished.stdout).checks
+    checks = checks_where_a_package_is_broken(tmp_path, "torch", raised)
     (red,) = [check for check in checks if check.verdict is Verdict.RED]
     assert red.what == "devices"
-    assert red.found == "torch cannot be imported: libcudart.so.13: cannot open"
+    assert red.found == "torch cannot be imported: libbroken.so.13: cannot open"
     assert "make setup" in red.advice
     assert {"python", "ray", "c++ compiler", "workspace delete", "clock"} <= {check.what for check in checks}
+
+
+@pytest.mark.parametrize("package", ["pyarrow", "boto3"])
+def test_a_storage_that_cannot_be_imported_is_one_red_line_below_all_that_is_known_of_the_machine(
+    tmp_path: Path, package: str
+) -> None:
+    checks = checks_where_a_package_is_broken(tmp_path, package, ImportError)
+    (red,) = [check for check in checks if check.verdict is Verdict.RED]
+    assert red.what == "workspace"
+    assert red.found == "what opens it cannot be imported: libbroken.so.13: cannot open"
+    assert "make setup" in red.advice
+    assert {"python", "ray", "pyarrow", "devices", "c++ compiler"} <= {check.what for check in checks}
 
 
 @pytest.mark.parametrize("asked", ["is_available", "device_count", "get_device_name"])
@@ -116,3 +121,13 @@ def test_an_address_without_a_port_is_not_tried(tmp_path: Path, monkeypatch: pyt
 def ray_check(workspace: Path) -> Check:
     """The last of that name: the first is about the package."""
     return [check for check in examine(str(workspace)).checks if check.what == "ray"][-1]
+
+
+def checks_where_a_package_is_broken(folder: Path, package: str, raised: type[Exception]) -> list[Check]:
+    """What the command line says where a package that is installed raises as it is imported."""
+    (folder / f"{package}.py").write_text(f"raise {raised.__name__}('libbroken.so.13: cannot open')\n")
+    variables = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{os.pathsep.join(sys.path)}"}
+    command = [sys.executable, "-m", "convoy.cli", "doctor", "--json", "--workspace", str(folder)]
+    finished = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
+    assert finished.returncode == 1, finished.stderr
+    return Diagnosis.model_validate_json(finished.stdout).checks
