@@ -194,6 +194,18 @@ def test_images_may_have_a_path_beside_them(tmp_path: Path) -> None:
     assert read(path, image_column="photo").samples["container_field"].to_pylist() == ["photo"]
 
 
+def test_a_list_of_which_no_file_exists_asks_whether_it_holds_the_images_itself(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    columns = {"path": ["1.jpg", "2.jpg"], "photo": [jpeg_bytes(0), jpeg_bytes(1)]}
+    pq.write_table(pa.table(columns), path)
+    with pytest.raises(DataError, match=r"2 rows cannot be used[\s\S]*\(photo\).*reading\.image_column"):
+        read(path)
+    (tmp_path / "1.jpg").write_bytes(jpeg_bytes(0))
+    with pytest.raises(DataError, match="1 rows cannot be used") as caught:
+        read(path)
+    assert "image_column" not in str(caught.value)
+
+
 def test_files_that_name_classes_differently_are_refused(tmp_path: Path) -> None:
     pq.write_table(hugging_face_table([0], ["wolf", "ant"]), tmp_path / "0.parquet")
     pq.write_table(hugging_face_table([0], ["ant", "wolf"]), tmp_path / "1.parquet")

@@ -15,6 +15,7 @@ from convoy.storage.local_store import LocalStore
 from convoy.storage.object_store import ObjectInfo, ObjectStore
 from convoy.storage.sources.list_files import ListedSample, read_listed_samples
 from convoy.storage.sources.listing import NUM_THREADS
+from convoy.storage.sources.parquets import image_columns
 from convoy.storage.sources.rows import (
     BadRows,
     LabelRule,
@@ -56,7 +57,13 @@ def read_list(uri: str, options: ReadingOptions) -> SourceScan:
                 bad_rows.add(sample.line, f"no {column}, though other rows have one")
     root = open_store(options.images_root).root_uri if options.images_root else store.root_uri
     uris = [_resolve(root, sample.path) for sample in samples]
-    rows = tabulate(_join(samples, uris, find_objects(uris), bad_rows))
+    found = find_objects(uris)
+    rows = tabulate(_join(samples, uris, found, bad_rows))
+    if samples and not found and (columns := _binary_columns(store, key)):
+        bad_rows.raise_any(
+            "correct these rows, or, if the list itself holds the images in a binary column"
+            f" ({', '.join(columns)}), name that with reading.image_column"
+        )
     bad_rows.raise_any()
     return SourceScan(samples=rows)
 
@@ -82,6 +89,10 @@ def find_objects(uris: Iterable[str]) -> dict[str, ObjectInfo]:
             for infos in groups:
                 found.update((store.uri(info.key), info) for info in infos)
     return found
+
+
+def _binary_columns(store: ObjectStore, key: str) -> list[str]:
+    return image_columns(store.open_parquet(key).schema_arrow) if key.lower().endswith(".parquet") else []
 
 
 def _resolve(root: str, path: str) -> str:

@@ -180,8 +180,8 @@ class BadRows:
         """Note a row by its line (or row) number, from 1."""
         self._problems.setdefault(line, []).append(problem)
 
-    def raise_any(self) -> None:
-        """Raise DataError that names the count and the first bad rows, if there is one."""
+    def raise_any(self, advice: str = "correct these rows") -> None:
+        """Raise DataError that names the count and the first bad rows, if there is one, and gives the advice."""
         if not self._problems:
             return
         first = sorted(self._problems.items())[:_NUM_BAD_ROWS_SHOWN]
@@ -191,7 +191,7 @@ class BadRows:
         raise DataError(
             "\n".join([f"{len(self._problems)} rows cannot be used", *shown, *more]),
             where=self._where,
-            next_step="correct these rows; nothing was frozen",
+            next_step=f"{advice}; nothing was frozen",
             num_bad_rows=len(self._problems),
         )
 
