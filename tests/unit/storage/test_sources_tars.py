@@ -237,3 +237,12 @@ def test_a_broken_label_that_another_comes_before_is_none(tmp_path: Path) -> Non
     )
     with pytest.raises(DataError, match=r"label cannot be read .*2\.json in"):
         read(tmp_path)
+
+
+def test_json_nested_too_deeply_is_no_label(tmp_path: Path) -> None:
+    members = {"0.jpg": jpeg_bytes(0), "0.json": b"[" * 200_000}
+    (tmp_path / "0.tar").write_bytes(tar_bytes({**members, "0.cls": b"cat"}))
+    assert labels_of(read(tmp_path)) == {"0.tar#0": "cat"}
+    (tmp_path / "0.tar").write_bytes(tar_bytes(members))
+    with pytest.raises(DataError, match=r"label cannot be read .*0\.json in"):
+        read(tmp_path)

@@ -224,7 +224,7 @@ def _read_label(
         if suffix != "json":
             return content.decode().strip() or None
         label = json.loads(content).get("label")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         return DataError(f"the label cannot be read ({error})", where=f"{member.name} in {uri}")
     if label is None or isinstance(label, str | int):
         return None if label is None else str(label)
