@@ -30,6 +30,7 @@ from convoy.vision.decoding import decode_image
 from convoy.vision.depth_axis import derive_depth_axis
 from convoy.vision.engine import FeatureEngine
 from convoy.vision.engine_options import EngineOptions, Precision
+from convoy.vision.folding import fold_batch_norms
 from convoy.vision.forward import new_images
 from convoy.vision.presets import EvalPreset
 from convoy.vision.stages import resolve_tap
@@ -185,6 +186,7 @@ def _forward_round(
     backbone = _backbone(settings)
     network, preset = build_network(backbone), default_preset(backbone)
     axis = derive_depth_axis(network, input_px=preset.crop_px)
+    fold_batch_norms(network, input_px=preset.crop_px)
     tap = resolve_tap(axis, "pooled" if settings.network is None else "logits").name
     options = EngineOptions(
         precision=precision, batch_size=settings.batch_size, compiled=compiled, num_threads=num_threads

@@ -19,6 +19,7 @@ from convoy.vision.decode_rule import DecodeRule
 from convoy.vision.decoding import decode_image
 from convoy.vision.engine import FeatureEngine
 from convoy.vision.engine_options import EngineOptions, Precision, device_here
+from convoy.vision.folding import fold_batch_norms
 from convoy.vision.forward import new_images
 from convoy.vision.multicrop import cut_slots
 from convoy.vision.presets import geometry_of
@@ -84,6 +85,7 @@ def _forward_round(settings: BoundsSettings, place: int, num_threads: int, _proc
     )
     network = settings.network(place)
     axis = depth_axis(settings.backbone(place), network)
+    fold_batch_norms(network, input_px=settings.crop_px)
     engine = FeatureEngine(network, axis, settings.preset, taps=["logits"], options=options)
     batch_BCHW = engine.new_batch()
 

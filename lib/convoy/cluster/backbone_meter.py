@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import pyarrow as pa
 from torch import Tensor
 
-from convoy.cluster.kept_weights import read_kept_weights
+from convoy.cluster.kept_weights import open_network
 from convoy.cluster.prepared_batches import ImagePreparer, SliceImages
 from convoy.cluster.slices import WorkerPool
 from convoy.cluster.timing_spec import BackboneTiming, TimingSpec, keep_timing, kept_timing
@@ -16,13 +16,11 @@ from convoy.core.processes import keep_freed_memory
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.stores import open_store
 from convoy.vision.augmentation_policy import EVAL_VIEW
-from convoy.vision.backbones import build_network, depth_axis
 from convoy.vision.engine import FeatureEngine
 from convoy.vision.engine_options import EngineOptions, facts_here
 from convoy.vision.forward import best_device, casting_once
 from convoy.vision.network_timing import MemoryMeter, time_network
 from convoy.vision.views import prepare_view
-from convoy.vision.weights import load_weights
 
 # The way through the pipeline is timed from its start; so many batches make its filling not matter.
 _FEWEST_BATCHES = 8
@@ -61,9 +59,7 @@ def measure_backbone(workspace: str, spec: TimingSpec, images: pa.Table, pool: W
 
 def _open_engine(store: ObjectStore, spec: TimingSpec, num_threads: int) -> FeatureEngine:
     """The whole network with its weights."""
-    network = build_network(spec.backbone)
-    axis = depth_axis(spec.backbone, network)
-    load_weights(network, read_kept_weights(store, spec.weights_key))
+    network, axis = open_network(store, spec.backbone, spec.weights_key, None)
     options = EngineOptions(
         precision=spec.precision,
         batch_size=spec.batch_size,

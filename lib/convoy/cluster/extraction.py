@@ -16,7 +16,7 @@ import pyarrow as pa
 from torch import Tensor
 
 from convoy.cluster.extraction_spec import ExtractionSpec, FeatureOutput
-from convoy.cluster.kept_weights import read_kept_weights
+from convoy.cluster.kept_weights import open_network
 from convoy.cluster.prepared_batches import ImageBatch, ImagePreparer, SliceImages
 from convoy.cluster.slices import SliceTask
 from convoy.core.errors import DataError
@@ -24,12 +24,10 @@ from convoy.storage.commits import PartFile, SliceRecord, part_key
 from convoy.storage.parts import FeatureRows, write_features
 from convoy.storage.runs import FIRST_SLICE, RunFolder
 from convoy.storage.stores import open_store
-from convoy.vision.backbones import build_network, recorded_axis
 from convoy.vision.engine import FeatureEngine
 from convoy.vision.engine_options import Precision
 from convoy.vision.forward import casting_once
 from convoy.vision.views import prepare_view
-from convoy.vision.weights import load_weights
 
 
 @dataclass(slots=True)
@@ -62,9 +60,7 @@ class FeatureExtractor:
             fill=self._fill,
             digests_content=True,
         )
-        network = build_network(spec.backbone)
-        axis = recorded_axis(spec.backbone, network, spec.num_classes)
-        load_weights(network, read_kept_weights(self._store, spec.weights_key))
+        network, axis = open_network(self._store, spec.backbone, spec.weights_key, spec.num_classes)
         taps = tuple(dict.fromkeys(output.tap for output in spec.outputs))
         self._engine = FeatureEngine(network, axis, spec.preset, taps=taps, options=spec.engine)
         self._widths = {tap: features.shape[1] for tap, features in self._engine.warm_up().items()}

@@ -1,12 +1,33 @@
-"""A network's weights from the workspace, compared with the digest that they are kept under."""
+"""Networks with their weights from the workspace, compared with the digest that they are kept under."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from convoy.core.errors import ChecksumMismatch
 from convoy.storage.object_store import ObjectStore
-from convoy.vision.weights import read_state_dict, weights_digest
+from convoy.vision.backbone_config import BackboneConfig
+from convoy.vision.backbones import build_network, depth_axis, native_px, require_recorded
+from convoy.vision.folding import fold_batch_norms
+from convoy.vision.stages import DepthAxis
+from convoy.vision.weights import load_weights, read_state_dict, weights_digest
+
+
+def open_network(
+    store: ObjectStore, backbone: BackboneConfig, weights_key: str, num_classes: int | None
+) -> tuple[nn.Module, DepthAxis]:
+    """A network that is to predict and nothing else, with its kept weights, and its depth axis.
+
+    BatchNorms are folded into convolutions. `num_classes` are those of its record, where it has one. Raises
+    VersionMismatch and ChecksumMismatch like `require_recorded` and `read_kept_weights`.
+    """
+    network = build_network(backbone)
+    axis = depth_axis(backbone, network)
+    if num_classes is not None:
+        require_recorded(backbone, axis, num_classes)
+    load_weights(network, read_kept_weights(store, weights_key))
+    fold_batch_norms(network, input_px=native_px(backbone))
+    return network, axis
 
 
 def read_kept_weights(store: ObjectStore, key: str) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from convoy.cluster.kept_weights import read_kept_weights
+from convoy.cluster.kept_weights import open_network
 from convoy.cluster.prepared_batches import ImageBatch, ImagePreparer, SliceImages
 from convoy.cluster.scored_parts import SliceLogits, write_parts
 from convoy.cluster.scoring_spec import MemberSpec, ScoringSpec
@@ -25,7 +25,6 @@ from convoy.storage.commits import SliceRecord
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import RunFolder
 from convoy.storage.stores import open_store
-from convoy.vision.backbones import build_network, recorded_axis
 from convoy.vision.committee import Committee, Member, TurnOutput, check_input_size
 from convoy.vision.forward import casting_once
 from convoy.vision.gating import GatedCommittee, GatedRows
@@ -33,7 +32,7 @@ from convoy.vision.heads import HEAD_PREFIX, OutputGroups, head_from_state
 from convoy.vision.multicrop import cut_slots
 from convoy.vision.presets import CropGeometry
 from convoy.vision.readout import LogitsNetwork
-from convoy.vision.weights import load_weights, read_state_dict, state_below
+from convoy.vision.weights import read_state_dict, state_below
 
 # Of an operator's GPU memory, what the weights of members may take; the rest is for activations.
 _SHARE_FOR_WEIGHTS = 0.5
@@ -166,9 +165,7 @@ def weights_budget_bytes(free_bytes: int, total_bytes: int, gpu_share: float) ->
 
 def _open_network(store: ObjectStore, spec: MemberSpec, features_tap: str | None) -> LogitsNetwork:
     """A member's network with its readout, from the workspace."""
-    network = build_network(spec.backbone)
-    axis = recorded_axis(spec.backbone, network, spec.num_classes)
-    load_weights(network, read_kept_weights(store, spec.weights_key))
+    network, axis = open_network(store, spec.backbone, spec.weights_key, spec.num_classes)
     head = None
     if spec.head is not None and spec.head_key is not None:
         state = read_state_dict(store.get(spec.head_key).data)

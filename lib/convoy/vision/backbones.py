@@ -52,12 +52,11 @@ def depth_axis(config: BackboneConfig, network: nn.Module) -> DepthAxis:
     return derive_depth_axis(network, input_px=native_px(config), num_classes=config.num_classes)
 
 
-def recorded_axis(config: BackboneConfig, network: nn.Module, num_classes: int) -> DepthAxis:
-    """The same for a network whose record counts so many classes.
+def require_recorded(config: BackboneConfig, axis: DepthAxis, num_classes: int) -> None:
+    """VersionMismatch where the record of a network counts other classes than its axis.
 
-    VersionMismatch where the axis counts others: depths of networks without classifier were counted otherwise before.
+    Depths of networks without classifier were counted otherwise before.
     """
-    axis = depth_axis(config, network)
     if axis.num_classes != num_classes:
         raise VersionMismatch(
             f"the network has {axis.num_classes} classes, and its record from before says {num_classes}: what its tap"
@@ -65,7 +64,6 @@ def recorded_axis(config: BackboneConfig, network: nn.Module, num_classes: int) 
             where=config.arch,
             next_step="train the model anew, or cache its features anew",
         )
-    return axis
 
 
 def build_pretrained(config: BackboneConfig) -> nn.Module:

@@ -197,6 +197,11 @@ class CallTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Whether an operation returned this activation, or a view of it, between two times."""
         return any(_storage(tensor) in op.returns for op in self._ops_between(start, end))
 
+    def is_read_within(self, tensor: Tensor, call: Call) -> bool:
+        """Whether no operation but those of a call reads this activation, or a view of it."""
+        storage = _storage(tensor)
+        return all(call.start < op.time < call.end for op in self._ops if storage in op.reads)
+
     def _ops_between(self, start: int, end: int) -> Sequence[_Op]:
         low, high = (bisect.bisect(self._ops, time, key=lambda op: op.time) for time in (start, end))
         return self._ops[low:high]

@@ -18,7 +18,7 @@ from convoy.vision.backbones import (
     depth_axis,
     native_px,
     pretrained_classes,
-    recorded_axis,
+    require_recorded,
 )
 from convoy.vision.libraries import Torchvision
 from convoy.vision.presets import EvalPreset, Interpolation
@@ -205,9 +205,10 @@ def test_a_preset_says_what_of_named_weights_is_not_as_usual() -> None:
 def test_a_record_that_took_the_last_maps_for_logits_is_not_gone_on_with() -> None:
     config = BackboneConfig(arch="timm:resnet18", weights="random", num_classes=0)
     network = build_network(config)
-    assert recorded_axis(config, network, 0) == depth_axis(config, network)
+    axis = depth_axis(config, network)
+    require_recorded(config, axis, 0)
     with pytest.raises(VersionMismatch, match="record from before says 512"):
-        recorded_axis(config, network, 512)
+        require_recorded(config, axis, 512)
 
 
 def test_a_preset_of_the_config_wins_but_does_not_move_the_axis() -> None:
