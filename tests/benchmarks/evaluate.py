@@ -33,8 +33,9 @@ class EvaluateBench(BenchSettings):
     """What is measured.
 
     Every way runs `repeats` times, in turn with the others, on made images: ours on all, so that one network is
-    work enough for an operator on each core, the usual ways, which are slower and have no start to make up for, on
-    the first `num_peer_images`. Before that the joint outputs of the first `num_compared` must agree.
+    work enough for an operator on each core, in slices of one size, the usual ways, which are slower and have
+    no start to make up for, on the first `num_peer_images`. Before that the joint outputs of the first
+    `num_compared` must agree.
 
     `archs` are all networks, `sizes` the committees of the first of them; the headlines are those of the largest.
     `workers` are the counts that the DataLoaders are tried with (null: 0 and all cores), `variants` how they run the
@@ -54,7 +55,7 @@ class EvaluateBench(BenchSettings):
     sizes: tuple[PositiveInt, ...] = Field(default=(1, 3, 5), min_length=1)
     crop_px: PositiveInt = Field(default_factory=lambda: by_device(128, 224))
     batch_size: PositiveInt = Field(default_factory=lambda: by_device(16, 128))
-    num_images: PositiveInt = Field(default_factory=lambda: by_device(704, 8192))
+    num_images: PositiveInt = Field(default_factory=lambda: by_device(768, 8192))
     num_peer_images: PositiveInt = Field(default_factory=lambda: by_device(96, 2048))
     num_compared: PositiveInt = 8
     repeats: PositiveInt = 1

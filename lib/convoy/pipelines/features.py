@@ -214,7 +214,8 @@ class FeatureJob:
             crop_px,
             num_crops=len(self._request.drawn_views),
         )
-        slice_rows = extraction.slice_rows or slice_rows_for(lacking.num_rows, batch_size)
+        forward_s = forecast_forward_s(self._backbone, self._request, lacking.num_rows)
+        slice_rows = extraction.slice_rows or slice_rows_for(lacking.num_rows, batch_size, forward_s)
         groups = freeze_input(folder, self._missing(lacking.known), slice_rows=slice_rows)
         set_ids = sorted({set_id for group in groups for set_id in group.outputs})
         record = RunRecord.new(

@@ -167,7 +167,9 @@ class PredictionRequest:
 
     def slice_rows(self, manifest: Manifest, batch_size: int) -> int:
         """How many rows a slice has."""
-        return self.extraction.slice_rows or slice_rows_for(self.num_rows(manifest), batch_size)
+        num_rows = self.num_rows(manifest)
+        forward_s = self.forecast_forward_s(num_rows)
+        return self.extraction.slice_rows or slice_rows_for(num_rows, batch_size, forward_s)
 
     def work(self, num_rows: int, num_slices: int) -> PlannedWork:
         """What predicting so many rows in so many slices asks of the workers."""

@@ -61,3 +61,15 @@ def test_a_batch_that_is_not_told_is_no_larger_than_the_rows_can_fill(
     request = pretrained_request(store, DecodeRule())
     sized = replace(request, extraction=request.extraction.model_copy(update={"batch_size": told}))
     assert sized.batch_size(store, open_dataset(store, "digits")) == expected
+
+
+@pytest.mark.parametrize(("macs", "slice_rows"), [(10**6, 8), (10**12, 2)])
+def test_slices_of_heavy_networks_have_fewer_rows(tmp_path: Path, macs: int, slice_rows: int) -> None:
+    store = LocalStore(str(tmp_path / "workspace"))
+    write_files(tmp_path / "images", *(f"{index % 2}/{index}.jpg" for index in range(64)))
+    freeze_dataset(store, "digits", str(tmp_path / "images"))
+    classifier = made_classifier(store, 0)
+    heavy = replace(classifier, backbone=classifier.backbone.model_copy(update={"macs": macs}))
+    committee = single_committee(heavy, name="lenet5", digest=classifier_digest(heavy))
+    request = PredictionRequest(committee=committee, dataset="digits", splits=None, extraction=FP32)
+    assert request.slice_rows(open_dataset(store, "digits"), 1) == slice_rows

@@ -76,6 +76,16 @@ def test_slices_are_whole_batches_and_bounded(num_rows: int, batch_size: int) ->
     assert batch_size <= rows < MAX_SLICE_ROWS + batch_size
 
 
+@pytest.mark.parametrize(
+    ("forward_s", "num_slices"), [(0.0, 8), (32.0, 8), (60.0, 15), (128.0, 32), (10_000.0, 32)]
+)
+def test_work_of_networks_is_shared_out_more_finely(forward_s: float, num_slices: int) -> None:
+    num_rows = 32 * 15 * 16
+    assert -(-num_rows // slice_rows_for(num_rows, 16, forward_s)) == num_slices
+    # Large inputs have more slices anyway.
+    assert slice_rows_for(10**6, 16, forward_s) == MAX_SLICE_ROWS
+
+
 @given(num_rows=st.integers(10**7, 10**10), batch_size=st.integers(1, 512))
 def test_slices_of_huge_inputs_grow_and_do_not_become_more(num_rows: int, batch_size: int) -> None:
     rows = slice_rows_for(num_rows, batch_size)
