@@ -13,6 +13,7 @@ from convoy.pipelines.feature_plan import (
 from convoy.vision.augmentation_policy import AugmentationPolicy
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.backbones import build_network, depth_axis
+from convoy.vision.decode_rule import DecodeRule
 from convoy.vision.presets import EvalPreset
 
 LIGHT, STANDARD = AugmentationPolicy.ready("light"), AugmentationPolicy.ready("standard")
@@ -48,13 +49,15 @@ def request(*policies: AugmentationPolicy, views: int) -> ManyPolicies:
 
 def test_the_set_of_a_network_is_the_one_that_workspaces_remember_unless_a_factory_made_it() -> None:
     plain = FeatureRequest(dataset="digits", backbone=CONFIG, taps=("f6",))
-    (lenet,) = plan_sets(record(), plain, EXTRACTION)
+    # Newer rules decode otherwise, so that their sets are others.
+    extraction = EXTRACTION.model_copy(update={"decode": DecodeRule(version=3)})
+    (lenet,) = plan_sets(record(), plain, extraction)
     assert lenet.set_id == "7acbc036c7a4a503b657c4b76da8beb0"
     factories = [
         BackboneConfig(arch="nets:tiny", weights="random", code_digest=code * 32, preset=CONFIG.preset)
         for code in "ab"
     ]
-    made = [plan_sets(record(config), plain, EXTRACTION)[0].set_id for config in factories]
+    made = [plan_sets(record(config), plain, extraction)[0].set_id for config in factories]
     assert len({lenet.set_id, *made}) == 3
 
 
