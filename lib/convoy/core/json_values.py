@@ -16,13 +16,20 @@ def finite_or_null(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def not_finite(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers in a value that are not finite, each after the dotted keys that lead to it."""
+def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """The values in a value that are no mappings or sequences, each after the dotted keys that lead to it."""
     if isinstance(value, Mapping):
         for name, item in value.items():
-            yield from not_finite(item, f"{key}.{name}" if key else str(name))
+            yield from leaves(item, f"{key}.{name}" if key else str(name))
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
-            yield from not_finite(item, f"{key}.{index}" if key else str(index))
-    elif isinstance(value, float) and not math.isfinite(value):
+            yield from leaves(item, f"{key}.{index}" if key else str(index))
+    else:
         yield key, value
+
+
+def not_finite(value: Any) -> Iterator[tuple[str, float]]:
+    """The numbers in a value that are not finite, each after the dotted keys that lead to it."""
+    for key, leaf in leaves(value):
+        if isinstance(leaf, float) and not math.isfinite(leaf):
+            yield key, leaf

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
+
+from convoy.core.json_values import leaves
 
 # Words of a key that holds a secret whatever its value looks like.
 _SECRET_KEY = re.compile(
@@ -35,20 +37,7 @@ def find_secrets(settings: Any, environment: Mapping[str, str] | None = None) ->
     tokens), and for the values of variables of the environment whose names speak of secrets.
     """
     known = _secrets_of(os.environ if environment is None else environment)
-    return [
-        f"{path}: {reason}" for path, value in _leaves(settings, "") if (reason := _why(path, value, known))
-    ]
-
-
-def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _leaves(inner, f"{path}.{key}" if path else str(key))
-    elif isinstance(value, list | tuple):
-        for index, inner in enumerate(value):
-            yield from _leaves(inner, f"{path}.{index}" if path else str(index))
-    else:
-        yield path, value
+    return [f"{path}: {reason}" for path, value in leaves(settings) if (reason := _why(path, value, known))]
 
 
 def _why(path: str, value: Any, known: Mapping[str, str]) -> str:
