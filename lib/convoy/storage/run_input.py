@@ -19,7 +19,7 @@ from convoy.storage.runs import SLICES_PER_INPUT_SHARD, RunFolder, SliceGroup
 
 MIN_SLICES = 8
 # The work of networks is shared out more finely: the last slice of a worker is what the others wait for at the end.
-MIN_SLICES_OF_WORK = 32
+MAX_SLICES_BY_WORK = 32
 _WORK_A_SLICE_S = 4.0
 # From this many on slices grow instead, as the driver holds a record of each.
 MAX_SLICES = 32_768
@@ -31,10 +31,10 @@ _DICTIONARY_COLUMNS = ["container_field", "split"]
 def slice_rows_for(num_rows: int, batch_size: int, forward_s: float = 0.0) -> int:
     """Rows a slice: enough slices to share out and to resume by, few enough to cost nothing; whole batches.
 
-    MIN_SLICES or more; of work that takes two cores `forward_s` seconds in networks up to MIN_SLICES_OF_WORK, if each
+    MIN_SLICES or more; of work that takes two cores `forward_s` seconds in networks up to MAX_SLICES_BY_WORK, if each
     has some seconds of it. At most MAX_SLICE_ROWS, until that would be more than MAX_SLICES slices.
     """
-    num_slices = max(MIN_SLICES, min(int(forward_s / _WORK_A_SLICE_S), MIN_SLICES_OF_WORK))
+    num_slices = max(MIN_SLICES, min(int(forward_s / _WORK_A_SLICE_S), MAX_SLICES_BY_WORK))
     wanted = max(min(-(-num_rows // num_slices), MAX_SLICE_ROWS), -(-num_rows // MAX_SLICES))
     return max(-(-wanted // batch_size), 1) * batch_size
 

@@ -11,7 +11,7 @@ from convoy.cluster import backbone_meter
 from convoy.cluster.backbone_meter import measure_backbone
 from convoy.cluster.backbone_timing import machine_of_workers
 from convoy.cluster.slices import WorkerPool
-from convoy.cluster.timing_spec import BackboneTiming, TimingSpec, keep_timing, kept_timing
+from convoy.cluster.timing_spec import TimingSpec, keep_timing, kept_timing
 from convoy.core.machine import machine_facts
 from convoy.pipelines.models import fetch_backbone
 from convoy.storage.datasets import open_dataset
@@ -20,9 +20,10 @@ from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.decode_rule import DecodeRule
 from convoy.vision.engine_options import Precision, facts_here
 from convoy.vision.presets import EvalPreset
+from made_timing import TIMING
 
 PRESET = EvalPreset(resize_px=32, crop_px=32)
-HERE, ELSEWHERE = machine_facts(None), machine_facts("A GPU")
+HERE, ELSEWHERE = TIMING.machine, machine_facts("A GPU")
 SPEC = TimingSpec(
     weights_key="models/backbones/made/model.safetensors",
     weights_digest="0" * 32,
@@ -38,20 +39,6 @@ SPEC = TimingSpec(
     seconds=1.0,
     num_latencies=10,
     images_digest="made",
-)
-TIMING = BackboneTiming(
-    images_per_s=100,
-    slow_images_per_s=90,
-    fast_images_per_s=110,
-    latency_p50_ms=10,
-    latency_p95_ms=12,
-    job_images_per_s=80,
-    peak_memory_bytes=2**20,
-    num_threads=2,
-    num_workers=1,
-    gpu_share=0,
-    machine=HERE,
-    measured_unix_s=1.0,
 )
 
 

@@ -12,7 +12,6 @@ from cache_jobs import freeze, write_digits
 from convoy.cluster import slices
 from convoy.cluster.slices import WorkerPool
 from convoy.cluster.timing_spec import BackboneTiming, TimingSpec
-from convoy.core.machine import machine_facts
 from convoy.core.progress import Silent
 from convoy.pipelines import backbone_costs
 from convoy.pipelines.backbone_costs import CostsConfig, _spec, measure_costs
@@ -23,6 +22,7 @@ from convoy.storage.local_store import LocalStore
 from convoy.vision.backbone_config import BackboneConfig
 from made_bundles import FP32
 from made_devices import made_device
+from made_timing import TIMING
 
 
 @pytest.mark.parametrize(
@@ -52,19 +52,12 @@ def test_costs_are_those_of_the_workers_of_a_large_job(
     ) -> Iterator[BackboneTiming]:
         for _, pool in asked:
             pools.append(pool)
-            yield BackboneTiming(
-                images_per_s=100,
-                slow_images_per_s=90,
-                fast_images_per_s=110,
-                latency_p50_ms=10,
-                latency_p95_ms=12,
-                job_images_per_s=80,
-                peak_memory_bytes=None,
-                num_threads=pool.num_threads,
-                num_workers=pool.num_workers,
-                gpu_share=pool.num_gpus,
-                machine=machine_facts(None),
-                measured_unix_s=1.0,
+            yield TIMING.model_copy(
+                update={
+                    "num_threads": pool.num_threads,
+                    "num_workers": pool.num_workers,
+                    "gpu_share": pool.num_gpus,
+                }
             )
 
     node = {"CPU": 16.0, "GPU": 0.0, "memory": float(memory_gib << 30)}
