@@ -142,6 +142,7 @@ class EvaluateComparison:
             "images_per_s": {name: spread(values) for name, values in rates.items()},
             "bounds": {name: spread(values) for name, values in bounds.items()},
             "others_share": shares,
+            "network_share": [one.network_share[size] for one in measured[OURS]],
             "precision": self._bounds[size][0].precision,
             "device": self._bounds[size][0].device,
         }

@@ -56,12 +56,14 @@ class EvaluateJob(StrictModel):
 class CommitteeRates(StrictModel):
     """One run of one way: images a second by the number of networks, and how many there were.
 
-    `others_share` is the share of all cores that our driver and Ray took meanwhile.
+    Of ours, `others_share` is the share of all cores that driver and Ray took meanwhile, `network_share` that which
+    was in networks.
     """
 
     num_images: int
     images_per_s: dict[int, float]
     others_share: dict[int, float | None] = Field(default_factory=dict)
+    network_share: dict[int, float] = Field(default_factory=dict)
 
 
 def num_cores() -> int:

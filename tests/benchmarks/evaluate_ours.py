@@ -12,7 +12,7 @@ import pyarrow.dataset as pads
 from evaluate_job import PLAN, CommitteeRates, EvaluateJob, save_joint
 from job_processes import ProcessSampler, share_of_others
 from measuring import convoy
-from our_rate import steady_rate
+from our_rate import network_share, steady_rate
 
 from convoy.cluster.session import ray_session
 from convoy.core.config import load_config
@@ -37,7 +37,7 @@ class OursSettings(EvaluateJob):
 
 def run_ours(settings: OursSettings) -> CommitteeRates:
     """The rate of each committee is the steady one, as in the other benchmarks."""
-    rates, shares = {}, {}
+    rates, others, networks = {}, {}, {}
     with TemporaryDirectory(prefix="convoy-bench-evaluate-") as folder, ray_session():
         workspace = str(Path(folder, "workspace"))
         _freeze(settings, Path(folder, "images"), workspace)
@@ -46,10 +46,13 @@ def run_ours(settings: OursSettings) -> CommitteeRates:
                 report = run_evaluate(_config(settings, size, workspace), progress=Silent())
             records = read_records(RunFolder(open_store(workspace), report.run))
             rates[size] = steady_rate(records)
-            shares[size] = share_of_others(sampler.samples, records)
+            others[size] = share_of_others(sampler.samples, records)
+            networks[size] = network_share(records)
             if size == len(settings.archs):
                 save_joint(settings, _probabilities(settings, workspace, report))
-    return CommitteeRates(num_images=len(settings.paths), images_per_s=rates, others_share=shares)
+    return CommitteeRates(
+        num_images=len(settings.paths), images_per_s=rates, others_share=others, network_share=networks
+    )
 
 
 def _freeze(settings: OursSettings, tree: Path, workspace: str) -> None:

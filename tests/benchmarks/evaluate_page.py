@@ -29,7 +29,7 @@ def _page(report: dict[str, Any]) -> Iterator[str]:
     for size, measured in report["committees"].items():
         archs = ", ".join(arch.partition(":")[2] or arch for arch in settings["archs"][: int(size)])
         yield from ("", f"## Networks: {size}", "")
-        yield f"{archs}; ours and the bounds in {measured['precision']} on {measured['device']}."
+        yield f"{archs}; ours and the bounds in {measured['precision']} on {measured['device']}. {_shares(measured)}"
         yield from spread_table("ratio", measured["ratios"], digits=3)
         yield from spread_table("images per second", measured["images_per_s"], digits=2)
         yield from spread_table("bound, images per second", measured["bounds"], digits=2)
@@ -41,6 +41,12 @@ def _page(report: dict[str, Any]) -> Iterator[str]:
         )
     yield from ("", "## Gated", "")
     yield from [report["gated"]] if isinstance(report["gated"], str) else _gated(report["gated"])
+
+
+def _shares(measured: dict[str, Any]) -> str:
+    others = ", ".join("unknown" if share is None else f"{share:.1%}" for share in measured["others_share"])
+    networks = ", ".join(f"{share:.1%}" for share in measured["network_share"])
+    return f"While our slices were under way, networks had {networks} of the machine, the driver and Ray {others}."
 
 
 def _gated(gated: dict[str, Any]) -> Iterator[str]:

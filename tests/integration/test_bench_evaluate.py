@@ -57,6 +57,13 @@ def test_every_way_and_bound_has_a_rate_for_each_committee(report: dict[str, Any
             assert rates["min"] > 0
 
 
+def test_networks_and_others_share_the_machine(report: dict[str, Any]) -> None:
+    for measured in report["committees"].values():
+        (networks,), (others,) = measured["network_share"], measured["others_share"]
+        assert 0 < networks < 1
+        assert others is None or 0 < others < 1
+
+
 def test_joint_outputs_equal_those_of_the_usual_ways(report: dict[str, Any]) -> None:
     assert set(report["equality"]) == {"tta_loop", "tencrop"}
     for equality in report["equality"].values():
@@ -81,7 +88,7 @@ def test_the_machine_and_the_settings_are_on_record(report: dict[str, Any]) -> N
 
 def test_the_page_for_people_names_every_way_and_ratio(report: dict[str, Any], page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    names = {*_WAYS, *report["committees"]["2"]["ratios"], "## Gated"}
+    names = {*_WAYS, *report["committees"]["2"]["ratios"], "networks had", "## Gated"}
     assert all(name in text for name in names)
 
 
