@@ -25,7 +25,10 @@ def noisy_logits(noise: float, seed: int, num_views: int) -> NDArray[np.float32]
 
 
 def made_candidates(
-    *noises: float, policy: CropPolicy = CropPolicy.FLIP, seconds: tuple[float, ...] | None = None
+    *noises: float,
+    policy: CropPolicy = CropPolicy.FLIP,
+    seconds: tuple[float, ...] | None = None,
+    seconds_once: float = 0.0,
 ) -> CandidatePredictions:
     plan = CropPlan(policy=policy)
     num_views = len(crop_views(plan))
@@ -34,6 +37,7 @@ def made_candidates(
         labels_N=LABELS_N,
         plan=plan,
         seconds_per_pass_M=seconds or (0.01,) * len(noises),
+        seconds_once_M=(seconds_once,) * len(noises),
         macs_M=(1000,) * len(noises),
         num_networks_M=(1,) * len(noises),
     )

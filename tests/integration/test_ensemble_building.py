@@ -42,7 +42,7 @@ def kept_predictions(store: ObjectStore, bundle: str, split: Split) -> Candidate
     )
     manifest = open_dataset(store, "digits")
     run = CommitteeJob(store, manifest, request).ensure(progress=Silent(), config={})
-    return Candidate(bundle=bundle, predictions_run=run.run_id, seconds_per_pass=0.001)
+    return Candidate(bundle=bundle, predictions_run=run.run_id, seconds_per_pass=0.001, seconds_once=0.0)
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,7 @@ from convoy.storage.runs import RunFolder, RunRecord, require_run
 class Candidate:
     """A bundle that may become a member, the run with its validation predictions, and what a pass of it takes.
 
+    `seconds_once` is what an image takes beside all passes, which members share.
     `other_folds` are bundles and runs of the other models of a k-fold training: each predicted the rows that it did not
     see. They become members together, with equal shares of one weight, and a pass is one of each.
     """
@@ -35,6 +36,7 @@ class Candidate:
     bundle: str
     predictions_run: str
     seconds_per_pass: float
+    seconds_once: float
     other_folds: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -80,6 +82,7 @@ def read_candidates(
         labels_N=kept[0].labels_N[places[0]],
         plan=plan,
         seconds_per_pass_M=tuple(candidate.seconds_per_pass for candidate in candidates),
+        seconds_once_M=tuple(candidate.seconds_once for candidate in candidates),
         macs_M=tuple(sum(member.classifier.backbone.macs for member in members) for members in networks),
         num_networks_M=tuple(len(members) for members in networks),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from math import inf
 from typing import Any, Self
 
 import numpy as np
@@ -44,7 +45,8 @@ class EnsembleBudget(StrictModel):
 
     Both are of the whole cluster on which the trials were timed, and `price_per_hour`, which money needs, is that of
     all its machines. They are estimates: each trial predicted validation rows on its share of the cluster, beside
-    others, and its rate is scaled up.
+    others, and its rate is scaled up. An image is fetched and decoded once, for all members and crops, which counts as
+    if nothing of it were hidden behind the networks.
     """
 
     min_images_per_s: PositiveFloat | None = None
@@ -57,13 +59,18 @@ class EnsembleBudget(StrictModel):
             raise ValueError("max_usd_per_million needs price_per_hour: what the whole cluster costs an hour")
         return self
 
+    @property
+    def max_seconds_per_image(self) -> float:
+        """The longest that an image may take; infinite where nothing bounds it."""
+        by_rate = inf if self.min_images_per_s is None else 1 / self.min_images_per_s
+        if self.max_usd_per_million is None or self.price_per_hour is None:
+            return by_rate
+        return min(by_rate, self.max_usd_per_million * 3600 / 1e6 / self.price_per_hour)
+
     def allows(self, seconds_per_image: float) -> bool:
         """Whether an ensemble that takes so long for an image is within the budget."""
-        usd = self.usd_per_million(seconds_per_image)
-        is_fast = self.min_images_per_s is None or seconds_per_image <= 1 / self.min_images_per_s
-        return is_fast and (
-            self.max_usd_per_million is None or usd is None or usd <= self.max_usd_per_million
-        )
+        # What costs exactly as much as allowed is allowed, however it was rounded.
+        return seconds_per_image <= self.max_seconds_per_image * (1 + 1e-9)
 
     def usd_per_million(self, seconds_per_image: float) -> float | None:
         """The money for a million images, where the price of an hour is known."""
@@ -124,13 +131,15 @@ class EnsembleSettings(StrictModel):
 class CandidatePredictions:
     """Outputs of M candidates for the same N labelled validation rows, in the views of `plan`.
 
-    `seconds_per_pass_M` is what one pass through all of the `num_networks_M` of each takes the whole cluster.
+    `seconds_per_pass_M` is what one pass through all of the `num_networks_M` of each takes the whole cluster,
+    `seconds_once_M` what an image takes it beside all passes.
     """
 
     logits_MVNK: NDArray[np.float32]
     labels_N: NDArray[np.int32]
     plan: CropPlan
     seconds_per_pass_M: tuple[float, ...]
+    seconds_once_M: tuple[float, ...]
     macs_M: tuple[int, ...]
     num_networks_M: tuple[int, ...]
 
@@ -237,13 +246,14 @@ class EnsembleChooser:
         candidates, settings = self._candidates, self._settings
         points: list[FrontPoint] = []
         for policy in self._policies:
-            values_MNK = self._values[policy]
+            values_MNK, num_views = self._values[policy], self._num_views(policy)
             sets = growing_sets(
                 values_MNK,
                 self._labels_N,
                 settings.averaging,
-                costs_M=candidates.seconds_per_pass_M,
+                costs_M=[num_views * seconds for seconds in candidates.seconds_per_pass_M],
                 max_members=settings.max_members,
+                budget=settings.budget.max_seconds_per_image - max(candidates.seconds_once_M),
             )
             found = [self._point(members, policy) for members in sets]
             # Different sets may be left with the same members when others get no weight.
@@ -260,8 +270,10 @@ class EnsembleChooser:
         # own a large ensemble would seem worse than it is.
         temperature = fit_temperature(joint_NK, self._labels_N) if settings.calibrate else 1.0
         num_correct = int((joint_NK.argmax(axis=1) == self._labels_N).sum())
-        num_views = len(crop_views(CropPlan(policy=policy, multiscale=candidates.plan.multiscale)))
-        seconds = num_views * sum(candidates.seconds_per_pass_M[member] for member in chosen)
+        num_views = self._num_views(policy)
+        seconds = max(candidates.seconds_once_M[member] for member in chosen) + num_views * sum(
+            candidates.seconds_per_pass_M[member] for member in chosen
+        )
         return FrontPoint(
             members=chosen,
             weights=weights,
@@ -275,6 +287,9 @@ class EnsembleChooser:
             images_per_s=1 / seconds,
             usd_per_million=settings.budget.usd_per_million(seconds),
         )
+
+    def _num_views(self, policy: CropPolicy) -> int:
+        return len(crop_views(CropPlan(policy=policy, multiscale=self._candidates.plan.multiscale)))
 
     def _loss(self, point: FrontPoint) -> tuple[float, float]:
         if self._settings.objective is Objective.NLL:

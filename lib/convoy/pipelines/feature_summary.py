@@ -85,6 +85,12 @@ def seconds_under_way(slices: Sequence[SliceRecord]) -> float:
     return total_s
 
 
+def network_share(slices: Sequence[SliceRecord]) -> float:
+    """The share of the time of slices that their operators spent in networks, not waiting for images or writing."""
+    seconds = sum(one.finished_unix_s - one.started_unix_s for one in slices)
+    return min(sum(one.seconds.get("forward", 0.0) for one in slices) / max(seconds, 1e-9), 1.0)
+
+
 def _added(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     total: Counter[str] = Counter()
     for count in counts:

@@ -78,10 +78,15 @@ def as_candidate(record: TrialRecord) -> Candidate:
             next_step="delete it, and run the same command again",
         )
     measured = record.cost.seconds_per_pass
-    # Without a measured rate the forecast must do.
-    seconds = forward_s(record.cost.macs) if measured is None else measured
     (bundle, run), *others = zip(record.bundles, record.predictions_runs, strict=True)
-    return Candidate(bundle=bundle, predictions_run=run, seconds_per_pass=seconds, other_folds=tuple(others))
+    return Candidate(
+        bundle=bundle,
+        predictions_run=run,
+        # Without a measured rate the forecast must do.
+        seconds_per_pass=forward_s(record.cost.macs) if measured is None else measured,
+        seconds_once=record.cost.seconds_once,
+        other_folds=tuple(others),
+    )
 
 
 def _gives_margins(record: TrialRecord) -> bool:

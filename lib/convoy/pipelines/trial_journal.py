@@ -61,6 +61,7 @@ _TRIALS_SCHEMA = pa.schema(
         pa.field("num_views", pa.int32()),
         pa.field("images_per_s", pa.float64()),
         pa.field("cluster_share", pa.float64()),
+        pa.field("network_share", pa.float64()),
         pa.field("seconds", pa.float64(), nullable=False),
     ]
 )
@@ -73,7 +74,9 @@ class TrialCost(StrictModel):
     """What a trial's network costs, or its networks of all folds together.
 
     `macs` are multiply-adds of one pass, `size_bytes` those of the weights. `images_per_s` was measured while the
-    validation rows were predicted, with `num_views` passes an image, by a `cluster_share` of all GPUs, or else CPUs.
+    validation rows were predicted, with `num_views` passes an image, by a `cluster_share` of all GPUs, or else CPUs; a
+    `network_share` of that time was in networks. The rest an image takes once, whatever becomes of it then: to be
+    fetched, decoded, and written about.
     """
 
     parameters: int
@@ -81,15 +84,24 @@ class TrialCost(StrictModel):
     size_bytes: int
     num_views: int
     images_per_s: float | None
-    # Trials that were recorded without a share count as timed by the whole cluster.
+    # Trials that were recorded without shares count as timed by the whole cluster, with all time in networks.
     cluster_share: float = 1.0
+    network_share: float = 1.0
 
     @property
     def seconds_per_pass(self) -> float | None:
         """What a pass takes with the whole cluster at work, scaled from its share; None where nothing was measured."""
-        return (
-            None if self.images_per_s is None else self.cluster_share / (self.images_per_s * self.num_views)
-        )
+        seconds = self._seconds_per_image
+        return None if seconds is None else seconds * self.network_share / self.num_views
+
+    @property
+    def seconds_once(self) -> float:
+        """What an image takes beside its passes, likewise; 0 where nothing was measured."""
+        return (self._seconds_per_image or 0.0) * (1 - self.network_share)
+
+    @property
+    def _seconds_per_image(self) -> float | None:
+        return None if self.images_per_s is None else self.cluster_share / self.images_per_s
 
 
 class TrialRecord(StrictModel):

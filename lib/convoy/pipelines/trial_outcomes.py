@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from convoy.core.crop_policies import (
     Averaging,
@@ -21,7 +21,7 @@ from convoy.core.statistics import wilson_interval
 from convoy.core.trial_events import TrialState
 from convoy.pipelines.committee_predictions import CommitteeJob, CommitteePredictions
 from convoy.pipelines.committees import CommitteeMember, open_committee
-from convoy.pipelines.feature_summary import timings
+from convoy.pipelines.feature_summary import network_share, timings
 from convoy.pipelines.folds import FoldModel, OutOfFold, out_of_fold
 from convoy.pipelines.prediction_request import PredictionRequest
 from convoy.pipelines.train import TrainReport
@@ -150,24 +150,36 @@ def _worth(rows: OutOfFold, plan: CropPlan, *, gives_probabilities: bool) -> dic
 def _cost(
     setting: TrialSetting, members: Sequence[CommitteeMember], runs: Sequence[str], plan: CropPlan
 ) -> TrialCost:
-    """What the networks cost together: one image goes through all of them."""
+    """What the networks cost together: one image is decoded once, and goes through all of them."""
     backbones = [member.classifier.backbone for member in members]
     files = [f"{member.bundle.folder}{MODEL_FILE}" for member in members if member.bundle is not None]
-    seconds = [_seconds_an_image(setting.store, run) for run in runs]
-    known = [one for one in seconds if one is not None]
+    seconds = [one for run in runs if (one := _image_seconds(setting.store, run)) is not None]
+    in_networks = sum(one.in_networks for one in seconds)
+    in_all = in_networks + max((one.once for one in seconds), default=0.0)
+    is_known = len(seconds) == len(runs) and in_all > 0
     return TrialCost(
         parameters=sum(backbone.num_parameters for backbone in backbones),
         macs=sum(backbone.macs for backbone in backbones),
         size_bytes=sum(setting.store.head(file).size_bytes for file in files),
         num_views=len(crop_views(plan)),
-        images_per_s=1 / sum(known) if len(known) == len(runs) else None,
+        images_per_s=1 / in_all if is_known else None,
         cluster_share=setting.cluster_share,
+        network_share=in_networks / in_all if is_known else 1.0,
     )
 
 
-def _seconds_an_image(store: ObjectStore, run: str) -> float | None:
+class _ImageSeconds(NamedTuple):
+    """What an image takes in networks, at all views, and what beside them."""
+
+    in_networks: float
+    once: float
+
+
+def _image_seconds(store: ObjectStore, run: str) -> _ImageSeconds | None:
     """What an image took in a run, or None where it has no image."""
     manifest = read_manifest(RunFolder(store, run))
     if manifest is None or not manifest.num_results:
         return None
-    return 1 / float(timings(manifest.slices, 0.0)["images_per_s"])
+    seconds = 1 / float(timings(manifest.slices, 0.0)["images_per_s"])
+    share = network_share(manifest.slices)
+    return _ImageSeconds(in_networks=seconds * share, once=seconds * (1 - share))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -22,24 +23,27 @@ def growing_sets(
     *,
     costs_M: Sequence[float],
     max_members: int | None = None,
+    budget: float = inf,
 ) -> list[tuple[int, ...]]:
     """Every single member, and the sets that forward selection finds under growing budgets; members ascend.
 
     Under a budget it begins with the best member that can be paid, and adds the one that lowers the NLL of the
     plain mean most for its cost, as long as the sum of costs allows. So three cheap members that together beat a
-    dear one are found although the dear one is the best alone. Without a budget every set on the way counts.
+    dear one are found although the dear one is the best alone. Without a budget every set on the way counts. What
+    the user can pay, `budget`, is one of them, as the best set for it may lie between two others.
     """
     values_MNK, labels_N = nll_columns(values_MNK, labels_N, averaging)
     selection = _Selection(values_MNK, labels_N, averaging, costs_M)
     num_members = len(values_MNK)
     allowed = min(max_members or num_members, num_members)
-    path = selection.path(np.inf, allowed)
+    path = selection.path(inf, allowed)
     found: list[tuple[int, ...]] = [(member,) for member in range(num_members)]
     found += [tuple(sorted(path[:size])) for size in range(1, len(path) + 1)]
-    for budget in np.geomspace(min(costs_M), sum(costs_M), _NUM_BUDGETS):
+    budgets = np.geomspace(min(costs_M), sum(costs_M), _NUM_BUDGETS).tolist()
+    for allowance in (*budgets, budget):
         # The ends of the range must hold what costs exactly as much.
-        found.append(tuple(sorted(selection.path(budget * (1 + 1e-9), allowed))))
-    return list(dict.fromkeys(found))
+        found.append(tuple(sorted(selection.path(allowance * (1 + 1e-9), allowed))))
+    return [members for members in dict.fromkeys(found) if members]
 
 
 class _Selection:

@@ -91,7 +91,9 @@ def candidate(
     record = slice_record("0-000000", {output: part}, num_results=len(rows), run_id=folder.run_id)
     published = RunManifest(run_id=folder.run_id, slices=(record,))
     store.put(folder.key("manifest.json"), canonical_json(published))
-    return Candidate(bundle=str(bundle), predictions_run=folder.run_id, seconds_per_pass=0.5)
+    return Candidate(
+        bundle=str(bundle), predictions_run=folder.run_id, seconds_per_pass=0.5, seconds_once=0.1
+    )
 
 
 def test_rows_that_all_predicted_are_joined_by_id_and_classes_by_name(
@@ -111,6 +113,7 @@ def test_rows_that_all_predicted_are_joined_by_id_and_classes_by_name(
         for view in range(2):
             np.testing.assert_array_equal(predictions.logits_MVNK[member, view], 100 * view + expected_NK)
     assert predictions.seconds_per_pass_M == (0.5, 0.5)
+    assert predictions.seconds_once_M == (0.1, 0.1)
     assert predictions.macs_M[0] > 0
 
 
@@ -201,7 +204,7 @@ def made_stranger(store: LocalStore, manifest: Manifest) -> Candidate:
     known = candidate(store, manifest, "known")
     classifier = made_classifier(store, 3, classes=(*DIGITS[:-1], "ten"))
     stranger = write_classifier(store, "stranger", classifier)
-    return Candidate(bundle=str(stranger), predictions_run=known.predictions_run, seconds_per_pass=0.5)
+    return replace(known, bundle=str(stranger))
 
 
 def test_rows_that_nobody_shares_are_no_validation_set(store: LocalStore, manifest: Manifest) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from convoy.pipelines.feature_summary import seconds_under_way, timings
+from convoy.pipelines.feature_summary import network_share, seconds_under_way, timings
 from convoy.pipelines.forecast import Prices, actual_of, extrapolate, steady_slices
 from convoy.pipelines.forecast_sampling import SampleSize, sample_size, spread_blocks
 from convoy.storage.commits import PartFile, RunManifest, SliceRecord
@@ -66,6 +66,16 @@ def test_time_in_which_slices_overlap_or_nobody_works_counts_once_or_not_at_all(
     ]
     assert seconds_under_way(slices) == 13
     assert seconds_under_way([]) == 0
+
+
+def test_what_is_not_spent_in_networks_is_spent_once_an_image() -> None:
+    """Of 25 s; a slice without a usable image was in no network."""
+    slices = [
+        made_slice("0-0", 0, 10).model_copy(update={"seconds": {"forward": 6.0, "wait": 3.0}}),
+        made_slice("0-1", 5, 15).model_copy(update={"seconds": {"forward": 4.0}}),
+        made_slice("0-2", 5, 10),
+    ]
+    assert network_share(slices) == pytest.approx(0.4)
 
 
 def test_the_rate_of_a_run_that_was_killed_and_went_on_later_does_not_count_the_pause() -> None:

@@ -70,12 +70,35 @@ def outcome(
 
 
 def test_a_cost_says_with_what_share_of_the_cluster_it_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial_outcomes, "_seconds_an_image", lambda store, run: 0.5)
+    seconds = trial_outcomes._ImageSeconds(in_networks=0.5, once=0.0)
+    monkeypatch.setattr(trial_outcomes, "_image_seconds", lambda store, run: seconds)
     nothing: Any = None
     setting = TrialSetting(store=nothing, manifest=nothing, training=nothing, crops=None, cluster_share=0.25)
     cost = trial_outcomes._cost(setting, [], ["a", "b"], CropPlan(policy=CropPolicy.TEN))
     assert (cost.images_per_s, cost.cluster_share) == (1.0, 0.25)
     assert cost.seconds_per_pass == pytest.approx(0.25 / 10)
+
+
+def test_networks_of_folds_decode_an_image_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {
+        "a": trial_outcomes._ImageSeconds(in_networks=0.2, once=0.5),
+        "b": trial_outcomes._ImageSeconds(in_networks=0.3, once=0.4),
+    }
+    monkeypatch.setattr(trial_outcomes, "_image_seconds", lambda store, run: seconds[run])
+    nothing: Any = None
+    setting = TrialSetting(store=nothing, manifest=nothing, training=nothing, crops=None, cluster_share=1.0)
+    cost = trial_outcomes._cost(setting, [], ["a", "b"], CropPlan(policy=CropPolicy.TEN))
+    assert (cost.images_per_s, cost.network_share) == (1.0, 0.5)
+    assert cost.seconds_per_pass == pytest.approx(0.5 / 10)
+    assert cost.seconds_once == pytest.approx(0.5)
+
+
+def test_without_a_measured_rate_nothing_is_said_of_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial_outcomes, "_image_seconds", lambda store, run: None)
+    nothing: Any = None
+    setting = TrialSetting(store=nothing, manifest=nothing, training=nothing, crops=None, cluster_share=1.0)
+    cost = trial_outcomes._cost(setting, [], ["a"], CropPlan(policy=CropPolicy.TEN))
+    assert (cost.images_per_s, cost.seconds_per_pass, cost.seconds_once) == (None, None, 0.0)
 
 
 def test_the_epochs_of_a_trial_with_folds_are_those_of_its_first_fold(

@@ -349,7 +349,7 @@ def test_candidates_that_were_timed_with_different_shares_of_the_cluster_are_com
         for rate, share in ((100.0, 1 / 8), (800.0, 1.0))
     )
     document = alone.model_dump(mode="json")
-    del document["cost"]["cluster_share"]
+    del document["cost"]["cluster_share"], document["cost"]["network_share"]
     records = (of_eight, alone, TrialRecord.model_validate(document))
     assert [as_candidate(one).seconds_per_pass for one in records] == [1 / 800] * 3
 

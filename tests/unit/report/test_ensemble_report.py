@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from convoy.core.crop_policies import CropPolicy
 from convoy.core.metrics import ReliabilityBin
+from convoy.pipelines.committee_evaluation import CommitteeCost, CommitteeEvaluation
 from convoy.report.ensemble_report import draw_ensemble_report
 from made_ensembles import made_candidates, made_report
 from made_pages import PageParts
@@ -29,6 +30,17 @@ def test_the_page_needs_nothing_else_and_holds_the_figures() -> None:
     assert parts.json_of("cost-front") == [point.model_dump(mode="json") for point in report.front]
     assert parts.json_of("overlap")["overlap"] == report.overlap
     assert parts.json_of("reliability-after") == [one.model_dump() for one in BINS]
+
+
+def test_the_estimated_rate_stands_beside_the_measured_one() -> None:
+    report = made_report(made_candidates(1.2, 1.2, 1.5))
+    assert "estimated at" not in draw_ensemble_report(report).decode()
+    cost = CommitteeCost(
+        passes_per_image=2, macs_per_image=1000, num_parameters=10, parameter_bytes=40, images_per_s=123.4
+    )
+    evaluation = CommitteeEvaluation.model_construct(cost=cost)
+    text = draw_ensemble_report(report.model_copy(update={"evaluation": evaluation})).decode()
+    assert f"estimated at {report.chosen.images_per_s:.1f} images/s; on test it ran at 123.4" in text
 
 
 def test_names_from_outside_are_escaped() -> None:

@@ -50,6 +50,22 @@ def test_of_two_that_help_alike_the_cheaper_one_comes_first() -> None:
     assert (0, 2) not in sets
 
 
+def test_the_best_set_for_what_can_be_paid_is_among_them() -> None:
+    """Of six, the second and fourth for exactly 7, between the sets that other budgets find."""
+    values_MNK = made_values(1.5, 1.0, 0.8, 1.0, 2.0, 2.0)
+    costs_M = [1.0, 5.0, 9.0, 2.0, 2.0, 2.0]
+    unaware = growing_sets(values_MNK, LABELS_N, Averaging.PROBABILITIES, costs_M=costs_M)
+    aware = growing_sets(values_MNK, LABELS_N, Averaging.PROBABILITIES, costs_M=costs_M, budget=7.0)
+    assert (1, 3) not in unaware
+    assert aware == [*unaware, (1, 3)]
+
+
+def test_what_buys_nobody_adds_no_set() -> None:
+    values_MNK = made_values(1.0, 1.0)
+    sets = growing_sets(values_MNK, LABELS_N, Averaging.PROBABILITIES, costs_M=[1.0, 1.0], budget=0.5)
+    assert sets == growing_sets(values_MNK, LABELS_N, Averaging.PROBABILITIES, costs_M=[1.0, 1.0])
+
+
 def test_no_set_has_more_members_than_allowed() -> None:
     values_MNK = made_values(1.0, 1.0, 1.0, 1.0)
     sets = growing_sets(
