@@ -1,4 +1,4 @@
-"""The pretrained ResNet-20 as it is on all 10,000 test images of CIFAR-10, with the config that we ship."""
+"""Pretrained ResNets as they are on all 10,000 test images of CIFAR-10, with the configs that we ship."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ pytestmark = pytest.mark.integration
 
 # Of these weights on these JPEG files, in float32; one image is 0.0001.
 TOP1 = 0.8103
+# Of the four together, then of ResNet-20, 32, 44 and 56 alone, likewise, by crop policy.
+COMMITTEE_TOP1 = {
+    "center": (0.8590, 0.8103, 0.8256, 0.8267, 0.8320),
+    "flip": (0.8660, 0.8296, 0.8402, 0.8429, 0.8459),
+}
 
 
 @pytest.fixture
@@ -45,3 +50,21 @@ def test_pretrained_resnet_20_has_its_known_accuracy(source: Path, tmp_path: Pat
         proof = convoy_json("verify", run, "--workspace", workspace)
         assert proof["ok"], proof["problems"]
         assert (proof["inputs"], proof["results"]) == (10_000, 10_000)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_four_pretrained_resnets_have_their_known_accuracies_alone_and_together(
+    source: Path, tmp_path: Path
+) -> None:
+    workspace = str(tmp_path / "workspace")
+    freeze(source, workspace, name="cifar10")
+    shipped = (ROOT / "jobs" / "configs" / "evaluate.cifar_ensemble.yaml").read_text()
+    config = tmp_path / "ensemble.yaml"
+    config.write_text(shipped.replace("../shared/data/cifar10-resnets", str(WEIGHTS.parent)))
+    for crops, (together, *alone) in COMMITTEE_TOP1.items():
+        arguments = ("--config", str(config), "--workspace", workspace, "--set")
+        report = convoy_json("evaluate", *arguments, f"crops={crops}")
+        assert report["labelled"] == 10_000
+        assert report["top1"] == pytest.approx(together, abs=0.0005)
+        assert [member["top1"] for member in report["members"]] == pytest.approx(alone, abs=0.0005)
