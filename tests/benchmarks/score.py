@@ -55,9 +55,13 @@ _PEERS = {
 
 
 class Regime(StrEnum):
-    """What takes the time. COMPUTE: the network. DATA: JPEGs of 500x375. LARGE: JPEGs of 12 megapixels."""
+    """What takes the time. COMPUTE: the network. DATA: JPEGs of 500x375. LARGE: JPEGs of 12 megapixels.
+
+    BALANCED: the network as long as its JPEGs of 500x375, on a machine without GPU.
+    """
 
     COMPUTE = "compute"
+    BALANCED = "balanced"
     DATA = "data"
     LARGE = "large"
 
@@ -78,6 +82,7 @@ class Workload(StrictModel):
 
 
 _LENET = ScoredNetwork(arch="lenet5", resize_px=32, crop_px=32)
+_SMALL_RESNET_18 = ScoredNetwork(arch=RESNET_18.arch, resize_px=96, crop_px=80)
 
 
 def _workload(network: ScoredNetwork, *, cpu: tuple[int, int], gpu: tuple[int, int]) -> Workload:
@@ -89,6 +94,7 @@ def _workload(network: ScoredNetwork, *, cpu: tuple[int, int], gpu: tuple[int, i
 def _workloads() -> dict[Regime, Workload]:
     return {
         Regime.COMPUTE: _workload(RESNET_18, cpu=(2048, 32), gpu=(32768, 256)),
+        Regime.BALANCED: _workload(_SMALL_RESNET_18, cpu=(8192, 64), gpu=(32768, 256)),
         Regime.DATA: _workload(_LENET, cpu=(16384, 128), gpu=(32768, 256)),
         Regime.LARGE: _workload(_LENET, cpu=(128, 8), gpu=(512, 8)),
     }
@@ -104,6 +110,7 @@ class ScoreBench(BenchSettings):
 
     regimes: tuple[Regime, ...] = Field(default=tuple(Regime), min_length=1)
     compute: Workload
+    balanced: Workload
     data: Workload
     large: Workload
     storages: tuple[Storage, ...] = (Storage.LOCAL,)
