@@ -141,7 +141,14 @@ def models_fetch(
 def models_export(
     bundle: Annotated[str, typer.Argument(help="A bundle: name, name@digest or its URI.")],
     to: Annotated[str, typer.Option("--to", help="onnx, or torch (a .pt2 file of torch.export).")],
-    output: Annotated[str, typer.Option("--output", "-o", help="The file to write: a path or s3:// URI.")],
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="The file to write: a path or s3:// URI. Default: NAME.onnx or NAME.pt2 here.",
+        ),
+    ] = None,
     dataset: Annotated[
         str | None,
         typer.Option("--dataset", "-d", help="Check on held-out images of it, not on random ones."),

@@ -48,13 +48,14 @@ _SUFFIXES = {ExportFormat.ONNX: ".onnx", ExportFormat.TORCH: ".pt2"}
 class ExportConfig(StrictModel):
     """Which bundle, as what, to which file; `images` are those that the file is checked on.
 
-    They are spread evenly over the held-out split of `dataset`, or random pixels where there is none.
+    They are spread evenly over the held-out split of `dataset`, or random pixels where there is none. Without an
+    `output` the file has the bundle's name, and lies in the current folder.
     """
 
     workspace: str | None = None
     bundle: str
     to: ExportFormat
-    output: str
+    output: str | None = None
     dataset: str | None = None
     images: int = Field(default=64, gt=0)
 
@@ -88,9 +89,9 @@ def run_export(config: ExportConfig, *, progress: Progress) -> ExportReport:
     missing, DataError for a network that cannot be traced, TrainingError for a file that computes other logits.
     """
     require_export_packages(config.to)
-    target, key = open_object(config.output)
     store = open_store(workspace_uri(config.workspace))
     bundle = open_bundle(store, config.bundle)
+    target, key = open_object(config.output or f"{bundle.ref.name}{_SUFFIXES[config.to]}")
     classifier = read_classifier(store, bundle)
     progress.stage("tracing the network")
     module = _image_classifier(store, classifier)

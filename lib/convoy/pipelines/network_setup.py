@@ -88,14 +88,14 @@ def set_up_training(
             new_run=new_run,
         )
         new.take_head(probe.fitted.head)
-        head = probe.summary
+        head = probe.summary.in_place_of(plan.phases[0].epochs)
         plan = without_head_phase(plan)
     return TrainingSetup(plan=plan, augmentation=policy, head=head), new.to_safetensors()
 
 
 def takes_head_from_cache(config: TrainConfig, plan: NetworkPlan, new: NewNetwork) -> bool:
     """Whether the first phase, of the head alone, is a fit on cached features; ConfigError where it must and cannot."""
-    if config.head_source is HeadSource.NETWORK:
+    if not config.may_fit_head:
         return False
     is_possible = plan.phases[0].freeze_depth == len(new.axis) - 1 and new.head_tap is not None
     if config.head_source is HeadSource.CACHE and not is_possible:

@@ -42,7 +42,8 @@ class HeadSummary(StrictModel):
 
     The fit went `num_passes` times over the rows. Through the frozen body each pass would have taken
     `body_pass_s`, as measured when the features were computed; `saved_s` is that for all passes but the one
-    that filled the cache, less the fit. Null where the cache was filled by another network run. `reject_codes` count
+    that filled the cache, less the fit: for a probe the passes of the same fit, for a fine-tuning (`in_place_of`) the
+    epochs that the fit replaces. Null where the cache was filled by another network run. `reject_codes` count
     the training images that have no features, and were left out.
     """
 
@@ -54,6 +55,11 @@ class HeadSummary(StrictModel):
     converged: bool
     trials: list[TrialSummary]
     reject_codes: dict[str, int] = Field(default_factory=dict)
+
+    def in_place_of(self, num_epochs: int) -> HeadSummary:
+        """The summary of a fit that replaces so many epochs through the body; of one alone it saves nothing."""
+        saved_s = None if self.body_pass_s is None else self.body_pass_s * (num_epochs - 1) - self.fit_seconds
+        return self.model_copy(update={"saved_s": saved_s})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

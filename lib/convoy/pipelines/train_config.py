@@ -40,7 +40,8 @@ class HeadSource(StrEnum):
     """How a phase that trains only the head gets its features.
 
     `cache`: computed once, kept in the feature cache, and fitted from there. `network`: through the frozen
-    body, anew in every epoch. `auto`: from the cache where the head is one linear layer, else through the body.
+    body, anew in every epoch. `auto`: from the cache where the head is one linear layer and nobody wrote the phase,
+    since a fit has no rate, epochs or schedule; else through the body.
     """
 
     AUTO = "auto"
@@ -126,6 +127,13 @@ class TrainConfig(StrictModel):
         if self.strategy is Strategy.FINE_TUNE and self.head.kind is not HeadKind.SOFTMAX:
             raise ValueError("fine_tune begins with a softmax head: leave head.kind out")
         return self
+
+    @property
+    def may_fit_head(self) -> bool:
+        """Whether a first phase of the head alone may be a fit on cached features: one that the user wrote, if asked."""
+        if self.head_source is HeadSource.AUTO:
+            return self.phases is None
+        return self.head_source is HeadSource.CACHE
 
     @property
     def unused_keys_notes(self) -> tuple[str, ...]:

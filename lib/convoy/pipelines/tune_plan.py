@@ -21,7 +21,7 @@ from convoy.pipelines.feature_plan import PrecisionChoice, forward_s
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.network_plan import planned_batch_bytes, wanted_phases, wanted_recipe
 from convoy.pipelines.train import random_weights
-from convoy.pipelines.train_config import NETWORKS, HeadSource, TrainConfig
+from convoy.pipelines.train_config import NETWORKS, TrainConfig
 from convoy.pipelines.trial_outcomes import kept_crops
 from convoy.pipelines.tune_config import TuneConfig
 from convoy.storage.manifests import Manifest
@@ -213,7 +213,7 @@ def _forecast_s(example: Example, manifest: Manifest) -> float:
     if training.rows.max_per_class is not None:
         num_rows = min(num_rows, training.rows.max_per_class * len(manifest.classes))
     first, *others = wanted_phases(training, wanted_recipe(training))
-    if first.freeze_depth == 0 or training.head_source is HeadSource.NETWORK:
+    if first.freeze_depth == 0 or not training.may_fit_head:
         # Else it may be of the head alone, which is fitted on features.
         others.append(first)
     passes = sum(_least_passes(phase, example) for phase in others)

@@ -109,9 +109,13 @@ def made_bundle(
     return classifier
 
 
-def export(store: LocalStore, output: Path, to: str, **settings: Any) -> ExportReport:
+def export(store: LocalStore, output: Path | None, to: str, **settings: Any) -> ExportReport:
     config = ExportConfig(
-        workspace=store.root_uri, bundle="digits", to=to, output=str(output), **{"images": 20, **settings}
+        workspace=store.root_uri,
+        bundle="digits",
+        to=to,
+        output=None if output is None else str(output),
+        **{"images": 20, **settings},
     )
     return run_export(config, progress=Silent())
 
@@ -182,10 +186,15 @@ def test_the_batch_is_the_only_free_size_of_an_onnx_file(store: LocalStore, tmp_
     assert (returned.name, returned.type, returned.shape) == ("logits", "tensor(float)", ["batch", 10])
 
 
-def test_the_description_says_what_goes_in_and_what_comes_out(store: LocalStore, tmp_path: Path) -> None:
+def test_the_description_says_what_goes_in_and_what_comes_out(
+    store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a file that nobody named: it has the name of the bundle, where the command is given."""
+    monkeypatch.chdir(tmp_path)
     classifier = made_bundle(store, tap="f6", kind=HeadKind.LINEAR_SVM)
-    report = export(store, tmp_path / "model.pt2", "torch")
-    description = json.loads((tmp_path / "model.pt2.json").read_bytes())
+    report = export(store, None, "torch")
+    assert (tmp_path / "digits.pt2").stat().st_size == report.size_bytes
+    description = json.loads((tmp_path / "digits.pt2.json").read_bytes())
     assert report.description == f"{report.output}.json"
     assert description["bundle"] == report.bundle
     assert description["classes"] == list(DIGITS)

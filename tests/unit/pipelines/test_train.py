@@ -248,12 +248,16 @@ def test_a_network_as_it_is_needs_no_training_rows_in_a_dry_run(
     assert (plan.num_train_rows, plan.images_by_class) == (0, {})
 
 
+ONLY_HEAD = {"name": "only", "epochs": 2, "freeze_depth": "body", "learning_rate": 0.1}
+
+
 @pytest.mark.parametrize(
     ("settings", "phases"),
     [
         ({}, ["body"]),
         ({"head_source": "network"}, ["head", "body"]),
-        ({"phases": [{"name": "only", "epochs": 2, "freeze_depth": "body", "learning_rate": 0.1}]}, []),
+        ({"phases": [ONLY_HEAD]}, ["only"]),
+        ({"phases": [ONLY_HEAD], "head_source": "cache"}, []),
     ],
 )
 def test_a_dry_run_counts_no_phase_that_is_a_fit_from_the_cache(
@@ -266,7 +270,7 @@ def test_a_dry_run_counts_no_phase_that_is_a_fit_from_the_cache(
     assert [phase.name for phase in plan.phases] == phases
     assert plan.num_steps == 2 * sum(phase.epochs for phase in plan.phases)
     assert {phase for stage in plan.stages for phase in stage.frozen_in} <= set(phases)
-    assert any("is a fit from the feature cache" in note for note in plan.notes) == ("head" not in phases)
+    assert any("is a fit from the feature cache" in note for note in plan.notes) == (phases in ([], ["body"]))
 
 
 @pytest.mark.parametrize(

@@ -216,8 +216,8 @@ REST = {"name": "all", "epochs": 2, "learning_rate": 0.1}
         ({"epochs": 20, "freeze_depth": "body"}, 20),
         ({"epochs": 20}, 20),
         # A head that is fitted on features, which may lie in the cache.
-        ({"phases": [HEAD, REST]}, 2 * 3),
-        ({"phases": [HEAD, REST], "head_source": "network"}, 30 + 2 * 3),
+        ({"phases": [HEAD, REST], "head_source": "cache"}, 2 * 3),
+        ({"phases": [HEAD, REST]}, 30 + 2 * 3),
         ({"phases": [{**REST, "resolution_px": 112}]}, 2 * 3 / 4),
         ({"epochs": 100, "freeze_depth": 0, "recipe": {"patience_epochs": 3}}, 4 * 3),
         ({"epochs": 2, "freeze_depth": 0, "recipe": {"patience_epochs": 3}}, 2 * 3),
