@@ -130,7 +130,7 @@ class TrainConfig(StrictModel):
 
     @property
     def may_fit_head(self) -> bool:
-        """Whether a first phase of the head alone may be a fit on cached features: one that the user wrote, if asked."""
+        """Whether a first phase of the head alone may be a fit on cached features: a written one if asked."""
         if self.head_source is HeadSource.AUTO:
             return self.phases is None
         return self.head_source is HeadSource.CACHE
