@@ -28,7 +28,7 @@ from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.network_training import CurveDrawer, TrainedNetwork, network_training, open_training
 from convoy.pipelines.probing import HeadSummary, TrialSummary, check_head, fit_probe
 from convoy.pipelines.train_config import NETWORKS, PROBES, TrainConfig
-from convoy.pipelines.training_rows import Fold, count_classes, fold_notes, fold_rows, has_labels, read_split
+from convoy.pipelines.training_rows import Fold, count_classes, fold_rows, has_labels, read_split, row_notes
 from convoy.pipelines.workspace import open_workspace
 from convoy.storage.bundles import bundle_digest, check_bundle_name, model_card, write_bundle
 from convoy.storage.datasets import open_dataset
@@ -207,8 +207,8 @@ def _run(job: _Job) -> TrainReport:
         files["README.md"] = model_card(card).encode()
         reference = write_bundle(store, config.name, files)
         num_rejects = sum(trained.report.get("train_rejects", {}).values())
-        fold_told = fold_notes(manifest, config.rows)
-        notes = [*config.unused_keys_notes, *fold_told, *trained.report.get("notes", ())]
+        rows_told = [] if config.strategy is Strategy.AS_IS else row_notes(manifest, config.rows)
+        notes = [*config.unused_keys_notes, *rows_told, *trained.report.get("notes", ())]
         report = TrainReport(
             **evaluation.model_dump(),
             **(trained.report | {"notes": notes}),

@@ -16,7 +16,7 @@ from convoy.pipelines.predictions import class_indices
 from convoy.pipelines.probing import check_head
 from convoy.pipelines.train import measured_on, random_weights, training_dataset
 from convoy.pipelines.train_config import NETWORKS, PROBES, TrainConfig
-from convoy.pipelines.training_rows import count_classes, has_validation_rows, read_split
+from convoy.pipelines.training_rows import count_classes, has_validation_rows, read_split, row_notes
 from convoy.pipelines.workspace import open_workspace
 from convoy.storage.bundles import check_bundle_name
 from convoy.storage.manifests import MANIFEST_SCHEMA, Manifest
@@ -73,7 +73,11 @@ def plan_train(config: TrainConfig) -> TrainPlan:
         num_train_rows=rows.num_rows,
         images_by_class=dict(zip(manifest.classes, counts, strict=True)) if learns else {},
         unfinished_run=folder.run_id if folder else None,
-        notes=[*version_notes, *config.unused_keys_notes],
+        notes=[
+            *version_notes,
+            *config.unused_keys_notes,
+            *(row_notes(manifest, config.rows) if learns else ()),
+        ],
     )
     if config.strategy not in NETWORKS:
         _check_frozen(store, manifest, config)

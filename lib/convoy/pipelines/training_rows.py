@@ -96,6 +96,17 @@ def fold_rows(manifest: Manifest, limit: RowLimit) -> pa.Table:
     return deal_fold(manifest, read_split(manifest, Split.TRAIN, limit.without_fold), limit)[1]
 
 
+def row_notes(manifest: Manifest, limit: RowLimit) -> list[str]:
+    """What a person should know of the rows that a training learns from: how many have no label, and of their folds."""
+    counts = manifest.counts[Split.TRAIN]
+    if not counts.num_unlabelled:
+        return fold_notes(manifest, limit)
+    unlabelled = (
+        f"{counts.num_unlabelled:,} of {counts.num_samples:,} training images have no label and are left out"
+    )
+    return [unlabelled, *fold_notes(manifest, limit)]
+
+
 def fold_notes(manifest: Manifest, limit: RowLimit) -> list[str]:
     """What a person should know of the limit's folds: whether equal images may lie in several of them.
 

@@ -20,6 +20,7 @@ from convoy.pipelines.training_rows import (
     fold_notes,
     fold_rows,
     read_split,
+    row_notes,
     validation_rows,
     weigh_classes,
     with_mean_weight_one,
@@ -134,6 +135,13 @@ def test_folds_of_images_without_checksums_say_that_equal_ones_may_be_in_several
     known = rows.set_column(rows.schema.get_field_index("checksum"), "checksum", checksums)
     store = LocalStore(str(tmp_path / "known"))
     assert fold_notes(write_samples(store, known, CLASSES), limit_of(0, 2)) == []
+
+
+def test_training_images_without_a_label_are_told_of(tmp_path: Path) -> None:
+    rows = [*rows_of_classes(3, 2), ("none", "none", None, Split.TRAIN), ("there", "there", None, Split.TEST)]
+    manifest = made_manifest(tmp_path, rows)
+    assert row_notes(manifest, RowLimit()) == ["1 of 6 training images have no label and are left out"]
+    assert len(row_notes(manifest, limit_of(0, 2))) == 2
 
 
 def test_equal_content_is_in_one_fold(tmp_path: Path) -> None:
