@@ -61,10 +61,14 @@ class PartialReuseNetwork(nn.Module):
     def load_body(self, state: Mapping[str, Tensor]) -> None:
         """Take the reused layers from a state dict of the whole network; ConfigError if it does not fit."""
         own = self.body.state_dict()
-        misfits = [name for name in own if name not in state or state[name].shape != own[name].shape]
+        misfits = [
+            f"{name} is {tuple(state[name].shape) if name in state else 'missing'}, not {tuple(own[name].shape)}"
+            for name in own
+            if name not in state or state[name].shape != own[name].shape
+        ]
         if misfits:
             raise ConfigError(
-                f"the weights do not fit the reused stages: {', '.join(misfits[:5])}",
+                f"the weights do not fit the reused stages: {'; '.join(misfits[:5])}",
                 where=type(self.body).__name__,
                 next_step="correct backbone.arch or backbone.weights",
             )

@@ -101,7 +101,7 @@ _PAPERS: Sequence[tuple[str, PaperRecipe]] = (
     (
         r"(torchvision|timm):(convnext|inception_next)\w*",
         PaperRecipe(
-            source="Liu et al. 2022 (arXiv:2201.03545), appendix A.1",
+            source="Liu et al. 2022 (arXiv:2201.03545), appendix A.1, but for its augmentation and stochastic depth",
             recipe=Recipe(
                 batch_size=4096,
                 optimiser=Optimiser(kind=OptimiserKind.ADAMW, weight_decay=0.05),

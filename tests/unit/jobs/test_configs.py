@@ -1,0 +1,55 @@
+"""The configs that we ship are what their jobs take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from convoy.core.config import load_config
+from convoy.pipelines.advise_config import AdviseConfig
+from convoy.pipelines.cache import CacheConfig
+from convoy.pipelines.evaluate import EvaluateConfig
+from convoy.pipelines.inspect_config import InspectConfig
+from convoy.pipelines.retrain_config import RetrainConfig
+from convoy.pipelines.score_config import ScoreConfig
+from convoy.pipelines.train_config import Strategy, TrainConfig
+from convoy.pipelines.tune_config import TuneConfig
+
+JOBS = Path(__file__).parents[3] / "jobs"
+CONFIG_OF: dict[str, type[BaseModel]] = {
+    "advise": AdviseConfig,
+    "cache": CacheConfig,
+    "evaluate": EvaluateConfig,
+    "inspect": InspectConfig,
+    "retrain": RetrainConfig,
+    "score": ScoreConfig,
+    "train": TrainConfig,
+    "tune": TuneConfig,
+}
+SHIPPED = sorted((JOBS / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=[path.stem for path in SHIPPED])
+def test_a_shipped_config_is_what_its_job_takes(path: Path) -> None:
+    verb = path.name.partition(".")[0]
+    config = load_config(CONFIG_OF[verb], str(path))
+    assert config.model_fields_set
+    # A script named inspect.py would hide Python's own module from everything beside it.
+    script = "inspection" if verb == "inspect" else verb
+    assert (JOBS / f"{script}.py").is_file()
+
+
+def test_trials_of_shipped_searches_are_trainings() -> None:
+    searches = [load_config(TuneConfig, str(path)) for path in SHIPPED if path.name.startswith("tune.")]
+    assert searches
+    for search in searches:
+        assert all(isinstance(example, TrainConfig) for example in search.examples())
+
+
+@pytest.mark.parametrize("strategy", [one for one in Strategy if one is not Strategy.AS_IS])
+@pytest.mark.parametrize("data", ["cifar", "sign_digits"])
+def test_every_strategy_that_trains_is_shipped_under_its_name(data: str, strategy: Strategy) -> None:
+    config = load_config(TrainConfig, str(JOBS / "configs" / f"train.{data}_{strategy}.yaml"))
+    assert config.strategy is strategy
