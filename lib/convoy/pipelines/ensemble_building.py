@@ -45,6 +45,8 @@ from convoy.vision.ensembling import error_overlap
 class EnsembleReport(StrictModel):
     """What was built. `front` are all points that were compared on `val`, from the cheapest to the dearest.
 
+    `best_single` is the candidate that alone has the highest top-1 on `val`, at the chosen crops.
+
     `overlap` says of each two candidates which share of the rows that either gets wrong both get wrong, on `val`.
     `members` are measured on `test`, and missing without one. `by_crops`, `by_size` and the reliability before and
     after the temperature of the whole are of the rows that `measured` names. `num_val_rows` are the labelled rows that

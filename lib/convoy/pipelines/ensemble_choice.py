@@ -168,7 +168,10 @@ class FrontPoint(StrictModel):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Choice:
-    """The chosen ensemble: places of the candidates, weights of sum 1, temperatures, and all that was compared."""
+    """The chosen ensemble: places of the candidates, weights of sum 1, temperatures, and all that was compared.
+
+    `best_single` has the highest top-1 of all candidates alone at the chosen crops, the lower NLL among equals.
+    """
 
     point: FrontPoint
     temperatures_M: tuple[float, ...]
@@ -214,7 +217,8 @@ class EnsembleChooser:
             temperatures_M=tuple(self.temperatures_M[member] for member in best.members),
             temperature=best.temperature,
             front=points,
-            best_single=min(singles, key=self._loss).members[0],
+            # The gain over it is one of top-1, whatever the objective.
+            best_single=min(singles, key=lambda point: (-point.top1, point.nll)).members[0],
         )
 
     def values(self, policy: CropPolicy) -> Floats:

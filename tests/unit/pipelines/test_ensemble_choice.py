@@ -29,6 +29,22 @@ def test_the_ensemble_beats_its_best_single_member(method: SelectionMethod) -> N
     assert sum(choice.point.weights) == pytest.approx(1)
 
 
+def test_the_best_single_member_is_the_one_that_is_right_most_often() -> None:
+    """The first is right more often, and very sure where it is wrong: its NLL is higher at any temperature."""
+    places_N = np.arange(len(LABELS_N))
+    often_wrong_N, seldom_wrong_N = places_N % 5 == 0, places_N % 10 == 0
+    right_NK, wrong_NK = np.eye(3)[LABELS_N], np.eye(3)[(LABELS_N + 1) % 3]
+    accurate_NK = np.where(seldom_wrong_N[:, None], 20 * wrong_NK, 3 * right_NK)
+    modest_NK = np.where(often_wrong_N[:, None], 0.1 * wrong_NK, 3 * right_NK)
+    candidates = made_candidates(1.0, 1.0, policy=CropPolicy.CENTER)
+    candidates.logits_MVNK[:, 0] = np.stack([accurate_NK, modest_NK])
+    choice = EnsembleChooser(candidates, EnsembleSettings()).choose()
+    accurate, modest = (next(one for one in choice.front if one.members == (place,)) for place in (0, 1))
+    assert (accurate.top1, modest.top1) == (0.9, 0.8)
+    assert accurate.nll > modest.nll
+    assert choice.best_single == 0
+
+
 def test_two_views_are_better_than_one_and_cost_twice() -> None:
     choice = EnsembleChooser(made_candidates(*NOISES), EnsembleSettings()).choose()
     assert choice.point.crops is CropPolicy.FLIP
