@@ -82,8 +82,9 @@ class EnsembleSettings(StrictModel):
 
     `crops` are the policies to choose from; null: all that the candidates' kept predictions hold. `calibrate` fits a
     temperature for each member and for the whole. `max_members` bounds the size. `gate` asks for the cheap first
-    looks of the mode `gated`, with the share of validation rows on which it must agree with the exact committee;
-    they begin at the centre crop, so only crops that hold it are chosen from then.
+    looks of the mode `gated`, with the share of rows on which it must agree with the exact committee, shown on
+    validation rows at a confidence of 90 %; they begin at the centre crop, so only crops that hold it are chosen
+    from then.
     """
 
     method: SelectionMethod = SelectionMethod.GREEDY

@@ -27,7 +27,7 @@ class GateOutcome(StrictModel):
 
 
 class GateWorth(StrictModel):
-    """A gate for an agreement, and what it holds on the validation rows that calibrated it, and on those of `test`."""
+    """A gate for an agreement, and what it holds on the validation rows that tested it, and on those of `test`."""
 
     gate: GateOptions
     target_agreement: float
@@ -48,7 +48,7 @@ def calibrate_gate(
 ) -> GateReport:
     """The gate for an agreement from outputs of the committee's members at its crops, on validation rows.
 
-    At a one-sided confidence of 90 % the share of equal top-1 classes is at least the target.
+    At a one-sided confidence of 90 % the share of equal top-1 classes is at least the target, on other rows too.
     """
     calibration = _calibration(committee, logits_MVNK)
     targets = sorted({*_TARGETS, target_agreement})

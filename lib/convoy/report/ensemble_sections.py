@@ -268,7 +268,7 @@ def _gate(gate: GateReport) -> Section:
         key="gate",
         title="Gated mode",
         lead="A cheap look at the image comes first, and the whole ensemble where that is not sure. Thresholds hold"
-        f" an agreement with the whole ensemble on validation rows{beside}.",
+        f" an agreement with the whole ensemble on validation rows that did not choose the looks{beside}.",
         blocks=[
             _chosen_table(columns, rows, key="gate", title="Agreements", data=gate.model_dump(mode="json"))
         ],

@@ -58,7 +58,7 @@ def test_the_target_holds_where_it_was_calibrated_and_where_it_was_not(committee
     exact = exact_top1(logits_MVNK, labels_N)
     test = measure_gate(report, committee, logits_MVNK, labels_N, exact_top1=exact).test
     assert test is not None
-    assert test.agreement >= 0.985
+    assert test.agreement >= 0.99
     assert test.speedup == pytest.approx(report.speedup, rel=0.1)
     # Only rows on which the two disagree can change it.
     assert abs(test.top1_change) <= 1 - test.agreement + 1e-12
@@ -75,10 +75,10 @@ def test_the_curve_goes_from_fast_to_true_and_holds_the_wanted_agreement(committ
     assert all(worth.val_agreement >= worth.target_agreement for worth in report.curve)
     chosen = next(worth for worth in report.curve if worth.target_agreement == 0.985)
     assert chosen.gate == report.gate
-    # On the very rows of the calibration the measured figures are its own.
+    # Some of these rows tested the gates.
     exact = exact_top1(logits_MVNK, labels_N)
     again = measure_gate(report, committee, logits_MVNK, labels_N, exact_top1=exact)
     for worth in again.curve:
         assert worth.test is not None
-        assert worth.test.agreement == pytest.approx(worth.val_agreement, abs=1e-12)
-        assert worth.test.passes_per_image == pytest.approx(worth.val_passes_per_image)
+        assert worth.test.agreement == pytest.approx(worth.val_agreement, abs=0.01)
+        assert worth.test.passes_per_image == pytest.approx(worth.val_passes_per_image, rel=0.05)

@@ -62,15 +62,27 @@ def outcome(found: CalibratedGate, logits_MVNK: NDArray[np.float32]) -> tuple[fl
     return num_agreeing / logits_MVNK.shape[2], num_passes / logits_MVNK.shape[2]
 
 
-@pytest.mark.parametrize("target", [0.95, 0.99, 1.0])
-def test_the_target_holds_on_the_rows_and_the_figures_are_those_of_the_gate(target: float) -> None:
+@pytest.mark.parametrize("target", [0.95, 0.99, 0.998])
+def test_the_target_is_held_and_the_figures_are_those_of_the_gate(target: float) -> None:
     logits = made_logits()
-    found = calibration(logits).best_gate(target, confidence=0.5)
+    found = calibration(logits).best_gate(target)
+    assert found.agreement >= target
+    everywhere = calibration(logits).measured(found.gate)
     agreement, mean_passes = outcome(found, logits)
-    assert found.agreement == pytest.approx(agreement, abs=1e-12)
-    assert found.mean_passes == pytest.approx(mean_passes, abs=1e-9)
-    assert agreement >= target
+    assert everywhere.agreement == pytest.approx(agreement, abs=1e-12)
+    assert everywhere.mean_passes == pytest.approx(mean_passes, abs=1e-9)
+    assert found.mean_passes == pytest.approx(mean_passes, rel=0.05)
     assert mean_passes < 6
+
+
+def test_a_gate_that_is_the_best_of_many_misses_its_target_as_seldom_as_it_says() -> None:
+    """One of ten may; of 24, 6 or more do in three of a hundred such tests."""
+    unseen = calibration(made_logits(10_000, seed=1000))
+    found = [
+        unseen.measured(calibration(made_logits(600, seed=seed)).best_gate(0.98).gate) for seed in range(24)
+    ]
+    assert sum(one.agreement < 0.98 for one in found) <= 5
+    assert np.mean([one.mean_passes for one in found]) < 5
 
 
 def test_a_confident_gate_holds_its_target_on_rows_it_has_not_seen() -> None:
@@ -85,7 +97,7 @@ def test_a_confident_gate_holds_its_target_on_rows_it_has_not_seen() -> None:
 
 def test_more_agreement_costs_more_passes() -> None:
     fitted = calibration(made_logits())
-    passes = [fitted.best_gate(target, confidence=0.5).mean_passes for target in (0.9, 0.97, 0.99, 1.0)]
+    passes = [fitted.best_gate(target).mean_passes for target in (0.9, 0.97, 0.99, 0.998)]
     assert passes == sorted(passes)
     assert passes[0] < passes[-1]
 
@@ -100,14 +112,14 @@ def test_several_looks_leave_less_to_do_than_the_best_single_one() -> None:
         seen_NK = p_MVNK[member, 0]
         is_wrong_N = (seen_NK.argmax(axis=-1) != exact_N)[np.argsort(-seen_NK.max(axis=-1))]
         num_believed = int((is_wrong_N.cumsum() <= 30).sum())
-        assert found.mean_passes < 1 + 5 * (1 - num_believed / 3000)
+        assert calibration(logits).measured(found.gate).mean_passes < 1 + 5 * (1 - num_believed / 3000)
 
 
 def test_a_member_that_is_always_right_is_looked_at_first_and_alone() -> None:
     logits = made_logits()
     logits[1] = logits.mean(axis=(0, 1)) * 50
     logits[[0, 2]] *= 0.01
-    found = calibration(logits, Averaging.LOGITS).best_gate(1.0, confidence=0.5)
+    found = calibration(logits, Averaging.LOGITS).best_gate(0.99)
     assert found.gate.members == (1,)
     assert found.mean_passes == pytest.approx(1.0)
 
