@@ -1,7 +1,7 @@
 """Candidates' validation predictions → the best ensemble under a budget → its worth on untouched rows → bundle.
 
-Members, weights, crops, temperatures and gate are chosen on `val`; the gain over the best single member is measured
-on `test`, or without one by cross-fitting on `val`: never on rows that chose.
+Members, weights, crops, temperatures and gate are chosen on `val`; the gain over the best single member, and what the
+gate holds, is measured on `test`, or without one by cross-fitting on `val`: never on rows that chose.
 """
 
 from __future__ import annotations
@@ -118,6 +118,8 @@ def build_ensemble(
     else:
         progress.stage("measuring by cross-fitting")
         measured, gate = cross_fitted(predictions, settings), chosen.gate
+        if gate is not None:
+            gate = gate.with_cross_fitted(measured.gates)
     names, num_val_rows = [_name(members) for members in networks], len(predictions.labels_N)
     report = _report(chosen, measured, gate, names, num_val_rows, manifest.fingerprint)
     reference = write_ensemble(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -27,7 +30,11 @@ class GateOutcome(StrictModel):
 
 
 class GateWorth(StrictModel):
-    """A gate for an agreement, and what it holds on the validation rows that tested it, and on those of `test`."""
+    """A gate for an agreement, and what it holds on the validation rows that tested it.
+
+    And on rows that had no part in it: those of `test`, or where there are none, all of `val`: `cross_fitted`, each
+    row by the gate of an ensemble that was chosen without it.
+    """
 
     gate: GateOptions
     target_agreement: float
@@ -35,12 +42,74 @@ class GateWorth(StrictModel):
     val_passes_per_image: float
     speedup: float
     test: GateOutcome | None = None
+    cross_fitted: GateOutcome | None = None
+
+    @property
+    def untouched(self) -> GateOutcome | None:
+        """What it holds on rows that had no part in it."""
+        return self.test or self.cross_fitted
 
 
 class GateReport(GateWorth):
     """The gate of an ensemble. `curve` has those for other agreements, from the loosest to the strictest."""
 
     curve: tuple[GateWorth, ...]
+
+    def with_cross_fitted(self, outcomes: Mapping[float, GateOutcome]) -> GateReport:
+        """The same gates, with what was found for each agreement."""
+        curve = tuple(
+            worth.model_copy(update={"cross_fitted": outcomes[worth.target_agreement]})
+            for worth in self.curve
+        )
+        return self.model_copy(update={"cross_fitted": outcomes[self.target_agreement], "curve": curve})
+
+
+@dataclass(slots=True)
+class _Totals:
+    """Sums over rows; `right_change` is how many more the gates get right than the exact committees."""
+
+    agreeing: float = 0.0
+    passes: float = 0.0
+    exact_passes: float = 0.0
+    right_change: int = 0
+
+
+class CrossFittedGates:
+    """What the gates for an agreement, and for others beside it, hold over folds: an ensemble and its gates each."""
+
+    def __init__(self, target_agreement: float) -> None:
+        self._num_rows = 0
+        self._totals = {target: _Totals() for target in _targets(target_agreement)}
+
+    def add(
+        self,
+        seen: GateCalibration,
+        unseen: GateCalibration,
+        *,
+        is_exact_right_N: NDArray[np.bool_],
+        labels_N: NDArray[np.int32],
+    ) -> None:
+        """The rows of a fold: `unseen`, by gates that the `seen` rows calibrate."""
+        num_rows = len(labels_N)
+        self._num_rows += num_rows
+        for target, totals in self._totals.items():
+            found = unseen.measured(seen.best_gate(target).gate)
+            totals.agreeing += found.agreement * num_rows
+            totals.passes += found.mean_passes * num_rows
+            totals.exact_passes += unseen.exact_passes * num_rows
+            totals.right_change += int((found.class_N == labels_N).sum()) - int(is_exact_right_N.sum())
+
+    def outcomes(self) -> dict[float, GateOutcome]:
+        """By agreement, over all rows that were added."""
+        return {
+            target: GateOutcome(
+                agreement=totals.agreeing / self._num_rows,
+                passes_per_image=totals.passes / self._num_rows,
+                top1_change=totals.right_change / self._num_rows,
+                speedup=totals.exact_passes / totals.passes,
+            )
+            for target, totals in self._totals.items()
+        }
 
 
 def calibrate_gate(
@@ -51,8 +120,7 @@ def calibrate_gate(
     At a one-sided confidence of 90 % the share of equal top-1 classes is at least the target, on other rows too.
     """
     calibration = _calibration(committee, logits_MVNK)
-    targets = sorted({*_TARGETS, target_agreement})
-    curve = {target: _worth(calibration, committee, logits_MVNK.shape[1], target) for target in targets}
+    curve = {target: _worth(calibration, target) for target in _targets(target_agreement)}
     return GateReport(**dict(curve[target_agreement]), curve=tuple(curve.values()))
 
 
@@ -66,7 +134,6 @@ def measure_gate(
 ) -> GateReport:
     """The same gates, with what they hold on rows that did not calibrate them."""
     calibration = _calibration(committee, logits_MVNK)
-    exact_passes = len(committee.members) * logits_MVNK.shape[1]
 
     def measured(worth: GateWorth) -> GateWorth:
         found = calibration.measured(worth.gate)
@@ -74,7 +141,7 @@ def measure_gate(
             agreement=found.agreement,
             passes_per_image=found.mean_passes,
             top1_change=float((found.class_N == labels_N).mean()) - exact_top1,
-            speedup=exact_passes / found.mean_passes,
+            speedup=calibration.exact_passes / found.mean_passes,
         )
         return worth.model_copy(update={"test": outcome})
 
@@ -84,16 +151,18 @@ def measure_gate(
     )
 
 
-def _worth(
-    calibration: GateCalibration, committee: CommitteeRecord, num_views: int, target: float
-) -> GateWorth:
+def _targets(wanted: float) -> list[float]:
+    return sorted({*_TARGETS, wanted})
+
+
+def _worth(calibration: GateCalibration, target: float) -> GateWorth:
     best = calibration.best_gate(target)
     return GateWorth(
         gate=best.gate,
         target_agreement=target,
         val_agreement=best.agreement,
         val_passes_per_image=best.mean_passes,
-        speedup=len(committee.members) * num_views / best.mean_passes,
+        speedup=calibration.exact_passes / best.mean_passes,
     )
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from convoy.core.config import StrictModel
-from convoy.core.crop_policies import CropPolicy, EvaluationMode, MemberOutputs, view_indices
+from convoy.core.crop_policies import CropPlan, CropPolicy, EvaluationMode, MemberOutputs, view_indices
 from convoy.core.metrics import EvaluationCounts, ReliabilityBin
 from convoy.core.progress import Progress
 from convoy.core.records import Split
@@ -17,7 +17,13 @@ from convoy.core.statistics import Interval, McNemarResult, bootstrap_difference
 from convoy.pipelines.committee_evaluation import CommitteeEvaluation, evaluate_committee
 from convoy.pipelines.committees import CommitteeRecord
 from convoy.pipelines.ensemble_candidates import paired_rows, read_predictions
-from convoy.pipelines.ensemble_choice import CandidatePredictions, EnsembleChooser, EnsembleSettings
+from convoy.pipelines.ensemble_choice import (
+    CandidatePredictions,
+    Choice,
+    EnsembleChooser,
+    EnsembleSettings,
+)
+from convoy.pipelines.ensemble_gate import CrossFittedGates, GateOutcome
 from convoy.pipelines.feature_plan import ExtractionConfig
 from convoy.pipelines.prediction_request import PredictionRequest
 from convoy.storage.manifests import Manifest
@@ -25,6 +31,7 @@ from convoy.storage.member_predictions import MemberLogits
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import RunFolder
 from convoy.vision.ensembling import Floats, joint_logits, member_values
+from convoy.vision.gate_calibration import GateCalibration
 
 _NUM_FOLDS = 5
 
@@ -65,7 +72,8 @@ class SizeWorth(StrictModel):
 class Measured:
     """All figures on rows that chose nothing; reliability is that before and after the temperature of the whole.
 
-    Without a test split there are no figures of other crops and sizes, since each fold may choose its own.
+    Without a test split there are no figures of other crops and sizes, since each fold may choose its own; `gates` are
+    then what gates hold, by the agreement that is asked of them, if a gate is asked for.
     """
 
     gain: Gain
@@ -74,6 +82,7 @@ class Measured:
     by_crops: list[CropWorth]
     by_size: list[SizeWorth]
     evaluation: CommitteeEvaluation | None
+    gates: dict[float, GateOutcome] = field(default_factory=dict)
 
 
 class UntouchedRows:
@@ -182,6 +191,7 @@ def cross_fitted(predictions: CandidatePredictions, settings: EnsembleSettings) 
     fold_N = np.random.default_rng(settings.seed).permutation(num_rows) % _NUM_FOLDS
     joint_NK, tempered_NK = np.zeros((num_rows, num_classes)), np.zeros((num_rows, num_classes))
     single_NK = np.zeros((num_rows, num_classes))
+    gates = None if settings.gate is None else CrossFittedGates(settings.gate)
     for fold in range(_NUM_FOLDS):
         chosen_on, held_out = np.flatnonzero(fold_N != fold), np.flatnonzero(fold_N == fold)
         seen = replace(
@@ -198,6 +208,14 @@ def cross_fitted(predictions: CandidatePredictions, settings: EnsembleSettings) 
         joint_NK[held_out] = joint_logits(chosen_MNK, choice.point.weights, settings.averaging)
         tempered_NK[held_out] = joint_NK[held_out] / choice.temperature
         single_NK[held_out] = values_MNK[choice.best_single]
+        # Of fewer rows than folds some hold none.
+        if gates is not None and len(held_out):
+            gates.add(
+                _gate_calibration(seen.logits_MVNK, choice, predictions.plan, settings),
+                _gate_calibration(unseen_MVNK, choice, predictions.plan, settings),
+                is_exact_right_N=joint_NK[held_out].argmax(axis=1) == predictions.labels_N[held_out],
+                labels_N=predictions.labels_N[held_out],
+            )
     labels_N = predictions.labels_N
     return Measured(
         gain=_gain(
@@ -208,6 +226,22 @@ def cross_fitted(predictions: CandidatePredictions, settings: EnsembleSettings) 
         by_crops=[],
         by_size=[],
         evaluation=None,
+        gates={} if gates is None else gates.outcomes(),
+    )
+
+
+def _gate_calibration(
+    logits_MVNK: NDArray[np.float32], choice: Choice, plan: CropPlan, settings: EnsembleSettings
+) -> GateCalibration:
+    """The chosen ensemble on some rows, of which there are the outputs of all candidates in the views of a plan."""
+    point = choice.point
+    views = list(view_indices(point.crops, plan) or ())
+    return GateCalibration(
+        logits_MVNK[list(point.members)][:, views],
+        weights_M=point.weights,
+        temperatures_M=choice.temperatures_M,
+        averaging=settings.averaging,
+        plan=CropPlan(policy=point.crops, multiscale=plan.multiscale),
     )
 
 

@@ -248,22 +248,22 @@ def _calibration(report: EnsembleReport) -> Section:
 
 
 def _gate(gate: GateReport) -> Section:
-    has_test = gate.test is not None
     rows = []
     for row in gate.curve:
         cells = [percent(row.target_agreement), percent(row.val_agreement), f"{row.val_passes_per_image:.2f}"]
-        if row.test is not None:
-            test = row.test
+        if (outcome := row.untouched) is not None:
             cells += [
-                percent(test.agreement),
-                f"{test.passes_per_image:.2f}",
-                f"{test.speedup:.1f} times",
-                points(test.top1_change),
+                percent(outcome.agreement),
+                f"{outcome.passes_per_image:.2f}",
+                f"{outcome.speedup:.1f} times",
+                points(outcome.top1_change),
             ]
         rows.append((cells, row.target_agreement == gate.target_agreement))
     columns = ["wanted agreement", "on val", "passes"]
-    columns += ["on test", "passes", "fewer passes", "top-1, points"] if has_test else []
-    beside = "; beside it stands what they held on test" if has_test else ""
+    rows_name = "test" if gate.test is not None else "val, cross-fitted"
+    is_measured = gate.untouched is not None
+    columns += [f"on {rows_name}", "passes", "fewer passes", "top-1, points"] if is_measured else []
+    beside = f"; beside it stands what they held on {rows_name}" if is_measured else ""
     return Section(
         key="gate",
         title="Gated mode",

@@ -48,7 +48,8 @@ class CalibratedGate:
 class GateCalibration:
     """Rows with the outputs of all members and views: float32 `logits_MVNK`, in the order of the crop plan.
 
-    `weights_M` sum to 1; `temperatures_M` divide the logits, as in `Committee`.
+    `weights_M` sum to 1; `temperatures_M` divide the logits, as in `Committee`. `exact_passes` are those of an image
+    without a gate.
     """
 
     def __init__(
@@ -65,9 +66,10 @@ class GateCalibration:
         self._averaging, self._plan = averaging, plan
         self._values_MVNK = softmax(values_MVNK, axis=-1) if self._averages_probabilities else values_MVNK
         self._weights_M = np.asarray(weights_M, np.float64)
-        num_views, num_rows = values_MVNK.shape[1:3]
+        num_members, num_views, num_rows = values_MVNK.shape[:3]
+        self.exact_passes = num_members * num_views
         self._every_row = np.arange(num_rows)
-        self._exact_N, _ = self._look(tuple(range(len(weights_M))), range(num_views), self._every_row)
+        self._exact_N, _ = self._look(range(num_members), range(num_views), self._every_row)
         # In a mixed order, as neighbours may be of one class; the same order for the same rows.
         mixed = np.random.default_rng(0).permutation(num_rows)
         num_choosing = round(_CHOOSING_SHARE * num_rows)

@@ -117,7 +117,9 @@ def test_rows_that_all_predicted_are_joined_by_id_and_classes_by_name(
     assert predictions.macs_M[0] > 0
 
 
-def test_an_ensemble_says_how_many_rows_chose_it(store: LocalStore, manifest: Manifest) -> None:
+def test_an_ensemble_says_how_many_rows_chose_it_and_measured_its_gate(
+    store: LocalStore, manifest: Manifest
+) -> None:
     candidates = [
         candidate(store, manifest, "one"),
         candidate(store, manifest, "other", rows=("a", "c", "d")),
@@ -126,13 +128,19 @@ def test_an_ensemble_says_how_many_rows_chose_it(store: LocalStore, manifest: Ma
         store,
         manifest,
         candidates,
-        EnsembleSettings(),
+        EnsembleSettings(gate=0.9),
         name="both",
         dataset="made",
         extraction=FP32,
         progress=Silent(),
     )
     assert report.num_val_rows == 3
+    assert report.gate is not None
+    # Three rows are too few for a gate that believes anything.
+    for worth in (report.gate, *report.gate.curve):
+        assert worth.test is None
+        assert worth.cross_fitted is not None
+        assert (worth.cross_fitted.agreement, worth.cross_fitted.speedup) == (1, 1)
 
 
 def test_the_models_of_all_folds_are_one_candidate_whose_rows_each_predicted_one(

@@ -14,7 +14,12 @@ from convoy.core.errors import ConfigError
 from convoy.core.progress import Silent
 from convoy.pipelines import ensemble_measuring
 from convoy.pipelines.committees import CommitteeMember, CommitteeRecord, committee_of
-from convoy.pipelines.ensemble_choice import EnsembleBudget, EnsembleChooser, EnsembleSettings
+from convoy.pipelines.ensemble_choice import (
+    EnsembleBudget,
+    EnsembleChooser,
+    EnsembleSettings,
+    SelectionMethod,
+)
 from convoy.pipelines.ensemble_measuring import UntouchedRows, cross_fitted
 from convoy.pipelines.feature_plan import ExtractionConfig
 from convoy.pipelines.prediction_request import PredictionRequest
@@ -34,6 +39,23 @@ def test_each_validation_row_is_measured_once_by_an_ensemble_that_did_not_see_it
     assert measured.gain.mcnemar.mid_p < 0.05
     for bins in (measured.reliability_before, measured.reliability_after):
         assert sum(one.num_rows for one in bins) == NUM_ROWS
+
+
+def test_what_gates_hold_is_measured_on_rows_that_had_no_part_in_them() -> None:
+    candidates = made_candidates(0.6, 0.8, 1.0)
+    candidates.logits_MVNK[:, :, ::2] *= 2
+    settings = EnsembleSettings(method=SelectionMethod.TOP_K, gate=0.9)
+    outcomes = cross_fitted(candidates, settings).gates
+    assert list(outcomes) == sorted({*outcomes, 0.9})
+    assert outcomes[0.9].speedup > 1.1
+    # No row is without one, so the share is one of all rows.
+    assert outcomes[0.9].agreement * NUM_ROWS == pytest.approx(round(outcomes[0.9].agreement * NUM_ROWS))
+    assert 0.9 <= outcomes[0.9].agreement < 1
+    for outcome in outcomes.values():
+        assert abs(outcome.top1_change) <= 1 - outcome.agreement + 1e-12
+    # 267 of the 400 rows of a fold cannot show 99.5 %.
+    assert (outcomes[0.995].agreement, outcomes[0.995].speedup) == (1, 1)
+    assert cross_fitted(candidates, EnsembleSettings(method=SelectionMethod.TOP_K)).gates == {}
 
 
 def test_members_that_only_guess_are_not_praised_for_what_fits_by_chance() -> None:

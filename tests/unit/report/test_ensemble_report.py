@@ -3,7 +3,9 @@ from __future__ import annotations
 from convoy.core.crop_policies import CropPolicy
 from convoy.core.metrics import ReliabilityBin
 from convoy.pipelines.committee_evaluation import CommitteeCost, CommitteeEvaluation
+from convoy.pipelines.ensemble_gate import GateOutcome, GateReport, GateWorth
 from convoy.report.ensemble_report import draw_ensemble_report
+from convoy.vision.committee_options import GateOptions
 from made_ensembles import made_candidates, made_report
 from made_pages import PageParts
 
@@ -41,6 +43,21 @@ def test_the_estimated_rate_stands_beside_the_measured_one() -> None:
     evaluation = CommitteeEvaluation.model_construct(cost=cost)
     text = draw_ensemble_report(report.model_copy(update={"evaluation": evaluation})).decode()
     assert f"estimated at {report.chosen.images_per_s:.1f} images/s; on test it ran at 123.4" in text
+
+
+def test_a_gate_without_test_rows_shows_what_it_held_by_cross_fitting() -> None:
+    look = GateOptions(members=(0,), policy=CropPolicy.CENTER, threshold=0.9)
+    held = GateOutcome(agreement=0.9876, passes_per_image=1.5, top1_change=-0.002, speedup=4.0)
+    worth = GateWorth(
+        gate=look, target_agreement=0.98, val_agreement=0.99, val_passes_per_image=1.5, speedup=4.0
+    )
+    gate = GateReport(**dict(worth), curve=(worth,)).with_cross_fitted({0.98: held})
+    report = made_report(made_candidates(1.2, 1.2)).model_copy(
+        update={"gate": gate, "reliability_before": BINS, "reliability_after": BINS}
+    )
+    text = draw_ensemble_report(report).decode()
+    assert "on val, cross-fitted" in text
+    assert "98.76 %" in text
 
 
 def test_names_from_outside_are_escaped() -> None:
