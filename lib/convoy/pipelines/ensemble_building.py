@@ -155,7 +155,7 @@ def _choose(
         logits_MVNK = predictions.logits_MVNK[list(choice.point.members)][:, views]
         gate = calibrate_gate(committee, logits_MVNK, settings.gate)
         committee = committee.with_gate(gate.gate)
-    temperature = chooser.temperatures_M[choice.best_single]
+    temperature = chooser.temperatures(choice.point.crops)[choice.best_single]
     best = [replace(member, temperature=temperature) for member in networks[choice.best_single]]
     return _Chosen(
         choice=choice,

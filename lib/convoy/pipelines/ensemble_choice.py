@@ -21,6 +21,7 @@ from convoy.vision.ensemble_sets import growing_sets
 from convoy.vision.ensembling import (
     Floats,
     Objective,
+    fit_member_temperature,
     fit_temperature,
     greedy_selection,
     joint_logits,
@@ -81,10 +82,10 @@ class EnsembleSettings(StrictModel):
     """How an ensemble is built of candidates.
 
     `crops` are the policies to choose from; null: all that the candidates' kept predictions hold. `calibrate` fits a
-    temperature for each member and for the whole. `max_members` bounds the size. `gate` asks for the cheap first
-    looks of the mode `gated`, with the share of rows on which it must agree with the exact committee, shown on
-    validation rows at a confidence of 90 %; they begin at the centre crop, so only crops that hold it are chosen
-    from then.
+    temperature for each member, to the mean over the views of each policy, and for the whole. `max_members` bounds the
+    size. `gate` asks for the cheap first looks of the mode `gated`, with the share of rows on which it must agree with
+    the exact committee, shown on validation rows at a confidence of 90 %; they begin at the centre crop, so only crops
+    that hold it are chosen from then.
     """
 
     method: SelectionMethod = SelectionMethod.GREEDY
@@ -189,16 +190,18 @@ class EnsembleChooser:
         self._labels_N = candidates.labels_N
         plan, averaging = candidates.plan, settings.averaging
         self._policies = settings.policies(plan)
-        self.temperatures_M = tuple(
-            fit_temperature(logits_VNK.mean(axis=0), self._labels_N) if settings.calibrate else 1.0
-            for logits_VNK in candidates.logits_MVNK
-        )
-        self._values: dict[CropPolicy, Floats] = {
-            policy: member_values(
-                candidates.logits_MVNK, view_indices(policy, plan) or (), averaging, self.temperatures_M
+        self._temperatures: dict[CropPolicy, tuple[float, ...]] = {}
+        self._values: dict[CropPolicy, Floats] = {}
+        for policy in self._policies:
+            views = list(view_indices(policy, plan) or ())
+            temperatures_M = tuple(
+                fit_member_temperature(logits_VNK[views], self._labels_N, averaging)
+                if settings.calibrate
+                else 1.0
+                for logits_VNK in candidates.logits_MVNK
             )
-            for policy in self._policies
-        }
+            self._temperatures[policy] = temperatures_M
+            self._values[policy] = member_values(candidates.logits_MVNK, views, averaging, temperatures_M)
 
     def choose(self) -> Choice:
         """The best point within the budget, by the objective; ConfigError where nothing is cheap enough."""
@@ -215,12 +218,16 @@ class EnsembleChooser:
         singles = [point for point in points if len(point.members) == 1 and point.crops is best.crops]
         return Choice(
             point=best,
-            temperatures_M=tuple(self.temperatures_M[member] for member in best.members),
+            temperatures_M=tuple(self._temperatures[best.crops][member] for member in best.members),
             temperature=best.temperature,
             front=points,
             # The gain over it is one of top-1, whatever the objective.
             best_single=min(singles, key=lambda point: (-point.top1, point.nll)).members[0],
         )
+
+    def temperatures(self, policy: CropPolicy) -> tuple[float, ...]:
+        """The temperatures_M of all candidates at a policy, fitted to the mean over its views."""
+        return self._temperatures[policy]
 
     def values(self, policy: CropPolicy) -> Floats:
         """The values_MNK of all candidates at a policy."""

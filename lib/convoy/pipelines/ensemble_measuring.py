@@ -203,7 +203,8 @@ def cross_fitted(predictions: CandidatePredictions, settings: EnsembleSettings) 
         choice = chooser.choose()
         views = view_indices(choice.point.crops, predictions.plan) or ()
         unseen_MVNK = predictions.logits_MVNK[:, :, held_out]
-        values_MNK = member_values(unseen_MVNK, views, settings.averaging, chooser.temperatures_M)
+        temperatures_M = chooser.temperatures(choice.point.crops)
+        values_MNK = member_values(unseen_MVNK, views, settings.averaging, temperatures_M)
         chosen_MNK = values_MNK[list(choice.point.members)]
         joint_NK[held_out] = joint_logits(chosen_MNK, choice.point.weights, settings.averaging)
         tempered_NK[held_out] = joint_NK[held_out] / choice.temperature

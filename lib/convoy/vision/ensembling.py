@@ -7,14 +7,14 @@ output of weights w that sum to 1 is the sum of w_m values_m, as in `vision.comm
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize, minimize_scalar
-from scipy.special import log_softmax, softmax
+from scipy.special import log_softmax, logsumexp, softmax
 
 from convoy.core.crop_policies import Averaging
 from convoy.core.errors import DataError
@@ -92,13 +92,22 @@ def fit_temperature(logits_NK: NDArray[Any], labels_N: NDArray[Any]) -> float:
     The NLL has one minimum in the inverse temperature, so a bounded search finds it.
     """
     wide_NK = np.asarray(logits_NK, np.float64)
-    found = minimize_scalar(
-        lambda log_temperature: mean_nll(wide_NK / np.exp(log_temperature), labels_N),
-        bounds=_LOG_TEMPERATURES,
-        method="bounded",
-        options={"xatol": 1e-3},
-    )
-    return float(np.exp(found.x))
+    return _likeliest_temperature(lambda temperature: mean_nll(wide_NK / temperature, labels_N))
+
+
+def fit_member_temperature(logits_VNK: NDArray[Any], labels_N: NDArray[Any], averaging: Averaging) -> float:
+    """The temperature of a member that makes the labels likeliest by its mean over the views, as in `member_values`."""
+    if averaging is Averaging.LOGITS:
+        return fit_temperature(np.asarray(logits_VNK, np.float64).mean(axis=0), labels_N)
+    wide_VNK = np.asarray(logits_VNK, np.float64)
+    wide_VNK = wide_VNK - wide_VNK.max(axis=2, keepdims=True)
+    own_VN = wide_VNK[:, np.arange(len(labels_N)), labels_N]
+
+    def nll(temperature: float) -> float:
+        log_own_VN = own_VN / temperature - np.log(np.exp(wide_VNK / temperature).sum(axis=2))
+        return float(np.log(len(wide_VNK)) - logsumexp(log_own_VN, axis=0).mean())
+
+    return _likeliest_temperature(nll)
 
 
 def greedy_selection(
@@ -200,6 +209,16 @@ def error_overlap(values_MNK: Floats, labels_N: NDArray[Any]) -> Floats:
     either_MM = (wrong_MN[:, None] | wrong_MN[None]).sum(axis=2)
     overlap_MM: Floats = np.where(either_MM > 0, both_MM / np.maximum(either_MM, 1), 1.0)
     return overlap_MM
+
+
+def _likeliest_temperature(nll: Callable[[float], float]) -> float:
+    found = minimize_scalar(
+        lambda log_temperature: nll(float(np.exp(log_temperature))),
+        bounds=_LOG_TEMPERATURES,
+        method="bounded",
+        options={"xatol": 1e-3},
+    )
+    return float(np.exp(found.x))
 
 
 def _mixture_weights(own_MN: Floats) -> Floats:

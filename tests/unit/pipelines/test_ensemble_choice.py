@@ -11,6 +11,7 @@ from convoy.pipelines.ensemble_choice import (
     EnsembleSettings,
     SelectionMethod,
 )
+from convoy.vision.ensembling import fit_temperature
 from made_ensembles import LABELS_N, made_candidates
 
 NOISES = (1.2, 1.2, 1.5, 3.0)
@@ -133,9 +134,20 @@ def test_ten_crops_hold_the_smaller_policies() -> None:
 def test_a_member_that_is_too_sure_gets_a_temperature_above_one() -> None:
     candidates = made_candidates(1.2, 1.2)
     candidates.logits_MVNK[1] *= 10
-    first, second = EnsembleChooser(candidates, EnsembleSettings()).temperatures_M
+    first, second = EnsembleChooser(candidates, EnsembleSettings()).temperatures(CropPolicy.FLIP)
     assert second == pytest.approx(10 * first, rel=0.05) or second > 5
-    assert EnsembleChooser(candidates, EnsembleSettings(calibrate=False)).temperatures_M == (1.0, 1.0)
+    raw = EnsembleChooser(candidates, EnsembleSettings(calibrate=False))
+    assert raw.temperatures(CropPolicy.FLIP) == (1.0, 1.0)
+
+
+def test_a_temperature_is_that_of_the_crops_it_is_used_at() -> None:
+    """A mirror view that is too sure says nothing of the centre view alone."""
+    candidates = made_candidates(1.2)
+    candidates.logits_MVNK[:, 1] *= 10
+    chooser = EnsembleChooser(candidates, EnsembleSettings())
+    (center,), (flip,) = (chooser.temperatures(policy) for policy in (CropPolicy.CENTER, CropPolicy.FLIP))
+    assert center == pytest.approx(fit_temperature(candidates.logits_MVNK[0, 0], LABELS_N), rel=0.01)
+    assert flip > 1.2 * center
 
 
 def test_more_crops_are_not_held_back_by_the_modesty_of_a_mean() -> None:

@@ -11,6 +11,7 @@ from convoy.core.crop_policies import Averaging
 from convoy.vision.ensembling import (
     Objective,
     error_overlap,
+    fit_member_temperature,
     fit_temperature,
     greedy_selection,
     joint_logits,
@@ -77,6 +78,20 @@ def test_the_temperature_that_scaled_the_logits_is_found_again() -> None:
     for temperature in (0.4, 1.0, 3.0):
         found = fit_temperature(logits_NK * temperature, labels_N)
         assert found == pytest.approx(temperature, rel=0.05)
+
+
+@BOTH
+def test_no_other_temperature_of_a_member_makes_the_labels_likelier(
+    labels_N: NDArray[np.int64], averaging: Averaging
+) -> None:
+    """By the mean over its views, each at the temperature, as it is used."""
+    logits_VNK = 3 * library(labels_N, 1.0)[0]
+
+    def nll(temperature: float) -> float:
+        return mean_nll(mean_of_views(logits_VNK, averaging, temperature), labels_N)
+
+    found = fit_member_temperature(logits_VNK, labels_N, averaging)
+    assert nll(found) <= min(nll(found * factor) for factor in (0.5, 0.9, 0.98, 1.02, 1.1, 2.0))
 
 
 @BOTH
