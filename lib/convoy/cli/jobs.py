@@ -18,7 +18,7 @@ from convoy.cli.options import (
     run_job,
     words,
 )
-from convoy.core.config import parse_config, read_settings
+from convoy.core.config import as_override, parse_config, read_settings
 from convoy.core.errors import ConfigError
 from convoy.report.progress import TerminalProgress
 
@@ -148,8 +148,8 @@ def evaluate(  # noqa: PLR0917 (an option of the command line is an argument)
         return
     from convoy.pipelines.evaluate import EvaluateConfig, run_evaluate  # noqa: PLC0415
 
-    given += _evaluated_words(bundles, ensemble)
-    settings = load(EvaluateConfig, config, [*(overrides or []), *given], workspace)
+    unsaid, model = _evaluated_words(bundles, ensemble)
+    settings = load(EvaluateConfig, config, [*unsaid, *(overrides or []), *given, *model], workspace)
     run_job(lambda progress: run_evaluate(settings, progress=progress, new_run=new_run), as_json=as_json)
 
 
@@ -183,11 +183,10 @@ def score(  # noqa: PLR0917 (an option of the command line is an argument)
     from convoy.pipelines.score import plan_score, run_score  # noqa: PLC0415
     from convoy.pipelines.score_config import ScoreConfig  # noqa: PLC0415
 
-    given = words(dataset=dataset, source=source, name=name) + _evaluated_words(
-        [bundle] if bundle else [], []
-    )
+    given = words(dataset=dataset, source=source, name=name)
     replaced = _replaced_dataset_words(config, dataset, source)
-    settings = load(ScoreConfig, config, [*replaced, *(overrides or []), *given], workspace)
+    unsaid, model = _evaluated_words([bundle] if bundle else [], [])
+    settings = load(ScoreConfig, config, [*replaced, *unsaid, *(overrides or []), *given, *model], workspace)
     if dry_run:
         run_job(lambda progress: plan_score(settings, progress=progress, new_run=new_run), as_json=as_json)
         return
@@ -276,16 +275,24 @@ def _compared_settings(named: Sequence[str], config: str | None, told: Sequence[
     return settings
 
 
-def _evaluated_words(bundles: Sequence[str] | None, members: Sequence[str] | None) -> list[str]:
-    """The one model to evaluate, which takes the place of the one that a config names."""
+def _evaluated_words(
+    bundles: Sequence[str] | None, members: Sequence[str] | None
+) -> tuple[list[str], list[str]]:
+    """What a config says of the model, unsaid before any override, and the one to evaluate in its place.
+
+    Members are all that is replaced of an ensemble: how they are averaged stays as it was told.
+    """
     named = [*(bundles or []), *(members or [])]
-    if len(named) > 1 and not bundles:
-        ensemble = {"members": [{"bundle": member} for member in named]}
-        return [*words(ensemble=ensemble), "bundle=null", "model=null"]
-    if len(named) > 1:
+    if not named:
+        return [], []
+    if len(named) == 1:
+        return ["model=null", "ensemble=null"], words(bundle=named[0])
+    if bundles:
         raise ConfigError(
             "one evaluation measures one bundle",
             where=" ".join(named),
             next_step="add --compare to compare two on the same rows, or name all by --ensemble to average them",
         )
-    return [*words(bundle=named[0]), "model=null", "ensemble=null"] if named else []
+    return ["bundle=null", "model=null"], [
+        as_override("ensemble.members", [{"bundle": member} for member in named])
+    ]

@@ -49,6 +49,15 @@ class LookSettings(StrictModel):
     mode: EvaluationMode = EvaluationMode.EXACT
     gate: GateOptions | None = None
 
+    @model_validator(mode="after")
+    def _multiscale_is_chosen(self) -> Self:
+        # Beside other crops it may stand in a config whose `crops` were replaced on the command line.
+        if self.crops is None and self.multiscale != MultiscaleCrops():
+            raise ValueError(
+                "multiscale says nothing without `crops`: set crops to multiscale, or leave it out"
+            )
+        return self
+
 
 class ModelChoice(StrictModel):
     """Exactly one of a `bundle` of the workspace, a pretrained `model`, or an `ensemble` of such.

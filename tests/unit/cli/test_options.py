@@ -13,10 +13,12 @@ from typer.testing import CliRunner
 from convoy.cli.main import app
 from convoy.cli.options import load, run_job, words
 from convoy.core.config import write_settings
-from convoy.core.crop_policies import CropPolicy
+from convoy.core.crop_policies import Averaging, CropPolicy
 from convoy.core.errors import ConfigError, ErrorBudgetExceeded
 from convoy.pipelines.advise_config import AdviseConfig
+from convoy.pipelines.committees import EnsembleConfig, MemberConfig
 from convoy.pipelines.comparison import CompareConfig
+from convoy.pipelines.evaluate import EvaluateConfig
 from convoy.pipelines.score_config import ScoreConfig
 
 
@@ -112,6 +114,57 @@ def test_what_is_to_be_scored_on_the_command_line_takes_the_place_of_the_configs
 def test_a_command_line_that_names_both_a_dataset_and_a_source_is_refused(options: list[str]) -> None:
     with pytest.raises(ConfigError, match="either dataset, or source and name"):
         app(["score", "one", "--source", "s3://b/new", "--name", "new", *options], standalone_mode=False)
+
+
+OLD_ENSEMBLE = {"members": [{"bundle": "old", "weight": 2.0}], "temperature": 1.5}
+
+
+@pytest.mark.parametrize(
+    ("said", "options", "averaging", "temperature"),
+    [
+        ({}, ["--set", "ensemble.averaging=logits"], Averaging.LOGITS, 1.0),
+        ({"ensemble": OLD_ENSEMBLE}, [], Averaging.PROBABILITIES, 1.5),
+        ({"bundle": "old"}, [], Averaging.PROBABILITIES, 1.0),
+    ],
+)
+def test_members_on_the_command_line_are_averaged_as_the_settings_say(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    said: dict[str, object],
+    options: list[str],
+    averaging: Averaging,
+    temperature: float,
+) -> None:
+    heard: list[EvaluateConfig] = []
+
+    def run_evaluate(config: EvaluateConfig, **_: object) -> Report:
+        heard.append(config)
+        return Report(within_error_budget=True)
+
+    monkeypatch.setattr("convoy.pipelines.evaluate.run_evaluate", run_evaluate)
+    path = tmp_path / "evaluate.yaml"
+    path.write_text(write_settings({"dataset": "digits", **said}))
+    names = ["--ensemble", "one", "--ensemble", "two"]
+    app(["evaluate", *names, "--config", str(path), *options], standalone_mode=False)
+    members = (MemberConfig(bundle="one"), MemberConfig(bundle="two"))
+    expected = EnsembleConfig(members=members, averaging=averaging, temperature=temperature)
+    assert [config.ensemble for config in heard] == [expected]
+
+
+def test_settings_of_an_ensemble_beside_one_bundle_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"ensemble\.members: Field required"):
+        app(
+            ["evaluate", "one", "--dataset", "digits", "--set", "ensemble.averaging=logits"],
+            standalone_mode=False,
+        )
+
+
+def test_multiscale_settings_without_its_crops_are_refused_and_beside_other_crops_wait() -> None:
+    words_ = ["dataset=digits", "bundle=one", "multiscale.squares=1"]
+    with pytest.raises(ConfigError, match="set crops to multiscale"):
+        load(EvaluateConfig, None, words_, None)
+    for crops in (CropPolicy.MULTISCALE, CropPolicy.TEN):
+        assert load(EvaluateConfig, None, [*words_, f"crops={crops.value}"], None).multiscale.squares == 1
 
 
 @pytest.mark.parametrize(
