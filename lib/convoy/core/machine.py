@@ -1,4 +1,4 @@
-"""What of a machine explains its rates, and the memory of this process, as Linux tells it."""
+"""What of a machine explains its rates, and the memory of this process, used and free, as Linux tells it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ _FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 _CPUINFO = Path("/proc/cpuinfo")
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 class MachineFacts(StrictModel):
@@ -58,17 +60,33 @@ def reset_peak_memory() -> None:
 
 def resident_memory_bytes() -> int | None:
     """The resident memory of this process; None where the system does not say."""
-    return _status_bytes("VmRSS")
+    return _kib_field(_STATUS, "VmRSS")
 
 
 def peak_memory_bytes() -> int | None:
     """The highest resident memory of this process since its start, or since `reset_peak_memory`."""
-    return _status_bytes("VmHWM")
+    return _kib_field(_STATUS, "VmHWM")
 
 
-def _status_bytes(name: str) -> int | None:
+def free_memory_bytes() -> int | None:
+    """What processes can still take, of the machine and of this container; None where the system does not say."""
+    of_machine = _kib_field(_MEMINFO, "MemAvailable")
+    if of_machine is None:
+        return None
     try:
-        lines = _STATUS.read_text(encoding="ascii", errors="replace").splitlines()
+        limit, used = ((_CGROUP / name).read_text() for name in ("memory.max", "memory.current"))
+        fields = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        # Without a limit that is the word max. Pages of files that nobody looks at are given back.
+        of_container = int(limit) - int(used) + int(fields["inactive_file"])
+    except (OSError, ValueError, KeyError):
+        return of_machine
+    return max(min(of_machine, of_container), 0)
+
+
+def _kib_field(path: Path, name: str) -> int | None:
+    """The bytes of a field that stands in a file of Linux in KiB."""
+    try:
+        lines = path.read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
         return None
     found = next((line for line in lines if line.startswith(f"{name}:")), None)

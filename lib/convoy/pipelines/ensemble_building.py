@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from convoy.core.config import StrictModel
 from convoy.core.crop_policies import CropPlan, CropPolicy, view_indices
 from convoy.core.metrics import ReliabilityBin
@@ -152,7 +154,7 @@ def _choose(
     gate = None
     if settings.gate is not None:
         views = list(view_indices(committee.plan.policy, predictions.plan) or ())
-        logits_MVNK = predictions.logits_MVNK[list(choice.point.members)][:, views]
+        logits_MVNK = predictions.logits_MVNK[np.ix_(choice.point.members, views)]
         gate = calibrate_gate(committee, logits_MVNK, settings.gate)
         committee = committee.with_gate(gate.gate)
     temperature = chooser.temperatures(choice.point.crops)[choice.best_single]

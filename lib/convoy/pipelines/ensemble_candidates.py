@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from convoy.core.crop_policies import Averaging, CropPlan, CropPolicy, view_indices
 from convoy.core.errors import ConfigError, DataError
+from convoy.core.large_arrays import large_array
 from convoy.core.records import Split
 from convoy.pipelines.committees import CommitteeMember, committee_of, open_committee
 from convoy.pipelines.ensemble_choice import CandidatePredictions
@@ -54,32 +55,22 @@ def read_candidates(
 ) -> tuple[CandidatePredictions, list[Networks]]:
     """The predictions of all candidates for the rows that all of them predicted, and the networks of each.
 
-    All are in memory: 4 bytes a candidate, view, row and class. Raises DataError for predictions of other rows than
-    the dataset's validation rows, ConfigError for candidates that cannot vote together.
+    They take 4 bytes a candidate, view, row and class, on disk where memory is short (`core.large_arrays`); candidates
+    are read one after the other. Raises DataError for predictions of other rows than the dataset's validation rows,
+    ConfigError for candidates that cannot vote together, StorageFull where there is no room for them.
     """
     if not candidates:
         raise ConfigError("an ensemble needs a candidate", next_step="let a trial finish, or name bundles")
     opened = [[_open_part(store, manifest, *part) for part in candidate.parts] for candidate in candidates]
-    networks = [tuple(member for member, _, _ in parts) for parts in opened]
+    networks = [tuple(part.member for part in parts) for parts in opened]
     committee_of([member for members in networks for member in members], averaging=averaging)
-    first = networks[0][0]
-    kept = [_joined([_in_order(logits, member, first) for member, _, logits in parts]) for parts in opened]
-    plans = [_common_plan([plan for _, plan, _ in parts]) for parts in opened]
+    plans = [_common_plan([part.plan for part in parts]) for parts in opened]
     plan = _common_plan(plans)
-    ids, places = paired_rows([one.sample_ids for one in kept])
-    if not len(ids):
-        raise DataError(
-            "no validation row was predicted by all candidates", next_step="look at the rejects of their runs"
-        )
-    views = [list(view_indices(plan.policy, its_plan) or ()) for its_plan in plans]
+    views = [view_indices(plan.policy, its_plan) or () for its_plan in plans]
+    logits_MVNK, labels_N = _stacked(opened, views)
     predictions = CandidatePredictions(
-        logits_MVNK=np.stack(
-            [
-                one.logits_MVNK[0][its_views][:, rows]
-                for one, its_views, rows in zip(kept, views, places, strict=True)
-            ]
-        ),
-        labels_N=kept[0].labels_N[places[0]],
+        logits_MVNK=logits_MVNK,
+        labels_N=labels_N,
         plan=plan,
         seconds_per_pass_M=tuple(candidate.seconds_per_pass for candidate in candidates),
         seconds_once_M=tuple(candidate.seconds_once for candidate in candidates),
@@ -103,19 +94,59 @@ def read_predictions(folder: RunFolder) -> MemberLogits:
 
 def paired_rows(ids: Sequence[Sequence[str]]) -> tuple[NDArray[Any], list[NDArray[np.int64]]]:
     """The ids that all lists hold, ascending, and where they stand in each."""
-    common: NDArray[Any] = reduce(np.intersect1d, [np.asarray(one) for one in ids])
+    first, *others = ids
+    common: NDArray[Any] = reduce(np.intersect1d, others, np.unique(first))
     found = [pc.index_in(pa.array(common), value_set=pa.array(one)) for one in ids]
     return common, [np.asarray(one.to_numpy(zero_copy_only=False), np.int64) for one in found]
 
 
-def _open_part(
-    store: ObjectStore, manifest: Manifest, bundle: str, run: str
-) -> tuple[CommitteeMember, CropPlan, MemberLogits]:
-    """A network, the crops of its run, and what it says of the run's rows."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """A network, and the run with what it says of some rows in the crops of `plan`."""
+
+    member: CommitteeMember
+    plan: CropPlan
+    folder: RunFolder
+
+
+def _open_part(store: ObjectStore, manifest: Manifest, bundle: str, run: str) -> _Part:
     (member,) = open_committee(store, bundle).members
     folder, record = require_run(store, run)
     _require_validation_rows(record, manifest, where=f"run {run} of {bundle}")
-    return member, CropPlan.model_validate(record.identity["crops"]), read_predictions(folder)
+    return _Part(member=member, plan=CropPlan.model_validate(record.identity["crops"]), folder=folder)
+
+
+def _stacked(
+    candidates: Sequence[Sequence[_Part]], views: Sequence[Sequence[int]]
+) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    """The logits_MVNK of some views of each candidate, and labels, for the rows of all by ascending id."""
+    first = _read(candidates[0], candidates[0])
+    ids, (order_N,) = paired_rows([first.sample_ids])
+    labels_N, is_common_N = first.labels_N[order_N], np.ones(len(ids), np.bool_)
+    num_classes = first.logits_MVNK.shape[3]
+    logits_MVNK = large_array((len(candidates), len(views[0]), len(ids), num_classes), np.float32)
+    for member, (parts, its_views) in enumerate(zip(candidates, views, strict=True)):
+        one = first if member == 0 else _read(parts, candidates[0])
+        common, (places, rows) = paired_rows([ids.tolist(), one.sample_ids])
+        is_common_N &= np.isin(ids, common, assume_unique=True)
+        for view, its_view in enumerate(its_views):
+            logits_MVNK[member, view, places] = one.logits_MVNK[0, its_view, rows]
+    num_common = int(is_common_N.sum())
+    if not num_common:
+        raise DataError(
+            "no validation row was predicted by all candidates", next_step="look at the rejects of their runs"
+        )
+    if num_common < len(ids):
+        # Rows move up in place: there may be no room for a copy.
+        for logits_VNK in logits_MVNK:
+            for logits_NK in logits_VNK:
+                logits_NK[:num_common] = logits_NK[is_common_N]
+    return logits_MVNK[:, :, :num_common], labels_N[is_common_N]
+
+
+def _read(parts: Sequence[_Part], first: Sequence[_Part]) -> MemberLogits:
+    """A candidate's predictions, with the classes in the order of the first candidate."""
+    return _joined([_in_order(read_predictions(part.folder), part.member, first[0].member) for part in parts])
 
 
 def _joined(parts: Sequence[MemberLogits]) -> MemberLogits:

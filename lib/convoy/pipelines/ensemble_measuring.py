@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from convoy.core.config import StrictModel
 from convoy.core.crop_policies import CropPlan, CropPolicy, EvaluationMode, MemberOutputs, view_indices
+from convoy.core.large_arrays import large_array
 from convoy.core.metrics import EvaluationCounts, ReliabilityBin
 from convoy.core.progress import Progress
 from convoy.core.records import Split
@@ -193,29 +194,29 @@ def cross_fitted(predictions: CandidatePredictions, settings: EnsembleSettings) 
     single_NK = np.zeros((num_rows, num_classes))
     gates = None if settings.gate is None else CrossFittedGates(settings.gate)
     for fold in range(_NUM_FOLDS):
-        chosen_on, held_out = np.flatnonzero(fold_N != fold), np.flatnonzero(fold_N == fold)
-        seen = replace(
-            predictions,
-            logits_MVNK=predictions.logits_MVNK[:, :, chosen_on],
-            labels_N=predictions.labels_N[chosen_on],
-        )
+        held_out = np.flatnonzero(fold_N == fold)
+        seen = _rows_of(predictions, np.flatnonzero(fold_N != fold))
+        unseen = _rows_of(predictions, held_out)
         chooser = EnsembleChooser(seen, settings)
         choice = chooser.choose()
-        views = view_indices(choice.point.crops, predictions.plan) or ()
-        unseen_MVNK = predictions.logits_MVNK[:, :, held_out]
+        voting = [*choice.point.members, choice.best_single]
         temperatures_M = chooser.temperatures(choice.point.crops)
-        values_MNK = member_values(unseen_MVNK, views, settings.averaging, temperatures_M)
-        chosen_MNK = values_MNK[list(choice.point.members)]
-        joint_NK[held_out] = joint_logits(chosen_MNK, choice.point.weights, settings.averaging)
+        values_MNK = member_values(
+            unseen.logits_MVNK[voting],
+            view_indices(choice.point.crops, predictions.plan) or (),
+            settings.averaging,
+            [temperatures_M[member] for member in voting],
+        )
+        joint_NK[held_out] = joint_logits(values_MNK[:-1], choice.point.weights, settings.averaging)
         tempered_NK[held_out] = joint_NK[held_out] / choice.temperature
-        single_NK[held_out] = values_MNK[choice.best_single]
+        single_NK[held_out] = values_MNK[-1]
         # Of fewer rows than folds some hold none.
         if gates is not None and len(held_out):
             gates.add(
                 _gate_calibration(seen.logits_MVNK, choice, predictions.plan, settings),
-                _gate_calibration(unseen_MVNK, choice, predictions.plan, settings),
-                is_exact_right_N=joint_NK[held_out].argmax(axis=1) == predictions.labels_N[held_out],
-                labels_N=predictions.labels_N[held_out],
+                _gate_calibration(unseen.logits_MVNK, choice, predictions.plan, settings),
+                is_exact_right_N=joint_NK[held_out].argmax(axis=1) == unseen.labels_N,
+                labels_N=unseen.labels_N,
             )
     labels_N = predictions.labels_N
     return Measured(
@@ -244,6 +245,15 @@ def _gate_calibration(
         averaging=settings.averaging,
         plan=CropPlan(policy=point.crops, multiscale=plan.multiscale),
     )
+
+
+def _rows_of(predictions: CandidatePredictions, rows: NDArray[np.int64]) -> CandidatePredictions:
+    """Some rows of all candidates, on disk where memory is short."""
+    logits_MVNK = predictions.logits_MVNK
+    some_MVNK = large_array((*logits_MVNK.shape[:2], len(rows), logits_MVNK.shape[3]), np.float32)
+    for place in np.ndindex(logits_MVNK.shape[:2]):
+        some_MVNK[place] = logits_MVNK[place][rows]
+    return replace(predictions, logits_MVNK=some_MVNK, labels_N=predictions.labels_N[rows])
 
 
 def _joint_logits(

@@ -18,6 +18,7 @@ from scipy.special import log_softmax, logsumexp, softmax
 
 from convoy.core.crop_policies import Averaging
 from convoy.core.errors import DataError
+from convoy.core.large_arrays import large_array
 
 # Temperatures are looked for between exp(-3) and exp(3): a twentieth and twenty.
 _LOG_TEMPERATURES = (-3.0, 3.0)
@@ -46,15 +47,13 @@ class Objective(StrEnum):
 def member_values(
     logits_MVNK: NDArray[Any], views: Sequence[int], averaging: Averaging, temperatures_M: Sequence[float]
 ) -> Floats:
-    """The values_MNK of some views."""
-    values = []
-    # One member at a time: the float64 copy of all of them may not fit.
-    for logits_VNK, temperature in zip(logits_MVNK, temperatures_M, strict=True):
-        wide_VNK = np.asarray(logits_VNK[list(views)], np.float64) / temperature
-        if averaging is Averaging.PROBABILITIES:
-            wide_VNK = softmax(wide_VNK, axis=2)
-        values.append(wide_VNK.mean(axis=0))
-    return np.stack(values)
+    """The values_MNK of some views, on disk where memory is short, see `core.large_arrays`."""
+    num_members, _, num_rows, num_classes = logits_MVNK.shape
+    values_MNK: Floats = large_array((num_members, num_rows, num_classes), np.float64)
+    for values_NK, logits_VNK, temperature in zip(values_MNK, logits_MVNK, temperatures_M, strict=True):
+        # One view at a time: the float64 copy of all of them may not fit.
+        values_NK[:] = sum(_averaged(logits_VNK[view], averaging, temperature) for view in views) / len(views)
+    return values_MNK
 
 
 def joint_logits(
@@ -219,6 +218,12 @@ def _likeliest_temperature(nll: Callable[[float], float]) -> float:
         options={"xatol": 1e-3},
     )
     return float(np.exp(found.x))
+
+
+def _averaged(logits_NK: NDArray[Any], averaging: Averaging, temperature: float) -> Floats:
+    """What the rule averages of one view."""
+    wide_NK = np.asarray(logits_NK, np.float64) / temperature
+    return np.asarray(softmax(wide_NK, axis=1)) if averaging is Averaging.PROBABILITIES else wide_NK
 
 
 def _mixture_weights(own_MN: Floats) -> Floats:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from convoy.core.crop_policies import Averaging, CropPlan, CropPolicy, crop_views
@@ -115,6 +116,28 @@ def test_rows_that_all_predicted_are_joined_by_id_and_classes_by_name(
     assert predictions.seconds_per_pass_M == (0.5, 0.5)
     assert predictions.seconds_once_M == (0.1, 0.1)
     assert predictions.macs_M[0] > 0
+
+
+def test_predictions_for_which_memory_is_short_are_the_same_on_disk(
+    store: LocalStore, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    candidates = [
+        candidate(store, manifest, "one", rows=("d", "b", "a")),
+        candidate(store, manifest, "other", rows=("a", "c", "d")),
+    ]
+    in_memory, _ = read_candidates(store, manifest, candidates, Averaging.PROBABILITIES)
+    monkeypatch.setattr("convoy.core.large_arrays.free_memory_bytes", lambda: 0)
+    on_disk, _ = read_candidates(store, manifest, candidates, Averaging.PROBABILITIES)
+    np.testing.assert_array_equal(on_disk.logits_MVNK, in_memory.logits_MVNK)
+    assert [isinstance(_owner(one.logits_MVNK), np.memmap) for one in (in_memory, on_disk)] == [False, True]
+
+
+def _owner(array: NDArray[np.float32]) -> object:
+    """The array of which this one is a view."""
+    owner: object = array
+    while isinstance(owner, np.ndarray) and isinstance(owner.base, np.ndarray):
+        owner = owner.base
+    return owner
 
 
 def test_an_ensemble_says_how_many_rows_chose_it_and_measured_its_gate(
@@ -233,3 +256,5 @@ def test_paired_rows_are_those_of_every_list_in_one_order() -> None:
     ids, places = paired_rows([["c", "a", "b"], ["b", "c", "z"]])
     assert ids.tolist() == ["b", "c"]
     assert [one.tolist() for one in places] == [[2, 0], [0, 1]]
+    ids, places = paired_rows([["c", "a"]])
+    assert (ids.tolist(), [one.tolist() for one in places]) == (["a", "c"], [[1, 0]])

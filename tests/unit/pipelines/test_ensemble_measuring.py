@@ -58,6 +58,13 @@ def test_what_gates_hold_is_measured_on_rows_that_had_no_part_in_them() -> None:
     assert cross_fitted(candidates, EnsembleSettings(method=SelectionMethod.TOP_K)).gates == {}
 
 
+def test_folds_for_which_memory_is_short_are_measured_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    candidates, settings = made_candidates(1.2, 1.5), EnsembleSettings(rounds=5, bags=1)
+    in_memory = cross_fitted(candidates, settings)
+    monkeypatch.setattr("convoy.core.large_arrays.free_memory_bytes", lambda: 0)
+    assert cross_fitted(candidates, settings).gain == in_memory.gain
+
+
 def test_members_that_only_guess_are_not_praised_for_what_fits_by_chance() -> None:
     """On the rows that choose among 30 guessers the best looks better than chance; on the others it is not."""
     candidates = made_candidates(*[1.0] * 30, policy=CropPolicy.CENTER)

@@ -63,6 +63,18 @@ def test_the_joint_output_is_the_committees_formula(labels_N: NDArray[np.int64])
 
 
 @BOTH
+def test_values_take_little_memory_beside_themselves(averaging: Averaging) -> None:
+    logits_MVNK = np.zeros((6, 10, 1000, 50), np.float32)
+    tracemalloc.start()
+    try:
+        values_MNK = member_values(logits_MVNK, range(10), averaging, [1.0] * 6)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < values_MNK.nbytes + 6 * values_MNK[0].nbytes
+
+
+@BOTH
 def test_the_mean_of_views_is_that_of_one_member(labels_N: NDArray[np.int64], averaging: Averaging) -> None:
     logits_MVNK = library(labels_N, 1.0)
     values_MNK = member_values(logits_MVNK, [0, 1], averaging, [2.0])
