@@ -24,7 +24,8 @@ class SearchKind(StrEnum):
     """How points are drawn.
 
     `random`: independently, as a pure function of seed and number (Bergstra and Bengio 2012). `optuna`: by its
-    tree-structured Parzen estimator, from the trials that have ended (Akiba et al. 2019, arXiv:1907.10902).
+    tree-structured Parzen estimator, from the trials that have ended (Akiba et al. 2019, arXiv:1907.10902); where it
+    keeps to points that are known, as `random` does.
     """
 
     RANDOM = "random"

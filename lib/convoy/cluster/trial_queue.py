@@ -18,7 +18,7 @@ from convoy.core.trial_events import TrialState
 
 METRIC = "top1"
 POINT = "point"
-# An estimator that knows what is best may suggest it again; then it is told the known value and asked anew.
+# An estimator that knows what is best may suggest it again; then it is told the known value and asked anew, so often.
 _MAX_REPEATS = 50
 
 
@@ -104,7 +104,10 @@ class _RandomDrawer:
 
 
 class _EstimatingDrawer:
-    """Optuna's sampler through Ray Tune. It knows positions in lists, not what is listed there."""
+    """Optuna's sampler through Ray Tune. It knows positions in lists, not what is listed there.
+
+    Where it suggests known points only, the next random one that is unknown is drawn.
+    """
 
     def __init__(
         self, space: SearchSpace, seed: int, past: Sequence[PastTrial], known: Sequence[TrialPoint]
@@ -126,6 +129,7 @@ class _EstimatingDrawer:
         )
         self._top1_of: dict[str, float | None] = {digest(point.values): None for point in known}
         self._asked: dict[str, str] = {}
+        self._unknown = (values for values in space.points(seed) if digest(values) not in self._top1_of)
         for trial in past:
             self._add(trial.point, None if trial.state is TrialState.FAILED else trial.top1)
 
@@ -139,6 +143,9 @@ class _EstimatingDrawer:
                 self._asked[trial_id] = asked
                 return values
             self._complete(asked, self._top1_of[name])
+        for values in self._unknown:
+            self._top1_of[digest(values)] = None
+            return values
         return None
 
     def tell(self, trial_id: str, point: TrialPoint, top1: float | None) -> None:

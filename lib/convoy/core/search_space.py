@@ -15,7 +15,7 @@ from convoy.core.errors import ConfigError
 from convoy.core.fingerprints import digest
 from convoy.core.randomness import generator
 
-# Draws in a row that were drawn before, after which a space counts as exhausted.
+# Draws in a row that were drawn before, after which the rest of a finite space comes in its own order.
 _MAX_REPEATS = 1000
 
 
@@ -98,6 +98,7 @@ class SearchSpace:
             if name in seen:
                 repeats += 1
                 if repeats > _MAX_REPEATS * self.grid_size:
+                    yield from (values for values in self._all_points() if digest(values) not in seen)
                     return
                 continue
             repeats = 0
@@ -120,6 +121,17 @@ class SearchSpace:
         for key, values in edges.items():
             for value in values:
                 yield {**first, key: value}
+
+    def _all_points(self) -> Iterator[Values]:
+        """Every point of a finite space; none of an infinite one."""
+        if self.num_points == math.inf:
+            return
+        values = {
+            key: range(int(domain.low), int(domain.high) + 1) if isinstance(domain, Range) else domain.values
+            for key, domain in self.domains.items()
+        }
+        for combination in itertools.product(*values.values()):
+            yield dict(zip(values, combination, strict=True))
 
     def _point(self, seed: int, number: int) -> Values:
         cell, values = number % self.grid_size, {}

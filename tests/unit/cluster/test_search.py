@@ -232,6 +232,17 @@ def test_a_finite_space_ends_before_its_budget() -> None:
         assert len(points) == 4
 
 
+def test_an_estimator_that_keeps_to_known_points_goes_on_with_unknown_ones() -> None:
+    """All points but one lie far from the best, where it suggests nothing in 50 draws."""
+    space = parse_space({"x": {"int": [0, 29]}})
+    points = [TrialPoint(trial=f"{x:03}", index=x, values={"x": x}) for x in range(29)]
+    told = tuple(past(one, 1 - one.values["x"] / 30) for one in points)
+    search = plan(kind=SearchKind.OPTUNA, space=space, past=told, max_trials=40)
+    drawn, again = (taken(TrialQueue(search, MemoryJournal())) for _ in range(2))
+    assert [point.values["x"] for point in drawn] == [29]
+    assert again == drawn
+
+
 def test_asha_of_a_resumed_search_compares_with_the_past_and_lets_last_epochs_be() -> None:
     config = SchedulerConfig(kind=SchedulerKind.ASHA, grace_period_epochs=2, reduction_factor=2)
     points = [TrialPoint(trial=str(number), index=number, values={}) for number in range(4)]

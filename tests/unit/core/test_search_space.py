@@ -75,6 +75,12 @@ def test_a_finite_space_ends_when_every_point_was_drawn() -> None:
     assert not space.is_grid
 
 
+def test_a_large_finite_space_gives_every_point_though_few_are_left_to_draw() -> None:
+    space = parse_space({"seed": {"int": [0, 999]}, "depth": {"choice": [1, 2]}})
+    points = [(point["seed"], point["depth"]) for point in space.points(0)]
+    assert sorted(points) == sorted(itertools.product(range(1000), [1, 2]))
+
+
 @pytest.mark.parametrize(
     ("space", "number"),
     [
