@@ -297,7 +297,7 @@ def test_a_gate_goes_with_its_crops(job: Committees, both: BundleRef) -> None:
     assert "no gate that was calibrated for its crops" in finished.stderr
 
 
-def test_dense_evaluation_takes_whole_images_where_the_network_can(job: Committees) -> None:
+def test_dense_evaluation_takes_the_whole_square_where_the_network_can(job: Committees) -> None:
     preset = "preset: {resize_px: 40, crop_px: 32}"
     able = f"{{arch: cifar_resnet20, weights: random, num_classes: 10, {preset}}}"
     classes = json.dumps(DOWNWARD)

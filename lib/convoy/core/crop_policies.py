@@ -50,8 +50,9 @@ class EvaluationMode(StrEnum):
     """How a committee looks at an image.
 
     EXACT: every member at every view; the truth that the others are measured against. GATED: a cheap first look,
-    and the whole committee only where that is not sure. DENSE: the whole resized square and its mirror image in
-    place of crops, for networks that take any size (Sermanet et al. 2014, section 3.3).
+    and the whole committee only where that is not sure. DENSE: the largest central square of the
+    resized image and its mirror image in place of crops, for networks that take any size (Sermanet et al. 2014,
+    section 3.3, show what is beside the square, too).
     """
 
     EXACT = "exact"

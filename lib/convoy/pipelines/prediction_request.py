@@ -78,7 +78,7 @@ class PredictionRequest:
 
     @property
     def plan(self) -> CropPlan:
-        """The crops that networks see: in the dense mode the whole square and its mirror image."""
+        """The crops that networks see: in the dense mode the whole central square and its mirror image."""
         is_dense = self.mode is EvaluationMode.DENSE
         return CropPlan(policy=CropPolicy.FLIP) if is_dense else self.committee.plan
 

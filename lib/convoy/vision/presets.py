@@ -48,7 +48,7 @@ def geometry_of(preset: EvalPreset) -> CropGeometry:
 
 
 def dense_preset(preset: EvalPreset) -> EvalPreset:
-    """The preset whose crop is the whole resized square, for networks that take any size."""
+    """The preset whose crop is the largest central square of the resized image, for networks that take any size."""
     return preset.model_copy(update={"crop_px": preset.resize_px or preset.crop_px})
 
 

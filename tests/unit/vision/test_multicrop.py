@@ -228,7 +228,11 @@ def test_presets_that_differ_in_mean_and_deviation_share_their_geometry() -> Non
     assert geometry_of(one.model_copy(update={"interpolation": Interpolation.BICUBIC})) != GEOMETRY
 
 
-def test_a_dense_preset_shows_the_whole_resized_square() -> None:
+def test_a_dense_preset_shows_the_whole_central_square() -> None:
+    """And nothing beside it: of a 4:3 image three quarters."""
+    dense = dense_preset(EvalPreset(resize_px=48, crop_px=33))
+    image = pixels(48, 64)
+    assert torch.equal(eval_crop(image, dense), image[:, :, 8:56])
     dense = dense_preset(EvalPreset(resize_px=40, crop_px=33))
     image = pixels(40, 40)
     assert torch.equal(eval_crop(image, dense), image)
