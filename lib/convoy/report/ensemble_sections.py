@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from convoy.core.statistics import Interval
 from convoy.pipelines.ensemble_building import EnsembleReport
 from convoy.pipelines.ensemble_choice import FrontPoint
 from convoy.pipelines.ensemble_gate import GateReport
@@ -45,7 +46,15 @@ def ensemble_sections(report: EnsembleReport) -> Iterator[Section]:
         f" {test.only_second_correct} only the single member.",
         blocks=[_member_table(report, names)],
     )
-    yield Section(key="gains", title="What crops and members give", blocks=list(_gains(report)))
+    yield Section(
+        key="gains",
+        title="What crops and members give",
+        lead=""
+        if report.by_size
+        else "Without a test split no figures by crops and by number of members are of untouched rows: each part of the"
+        " validation rows was predicted by an ensemble of its own.",
+        blocks=list(_gains(report)),
+    )
     yield Section(
         key="front",
         title="Accuracy against cost",
@@ -80,25 +89,52 @@ def _measured_rate(report: EnsembleReport) -> str:
 
 
 def _member_table(report: EnsembleReport, names: Sequence[str]) -> Table:
-    if not report.members:
-        pairs = zip(report.chosen.members, report.chosen.weights, strict=True)
-        return text_table(["member*", "weight"], [[names[place], f"{weight:.3f}"] for place, weight in pairs])
-    return member_table(report.members, key="ensemble-members", title="Members alone")
+    if report.members:
+        return member_table(report.members, key="ensemble-members", title="Members alone")
+    alone = {
+        point.members[0]: point
+        for point in report.front
+        if len(point.members) == 1 and point.crops is report.crops
+    }
+    pairs = list(zip(report.chosen.members, report.chosen.weights, strict=True))
+    rows = [
+        [
+            names[place],
+            f"{weight:.3f}",
+            percent(alone[place].top1),
+            span(alone[place].top1_interval),
+            number(alone[place].nll),
+        ]
+        for place, weight in pairs
+    ]
+    return text_table(
+        ["member*", "weight", "val top-1 alone", "95 %", "val NLL"],
+        rows,
+        key="ensemble-members",
+        title="Members alone",
+        data=[
+            {"name": names[place], "weight": weight, "alone": alone[place].model_dump(mode="json")}
+            for place, weight in pairs
+        ],
+        caption="On validation rows, which chose the members, so the figures flatter.",
+    )
 
 
 def _gains(report: EnsembleReport) -> Iterator[Block]:
     yield _size_figure(report)
     if report.by_crops:
         yield _chosen_table(
-            ["crops*", "passes an image", "ensemble", "best single", "gain, points"],
+            ["crops*", "passes an image", "ensemble", "95 %", "best single", "gain, points", "95 %"],
             [
                 (
                     [
                         row.crops.value,
                         f"{row.passes_per_image}",
                         percent(row.top1),
+                        _span(row.top1_interval),
                         percent(row.best_single_top1),
                         points(row.top1 - row.best_single_top1),
+                        _points_span(row.gain),
                     ],
                     row.crops is report.crops,
                 )
@@ -111,7 +147,14 @@ def _gains(report: EnsembleReport) -> Iterator[Block]:
     if report.by_size:
         single = report.measured.best_single_top1
         rows = [
-            [f"{row.num_members}", f"{row.passes_per_image}", percent(row.top1), points(row.top1 - single)]
+            [
+                f"{row.num_members}",
+                f"{row.passes_per_image}",
+                percent(row.top1),
+                _span(row.top1_interval),
+                points(row.top1 - single),
+                _points_span(row.gain),
+            ]
             for row in report.by_size
         ]
         yield _chosen_table(
@@ -119,7 +162,9 @@ def _gains(report: EnsembleReport) -> Iterator[Block]:
                 "members with the largest weights",
                 "passes an image",
                 "top-1",
+                "95 %",
                 "against the best single, points",
+                "95 %",
             ],
             [(row, place == len(rows) - 1) for place, row in enumerate(rows)],
             key="by-size",
@@ -293,6 +338,14 @@ def _chosen_table(
         data=data,
         caption=caption,
     )
+
+
+def _span(interval: Interval | None) -> str:
+    return "-" if interval is None else span(interval)
+
+
+def _points_span(interval: Interval | None) -> str:
+    return "-" if interval is None else f"{points(interval.low)} to {points(interval.high)}"
 
 
 def _ms(point: FrontPoint) -> float:

@@ -12,6 +12,7 @@ import pytest
 from convoy.core.crop_policies import CropPolicy
 from convoy.core.errors import ConfigError
 from convoy.core.progress import Silent
+from convoy.core.statistics import bootstrap_difference, wilson_interval
 from convoy.pipelines import ensemble_measuring
 from convoy.pipelines.committees import CommitteeMember, CommitteeRecord, committee_of
 from convoy.pipelines.ensemble_choice import (
@@ -140,3 +141,44 @@ def test_a_single_member_with_another_class_order_is_judged_by_its_own_labels(
     )
     gain = rows.measured().gain
     assert (gain.top1, gain.best_single_top1) == (1, 1)
+
+
+def test_crops_and_sizes_have_intervals_of_the_same_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = made_candidates(1.2, 1.5)
+    store, classes = LocalStore(str(tmp_path)), tuple("012")
+    members = [
+        CommitteeMember(
+            name=name,
+            digest=name,
+            bundle=None,
+            classifier=made_classifier(store, seed, classes=classes),
+            weight=0.5,
+        )
+        for seed, name in enumerate(("one", "two"))
+    ]
+    both = MemberLogits(
+        sample_ids=[f"{row:04d}" for row in range(NUM_ROWS)],
+        labels_N=made.labels_N,
+        logits_MVNK=made.logits_MVNK,
+    )
+    monkeypatch.setattr(ensemble_measuring, "evaluate_committee", lambda *_, **__: SimpleNamespace(run="run"))
+    monkeypatch.setattr(ensemble_measuring, "read_predictions", lambda _: both)
+    measured = UntouchedRows(
+        store,
+        None,  # type: ignore[arg-type]
+        committee_of(members, plan=made.plan),
+        committee_of(members[:1], plan=made.plan),
+        dataset="digits",
+        extraction=ExtractionConfig(),
+        progress=Silent(),
+    ).measured()
+    assert [row.crops for row in measured.by_crops] == [CropPolicy.CENTER, CropPolicy.FLIP]
+    for row in (*measured.by_crops, *measured.by_size):
+        assert row.top1_interval == wilson_interval(round(row.top1 * NUM_ROWS), NUM_ROWS)
+        assert row.gain is not None
+        assert row.gain.low <= row.gain.estimate <= row.gain.high
+    assert measured.by_crops[-1].gain == measured.by_size[-1].gain == measured.gain.difference
+    # The member with the largest weight is the single one.
+    assert measured.by_size[0].gain == bootstrap_difference(np.ones(NUM_ROWS), np.ones(NUM_ROWS))

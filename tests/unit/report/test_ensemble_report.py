@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from convoy.core.crop_policies import CropPolicy
 from convoy.core.metrics import ReliabilityBin
+from convoy.core.statistics import Interval
 from convoy.pipelines.committee_evaluation import CommitteeCost, CommitteeEvaluation
 from convoy.pipelines.ensemble_gate import GateOutcome, GateReport, GateWorth
 from convoy.report.ensemble_report import draw_ensemble_report
@@ -32,6 +33,29 @@ def test_the_page_needs_nothing_else_and_holds_the_figures() -> None:
     assert parts.json_of("cost-front") == [point.model_dump(mode="json") for point in report.front]
     assert parts.json_of("overlap")["overlap"] == report.overlap
     assert parts.json_of("reliability-after") == [one.model_dump() for one in BINS]
+
+
+def test_figures_of_crops_and_sizes_stand_with_their_intervals() -> None:
+    report = made_report(made_candidates(1.2, 1.2, 1.5))
+    (by_crops,) = report.by_crops
+    top1 = Interval(estimate=0.9, low=0.87123, high=0.92345, confidence=0.95)
+    gain = Interval(estimate=0.02, low=-0.00123, high=0.04567, confidence=0.95)
+    known = by_crops.model_copy(update={"top1_interval": top1, "gain": gain})
+    text = draw_ensemble_report(report.model_copy(update={"by_crops": [known]})).decode()
+    assert "87.12 to 92.34 %" in text
+    assert "-0.12 to +4.57" in text
+
+
+def test_without_a_test_split_the_page_says_of_which_rows_members_alone_are() -> None:
+    report = made_report(made_candidates(1.2, 1.2, 1.5)).model_copy(update={"by_crops": [], "by_size": []})
+    page = draw_ensemble_report(report)
+    assert "Without a test split no figures by crops" in page.decode()
+    shown = PageParts(page).json_of("ensemble-members")
+    assert [one["weight"] for one in shown] == list(report.chosen.weights)
+    assert "which chose the members, so the figures flatter" in page.decode()
+    for place, one in zip(report.chosen.members, shown, strict=True):
+        assert one["alone"]["crops"] == report.crops
+        assert one["alone"]["members"] == [place]
 
 
 def test_the_estimated_rate_stands_beside_the_measured_one() -> None:
