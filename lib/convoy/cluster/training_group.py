@@ -50,6 +50,11 @@ class TrainingGroup:
             dist.all_reduce(result)
         return result
 
+    def number_of_first(self, number: float) -> float:
+        """A number of the first worker, on every worker; faster than `from_first`, which asks Ray's controller."""
+        number = number if self.is_first else 0.0
+        return float(self.total(torch.tensor(number, dtype=torch.float64, device=self.device)))
+
     def share_buffers(self, network: nn.Module) -> None:
         """Take the first worker's buffers, such as BatchNorm statistics."""
         if self.num_workers > 1:

@@ -42,8 +42,10 @@ from convoy.vision.presets import EvalPreset, at_resolution
 from convoy.vision.training_config import Averaging, Phase
 from convoy.vision.weights import load_weights, read_state_dict
 
-# Steps between two looks at the loss: a look waits for the device, and for the group.
+# Between two looks at the loss, each of which waits for the device and for the group: at most so many steps, and
+# fewer where they would take longer than so many seconds.
 _STEPS_BETWEEN_LOOKS = 20
+_SECONDS_BETWEEN_LOOKS = 5.0
 # Batches from which the BatchNorm statistics of averaged weights are measured.
 _BATCHNORM_STEPS = 100
 
@@ -75,6 +77,8 @@ class TrainingWorker:
         self._teacher = None if spec.teacher is None else _read_teacher(self._store, spec.teacher)
         self._feed: BatchFeed = open_feed(spec, self._train, val, order, group)
         self._checkpoints = TrainingCheckpoints(self._store, spec, group)
+        # The step of the training from which the next look is due: soon, as nothing is known of the steps' pace.
+        self._next_look = 0
         self._resume()
 
     def run(self) -> TrainingOutcome:
@@ -176,14 +180,21 @@ class TrainingWorker:
         return replace(prepared.batch, soft=self._teacher.targets(prepared.rows_B))
 
     def _between_steps(self, meter: EpochMeter) -> None:
-        if self._position.step % _STEPS_BETWEEN_LOOKS == 0:
+        step = self._times.step(self._position)
+        if step >= self._next_look:
             sums = self._finite_sums()
+            self._next_look = step + self._steps_to_next_look(meter)
             if self._board.is_due():
                 event = self._times.event(
                     self._position, images_per_s=meter.images_per_s, train_loss=float(sums[0] / sums[2])
                 )
                 self._board.post(event)
         self._save_if_due()
+
+    def _steps_to_next_look(self, meter: EpochMeter) -> int:
+        """As many on every worker, by the pace of the first one."""
+        steps = _SECONDS_BETWEEN_LOOKS / meter.seconds_a_step
+        return int(self._group.number_of_first(min(max(1, int(steps)), _STEPS_BETWEEN_LOOKS)))
 
     def _measure_epoch(self, phase: Phase, epoch: int, meter: EpochMeter) -> EpochResult:
         """The epoch's losses over the whole group, and the validation of the weights that would be kept."""

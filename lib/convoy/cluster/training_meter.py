@@ -14,7 +14,7 @@ class EpochMeter:
 
     def __init__(self) -> None:
         self._started_s = time.monotonic()
-        self._num_images = 0
+        self._num_images = self._num_steps = 0
         self.wait_s = 0.0
 
     def waiting_for(self, items: Iterator[ItemT]) -> ItemT:
@@ -27,11 +27,17 @@ class EpochMeter:
     def count(self, num_images: int) -> None:
         """Images went through a step."""
         self._num_images += num_images
+        self._num_steps += 1
 
     @property
     def seconds(self) -> float:
         """Since its making."""
         return time.monotonic() - self._started_s
+
+    @property
+    def seconds_a_step(self) -> float:
+        """Mean since its making."""
+        return self.seconds / max(self._num_steps, 1)
 
     @property
     def images_per_s(self) -> float:

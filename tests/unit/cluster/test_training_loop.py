@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from convoy.cluster import training_loop
+from convoy.cluster import training_board, training_loop
 from convoy.cluster.training_loop import TrainingWorker
 from convoy.cluster.training_results import TrainingOutcome, read_outcome
 from convoy.cluster.training_spec import TrainingSpec
@@ -315,6 +315,39 @@ def test_a_training_that_goes_on_tells_the_epochs_before_its_checkpoint(
     assert len(board.events[0].history) == 2
     told = [*board.events[0].history, *(event.result for event in board.events if event.result)]
     assert told == list(outcome.history)
+
+
+@pytest.mark.parametrize(
+    ("seconds_between_looks", "told"),
+    [(0.0, [(epoch, step) for epoch in range(1, 6) for step in range(1, 5)]), (1e9, [(1, 1), (5, 1)])],
+)
+def test_slow_steps_are_told_one_by_one_and_fast_ones_by_the_score(
+    tmp_path: Path,
+    rows: pa.Table,
+    monkeypatch: pytest.MonkeyPatch,
+    seconds_between_looks: float,
+    told: list[tuple[int, int]],
+) -> None:
+    monkeypatch.setattr(training_loop, "_SECONDS_BETWEEN_LOOKS", seconds_between_looks)
+    monkeypatch.setattr(training_board, "_SECONDS_BETWEEN_EVENTS", 0.0)
+    phase = Phase(name="train", epochs=5, learning_rate=0.01)
+    board = Notes()
+    TrainingWorker(training_spec(tmp_path, rows, phases=(phase,)), GroupOfOne(), board).run()
+    glimpses = [event for event in board.events if event.result is None]
+    assert [(event.epoch, event.step) for event in glimpses] == told
+    assert all(event.train_loss and event.seconds_left for event in glimpses)
+
+
+class SecondOfTwo(GroupOfOne):
+    """The second worker of a group whose first one adds 3 to every sum."""
+
+    def total(self, values: Tensor) -> Tensor:
+        return values + 3
+
+
+def test_how_many_steps_are_between_two_looks_is_the_word_of_the_first_worker() -> None:
+    assert GroupOfOne().number_of_first(7) == 7
+    assert SecondOfTwo(rank=1, num_workers=2).number_of_first(7) == 3
 
 
 def test_the_frozen_body_stays_and_after_a_resume_in_the_second_phase_it_trains(
