@@ -72,6 +72,7 @@ def training_spec(workspace: Path, rows: pa.Table, **settings: Any) -> TrainingS
         "val": store_rows(store, "val", val),
         "batch_size": 8,
         "checkpoint_steps": 3,
+        "checkpoint_minutes": 10.0,
         "ingest": Ingest.FUSED,
         "num_preparers": 1,
         "num_threads": 1,

@@ -124,6 +124,7 @@ def open_training(job: TrainJob, **changed: str) -> Training:
         val=None,
         batch_size=plan.batch_size,
         checkpoint_steps=config.checkpoint_steps,
+        checkpoint_minutes=config.checkpoint_minutes,
         ingest=Ingest.FUSED,
         num_preparers=1,
         num_threads=os.cpu_count() or 1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,8 +67,8 @@ class TrainingCheckpoints:
         self._folder = CheckpointFolder(store, spec.run_id)
         self._writer = AsyncCheckpointWriter(self._folder, keep_newest=_KEPT_CHECKPOINTS, keep_best=0)
         self._group = group
-        self._interval_steps = spec.checkpoint_steps
-        self._last_step = 0
+        self._interval_steps, self._interval_s = spec.checkpoint_steps, 60 * spec.checkpoint_minutes
+        self._last_step, self._last_s = 0, time.monotonic()
 
     def newest(self) -> Resumed:
         """The newest checkpoint that is whole, or the beginning; what was damaged is in the notes, and deleted."""
@@ -97,9 +98,13 @@ class TrainingCheckpoints:
             notes=(*notes, f"going on from the checkpoint of step {record.step}"),
         )
 
-    def is_due(self, step: int, *, is_phase_end: bool) -> bool:
-        """Whether to save now; the same answer on every worker."""
-        return is_phase_end or step - self._last_step >= self._interval_steps
+    def is_due(self, step: int) -> bool:
+        """Whether so many steps were taken since the last checkpoint that the next is due."""
+        return step - self._last_step >= self._interval_steps
+
+    def is_late(self) -> bool:
+        """Whether so much time has gone by; all workers ask together, and are told what the first one's clock says."""
+        return bool(self._group.number_of_first(time.monotonic() - self._last_s >= self._interval_s))
 
     def save(
         self,
@@ -117,7 +122,7 @@ class TrainingCheckpoints:
 
         Waits for the upload before it, and raises that one's error.
         """
-        self._last_step = step
+        self._last_step, self._last_s = step, time.monotonic()
         if not self._group.is_first:
             return True
         if not is_finite(network):

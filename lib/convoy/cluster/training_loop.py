@@ -144,7 +144,7 @@ class TrainingWorker:
             left = self._times.epochs_left(self._position)
             self._keeper.after_epoch(self._network, score=score, epochs_left=left)
             self._board.post(self._times.epoch_event(self._position, result))
-            self._save_if_due(is_phase_end=is_last)
+            self._save_if_due(at_once=is_last or self._checkpoints.is_late())
 
     def _train_epoch(self, phase: Phase) -> EpochResult:
         position, learner = self._position, self._learner
@@ -180,16 +180,17 @@ class TrainingWorker:
         return replace(prepared.batch, soft=self._teacher.targets(prepared.rows_B))
 
     def _between_steps(self, meter: EpochMeter) -> None:
-        step = self._times.step(self._position)
+        step, is_late = self._times.step(self._position), False
         if step >= self._next_look:
             sums = self._finite_sums()
             self._next_look = step + self._steps_to_next_look(meter)
+            is_late = self._checkpoints.is_late()
             if self._board.is_due():
                 event = self._times.event(
                     self._position, images_per_s=meter.images_per_s, train_loss=float(sums[0] / sums[2])
                 )
                 self._board.post(event)
-        self._save_if_due()
+        self._save_if_due(at_once=is_late)
 
     def _steps_to_next_look(self, meter: EpochMeter) -> int:
         """As many on every worker, by the pace of the first one."""
@@ -248,8 +249,8 @@ class TrainingWorker:
             raise LossNotFinite
         return sums
 
-    def _save_if_due(self, *, is_phase_end: bool = False) -> None:
-        if not self._checkpoints.is_due(self._times.step(self._position), is_phase_end=is_phase_end):
+    def _save_if_due(self, *, at_once: bool) -> None:
+        if not (at_once or self._checkpoints.is_due(self._times.step(self._position))):
             return
         sums = self._finite_sums() if self._position.step else torch.zeros(3, dtype=torch.float64)
         saved = self._checkpoints.save(

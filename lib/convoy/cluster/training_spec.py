@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import StrEnum
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from convoy.core.config import StrictModel
 from convoy.vision.augmentation_policy import AugmentationPolicy
@@ -84,6 +84,7 @@ class TrainingSpec(StrictModel):
     teacher: TeacherRows | None = None
     batch_size: PositiveInt
     checkpoint_steps: PositiveInt
+    checkpoint_minutes: PositiveFloat
     ingest: Ingest
     num_preparers: PositiveInt
     num_threads: PositiveInt

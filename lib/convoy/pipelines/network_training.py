@@ -46,10 +46,8 @@ _VERB = "train"
 _TRAINED = "trained.json"
 # What of a config may change between a kill and the next call: where and how fast, not what is computed.
 NOT_IDENTITY: dict[str, Any] = {
-    **dict.fromkeys(
-        ("workspace", "writers", "workers", "local_cache", "tracking", "checkpoint_steps", "error_budget"),
-        True,
-    ),
+    **dict.fromkeys(("workspace", "writers", "workers", "local_cache", "tracking", "error_budget"), True),
+    **dict.fromkeys(("checkpoint_steps", "checkpoint_minutes"), True),
     "extraction": dict.fromkeys(("num_workers", "cpus_per_worker", "num_fetch_threads"), True),
 }
 
@@ -319,6 +317,7 @@ class NetworkTraining:
             teacher=settings["teacher"],
             batch_size=setup.plan.batch_size,
             checkpoint_steps=config.checkpoint_steps,
+            checkpoint_minutes=config.checkpoint_minutes,
             ingest=workers.ingest,
             num_preparers=workers.preparers_per_worker,
             num_threads=workers.num_threads,

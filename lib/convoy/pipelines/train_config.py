@@ -31,7 +31,7 @@ _KEYS_OF = {
         NETWORKS,
         _OF_LEARNERS
         | {"epochs", "freeze_depth", "learning_rate", "phases", "recipe", "head_source", "reuse"}
-        | {"checkpoint_steps", "workers", "local_cache"},
+        | {"checkpoint_steps", "checkpoint_minutes", "workers", "local_cache"},
     ),
 }
 
@@ -76,7 +76,8 @@ class TrainConfig(StrictModel):
     outputs in order where the weights do not, `class_map` gives dataset classes for outputs; no other strategy takes
     them. Probes: `tap`, `views`, `head`. Networks: `epochs`, `freeze_depth` and `learning_rate`, or else `phases`;
     `recipe` (what is set there replaces the default's), `head` for a head that is fitted from the cache; `reuse` is
-    for `partial_reuse` only. `distill` names a teacher for networks and softmax heads.
+    for `partial_reuse` only. `distill` names a teacher for networks and softmax heads. Their checkpoints are
+    `checkpoint_steps` apart, or `checkpoint_minutes` where that is sooner.
     """
 
     workspace: str | None = None
@@ -101,6 +102,7 @@ class TrainConfig(StrictModel):
     recipe: RecipeChanges = Recipe()
     head_source: HeadSource = HeadSource.AUTO
     checkpoint_steps: PositiveInt = 200
+    checkpoint_minutes: PositiveFloat = 10.0
     workers: WorkerOptions = WorkerOptions()
     local_cache: LocalCacheConfig = LocalCacheConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -141,6 +141,7 @@ def training_spec(**settings: Any) -> TrainingSpec:
             "val": TrainingRows(key="val", num_rows=4),
             "batch_size": 4,
             "checkpoint_steps": 10,
+            "checkpoint_minutes": 10.0,
             "ingest": Ingest.SPLIT,
             "num_preparers": 2,
             "num_threads": 1,

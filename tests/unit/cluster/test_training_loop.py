@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from convoy.cluster import training_board, training_loop
+from convoy.cluster.training_checkpoints import TrainingCheckpoints
 from convoy.cluster.training_loop import TrainingWorker
 from convoy.cluster.training_results import TrainingOutcome, read_outcome
 from convoy.cluster.training_spec import TrainingSpec
@@ -142,6 +143,22 @@ def test_a_killed_training_ends_with_the_very_weights_of_one_that_was_not(
         train_until_killed(killed, at_step, monkeypatch)
     assert_same(killed, train(killed), whole, expected)
     assert len(expected.history) == 3
+
+
+@pytest.mark.parametrize(("batch_size", "at_step"), [(8, 9), (40, 3)])
+def test_a_training_with_few_steps_is_saved_by_the_clock_and_goes_on_to_the_bit(
+    tmp_path: Path, rows: pa.Table, monkeypatch: pytest.MonkeyPatch, batch_size: int, at_step: int
+) -> None:
+    # In the middle of an epoch, or where an epoch is a single step.
+    monkeypatch.setattr(training_loop, "_SECONDS_BETWEEN_LOOKS", 0.0)
+    phase = Phase(name="train", epochs=3, learning_rate=0.05)
+    settings = {"checkpoint_steps": 1000, "batch_size": batch_size, "phases": (phase,)}
+    whole = training_spec(tmp_path / "whole", rows, **settings)
+    killed = training_spec(tmp_path / "killed", rows, **settings, checkpoint_minutes=1e-9)
+    train_until_killed(killed, at_step, monkeypatch)
+    newest, *_ = CheckpointFolder(LocalStore(killed.workspace), RUN_ID).records()
+    assert newest.step == at_step - 1
+    assert_same(killed, train(killed), whole, train(whole))
 
 
 def test_a_killed_distillation_ends_with_the_very_weights_of_one_that_was_not(
@@ -345,9 +362,16 @@ class SecondOfTwo(GroupOfOne):
         return values + 3
 
 
-def test_how_many_steps_are_between_two_looks_is_the_word_of_the_first_worker() -> None:
+def test_when_to_look_and_when_to_save_is_the_word_of_the_first_worker(
+    tmp_path: Path, rows: pa.Table
+) -> None:
+    second = SecondOfTwo(rank=1, num_workers=2)
     assert GroupOfOne().number_of_first(7) == 7
-    assert SecondOfTwo(rank=1, num_workers=2).number_of_first(7) == 3
+    assert second.number_of_first(7) == 3
+    spec = training_spec(tmp_path, rows)
+    store = LocalStore(spec.workspace)
+    assert not TrainingCheckpoints(store, spec, GroupOfOne()).is_late()
+    assert TrainingCheckpoints(store, spec, second).is_late()
 
 
 def test_the_frozen_body_stays_and_after_a_resume_in_the_second_phase_it_trains(

@@ -29,6 +29,7 @@ OPERATIONAL: dict[str, Any] = {
     "workers": {"num_workers": 1},
     "local_cache": {"max_gb": 2},
     "checkpoint_steps": 50,
+    "checkpoint_minutes": 5,
     "extraction": {"num_workers": 2, "cpus_per_worker": 1, "num_fetch_threads": 4},
 }
 
