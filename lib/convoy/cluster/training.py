@@ -113,14 +113,17 @@ def plan_workers(
 
 
 def run_training(
-    spec: TrainingSpec, plan: WorkerPlan, tell: Callable[[TrainingEvent], None]
+    spec: TrainingSpec,
+    plan: WorkerPlan,
+    tell: Callable[[TrainingEvent], None],
+    check: Callable[[], None],
 ) -> dict[str, Any]:
     """Train in a group of workers, and return the first worker's TrainingOutcome as JSON-like values.
 
     The group is restarted from the newest checkpoint when a worker or a node is lost, as soon as the cluster has what
-    the environment asks for again, but not for what is wrong with data or config. `tell` hears how far it is, in the
-    calling thread. Raises the ConvoyError of a worker, NoRoom if none came free for the group, or another
-    ClusterError.
+    the environment asks for again, but not for what is wrong with data or config. `tell` hears how far it is, and
+    `check`, asked twice a second whether or not there is news, ends the waiting by raising; both in the calling
+    thread. Raises the ConvoyError of a worker, NoRoom if none came free for the group, or another ClusterError.
     """
     failures_left = plan.max_failures
     while True:
@@ -128,7 +131,7 @@ def run_training(
         # of one: Ray Train waits for four minutes.
         regrow_cluster()
         try:
-            return _train_group(spec, plan, tell)
+            return _train_group(spec, plan, tell, check)
         except NoRoom:
             # Others that hold the room are not waited for, a machine in the place of a lost one is.
             if not (failures_left and has_shrunk()):
@@ -137,7 +140,10 @@ def run_training(
 
 
 def _train_group(
-    spec: TrainingSpec, plan: WorkerPlan, tell: Callable[[TrainingEvent], None]
+    spec: TrainingSpec,
+    plan: WorkerPlan,
+    tell: Callable[[TrainingEvent], None],
+    check: Callable[[], None],
 ) -> dict[str, Any]:
     """What Ray Train makes of the training, with restarts for which it finds room within minutes."""
     board = actor_here(Board).remote()
@@ -150,6 +156,7 @@ def _train_group(
         thread.join(_POLL_S)
         # Asked before the events are taken: telling them takes time, and the last ones would be missed.
         has_ended = not thread.is_alive()
+        check()
         for event in reader.take():
             tell(event)
     (result,) = ended

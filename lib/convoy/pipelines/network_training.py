@@ -19,7 +19,7 @@ from convoy.cluster.training_spec import Ingest, LocalCacheOptions, TeacherRows,
 from convoy.core.errors import ConfigError, StorageError, TrainingError
 from convoy.core.fingerprints import canonical_json, digest
 from convoy.core.progress import Progress
-from convoy.core.training_events import EpochResult, TrainingEvent
+from convoy.core.training_events import EpochResult
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.distillation import TaughtRows, taught_rows
 from convoy.pipelines.ingest_choice import FUSED_NOTE, settle_ingest
@@ -187,11 +187,6 @@ class NetworkTraining:
             checkpoints = CheckpointFolder(self._store, self.folder.run_id)
             self._store.delete(info.key for info in checkpoints.files())
 
-    def tell(self, event: TrainingEvent) -> None:
-        """Pass on how far the training is; LeaseLost or RunCancelled if the run is not this driver's any more."""
-        self._run.lease.check()
-        self._progress.training(event)
-
     @property
     def _settings(self) -> dict[str, Any]:
         return {} if self._run.record is None else self._run.record.settings
@@ -216,7 +211,7 @@ class NetworkTraining:
                 workers = self._with_room(workers, spec)
                 spec = self._spec(record, setup, workers)
             self._progress.stage("starting the training workers")
-            outcome = run_training(spec, workers, self.tell)
+            outcome = run_training(spec, workers, self._progress.training, self._run.lease.check)
         if outcome["diverged"] is not None:
             raise TrainingError(
                 "the loss or a weight is no finite number any more: the last checkpoint before is kept",

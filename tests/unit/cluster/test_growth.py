@@ -160,7 +160,9 @@ def test_machines_that_went_between_plan_and_training_are_there_again(
     plan = fit_workers(WorkerOptions(), nodes(HEAD, GPU_NODE))
     assert plan is not None
     with pytest.raises(_Stopped):
-        run_training(training_spec(tmp_path, digit_rows(tmp_path, 10)), plan, lambda event: None)
+        run_training(
+            training_spec(tmp_path, digit_rows(tmp_path, 10)), plan, lambda event: None, lambda: None
+        )
     assert alive == nodes(HEAD, GPU_NODE)
 
 
@@ -190,7 +192,7 @@ def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[_Trainer
 
     def run(trainer: _Trainer) -> dict[str, Any]:
         monkeypatch.setattr(training, "_trainer", lambda *_: trainer)
-        return run_training(spec, plan, lambda event: None)
+        return run_training(spec, plan, lambda event: None, lambda: None)
 
     monkeypatch.setattr(training, "actor_here", lambda cls: SimpleNamespace(remote=lambda: None))
     monkeypatch.setattr(training, "BoardReader", lambda board: SimpleNamespace(take=list))

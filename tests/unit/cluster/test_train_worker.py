@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +15,9 @@ from ray.train import WorkerGroupError
 from convoy.cluster import training, training_group, training_loop
 from convoy.cluster.library_versions import library_versions
 from convoy.cluster.ray_data import first_cause
-from convoy.cluster.training import train_worker
+from convoy.cluster.training import WorkerOptions, fit_workers, train_worker
 from convoy.cluster.training_board import Board
-from convoy.core.errors import ConvoyError, TrainingError
+from convoy.core.errors import ConvoyError, RunCancelled, TrainingError
 from made_training import GroupOfOne, digit_rows, training_spec
 
 OUT_OF_MEMORY = (
@@ -69,3 +71,21 @@ def test_a_batch_that_no_gpu_can_hold_is_not_tried_again(
     assert "PYTORCH" not in again.what
     for setting in ("recipe.accumulate", "recipe.batch_size", "resolution_px", "bf16", "--new-run"):
         assert setting in again.next_step
+
+
+def test_workers_that_tell_nothing_are_not_waited_for_once_the_run_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check() -> None:
+        raise RunCancelled("the run was given up")
+
+    given_up = threading.Event()
+    monkeypatch.setattr(training, "actor_here", lambda cls: SimpleNamespace(remote=lambda: None))
+    monkeypatch.setattr(training, "BoardReader", lambda board: SimpleNamespace(take=list))
+    monkeypatch.setattr(training, "_trainer", lambda *_: SimpleNamespace(fit=given_up.wait))
+    plan = fit_workers(WorkerOptions(), [{"CPU": 2.0, "GPU": 0.0}])
+    assert plan is not None
+    spec = training_spec(tmp_path, digit_rows(tmp_path, 10))
+    with pytest.raises(RunCancelled):
+        training._train_group(spec, plan, lambda event: None, check)
+    given_up.set()

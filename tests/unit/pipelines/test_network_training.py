@@ -37,7 +37,6 @@ from convoy.storage.runs import RunRecord
 from convoy.vision import training_config
 from convoy.vision.engine_options import Precision
 from made_devices import made_device
-from made_events import training_event
 
 Opened = Callable[..., AbstractContextManager[NetworkTraining]]
 PATIENCE_S = 30.0
@@ -112,22 +111,6 @@ def test_who_waited_for_another_training_does_not_train_over_it(
     assert "learning_rate" in str(ended[0])
 
 
-def tell_for(training: NetworkTraining, seconds: float) -> None:
-    """An event now and again; the store is not asked at each of them."""
-    deadline_s = time.monotonic() + seconds
-    while time.monotonic() < deadline_s:
-        training.tell(training_event())
-        time.sleep(0.05)
-
-
-def test_a_training_that_was_given_up_stops_at_its_next_event(opened: Opened) -> None:
-    with opened("cancelled", 0.1, WhenHeld.REFUSE) as training:
-        training.tell(training_event())
-        cancel_run(training.folder.store, training.folder.run_id)
-        with pytest.raises(RunCancelled):
-            tell_for(training, PATIENCE_S)
-
-
 def identity_of(strategy: str, arch: str, recipe: dict[str, Any]) -> dict[str, Any]:
     settings = {"name": "n", "dataset": "d", "strategy": strategy, "backbone": {"arch": arch}}
     return config_identity(parse_config(TrainConfig, {**settings, "recipe": recipe}, where="test"))
@@ -195,6 +178,26 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[TrainingSpec]:
     monkeypatch.setattr(network_training_module, "plan_workers", lambda options: ONE)
     monkeypatch.setattr(network_training_module, "run_training", start)
     return specs
+
+
+@pytest.mark.usefixtures("told")
+def test_a_training_that_was_given_up_stops_though_its_workers_tell_nothing(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wait(
+        spec: TrainingSpec, plan: WorkerPlan, tell: Callable[..., None], check: Callable[[], None]
+    ) -> None:
+        check()
+        cancel_run(training.folder.store, training.folder.run_id)
+        deadline_s = time.monotonic() + PATIENCE_S
+        # The store is not asked each time.
+        while time.monotonic() < deadline_s:
+            check()
+            time.sleep(0.05)
+
+    monkeypatch.setattr(network_training_module, "run_training", wait)
+    with opened("cancelled", 0.1, WhenHeld.REFUSE) as training, pytest.raises(RunCancelled):
+        training.run()
 
 
 @pytest.mark.parametrize("delete", ["allowed", "refused"])
