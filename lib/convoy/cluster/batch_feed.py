@@ -9,7 +9,7 @@ import numpy as np
 
 from convoy.cluster.image_loading import BatchRequest, ImageLoader, PreparedBatch
 from convoy.cluster.training_spec import TrainingSpec
-from convoy.core.epochs import EpochPlan, balanced_draw, even_share, shuffled
+from convoy.core.epochs import EpochPlan, balanced_draw, even_share, repetitions, shuffled
 from convoy.core.errors import ConfigError
 from convoy.vision.presets import EvalPreset
 
@@ -46,15 +46,21 @@ class EpochOrder:
         self._spec = spec
         self._labels_N = labels_N
         self._rank, self._num_workers = rank, num_workers
-        self._last: tuple[int, np.ndarray] | None = None
+        self._last: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def rows(self, epoch: int) -> np.ndarray:
         """The rows of an epoch in their order: each once, or classes equally often where the spec says so."""
+        return self._ordered(epoch)[0]
+
+    def _ordered(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of an epoch in their order, and the number of each one's draw."""
         # Whoever prepares single steps asks for the same epoch again and again, and a million rows take 0.1 s to order.
         last = self._last
         if last is None or last[0] != epoch:
-            last = self._last = (epoch, self._draw(epoch))
-        return last[1]
+            rows_N = self._draw(epoch)
+            by_place = self._spec.draw_version == 1
+            last = self._last = (epoch, rows_N, np.arange(len(rows_N)) if by_place else repetitions(rows_N))
+        return last[1:]
 
     def _draw(self, epoch: int) -> np.ndarray:
         seed = self._spec.recipe.seed
@@ -64,7 +70,7 @@ class EpochOrder:
 
     def requests(self, epoch: int, steps: Iterable[int], preset: EvalPreset) -> Iterator[list[BatchRequest]]:
         """The worker's passes of each step: on every worker as many, and all have at least one row."""
-        rows_N = self.rows(epoch)
+        rows_N, draws_N = self._ordered(epoch)
         for step in steps:
             share = self.plan.share(step, rank=self._rank, num_workers=self._num_workers)
             num_passes = min(self._spec.recipe.accumulate, len(self.plan.batch(step)) // self._num_workers)
@@ -75,7 +81,7 @@ class EpochOrder:
                     rows_B=rows_N[part.start : part.stop],
                     preset=preset,
                     epoch=epoch,
-                    positions_B=np.arange(part.start, part.stop),
+                    draws_B=draws_N[part.start : part.stop],
                 )
                 for part in parts
             ]

@@ -36,13 +36,13 @@ _ROWS_A_READ = 4096
 class BatchRequest:
     """Rows of a table that make one batch. With an epoch they are augmented, without one shown as in evaluation.
 
-    `positions_B` are the rows' places in the order of the epoch: they tell a row's repetitions apart.
+    `draws_B` are numbers that tell a row's repetitions within the epoch apart.
     """
 
     rows_B: np.ndarray
     preset: EvalPreset
     epoch: int | None = None
-    positions_B: np.ndarray | None = None
+    draws_B: np.ndarray | None = None
 
 
 class RejectedRow(StrictModel):
@@ -76,6 +76,7 @@ class ImageLoader:
         self._labels_N = rows["label"].to_numpy().astype(np.int64)
         self._weights_N = rows["weight"].to_numpy().astype(np.float32)
         self._content_ids = rows["content_id"]
+        self._drawn_ids = rows["content_id" if spec.draw_version == 1 else "sample_id"]
         self._reader = SampleReader(
             num_threads=spec.num_fetch_threads, max_bytes=spec.decode_rule.max_bytes, cache=cache or None
         )
@@ -128,15 +129,15 @@ class ImageLoader:
     def _decode(self, data: bytes, request: BatchRequest, slot: int, image_CHW: Tensor) -> None:
         """Decode one image into its slot; runs in a decode thread."""
         pixels_CHW = decode_image(data, self._spec.decode_rule).pixels_CHW
-        content_id = self._content_ids[int(request.rows_B[slot])].as_py()
-        if request.epoch is None or request.positions_B is None:
+        row = int(request.rows_B[slot])
+        if request.epoch is None or request.draws_B is None:
+            content_id = self._content_ids[row].as_py()
             prepare_view(
                 pixels_CHW, request.preset, image_CHW, view=EVAL_VIEW, policy=None, content_id=content_id
             )
             return
-        rng = generator(
-            self._spec.augmentation.seed, request.epoch, content_id, int(request.positions_B[slot])
-        )
+        drawn_id = self._drawn_ids[row].as_py()
+        rng = generator(self._spec.augmentation.seed, request.epoch, drawn_id, int(request.draws_B[slot]))
         augment(pixels_CHW, request.preset, image_CHW, policy=self._spec.augmentation, rng=rng)
 
     def _settle(self, pending: _Pending) -> PreparedBatch:

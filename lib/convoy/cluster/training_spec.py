@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import StrEnum
+from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
@@ -14,6 +15,8 @@ from convoy.vision.decode_rule import DecodeRule
 from convoy.vision.presets import EvalPreset, at_resolution
 from convoy.vision.training_config import Distillation, Phase, Recipe
 
+# That of trainings that begin now; see `TrainingSpec.draw_version`.
+DRAW_VERSION: Literal[1, 2] = 2
 # What a preparing worker reserves: less than the CPUs that its threads use, so that it fits beside others.
 CPUS_A_PREPARER = 0.5
 # What it takes of Ray's object store: a batch that it prepares, and two that wait for an earlier one or the training.
@@ -68,6 +71,10 @@ class TrainingSpec(StrictModel):
     and the precision is no `auto`.
     """
 
+    # By what an image's augmentation is drawn beside seed and epoch; a training ends with what it began with. 2: by its
+    # sample, and how often that came before in the epoch. 1: by its content and its place in the epoch's order, so that
+    # one image more changes that of all.
+    draw_version: Literal[1, 2] = DRAW_VERSION
     workspace: str
     run_id: str
     backbone: BackboneConfig

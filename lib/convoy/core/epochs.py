@@ -53,6 +53,15 @@ def balanced_draw(labels_N: NDArray[np.int64], seed: int, epoch: int) -> NDArray
     return joined[shuffled(len(joined), seed, epoch, "balanced")]
 
 
+def repetitions(rows_N: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How often each row came before in the same order: 0 where it comes for the first time."""
+    order = np.argsort(rows_N, kind="stable")
+    _, counts = np.unique(rows_N, return_counts=True)
+    repetitions_N = np.empty_like(rows_N)
+    repetitions_N[order] = np.arange(len(rows_N)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return repetitions_N
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EpochPlan:
     """How an epoch of `num_rows` is cut into steps of at most `batch_size` rows over all workers."""

@@ -15,7 +15,14 @@ import pyarrow.parquet as pq
 
 from convoy.cluster.session import ray_session
 from convoy.cluster.training import WorkerPlan, plan_workers, run_training
-from convoy.cluster.training_spec import Ingest, LocalCacheOptions, TeacherRows, TrainingRows, TrainingSpec
+from convoy.cluster.training_spec import (
+    DRAW_VERSION,
+    Ingest,
+    LocalCacheOptions,
+    TeacherRows,
+    TrainingRows,
+    TrainingSpec,
+)
 from convoy.core.errors import ConfigError, StorageError, TrainingError
 from convoy.core.fingerprints import canonical_json, digest
 from convoy.core.progress import Progress
@@ -263,6 +270,7 @@ class NetworkTraining:
             "teacher": self._freeze_teacher(taught),
             "class_counts": weigh_classes(train, self._manifest.classes),
             "left_out": taught.reject_codes,
+            "draw_version": DRAW_VERSION,
         }
         record = RunRecord.new(
             self.folder.run_id,
@@ -296,6 +304,8 @@ class NetworkTraining:
         config, settings, cache = self._config, record.settings, self._config.local_cache
         balance = setup.plan.balance
         return TrainingSpec(
+            # A run of an older Convoy has none.
+            draw_version=settings.get("draw_version", 1),
             workspace=self._store.root_uri,
             run_id=self.folder.run_id,
             backbone=trained_backbone_config(config, len(self._manifest.classes)),

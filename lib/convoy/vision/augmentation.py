@@ -39,7 +39,7 @@ def augment(
 ) -> None:
     """Draw one augmented crop of an uint8 image into `out_CHW`, uint8 of shape (3, crop_px, crop_px).
 
-    Takes `rng.random()` only. Training passes generator(seed, epoch, content_id, view), cached views
+    Takes `rng.random()` only. Training passes generator(seed, epoch, sample_id, repetition), cached views
     generator(seed, content_id, view). Raises SampleRejected (too small) for what the eval view rejects too,
     and ConfigError for a `pca_colour` without basis. `pixels_CHW` is left as it is.
     """

@@ -35,8 +35,8 @@ def spec(tmp_path: Path, rows: pa.Table) -> TrainingSpec:
 
 
 def request(rows_B: list[int], *, epoch: int | None = None) -> BatchRequest:
-    positions = None if epoch is None else np.array(rows_B)
-    return BatchRequest(rows_B=np.array(rows_B), preset=PRESET, epoch=epoch, positions_B=positions)
+    draws = None if epoch is None else np.zeros(len(rows_B), np.int64)
+    return BatchRequest(rows_B=np.array(rows_B), preset=PRESET, epoch=epoch, draws_B=draws)
 
 
 def images_by_row(
@@ -75,7 +75,7 @@ def test_augmentation_does_not_depend_on_batches_or_threads(spec: TrainingSpec, 
         assert torch.equal(found, expected)
 
 
-def test_augmentation_differs_between_epochs_and_seeds_and_places_but_not_in_evaluation(
+def test_augmentation_differs_between_epochs_and_seeds_and_repetitions_but_not_in_evaluation(
     spec: TrainingSpec, rows: pa.Table
 ) -> None:
     policy = AugmentationPolicy.model_validate({**spec.augmentation.model_dump(), "seed": 5})
@@ -89,7 +89,7 @@ def test_augmentation_differs_between_epochs_and_seeds_and_places_but_not_in_eva
         for other in drawn[:index]:
             assert (one != other).flatten(1).any(1).float().mean() > 0.8
     twice = ImageLoader(spec, rows).prepare(
-        BatchRequest(rows_B=np.array([3, 3]), preset=PRESET, epoch=0, positions_B=np.array([0, 9]))
+        BatchRequest(rows_B=np.array([3, 3]), preset=PRESET, epoch=0, draws_B=np.array([0, 1]))
     )
     assert not torch.equal(*twice.batch.images_BCHW)
 
@@ -188,14 +188,12 @@ def test_an_epoch_requests_every_row_once_in_one_order(
     alone = np.concatenate([one.rows_B for step in requested(order(spec)) for one in step])
     assert sorted(alone) == list(range(23))
     workers = [requested(order(spec, rank=rank, num_workers=num_workers)) for rank in range(num_workers)]
-    together, positions = [], []
+    together = []
     for step in zip(*workers, strict=True):
         assert len({len(passes) for passes in step}) == 1
         together += [row for passes in step for one in passes for row in one.rows_B]
-        positions += [place for passes in step for one in passes for place in one.positions_B]  # type: ignore[union-attr]
         assert all(len(one.rows_B) for passes in step for one in passes)
     assert together == alone.tolist()
-    assert positions == list(range(23))
 
 
 def test_the_order_of_an_epoch_is_its_own_and_resumes_in_the_middle(spec: TrainingSpec) -> None:
@@ -203,7 +201,7 @@ def test_the_order_of_an_epoch_is_its_own_and_resumes_in_the_middle(spec: Traini
     assert not np.array_equal(made.rows(0), made.rows(1))
     late = list(made.requests(1, range(2, 3), PRESET))
     assert np.array_equal(late[0][0].rows_B, requested(made, 1)[2][0].rows_B)
-    assert np.array_equal(late[0][0].positions_B, requested(made, 1)[2][0].positions_B)  # type: ignore[arg-type]
+    assert np.array_equal(late[0][0].draws_B, requested(made, 1)[2][0].draws_B)  # type: ignore[arg-type]
 
 
 def test_balanced_sampling_draws_classes_equally(spec: TrainingSpec) -> None:
@@ -211,6 +209,41 @@ def test_balanced_sampling_draws_classes_equally(spec: TrainingSpec) -> None:
     labels_N = np.repeat([0, 1], [18, 6])
     made = EpochOrder(balanced, labels_N, rank=0, num_workers=1)
     assert np.bincount(labels_N[made.rows(0)]).tolist() == [12, 12]
+    shown = [
+        pair
+        for step in requested(made)
+        for one in step
+        for pair in zip(one.rows_B, one.draws_B, strict=True)  # type: ignore[arg-type]
+    ]
+    assert len(set(shown)) == len(shown) == 24
+    assert {int(draw) for row, draw in shown if row >= 18} == {0, 1}
+
+
+def augmented_epoch(spec: TrainingSpec, rows: pa.Table) -> dict[str, torch.Tensor]:
+    """The images of an epoch as a training is shown them, by sample."""
+    made = EpochOrder(spec, rows["label"].to_numpy(), rank=0, num_workers=1)
+    prepared = [
+        one for passes in FusedFeed(made, ImageLoader(spec, rows), None).steps(0, 0, PRESET) for one in passes
+    ]
+    shown = [row for one in prepared for row in one.rows_B.tolist()]
+    images_BCHW = torch.cat([one.batch.images_BCHW for one in prepared])
+    return {rows["sample_id"][row].as_py(): image for row, image in zip(shown, images_BCHW, strict=True)}
+
+
+@pytest.mark.parametrize(("draw_version", "is_its_own"), [(2, True), (1, False)])
+def test_how_an_image_is_augmented_does_not_depend_on_the_other_rows_or_their_order(
+    spec: TrainingSpec, rows: pa.Table, draw_version: int, is_its_own: bool
+) -> None:
+    """It did in an older Convoy, and does in trainings that began there."""
+    spec = spec.model_copy(update={"draw_version": draw_version})
+    first = augmented_epoch(spec, rows)
+    for other_spec, other_rows in (
+        (spec, rows.slice(1)),
+        (spec.model_copy(update={"recipe": recipe(seed=7)}), rows),
+    ):
+        other = augmented_epoch(other_spec, other_rows)
+        same = [torch.equal(image, first[sample]) for sample, image in other.items()]
+        assert all(same) is is_its_own
 
 
 def test_a_worker_without_rows_is_an_error(spec: TrainingSpec) -> None:

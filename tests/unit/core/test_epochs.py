@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convoy.core.epochs import EpochPlan, balanced_draw, even_share, rows_by_class, shuffled
+from convoy.core.epochs import EpochPlan, balanced_draw, even_share, repetitions, rows_by_class, shuffled
 from convoy.core.errors import ConfigError
 
 sizes = st.integers(min_value=1, max_value=400)
@@ -88,6 +88,12 @@ def test_a_balanced_draw_gives_classes_equally_and_repeats_rows_only_after_all_o
         times = Counter(drawn[labels_N[drawn] == label].tolist())
         visits = [times[int(row)] for row in np.flatnonzero(labels_N == label)]
         assert max(visits) - min(visits) <= 1
+
+
+@given(st.lists(st.integers(0, 5), max_size=50))
+def test_repetitions_count_how_often_a_row_came_before(rows: list[int]) -> None:
+    counted = [rows[:place].count(row) for place, row in enumerate(rows)]
+    assert repetitions(np.array(rows, np.int64)).tolist() == counted
 
 
 def test_a_balanced_draw_depends_on_seed_and_epoch_and_mixes_the_classes() -> None:

@@ -180,6 +180,24 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[TrainingSpec]:
     return specs
 
 
+def test_a_training_that_an_older_convoy_began_goes_on_with_its_draws(
+    opened: Opened, told: list[TrainingSpec]
+) -> None:
+    def drive() -> None:
+        with opened("drawn", 0.1, WhenHeld.REFUSE) as training, pytest.raises(_Stopped):
+            training.run()
+
+    drive()
+    with opened("drawn", 0.1, WhenHeld.REFUSE) as training:
+        folder = training.folder
+    record = folder.record()
+    assert record is not None
+    settings = {key: value for key, value in record.settings.items() if key != "draw_version"}
+    folder.write_record(record.model_copy(update={"settings": settings}))
+    drive()
+    assert [spec.draw_version for spec in told] == [2, 1]
+
+
 @pytest.mark.usefixtures("told")
 def test_a_training_that_was_given_up_stops_though_its_workers_tell_nothing(
     opened: Opened, monkeypatch: pytest.MonkeyPatch
