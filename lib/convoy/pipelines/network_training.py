@@ -23,13 +23,14 @@ from convoy.cluster.training_spec import (
     TrainingRows,
     TrainingSpec,
 )
-from convoy.core.errors import ConfigError, StorageError, TrainingError
+from convoy.core.errors import ClusterError, ConfigError, StorageError, TrainingError
 from convoy.core.fingerprints import canonical_json, digest
 from convoy.core.progress import Progress
-from convoy.core.training_events import EpochResult
+from convoy.core.training_events import EpochResult, TrainingEvent
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.distillation import TaughtRows, taught_rows
 from convoy.pipelines.ingest_choice import FUSED_NOTE, settle_ingest
+from convoy.pipelines.learning_curves import LearningCurves
 from convoy.pipelines.network_plan import trained_backbone_config, wanted_recipe
 from convoy.pipelines.network_setup import TrainingSetup, set_up_training
 from convoy.pipelines.train_config import TrainConfig
@@ -151,15 +152,15 @@ class NetworkTraining:
         self.folder, self.identity = run.folder, run.identity
         self.notes: list[str] = []
 
-    def run(self) -> TrainedNetwork:
+    def run(self, draw_curves: CurveDrawer) -> TrainedNetwork:
         """Train what an earlier call has not finished, and keep the network.
 
-        Raises TrainingError if the loss became no finite number, LeaseLost or RunCancelled as soon as the run is
-        not this driver's any more.
+        `draw_curves` makes the picture of its epochs, which is kept. Raises TrainingError if the loss became no finite
+        number, LeaseLost or RunCancelled as soon as the run is not this driver's any more.
         """
         outcome = read_json(self._store, self.folder.key(_TRAINED))
         if self._run.record is None or outcome is None:
-            outcome = self._train_network()
+            outcome = self._train_network(draw_curves)
         # The driver needs torch only now: to build the trained network and derive its axis.
         from convoy.pipelines.network_building import keep_trained  # noqa: PLC0415
 
@@ -183,10 +184,7 @@ class NetworkTraining:
     def finish(self, network: TrainedNetwork, report: dict[str, Any], draw_curves: CurveDrawer) -> None:
         """Write history, curves and report, end the run, and delete its checkpoints, which nothing reads any more."""
         self._run.lease.confirm()
-        if network.history:
-            history = canonical_json([one.model_dump(mode="json") for one in network.history])
-            self._store.put(self.folder.key("history.json"), history)
-            self._store.put(self.folder.key("learning_curves.png"), draw_curves(network.history))
+        LearningCurves(self.folder, draw_curves).write(network.history)
         finish(self.folder, report)
         self._run.open_run.close(self.folder)
         # The training is done, whatever becomes of them: what is left here is removed by `convoy runs gc`.
@@ -198,7 +196,7 @@ class NetworkTraining:
     def _settings(self) -> dict[str, Any]:
         return {} if self._run.record is None else self._run.record.settings
 
-    def _train_network(self) -> dict[str, Any]:
+    def _train_network(self, draw_curves: CurveDrawer) -> dict[str, Any]:
         self._progress.stage("starting Ray")
         with ray_session():
             options = settle_ingest(self._config.workers, self._manifest)
@@ -218,7 +216,7 @@ class NetworkTraining:
                 workers = self._with_room(workers, spec)
                 spec = self._spec(record, setup, workers)
             self._progress.stage("starting the training workers")
-            outcome = run_training(spec, workers, self._progress.training, self._run.lease.check)
+            outcome = self._run_workers(spec, workers, LearningCurves(self.folder, draw_curves))
         if outcome["diverged"] is not None:
             raise TrainingError(
                 "the loss or a weight is no finite number any more: the last checkpoint before is kept",
@@ -226,6 +224,22 @@ class NetworkTraining:
                 f" epoch {outcome['diverged']['epoch']}, step {outcome['diverged']['step']}",
                 next_step="lower learning_rate, set recipe.clip_norm, or train in fp32, and add --new-run",
             )
+        return outcome
+
+    def _run_workers(self, spec: TrainingSpec, workers: WorkerPlan, curves: LearningCurves) -> dict[str, Any]:
+        """The outcome of the training; where it ends without weights, its curves are written here."""
+
+        def tell(event: TrainingEvent) -> None:
+            self._progress.training(event)
+            curves.hear(event)
+
+        try:
+            outcome = run_training(spec, workers, tell, self._run.lease.check)
+        except (ClusterError, TrainingError):
+            curves.write_heard()
+            raise
+        if outcome["diverged"] is not None:
+            curves.write_heard()
         return outcome
 
     def _with_room(self, workers: WorkerPlan, spec: TrainingSpec) -> WorkerPlan:

@@ -23,6 +23,7 @@ from convoy.pipelines.device_settings import settle_precision
 from convoy.pipelines.distillation import taught_rows, with_pinned_teacher
 from convoy.pipelines.evaluation import Evaluation, EvaluationTask, evaluate_classifier, require_labels
 from convoy.pipelines.feature_plan import FeatureDtype
+from convoy.pipelines.learning_curves import CURVES_FILE
 from convoy.pipelines.model_cards import rows_in_words, training_card
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.network_training import CurveDrawer, TrainedNetwork, network_training, open_training
@@ -324,7 +325,7 @@ def _train_network(job: _Job, backbone: BackboneRecord) -> Iterator[_Trained]:
         when_held=job.when_held,
         target=job.target,
     ) as training:
-        network = training.run()
+        network = training.run(job.draw_curves)
         yield _Trained(
             classifier=_network_classifier(job, network.backbone),
             num_train_rows=network.num_train_rows,
@@ -350,7 +351,7 @@ def _network_classifier(job: _Job, trained: BackboneRecord) -> Classifier:
 
 
 def _network_report(job: _Job, folder: RunFolder, network: TrainedNetwork) -> dict[str, Any]:
-    curves = folder.key("learning_curves.png")
+    curves = folder.key(CURVES_FILE)
     return {
         "head": network.setup.head,
         "train_run": folder.run_id,

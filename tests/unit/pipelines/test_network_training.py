@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,19 @@ from cache_jobs import write_digits
 from convoy.cluster.training import WorkerOptions, WorkerPlan
 from convoy.cluster.training_spec import Ingest, TrainingSpec
 from convoy.core.config import parse_config
-from convoy.core.errors import AccessDenied, LeaseHeld, RunCancelled, RunMismatch
+from convoy.core.errors import (
+    AccessDenied,
+    ClusterError,
+    ConvoyError,
+    LeaseHeld,
+    RunCancelled,
+    RunMismatch,
+    TrainingError,
+)
 from convoy.core.fingerprints import canonical_json
 from convoy.core.progress import Silent
 from convoy.core.splits import SplitOptions
+from convoy.core.training_events import EpochResult, TrainingEvent
 from convoy.pipelines import network_setup
 from convoy.pipelines import network_training as network_training_module
 from convoy.pipelines.models import fetch_backbone
@@ -31,15 +40,22 @@ from convoy.pipelines.train import random_weights
 from convoy.pipelines.train_config import TrainConfig
 from convoy.storage.checkpoints import CheckpointFolder
 from convoy.storage.datasets import freeze_dataset, open_dataset
+from convoy.storage.documents import read_json
 from convoy.storage.leases import WhenHeld, hold_run
 from convoy.storage.local_store import LocalStore
 from convoy.storage.runs import RunRecord
 from convoy.vision import training_config
 from convoy.vision.engine_options import Precision
 from made_devices import made_device
+from made_events import epoch_result, training_event
 
 Opened = Callable[..., AbstractContextManager[NetworkTraining]]
 PATIENCE_S = 30.0
+
+
+def drawn(history: Sequence[EpochResult]) -> bytes:
+    """Stands for the picture of the epochs."""
+    return f"{len(history)} epochs".encode()
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +201,7 @@ def test_a_training_that_an_older_convoy_began_goes_on_with_its_draws(
 ) -> None:
     def drive() -> None:
         with opened("drawn", 0.1, WhenHeld.REFUSE) as training, pytest.raises(_Stopped):
-            training.run()
+            training.run(drawn)
 
     drive()
     with opened("drawn", 0.1, WhenHeld.REFUSE) as training:
@@ -215,7 +231,39 @@ def test_a_training_that_was_given_up_stops_though_its_workers_tell_nothing(
 
     monkeypatch.setattr(network_training_module, "run_training", wait)
     with opened("cancelled", 0.1, WhenHeld.REFUSE) as training, pytest.raises(RunCancelled):
-        training.run()
+        training.run(drawn)
+
+
+@pytest.mark.parametrize("error", [TrainingError, ClusterError])
+@pytest.mark.usefixtures("told")
+def test_a_training_that_diverges_or_loses_its_workers_leaves_its_curves(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch, error: type[ConvoyError]
+) -> None:
+    epochs = [epoch_result(epoch=number, phase=phase) for number, phase in enumerate(["head", "body"], 1)]
+    seen: list[bytes] = []
+
+    def curves() -> bytes:
+        return training.folder.store.get(training.folder.key("learning_curves.png")).data
+
+    def train(
+        spec: TrainingSpec, plan: WorkerPlan, tell: Callable[[TrainingEvent], None], *_: object
+    ) -> dict[str, Any]:
+        tell(training_event(phase="head", result=epochs[0]))
+        # A restarted group begins with what its checkpoint knows.
+        tell(training_event(phase="body", history=tuple(epochs[:1])))
+        seen.append(curves())
+        tell(training_event(phase="body", result=epochs[1]))
+        if error is ClusterError:
+            raise ClusterError("the workers were lost too often")
+        history = [one.model_dump(mode="json") for one in epochs]
+        return {"diverged": {"phase": 1, "epoch": 1, "step": 0}, "history": history}
+
+    monkeypatch.setattr(network_training_module, "run_training", train)
+    with opened(f"broken-{error.__name__}", 0.1, WhenHeld.REFUSE) as training, pytest.raises(error):
+        training.run(drawn)
+    assert [*seen, curves()] == [b"1 epochs", b"2 epochs"]
+    kept = read_json(training.folder.store, training.folder.key("history.json"))
+    assert [EpochResult.model_validate(one) for one in kept] == epochs
 
 
 @pytest.mark.parametrize("delete", ["allowed", "refused"])
@@ -244,15 +292,15 @@ def test_a_training_that_ended_leaves_no_checkpoints_or_leaves_them_to_gc(
     with opened(f"ended-{delete}", 0.1, WhenHeld.REFUSE) as training:
         store = training.folder.store
         checkpoints = CheckpointFolder(store, training.folder.run_id)
-        network = training.run()
+        network = training.run(drawn)
         assert len(checkpoints.files()) == 2
         if delete == "refused":
             monkeypatch.setattr(LocalStore, "delete", refuse)
-        training.finish(network, {}, lambda history: b"")
+        training.finish(network, {}, drawn)
         assert training.folder.is_finished()
         assert bool(checkpoints.files()) is (delete == "refused")
         # A driver that waited for this one still finds what was trained.
-        assert training.run().backbone == network.backbone
+        assert training.run(drawn).backbone == network.backbone
 
 
 def test_where_the_object_store_is_too_small_for_batches_threads_prepare_them(
@@ -267,7 +315,7 @@ def test_where_the_object_store_is_too_small_for_batches_threads_prepare_them(
     monkeypatch.setattr(network_training_module, "plan_workers", plan)
     with opened("small-store", 0.1, WhenHeld.REFUSE) as training:
         with pytest.raises(_Stopped):
-            training.run()
+            training.run(drawn)
         assert "Ray's object store is too small" in training.notes[0]
     (spec,) = told
     assert spec.ingest is Ingest.FUSED
@@ -320,7 +368,7 @@ def test_images_in_parquet_files_are_prepared_by_threads_unless_told_otherwise(
         store, manifest, pretrained, config, Silent(), new_run=True, when_held=WhenHeld.REFUSE
     ) as training:
         with pytest.raises(_Stopped):
-            training.run()
+            training.run(drawn)
         assert any("rows of parquet files" in note for note in training.notes) == has_note
     assert [spec.ingest for spec in told] == [settled]
 
@@ -358,7 +406,7 @@ def test_the_scale_of_a_lists_weights_is_no_learning_rate(tmp_path: Path, told: 
             ) as training,
             pytest.raises(_Stopped),
         ):
-            training.run()
+            training.run(drawn)
     once, hundredfold = told
     weights, heavy = (store.open_parquet(spec.train.key).read()["weight"].to_numpy() for spec in told)
     np.testing.assert_allclose(heavy, weights, rtol=1e-6)
@@ -377,7 +425,7 @@ def test_a_training_on_a_cluster_is_of_its_workers_precision_also_when_it_goes_o
     monkeypatch.setattr(network_setup, "find_device", answers.pop)
     for _ in range(2):
         with opened("asked", 0.1, WhenHeld.REFUSE) as training, pytest.raises(_Stopped):
-            training.run()
+            training.run(drawn)
     assert [spec.recipe.precision for spec in told] == [training_config.Precision.BF16] * 2
     record = training.folder.record()
     assert record is not None
