@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,6 +22,7 @@ from convoy.core.errors import (
     ExitCode,
     ObjectNotFound,
     PreconditionFailed,
+    StorageError,
     StorageFull,
     StoreUnavailable,
 )
@@ -285,6 +287,23 @@ def test_an_image_that_stays_wrong_is_one_reject(store: S3Store, fault_proxy: Fa
         with fault_proxy.injecting(rule) as (fault,):
             assert codes(rows) == [None, None, None, code, None]
         assert fault.fired
+
+
+@pytest.mark.parametrize("action", [INTERNAL_ERROR, Refuse(422, "Strange")], ids=name_of)
+def test_an_image_that_the_store_keeps_failing_to_give_is_one_reject(
+    store: S3Store, fault_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, action: Action
+) -> None:
+    monkeypatch.setattr("convoy.storage.stores.S3Store", partial(S3Store, deadline_s=1.0))
+    rows = images_in(store, 5)
+    with fault_proxy.injecting(FaultRule(method="GET", key=r"cat/3\.jpg", action=action)) as (fault,):
+        assert codes(rows) == [None, None, None, RejectCode.UNREADABLE, None]
+    assert fault.fired
+    with (
+        fault_proxy.injecting(FaultRule(method="GET", key=r"\.jpg", action=action)) as (fault,),
+        pytest.raises(StorageError),
+    ):
+        codes(rows)
+    assert fault.fired
 
 
 def test_expired_credentials_are_no_fault_of_the_images(store: S3Store, fault_proxy: FaultProxy) -> None:

@@ -29,7 +29,7 @@ class ImageColumn:
     """
 
     def __init__(self, uri: str, etag: str, container_field: str) -> None:
-        self._uri, self._etag = uri, etag
+        self.uri, self._etag = uri, etag
         self._file = self._open()
         self._field = container_field
         # A ParquetFile may not be read by two threads at a time.
@@ -63,7 +63,7 @@ class ImageColumn:
         return self._first_rows[group + 1] - self._first_rows[group]
 
     def _open(self) -> Any:
-        store, key = open_object(self._uri)
+        store, key = open_object(self.uri)
         try:
             file = store.open_parquet(key)
         except DataError as error:
@@ -87,7 +87,7 @@ class ImageColumn:
                 what = f"the file system failed: {error.strerror or error}"
                 if error.errno == errno.EIO:
                     raise _unreadable(what) from error
-                raise StorageError(what, where=self._uri, errno=error.errno) from error
+                raise StorageError(what, where=self.uri, errno=error.errno) from error
 
     def _read_once(self, group: int, wanted: Sequence[int]) -> dict[int, bytes]:
         images: dict[int, bytes] = {}

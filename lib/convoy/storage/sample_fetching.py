@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 from convoy.core.errors import (
     AccessDenied,
@@ -20,6 +21,10 @@ from convoy.core.errors import (
 from convoy.core.records import RejectCode, SampleRejected, Stage
 from convoy.storage.object_store import Blob
 from convoy.storage.stores import UriReader, open_object
+
+T = TypeVar("T")
+# What a store says of one object, whatever it says of others.
+_OF_OBJECT = (ObjectNotFound, ObjectReplaced, ObjectArchived, AccessDenied, ChecksumMismatch)
 
 
 class Address(NamedTuple):
@@ -36,22 +41,35 @@ class Address(NamedTuple):
 
 
 def fetch(address: Address, uris: UriReader) -> bytes:
-    """The bytes of an object, or of a range of one. What comes back wrong, or not off the disk, is read once more.
+    """The bytes of an object, or of a range of one. What comes back wrong is read once more.
 
-    Raises SampleRejected for another version, a wrong checksum or a file that cannot be read; errors of storage pass.
+    Raises SampleRejected for another version, a wrong checksum, and what `read_or_reject` rejects; other errors pass.
     """
     for _attempt in range(2):
-        try:
-            blob = _get(address, uris)
-        except ObjectUnreadable as error:
-            rejected = _reject(RejectCode.UNREADABLE, error.what)
-            continue
+        blob = read_or_reject(partial(_get, address, uris), address.uri, uris)
         if blob.etag != address.etag:
             raise _reject(RejectCode.CHANGED, f"version {blob.etag} instead of {address.etag}")
         if _is_intact(blob, address):
             return blob.data
         reason = f"the bytes do not have the checksum {address.checksum}"
         rejected = _reject(RejectCode.CHECKSUM_MISMATCH, reason)
+    raise rejected
+
+
+def read_or_reject(read: Callable[[], T], uri: str, uris: UriReader) -> T:
+    """What `read` gives of an object. SampleRejected after two failures of that object alone.
+
+    That is one that the disk does not give, or that its store keeps failing to give while it gives another one. A store
+    that gives nothing is no fault of an object: its errors pass, as do those that `rejecting` knows.
+    """
+    for _attempt in range(2):
+        try:
+            return read()
+        except StorageError as error:
+            is_of_disk = isinstance(error, ObjectUnreadable)
+            if isinstance(error, _OF_OBJECT) or not (is_of_disk or uris.still_gives(uri)):
+                raise
+            rejected = _reject(RejectCode.UNREADABLE, error.what)
     raise rejected
 
 

@@ -17,7 +17,7 @@ from convoy.core.records import SampleRejected
 from convoy.storage.local_cache import LocalImageCache
 from convoy.storage.read_ahead import Outcomes, Read, ReadWindow, joined_reads
 from convoy.storage.row_groups import ImageColumn
-from convoy.storage.sample_fetching import Address, check_size, fetch, rejecting
+from convoy.storage.sample_fetching import Address, check_size, fetch, read_or_reject, rejecting
 from convoy.storage.stores import UriReader
 
 _STORE_THREADS = 16
@@ -25,6 +25,8 @@ _FILE_THREADS = 2
 # A file in the page cache is read in less time than it is handed over in, so threads read several small ones in a row:
 # the window is at least so many reads, one for each thread, and one may take so small a part of its bytes.
 _READS_OF_FILES, _PART_OF_BYTES = 4, 64
+# What stands for a parquet file when its store is asked whether it still gives anything.
+_START_OF_FILE = (0, 4)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,9 +57,10 @@ class SampleReader:
         """Each row's number and its image's bytes, or why there are none, in the order of the rows.
 
         Rejects are of stage fetch: gone, changed (another etag), access_denied, checksum_mismatch (twice in a row),
-        unreadable (what the disk does not give, and a damaged parquet file, twice too); but empty and too_large are
-        of stage decode, as a version's size never heals. A store that keeps failing is no fault of a sample:
-        StoreUnavailable is raised, as is any other error of storage. Closing the iterator early stops its threads.
+        unreadable (what the disk does not give, or a store that gives other objects, and a damaged parquet file, twice
+        too); but empty and too_large are of stage decode, as a version's size never heals. A store that gives nothing,
+        or fails for many objects in a row, is no fault of a sample: StoreUnavailable is raised, as are other errors of
+        storage. Closing the iterator early stops its threads.
         """
         arrived: Outcomes = {}
         reads = _Sources(self._uris, self.max_bytes, self.cache, self.window_bytes).plan_reads(rows)
@@ -149,7 +152,7 @@ class _Sources:
             return
         try:
             with rejecting():
-                column = ImageColumn(*file)
+                column = read_or_reject(partial(ImageColumn, *file), file.uri, self.uris)
         except SampleRejected as rejected:
             outcomes: Outcomes = dict.fromkeys(wanted, rejected)
             yield next(iter(wanted)), Read(0, lambda: outcomes)
@@ -192,9 +195,11 @@ class _Sources:
     def _read_group(self, column: ImageColumn, group: int, wanted: dict[int, _ParquetRow]) -> Outcomes:
         try:
             with rejecting():
-                images = column.read(group, [parquet_row.row_index for parquet_row in wanted.values()])
+                indices = [parquet_row.row_index for parquet_row in wanted.values()]
+                images = read_or_reject(partial(column.read, group, indices), column.uri, self.uris)
         except SampleRejected as rejected:
             return dict.fromkeys(wanted, rejected)
+        self.uris.note_read(column.uri, _START_OF_FILE)
         outcomes: Outcomes = {}
         for (row, parquet_row), data in zip(wanted.items(), images, strict=True):
             outcomes[row] = self._checked(data)

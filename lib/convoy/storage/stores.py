@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
-from convoy.core.errors import ConfigError
+from convoy.core.errors import ConfigError, StorageError
 from convoy.storage.local_store import LocalStore
 from convoy.storage.object_store import Blob, ObjectStore
 from convoy.storage.s3_store import S3Store
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_LOCAL = "/"
+# Reads of one store that may fail with none between them that does not: more are no fault of single objects.
+_MOST_FAILURES_IN_A_ROW = 64
 
 
 def open_store(uri: str) -> ObjectStore:
@@ -50,6 +53,13 @@ def join_uri(root: str, *keys: str) -> str:
     return "/".join([root.rstrip("/"), *keys])
 
 
+class _Sample(NamedTuple):
+    """What a store is asked for to see whether it gives anything."""
+
+    key: str
+    byte_range: tuple[int, int] | None
+
+
 class UriReader:
     """Reads objects by their full URIs, over one store a bucket and one for all local files.
 
@@ -58,6 +68,9 @@ class UriReader:
 
     def __init__(self) -> None:
         self._stores: dict[str, ObjectStore] = {}
+        self._last_reads: dict[str, _Sample] = {}
+        # Counted without a lock: that threads lose a count does no harm.
+        self._failures: dict[str, int] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return UriReader, ()
@@ -69,13 +82,54 @@ class UriReader:
 
     def get(self, uri: str, *, byte_range: tuple[int, int] | None = None) -> Blob:
         """As ObjectStore.get, for an s3:// URI, a file:// URI or a path. ConfigError as `open_store`."""
-        if uri.startswith("s3://"):
-            bucket, key = _split_s3(uri)
-            store = self._stores.get(bucket) or self._stores.setdefault(bucket, S3Store(bucket))
-        else:
-            key = _local_path(uri).removeprefix("/")
-            store = self._stores.get("/") or self._stores.setdefault("/", LocalStore("/"))
-        return store.get(key, byte_range=byte_range)
+        place, key = _split(uri)
+        store = self._stores.get(place)
+        if store is None:
+            new_store = LocalStore("/") if place == _LOCAL else S3Store(place)
+            store = self._stores.setdefault(place, new_store)
+        blob = store.get(key, byte_range=byte_range)
+        self.note_read(uri, byte_range)
+        return blob
+
+    def note_read(self, uri: str, byte_range: tuple[int, int] | None) -> None:
+        """Note that its store gave this, for `still_gives`."""
+        place, key = _split(uri)
+        self._last_reads[place] = _Sample(key, byte_range)
+        self._failures[place] = 0
+
+    def still_gives(self, uri: str) -> bool:
+        """Whether the store of `uri`, which that could not be read from, gives at once what it gave last.
+
+        If so, the failure is that of one object. Where nothing was read yet, another object of its folder is asked for.
+        Never so after many failures in a row.
+        """
+        place, key = _split(uri)
+        self._failures[place] = self._failures.get(place, 0) + 1
+        if self._failures[place] > _MOST_FAILURES_IN_A_ROW:
+            return False
+        # Without retries: a store that needs them may give the other object later too.
+        store = LocalStore("/") if place == _LOCAL else S3Store(place, deadline_s=0.0)
+        try:
+            sample = self._last_reads.get(place) or _neighbour(store, key)
+            if sample is None:
+                return False
+            store.get(sample.key, byte_range=sample.byte_range)
+        except StorageError:
+            return False
+        return True
+
+
+def _neighbour(store: ObjectStore, key: str) -> _Sample | None:
+    """The first byte of another object in the folder of a key."""
+    folder = key[: key.rfind("/") + 1]
+    keys = (info.key for info in store.list_objects(folder) if info.key != key and info.size_bytes)
+    first = next(keys, None)
+    return None if first is None else _Sample(first, (0, 1))
+
+
+def _split(uri: str) -> tuple[str, str]:
+    """The bucket of an object, or `_LOCAL`, and its key there."""
+    return _split_s3(uri) if uri.startswith("s3://") else (_LOCAL, _local_path(uri).removeprefix("/"))
 
 
 def _split_s3(uri: str) -> tuple[str, str]:

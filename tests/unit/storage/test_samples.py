@@ -424,30 +424,68 @@ def test_a_file_that_the_disk_does_not_give_is_read_once_more_and_then_a_reject(
     assert isinstance(second, bytes)
 
 
-def test_a_file_system_that_fails_otherwise_is_no_reject(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def reading(*_: Any) -> Any:
-        raise OSError(errno.ESTALE, "made")
+def fail_to_open(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Files of these names cannot be opened, in a way that says nothing of them."""
 
+    def opening(path: str, mode: str) -> Any:
+        if path.endswith(names):
+            raise OSError(errno.ESTALE, "made")
+        return open(path, mode)
+
+    monkeypatch.setattr("convoy.storage.local_store.open", opening, raising=False)
+
+
+def test_a_store_that_gives_nothing_is_no_reject(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = rows_of(folder)
-    monkeypatch.setattr("convoy.storage.local_store.open", reading, raising=False)
+    fail_to_open(monkeypatch, ".jpg")
     with pytest.raises(StorageError, match="made"):
         read(rows)
+    assert _fetch_threads() == 0
+
+
+@pytest.mark.parametrize("failing", [0, 3, 39])
+def test_one_object_that_its_store_keeps_failing_to_give_is_a_reject_and_no_other(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    rows = rows_of(folder)
+    fail_to_open(monkeypatch, os.path.basename(rows["uri"][failing].as_py()))
+    found = read(rows, num_threads=1)
+    assert found.pop(failing) is RejectCode.UNREADABLE
+    assert all(isinstance(data, bytes) for data in found)
+
+
+def test_a_store_that_fails_for_many_objects_in_a_row_is_no_reject(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_files(tmp_path, *(f"{number:03}.jpg" for number in range(40)))
+    rows = rows_of(tmp_path)
+    fail_to_open(monkeypatch, *(f"{number:03}.jpg" for number in range(1, 40)))
+    with pytest.raises(StorageError, match="made"):
+        read(rows, num_threads=1)
+
+
+def test_a_parquet_file_that_its_store_keeps_failing_to_give_is_lost_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        pq.write_table(pa.table({"image": [jpeg_bytes(0), jpeg_bytes(1)]}), tmp_path / f"{name}.parquet")
+    rows = rows_of(tmp_path)
+    open_parquet = LocalStore.open_parquet
+
+    def opening(store: LocalStore, key: str) -> Any:
+        if key == "a.parquet":
+            raise StoreUnavailable("no answer")
+        return open_parquet(store, key)
+
+    monkeypatch.setattr(LocalStore, "open_parquet", opening)
+    lost = RejectCode.UNREADABLE
+    assert read(rows) == [lost, lost, jpeg_bytes(0), jpeg_bytes(1)]
 
 
 def test_credentials_that_the_store_refuses_are_no_reject(folder: Path) -> None:
     rows = with_values(rows_of(folder), etag="e")
     with pytest.raises(CredentialsExpired):
         list(reader_of(_Store(CredentialsExpired("over"))).read(rows))
-
-
-def test_a_store_that_keeps_failing_is_no_reject(folder: Path) -> None:
-    rows = with_values(rows_of(folder), etag="e")
-    store = _Store(Blob(data=b"data", etag="e"), StoreUnavailable("down"))
-    with pytest.raises(StoreUnavailable):
-        list(reader_of(store).read(rows))
-    assert _fetch_threads() == 0
 
 
 def test_closing_early_stops_the_threads_and_the_reading(folder: Path) -> None:
