@@ -77,6 +77,8 @@ class FeatureExtractor:
         with casting_once(self._engine.device):
             for batch in batches:
                 self._run_batch(batch, outputs, result)
+        for output in outputs:
+            _reject_non_finite(result.features_BD[output.set_id], output, result.images)
         return result.images.commit(
             self._folder,
             task.slice,
@@ -124,9 +126,9 @@ class FeatureExtractor:
             for output in outputs:
                 if self._number_of[output.set_id] == number:
                     stored_BD = result.features_BD[output.set_id][rows]
+                    # A value above the range of float16 becomes infinite, and its image a reject.
                     with np.errstate(over="ignore"):
                         stored_BD[:] = features[output.tap][:num_rows].cpu().numpy()
-                    _refuse_non_finite(stored_BD, output)
         result.images.through_network(started_s)
 
     def _write_parts(
@@ -151,10 +153,10 @@ class FeatureExtractor:
         )
 
 
-def _refuse_non_finite(features_BD: np.ndarray, output: FeatureOutput) -> None:
-    if not np.isfinite(features_BD).all():
-        raise DataError(
-            f"the network gives features that {features_BD.dtype} cannot hold: not finite, or above its range",
-            where=f"tap {output.tap}",
-            next_step="store them with --set extraction.dtype=float32; if that fails too, check the weights",
-        )
+def _reject_non_finite(features_BD: np.ndarray, output: FeatureOutput, images: SliceImages) -> None:
+    error = DataError(
+        f"the network gives features that {features_BD.dtype} cannot hold: not finite, or above its range",
+        where=f"tap {output.tap}",
+        next_step="store them with --set extraction.dtype=float32; if that fails too, check the weights",
+    )
+    images.reject_non_finite(features_BD, error)

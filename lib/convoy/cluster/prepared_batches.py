@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from convoy.cluster.decode_window import DecodeWindow, OwnThread, decode_threads
+from convoy.core.errors import DataError
 from convoy.core.fingerprints import digest_bytes
-from convoy.core.records import Reject, SampleRejected
+from convoy.core.records import Reject, RejectCode, SampleRejected, Stage
 from convoy.storage.commits import PartFile, SliceRecord, write_record
 from convoy.storage.parts import write_rejects
 from convoy.storage.runs import RunFolder
@@ -31,6 +32,8 @@ from convoy.vision.decoding import decode_image, quiet_decoders
 _BATCHES_AHEAD = 2
 # What is worth counting, but leaves the pixels as they are.
 _UNCHANGED = {DecodeFlag.ICC_PROFILE_IGNORED}
+# Images of a slice that a sound network may give no finite numbers for, though for none of the others.
+_MOST_LOST_BY_CHANCE = 3
 
 KeyT = TypeVar("KeyT", bound=Hashable)
 
@@ -68,6 +71,15 @@ class SliceImages:
             if self.usable_N[row]:
                 self.usable_N[row] = False
                 self.rejects.append(reject)
+
+    def reject_non_finite(self, outputs_ND: NDArray[np.floating], error: DataError) -> None:
+        """Reject the images whose outputs are not all finite numbers. Raises `error` if they are several, and all."""
+        lost = np.flatnonzero(self.usable_N & ~np.isfinite(outputs_ND).all(axis=1)).tolist()
+        if len(lost) > _MOST_LOST_BY_CHANCE and len(lost) == self.usable_N.sum():
+            raise error
+        self.usable_N[lost] = False
+        rejected = SampleRejected(RejectCode.NOT_FINITE, Stage.FORWARD, error.what)
+        self.rejects += [_reject(self.rows, row, rejected) for row in lost]
 
     def add_effort(self, later: SliceImages) -> None:
         """Add the seconds and repeated requests that a later pass over the rows took."""

@@ -68,7 +68,7 @@ class Scorer:
         """Predict one slice, write its parts, its rejects, and the record that makes them count."""
         images = SliceImages(self._folder.read_slice(task.slice), time.time())
         logits = self._exact(images) if self._gated is None else self._behind_gate(images, self._gated)
-        self._refuse_non_finite(task, logits, images.usable_N)
+        _reject_non_finite(task, logits, images)
         return images.commit(
             self._folder,
             task.slice,
@@ -138,24 +138,10 @@ class Scorer:
         table = self._spec.table
         if features_BD is None or table is None:
             return None
-        # A value above the range of float16 becomes infinite, and is refused with the others.
+        # A value above the range of float16 becomes infinite, and its image a reject.
         with np.errstate(over="ignore"):
             stored_BD: NDArray[np.floating] = features_BD.numpy().astype(table.features_dtype)
         return stored_BD
-
-    def _refuse_non_finite(self, task: SliceTask, logits: SliceLogits, usable_N: NDArray[np.bool_]) -> None:
-        if not np.isfinite(logits.joint_NK[usable_N]).all():
-            raise DataError(
-                "the committee gives outputs that are no finite numbers",
-                where=f"slice {task.slice}",
-                next_step="evaluate its members one by one to see which of them, and check its weights",
-            )
-        if logits.features_ND is not None and not np.isfinite(logits.features_ND[usable_N]).all():
-            raise DataError(
-                f"the network gives features that {logits.features_ND.dtype} cannot hold",
-                where=f"slice {task.slice}",
-                next_step="store them with --set extraction.dtype=float32; if that fails too, check the weights",
-            )
 
 
 def weights_budget_bytes(free_bytes: int, total_bytes: int, gpu_share: float) -> int:
@@ -179,6 +165,22 @@ def _open_network(store: ObjectStore, spec: MemberSpec, features_tap: str | None
         class_order=spec.class_order,
         features_tap=features_tap,
     )
+
+
+def _reject_non_finite(task: SliceTask, logits: SliceLogits, images: SliceImages) -> None:
+    error = DataError(
+        "the committee gives outputs that are no finite numbers",
+        where=f"slice {task.slice}",
+        next_step="evaluate its members one by one to see which of them, and check its weights",
+    )
+    images.reject_non_finite(logits.joint_NK, error)
+    if logits.features_ND is not None:
+        error = DataError(
+            f"the network gives features that {logits.features_ND.dtype} cannot hold",
+            where=f"slice {task.slice}",
+            next_step="store them with --set extraction.dtype=float32; if that fails too, check the weights",
+        )
+        images.reject_non_finite(logits.features_ND, error)
 
 
 def _on_host(output: TurnOutput, num_rows: int) -> TurnOutput:

@@ -19,6 +19,7 @@ class Stage(StrEnum):
 
     FETCH = "fetch"
     DECODE = "decode"
+    FORWARD = "forward"
 
 
 class RejectCode(StrEnum):
@@ -37,6 +38,7 @@ class RejectCode(StrEnum):
     ACCESS_DENIED = "access_denied"
     ARCHIVED = "archived"
     UNREADABLE = "unreadable"
+    NOT_FINITE = "not_finite"
 
 
 # Codes of the fetch stage.
@@ -55,7 +57,8 @@ FETCH_CODES = frozenset(
 class SampleRejected(Exception):
     """One sample cannot be used; the job goes on without it.
 
-    A decode-stage reject is a property of the bytes and is remembered; a fetch-stage reject may heal. The next job
+    A decode-stage reject is a property of the bytes, one of stage forward of the bytes and the network: both are
+    remembered, as long as neither changes. A fetch-stage reject may heal. The next job
     that needs the sample's features tries it again; to a finished run of scores it stays a reject.
     """
 

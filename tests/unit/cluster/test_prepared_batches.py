@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
 from convoy.cluster.prepared_batches import ImagePreparer, SliceImages
+from convoy.core.errors import DataError
 from convoy.core.fingerprints import digest_bytes
-from convoy.core.records import RejectCode
+from convoy.core.records import RejectCode, Stage
 from convoy.storage.samples import SampleReader
 from convoy.vision.decode_rule import DecodeFlag, DecodeRule
 from image_files import encode, orientation_exif, photo
@@ -73,3 +75,33 @@ def test_content_is_digested_for_those_who_ask(monkeypatch: pytest.MonkeyPatch) 
     assert images.content_digests == {
         row: digest_bytes(data) for row, (name, data) in enumerate(FILES.items()) if name != "cut"
     }
+
+
+def outputs_ND(*finite: bool) -> np.ndarray:
+    return np.where(np.array(finite)[:, None], [[0.0, 1.0]], [[np.inf, 1.0]])
+
+
+def of_images(*usable: bool) -> SliceImages:
+    images = SliceImages(made_manifest([str(row) for row in range(len(usable))]), time.time())
+    images.usable_N[:] = usable
+    return images
+
+
+@pytest.mark.parametrize("finite", [(False, False, True, True, True), (False,) * 5])
+def test_a_few_images_without_finite_outputs_are_rejects(finite: tuple[bool, ...]) -> None:
+    images = of_images(True, True, False, False, True)
+    images.reject_non_finite(outputs_ND(*finite), DataError("no finite numbers"))
+    lost = [str(row) for row in (0, 1, 4) if not finite[row]]
+    assert [one.sample_id for one in images.rejects] == lost
+    assert {(one.stage, one.code, one.reason) for one in images.rejects} == {
+        (Stage.FORWARD, RejectCode.NOT_FINITE, "no finite numbers")
+    }
+    assert images.usable_N.tolist() == [False, False, False, False, finite[4]]
+
+
+def test_a_network_that_gives_no_finite_numbers_at_all_is_an_error() -> None:
+    images = of_images(*[True] * 9, False)
+    with pytest.raises(DataError, match="no finite numbers"):
+        images.reject_non_finite(outputs_ND(*[False] * 10), DataError("no finite numbers"))
+    images.reject_non_finite(outputs_ND(*np.arange(10) == 3), DataError("no finite numbers"))
+    assert images.usable_N.sum() == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ from convoy.storage.predictions import PREDICTIONS
 from convoy.storage.run_input import freeze_input
 from convoy.storage.runs import FIRST_SLICE, RunFolder
 from convoy.storage.samples import SampleReader
+from convoy.vision.committee import Committee, CommitteeOutput, TurnOutput
 from convoy.vision.committee_options import CommitteeOptions, GateOptions, MemberOptions
 from convoy.vision.decode_rule import DecodeRule
 from convoy.vision.engine_options import Precision
@@ -243,6 +244,26 @@ def test_rows_of_a_slice_that_failed_half_way_do_not_come_into_the_next(
     record = scorer(task)
     assert record.flags == untouched.flags
     np.testing.assert_array_equal(joint_logits(store, record), joint_logits(store, untouched))
+
+
+def test_an_image_without_finite_outputs_is_a_reject_and_no_other(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sound = score(made_spec(store))
+    join = Committee.join
+
+    def join_with_a_hole(committee: Committee, turns: Sequence[TurnOutput]) -> CommitteeOutput:
+        output = join(committee, turns)
+        output.logits_BK[1, 5] = float("inf")
+        return output
+
+    monkeypatch.setattr(Committee, "join", join_with_a_hole)
+    record = score(made_spec(store))
+    assert record.num_results == sound.num_results - 1
+    assert record.reject_codes == {**sound.reject_codes, RejectCode.NOT_FINITE: 1}
+    np.testing.assert_array_equal(
+        joint_logits(store, record), np.delete(joint_logits(store, sound), 1, axis=0)
+    )
 
 
 def test_outputs_that_are_no_numbers_stop_the_run(store: LocalStore) -> None:

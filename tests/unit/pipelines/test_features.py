@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from torch import Tensor
 
 from cache_jobs import write_digits
 from convoy.core.errors import RunMismatch
@@ -28,6 +29,7 @@ from convoy.storage.datasets import open_dataset
 from convoy.storage.leases import WhenHeld, hold_run
 from convoy.storage.local_store import LocalStore
 from convoy.storage.runs import OpenRun, RunFolder, open_pointers
+from convoy.vision.engine import FeatureEngine
 from convoy.vision.engine_options import Precision
 from convoy.vision.heads import HeadKind
 from features_here import compute_features_here
@@ -111,6 +113,24 @@ def test_every_call_says_why_images_have_no_features(store: LocalStore, images: 
     assert reject_codes() == {"not_an_image": 2, "empty": 1}
     (images / "0/first.jpg").unlink()
     assert reject_codes() == {"not_an_image": 1, "empty": 1}
+
+
+def test_an_image_whose_features_are_too_large_is_remembered_as_a_reject(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = FeatureEngine.run
+
+    def run_with_a_large_value(engine: FeatureEngine, images_BCHW: Tensor) -> dict[str, Tensor]:
+        features = run(engine, images_BCHW)
+        features["f6"][1, 0] = 70_000.0
+        return features
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FeatureEngine, "run", run_with_a_large_value)
+        summary = ensure(job(store))
+    assert (summary.rows, summary.reject_codes) == (NUM_IMAGES - 1, {"not_finite": 1})
+    again = ensure(job(store))
+    assert (again.rows, again.reject_codes) == (NUM_IMAGES - 1, {"not_finite": 1})
 
 
 def test_who_needs_features_leaves_an_unfinished_run_of_another_version_alone(
