@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from convoy.core.errors import ClusterError, ConvoyError
+from convoy.core.errors import ClusterError, ClusterLost, ConvoyError
 
 # By which Ray Data's guard against executions without progress is switched off.
 _NO_LIMIT = -1
@@ -52,14 +52,18 @@ class _Settler:
 
 
 def first_cause(error: BaseException) -> ConvoyError:
-    """Our own error from inside Ray's wrapping, or a ClusterError with Ray's words."""
-    pending, seen = [error], set[int]()
+    """Our own error from inside Ray's wrapping, or a ClusterError with Ray's words: a ClusterLost if Ray is gone."""
+    from ray.exceptions import LocalRayletDiedError, NodeDiedError, RpcError  # noqa: PLC0415
+
+    kind, pending, seen = ClusterError, [error], set[int]()
     while pending:
         cause = pending.pop(0)
         if isinstance(cause, ConvoyError):
             # An error of ours that comes out of an actor is also one of Ray's, with a trace for its words.
             ours: ConvoyError = getattr(cause, "cause", cause)
             return ours
+        if isinstance(cause, (LocalRayletDiedError, NodeDiedError, RpcError)):
+            kind = ClusterLost
         seen.add(id(cause))
         # Ray Train keeps the errors of its workers by rank, and that of its controller.
         failures = [
@@ -70,7 +74,7 @@ def first_cause(error: BaseException) -> ConvoyError:
         pending += [one for one in inner if isinstance(one, BaseException) and id(one) not in seen]
     # Some of Ray's errors have no words, only a name.
     words = str(error) + ("" if str(cause) else type(cause).__name__)
-    return ClusterError(
+    return kind(
         f"a worker failed: {words}",
         next_step="run the same command again to go on; Ray's logs are in /tmp/ray/session_latest/logs",
     )

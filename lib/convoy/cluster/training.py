@@ -25,6 +25,7 @@ from convoy.cluster.training_spec import CPUS_A_PREPARER, Ingest, TrainingSpec, 
 from convoy.core.config import StrictModel
 from convoy.core.errors import (
     ClusterError,
+    ClusterLost,
     ConfigError,
     ConvoyError,
     DataError,
@@ -172,7 +173,7 @@ def _explained(error: BaseException, plan: WorkerPlan) -> ConvoyError:
     """Why the group failed for good: with numbers where the nodes cannot hold it, or others hold them."""
     cause, nodes = first_cause(error), alive_nodes()
     num_slots = _num_slots(nodes, plan.cpus_per_worker, on_gpus=plan.gpus_per_worker > 0)
-    if type(cause) is not ClusterError:
+    if type(cause) not in {ClusterError, ClusterLost}:
         return cause
     wanted = _wanted(plan.num_workers, plan.num_threads, on_gpus=plan.gpus_per_worker > 0)
     if num_slots < plan.num_workers:

@@ -70,8 +70,9 @@ class StorageError(ConvoyError):
 
 
 class StoreUnavailable(StorageError):
-    """The store kept failing after all retries; the same command may work later."""
+    """The store kept failing after all retries; once it answers the same command goes on."""
 
+    exit_code = ExitCode.STOPPED_RESUMABLE
     retryable = True
 
 
@@ -145,6 +146,12 @@ class RunCancelled(ConvoyError):
 
 class ClusterError(ConvoyError):
     """Ray or a worker failed."""
+
+
+class ClusterLost(ClusterError):
+    """Ray, or the node that work ran on, is gone; with another cluster the same command goes on."""
+
+    exit_code = ExitCode.STOPPED_RESUMABLE
 
 
 class NoRoom(ClusterError):

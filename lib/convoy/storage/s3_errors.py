@@ -44,6 +44,7 @@ _FULL: _Explanation = (
     "the store has no room left for this bucket",
     "free space or raise the quota, and run the same command again; finished work is kept",
 )
+_LATER = "run the same command again when the store answers; finished work is kept"
 _DAMAGED: _Explanation = (StoreUnavailable, "the bytes did not arrive as they were sent", "")
 _CONFLICT: _Explanation = (StoreUnavailable, "another conditional write was under way", "")
 
@@ -190,7 +191,7 @@ def _by_status(code: str, status: int, operation: str) -> _Explanation:
     if operation == "PutObject" and (code == "NotImplemented" or status == 501):
         return ConditionalWriteUnsupported, "the store has no such conditional write", ""
     if code in {"InternalError", "ServiceUnavailable"} or status == 429 or status >= 500:
-        return StoreUnavailable, "", ""
+        return StoreUnavailable, "", _LATER
     return StorageError, "", ""
 
 

@@ -24,6 +24,20 @@ def test_errors_survive_pickling_with_all_their_words(kind: type[ConvoyError]) -
     assert again.exit_code in ExitCode
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        errors.StoreUnavailable,
+        errors.StorageFull,
+        errors.CredentialsExpired,
+        errors.NoRoom,
+        errors.ClusterLost,
+    ],
+)
+def test_what_the_same_command_goes_on_after_has_the_exit_code_of_a_stop(kind: type[ConvoyError]) -> None:
+    assert kind.exit_code is ExitCode.STOPPED_RESUMABLE
+
+
 def test_rejected_sample_survives_pickling() -> None:
     again = pickle.loads(pickle.dumps(SampleRejected(RejectCode.EMPTY, Stage.FETCH, "0 bytes")))
     assert (again.code, again.stage, again.reason) == (RejectCode.EMPTY, Stage.FETCH, "0 bytes")
