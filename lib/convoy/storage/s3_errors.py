@@ -47,6 +47,23 @@ _FULL: _Explanation = (
 _LATER = "run the same command again when the store answers; finished work is kept"
 _DAMAGED: _Explanation = (StoreUnavailable, "the bytes did not arrive as they were sent", "")
 _CONFLICT: _Explanation = (StoreUnavailable, "another conditional write was under way", "")
+_THROTTLED: _Explanation = (
+    StoreUnavailable,
+    "the store asks to slow down",
+    "use fewer workers, or try again later",
+)
+# Of the store or of the service with its keys, which says so with status 400.
+_THROTTLES = (
+    "SlowDown",
+    "Throttling",
+    "ThrottlingException",
+    "ThrottledException",
+    "RequestThrottled",
+    "RequestThrottledException",
+    "RequestLimitExceeded",
+    "BandwidthLimitExceeded",
+    "TooManyRequestsException",
+)
 
 _OTHER_KEY = "store it under a key that can be used, or leave it out of the dataset"
 _CUSTOMER_KEY: _Explanation = (
@@ -108,7 +125,7 @@ _CODES: dict[str, _Explanation] = {
     "XAmzContentSHA256Mismatch": _DAMAGED,
     "IncompleteBody": _DAMAGED,
     "RequestTimeout": (StoreUnavailable, "the store waited too long for the bytes", ""),
-    "SlowDown": (StoreUnavailable, "the store asks to slow down", "use fewer workers, or try again later"),
+    **dict.fromkeys((*_THROTTLES, *(f"KMS.{code}" for code in _THROTTLES)), _THROTTLED),
 }
 
 _READ_PERMISSION = "s3:GetObject (and s3:ListBucket: without it a missing object looks forbidden)"

@@ -230,6 +230,18 @@ def test_a_server_in_trouble_is_asked_again(
     assert server.requests == ["GET"] * 3
 
 
+@pytest.mark.parametrize("code", ["ThrottlingException", "KMS.ThrottlingException", "RequestLimitExceeded"])
+@pytest.mark.parametrize("read", [S3Store.get, S3Store.head])
+def test_a_service_that_throttles_with_an_odd_status_is_asked_again(
+    server: FaultyS3, store: S3Store, read: Callable[[S3Store, str], object], code: str
+) -> None:
+    server.objects["image"] = b"image"
+    # More often than botocore asks by itself.
+    server.faults = [refusal(400, code)] * 4
+    read(store, "image")
+    assert len(server.requests) > 4
+
+
 def test_a_server_that_stays_in_trouble_is_given_up_at_the_deadline(server: FaultyS3) -> None:
     server.faults = [refusal(503, "SlowDown")] * 1000
     with pytest.raises(StoreUnavailable, match="slow down") as caught:
