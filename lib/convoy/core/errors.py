@@ -112,6 +112,12 @@ class CredentialsExpired(CredentialsRefused):
     exit_code = ExitCode.STOPPED_RESUMABLE
 
 
+class ReadingRefused(CredentialsRefused):
+    """The credentials allow to read no object any more; once they do the same command goes on."""
+
+    exit_code = ExitCode.STOPPED_RESUMABLE
+
+
 class PreconditionFailed(StorageError):
     """A conditional write was refused: the object exists, or is not the version that was expected."""
 

@@ -16,6 +16,7 @@ from convoy.core.errors import (
     ObjectNotFound,
     ObjectReplaced,
     ObjectUnreadable,
+    ReadingRefused,
     StorageError,
 )
 from convoy.core.records import RejectCode, SampleRejected, Stage
@@ -24,7 +25,7 @@ from convoy.storage.stores import UriReader, open_object
 
 T = TypeVar("T")
 # What a store says of one object, whatever it says of others.
-_OF_OBJECT = (ObjectNotFound, ObjectReplaced, ObjectArchived, AccessDenied, ChecksumMismatch)
+_OF_OBJECT = (ObjectNotFound, ObjectReplaced, ObjectArchived, ChecksumMismatch)
 
 
 class Address(NamedTuple):
@@ -60,11 +61,16 @@ def read_or_reject(read: Callable[[], T], uri: str, uris: UriReader) -> T:
     """What `read` gives of an object. SampleRejected after two failures of that object alone.
 
     That is one that the disk does not give, or that its store keeps failing to give while it gives another one. A store
-    that gives nothing is no fault of an object: its errors pass, as do those that `rejecting` knows.
+    that gives nothing is no fault of an object: its errors pass, as do those that `rejecting` knows. Where it refuses
+    every object, ReadingRefused is raised.
     """
     for _attempt in range(2):
         try:
             return read()
+        except AccessDenied as error:
+            if not isinstance(error, CredentialsRefused) and uris.refuses_all(uri):
+                raise _reading_refused(error) from error
+            raise
         except StorageError as error:
             is_of_disk = isinstance(error, ObjectUnreadable)
             if isinstance(error, _OF_OBJECT) or not (is_of_disk or uris.still_gives(uri)):
@@ -132,3 +138,12 @@ def _is_intact(blob: Blob, address: Address) -> bool:
 
 def _reject(code: RejectCode, reason: str) -> SampleRejected:
     return SampleRejected(code, Stage.FETCH, reason)
+
+
+def _reading_refused(error: AccessDenied) -> ReadingRefused:
+    return ReadingRefused(
+        f"not one image may be read: {error.what}",
+        where=error.where,
+        next_step=f"{error.next_step or 'allow reading them'}; then run the same command again, finished work is kept."
+        " Or leave these images out of the dataset, and begin with --new-run",
+    )

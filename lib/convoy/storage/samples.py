@@ -60,7 +60,7 @@ class SampleReader:
         unreadable (what the disk does not give, or a store that gives other objects, and a damaged parquet file, twice
         too); but empty and too_large are of stage decode, as a version's size never heals. A store that gives nothing,
         or fails for many objects in a row, is no fault of a sample: StoreUnavailable is raised, as are other errors of
-        storage. Closing the iterator early stops its threads.
+        storage, and ReadingRefused where every object is refused. Closing the iterator early stops its threads.
         """
         arrived: Outcomes = {}
         reads = _Sources(self._uris, self.max_bytes, self.cache, self.window_bytes).plan_reads(rows)

@@ -7,7 +7,7 @@ import re
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
-from convoy.core.errors import ConfigError, StorageError
+from convoy.core.errors import AccessDenied, ConfigError, StorageError
 from convoy.storage.local_store import LocalStore
 from convoy.storage.object_store import Blob, ObjectStore
 from convoy.storage.s3_store import S3Store
@@ -107,8 +107,7 @@ class UriReader:
         self._failures[place] = self._failures.get(place, 0) + 1
         if self._failures[place] > _MOST_FAILURES_IN_A_ROW:
             return False
-        # Without retries: a store that needs them may give the other object later too.
-        store = LocalStore("/") if place == _LOCAL else S3Store(place, deadline_s=0.0)
+        store = _impatient_store(place)
         try:
             sample = self._last_reads.get(place) or _neighbour(store, key)
             if sample is None:
@@ -117,6 +116,29 @@ class UriReader:
         except StorageError:
             return False
         return True
+
+    def refuses_all(self, uri: str) -> bool:
+        """Whether the store of `uri`, which refuses that, refuses also what it gave last.
+
+        Where it gave nothing yet: whether it refused many objects.
+        """
+        place, _ = _split(uri)
+        last = self._last_reads.get(place)
+        if last is None:
+            self._failures[place] = self._failures.get(place, 0) + 1
+            return self._failures[place] > _MOST_FAILURES_IN_A_ROW
+        try:
+            _impatient_store(place).get(last.key, byte_range=last.byte_range)
+        except AccessDenied:
+            return True
+        except StorageError:
+            return False
+        return False
+
+
+def _impatient_store(place: str) -> ObjectStore:
+    """A store without retries: one that needs them says nothing of itself, and may give any object later."""
+    return LocalStore("/") if place == _LOCAL else S3Store(place, deadline_s=0.0)
 
 
 def _neighbour(store: ObjectStore, key: str) -> _Sample | None:

@@ -30,6 +30,7 @@ def test_errors_survive_pickling_with_all_their_words(kind: type[ConvoyError]) -
         errors.StoreUnavailable,
         errors.StorageFull,
         errors.CredentialsExpired,
+        errors.ReadingRefused,
         errors.NoRoom,
         errors.ClusterLost,
     ],

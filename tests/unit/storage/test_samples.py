@@ -21,6 +21,7 @@ from convoy.core.errors import (
     ChecksumMismatch,
     CredentialsExpired,
     ObjectArchived,
+    ReadingRefused,
     StorageError,
     StoreUnavailable,
 )
@@ -424,12 +425,17 @@ def test_a_file_that_the_disk_does_not_give_is_read_once_more_and_then_a_reject(
     assert isinstance(second, bytes)
 
 
-def fail_to_open(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    """Files of these names cannot be opened, in a way that says nothing of them."""
+def fail_to_open(
+    monkeypatch: pytest.MonkeyPatch, *names: str, code: int = errno.ESTALE, after_images: int = 0
+) -> None:
+    """Files of these names cannot be opened, by a code that does not say that it is their fault."""
+    num_opened = 0
 
     def opening(path: str, mode: str) -> Any:
-        if path.endswith(names):
-            raise OSError(errno.ESTALE, "made")
+        nonlocal num_opened
+        if path.endswith(names) and num_opened >= after_images:
+            raise OSError(code, "made")
+        num_opened += 1
         return open(path, mode)
 
     monkeypatch.setattr("convoy.storage.local_store.open", opening, raising=False)
@@ -480,6 +486,27 @@ def test_a_parquet_file_that_its_store_keeps_failing_to_give_is_lost_and_no_othe
     monkeypatch.setattr(LocalStore, "open_parquet", opening)
     lost = RejectCode.UNREADABLE
     assert read(rows) == [lost, lost, jpeg_bytes(0), jpeg_bytes(1)]
+
+
+def test_images_that_may_not_be_read_among_others_are_rejects(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = rows_of(folder)
+    refused = range(5, 35)
+    fail_to_open(monkeypatch, *(rows["uri"][row].as_py() for row in refused), code=errno.EACCES)
+    found = read(rows, num_threads=1)
+    assert [row for row, data in enumerate(found) if data is RejectCode.ACCESS_DENIED] == list(refused)
+
+
+@pytest.mark.parametrize("after_images", [0, 20])
+def test_a_role_that_may_read_nothing_any_more_stops_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after_images: int
+) -> None:
+    write_files(tmp_path, *(f"{number:03}.jpg" for number in range(70)))
+    rows = rows_of(tmp_path)
+    fail_to_open(monkeypatch, ".jpg", code=errno.EACCES, after_images=after_images)
+    with pytest.raises(ReadingRefused, match="same command"):
+        read(rows, num_threads=1)
 
 
 def test_credentials_that_the_store_refuses_are_no_reject(folder: Path) -> None:
