@@ -30,7 +30,7 @@ from convoy.core.records import RejectCode, SampleRejected
 from convoy.core.splits import SplitOptions
 from convoy.storage.parquet_files import BUFFER_BYTES
 from convoy.storage.run_input import freeze_input
-from convoy.storage.runs import FIRST_SLICE, RunFolder
+from convoy.storage.runs import FIRST_SLICE, RunFolder, RunRecord
 from convoy.storage.s3_store import S3Store
 from convoy.storage.samples import SampleReader
 from convoy.storage.sources.completion import complete_rows
@@ -321,8 +321,11 @@ def test_a_slice_whose_rows_arrive_damaged_is_read_again(
     """A small shard is compared as a whole; of a large one only ranges are read, whose pages have checksums."""
     rows = made_manifest([f"{number:06d}" for number in range(num_rows)])
     folder = RunFolder(store, "r1")
-    freeze_input(folder, [(("set",), rows)], slice_rows=num_rows)
-    assert (store.head(folder.input_key(0, 0)).size_bytes > BUFFER_BYTES) == (nth_get == 2)
+    groups = freeze_input(folder, [(("set",), rows)], slice_rows=num_rows)
+    folder.write_record(RunRecord.new("r1", verb="cache", identity={}, config={}, outputs={}, groups=groups))
+    assert (store.head(folder.input_key(0, 0, groups[0].attempt)).size_bytes > BUFFER_BYTES) == (nth_get == 2)
+    # The record is read once, with the first slice.
+    assert folder.read_slice(FIRST_SLICE).num_rows == num_rows
     rule = FaultRule(method="GET", action=corrupt_body, start=nth_get, times=1)
     with fault_proxy.injecting(rule) as (fault,):
         assert folder.read_slice(FIRST_SLICE).equals(rows)

@@ -131,5 +131,4 @@ def _record(folder: RunFolder, identity: dict[str, Any], config: AdviseConfig) -
         outputs={},
         groups=(),
     )
-    folder.write_record(record)
-    return record
+    return folder.write_record(record)

@@ -39,7 +39,7 @@ from convoy.storage.manifests import Manifest
 from convoy.storage.member_predictions import member_output
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.predictions import PREDICTIONS
-from convoy.storage.run_input import freeze_input, missing_rows
+from convoy.storage.run_input import freeze_input, missing_rows, write_frozen_record
 from convoy.storage.runs import OpenRun, RunFolder, RunRecord, finished_run, refuse_changed_identity
 from convoy.storage.scores import partitioned
 from convoy.vision.committee_options import gate_passes
@@ -152,7 +152,7 @@ class CommitteeJob:
             if folder.is_finished() and (known := self._known()) is not None:
                 # By a driver that was at work until now.
                 return known
-            record = record or folder.record() or self._freeze(folder, identity, config)
+            record = record or folder.record() or self._freeze(folder, lease, identity, config)
             refuse_changed_identity(record, identity)
             finished = self._compute(folder, record, lease, progress)
             manifest = publish(folder, record, read_records(folder))
@@ -204,7 +204,9 @@ class CommitteeJob:
     def _pointer(self, request: PredictionRequest) -> str:
         return f"{_POINTERS}{digest(request.identity(self._manifest))}.json"
 
-    def _freeze(self, folder: RunFolder, identity: dict[str, Any], config: dict[str, Any]) -> RunRecord:
+    def _freeze(
+        self, folder: RunFolder, lease: RunLease, identity: dict[str, Any], config: dict[str, Any]
+    ) -> RunRecord:
         request = self._request
         batch_size = request.batch_size(self._store, self._manifest)
         slice_rows = request.slice_rows(self._manifest, batch_size)
@@ -219,8 +221,7 @@ class CommitteeJob:
             groups=groups,
             settings=scoring_settings(self._manifest, request, batch_size),
         )
-        folder.write_record(record)
-        return record
+        return write_frozen_record(folder, record, lease, num_rows=request.num_rows(self._manifest))
 
     def _rows_by_output(self) -> Iterator[tuple[tuple[str, ...], pa.Table]]:
         request = self._request

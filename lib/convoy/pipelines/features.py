@@ -44,7 +44,7 @@ from convoy.storage.leases import RunLease, WhenHeld, hold_run
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.parts import FEATURES_SCHEMA_VERSION
-from convoy.storage.run_input import freeze_input, missing_rows, slice_rows_for
+from convoy.storage.run_input import freeze_input, missing_rows, slice_rows_for, write_frozen_record
 from convoy.storage.runs import OpenRun, RunFolder, RunRecord, refuse_changed_identity
 from convoy.vision.augmentation_policy import EVAL_VIEW, AugmentationPolicy
 from convoy.vision.engine_options import EngineOptions, Precision
@@ -131,7 +131,7 @@ class FeatureJob:
             note_missing(lacking.num_rows)
         with hold_run(folder, when_held=when_held) as lease:
             if not folder.is_finished() and not (waits and open_run.is_anothers(identity)):
-                record = folder.record() or self._freeze(folder, identity, lacking)
+                record = folder.record() or self._freeze(folder, lease, identity, lacking)
                 refuse_changed_identity(record, identity)
                 finished = self._compute(folder, record, lease, progress)
                 progress.stage("committing")
@@ -203,7 +203,9 @@ class FeatureJob:
             return iter([self._rows if columns is None else self._rows.select(columns)])
         return self._manifest.iter_batches(columns, splits=self._request.splits)
 
-    def _freeze(self, folder: RunFolder, identity: dict[str, Any], lacking: _Lacking) -> RunRecord:
+    def _freeze(
+        self, folder: RunFolder, lease: RunLease, identity: dict[str, Any], lacking: _Lacking
+    ) -> RunRecord:
         extraction = self._extraction
         compiled, reason = plan_compile(self._backbone, self._request, extraction.compile, lacking.num_rows)
         crop_px = self._backbone.preset.crop_px
@@ -235,8 +237,7 @@ class FeatureJob:
                 "batch_size": batch_size,
             },
         )
-        folder.write_record(record)
-        return record
+        return write_frozen_record(folder, record, lease, num_rows=lacking.num_rows)
 
     def _compute(
         self, folder: RunFolder, record: RunRecord, lease: RunLease, progress: Progress

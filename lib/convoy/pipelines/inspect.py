@@ -30,7 +30,7 @@ from convoy.storage.datasets import open_dataset
 from convoy.storage.leases import RunLease, hold_run
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
-from convoy.storage.run_input import freeze_input
+from convoy.storage.run_input import freeze_input, write_frozen_record
 from convoy.storage.runs import (
     OpenRun,
     RunFolder,
@@ -112,7 +112,7 @@ class _Inspection:
                 if folder.is_finished() and (known := self._known()) is not None:
                     # By a driver that was at work until now.
                     return known
-                record = record or folder.record() or self._freeze(folder, planned)
+                record = record or folder.record() or self._freeze(folder, lease, planned)
                 refuse_changed_identity(record, self._identity)
                 self._draw(folder, record, lease)
                 report = self._report(folder, found, draw_map)
@@ -141,7 +141,7 @@ class _Inspection:
         allowed = self._config.error_budget.allows(report.rejects, report.samples)
         return report.model_copy(update={"within_error_budget": allowed})
 
-    def _freeze(self, folder: RunFolder, planned: Sequence[PlannedPiece]) -> RunRecord:
+    def _freeze(self, folder: RunFolder, lease: RunLease, planned: Sequence[PlannedPiece]) -> RunRecord:
         """A slice for each piece: those that show images have them as their frozen input, the others none."""
         showing = [(one.piece, one.rows) for one in planned if one.rows is not None]
         others = [one.piece for one in planned if one.rows is None]
@@ -159,8 +159,9 @@ class _Inspection:
             groups=(*groups, *bare),
             settings={"pieces": [piece.model_dump(mode="json") for piece in pieces]},
         )
-        folder.write_record(record)
-        return record
+        return write_frozen_record(
+            folder, record, lease, num_rows=sum(table.num_rows for _, table in showing)
+        )
 
     def _spec(self, record: RunRecord, pool: WorkerPool) -> InspectionSpec:
         classifier = self._model.classifier

@@ -295,8 +295,7 @@ class NetworkTraining:
             groups=(),
             settings=json.loads(canonical_json(settings)),
         )
-        self.folder.write_record(record)
-        return record
+        return self.folder.write_record(record)
 
     def _freeze_rows(self, name: str, rows: pa.Table) -> TrainingRows:
         buffer = io.BytesIO()

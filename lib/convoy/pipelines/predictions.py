@@ -29,7 +29,7 @@ from convoy.storage.commits import (
     write_record,
 )
 from convoy.storage.feature_cache import FeatureCache, KnownContent, PartIndex, content_id_array
-from convoy.storage.leases import WhenHeld, hold_run
+from convoy.storage.leases import RunLease, WhenHeld, hold_run
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.parts import write_rejects
@@ -39,7 +39,7 @@ from convoy.storage.predictions import (
     predictions_table,
     write_predictions,
 )
-from convoy.storage.run_input import freeze_input, missing_rows, slice_rows_for
+from convoy.storage.run_input import freeze_input, missing_rows, slice_rows_for, write_frozen_record
 from convoy.storage.runs import OpenRun, RunFolder, RunRecord, refuse_changed_identity
 
 VERB = "evaluate"
@@ -94,7 +94,7 @@ class PredictionJob:
         folder, record = open_run.resume(identity, new_run=new_run)
         folder = folder or open_run.start()
         with hold_run(folder, when_held=WhenHeld.WAIT) as lease:
-            record = record or folder.record() or self._freeze(folder, splits, identity, config)
+            record = record or folder.record() or self._freeze(folder, lease, splits, identity, config)
             refuse_changed_identity(record, identity)
             done = choose_attempts(folder, record, read_records(folder))
             todo = [name for name in record.slice_names() if name not in done]
@@ -108,7 +108,12 @@ class PredictionJob:
             return folder, publish(folder, record, read_records(folder)), open_run
 
     def _freeze(
-        self, folder: RunFolder, splits: Collection[Split], identity: dict[str, Any], config: dict[str, Any]
+        self,
+        folder: RunFolder,
+        lease: RunLease,
+        splits: Collection[Split],
+        identity: dict[str, Any],
+        config: dict[str, Any],
     ) -> RunRecord:
         nothing = np.empty(0, "S16")
         batches = self._manifest.iter_batches(splits=splits) if self._rows is None else [self._rows]
@@ -126,8 +131,7 @@ class PredictionJob:
             outputs={PREDICTIONS: folder.key(f"{PREDICTIONS}/")},
             groups=freeze_input(folder, rows, slice_rows=slice_rows_for(num_rows, 1)),
         )
-        folder.write_record(record)
-        return record
+        return write_frozen_record(folder, record, lease, num_rows=num_rows)
 
     def _predict(
         self,

@@ -208,8 +208,7 @@ def _record(folder: RunFolder, identity: dict[str, Any], config: TuneConfig, pin
         groups=(),
         settings=pins.model_dump(mode="json"),
     )
-    folder.write_record(record)
-    return record
+    return folder.write_record(record)
 
 
 class _Search:

@@ -19,7 +19,7 @@ from convoy.core.errors import ObjectNotFound, PreconditionFailed, StorageError
 from convoy.core.fingerprints import MultisetDigest, canonical_json
 from convoy.core.json_values import finite_or_null
 from convoy.storage.object_store import ObjectInfo, ObjectStore, put_looking_first
-from convoy.storage.runs import RunFolder, RunRecord
+from convoy.storage.runs import INPUT, RunFolder, RunRecord
 
 _LISTING_THREADS = 16
 
@@ -248,3 +248,14 @@ def _listed_prefix(folder: RunFolder, prefix: str) -> str:
 def _delete_losers(folder: RunFolder, run: RunRecord, manifest: RunManifest) -> None:
     # Listed to the end first: a listing must not meet its own deletions.
     folder.store.delete([info.key for info in stray_files(folder, run, manifest.slices)])
+    folder.store.delete(_unused_input(folder, run))
+
+
+def _unused_input(folder: RunFolder, run: RunRecord) -> list[str]:
+    """What drivers froze that died, or were replaced, before they recorded it."""
+    used = {
+        folder.input_key(index, shard, group.attempt)
+        for index, group in enumerate(run.groups)
+        for shard in range(group.num_shards)
+    }
+    return [info.key for info in folder.store.list_objects(folder.key(INPUT)) if info.key not in used]

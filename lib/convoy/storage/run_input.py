@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -12,10 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from convoy.core.crash_points import CrashPoint, crash_point
+from convoy.core.errors import StorageError
 from convoy.storage.feature_cache import KnownContent
+from convoy.storage.leases import RunLease
 from convoy.storage.manifests import MANIFEST_SCHEMA
 from convoy.storage.object_store import ObjectStore
-from convoy.storage.runs import SLICES_PER_INPUT_SHARD, RunFolder, SliceGroup
+from convoy.storage.runs import INPUT, SLICES_PER_INPUT_SHARD, RunFolder, RunRecord, SliceGroup
 
 MIN_SLICES = 8
 # The work of networks is shared out more finely: the last slice of a worker is what the others wait for at the end.
@@ -57,22 +60,42 @@ def missing_rows(
 def freeze_input(
     folder: RunFolder, rows: Iterable[tuple[tuple[str, ...], pa.Table]], *, slice_rows: int
 ) -> tuple[SliceGroup, ...]:
-    """Write the input of a run in slices, one parquet row group each, and return the groups."""
+    """Write the input of a run in slices, one parquet row group each, and return the groups.
+
+    In files that no other attempt writes: a driver that hung over it may go on beside the one that took the run over.
+    """
+    attempt = secrets.token_hex(4)
     writers: dict[tuple[str, ...], _GroupWriter] = {}
     with ThreadPoolExecutor(1, thread_name_prefix="input") as pool:
         uploads = _Uploads(folder.store, pool)
         for outputs, table in rows:
             if outputs not in writers:
-                writers[outputs] = _GroupWriter(folder, uploads, len(writers), slice_rows)
+                writers[outputs] = _GroupWriter(folder, uploads, len(writers), attempt, slice_rows)
             writers[outputs].add(table)
         for writer in writers.values():
             writer.close()
         uploads.wait()
     crash_point(CrashPoint.INPUT_FROZEN)
     return tuple(
-        SliceGroup(outputs=outputs, num_rows=writer.num_rows, num_slices=writer.num_slices)
+        SliceGroup(outputs=outputs, num_rows=writer.num_rows, num_slices=writer.num_slices, attempt=attempt)
         for outputs, writer in writers.items()
     )
+
+
+def write_frozen_record(folder: RunFolder, record: RunRecord, lease: RunLease, *, num_rows: int) -> RunRecord:
+    """Write the record of a run whose input was frozen, and return the one that counts, as `write_record` does.
+
+    Raises StorageError unless the input has the `num_rows` rows that were asked for; LeaseLost or RunCancelled where
+    the run is not this driver's any more.
+    """
+    if record.num_inputs != num_rows:
+        raise StorageError(
+            f"{record.num_inputs} rows were frozen of {num_rows} that were asked for",
+            where=folder.key(INPUT),
+            next_step="run the same command again: the input is frozen anew",
+        )
+    lease.confirm()
+    return folder.write_record(record)
 
 
 @dataclass(slots=True)
@@ -99,6 +122,7 @@ class _GroupWriter:
     folder: RunFolder
     uploads: _Uploads
     group: int
+    attempt: str
     slice_rows: int
     num_rows: int = 0
     num_slices: int = 0
@@ -141,4 +165,4 @@ class _GroupWriter:
         self._writer.close()
         self._writer = None
         shard = (self.num_slices - 1) // SLICES_PER_INPUT_SHARD
-        self.uploads.put(self.folder.input_key(self.group, shard), self._shard.getvalue())
+        self.uploads.put(self.folder.input_key(self.group, shard, self.attempt), self._shard.getvalue())

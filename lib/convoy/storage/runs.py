@@ -7,6 +7,7 @@ import os
 import secrets
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
+from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
@@ -24,17 +25,28 @@ from convoy.storage.documents import exists, read_json
 from convoy.storage.object_store import ObjectStore, put_looking_first
 
 SLICES_PER_INPUT_SHARD = 64
+# Where the frozen input of a run lies in its folder.
+INPUT = "input/"
 # Among the versions: the digest of the code that ran.
 CODE = "convoy-code"
 _RECORDED_LIBRARIES = ("ray", "torch", "torchvision", "timm", "pyarrow", "pillow", "numpy")
 
 
 class SliceGroup(StrictModel):
-    """Slices that need the same outputs: `outputs` are the ids of the sets that each slice writes a part for."""
+    """Slices that need the same outputs: `outputs` are the ids of the sets that each slice writes a part for.
+
+    `attempt` names the freezing that wrote their input; it is empty in runs of before freezings had names.
+    """
 
     outputs: tuple[str, ...]
     num_rows: int
     num_slices: int
+    attempt: str = ""
+
+    @property
+    def num_shards(self) -> int:
+        """Files that hold the input of the slices."""
+        return -(-self.num_slices // SLICES_PER_INPUT_SHARD) if self.num_rows else 0
 
 
 class RunRecord(StrictModel):
@@ -118,20 +130,32 @@ class RunFolder:
         """The key of a file of the run."""
         return self.prefix + name
 
-    def input_key(self, group: int, shard: int) -> str:
-        """The key of one shard of the frozen input."""
-        return self.key(f"input/{group}-{shard:05d}.parquet")
+    def input_key(self, group: int, shard: int, attempt: str) -> str:
+        """The key of one shard of the input that an attempt to freeze it wrote."""
+        folder = f"{INPUT}{attempt}/" if attempt else INPUT
+        return self.key(f"{folder}{group}-{shard:05d}.parquet")
 
     def record(self) -> RunRecord | None:
         """The run record, or None if the run died before it was written."""
         document = read_json(self.store, self.key("run.json"))
         return None if document is None else RunRecord.model_validate(document)
 
-    def write_record(self, record: RunRecord) -> None:
-        """Write `run.json`; from here on the run can be resumed."""
+    def write_record(self, record: RunRecord) -> RunRecord:
+        """Write `run.json`; from here on the run can be resumed. The record that counts: another's that was first."""
         record = record.model_copy(update={"open_key": self.open_key})
-        self.store.put(self.key("run.json"), canonical_json(record))
+        try:
+            put_looking_first(self.store, self.key("run.json"), canonical_json(record))
+        except PreconditionFailed:
+            written = self.record()
+            if written is None:
+                raise
+            record = written
         crash_point(CrashPoint.RUN_RECORDED)
+        return record
+
+    @cached_property
+    def _groups(self) -> tuple[SliceGroup, ...]:
+        return RunRecord.model_validate_json(self.store.get(self.key("run.json")).data).groups
 
     def is_finished(self) -> bool:
         """Whether the run was committed to the last step."""
@@ -145,7 +169,7 @@ class RunFolder:
         """The frozen input rows of a slice: columns of the manifest. DataError if they are damaged."""
         group, number = parse_slice_name(name)
         shard, row_group = divmod(number, SLICES_PER_INPUT_SHARD)
-        key = self.input_key(group, shard)
+        key = self.input_key(group, shard, self._groups[group].attempt)
         damage: Exception | None = None
         # Of a large shard only ranges are read, and compared by the checksums of its pages: so here, once more.
         for _attempt in range(2):

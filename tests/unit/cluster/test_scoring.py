@@ -27,7 +27,7 @@ from convoy.storage.local_store import LocalStore
 from convoy.storage.member_predictions import member_output
 from convoy.storage.predictions import PREDICTIONS
 from convoy.storage.run_input import freeze_input
-from convoy.storage.runs import FIRST_SLICE, RunFolder
+from convoy.storage.runs import FIRST_SLICE, RunFolder, RunRecord
 from convoy.storage.samples import SampleReader
 from convoy.vision.committee import Committee, CommitteeOutput, TurnOutput
 from convoy.vision.committee_options import CommitteeOptions, GateOptions, MemberOptions
@@ -48,7 +48,9 @@ def store(tmp_path: Path) -> LocalStore:
     freeze(DatasetConfig(workspace=store.root_uri, name="digits", source=str(tmp_path / "images")))
     batches = open_dataset(store, "digits").iter_batches(splits=[Split.TRAIN])
     rows = (((PREDICTIONS,), pa.Table.from_batches([batch])) for batch in batches)
-    freeze_input(RunFolder(store, "r1"), rows, slice_rows=64)
+    folder = RunFolder(store, "r1")
+    groups = freeze_input(folder, rows, slice_rows=64)
+    folder.write_record(RunRecord.new("r1", verb="score", identity={}, config={}, outputs={}, groups=groups))
     return store
 
 

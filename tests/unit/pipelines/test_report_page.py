@@ -25,7 +25,7 @@ from convoy.storage.datasets import open_dataset
 from convoy.storage.local_store import LocalStore
 from convoy.storage.manifests import Manifest
 from convoy.storage.predictions import read_labelled
-from convoy.storage.runs import CODE, RunFolder
+from convoy.storage.runs import CODE, INPUT, RunFolder
 from made_advice_rows import frozen_rows
 from made_bundles import made_classifier, write_classifier
 from made_evaluations import CLASSES, DATASET, MODEL_DIGEST, RUN, made_workspace
@@ -112,7 +112,7 @@ def test_images_that_are_gone_are_said_and_the_page_is_made(tmp_path: Path) -> N
 def test_a_lost_input_costs_the_pictures_only(tmp_path: Path) -> None:
     store = made_workspace(tmp_path)
     folder = RunFolder(store, RUN)
-    store.delete([folder.input_key(0, 0)])
+    store.delete([info.key for info in store.list_objects(folder.key(INPUT))])
     page = read_page(store, find_target(store, RUN), progress=Silent())
     assert page.predictions is not None
     assert page.predictions.rows == 29

@@ -42,7 +42,7 @@ from convoy.storage.local_store import LocalStore
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.predictions import PREDICTIONS, predictions_table, write_predictions
 from convoy.storage.run_input import freeze_input, missing_rows
-from convoy.storage.runs import OpenRun, RunFolder, RunRecord, open_pointers
+from convoy.storage.runs import INPUT, OpenRun, RunFolder, RunRecord, open_pointers
 from made_leases import put_lease
 from made_runs import NOTHING, SET_ID, finish_slice, made_manifest, new_run, slice_record
 from made_sources import write_files
@@ -458,7 +458,8 @@ def test_results_of_a_dataset_version_that_was_refreshed_are_not_taken_back(
 
 def test_a_slice_without_its_input_cannot_be_repaired(store: LocalStore) -> None:
     folder, _ = finished(store)
-    store.put(folder.input_key(0, 0), b"no parquet")
+    (shard,) = store.list_objects(folder.key(INPUT))
+    store.put(shard.key, b"no parquet")
     assert repair_run(store, folder.run_id, Changes.SHOWN).num_damaged == 3
     with pytest.raises(DataError, match="frozen input is damaged too"):
         repair_run(store, folder.run_id, Changes.MADE)

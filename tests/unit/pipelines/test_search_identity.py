@@ -11,7 +11,7 @@ import pytest
 from convoy.cluster.search_plan import Concurrency
 from convoy.cluster.training import TrialWorkers
 from convoy.core.errors import ConfigError, RunMismatch
-from convoy.core.fingerprints import digest
+from convoy.core.fingerprints import canonical_json, digest
 from convoy.core.progress import Silent
 from convoy.pipelines import tune, tune_plan
 from convoy.pipelines.search_identity import search_identity
@@ -81,7 +81,8 @@ def test_a_search_whose_record_still_counts_how_fast_it_trains_goes_on(
     record = folder.record()
     assert record is not None
     config = {**record.identity["config"], "base": begun.base}
-    folder.write_record(record.model_copy(update={"identity": {**record.identity, "config": config}}))
+    earlier = record.model_copy(update={"identity": {**record.identity, "config": config}})
+    store.put(folder.key("run.json"), canonical_json(earlier))
     for changed in (begun, config_in(store), config_in(store, workers={"num_workers": 2})):
         assert search(changed) == run_id
     with pytest.raises(RunMismatch, match="epochs"):

@@ -12,8 +12,9 @@ from convoy.core.errors import ConditionalWriteUnsupported, ConfigError, RunMism
 from convoy.storage.commits import choose_attempts, finish, publish, read_commits, read_manifest, read_records
 from convoy.storage.leases import hold_run
 from convoy.storage.local_store import LocalStore
+from convoy.storage.run_input import freeze_input, missing_rows
 from convoy.storage.runs import OpenRun, RunFolder, refuse_changed_identity, require_run
-from made_runs import SET_ID, finish_slice, new_run
+from made_runs import NOTHING, SET_ID, finish_slice, made_manifest, new_run
 
 NAMES = [f"s{index:02d}" for index in range(10)]
 
@@ -107,6 +108,19 @@ def test_orphans_in_partitions_of_the_run_are_deleted_and_its_input_is_not(store
     assert not list(store.list_objects(folder.key("predictions/")))
     assert len(list(store.list_objects(folder.key("input/")))) == 1
     assert all(store.head(file.key) for record in manifest.slices for file in record.files)
+
+
+def test_input_that_was_frozen_and_not_recorded_is_deleted(store: LocalStore) -> None:
+    """By a driver that died over it, or that another one had replaced by then."""
+    folder = RunFolder(store, "r1")
+    rows = missing_rows([made_manifest(NAMES)], {SET_ID: NOTHING})
+    freeze_input(folder, rows, slice_rows=2)
+    run = new_run(store, NAMES)
+    for name in run.slice_names():
+        finish_slice(store, run, name)
+    publish(folder, run, read_records(folder))
+    (kept,) = store.list_objects(folder.key("input/"))
+    assert run.groups[0].attempt in kept.key
 
 
 @pytest.mark.parametrize("damage", ["deleted", "shortened", "replaced"])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from convoy.core.errors import LeaseLost, StorageError
 from convoy.storage.feature_cache import KnownContent
+from convoy.storage.leases import hold_run
 from convoy.storage.local_store import LocalStore
 from convoy.storage.run_input import (
     MAX_SLICE_ROWS,
@@ -15,8 +18,10 @@ from convoy.storage.run_input import (
     freeze_input,
     missing_rows,
     slice_rows_for,
+    write_frozen_record,
 )
-from convoy.storage.runs import SLICES_PER_INPUT_SHARD, RunFolder, RunRecord
+from convoy.storage.runs import SLICES_PER_INPUT_SHARD, RunFolder, RunRecord, SliceGroup
+from made_leases import put_lease
 from made_runs import NOTHING, content_id, made_manifest
 
 
@@ -29,10 +34,14 @@ def known(cached: list[str], rejected: list[str] | None = None) -> KnownContent:
 
 def frozen(store: LocalStore, names: list[str], sets: dict[str, KnownContent], slice_rows: int) -> RunRecord:
     batches = [made_manifest(names[start : start + 7]) for start in range(0, len(names), 7)]
-    groups = freeze_input(RunFolder(store, "r"), missing_rows(batches, sets), slice_rows=slice_rows)
-    return RunRecord.new(
-        "r", verb="cache", identity={}, config={}, outputs=dict.fromkeys(sets, ""), groups=groups
-    )
+    folder = RunFolder(store, "r")
+    groups = freeze_input(folder, missing_rows(batches, sets), slice_rows=slice_rows)
+    return folder.write_record(record_of(groups))
+
+
+def record_of(groups: tuple[SliceGroup, ...]) -> RunRecord:
+    outputs = dict.fromkeys((output for group in groups for output in group.outputs), "")
+    return RunRecord.new("r", verb="cache", identity={}, config={}, outputs=outputs, groups=groups)
 
 
 def test_rows_are_grouped_by_what_they_lack(tmp_path: Path) -> None:
@@ -62,6 +71,50 @@ def test_every_row_lies_in_one_slice_in_manifest_order(tmp_path: Path, num_rows:
     read = [name for one in run.slice_names() for name in folder.read_slice(one)["sample_id"].to_pylist()]
     assert read == names
     assert run.num_inputs == num_rows
+
+
+def test_who_freezes_again_leaves_the_recorded_input_as_it_is(tmp_path: Path) -> None:
+    """A driver that hung while it froze, and goes on beside the one that took its run over."""
+    folder = RunFolder(LocalStore(str(tmp_path)), "r")
+    names = [f"s{index}" for index in range(7)]
+    rows = [(("a",), made_manifest(names))]
+    taken_over = folder.write_record(record_of(freeze_input(folder, rows, slice_rows=3)))
+    late = record_of(freeze_input(folder, rows, slice_rows=2))
+    assert folder.write_record(late) == taken_over
+    sizes = [RunFolder(folder.store, "r").read_slice(name).num_rows for name in taken_over.slice_names()]
+    assert sizes == [3, 3, 1]
+
+
+def test_a_run_that_was_lost_while_its_input_was_frozen_is_not_recorded(tmp_path: Path) -> None:
+    folder = RunFolder(LocalStore(str(tmp_path)), "r")
+    record = record_of(freeze_input(folder, [(("a",), made_manifest(["s0"]))], slice_rows=3))
+    with hold_run(folder) as lease:
+        put_lease(folder)
+        with pytest.raises(LeaseLost):
+            write_frozen_record(folder, record, lease, num_rows=1)
+    assert folder.record() is None
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_an_input_of_other_rows_than_were_asked_for_is_not_recorded(tmp_path: Path, num_rows: int) -> None:
+    folder = RunFolder(LocalStore(str(tmp_path)), "r")
+    record = record_of(freeze_input(folder, [(("a",), made_manifest(["s0", "s1"]))], slice_rows=3))
+    with hold_run(folder) as lease, pytest.raises(StorageError, match=f"2 rows were frozen of {num_rows}"):
+        write_frozen_record(folder, record, lease, num_rows=num_rows)
+    assert folder.record() is None
+
+
+def test_the_input_of_a_run_of_before_freezings_had_names_is_read(tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path))
+    run = frozen(store, ["s0", "s1"], {"a": NOTHING}, slice_rows=1)
+    document = json.loads(store.get("runs/r/run.json").data)
+    (shard,) = store.list_objects("runs/r/input/")
+    store.put("runs/r/input/0-00000.parquet", store.get(shard.key).data)
+    store.delete([shard.key])
+    del document["groups"][0]["attempt"]
+    store.put("runs/r/run.json", json.dumps(document).encode())
+    read = [RunFolder(store, "r").read_slice(name)["sample_id"].to_pylist() for name in run.slice_names()]
+    assert read == [["s0"], ["s1"]]
 
 
 def test_nothing_missing_freezes_nothing(tmp_path: Path) -> None:
