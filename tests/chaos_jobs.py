@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from cache_jobs import CONVOY, LENET, convoy, settings_arguments, write_digits
+from convoy.pipelines.data_origin import dataset_of_run
 from convoy.storage.commits import read_manifest, read_records
+from convoy.storage.datasets import open_dataset
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import require_run, run_ids
 from convoy.storage.stores import open_store
@@ -70,13 +72,15 @@ class FaultTable:
 
 
 def audit_run(workspace: str, run_id: str) -> Audit:
-    """Compare the ids of the frozen input with those of all files of each output and of the rejects."""
+    """Compare the ids of the run's dataset with those of all files of each output and of the rejects."""
     store = open_store(workspace)
     folder, run = require_run(store, run_id)
     manifest = read_manifest(folder)
     assert manifest is not None
     assert folder.is_finished()
-    wanted = Counter(name for slice_ in run.slice_names() for name in ids_of(folder.read_slice(slice_)))
+    splits = None if run.identity["splits"] == "all" else run.identity["splits"]
+    dataset = open_dataset(store, *dataset_of_run(run))
+    wanted = Counter(ids_of(dataset.read_table(["sample_id"], splits=splits)))
     rejected = _ids_below(store, folder.key("rejects/"))
     lost = doubled = 0
     for prefix in run.outputs.values():

@@ -16,7 +16,7 @@ from convoy.core.fingerprints import canonical_json
 from convoy.pipelines.data_origin import dataset_of_run
 from convoy.pipelines.prediction_request import SCORE
 from convoy.pipelines.runs_state import Changes
-from convoy.pipelines.verify import slice_problems
+from convoy.pipelines.verify import adds_features, slice_problems
 from convoy.storage.commits import (
     FEATURES,
     RunManifest,
@@ -151,7 +151,7 @@ def _require_dataset(store: ObjectStore, run: RunRecord) -> None:
     The rows of a feature set are published one part at a time, and any later run adds those that are missing. A
     scoring that is open again is ended on its own version by its command; evaluations and inspections take the newest.
     """
-    if run.verb == SCORE or _adds_features(run):
+    if run.verb == SCORE or adds_features(run):
         return
     name, frozen = run.identity["dataset"], run.identity["dataset_fingerprint"]
     current = open_dataset(store, name).fingerprint
@@ -167,7 +167,7 @@ def _require_dataset(store: ObjectStore, run: RunRecord) -> None:
 def _is_outdated(store: ObjectStore, run: RunRecord) -> bool:
     """Whether a run of features is of a version that its dataset has no more: `convoy cache` would refuse it."""
     name, frozen = dataset_of_run(run)
-    if not _adds_features(run) or name not in list_datasets(store):
+    if not adds_features(run) or name not in list_datasets(store):
         return False
     return open_dataset(store, name).fingerprint != frozen
 
@@ -177,11 +177,7 @@ def _is_of_some_rows(run: RunRecord) -> bool:
 
     Open again, it would bar `convoy cache` of all rows, and commands that need others would not end it.
     """
-    return _adds_features(run) and (run.identity["splits"] != "all" or "rows" in run.identity)
-
-
-def _adds_features(run: RunRecord) -> bool:
-    return all(prefix.startswith(FEATURES) for prefix in run.outputs.values())
+    return adds_features(run) and (run.identity["splits"] != "all" or "rows" in run.identity)
 
 
 def _open_again(store: ObjectStore, run: RunRecord) -> None:
@@ -245,7 +241,7 @@ def _left_to_do(store: ObjectStore, run: RunRecord, findings: _Findings, changes
     if not findings.damaged and findings.manifest is not None:
         return "nothing"
     again = f"run the same convoy {run.verb} command again"
-    if _adds_features(run):
+    if adds_features(run):
         if _is_outdated(store, run) or run.run_id not in open_pointers(store):
             again = "run the job that needs these features again, such as convoy cache, train or evaluate"
             return f"{again}: its new run computes the missing rows"

@@ -190,7 +190,7 @@ def _report(
     folder, published = RunFolder(store, found.run_id), found.manifest
     record = folder.record()
     assert record is not None, "a published run has a record"
-    _reconcile(folder, record, published)
+    _reconcile(folder, record, published, num_wanted=request.num_rows(manifest))
     levels = "" if config.partition_by is PartitionBy.NONE else "*/"
     measured = timings(found.finished or published.slices, started_unix_s)
     forecast = record.settings.get("forecast")
@@ -222,9 +222,14 @@ def _report(
     )
 
 
-def _reconcile(folder: RunFolder, record: RunRecord, manifest: RunManifest) -> None:
-    """Raise StorageError unless every input is accounted for, each slice once; `verify` proves it row by row."""
+def _reconcile(folder: RunFolder, record: RunRecord, manifest: RunManifest, *, num_wanted: int) -> None:
+    """Raise StorageError unless all rows of the dataset that were wanted are accounted for, each slice once.
+
+    `verify` proves it row by row.
+    """
     problem = next(count_problems(record, manifest), None)
+    if record.num_inputs != num_wanted:
+        problem = f"{record.num_inputs} inputs were frozen of {num_wanted} rows of the dataset"
     if problem is not None:
         raise StorageError(
             problem,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import pyarrow as pa
+from pydantic import Field
 
 from convoy.core.config import StrictModel
 from convoy.core.errors import ChecksumMismatch, ConfigError, DataError, StorageError
-from convoy.core.fingerprints import digest_bytes
+from convoy.core.fingerprints import MultisetDigest, digest_bytes
+from convoy.core.records import Split
+from convoy.pipelines.data_origin import dataset_of_run
 from convoy.storage.commits import (
     FEATURES,
     PartFile,
@@ -18,6 +21,8 @@ from convoy.storage.commits import (
     read_manifest,
     stray_files,
 )
+from convoy.storage.datasets import open_dataset
+from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.parquet_files import open_parquet_file
 from convoy.storage.runs import RunFolder, RunRecord, require_run
@@ -30,6 +35,8 @@ _PICTURES = "inspect"
 class VerifyReport(StrictModel):
     """Whether every input row of a run ended exactly once, in results or rejects, and all files are intact.
 
+    Of an evaluation or a scoring of whole splits the input is compared with the dataset, too; `notes` say where that
+    could not be done. What a run of features was not given, the next one adds.
     Files of other attempts are a problem as well: who reads the parts by a glob has their rows twice.
     `rows_digest` covers all result rows and does not depend on order, slices, attempts or kills.
     """
@@ -42,10 +49,14 @@ class VerifyReport(StrictModel):
     rows_digest: str
     ok: bool
     problems: list[str]
+    notes: list[str] = Field(default_factory=list)
 
 
 def verify_run(store: ObjectStore, run_id: str) -> VerifyReport:
-    """Re-read every file of a run and compare ids, row counts and checksums with what was promised."""
+    """Re-read every file of a run and compare ids, row counts and checksums with what was promised.
+
+    Reads the dataset's ids as well, in bounded memory.
+    """
     folder, run = require_run(store, run_id)
     manifest = read_manifest(folder)
     if manifest is None and not run.groups:
@@ -63,7 +74,8 @@ def verify_run(store: ObjectStore, run_id: str) -> VerifyReport:
     problems: list[str] = []
     if not folder.is_finished():
         problems.append("the run has no _SUCCESS marker: run the job's command again to finish it")
-    for problem in _problems(folder, run, manifest):
+    dataset, notes = _dataset_of(store, run)
+    for problem in _problems(folder, run, manifest, dataset):
         problems.append(problem)
         if len(problems) >= _MAX_PROBLEMS:
             problems.append("more problems were left out")
@@ -77,13 +89,37 @@ def verify_run(store: ObjectStore, run_id: str) -> VerifyReport:
         rows_digest=manifest.rows_digest(),
         ok=not problems,
         problems=problems,
+        notes=notes,
     )
 
 
-def _problems(folder: RunFolder, run: RunRecord, manifest: RunManifest) -> Iterator[str]:
+def adds_features(run: RunRecord) -> bool:
+    """Whether a run's results are rows of feature sets."""
+    return all(prefix.startswith(FEATURES) for prefix in run.outputs.values())
+
+
+def _dataset_of(store: ObjectStore, run: RunRecord) -> tuple[Manifest | None, list[str]]:
+    """The dataset of which the run's input is whole splits, or None, with a note where it is there no more."""
+    name, fingerprint = dataset_of_run(run)
+    has_some_rows = run.identity.get("rows") is not None or adds_features(run) or run.verb == _PICTURES
+    if has_some_rows or not (name and fingerprint):
+        return None, []
+    try:
+        return open_dataset(store, name, fingerprint), []
+    except DataError as error:
+        return None, [f"the input could not be compared with its dataset: {error.what}"]
+
+
+def _problems(
+    folder: RunFolder, run: RunRecord, manifest: RunManifest, dataset: Manifest | None
+) -> Iterator[str]:
     yield from count_problems(run, manifest)
+    inputs = MultisetDigest()
     for record in manifest.slices:
-        yield from slice_problems(folder, run, record)
+        yield from slice_problems(folder, run, record, inputs)
+    if dataset is not None and inputs.hexdigest() != _dataset_digest(dataset, run.identity["splits"]):
+        version = f"version {dataset.fingerprint} of the dataset"
+        yield f"the ids of the run's {run.num_inputs} inputs are not those of {version}"
     yield from _commit_problems(folder.store, run, manifest)
     for info in stray_files(folder, run, manifest.slices):
         yield (
@@ -102,13 +138,34 @@ def count_problems(run: RunRecord, manifest: RunManifest) -> Iterator[str]:
         yield f"{manifest.num_results} results and {manifest.num_rejects} rejects for {run.num_inputs} inputs"
 
 
-def slice_problems(folder: RunFolder, run: RunRecord, record: SliceRecord) -> Iterator[str]:
-    """What is wrong with one attempt of a slice: with its files, or with the frozen input behind them."""
+def _dataset_digest(dataset: Manifest, splits: Sequence[str]) -> str:
+    """The digest of the ids of some splits of a dataset, or of "all"."""
+    chosen = None if splits == "all" else [Split(split) for split in splits]
+    ids = MultisetDigest()
+    for batch in dataset.iter_batches(("sample_id",), splits=chosen):
+        _add_ids(ids, batch["sample_id"].to_pylist())
+    return ids.hexdigest()
+
+
+def _add_ids(digest: MultisetDigest, ids: Iterable[str]) -> None:
+    for sample_id in ids:
+        digest.add_row(sample_id.encode())
+
+
+def slice_problems(
+    folder: RunFolder, run: RunRecord, record: SliceRecord, inputs: MultisetDigest | None = None
+) -> Iterator[str]:
+    """What is wrong with one attempt of a slice: with its files, or with the frozen input behind them.
+
+    The ids of that are added to `inputs`.
+    """
     if run.verb == _PICTURES:
         yield from _file_problems(folder, record)
         return
     try:
         wanted = folder.read_slice(record.slice)["sample_id"].to_pylist()
+        if inputs is not None:
+            _add_ids(inputs, wanted)
         rejected = _ids(folder.store, record.rejects) if record.rejects else []
         if set(record.parts) != set(run.outputs_of(record.slice)):
             yield f"slice {record.slice}: has parts of other outputs than planned"

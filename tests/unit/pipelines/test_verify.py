@@ -1,7 +1,8 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,14 +12,17 @@ from convoy.pipelines.runs_state import Changes
 from convoy.pipelines.verify import verify_run
 from convoy.storage.commits import RunManifest, finish, publish, read_records
 from convoy.storage.local_store import LocalStore
-from convoy.storage.runs import RunFolder
-from made_runs import SET_ID, finish_slice, new_run
+from convoy.storage.manifests import fingerprint_samples
+from convoy.storage.runs import RunFolder, RunRecord
+from made_manifests import write_samples
+from made_runs import SET_ID, finish_slice, made_manifest, new_run
 
 NAMES = [f"s{index:02d}" for index in range(10)]
+CLASSES = ("a", "b", "c")
 
 
-def finished(store: LocalStore) -> RunManifest:
-    run = new_run(store, NAMES)
+def finished(store: LocalStore, run: RunRecord | None = None) -> RunManifest:
+    run = run or new_run(store, NAMES)
     folder = RunFolder(store, run.run_id)
     for name in run.slice_names():
         finish_slice(store, run, name, rejected=["s03"])
@@ -104,6 +108,37 @@ def test_a_file_of_an_attempt_that_does_not_count_is_named(store: LocalStore, fo
     assert "convoy runs repair r1" in problem
     repair_run(store, "r1", Changes.MADE)
     assert verify_run(store, "r1").ok
+
+
+def evaluation(store: LocalStore, frozen: Sequence[str], *, splits: Any = "all") -> RunRecord:
+    """An evaluation of a dataset of NAMES, of whose rows these were frozen."""
+    samples = made_manifest(NAMES)
+    fingerprint = fingerprint_samples(samples, CLASSES)
+    write_samples(store, samples, CLASSES, key=f"datasets/letters/versions/{fingerprint}/manifest.parquet")
+    identity = {"dataset": "letters", "dataset_fingerprint": fingerprint, "splits": splits}
+    return new_run(store, frozen, identity=identity, prefix="runs/r1/predictions/", verb="evaluate")
+
+
+@pytest.mark.parametrize("splits", ["all", ["train"]])
+def test_an_evaluation_of_all_rows_of_its_dataset_is_proven(store: LocalStore, splits: Any) -> None:
+    finished(store, evaluation(store, NAMES, splits=splits))
+    report = verify_run(store, "r1")
+    assert (report.ok, report.notes) == (True, [])
+
+
+@pytest.mark.parametrize("frozen", [NAMES[:-1], [*NAMES, NAMES[0]], [*NAMES[:-1], NAMES[0]]])
+def test_a_row_that_was_lost_or_doubled_in_freezing_is_noticed(store: LocalStore, frozen: list[str]) -> None:
+    finished(store, evaluation(store, frozen))
+    (problem,) = verify_run(store, "r1").problems
+    assert f"the ids of the run's {len(frozen)} inputs are not those of version" in problem
+
+
+def test_a_dataset_that_is_gone_is_noted(store: LocalStore) -> None:
+    finished(store, evaluation(store, NAMES))
+    store.delete([info.key for info in store.list_objects("datasets/")])
+    report = verify_run(store, "r1")
+    assert report.ok
+    assert "could not be compared with its dataset: dataset 'letters' has no version" in report.notes[0]
 
 
 def test_run_without_marker_is_not_ok(store: LocalStore) -> None:
