@@ -44,6 +44,8 @@ class Conditions(Enum):
     AS_SERVED = auto()
     # One PUT of a key at a time, and If-Match works: what AWS promises.
     ATOMIC = auto()
+    # As ATOMIC, but If-Match is accepted and ignored.
+    IF_MATCH_IGNORED = auto()
     # The headers are accepted and ignored.
     IGNORED = auto()
 
@@ -243,7 +245,10 @@ class Exchange(BaseHTTPRequestHandler):
             is_conditional = wanted_etag or self.headers.get("If-None-Match")
             return self._put() if is_conditional else self._hand_on()
         with self.server.lock_of(self.key):
-            return self._hand_on() if wanted_etag is None else self._replace(wanted_etag)
+            if wanted_etag is None:
+                return self._hand_on()
+            is_ignored = self.server.conditions is Conditions.IF_MATCH_IGNORED
+            return self._put() if is_ignored else self._replace(wanted_etag)
 
     def send(self, answer: Answer, num_bytes: int | None = None) -> None:
         """Send an answer; with `num_bytes` only so many bytes of the body that is announced."""

@@ -94,6 +94,7 @@ def test_lost_answers_and_conflicts_make_no_second_winner(store: S3Store, fault_
     [
         (Conditions.ATOMIC, ConditionalPut.ATOMIC),
         (Conditions.AS_SERVED, ConditionalPut.RACY),
+        (Conditions.IF_MATCH_IGNORED, ConditionalPut.RACY),
         (Conditions.IGNORED, ConditionalPut.RACY),
     ],
 )
@@ -111,7 +112,7 @@ def test_the_probe_tells_an_honest_store_from_a_dishonest_one(
 
 
 def test_many_writers_are_let_in_by_an_honest_store_only(store: S3Store, fault_proxy: FaultProxy) -> None:
-    for conditions in (Conditions.IGNORED, Conditions.AS_SERVED):
+    for conditions in (Conditions.IGNORED, Conditions.IF_MATCH_IGNORED, Conditions.AS_SERVED):
         with (
             fault_proxy.keeping(conditions),
             pytest.raises(ConfigError, match="writers=single"),

@@ -52,7 +52,7 @@ class Diagnosis(StrictModel):
 def examine(workspace: str | None) -> Diagnosis:
     """Check this machine and the workspace, that of jobs whose config names none where it is None.
 
-    What create-if-absent is worth there stays, for the jobs to come.
+    What conditional writes are worth there stays, for the jobs to come.
     """
     checks = [*_machine(), *_workspace(workspace)]
     return Diagnosis(ok=all(check.verdict is not Verdict.RED for check in checks), checks=checks)
@@ -178,11 +178,11 @@ def _conditional_put(store: ObjectStore) -> Check:
     try:
         found = judge_conditional_put(store)
     except ConvoyError as error:
-        return _red("create-if-absent", error)
+        return _red("conditional writes", error)
     atomic = found is ConditionalPut.ATOMIC
     return Check(
         verdict=Verdict.GREEN if atomic else Verdict.YELLOW,
-        what="create-if-absent",
+        what="conditional writes",
         found=found.value,
         advice="" if atomic else "run one job at a time on this workspace, with --set writers=single",
     )

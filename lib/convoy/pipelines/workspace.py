@@ -20,14 +20,14 @@ def workspace_uri(configured: str | None) -> str:
 def open_workspace(configured: str | None, writers: WriterMode) -> ObjectStore:
     """The store of a workspace that jobs may write to.
 
-    The first job probes whether the store's create-if-absent is atomic, and leaves the answer in the workspace;
+    The first job probes whether the store's conditional writes are atomic, and leaves the answer in the workspace;
     so does the first one after the workspace has moved. Where it is not, two jobs at once could both believe that they
     won, so only `writers: single` is accepted.
     """
     store = open_store(workspace_uri(configured))
     if writers is WriterMode.MANY and known_conditional_put(store) is not ConditionalPut.ATOMIC:
         raise ConfigError(
-            "this object store does not keep create-if-absent atomic, so two jobs at once could damage each other",
+            "this object store does not keep conditional writes atomic, so two jobs at once could damage each other",
             where=f"{store.root_uri}, by {VERDICT_KEY} in it",
             next_step=f"{ONE_WRITER_ADVICE}; where the store has changed, `convoy doctor` probes it again",
         )

@@ -1,15 +1,17 @@
-"""What a store's create-if-absent is worth is found out by racing it, not by asking it.
+"""What a store's conditional writes are worth is found out by racing them, not by asking it.
 
 Many servers that speak S3 accept If-None-Match but check first and write then, so that of several writers at
-the same time more than one is told that it won.
+the same time more than one is told that it won. Others keep that, and ignore If-Match.
 """
 
 from __future__ import annotations
 
 import threading
 import uuid
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from functools import partial
 
 from convoy.core.config import StrictModel
 from convoy.core.errors import ConditionalWriteUnsupported, PreconditionFailed
@@ -18,7 +20,8 @@ from convoy.storage.documents import read_json
 from convoy.storage.object_store import ConditionalPut, ObjectStore
 
 PROBE_FOLDER = ".convoy/probe/"
-VERDICT_KEY = ".convoy/conditional_put.json"
+# Where it was conditional_put.json, only create-if-absent had been raced.
+VERDICT_KEY = ".convoy/conditional_writes.json"
 
 
 class StoreVerdict(StrictModel):
@@ -57,32 +60,37 @@ def probe_conditional_put(
 ) -> ConditionalPut:
     """Race `num_writers` threads for one throw-away object, `num_rounds` times, and judge by the winners.
 
-    ATOMIC if every round had exactly one, which is strong evidence but no proof; RACY otherwise; UNSUPPORTED
-    if the store says so itself. Every writer writes its own bytes, so that reading back, the store's way to
-    settle a refusal, cannot count a loser as a winner. The objects are deleted again.
+    First they create it, then they replace the version that was created. ATOMIC if every race had exactly one winner,
+    which is strong evidence but no proof; RACY otherwise; UNSUPPORTED if the store says so itself. Every writer writes
+    its own bytes, so that reading back, the store's way to settle a refusal, cannot count a loser as a winner. The
+    objects are deleted again.
     """
-    folder = f"{PROBE_FOLDER}{uuid.uuid4().hex}/"
-    keys = [f"{folder}{round_}" for round_ in range(num_rounds)]
+    # All probes in one folder, as on a disk it keeps the lock of its writers.
+    keys = [f"{PROBE_FOLDER}{uuid.uuid4().hex}" for _ in range(num_rounds)]
     try:
         with ThreadPoolExecutor(num_writers) as pool:
-            num_winners = [_race(store, key, num_writers, pool) for key in keys]
+            num_creators = [_race(partial(store.put_if_absent, key), num_writers, pool) for key in keys]
+            if set(num_creators) != {1}:
+                return ConditionalPut.RACY
+            replace = [partial(store.put_if_match, key, etag=store.head(key).etag) for key in keys]
+            num_replacers = [_race(replace_one, num_writers, pool) for replace_one in replace]
     except ConditionalWriteUnsupported:
         return ConditionalPut.UNSUPPORTED
     finally:
         store.delete(keys)
-    return ConditionalPut.ATOMIC if set(num_winners) == {1} else ConditionalPut.RACY
+    return ConditionalPut.ATOMIC if set(num_replacers) == {1} else ConditionalPut.RACY
 
 
-def _race(store: ObjectStore, key: str, num_writers: int, pool: ThreadPoolExecutor) -> int:
-    """The number of writers that were told that they created the object."""
+def _race(write: Callable[[bytes], str], num_writers: int, pool: ThreadPoolExecutor) -> int:
+    """The number of writers that were told that they were first."""
     start = threading.Barrier(num_writers)
 
-    def create(writer: int) -> bool:
+    def is_first(_: int) -> bool:
         start.wait()
         try:
-            store.put_if_absent(key, f"writer {writer}".encode())
+            write(uuid.uuid4().bytes)
         except PreconditionFailed:
             return False
         return True
 
-    return sum(pool.map(create, range(num_writers)))
+    return sum(pool.map(is_first, range(num_writers)))

@@ -38,7 +38,7 @@ class Blob:
 
 
 class ConditionalPut(StrEnum):
-    """What a store's create-if-absent is worth when several writers race."""
+    """What a store's conditional writes are worth when several writers race."""
 
     ATOMIC = "atomic"
     RACY = "racy"

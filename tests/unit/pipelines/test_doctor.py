@@ -12,8 +12,8 @@ import pytest
 from convoy.core.errors import ConfigError
 from convoy.pipelines.doctor import Check, Diagnosis, Verdict, examine
 from convoy.pipelines.workspace import open_workspace
-from convoy.storage.conditional_put import VERDICT_KEY, StoreVerdict
-from convoy.storage.local_store import LocalStore
+from convoy.storage.conditional_put import PROBE_FOLDER, VERDICT_KEY, StoreVerdict
+from convoy.storage.local_store import LOCK_NAME, LocalStore
 from convoy.storage.object_store import ConditionalPut, WriterMode
 
 
@@ -23,10 +23,10 @@ def test_healthy_machine_and_folder_are_green_and_left_clean_but_for_what_jobs_a
     diagnosis = examine(str(tmp_path / "workspace"))
     assert diagnosis.ok, [check for check in diagnosis.checks if check.verdict is Verdict.RED]
     found = {check.what: check for check in diagnosis.checks}
-    assert found["create-if-absent"].found == "atomic"
+    assert found["conditional writes"].found == "atomic"
     assert {"python", "ray", "torch", "pillow", "devices", "workspace write", "clock"} <= set(found)
-    verdict = tmp_path / "workspace" / VERDICT_KEY
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [verdict]
+    left = {tmp_path / "workspace" / key for key in (VERDICT_KEY, f"{PROBE_FOLDER}{LOCK_NAME}")}
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == left
 
 
 def test_a_store_is_judged_anew_whatever_the_workspace_remembers(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def test_config_beats_environment_beats_default(monkeypatch: pytest.MonkeyPatch)
 
 def test_folder_is_probed_once_and_accepted(tmp_path: Path) -> None:
     open_workspace(str(tmp_path), WriterMode.MANY)
-    probe = tmp_path / ".convoy" / "conditional_put.json"
+    probe = tmp_path / VERDICT_KEY
     written = probe.stat().st_mtime_ns
     open_workspace(str(tmp_path), WriterMode.MANY)
     assert probe.stat().st_mtime_ns == written
@@ -42,6 +42,13 @@ def test_racy_store_asks_for_a_single_writer_and_names_the_file_that_says_so(tmp
     assert VERDICT_KEY in caught.value.where
     assert "`convoy models`: --writers single" in caught.value.next_step
     assert open_workspace(str(tmp_path), WriterMode.SINGLE).root_uri == str(tmp_path)
+
+
+def test_a_verdict_of_before_versions_were_raced_is_not_believed(tmp_path: Path) -> None:
+    """Under its old name: a store may keep If-None-Match and ignore If-Match."""
+    put_verdict(tmp_path, ConditionalPut.RACY, root_uri=str(tmp_path))
+    (tmp_path / VERDICT_KEY).rename(tmp_path / ".convoy" / "conditional_put.json")
+    assert open_workspace(str(tmp_path), WriterMode.MANY).root_uri == str(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,18 @@ class IgnoresTheHeader(LocalStore):
         return self.put(key, data)
 
 
+class IgnoresVersions(LocalStore):
+    """What a server does that keeps If-None-Match, and has never heard of If-Match."""
+
+    def put_if_match(self, key: str, data: bytes, *, etag: str) -> str:
+        return self.put(key, data)
+
+
+class ReplacesNoVersions(LocalStore):
+    def put_if_match(self, key: str, data: bytes, *, etag: str) -> str:
+        raise ConditionalWriteUnsupported("no")
+
+
 class SaysNo(LocalStore):
     def put_if_absent(self, key: str, data: bytes) -> str:
         raise ConditionalWriteUnsupported("no")
@@ -51,6 +63,8 @@ class Denies(LocalStore):
         (LocalStore, ConditionalPut.ATOMIC),
         (ChecksThenWrites, ConditionalPut.RACY),
         (IgnoresTheHeader, ConditionalPut.RACY),
+        (IgnoresVersions, ConditionalPut.RACY),
+        (ReplacesNoVersions, ConditionalPut.UNSUPPORTED),
         (SaysNo, ConditionalPut.UNSUPPORTED),
     ],
 )
