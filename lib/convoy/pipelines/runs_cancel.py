@@ -8,7 +8,7 @@ from convoy.pipelines.runs_state import RunState, existing_run, run_status
 from convoy.storage.commits import read_manifest
 from convoy.storage.leases import give_up
 from convoy.storage.object_store import ObjectStore
-from convoy.storage.runs import RunFolder, open_pointers
+from convoy.storage.runs import RunFolder, close_pointer, open_pointers
 
 
 class CancelReport(StrictModel):
@@ -31,7 +31,8 @@ def cancel_run(store: ObjectStore, run_id: str) -> CancelReport:
     status = run_status(folder, pointers)
     _refuse_published(folder, status.state)
     # In this order a kill between the two leaves a run that nobody goes on with, not one that nobody can leave.
-    store.delete([pointers[run_id]] if run_id in pointers else [])
+    if run_id in pointers:
+        close_pointer(store, pointers[run_id], run_id)
     give_up(folder)
     return CancelReport(run=run_id, before=status.state, held_by=status.held_by, notes=_notes(status.held_by))
 

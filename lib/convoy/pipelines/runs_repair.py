@@ -30,8 +30,15 @@ from convoy.storage.commits import (
 )
 from convoy.storage.datasets import list_datasets, open_dataset
 from convoy.storage.leases import RunLease, hold_run
-from convoy.storage.object_store import ObjectInfo, ObjectStore, put_looking_first
-from convoy.storage.runs import RunFolder, RunRecord, open_pointers, parse_slice_name, require_run
+from convoy.storage.object_store import ObjectInfo, ObjectStore
+from convoy.storage.runs import (
+    RunFolder,
+    RunRecord,
+    open_pointer,
+    open_pointers,
+    parse_slice_name,
+    require_run,
+)
 
 _MAX_LISTED = 100
 
@@ -188,7 +195,7 @@ def _open_again(store: ObjectStore, run: RunRecord) -> None:
             next_step="run the job's command with --new-run",
         )
     try:
-        put_looking_first(store, run.open_key, canonical_json({"run_id": run.run_id}))
+        open_pointer(store, run.open_key, run.run_id)
     except PreconditionFailed:
         raise ConfigError(
             "another unfinished run of the same job is in the way",

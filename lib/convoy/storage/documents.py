@@ -12,13 +12,20 @@ from convoy.storage.object_store import ObjectStore
 def read_json(store: ObjectStore, key: str) -> Any:
     """A JSON document, or None where it does not exist. DataError for one that is damaged, as by hand."""
     try:
-        return json.loads(store.get(key).data)
+        data = store.get(key).data
     except ObjectNotFound:
         return None
+    return parse_json(data, where=store.uri(key))
+
+
+def parse_json(data: bytes, *, where: str) -> Any:
+    """The value of a JSON document. DataError for one that is damaged."""
+    try:
+        return json.loads(data)
     except ValueError as error:
         raise DataError(
             f"the document is damaged: {error}",
-            where=store.uri(key),
+            where=where,
             next_step="restore it from a backup, or from a former version of the object where the bucket keeps them",
         ) from error
 

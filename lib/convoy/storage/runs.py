@@ -6,6 +6,8 @@ import json
 import os
 import secrets
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import version
@@ -18,10 +20,10 @@ from convoy.core.code_revision import package_digest
 from convoy.core.config import StrictModel
 from convoy.core.crash_points import CrashPoint, crash_point
 from convoy.core.differences import describe_changes, differences
-from convoy.core.errors import ConfigError, DataError, PreconditionFailed, RunMismatch
+from convoy.core.errors import ConfigError, DataError, ObjectNotFound, PreconditionFailed, RunMismatch
 from convoy.core.fingerprints import canonical_json, digest
 from convoy.core.version import VERSION
-from convoy.storage.documents import exists, read_json
+from convoy.storage.documents import exists, parse_json, read_json
 from convoy.storage.object_store import ObjectStore, put_looking_first
 
 SLICES_PER_INPUT_SHARD = 64
@@ -212,8 +214,9 @@ _BEGUN = "submissions/"
 class OpenRun:
     """The pointer from a target (what a job writes to) to its unfinished run.
 
-    It is made by create-if-absent before anything else is written, and deleted after the run is committed, so a
-    killed job finds its run again without any clock and without searching.
+    It is made by create-if-absent before anything else is written, and emptied after the run is committed, so a
+    killed job finds its run again without any clock and without searching. It is emptied, not deleted, as a store
+    deletes whatever is there, and that may be the pointer to a newer run.
     """
 
     def __init__(self, store: ObjectStore, *, verb: str, target: str) -> None:
@@ -225,8 +228,8 @@ class OpenRun:
 
     def current(self) -> RunFolder | None:
         """The unfinished run of this target, if there is one."""
-        document = read_json(self._store, self._key)
-        return None if document is None else self._folder(document["run_id"])
+        pointer = _read_pointer(self._store, self._key)
+        return self._folder(pointer.run_id) if pointer.run_id else None
 
     def unfinished(self) -> RunFolder | None:
         """The same, without a finished run that died before it closed its pointer."""
@@ -287,7 +290,7 @@ class OpenRun:
         # Begins with the time, so that ids sort by age; nothing but the order in lists depends on it.
         run_id = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
         try:
-            put_looking_first(self._store, self._key, canonical_json({"run_id": run_id}))
+            open_pointer(self._store, self._key, run_id)
         except PreconditionFailed:
             current = self.current()
             if current is not None:
@@ -298,9 +301,7 @@ class OpenRun:
 
     def close(self, folder: RunFolder) -> None:
         """Forget the pointer to a run, unless it names another one by now; the run's files stay."""
-        current = self.current()
-        if current is not None and current.run_id == folder.run_id:
-            self._store.delete([self._key])
+        close_pointer(self._store, self._key, folder.run_id)
         crash_point(CrashPoint.RUN_CLOSED)
 
     def _folder(self, run_id: str) -> RunFolder:
@@ -314,13 +315,47 @@ def finished_run(store: ObjectStore, pointer_key: str) -> RunFolder | None:
     return folder if folder is not None and folder.is_finished() else None
 
 
+@dataclass(frozen=True, slots=True)
+class _Pointer:
+    """A pointer as it was read: `run_id` is empty while no run is open, `etag` None where there never was one."""
+
+    run_id: str = ""
+    etag: str | None = None
+
+
+def _read_pointer(store: ObjectStore, key: str) -> _Pointer:
+    try:
+        blob = store.get(key)
+    except ObjectNotFound:
+        return _Pointer()
+    run_id = parse_json(blob.data, where=store.uri(key))["run_id"] if blob.data else ""
+    return _Pointer(run_id, blob.etag)
+
+
+def open_pointer(store: ObjectStore, key: str, run_id: str) -> None:
+    """Let a pointer that names no run name this one; PreconditionFailed if it names another."""
+    pointer = _read_pointer(store, key)
+    if pointer.run_id == run_id:
+        return
+    if pointer.run_id:
+        raise PreconditionFailed("the pointer names another run", where=store.uri(key))
+    put_looking_first(store, key, canonical_json({"run_id": run_id}), replaced_etag=pointer.etag)
+
+
+def close_pointer(store: ObjectStore, key: str, run_id: str) -> None:
+    """Let a pointer to this run name none; one to another run is left as it is."""
+    pointer = _read_pointer(store, key)
+    if pointer.run_id == run_id:
+        with suppress(PreconditionFailed):
+            put_looking_first(store, key, b"", replaced_etag=pointer.etag)
+
+
 def open_pointers(store: ObjectStore) -> dict[str, str]:
     """The unfinished runs that a command would go on with: their ids, and the keys of the pointers to them."""
     found = {}
     for info in store.list_objects(f"runs/{OPEN_RUNS}/"):
-        document = read_json(store, info.key)
-        if document is not None:
-            found[document["run_id"]] = info.key
+        if info.size_bytes and (run_id := _read_pointer(store, info.key).run_id):
+            found[run_id] = info.key
     return found
 
 

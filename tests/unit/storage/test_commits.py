@@ -8,12 +8,26 @@ from pathlib import Path
 
 import pytest
 
-from convoy.core.errors import ConditionalWriteUnsupported, ConfigError, RunMismatch, StorageError
+from convoy.core.errors import (
+    ConditionalWriteUnsupported,
+    ConfigError,
+    PreconditionFailed,
+    RunMismatch,
+    StorageError,
+)
 from convoy.storage.commits import choose_attempts, finish, publish, read_commits, read_manifest, read_records
 from convoy.storage.leases import hold_run
 from convoy.storage.local_store import LocalStore
+from convoy.storage.object_store import Blob
 from convoy.storage.run_input import freeze_input, missing_rows
-from convoy.storage.runs import OpenRun, RunFolder, refuse_changed_identity, require_run
+from convoy.storage.runs import (
+    OpenRun,
+    RunFolder,
+    open_pointer,
+    open_pointers,
+    refuse_changed_identity,
+    require_run,
+)
 from made_runs import NOTHING, SET_ID, finish_slice, made_manifest, new_run
 
 NAMES = [f"s{index:02d}" for index in range(10)]
@@ -192,6 +206,42 @@ def test_a_run_that_ends_leaves_the_pointer_to_a_newer_one_where_it_is(store: Lo
     assert current.run_id == newer.run_id
     second.close(newer)
     assert first.current() is None
+
+
+def test_a_pointer_that_comes_to_name_a_newer_run_while_it_is_closed_stays(tmp_path: Path) -> None:
+    """Another driver closes the run, and opens the next one, between the look at the pointer and its end."""
+
+    class OvertakenStore(LocalStore):
+        """Whose pointer is taken over right after the first look at it."""
+
+        def get(self, key: str, *, byte_range: tuple[int, int] | None = None) -> Blob:
+            blob = LocalStore.get(self, key, byte_range=byte_range)
+            if not opened:
+                other = OpenRun(LocalStore(self.root), verb="cache", target="t")
+                opened.append(left_behind)
+                other.close(left_behind)
+                opened.append(other.start())
+            return blob
+
+    opened: list[RunFolder] = []
+    left_behind = OpenRun(LocalStore(str(tmp_path)), verb="cache", target="t").start()
+    pointer = OpenRun(OvertakenStore(str(tmp_path)), verb="cache", target="t")
+    pointer.close(left_behind)
+    current = pointer.current()
+    assert current is not None
+    assert current.run_id == opened[-1].run_id != left_behind.run_id
+
+
+def test_a_closed_pointer_is_opened_again(store: LocalStore) -> None:
+    pointer = OpenRun(store, verb="cache", target="t")
+    for _ in range(2):
+        folder = pointer.start()
+        assert open_pointers(store) == {folder.run_id: folder.open_key}
+        open_pointer(store, folder.open_key, folder.run_id)
+        with pytest.raises(PreconditionFailed):
+            open_pointer(store, folder.open_key, "another")
+        pointer.close(folder)
+        assert open_pointers(store) == {}
 
 
 def test_second_process_joins_the_run_that_the_first_opened(store: LocalStore) -> None:
