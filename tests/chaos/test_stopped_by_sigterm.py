@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from cache_jobs import CONVOY, TIMEOUT_S, made_job
+from chaos_jobs import FaultTable, audit_run
 
 pytestmark = [pytest.mark.integration, pytest.mark.chaos]
 
 
-def test_stopped_job_exits_with_4_and_resumes(tmp_path: Path) -> None:
+def test_stopped_job_exits_with_4_and_resumes(tmp_path: Path, fault_table: FaultTable) -> None:
     job = made_job(tmp_path)
     command = [str(CONVOY), *job.arguments()]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
@@ -30,3 +31,5 @@ def test_stopped_job_exits_with_4_and_resumes(tmp_path: Path) -> None:
     report = job.run()
     assert (report["rows"], report["rejects"]) == (job.num_images - 1, 1)
     assert job.verify()["ok"]
+    audit = audit_run(job.workspace, report["run"])
+    fault_table.add("F7 SIGTERM, cache", fired=1, audit=audit, clean_digest=None)
