@@ -29,6 +29,7 @@ from convoy.core.errors import (
 from convoy.core.records import RejectCode, SampleRejected
 from convoy.core.splits import SplitOptions
 from convoy.storage.parquet_files import BUFFER_BYTES
+from convoy.storage.request_counts import REQUESTS
 from convoy.storage.run_input import freeze_input
 from convoy.storage.runs import FIRST_SLICE, RunFolder, RunRecord
 from convoy.storage.s3_store import S3Store
@@ -312,6 +313,20 @@ def test_expired_credentials_are_no_fault_of_the_images(store: S3Store, fault_pr
     with fault_proxy.injecting(rule) as (fault,), pytest.raises(CredentialsExpired):
         codes(rows)
     assert fault.fired
+
+
+def test_requests_are_counted_as_the_server_sees_them(store: S3Store, fault_proxy: FaultProxy) -> None:
+    """Repeated ones too, which a bill has as well."""
+    store.put("first", DATA)
+    fault_proxy.forget()
+    REQUESTS.take()
+    with fault_proxy.injecting(FaultRule(method="GET", action=INTERNAL_ERROR, times=1)):
+        assert store.get("first").data == DATA
+    store.head("first")
+    store.put("second", DATA)
+    counts = REQUESTS.take()
+    seen = fault_proxy.requests
+    assert counts == (seen["GET"] + seen["HEAD"], seen["PUT"]) == (3, 1)
 
 
 @pytest.mark.parametrize(("num_rows", "nth_get"), [(50, 1), (100_000, 2)])

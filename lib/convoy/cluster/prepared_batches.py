@@ -24,6 +24,7 @@ from convoy.core.fingerprints import digest_bytes
 from convoy.core.records import Reject, RejectCode, SampleRejected, Stage
 from convoy.storage.commits import PartFile, SliceRecord, write_record
 from convoy.storage.parts import write_rejects
+from convoy.storage.request_counts import REQUESTS
 from convoy.storage.runs import RunFolder
 from convoy.storage.samples import SampleReader
 from convoy.vision.decode_rule import DecodeFlag, DecodeRule
@@ -43,8 +44,8 @@ class SliceImages:
     """A slice in work: its rows and what is known of their images so far.
 
     `usable_N[row]` is false until the row has an image; `content_digests` are those of its bytes, where they are asked
-    for; `converted` are rows whose image had to be changed to be used; `bytes_read` counts the bytes of usable
-    images, `num_retries` repeated requests for images.
+    for; `converted` are rows whose image had to be changed to be used; `bytes_read` counts the bytes of images, usable
+    or not, `num_retries` repeated requests for images.
     """
 
     rows: pa.Table
@@ -82,7 +83,8 @@ class SliceImages:
         self.rejects += [_reject(self.rows, row, rejected) for row in lost]
 
     def add_effort(self, later: SliceImages) -> None:
-        """Add the seconds and repeated requests that a later pass over the rows took."""
+        """Add the seconds, bytes and repeated requests that a later pass over the rows took."""
+        self.bytes_read += later.bytes_read
         self.num_retries += later.num_retries
         for step, seconds in later.seconds.items():
             self.seconds[step] += seconds
@@ -111,6 +113,7 @@ class SliceImages:
             metadata = {"convoy.run_id": folder.run_id}
             rejects = write_rejects(folder.store, key, self.rejects, attempt, metadata)
         self.seconds["write"] = time.perf_counter() - started_s
+        requests = REQUESTS.take()
         record = SliceRecord(
             run_id=folder.run_id,
             slice=slice_name,
@@ -128,6 +131,8 @@ class SliceImages:
             precision_effect=dict(precision_effect),
             bytes_read=self.bytes_read,
             num_retries=self.num_retries + folder.store.num_retries - retries_before,
+            get_requests=requests.gets,
+            put_requests=requests.puts,
         )
         write_record(folder.store, record)
         return record
@@ -138,7 +143,6 @@ class _Prepared:
     """What a decode thread says of one image."""
 
     content_digest: bytes | None
-    size_bytes: int
     flags: frozenset[DecodeFlag]
     seconds: float
 
@@ -199,6 +203,8 @@ class ImagePreparer(Generic[KeyT]):
             batch = waiting[-1]
             places = {key: buffer[len(batch.rows)] for key, buffer in batch.images.items()}
             batch.rows.append(row)
+            if not isinstance(data, SampleRejected):
+                known.bytes_read += len(data)
             batch.prepared.append(window.submit(self._prepare, data, content_ids[row], places))
         known.num_retries += self._reader.num_retries - retries_before
         for batch in waiting:
@@ -211,7 +217,7 @@ class ImagePreparer(Generic[KeyT]):
         decoded = decode_image(data, self._rule)
         self._fill(decoded.pixels_CHW, content_id, places)
         content_digest = digest_bytes(data) if self._digests_content else None
-        return _Prepared(content_digest, len(data), decoded.flags, time.perf_counter() - started_s)
+        return _Prepared(content_digest, decoded.flags, time.perf_counter() - started_s)
 
     def _settle(self, batch: ImageBatch[KeyT], known: SliceImages) -> None:
         """Wait for the batch's images, and note which rows have one."""
@@ -224,7 +230,6 @@ class ImagePreparer(Generic[KeyT]):
             known.usable_N[row] = True
             if prepared.content_digest is not None:
                 known.content_digests[row] = prepared.content_digest
-            known.bytes_read += prepared.size_bytes
             known.flags.update(prepared.flags)
             if prepared.flags - _UNCHANGED:
                 known.converted.add(row)

@@ -16,7 +16,7 @@ class SliceMetrics:
     """Metrics of one run in a Ray session.
 
     Counters: `convoy_images_total` (results and rejects), `convoy_rejects_total` by `code`,
-    `convoy_bytes_read_total` of usable images, `convoy_bytes_written_total` of parts and rejects,
+    `convoy_bytes_read_total` of images, usable or not, `convoy_bytes_written_total` of parts and rejects,
     `convoy_retries_total` of requests to object stores. Histogram:
     `convoy_slice_seconds`. Gauge: `convoy_slices_left`. Prometheus sees them with `ray_` in front.
     """
@@ -28,7 +28,7 @@ class SliceMetrics:
         self._tags, self._left = {"verb": verb, "run": run_id}, num_slices
         self._images = Counter("convoy_images_total", "Images that ended in results or rejects", _TAGS)
         self._rejects = Counter("convoy_rejects_total", "Images that were rejected", (*_TAGS, "code"))
-        self._read = Counter("convoy_bytes_read_total", "Bytes of images that could be used", _TAGS)
+        self._read = Counter("convoy_bytes_read_total", "Bytes of images", _TAGS)
         self._written = Counter("convoy_bytes_written_total", "Bytes of parts and rejects", _TAGS)
         self._retries = Counter(
             "convoy_retries_total", "Requests to object stores that had to be repeated", _TAGS

@@ -41,7 +41,7 @@ class Work(StrictModel):
     """How much there is to do, and how fast it is done.
 
     `hours` is the time in which a worker was busy with a slice, without start-up and pauses. Requests are those of
-    workers to object storage; images in tars and parquet files need fewer than one each.
+    workers to object storage.
     """
 
     images: int
@@ -57,7 +57,8 @@ class Work(StrictModel):
 class Forecast(Work):
     """From a sample: `images_per_s_range` are its slowest and fastest slice, at the same number of workers.
 
-    `images` are those that are left to do, `startup_s` is from the call to the first batch through the network. Where
+    `images` are those that are left to do, `startup_s` is from the call to the first batch through the network. It
+    takes each image for a request, and some for a slice: images in parquet files, and local ones, need fewer. Where
     nothing is left, there is no sample, and all figures are 0.
     """
 
@@ -68,7 +69,10 @@ class Forecast(Work):
 
 
 class Actual(Work):
-    """What a finished run took, over all its attempts that count."""
+    """What a finished run took, over all its attempts that count: requests as they were sent, repeated ones too.
+
+    Of slices of before they were counted they are what the forecast says.
+    """
 
 
 def nothing_left(notes: Sequence[str]) -> Forecast:
@@ -96,8 +100,8 @@ def actual_of(manifest: RunManifest, prices: Prices) -> Actual:
     amounts = {
         "bytes_read": sum(one.bytes_read for one in slices),
         "bytes_written": sum(file.size_bytes for file in files),
-        "get_requests": images + _GETS_A_SLICE * len(slices),
-        "put_requests": len(files) + len(slices),
+        "get_requests": sum(map(_gets, slices)),
+        "put_requests": sum(map(_puts, slices)),
     }
     return Actual(
         images=images,
@@ -178,6 +182,14 @@ def _rate_of_a_worker(slices: Sequence[SliceRecord]) -> float:
 
 def _duration_s(one: SliceRecord) -> float:
     return one.finished_unix_s - one.started_unix_s
+
+
+def _gets(one: SliceRecord) -> int:
+    return _num_rows(one) + _GETS_A_SLICE if one.get_requests is None else one.get_requests
+
+
+def _puts(one: SliceRecord) -> int:
+    return len(one.files) + 1 if one.put_requests is None else one.put_requests
 
 
 def _num_rows(one: SliceRecord) -> int:

@@ -45,7 +45,9 @@ class SliceRecord(StrictModel):
     Times are seconds since 1970: `first_row_unix_s` is when the first batch was through the network (0 if no
     image was usable);
     `precision_effect` the lowest cosine similarity to float32 features seen in one batch, by tap. `num_retries` are
-    requests to object stores that had to be repeated.
+    requests to object stores that had to be repeated. `bytes_read` are those of images, in all passes over them;
+    `get_requests` and `put_requests` all that the worker sent to object stores since its slice before: None in records
+    of before they were counted, and where no worker made the slice.
     """
 
     run_id: str
@@ -64,6 +66,8 @@ class SliceRecord(StrictModel):
     precision_effect: dict[str, float]
     bytes_read: int = 0
     num_retries: int = 0
+    get_requests: int | None = None
+    put_requests: int | None = None
 
     @property
     def files(self) -> list[PartFile]:

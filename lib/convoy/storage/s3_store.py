@@ -30,6 +30,7 @@ from convoy.core.errors import (
 )
 from convoy.storage.object_store import Blob, ObjectInfo, settle_refusal
 from convoy.storage.parquet_files import buffered_reader, open_parquet_file
+from convoy.storage.request_counts import REQUESTS
 from convoy.storage.s3_errors import error_of_answer, s3_errors
 from convoy.storage.s3_uploads import WHOLE_BYTES, content_md5, put_in_parts
 
@@ -278,9 +279,10 @@ class S3Store:
         with self._retries_lock:
             self._num_retries += number
 
-    def _count_request(self, **_request: Any) -> None:
+    def _count_request(self, request: Any, **_event: Any) -> None:
         """Hears of every request right before it is sent, in the thread of its operation."""
         self._sent.requests += 1
+        REQUESTS.count(request.method)
 
     def _get_client(self) -> Any:
         """The client of this process: its connections must not be shared with a forked child."""

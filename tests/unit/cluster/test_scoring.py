@@ -26,6 +26,7 @@ from convoy.storage.datasets import open_dataset
 from convoy.storage.local_store import LocalStore
 from convoy.storage.member_predictions import member_output
 from convoy.storage.predictions import PREDICTIONS
+from convoy.storage.request_counts import REQUESTS
 from convoy.storage.run_input import freeze_input
 from convoy.storage.runs import FIRST_SLICE, RunFolder, RunRecord
 from convoy.storage.samples import SampleReader
@@ -159,7 +160,7 @@ def test_members_that_take_turns_say_the_same(store: LocalStore, keep: MemberOut
     }
 
 
-def test_seconds_and_retries_of_every_turn_are_counted(
+def test_seconds_bytes_and_retries_of_every_turn_are_counted(
     store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     retries, read = [0], SampleReader.read
@@ -179,8 +180,17 @@ def test_seconds_and_retries_of_every_turn_are_counted(
     together, in_turns = score(made_spec(store)), score(made_spec(store, max_resident_bytes=1))
     assert (together.num_retries, in_turns.num_retries) == (1, 2)
     assert in_turns.seconds["forward"] == 2 * together.seconds["forward"]
-    # The images are the same.
-    assert (in_turns.bytes_read, in_turns.flags) == (together.bytes_read, together.flags)
+    # The images are the same, and were read twice.
+    assert (in_turns.bytes_read, in_turns.flags) == (2 * together.bytes_read, together.flags)
+
+
+def test_requests_since_the_slice_before_are_recorded(store: LocalStore) -> None:
+    spec = made_spec(store)
+    REQUESTS.take()
+    for method in ("GET", "HEAD", "PUT", "DELETE"):
+        REQUESTS.count(method)
+    records = [score(spec), score(spec)]
+    assert [(one.get_requests, one.put_requests) for one in records] == [(2, 1), (0, 0)]
 
 
 def test_operators_that_share_a_gpu_share_the_room_for_weights() -> None:

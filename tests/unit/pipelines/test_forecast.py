@@ -207,6 +207,14 @@ def test_a_finished_run_is_told_by_the_same_figures_rejects_included() -> None:
     assert (actual.get_requests, actual.put_requests) == (204, 5)
 
 
+def test_requests_of_a_finished_run_are_those_that_were_sent() -> None:
+    """As of images in tars, with requests that were repeated; beside a slice of before requests were counted."""
+    counted = made_slice("0-0", 0, 20).model_copy(update={"get_requests": 23, "put_requests": 4})
+    slices = (counted, made_slice("0-1", 10, 40))
+    actual = actual_of(RunManifest(run_id="r1", slices=slices), PRICES)
+    assert (actual.get_requests, actual.put_requests) == (23 + 102, 4 + 2)
+
+
 def test_a_run_over_nothing_cost_nothing() -> None:
     actual = actual_of(RunManifest(run_id="r1", slices=()), PRICES)
     assert (actual.images, actual.images_per_s, actual.cost.total) == (0, 0, 0)
