@@ -87,7 +87,7 @@ def runs_gc(
     workspace: WorkspaceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Find the files of runs that were given up or left behind, and of killed probes; --apply removes them."""
+    """Find the files of runs that were given up or left behind, of killed probes and writes; --apply removes them."""
     from convoy.pipelines.runs_gc import OLDER_THAN_DAYS, collect_garbage  # noqa: PLC0415
     from convoy.pipelines.runs_state import Changes  # noqa: PLC0415
 

@@ -18,10 +18,13 @@ from convoy.storage.commits import FEATURES
 from convoy.storage.conditional_put import PROBE_FOLDER
 from convoy.storage.documents import read_json
 from convoy.storage.leases import GIVEN_UP, TTL_S, living_holders
+from convoy.storage.local_store import LocalStore
 from convoy.storage.object_store import ObjectInfo, ObjectStore
 from convoy.storage.runs import RunFolder, open_pointers, run_ids
 
 OLDER_THAN_DAYS = 7.0
+# No write of a file takes so long.
+_UNFINISHED_AFTER_S = 86_400.0
 _THREADS = 8
 _RUN_RECORD = "run.json"
 # Where the answers to evaluations and scorings are named (see `committee_predictions`).
@@ -29,7 +32,7 @@ _ANSWERS = "predictions/"
 
 
 class Garbage(StrictModel):
-    """Files that nothing needs: those of a run, or leftovers of probes."""
+    """Files that nothing needs: those of a run, or leftovers of probes and of writes."""
 
     what: str
     why: str
@@ -65,6 +68,8 @@ def collect_garbage(
 
     Of finished trainings the checkpoints go that were not deleted at their end.
 
+    In a local folder also what writers that were killed left half done, after a day.
+
     Files of probes count if they are still there after `watch_s` seconds; leases that are held are watched for
     their time to live. Both waits come only where there is something to wait for.
     """
@@ -83,6 +88,10 @@ def collect_garbage(
     leftovers = _probe_leftovers(store, watch_s)
     if leftovers:
         garbage.append(_removed(store, PROBE_FOLDER, "a probe that was killed", leftovers, changes))
+    if isinstance(store, LocalStore) and (unfinished := store.list_unfinished(_UNFINISHED_AFTER_S)):
+        if changes is Changes.MADE:
+            store.delete_unfinished(unfinished)
+        garbage.append(_garbage(store.root_uri, "half of files whose writers were killed", unfinished))
     return GcReport(
         changes=changes,
         files=sum(one.files for one in garbage),
@@ -181,4 +190,8 @@ def _removed(
     listed: Sequence[ObjectInfo] = list(files)
     if changes is Changes.MADE:
         store.delete(info.key for info in listed)
-    return Garbage(what=what, why=why, files=len(listed), size_bytes=sum(info.size_bytes for info in listed))
+    return _garbage(what, why, listed)
+
+
+def _garbage(what: str, why: str, files: Sequence[ObjectInfo]) -> Garbage:
+    return Garbage(what=what, why=why, files=len(files), size_bytes=sum(info.size_bytes for info in files))

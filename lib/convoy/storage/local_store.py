@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 from convoy.core.errors import (
@@ -101,6 +102,27 @@ class LocalStore:
         """The keys of links that lead nowhere, sorted; `list_objects` leaves them out."""
         with _reading(self.root):
             return sorted(dangling_links(self.root, "", self._chain("")))
+
+    def list_unfinished(self, older_than_s: float) -> list[ObjectInfo]:
+        """Files that writers left half done when they were killed, by their age, in any order; listings hide them."""
+        oldest_unix_s = time.time() - older_than_s
+        found = []
+        with _reading(self.root):
+            for path in Path(self.root).rglob(f"{PRIVATE_PREFIX}*"):
+                with suppress(*ABSENT):
+                    status = path.stat()
+                    if path.name != LOCK_NAME and status.st_mtime < oldest_unix_s:
+                        key = str(path.relative_to(self.root))
+                        found.append(ObjectInfo(key=key, size_bytes=status.st_size, etag=local_etag(status)))
+        return found
+
+    def delete_unfinished(self, unfinished: Iterable[ObjectInfo]) -> None:
+        """Delete what `list_unfinished` found."""
+        for info in unfinished:
+            path = self.uri(info.key)
+            with _writing(path), suppress(*ABSENT):
+                os.unlink(path)
+                self._prune(os.path.dirname(path))
 
     def head(self, key: str) -> ObjectInfo:
         """As in ObjectStore."""

@@ -38,7 +38,8 @@ from convoy.storage.commits import (
 from convoy.storage.conditional_put import PROBE_FOLDER
 from convoy.storage.datasets import freeze_dataset
 from convoy.storage.leases import give_up, hold_run
-from convoy.storage.local_store import LocalStore
+from convoy.storage.local_store import LOCK_NAME, LocalStore
+from convoy.storage.local_walk import PRIVATE_PREFIX
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.predictions import PREDICTIONS, predictions_table, write_predictions
 from convoy.storage.run_input import freeze_input, missing_rows
@@ -571,6 +572,23 @@ def test_leftovers_of_a_killed_probe_go(store: LocalStore) -> None:
     assert gc(store, Changes.SHOWN).files == 1
     assert gc(store).files == 1
     assert keys(store) == set()
+
+
+def test_half_of_files_whose_writers_were_killed_go_after_a_day(store: LocalStore) -> None:
+    store.put("models/one", b"whole")
+    store.put_if_match("models/one", b"whole too", etag=store.head("models/one").etag)
+    folder = Path(store.root, "models")
+    lock = folder / LOCK_NAME
+    old, young = (folder / f"{PRIVATE_PREFIX}{name}" for name in ("old", "young"))
+    for path in (lock, old, young):
+        path.write_bytes(b"half")
+    for path in (lock, old):
+        os.utime(path, (0, 0))
+    assert gc(store, Changes.SHOWN).size_bytes == 4
+    assert old.exists()
+    assert gc(store).files == 1
+    assert (old.exists(), young.exists(), lock.exists(), keys(store)) == (False, True, True, {"models/one"})
+    assert gc(store).files == 0
 
 
 @pytest.mark.parametrize("verb", ["train", "tune"])
