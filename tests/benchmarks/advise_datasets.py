@@ -1,11 +1,15 @@
-"""Small datasets for the benchmark of advice, made from what every machine has: class folders of JPEG files."""
+"""Small datasets for the benchmark of advice: class folders of JPEG files, made or unpacked from archives."""
 
 from __future__ import annotations
 
+import tarfile
+from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
+from images import real_data
 from PIL import Image, ImageDraw
 from sklearn.datasets import load_digits
 
@@ -17,14 +21,60 @@ _SHAPES_A_CLASS = 240
 _SHAPES = ("circle", "square", "triangle", "cross", "ring", "bars")
 
 
-def make_dataset(name: str, folder: Path) -> None:
-    """Write the images of a made dataset into class folders; ConfigError for a name that none has."""
-    if name not in MADE:
-        raise ConfigError(f"there is no made dataset '{name}'", next_step=f"choose of {', '.join(MADE)}")
+class Archive(NamedTuple):
+    """An archive of real images, the folder in it that has the class folders, and how many of each are used."""
+
+    name: str
+    folder: str
+    most_per_class: int | None
+
+
+# Of CIFAR-10 the images that the networks were not trained on.
+ARCHIVES = {
+    "sign-digits": Archive("sign-digits-jpeg.tar.gz", "Dataset", None),
+    "cifar10": Archive("cifar10-jpeg.tar.gz", "test", 300),
+}
+
+
+def why_missing(name: str, data: str | None) -> str | None:
+    """Why a dataset cannot be made on this machine, None where it can; `data` is the folder of the archives."""
+    if name in MADE:
+        return None
+    if name not in ARCHIVES:
+        return f"it is neither in the workspace nor one of {', '.join([*MADE, *ARCHIVES])}"
+    if real_data(ARCHIVES[name].name, data) is None:
+        return f"there is no {ARCHIVES[name].name}: name its folder by data=FOLDER or CONVOY_TEST_DATA"
+    return None
+
+
+def make_dataset(name: str, folder: Path, data: str | None = None) -> None:
+    """Write the images of a dataset into class folders; ConfigError for one that this machine cannot make."""
+    if (why := why_missing(name, data)) is not None:
+        raise ConfigError(f"there is no dataset '{name}'", next_step=why)
+    if name in ARCHIVES:
+        _unpack(ARCHIVES[name], folder, data)
+        return
     for label, index, pixels in MADE[name]():
         path = folder / label / f"{index:05d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).convert("RGB").save(path, quality=92)
+
+
+def _unpack(archive: Archive, folder: Path, data: str | None) -> None:
+    path = real_data(archive.name, data)
+    assert path is not None
+    taken: Counter[str] = Counter()
+    with tarfile.open(path) as tar:
+        for member in tar:
+            *_, above, label, name = ("", "", *PurePosixPath(member.name).parts)
+            is_wanted = archive.most_per_class is None or taken[label] < archive.most_per_class
+            if not member.isfile() or above != archive.folder or not is_wanted:
+                continue
+            file = tar.extractfile(member)
+            assert file is not None
+            taken[label] += 1
+            (folder / label).mkdir(parents=True, exist_ok=True)
+            (folder / label / name).write_bytes(file.read())
 
 
 def _digits() -> list[tuple[str, int, np.ndarray]]:

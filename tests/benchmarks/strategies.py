@@ -23,7 +23,7 @@ from convoy.cluster.session import ray_session
 from convoy.core.config import StrictModel, load_config
 from convoy.core.progress import Silent
 from convoy.core.statistics import Interval, bootstrap_mean
-from convoy.pipelines.train import TrainReport, run_train
+from convoy.pipelines.train import run_train
 from convoy.pipelines.train_config import TrainConfig
 
 _CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
@@ -54,6 +54,8 @@ class Cell(StrictModel):
 
     config: str
     strategy: str
+    arch: str
+    weights: str
     per_class: int | None
     num_train_rows: int
     top1_by_seed: list[float]
@@ -82,11 +84,17 @@ def run_strategies(settings: StrategiesBench) -> dict[str, Any]:
 
 
 def _measure(settings: StrategiesBench, config: str, per_class: int | None) -> Cell:
-    reports = [_train(settings, config, per_class, seed) for seed in settings.seeds]
+    jobs = [training(settings, config, per_class, seed) for seed in settings.seeds]
+    backbone = jobs[0].backbone
+    reports = [
+        run_train(job, progress=Silent(), draw_curves=lambda history: b"", new_run=True) for job in jobs
+    ]
     correct_SN = np.stack([_correct(settings.workspace, report.run) for report in reports])
     cell = Cell(
         config=config,
         strategy=reports[0].strategy.value,
+        arch=backbone.arch,
+        weights=backbone.weights,
         per_class=per_class,
         num_train_rows=reports[0].num_train_rows,
         top1_by_seed=[report.top1 for report in reports],
@@ -97,7 +105,8 @@ def _measure(settings: StrategiesBench, config: str, per_class: int | None) -> C
     return cell
 
 
-def _train(settings: StrategiesBench, config: str, per_class: int | None, seed: int) -> TrainReport:
+def training(settings: StrategiesBench, config: str, per_class: int | None, seed: int) -> TrainConfig:
+    """The training of a config with so many images a class and a seed."""
     name = f"{config.replace('_', '-')}-{per_class or 'all'}-seed-{seed}"
     overrides = [
         f"name={name}",
@@ -109,8 +118,7 @@ def _train(settings: StrategiesBench, config: str, per_class: int | None, seed: 
         f"backbone.seed={seed}",
         *settings.overrides,
     ]
-    job = load_config(TrainConfig, str(_CONFIGS / f"train.{config}.yaml"), overrides)
-    return run_train(job, progress=Silent(), draw_curves=lambda history: b"", new_run=True)
+    return load_config(TrainConfig, str(_CONFIGS / f"train.{config}.yaml"), overrides)
 
 
 def _correct(workspace: str, run: str) -> np.ndarray:

@@ -41,6 +41,8 @@ def report(tmp_path_factory: pytest.TempPathFactory, page: Path) -> dict[str, An
         {
             "config": f"kept_{strategy}",
             "strategy": strategy,
+            "arch": "lenet5",
+            "weights": "random",
             "per_class": 20,
             "num_train_rows": 200,
             "top1_by_seed": [top1 - 0.01, top1 + 0.01],
@@ -49,7 +51,7 @@ def report(tmp_path_factory: pytest.TempPathFactory, page: Path) -> dict[str, An
         }
         for strategy, top1 in TRUTH.items()
     ]
-    (folder / "truth.json").write_text(json.dumps({"cells": cells, "settings": {"dataset": "digits"}}))
+    (folder / "truth.json").write_text(json.dumps({"cells": cells, "settings": {"dataset": "digits", "seeds": [0]}}))
     settings = [
         f"workspace={json.dumps(str(folder / 'workspace'))}",
         "datasets=[digits]",

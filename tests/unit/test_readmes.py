@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tarfile
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,68 @@ def test_the_benchmarks_take_the_settings_of_their_page() -> None:
         check=False,
     )
     assert finished.stdout.split() == [str(len(asked))], finished.stderr
+
+
+# What `convoy bench advise` judges, and what it refuses, without a training.
+PLAN_ADVICE = """
+import sys
+from pathlib import Path
+from advise import AdviseBench, KeptTruth, judge, plan, summary
+from advise_datasets import make_dataset, why_missing
+from strategies import Cell
+from convoy.core.errors import ConfigError
+from convoy.pipelines.classifiers import Strategy
+from made_advice import made_advice, made_strategy, interval
+
+def cell(strategy, top1, weights="random"):
+    return Cell(config=strategy, strategy=strategy, arch="cifar_resnet20", weights=weights, per_class=20,
+                num_train_rows=9, top1_by_seed=[top1], top1=interval(top1), seconds=[1.0])
+
+settings = AdviseBench()
+planned = plan(settings, [])
+assert len(planned) >= 6 and all(len(case.lacking) == 5 for case in planned)
+assert len(plan(settings, [KeptTruth("digits", cell("from_scratch", 0.5))])[4].lacking) == 4
+try:
+    plan(settings, [KeptTruth("digits", cell("fine_tune", 0.5))])
+    sys.exit("other weights were taken for the advice's")
+except ConfigError as error:
+    assert "fine_tune has cifar_resnet20 with random" in str(error)
+
+report = made_advice()
+cells = [cell("fine_tune", 0.9), cell("linear_probe", 0.8)]
+scored = judge(report, cells, 20)
+assert scored.regret == 0
+as_is = report.model_copy(update={"strategies": [made_strategy(1, Strategy.AS_IS, 0.95, 0.0), *report.strategies]})
+unscored = judge(as_is, cells, 20)
+assert (unscored.advised, unscored.regret) == ("as_is", None)
+assert summary([scored, unscored])["unscored_cases"] == 1
+
+assert "there is no cifar10-jpeg.tar.gz" in why_missing("cifar10", sys.argv[1])
+make_dataset("sign-digits", Path(sys.argv[2]), sys.argv[1])
+print("planned")
+"""
+
+
+def test_the_benchmark_of_advice_plans_with_bare_settings(tmp_path: Path) -> None:
+    data, images = tmp_path / "data", tmp_path / "images"
+    data.mkdir()
+    with tarfile.open(data / "sign-digits-jpeg.tar.gz", "w:gz") as tar:
+        for name in ("LICENSE", "Dataset/3/a.JPG", "Dataset/4/b.JPG"):
+            tar.addfile(tarfile.TarInfo(name))
+    paths = os.pathsep.join(str(ROOT / one) for one in ("tests/benchmarks", "tests", "lib"))
+    finished = subprocess.run(
+        [sys.executable, "-c", PLAN_ADVICE, str(data), str(images)],
+        env={**os.environ, "PYTHONPATH": paths},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.stdout.split() == ["planned"], finished.stderr
+    assert sorted(path.relative_to(images).as_posix() for path in images.rglob("*.JPG")) == [
+        "3/a.JPG",
+        "4/b.JPG",
+    ]
 
 
 def test_the_pages_have_commands() -> None:
