@@ -219,7 +219,8 @@ def made_advice() -> AdviceReport:
         ),
         size=DataFacts(**size),
         verification=Verification(
-            images_per_class=20, epochs=2, runs=[verified], best=Strategy.FINE_TUNE, regret=0.0, seconds=9.0
+            images_per_class=20, epochs=2, runs=[verified], best=Strategy.FINE_TUNE, regret=0.0,
+            difference=interval(-0.02), left_out=3, seconds=9.0,
         ),
         costs=costs,
         cost_fronts=cost_fronts(costs, ["small", SCRIPT, "bad"], correct_MN),

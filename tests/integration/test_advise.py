@@ -121,6 +121,9 @@ def test_the_advice_was_verified_on_rows_that_are_not_held_out(
     best = max(run["top1"]["estimate"] for run in runs)
     assert all(run["top1"]["low"] < run["top1"]["high"] for run in runs)
     assert verification["regret"] == pytest.approx(best - runs[0]["top1"]["estimate"])
+    difference = runs[1]["top1"]["estimate"] - runs[0]["top1"]["estimate"]
+    assert verification["difference"]["estimate"] == pytest.approx(difference)
+    assert verification["left_out"] == 2
     assert len(list(Path(workspace, "runs", report["run"], "verified").glob("*.json"))) == 2
 
 

@@ -51,7 +51,9 @@ def report(tmp_path_factory: pytest.TempPathFactory, page: Path) -> dict[str, An
         }
         for strategy, top1 in TRUTH.items()
     ]
-    (folder / "truth.json").write_text(json.dumps({"cells": cells, "settings": {"dataset": "digits", "seeds": [0]}}))
+    (folder / "truth.json").write_text(
+        json.dumps({"cells": cells, "settings": {"dataset": "digits", "seeds": [0]}})
+    )
     settings = [
         f"workspace={json.dumps(str(folder / 'workspace'))}",
         "datasets=[digits]",

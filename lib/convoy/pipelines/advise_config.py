@@ -103,12 +103,13 @@ class VerifySettings(StrictModel):
     """The budget at which the advised strategy and the rejected ones are run: images a class, and epochs.
 
     A fifth of the images is not learnt from: it chooses the head's C and, where `val` cannot, judges. `strategies` is
-    how many of the list are run, the advised one first.
+    how many options are run, the advised one first, then every other strategy on its best backbone, then further
+    backbones; null: every strategy once.
     """
 
     images_per_class: Annotated[int, Field(ge=2)] = 20
     epochs: PositiveInt = 10
-    strategies: Annotated[int, Field(ge=2)] = 5
+    strategies: Annotated[int, Field(ge=2)] | None = None
 
 
 class AdviseConfig(DatasetChoice):

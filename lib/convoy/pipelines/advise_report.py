@@ -79,6 +79,7 @@ class VerifiedStrategy(StrictModel):
     """A strategy as it was run at the small budget: its top-1 there, and the seconds that it took.
 
     `top1` is of all rows of `val`; where it cannot judge, of a fold of the budget's own rows, as even as these are.
+    `run` has the predictions, and is empty in reports of versions that did not name it.
     """
 
     rank: int
@@ -88,16 +89,24 @@ class VerifiedStrategy(StrictModel):
     top1: Interval
     seconds: float
     bundle: str
+    run: str = ""
 
 
 class Verification(StrictModel):
-    """The advice against what was run. `regret` is how far the advised strategy stayed behind the best of them."""
+    """The advice against what was run. `regret` is how far the advised strategy stayed behind the best of them.
+
+    `difference` is the top-1 of the best of the others less that of the advised one, on the rows that both predicted,
+    with its paired interval; null where there is no other. `left_out` are options of the advice that were not run,
+    null in reports of versions that did not count them.
+    """
 
     images_per_class: int
     epochs: int
     runs: list[VerifiedStrategy]
     best: Strategy
     regret: float
+    difference: Interval | None = None
+    left_out: int | None = None
     seconds: float
 
 

@@ -9,10 +9,13 @@ from typing import Any
 from convoy.core.fingerprints import canonical_json
 from convoy.core.progress import Progress
 from convoy.core.records import Split
+from convoy.core.statistics import Interval
 from convoy.pipelines.advise_config import AdviseConfig, VerifySettings
 from convoy.pipelines.advise_report import Verification, VerifiedStrategy
 from convoy.pipelines.advise_rows import has_judges
 from convoy.pipelines.advise_strategies import Option, StrategyAdvice, train_config
+from convoy.pipelines.classifiers import Strategy
+from convoy.pipelines.comparison import top1_difference
 from convoy.pipelines.network_training import CurveDrawer
 from convoy.pipelines.probe_judging import JUDGING_FOLD
 from convoy.pipelines.train import run_train
@@ -50,23 +53,27 @@ class Verifier:
     def verify(
         self, strategies: Sequence[StrategyAdvice], found: Sequence[Option], *, check: Callable[[], None]
     ) -> Verification:
-        """The first strategies of the list, the advised one among them, measured on rows that chose nothing of them.
+        """The strategies of `chosen_options`, measured on rows that chose nothing of them.
 
         Those are all rows of `val`, some of which judged the probes, or, where it cannot judge, a fold of the few rows
         of the budget; never the held-out split. `found` are the options behind the strategies, with their settings.
         """
         by_name = {(option.strategy, option.backbone): option for option in found}
         runs = []
-        for strategy in strategies[: self._settings.strategies]:
+        for strategy in chosen_options(strategies, self._settings.strategies):
             runs.append(self._run(strategy, by_name[strategy.strategy, strategy.backbone]))
             check()
+        advised, *others = runs
         best = max(runs, key=lambda run: run.top1.estimate)
+        best_other = max(others, key=lambda run: run.top1.estimate, default=None)
         return Verification(
             images_per_class=self._settings.images_per_class,
             epochs=self._settings.epochs,
             runs=runs,
             best=best.strategy,
-            regret=best.top1.estimate - runs[0].top1.estimate,
+            regret=best.top1.estimate - advised.top1.estimate,
+            difference=None if best_other is None else self._difference(best_other, advised),
+            left_out=len(strategies) - len(runs),
             seconds=sum(run.seconds for run in runs),
         )
 
@@ -98,9 +105,26 @@ class Verifier:
             top1=report.intervals["top1_wilson"],
             seconds=time.monotonic() - started_s,
             bundle=report.bundle,
+            run=report.run,
         )
         self._folder.store.put(key, canonical_json(verified))
         return verified
+
+    def _difference(self, other: VerifiedStrategy, advised: VerifiedStrategy) -> Interval | None:
+        if not (other.run and advised.run):
+            return None
+        return top1_difference(self._folder.store, other.run, advised.run)
+
+
+def chosen_options(strategies: Sequence[StrategyAdvice], limit: int | None) -> list[StrategyAdvice]:
+    """Every strategy on its best backbone in the order of the advice, then further backbones: `limit` in all."""
+    by_strategy: dict[Strategy, StrategyAdvice] = {}
+    for one in strategies:
+        by_strategy.setdefault(one.strategy, one)
+    firsts = list(by_strategy.values())
+    if limit is None:
+        return firsts
+    return [*firsts, *(one for one in strategies if one not in firsts)][:limit]
 
 
 def at_budget(option: Option, config: AdviseConfig, settings: VerifySettings) -> dict[str, Any]:

@@ -138,6 +138,29 @@ def compare_runs(store: ObjectStore, first: PredictedRun, second: PredictedRun) 
     )
 
 
+def top1_difference(store: ObjectStore, first_run: str, second_run: str) -> Interval | None:
+    """Top-1 of the first run less that of the second, on the labelled rows that both predicted; None without such.
+
+    Each run's labels are in its own classes, so that the models may have others. Holds the ids of all rows in memory.
+    """
+    first, second = (_is_right_by_id(store, run) for run in (first_run, second_run))
+    shared = [sample_id for sample_id in first if sample_id in second]
+    if not shared:
+        return None
+    return bootstrap_difference(
+        np.array([first[sample_id] for sample_id in shared]),
+        np.array([second[sample_id] for sample_id in shared]),
+    )
+
+
+def _is_right_by_id(store: ObjectStore, run_id: str) -> dict[str, bool]:
+    return {
+        sample_id: label == predicted
+        for table in labelled_parts(store, run_id, ["sample_id", "label", "pred"])
+        for sample_id, label, predicted in zip(*(column.to_pylist() for column in table.columns), strict=True)
+    }
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Outcomes:
     """What became of some rows: predicted classes as indices that both runs share."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from convoy.core.statistics import Interval
 from convoy.pipelines.advise_report import AdviceReport, MoreData, Similarity, Verification
 from convoy.pipelines.advise_strategies import StrategyAdvice, StrategyCost
 from convoy.report.blocks import (
@@ -342,10 +343,24 @@ def _verification(found: Verification) -> Section:
     return Section(
         key="verification",
         title="Verified",
-        lead=f"At {found.images_per_class} images a class and {found.epochs} epochs the best was {found.best.value};"
-        f" the advice stayed {100 * found.regret:.2f} points behind it.",
+        lead=f"At {found.images_per_class} images a class and {found.epochs} epochs the best of {len(found.runs)} was"
+        f" {found.best.value}; the advice stayed {100 * found.regret:.2f} points behind it."
+        f"{_against_others(found.difference)}{_not_run(found.left_out)}",
         blocks=[table],
     )
+
+
+def _against_others(difference: Interval | None) -> str:
+    if difference is None:
+        return ""
+    return (
+        f" The best of the others less the advised one: {100 * difference.low:+.2f} to {100 * difference.high:+.2f}"
+        " points, paired by row."
+    )
+
+
+def _not_run(options: int | None) -> str:
+    return f" {options} further options of the advice were not run." if options else ""
 
 
 def _name(one: StrategyAdvice) -> str:

@@ -14,7 +14,7 @@ from convoy.core.records import Split
 from convoy.pipelines import advise_verify
 from convoy.pipelines.advise_config import AdviseConfig, VerifySettings
 from convoy.pipelines.advise_strategies import Option, train_config
-from convoy.pipelines.advise_verify import Verifier, at_budget
+from convoy.pipelines.advise_verify import Verifier, at_budget, chosen_options
 from convoy.pipelines.advise_work import AdviceWork
 from convoy.pipelines.classifiers import Strategy
 from convoy.pipelines.train_config import TrainConfig
@@ -86,7 +86,7 @@ def test_new_run_leaves_unfinished_trainings_behind_and_repeats_none_that_was_ve
 
     def train(training: TrainConfig, *, new_run: bool, **given: object) -> SimpleNamespace:
         begun.append((training.name, new_run))
-        return SimpleNamespace(intervals={"top1_wilson": interval(0.5)}, bundle="parts-x@1")
+        return SimpleNamespace(intervals={"top1_wilson": interval(0.5)}, bundle="parts-x@1", run="")
 
     monkeypatch.setattr(advise_verify, "run_train", train)
     store = LocalStore(str(tmp_path))
@@ -115,7 +115,7 @@ def test_what_was_verified_has_the_rank_and_the_expectation_of_now(
     monkeypatch.setattr(
         advise_verify,
         "run_train",
-        lambda *_, **__: SimpleNamespace(intervals={"top1_wilson": interval(0.5)}, bundle="b@1"),
+        lambda *_, **__: SimpleNamespace(intervals={"top1_wilson": interval(0.5)}, bundle="b@1", run=""),
     )
     verifier = Verifier(
         frozen_rows(tmp_path, {Split.TRAIN: (40, 40), Split.VAL: (30, 30)}, ("good", "defect")),
@@ -136,3 +136,16 @@ def test_what_was_verified_has_the_rank_and_the_expectation_of_now(
         runs = verifier.verify(ranked, found, check=lambda: None).runs
         assert [(one.strategy, one.rank) for one in runs] == [(strategies[0], 1), (strategies[1], 2)]
         assert {one.expected_top1 for one in runs} == {top1}
+
+
+def test_every_strategy_is_run_once_on_its_best_backbone_before_further_backbones() -> None:
+    order = [
+        Strategy.LINEAR_PROBE,
+        Strategy.LINEAR_PROBE,
+        Strategy.FINE_TUNE,
+        Strategy.FINE_TUNE,
+        Strategy.FROM_SCRATCH,
+    ]
+    ranked = [made_strategy(rank, strategy, 0.5, 1.0) for rank, strategy in enumerate(order, start=1)]
+    ranks = {limit: [one.rank for one in chosen_options(ranked, limit)] for limit in (None, 2, 4, 9)}
+    assert ranks == {None: [1, 3, 5], 2: [1, 3], 4: [1, 3, 5, 2], 9: [1, 3, 5, 2, 4]}

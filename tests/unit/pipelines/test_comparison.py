@@ -11,7 +11,7 @@ import pytest
 from convoy.core.errors import DataError
 from convoy.core.fingerprints import canonical_json
 from convoy.core.statistics import bootstrap_difference, mcnemar_test
-from convoy.pipelines.comparison import PredictedRun, compare_runs
+from convoy.pipelines.comparison import PredictedRun, compare_runs, top1_difference
 from convoy.storage.commits import RunManifest, SliceRecord, part_key
 from convoy.storage.local_store import LocalStore
 from convoy.storage.predictions import PREDICTIONS, predictions_table, write_predictions
@@ -170,3 +170,11 @@ def test_a_run_that_was_never_published_is_refused(store: LocalStore) -> None:
     store.delete([RunFolder(store, "r2").key("manifest.json")])
     with pytest.raises(DataError, match="no published predictions"):
         compare_runs(store, first, second)
+
+
+def test_the_top1_of_two_runs_differs_on_the_rows_of_both_whatever_their_classes(store: LocalStore) -> None:
+    predicted(store, "r1", PETS, FIRST)
+    predicted(store, "r2", MORE_PETS, SECOND, slice_rows=3)
+    predicted(store, "r3", PETS, {"elsewhere": ("cat", [0.7, 0.2, 0.1])})
+    assert top1_difference(store, "r1", "r2") == bootstrap_difference(FIRST_CORRECT, SECOND_CORRECT)
+    assert top1_difference(store, "r1", "r3") is None

@@ -35,6 +35,8 @@ def test_advice_shows_strategies_the_curve_and_the_fronts() -> None:
         assert parts.json_of(f"front-{front.axis.value}") == front.model_dump(mode="json")
     assert parts.json_of("augmentation-effects")[0]["verdict"] == "loss"
     assert SCRIPT in parts.text
+    assert "less the advised one: -7.00 to +3.00 points" in parts.text
+    assert "3 further options of the advice were not run" in parts.text
 
 
 def test_the_distance_of_domains_stands_beside_that_of_no_difference() -> None:
