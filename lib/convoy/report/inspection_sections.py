@@ -54,13 +54,13 @@ def inspection_sections(report: InspectionReport, pictures: Sequence[InspectionP
 
 def _figure(one: InspectionPicture) -> Figure:
     picture = Markup('<img class="wide" src="{}" alt="{}">').format(
-        image_link(one.png, "image/png"), clean(one.title)
+        image_link(one.image, one.media_type), clean(one.title)
     )
     missing = Markup("<p>{}</p>").format(clean(one.missing))
     return Figure(
         key=f"inspection-{one.name}",
         title=one.title,
-        picture=picture if one.png else missing,
+        picture=picture if one.image else missing,
         data=one.data,
         caption=one.caption,
         is_wide=True,

@@ -33,6 +33,17 @@ def make_thumbnail(data: bytes, rule: DecodeRule, *, side_px: int) -> Thumbnail:
     return Thumbnail(jpeg=encode_jpeg(pixels_CHW, side_px=side_px), width_px=width_px, height_px=height_px)
 
 
+def png_as_jpeg(png: bytes) -> bytes:
+    """The picture of a PNG as a JPEG with its colours at full resolution, so that lettering stays legible.
+
+    Raises OSError for bytes that are no picture.
+    """
+    buffer = io.BytesIO()
+    with Image.open(io.BytesIO(png)) as image:
+        image.convert("RGB").save(buffer, "JPEG", quality=_QUALITY, optimize=True, subsampling=0)
+    return buffer.getvalue()
+
+
 def encode_jpeg(pixels_CHW: torch.Tensor, *, side_px: int) -> bytes:
     """A JPEG of uint8 RGB pixels, made smaller where a side is longer than `side_px`."""
     image = Image.fromarray(pixels_CHW.permute(1, 2, 0).contiguous().numpy())

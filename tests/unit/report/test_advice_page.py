@@ -7,10 +7,12 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from convoy.core.transferability import DomainDistance
 from convoy.pipelines.report_inspection import read_pictures
+from convoy.report.inspection_sections import inspection_sections
 from convoy.report.page import draw_page
 from convoy.storage.local_store import LocalStore
 from made_advice import made_advice, made_inspection
@@ -84,7 +86,7 @@ def test_pictures_of_an_inspection_are_inside_the_page(tmp_path: Path) -> None:
     store.put("a.json", json.dumps({"kind": "filters", "data": {"name": SCRIPT}}).encode())
     report = made_inspection("a", "lost")
     pictures = read_pictures(store, report)
-    assert pictures[0].png == buffer.getvalue()
+    assert pictures[0].image == buffer.getvalue()
     assert pictures[1].missing
     parts = PageParts(draw_page(made_page(inspection=report, pictures=pictures, **NOTHING)))
     assert "script" not in parts.tags()
@@ -100,5 +102,35 @@ def test_pictures_that_are_too_large_together_are_named_and_left_out(tmp_path: P
         store.put(f"{name}.png", bytes(5 << 20))
         store.put(f"{name}.json", b"{}")
     first, second = read_pictures(store, made_inspection("a", "b"))
-    assert first.png
+    assert first.image
     assert "too large" in second.missing
+
+
+def test_sheets_of_large_photos_fit_into_the_page_and_maps_stay_as_drawn(tmp_path: Path) -> None:
+    """Three sheets of 6 x 7 photos of 224 pixels, as networks of ImageNet have them by default."""
+    rng = np.random.default_rng(0)
+    smooth_HW3 = rng.integers(40, 200, (12, 14, 3)).astype(np.uint8)
+    sheet = np.asarray(Image.fromarray(smooth_HW3).resize((7 * 224, 6 * 224), Image.Resampling.BICUBIC))
+    grained = np.clip(sheet + rng.normal(0, 12, sheet.shape), 0, 255).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(grained).save(buffer, "PNG")
+    names = ("cams", "neighbours-00", "neighbours-01")
+    store = LocalStore(str(tmp_path))
+    for name in (*names, "filters", "damaged"):
+        store.put(f"{name}.png", bytes(1 << 20) if name == "damaged" else buffer.getvalue())
+        store.put(f"{name}.json", b"{}")
+    report = made_inspection(*names, "filters", "damaged")
+    figures = [
+        one if one.name == "filters" else one.model_copy(update={"kind": "neighbours"})
+        for one in report.figures
+    ]
+    *photos, drawn, damaged = read_pictures(store, report.model_copy(update={"figures": figures}))
+    assert 3 * len(buffer.getvalue()) > 8 << 20
+    assert not any(one.missing for one in photos)
+    assert [one.media_type for one in (*photos, drawn)] == ["image/jpeg"] * 3 + ["image/png"]
+    with Image.open(io.BytesIO(photos[0].image)) as image:
+        assert image.size == (7 * 224, 6 * 224)
+    assert drawn.image == buffer.getvalue()
+    assert "no picture" in damaged.missing
+    section = next(inspection_sections(report, photos))
+    assert 'src="data:image/jpeg;base64,' in str(section.blocks[0])
