@@ -240,6 +240,7 @@ def advise(
     """Say which way to use which backbone on a dataset, from one cached pass each; with the configs to do it."""
     from convoy.pipelines.advise import run_advise  # noqa: PLC0415
     from convoy.pipelines.advise_config import AdviseConfig  # noqa: PLC0415
+    from convoy.report.advice_text import print_advice  # noqa: PLC0415
     from convoy.report.curves import draw_learning_curves  # noqa: PLC0415
 
     given = words(source=source, name=name) + (["dataset=null"] if source else [])
@@ -251,6 +252,7 @@ def advise(
             settings, progress=progress, draw_curves=draw_learning_curves, new_run=new_run
         ),
         as_json=as_json,
+        print_text=lambda report: print_advice(report, workspace=settings.workspace),
     )
 
 

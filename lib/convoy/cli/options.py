@@ -52,10 +52,16 @@ def words(**values: object) -> list[str]:
     return [as_override(key, value) for key, value in values.items() if value is not None]
 
 
-def run_job(job: Callable[[TerminalProgress], ReportT], *, as_json: bool, if_empty: str = "") -> None:
+def run_job(
+    job: Callable[[TerminalProgress], ReportT],
+    *,
+    as_json: bool,
+    if_empty: str = "",
+    print_text: Callable[[ReportT], None] = print_report,
+) -> None:
     """Run a job, print its report, and turn a broken promise of the report into the exit code.
 
-    `if_empty` is what people are told in place of a report that has nothing to say.
+    `if_empty` is what people are told in place of a report that has nothing to say; `print_text` prints all others.
     """
     with TerminalProgress() as progress:
         report = job(progress)
@@ -64,7 +70,7 @@ def run_job(job: Callable[[TerminalProgress], ReportT], *, as_json: bool, if_emp
     elif if_empty and not any(report.model_dump().values()):
         print(if_empty)
     else:
-        print_report(report)
+        print_text(report)
     if not getattr(report, "within_error_budget", True):
         unfetched = getattr(report, "unfetched", 0)
         again = (

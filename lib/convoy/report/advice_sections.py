@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from convoy.core.statistics import Interval
 from convoy.pipelines.advise_report import AdviceReport, MoreData, Similarity, Verification
-from convoy.pipelines.advise_strategies import StrategyAdvice, StrategyCost
+from convoy.pipelines.advise_strategies import StrategyAdvice
+from convoy.report.advice_text import cost_span, images_for_wanted, verified
 from convoy.report.blocks import (
     Block,
     Cell,
@@ -34,7 +34,7 @@ def advice_tiles(report: AdviceReport) -> list[Tile]:
     return [
         Tile(_name(first), f"is advised, on {first.backbone}"),
         Tile(percent(first.expected_top1), f"expected top-1, 95 %: {span(first.interval)}"),
-        Tile(duration(first.cost.seconds), f"of training, {_cost_span(first.cost)}"),
+        Tile(duration(first.cost.seconds), f"of training, {cost_span(first.cost)}"),
         Tile(report.more_data.advice.value, f"more data: {report.more_data.why}"),
     ]
 
@@ -224,14 +224,8 @@ def _probes(likeness: Similarity) -> Table:
 
 def _more_data(found: MoreData) -> Section:
     facts = [("advice", found.advice.value), ("why", found.why)]
-    if found.wanted_top1 is not None:
-        if found.curve is None:
-            needed = "not known"
-        elif found.images_needed is None:
-            needed = "no forecast reaches it"
-        else:
-            needed = f"{found.images_needed:,.0f} images a class"
-        facts.append((f"for {percent(found.wanted_top1)}", needed))
+    if (wanted := images_for_wanted(found)) is not None:
+        facts.append(wanted)
     blocks: list[Block] = []
     if found.curve is not None:
         blocks.append(_learning_curve(found))
@@ -343,24 +337,9 @@ def _verification(found: Verification) -> Section:
     return Section(
         key="verification",
         title="Verified",
-        lead=f"At {found.images_per_class} images a class and {found.epochs} epochs the best of {len(found.runs)} was"
-        f" {found.best.value}; the advice stayed {100 * found.regret:.2f} points behind it."
-        f"{_against_others(found.difference)}{_not_run(found.left_out)}",
+        lead=verified(found),
         blocks=[table],
     )
-
-
-def _against_others(difference: Interval | None) -> str:
-    if difference is None:
-        return ""
-    return (
-        f" The best of the others less the advised one: {100 * difference.low:+.2f} to {100 * difference.high:+.2f}"
-        " points, paired by row."
-    )
-
-
-def _not_run(options: int | None) -> str:
-    return f" {options} further options of the advice were not run." if options else ""
 
 
 def _name(one: StrategyAdvice) -> str:
@@ -369,11 +348,6 @@ def _name(one: StrategyAdvice) -> str:
 
 def _cost(one: StrategyAdvice) -> float:
     return max(one.cost.seconds, 1e-3)
-
-
-def _cost_span(cost: StrategyCost) -> str:
-    money = "" if cost.money is None else f", {cost.money:.2f} in money"
-    return f"{duration(cost.low_s)} to {duration(cost.high_s)}{money}"
 
 
 def _title(one: StrategyAdvice) -> str:

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+from convoy.report.advice_text import print_advice
 from convoy.report.tables import print_report
+from made_advice import made_advice
 
 
 class Report(BaseModel):
@@ -34,3 +36,23 @@ def test_a_report_of_many_classes_fits_a_screen(capsys: pytest.CaptureFixture[st
 def test_a_short_list_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     print_report(Report(top1=0.5, classes=["cat", "dog"], confusion=[], by_class=[]))
     assert "cat, dog" in capsys.readouterr().out
+
+
+def test_advice_is_a_short_text_and_the_command_for_its_page(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "140")
+    print_advice(made_advice(), workspace="s3://bucket/work")
+    shown = capsys.readouterr().out
+    assert len(shown.splitlines()) < 80
+    for words in (
+        "fine_tune",
+        "85.00 to 95.00 %",
+        "30 s to 2 min",
+        "collect",
+        "for 95.00 %",
+        "2 x the images",
+    ):
+        assert words in " ".join(shown.split())
+    assert shown.splitlines()[-1] == "All of the evidence: convoy report r --workspace s3://bucket/work"
+    assert "{" not in shown
