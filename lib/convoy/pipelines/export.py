@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from convoy.core.config import StrictModel
-from convoy.core.errors import TrainingError
+from convoy.core.errors import ConfigError, TrainingError
 from convoy.core.fingerprints import canonical_json
 from convoy.core.progress import Progress
 from convoy.pipelines.backbone_loading import read_backbone_state
@@ -49,7 +49,7 @@ class ExportConfig(StrictModel):
     """Which bundle, as what, to which file; `images` are those that the file is checked on.
 
     They are spread evenly over the held-out split of `dataset`, or random pixels where there is none. Without an
-    `output` the file has the bundle's name, and lies in the current folder.
+    `output` the file has the bundle's name, lies in the current folder, and replaces no other.
     """
 
     workspace: str | None = None
@@ -86,12 +86,13 @@ def run_export(config: ExportConfig, *, progress: Progress) -> ExportReport:
 
     The graph takes uint8 images_BCHW in RGB at the preset's crop size, any number of them, normalises inside,
     and gives float32 logits_BK; softmax is left to the caller. Raises ConfigError where a format's packages are
-    missing, DataError for a network that cannot be traced, TrainingError for a file that computes other logits.
+    missing or a file that nobody named is there already, DataError for a network that cannot be traced, TrainingError
+    for a file that computes other logits.
     """
     require_export_packages(config.to)
     store = open_store(workspace_uri(config.workspace))
     bundle = open_bundle(store, config.bundle)
-    target, key = open_object(config.output or f"{bundle.ref.name}{_SUFFIXES[config.to]}")
+    target, key = open_object(config.output or _new_file(f"{bundle.ref.name}{_SUFFIXES[config.to]}"))
     classifier = read_classifier(store, bundle)
     progress.stage("tracing the network")
     module = _image_classifier(store, classifier)
@@ -132,6 +133,17 @@ def compare_logits(expected_NK: Tensor, found_NK: Tensor) -> Parity:
         tolerance=LOGIT_TOLERANCE * float(expected_NK.abs().max()),
         top1_agreement=float((expected_NK.argmax(1) == found_NK.argmax(1)).float().mean()),
     )
+
+
+def _new_file(name: str) -> str:
+    for path in (Path(name), Path(f"{name}.json")):
+        if path.exists():
+            raise ConfigError(
+                "the file exists, and may be that of another bundle",
+                where=str(path.absolute()),
+                next_step="give --output, which replaces what is there, or move the file away",
+            )
+    return name
 
 
 def _require_parity(parity: Parity, config: ExportConfig) -> None:

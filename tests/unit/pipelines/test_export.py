@@ -204,6 +204,19 @@ def test_the_description_says_what_goes_in_and_what_comes_out(
     assert description["parity"]["top1_agreement"] == 1.0
 
 
+@pytest.mark.parametrize("name", ["digits.pt2", "digits.pt2.json"])
+def test_a_file_that_nobody_named_replaces_no_other(
+    store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made_bundle(store, tap="f6")
+    (tmp_path / name).write_bytes(b"of another day")
+    with pytest.raises(ConfigError, match="the file exists") as refused:
+        export(store, None, "torch")
+    assert refused.value.where == str(tmp_path / name)
+    assert (tmp_path / name).read_bytes() == b"of another day"
+
+
 def test_the_file_can_be_checked_on_held_out_images(store: LocalStore, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     for split, num_images in (("train", 3), ("test", 8)):
