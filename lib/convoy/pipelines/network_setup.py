@@ -88,7 +88,7 @@ def set_up_training(
             new_run=new_run,
         )
         new.take_head(probe.fitted.head)
-        head = probe.summary.in_place_of(plan.phases[0].epochs)
+        head = probe.summary.in_place_of(plan.phases[0].epochs, num_views=config.views)
         plan = without_head_phase(plan)
     return TrainingSetup(plan=plan, augmentation=policy, head=head), new.to_safetensors()
 
@@ -110,5 +110,9 @@ def takes_head_from_cache(config: TrainConfig, plan: NetworkPlan, new: NewNetwor
 
 def without_head_phase(plan: NetworkPlan) -> NetworkPlan:
     """What is left to train where the first phase is a fit on cached features (see `takes_head_from_cache`)."""
-    note = f"phase {plan.phases[0].name} is a fit from the feature cache instead"
+    note = (
+        f"phase {plan.phases[0].name} is a fit from the feature cache instead: its epochs, rate, schedule and"
+        " resolution_px have no effect on it, nor have optimiser, mixing and label smoothing; augmentation has with"
+        " more than one of `views`"
+    )
     return plan.model_copy(update={"phases": plan.phases[1:], "notes": (*plan.notes, note)})

@@ -56,9 +56,15 @@ class HeadSummary(StrictModel):
     trials: list[TrialSummary]
     reject_codes: dict[str, int] = Field(default_factory=dict)
 
-    def in_place_of(self, num_epochs: int) -> HeadSummary:
-        """The summary of a fit that replaces so many epochs through the body; of one alone it saves nothing."""
-        saved_s = None if self.body_pass_s is None else self.body_pass_s * (num_epochs - 1) - self.fit_seconds
+    def in_place_of(self, num_epochs: int, *, num_views: int) -> HeadSummary:
+        """The summary of a fit that replaces so many epochs through the body, each of one view of every image.
+
+        It saves nothing, and `saved_s` is negative, where the cache took as many passes: one a view.
+        """
+        if self.body_pass_s is None:
+            return self
+        # The rows of the fit, and so its passes, are of all views.
+        saved_s = self.body_pass_s * (num_epochs / num_views - 1) - self.fit_seconds
         return self.model_copy(update={"saved_s": saved_s})
 
 
