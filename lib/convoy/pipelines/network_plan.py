@@ -119,6 +119,11 @@ def plan_network(
     )
     balance = _balance(recipe.balance, counts)
     notes = [_source(config), *_notes(phases, resolved, axis, images_per_class), *batchnorm_notes]
+    if _trains_head_twice(config, resolved):
+        notes.append(
+            f"phase {resolved[-1].name} trains the head alone, as phase {resolved[0].name} does: a lower freeze_depth"
+            f" trains more, {Strategy.LINEAR_PROBE.value} ends sooner"
+        )
     if wanted.precision is Precision.AUTO:
         unknown = "precision auto: the training itself asks a worker of the cluster"
         notes.append(unknown if device is None else device.precision_note)
@@ -284,6 +289,12 @@ def _balance(wanted: Balance, counts: Sequence[int]) -> Balance:
     if wanted is not Balance.AUTO:
         return wanted
     return Balance.WEIGHTS if max(counts) >= _UNBALANCED_FROM * min(counts) else Balance.NONE
+
+
+def _trains_head_twice(config: TrainConfig, resolved: Sequence[Phase]) -> bool:
+    """Whether the second of Convoy's own phases of a fine-tuning spares no more than the first."""
+    is_own = config.strategy is Strategy.FINE_TUNE and config.phases is None
+    return is_own and resolved[0].freeze_depth == resolved[-1].freeze_depth
 
 
 def _notes(

@@ -172,6 +172,12 @@ def test_what_goes_by_validation_rows_is_told_where_there_are_none(
     assert set(watched) <= set(alone)
 
 
+@pytest.mark.parametrize(("freeze_depth", "is_told"), [("body", True), ("auto", False), (0, False)])
+def test_a_fine_tuning_of_nothing_but_its_head_is_told(freeze_depth: int | str, is_told: bool) -> None:
+    notes = plan_of(strategy="fine_tune", freeze_depth=freeze_depth).notes
+    assert any("body trains the head alone, as phase head does" in note for note in notes) == is_told
+
+
 def test_a_last_phase_of_another_resolution_is_told() -> None:
     phases = [{"name": "small", "epochs": 1, "learning_rate": 0.1, "resolution_px": 24}]
     assert any("judged at 24 pixels" in note for note in plan_of(phases=phases).notes)
