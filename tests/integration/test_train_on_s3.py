@@ -9,6 +9,9 @@ import boto3
 import pytest
 
 from cache_jobs import freeze
+from convoy.cli.options import load
+from convoy.core.config import write_settings
+from convoy.pipelines.train_config import TrainConfig
 from train_jobs import LENET, NUM_ROWS, TrainJob, put_images, timeless, write_splits
 
 pytestmark = pytest.mark.integration
@@ -52,6 +55,19 @@ def test_a_second_training_on_the_node_fetches_no_image(
     assert finished.returncode == 1
     assert "none of 96 training images could be used" in finished.stderr
     assert_no_bundle(workspace, "third")
+
+
+def test_a_config_is_read_from_the_bucket_in_which_advice_wrote_it(s3_bucket: str) -> None:
+    config = {
+        "name": "first",
+        "dataset": "splits",
+        "strategy": "linear_probe",
+        "backbone": {"arch": "lenet5"},
+    }
+    key = "workspace/runs/r/configs/train.first.yaml"
+    boto3.session.Session().client("s3").put_object(Bucket=s3_bucket, Key=key, Body=write_settings(config))
+    read = load(TrainConfig, f"s3://{s3_bucket}/{key}", None, None)
+    assert read == TrainConfig.model_validate(config)
 
 
 def assert_no_bundle(workspace: str, name: str) -> None:

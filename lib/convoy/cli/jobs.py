@@ -18,8 +18,9 @@ from convoy.cli.options import (
     run_job,
     words,
 )
-from convoy.core.config import as_override, parse_config, read_settings
+from convoy.core.config import as_override, parse_config
 from convoy.core.errors import ConfigError
+from convoy.pipelines.config_files import read_job_settings
 from convoy.report.progress import TerminalProgress
 
 jobs_app = typer.Typer()
@@ -244,7 +245,7 @@ def advise(
     from convoy.report.curves import draw_learning_curves  # noqa: PLC0415
 
     given = words(source=source, name=name) + (["dataset=null"] if source else [])
-    if verify and read_settings(config, overrides or []).get("verify") is None:
+    if verify and read_job_settings(config, overrides or []).get("verify") is None:
         given += words(verify={})
     settings = load(AdviseConfig, config, [*(overrides or []), *given], workspace)
     run_job(
@@ -263,14 +264,14 @@ def _replaced_dataset_words(config: str | None, dataset: str | None, source: str
     """
     if source:
         return ["dataset=null"]
-    if dataset and read_settings(config, []).get("source") is not None:
+    if dataset and read_job_settings(config, []).get("source") is not None:
         return ["source=null", "name=null"]
     return []
 
 
 def _compared_settings(named: Sequence[str], config: str | None, told: Sequence[str]) -> dict[str, Any]:
     """What a comparison is told: the models named take the place of the one that a config of `evaluate` names."""
-    settings = read_settings(config, [*told, *words(bundles=list(named) or None)])
+    settings = read_job_settings(config, [*told, *words(bundles=list(named) or None)])
     if named:
         for which in ("bundle", "model", "ensemble"):
             settings.pop(which, None)

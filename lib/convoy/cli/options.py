@@ -10,13 +10,16 @@ from typing import Annotated, TypeVar
 import typer
 from pydantic import BaseModel
 
-from convoy.core.config import as_override, load_config
+from convoy.core.config import as_override, parse_config
 from convoy.core.errors import ErrorBudgetExceeded, ExitCode
 from convoy.core.json_values import finite_or_null
+from convoy.pipelines.config_files import read_job_settings
 from convoy.report.progress import TerminalProgress
 from convoy.report.tables import print_report
 
-ConfigOption = Annotated[str | None, typer.Option("--config", "-c", help="YAML file of the job.")]
+ConfigOption = Annotated[
+    str | None, typer.Option("--config", "-c", help="YAML file of the job, or its s3:// URI.")
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", "-s", help="Override a key: section.key=value. Repeatable.")
 ]
@@ -44,7 +47,8 @@ def load(
     model: type[ConfigT], path: str | None, overrides: Sequence[str] | None, workspace: str | None
 ) -> ConfigT:
     """The settings of a job: its file, what was `--set`, and the workspace that was named, which wins."""
-    return load_config(model, path, [*(overrides or []), *words(workspace=workspace)])
+    settings = read_job_settings(path, [*(overrides or []), *words(workspace=workspace)])
+    return parse_config(model, settings, where=path or "--set")
 
 
 def words(**values: object) -> list[str]:

@@ -19,7 +19,7 @@ from convoy.cli.options import (
     run_job,
     words,
 )
-from convoy.core.config import read_settings
+from convoy.pipelines.config_files import read_job_settings
 from convoy.pipelines.submit import (
     NEW_RUN,
     JobRequest,
@@ -105,7 +105,7 @@ def _submit_command(verb: Verb) -> Callable[..., None]:
             )
         request = JobRequest(
             verb=verb,
-            settings=read_settings(config, [*(overrides or []), *words(workspace=workspace)]),
+            settings=read_job_settings(config, [*(overrides or []), *words(workspace=workspace)]),
             arguments=(NEW_RUN,) if new_run else (),
             attempt=attempt or _first_attempt(verb),
             tries=tries,

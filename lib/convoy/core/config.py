@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -53,17 +53,18 @@ def parse_config(model: type[ConfigT], settings: Mapping[str, Any], *, where: st
     return config
 
 
-def config_keys(path: str | None, overrides: Sequence[str] = ()) -> frozenset[str]:
-    """The sections and keys that a config and its overrides set at the top, whatever their values.
+def _read_file(path: str) -> bytes:
+    return Path(path).read_bytes()
+
+
+def read_settings(
+    path: str | None, overrides: Sequence[str], *, read: Callable[[str], bytes] = _read_file
+) -> dict[str, Any]:
+    """What a config (may be None) and its overrides say, unchecked; `read` gives the bytes at a path.
 
     Raises ConfigError for a file that cannot be read, bad YAML or an override that cannot be read.
     """
-    return frozenset(read_settings(path, overrides))
-
-
-def read_settings(path: str | None, overrides: Sequence[str]) -> dict[str, Any]:
-    """What a config (may be None) and its overrides say, unchecked; raises ConfigError like `config_keys`."""
-    settings = _read_yaml(path) if path else {}
+    settings = _read_yaml(path, read) if path else {}
     for override in overrides:
         _apply_override(settings, override)
     return settings
@@ -109,9 +110,9 @@ def _parse_yaml(text: str) -> Any:
     return yaml.load(text, _StrictLoader)
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def _read_yaml(path: str, read: Callable[[str], bytes]) -> dict[str, Any]:
     try:
-        loaded = _parse_yaml(Path(path).read_text(encoding="utf-8"))
+        loaded = _parse_yaml(read(path).decode())
     except FileNotFoundError:
         raise ConfigError("the config file does not exist", where=path, next_step="check --config") from None
     except OSError as error:

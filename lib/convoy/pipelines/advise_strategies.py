@@ -27,7 +27,8 @@ from convoy.pipelines.probe_judging import JUDGING_FOLD
 from convoy.pipelines.train_config import NETWORKS, TrainConfig
 from convoy.pipelines.training_rows import RowLimit
 from convoy.storage.object_store import WriterMode
-from convoy.vision.backbone_config import BackboneConfig
+from convoy.storage.stores import open_object, open_store
+from convoy.vision.backbone_config import BackboneConfig, WeightSource, weight_source
 from convoy.vision.heads import HeadKind
 
 # A step is a forward pass and, at twice its price, a backward pass (Kaplan et al. 2020, arXiv:2001.08361, section 2.1).
@@ -304,11 +305,14 @@ def _partial_reuse(config: AdviseConfig, one: BackboneEvidence) -> list[Option]:
 
 
 def _settings(config: AdviseConfig, one: BackboneEvidence, strategy: Strategy, **own: Any) -> dict[str, Any]:
-    """A config for `convoy train`: what every strategy needs, and its own keys."""
+    """A config for `convoy train`, to be run from any folder: what every strategy needs, and its own keys."""
     backbone = one.config.model_dump(mode="json", exclude_defaults=True)
     if strategy is Strategy.FROM_SCRATCH:
         backbone.pop("weights", None)
         backbone.pop("weights_digest", None)
+    elif weight_source(one.config) is WeightSource.URI:
+        store, key = open_object(one.config.weights)
+        backbone["weights"] = store.uri(key)
     settings: dict[str, Any] = {
         "name": config_name(config.dataset_name, strategy, one.probes.backbone),
         "dataset": config.dataset_name,
@@ -317,7 +321,7 @@ def _settings(config: AdviseConfig, one: BackboneEvidence, strategy: Strategy, *
         **own,
     }
     if config.workspace is not None:
-        settings["workspace"] = config.workspace
+        settings["workspace"] = open_store(config.workspace).root_uri
     if config.writers is not WriterMode.MANY:
         settings["writers"] = config.writers.value
     rows = config.rows if one.has_held_out else config.rows.model_copy(update={"fold": JUDGING_FOLD})

@@ -10,11 +10,12 @@ import pyarrow as pa
 import torch
 from pydantic import Field
 
-from convoy.core.config import StrictModel, config_keys, load_config
+from convoy.core.config import StrictModel, parse_config
 from convoy.core.errors import ConfigError, DataError
 from convoy.core.progress import Progress
 from convoy.core.records import SampleRejected, Split
 from convoy.pipelines.cache import CacheConfig
+from convoy.pipelines.config_files import read_job_settings
 from convoy.pipelines.pixel_statistics import resolve_augmentation
 from convoy.pipelines.stratified_sample import labels_of, stratified_rows
 from convoy.pipelines.train_config import TrainConfig
@@ -86,11 +87,9 @@ def read_augmented_job(
 
     Raises ConfigError as the job itself would.
     """
-    config: TrainConfig | CacheConfig
-    if config_keys(path, overrides) & _TRAIN_KEYS:
-        config = load_config(TrainConfig, path, overrides)
-    else:
-        config = load_config(CacheConfig, path, overrides)
+    settings = read_job_settings(path, overrides)
+    model: type[TrainConfig | CacheConfig] = TrainConfig if _TRAIN_KEYS & settings.keys() else CacheConfig
+    config = parse_config(model, settings, where=path or "--set")
     return AugmentedJob(
         workspace=workspace or config.workspace,
         dataset=config.dataset,

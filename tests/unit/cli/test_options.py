@@ -60,6 +60,14 @@ def test_names_on_the_command_line_may_have_any_character() -> None:
     assert load(Named, None, words(source=place), place) == Named(workspace=place, source=place)
 
 
+def test_a_config_may_be_named_by_its_uri(tmp_path: Path) -> None:
+    (tmp_path / "named one.yaml").write_text("workspace: /w\nsource: old\n")
+    uri = (tmp_path / "named one.yaml").as_uri()
+    assert load(Named, uri, ["source=new"], None) == Named(workspace="/w", source="new")
+    with pytest.raises(ConfigError, match="the config file does not exist"):
+        load(Named, f"{uri}.bak", None, None)
+
+
 def test_a_dry_run_of_a_scoring_hears_new_run(monkeypatch: pytest.MonkeyPatch) -> None:
     heard = []
 

@@ -9,7 +9,6 @@ from pydantic import Field
 from convoy.core.config import (
     StrictModel,
     as_override,
-    config_keys,
     load_config,
     read_settings,
     write_settings,
@@ -157,13 +156,6 @@ def test_missing_file_is_a_config_error() -> None:
 def test_a_folder_in_place_of_a_config_file_is_a_config_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
         load_config(Outer, str(tmp_path))
-
-
-def test_keys_of_a_config_are_known_without_its_model(tmp_path: Path) -> None:
-    path = tmp_path / "job.yaml"
-    path.write_text("name: probe\nhead: {C: [1]}\n")
-    assert config_keys(str(path), ["extraction.batch_size=8"]) == {"name", "head", "extraction"}
-    assert config_keys(None) == frozenset()
 
 
 def test_settings_that_were_written_are_read_to_the_same_values(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -116,9 +117,14 @@ def test_strategies_use_what_they_are_named_after() -> None:
     assert parsed[Strategy.EARLY_LAYER_PROBE].tap == "layer2.2"
     assert parsed[Strategy.EARLY_LAYER_PROBE].head.kind == "linear_svm"
     assert parsed[Strategy.FROM_SCRATCH].backbone.weights == "DEFAULT"
-    assert parsed[Strategy.FINE_TUNE].backbone.weights == "nets/resnet20.th"
     assert parsed[Strategy.FINE_TUNE].epochs == 30
     assert parsed[Strategy.PARTIAL_REUSE].freeze_depth == "body.layer1.2"
+
+
+def test_configs_name_weights_and_workspace_so_that_they_run_from_any_folder() -> None:
+    settings = by_strategy(config("workspace=ws"))[Strategy.FINE_TUNE].settings
+    assert settings["backbone"]["weights"] == str(Path.cwd() / "nets/resnet20.th")
+    assert settings["workspace"] == str(Path.cwd() / "ws")
 
 
 def test_a_network_that_has_the_classes_is_an_option_as_it_is_and_costs_nothing() -> None:
