@@ -227,7 +227,7 @@ def test_an_advice_verifies_where_told_to_whether_the_config_says_how_or_not(
     (tmp_path / "advise.yaml").write_text(
         f"dataset: digits\ncandidates: [{{backbone: {{arch: lenet5}}}}]\n{said}"
     )
-    app(["advise", "--verify", "--config", str(tmp_path / "advise.yaml")], standalone_mode=False)
+    app(["advise", "--json", "--verify", "--config", str(tmp_path / "advise.yaml")], standalone_mode=False)
     (verify,) = [config.verify for config in heard]
     assert verify is not None
     assert verify.epochs == num_epochs
