@@ -38,7 +38,12 @@ def store(tmp_path: Path) -> LocalStore:
 
 @pytest.fixture
 def manifest(store: LocalStore, tmp_path: Path) -> Manifest:
-    for split in ("train", "val"):
+    return frozen(store, tmp_path, ("train", "val"))
+
+
+def frozen(store: LocalStore, tmp_path: Path, splits: Sequence[str]) -> Manifest:
+    """A dataset of one image a split."""
+    for split in splits:
         path = tmp_path / "images" / split / "0" / "image.png"
         path.parent.mkdir(parents=True)
         Image.new("RGB", (32, 32)).save(path)
@@ -216,8 +221,10 @@ def test_predictions_of_another_version_of_the_dataset_are_refused(
         read_candidates(store, manifest, candidates, Averaging.PROBABILITIES)
 
 
-def test_test_rows_choose_nothing(store: LocalStore, manifest: Manifest) -> None:
-    tempting = candidate(store, manifest, "tempting", splits=["test", "val"])
+@pytest.mark.parametrize("splits", [["test", "val"], "all"])
+def test_test_rows_choose_nothing(store: LocalStore, tmp_path: Path, splits: object) -> None:
+    manifest = frozen(store, tmp_path, ("val", "test"))
+    tempting = candidate(store, manifest, "tempting", splits=splits)
     with pytest.raises(DataError, match="test rows, which must choose nothing"):
         read_candidates(store, manifest, [tempting], Averaging.PROBABILITIES)
 
