@@ -8,7 +8,14 @@ from typing import Any
 from pydantic import Field
 
 from convoy.core.config import StrictModel
-from convoy.core.crop_policies import Averaging, CropPolicy, EvaluationMode, MemberOutputs, crop_views
+from convoy.core.crop_policies import (
+    Averaging,
+    CropPlan,
+    CropPolicy,
+    EvaluationMode,
+    MemberOutputs,
+    crop_views,
+)
 from convoy.core.metrics import EvaluationCounts
 from convoy.core.progress import Progress
 from convoy.core.records import Split
@@ -24,6 +31,10 @@ from convoy.storage.object_store import ObjectStore
 from convoy.storage.predictions import paired, read_predicted
 from convoy.vision.committee_options import gate_passes
 from convoy.vision.ensembling import mean_of_views
+from convoy.vision.presets import CropGeometry, geometry_of
+
+# Policies whose crops all are the central one, plain or mirrored, where an image is no larger; and what shows as much.
+_SAME_WITHOUT_MARGIN = {CropPolicy.FIVE: CropPolicy.CENTER, CropPolicy.TEN: CropPolicy.FLIP}
 
 
 class MemberEvaluation(StrictModel):
@@ -68,7 +79,8 @@ class ModeEffect(StrictModel):
 class CommitteeEvaluation(Evaluation):
     """The evaluation of a committee. `members` is empty in the gated mode, where not every member saw every image.
 
-    Of the rejects `unfetched` could not be fetched, which a later run may; `notes` say how.
+    Of the rejects `unfetched` could not be fetched, which a later run may; `notes` say how, and which crops show
+    nothing new.
     """
 
     crops: CropPolicy
@@ -120,8 +132,28 @@ def evaluate_committee(
         cost=_cost(request, predictions),
         effect=effect,
         unfetched=predictions.unfetched,
-        notes=predictions.fetch_notes(),
+        notes=[*predictions.fetch_notes(), *crop_notes(request)],
     )
+
+
+def crop_notes(request: PredictionRequest) -> list[str]:
+    """Of crops that cost passes and show nothing new, as presets leave nothing beside the central one."""
+    cheaper = _SAME_WITHOUT_MARGIN.get(request.plan.policy)
+    if cheaper is None:
+        return []
+    num_views, num_cheaper = (len(crop_views(plan)) for plan in (request.plan, CropPlan(policy=cheaper)))
+    geometries = dict.fromkeys(geometry_of(request.preset(member)) for member in request.committee.members)
+    return [
+        f"crops {request.plan.policy} of {_all_crop(geometry)} images show what {cheaper} shows, in {num_views} passes"
+        f" a member in place of {num_cheaper}: the preset leaves nothing beside its crop of {geometry.crop_px} pixels"
+        for geometry in geometries
+        if (geometry.resize_px or geometry.crop_px) <= geometry.crop_px
+    ]
+
+
+def _all_crop(geometry: CropGeometry) -> str:
+    """The images that the central crop of such a preset shows entirely."""
+    return "square" if geometry.resize_px else f"{geometry.crop_px}x{geometry.crop_px}"
 
 
 def _measured(

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from convoy.core.crop_policies import Averaging, MemberOutputs
+from convoy.core.crop_policies import Averaging, CropPlan, CropPolicy, MemberOutputs
 from convoy.core.metrics import EvaluationCounts
-from convoy.pipelines.committee_evaluation import evaluate_members
+from convoy.pipelines.committee_evaluation import crop_notes, evaluate_members
 from convoy.pipelines.committee_predictions import CommitteePredictions
 from convoy.pipelines.committees import CommitteeMember, committee_of
+from convoy.pipelines.prediction_request import PredictionRequest
 from convoy.storage.commits import RunManifest, SliceRecord
 from convoy.storage.local_store import LocalStore
 from convoy.storage.member_predictions import member_output, write_member_predictions
 from convoy.vision.ensembling import mean_of_views
-from made_bundles import DIGITS, made_classifier
+from convoy.vision.presets import EvalPreset
+from made_bundles import DIGITS, FP32, made_classifier
 from made_runs import slice_record
 
 ROWS_A_SLICE = (5, 3)
@@ -86,3 +89,31 @@ def test_members_are_measured_over_all_slices_at_their_own_temperature(
         counts.add(logits_NK, np.concatenate(labels))
         assert (one.name, one.top1) == (f"m{temperature}", counts.summary().top1)
         assert one.nll == pytest.approx(counts.summary().nll)
+
+
+@pytest.mark.parametrize(
+    ("resize_px", "policy", "images", "shown"),
+    [
+        (None, CropPolicy.TEN, "32x32 images", "what flip shows, in 10 passes a member in place of 2"),
+        (32, CropPolicy.FIVE, "square images", "what center shows, in 5 passes a member in place of 1"),
+        (36, CropPolicy.TEN, "", ""),
+        (None, CropPolicy.FLIP, "", ""),
+    ],
+)
+def test_crops_that_show_nothing_new_are_named(
+    tmp_path: Path, resize_px: int | None, policy: CropPolicy, images: str, shown: str
+) -> None:
+    classifier = made_classifier(LocalStore(str(tmp_path)), 0)
+    backbone = classifier.backbone.model_copy(update={"preset": EvalPreset(resize_px=resize_px, crop_px=32)})
+    member = CommitteeMember(
+        name="m", digest="", bundle=None, classifier=replace(classifier, backbone=backbone), weight=1
+    )
+    request = PredictionRequest(
+        committee=committee_of([member, member], plan=CropPlan(policy=policy)),
+        dataset="made",
+        splits=None,
+        extraction=FP32,
+    )
+    notes = crop_notes(request)
+    assert len(notes) == bool(shown)
+    assert all(images in note and shown in note for note in notes)
