@@ -348,7 +348,9 @@ class _Search:
             return records
         first = next((record for record in records if record.reason), None)
         raise TrainingError(
-            f"none of {len(records)} trials finished" + (f"; the first: {first.reason}" if first else ""),
+            f"none of {len(records)} trials finished"
+            + (f"; the first: {first.reason}" if first else "")
+            + _against_budget(records, self._config.budget),
             where=self._store.uri(self._folder.key("trials/")),
             next_step="correct the space or raise the budget, and add --new-run",
         )
@@ -357,6 +359,17 @@ class _Search:
         """Delete what Ray Tune wrote: pickles, which nobody shall ever read back."""
         keys = [info.key for info in self._store.list_objects(self._folder.key(f"{_RAY_TUNE}/"))]
         self._store.delete(keys)
+
+
+def _against_budget(records: Sequence[TrialRecord], budget: SearchBudget) -> str:
+    """How far the longest trial came, beside the time that there was for all."""
+    if budget.seconds is None or not records:
+        return ""
+    longest = max(map(TrialSummary.of, records), key=lambda trial: trial.seconds)
+    return (
+        f"; the budget was {budget.seconds:,.0f} s in all, and the longest trial, {longest.trial}, ran for"
+        f" {longest.seconds:,.0f} s; epochs done: {longest.num_epochs}"
+    )
 
 
 def _require_validation_rows(manifest: Manifest) -> None:

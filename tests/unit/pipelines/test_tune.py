@@ -133,6 +133,24 @@ def test_a_trial_that_the_end_of_the_time_cut_short_keeps_its_epochs(search: _Se
     assert "before it came to run" in of_waited.reason
 
 
+@pytest.mark.parametrize("hours", [0.005, None])
+def test_a_search_without_a_finished_trial_tells_its_time_beside_what_a_trial_took(
+    search: _Search, hours: float | None
+) -> None:
+    """Where nothing foretells how long a trial takes, as on GPUs, this is what a budget is corrected by."""
+    search._config = search._config.model_copy(update={"budget": SearchBudget(trials=2, hours=hours)})
+    points = [search._journal.point(index, {"recipe.seed": index}) for index in range(2)]
+    for point in points:
+        search._journal.drawn(point)
+    end = GivenUp(state=TrialState.STOPPED, reason="late", epochs=((1, 0.5),), seconds=9.0)
+    with pytest.raises(TrainingError) as caught:
+        search._ended({points[1].trial: end})
+    told = (
+        f"the budget was 18 s in all, and the longest trial, {points[1].trial}, ran for 9 s; epochs done: 1"
+    )
+    assert (told in str(caught.value)) == (hours is not None)
+
+
 def opened_trainings(search: _Search, index: int) -> list[RunFolder]:
     """What the process of a trial left when it was stopped: a run of its training, or of that of each fold."""
     point = search._journal.point(index, {"recipe.seed": index})
