@@ -16,6 +16,7 @@ import ray
 from PIL import Image
 
 from cache_jobs import convoy_json, last_json, settings_arguments
+from chaos_jobs import wait_for
 from convoy.core.crash_points import CrashPoint
 from convoy.pipelines.runs_list import list_runs
 from convoy.storage.commits import read_manifest
@@ -23,6 +24,7 @@ from convoy.storage.member_predictions import MemberLogits, read_member_logits
 from convoy.storage.runs import RunFolder
 from convoy.storage.stores import open_store
 from train_jobs import NUM_ROWS, convoy_here, frozen_digits
+from training_faults import begun
 from tune_jobs import EARLY, NETWORK, PROBE, SETTINGS, TuneJob, assert_each_trial_ran_once
 
 pytestmark = pytest.mark.integration
@@ -197,6 +199,42 @@ def test_a_killed_driver_goes_on_with_the_trials_that_have_not_ended(job: TuneJo
     after = job.records()
     assert {trial: after[trial] for trial in before} == before, "a finished trial ran again"
     assert [record["state"] for record in after.values()] == ["finished"] * 3
+
+
+def test_a_driver_killed_while_a_trial_trains_ends_as_an_undisturbed_search(
+    job: TuneJob, tmp_path: Path
+) -> None:
+    job = job.changed(*PROBES[:2], f"space.config={{grid: [{EARLY}, {NETWORK}]}}")
+    arrivals = tmp_path / "arrivals"
+    # In the second of three epochs of six steps. The worker is seconds in coming back, and the driver dies in them.
+    workers = {"env_vars": {"CONVOY_CRASH_POINT": f"{CrashPoint.TRAINING_STEP}:8:{arrivals}"}}
+    fault = {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": workers})}
+    with begun(replace(job, environment={**job.environment, **fault})) as driver:
+        wait_for(lambda: arrivals.exists() and arrivals.stat().st_size >= 8, driver)
+        driver.kill()
+        driver.wait()
+    before = job.records()
+    assert (len(before), len(job.drawn())) == (1, 2), (
+        "the driver was not killed while the second trial trained"
+    )
+
+    resumed = job.start({})
+    assert resumed.returncode == 0, resumed.stderr
+    assert_each_trial_ran_once(job)
+    after = job.records()
+    assert {trial: after[trial] for trial in before} == before, "a finished trial ran again"
+
+    other = tmp_path / "undisturbed"
+    shutil.copytree(Path(job.workspace, "datasets"), other / "datasets")
+    undisturbed = replace(job, workspace=str(other))
+    undisturbed.run_here()
+    assert outcomes(job) == outcomes(undisturbed)
+
+
+def outcomes(job: TuneJob) -> list[tuple[Any, ...]]:
+    """What was drawn for each trial of a search, and what became of it."""
+    fields = ("values", "state", "top1", "epochs")
+    return [tuple(record[name] for name in fields) for record in job.records().values()]
 
 
 @pytest.mark.slow
