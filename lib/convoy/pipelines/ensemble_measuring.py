@@ -127,10 +127,10 @@ class UntouchedRows:
             alone = self._kept(self._evaluate(single))
         _, (rows, rows_alone) = paired_rows([ensemble.sample_ids, alone.sample_ids])
         self.labels_N = ensemble.labels_N[rows]
-        self.logits_MVNK = ensemble.logits_MVNK[:, :, rows]
+        self.logits_MVNK = _taken(ensemble.logits_MVNK, rows)
         # Another committee may have its classes in another order: labels go with the logits.
         self._alone_labels_N = alone.labels_N[rows_alone]
-        self._alone_1VNK = alone.logits_MVNK[:, :, rows_alone]
+        self._alone_1VNK = _taken(alone.logits_MVNK, rows_alone)
 
     def measured(self) -> Measured:
         """The figures of these rows."""
@@ -273,11 +273,20 @@ def _gate_calibration(
 
 def _rows_of(predictions: CandidatePredictions, rows: NDArray[np.int64]) -> CandidatePredictions:
     """Some rows of all candidates, on disk where memory is short."""
-    logits_MVNK = predictions.logits_MVNK
-    some_MVNK = large_array((*logits_MVNK.shape[:2], len(rows), logits_MVNK.shape[3]), np.float32)
-    for place in np.ndindex(logits_MVNK.shape[:2]):
-        some_MVNK[place] = logits_MVNK[place][rows]
-    return replace(predictions, logits_MVNK=some_MVNK, labels_N=predictions.labels_N[rows])
+    return replace(
+        predictions,
+        logits_MVNK=_taken(predictions.logits_MVNK, rows),
+        labels_N=predictions.labels_N[rows],
+    )
+
+
+def _taken(logits_MVNK: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Some rows, on disk where memory is short."""
+    num_members, num_views, _, num_classes = logits_MVNK.shape
+    taken_MVNK = large_array((num_members, num_views, len(rows), num_classes), np.float32)
+    for place in np.ndindex(num_members, num_views):
+        taken_MVNK[place] = logits_MVNK[place][rows]
+    return taken_MVNK
 
 
 def _joint_logits(

@@ -5,7 +5,6 @@ From these rows ensembles are chosen, weighted and calibrated without running a 
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from convoy.core.errors import DataError
 from convoy.core.fingerprints import MultisetDigest
+from convoy.core.large_arrays import large_array
 from convoy.storage.commits import PartFile, RunManifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.parts import write_table
@@ -91,20 +91,7 @@ def iter_member_parts(
 
     Raises DataError for a run that kept none.
     """
-    members = sorted(
-        {
-            int(output.removeprefix(_MEMBER))
-            for record in manifest.slices
-            for output in record.parts
-            if output.startswith(_MEMBER)
-        }
-    )
-    if not members:
-        raise DataError(
-            "the run did not keep its members' predictions",
-            where=f"runs/{manifest.run_id}",
-            next_step="run it again with --set keep=views",
-        )
+    members = _kept_members(manifest)
     for record in manifest.slices:
         for member in members:
             table = store.open_parquet(record.parts[member_output(member)].key).read()
@@ -122,25 +109,44 @@ def iter_member_parts(
 def read_member_logits(
     store: ObjectStore, manifest: RunManifest, *, labelled_only: bool = True
 ) -> MemberLogits:
-    """All members' predictions of a run, in memory: 4 bytes a member, view, sample and class.
+    """All members' predictions of a run: 4 bytes a member, view, sample and class, see `core.large_arrays`.
 
-    Raises DataError for a run that kept none.
+    Raises DataError for a run that kept none, StorageFull where there is no room for them.
     """
+    place_of = {member: place for place, member in enumerate(_kept_members(manifest))}
+    most_rows = sum(record.parts[member_output(next(iter(place_of)))].num_rows for record in manifest.slices)
     ids: list[str] = []
     labels: list[NDArray[np.int32]] = []
-    logits: defaultdict[int, list[NDArray[np.float32]]] = defaultdict(list)
+    logits_MVNK: NDArray[np.float32] | None = None
     for part in iter_member_parts(store, manifest, labelled_only=labelled_only):
-        logits[part.member].append(part.logits_VNK)
-        if part.member == 0:
+        num_views, num_rows, num_classes = part.logits_VNK.shape
+        if logits_MVNK is None:
+            logits_MVNK = large_array((len(place_of), num_views, most_rows, num_classes), np.float32)
+        if place_of[part.member] == 0:
             ids += part.sample_ids.to_pylist()
             labels.append(part.labels_N)
-    if not ids:
+        logits_MVNK[place_of[part.member], :, len(ids) - num_rows : len(ids)] = part.logits_VNK
+    if logits_MVNK is None:
         raise DataError("the run has no labelled sample with predictions", where=f"runs/{manifest.run_id}")
     return MemberLogits(
-        sample_ids=ids,
-        labels_N=np.concatenate(labels),
-        logits_MVNK=np.stack([np.concatenate(parts, axis=1) for _, parts in sorted(logits.items())]),
+        sample_ids=ids, labels_N=np.concatenate(labels), logits_MVNK=logits_MVNK[:, :, : len(ids)]
     )
+
+
+def _kept_members(manifest: RunManifest) -> list[int]:
+    members = {
+        int(output.removeprefix(_MEMBER))
+        for record in manifest.slices
+        for output in record.parts
+        if output.startswith(_MEMBER)
+    }
+    if not members:
+        raise DataError(
+            "the run did not keep its members' predictions",
+            where=f"runs/{manifest.run_id}",
+            next_step="run it again with --set keep=views",
+        )
+    return sorted(members)
 
 
 def _nested_lists(logits_NVK: NDArray[np.float32]) -> pa.ListArray:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+import tracemalloc
 from pathlib import Path
 
 import duckdb
@@ -59,13 +61,30 @@ def made_manifest(store: LocalStore, labels_of: dict[str, list[int | None]]) -> 
     return RunManifest(run_id="r1", slices=tuple(records))
 
 
-def test_logits_come_back_by_member_and_view(store: LocalStore) -> None:
+@pytest.mark.parametrize("free_bytes", [None, 0], ids=["in memory", "on disk"])
+def test_logits_come_back_by_member_and_view(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch, free_bytes: int | None
+) -> None:
+    monkeypatch.setattr("convoy.core.large_arrays.free_memory_bytes", lambda: free_bytes)
     manifest = made_manifest(store, {"0-000000": [0, 3, 1], "0-000001": [2, 2]})
     found = read_member_logits(store, manifest)
     wanted_MNVK = np.concatenate([logits_MNVK(3, 0), logits_MNVK(2, 1)], axis=1)
     np.testing.assert_array_equal(found.logits_MVNK, wanted_MNVK.transpose(0, 2, 1, 3))
     assert found.labels_N.tolist() == [0, 3, 1, 2, 2]
     assert list(found.sample_ids) == ["0-000000/0", "0-000000/1", "0-000000/2", "0-000001/0", "0-000001/1"]
+
+
+def test_reading_takes_the_memory_of_the_logits_and_of_a_slice_or_two(store: LocalStore) -> None:
+    labels_of: dict[str, list[int | None]] = {f"0-{number:06d}": [0] * 2000 for number in range(8)}
+    manifest = made_manifest(store, labels_of)
+    tracemalloc.start()
+    try:
+        found = read_member_logits(store, manifest)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    ids_bytes = sum(map(sys.getsizeof, found.sample_ids))
+    assert peak < 1.5 * found.logits_MVNK.nbytes + 2 * ids_bytes
 
 
 def test_members_from_the_hundredth_on_keep_their_places(store: LocalStore) -> None:
