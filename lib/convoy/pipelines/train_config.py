@@ -40,8 +40,8 @@ class HeadSource(StrEnum):
     """How a phase that trains only the head gets its features.
 
     `cache`: computed once, kept in the feature cache, and fitted from there. `network`: through the frozen
-    body, anew in every epoch. `auto`: from the cache where the head is one linear layer and nobody wrote the phase,
-    since a fit has no rate, epochs or schedule; else through the body.
+    body, anew in every epoch. `auto`: from the cache where the head is one linear layer and the phase is the one that a
+    fine-tuning begins with by itself, since a fit has no rate, epochs or schedule; else through the body.
     """
 
     AUTO = "auto"
@@ -132,9 +132,9 @@ class TrainConfig(StrictModel):
 
     @property
     def may_fit_head(self) -> bool:
-        """Whether a first phase of the head alone may be a fit on cached features: a written one if asked."""
+        """Whether a first phase of the head alone may be a fit on cached features: unasked, that of a fine-tuning."""
         if self.head_source is HeadSource.AUTO:
-            return self.phases is None
+            return self.strategy is Strategy.FINE_TUNE and self.phases is None
         return self.head_source is HeadSource.CACHE
 
     @property
