@@ -30,6 +30,7 @@ def epoch_result(**values: Any) -> EpochResult:
 def training_event(**values: Any) -> TrainingEvent:
     """A glimpse of the middle of the second of three epochs; `values` replace fields."""
     fields: dict[str, Any] = {
+        "run_id": "train-0001",
         "phase": "body",
         "epoch": 2,
         "num_epochs": 3,

@@ -41,7 +41,7 @@ OUTSIDE = {
     "cluster": {"numpy", "pydantic", "pyarrow", "torch", "ray"},
     "pipelines": {"numpy", "pydantic", "pyarrow", "torch", "umap"},
     # markupsafe is what jinja2 escapes with.
-    "report": {"pydantic", "rich", "jinja2", "markupsafe", "torch", "matplotlib", "mlflow"},
+    "report": {"pydantic", "rich", "tensorboard", "jinja2", "markupsafe", "torch", "matplotlib", "mlflow"},
     "cli": {"pydantic", "typer"},
 }
 

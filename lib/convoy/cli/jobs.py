@@ -70,7 +70,7 @@ def train(
         params = settings.model_dump(mode="json")
         with tracked(progress, settings.tracking, name=settings.name, params=params) as watched:
             report = run_train(settings, progress=watched, draw_curves=draw_learning_curves, new_run=new_run)
-            watched.finish(final_figures(report))
+            watched.finish(final_figures(report), report.train_run)
             return report
 
     run_job(job, as_json=as_json)

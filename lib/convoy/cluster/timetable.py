@@ -11,10 +11,10 @@ from convoy.vision.training_config import Phase
 
 
 class Timetable:
-    """The phases of a training, all epochs of which have `num_steps` steps over `num_rows` images."""
+    """The phases of the training of a run, all epochs of which have `num_steps` steps over `num_rows` images."""
 
-    def __init__(self, phases: Sequence[Phase], *, num_steps: int, num_rows: int) -> None:
-        self._phases = phases
+    def __init__(self, run_id: str, phases: Sequence[Phase], *, num_steps: int, num_rows: int) -> None:
+        self._run_id, self._phases = run_id, phases
         self.num_steps = num_steps
         self._images_a_step = num_rows / num_steps
         self.num_epochs = sum(phase.epochs for phase in phases)
@@ -49,6 +49,7 @@ class Timetable:
         """A glimpse of the epoch at the position."""
         left = self.num_epochs * self.num_steps - self.step(position)
         return TrainingEvent(
+            run_id=self._run_id,
             phase=self._phases[min(position.phase, len(self._phases) - 1)].name,
             epoch=min(self.epoch(position) + 1, self.num_epochs),
             num_epochs=self.num_epochs,

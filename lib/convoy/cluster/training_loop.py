@@ -72,7 +72,9 @@ class TrainingWorker:
         labels_N = self._train["label"].to_numpy()
         order = EpochOrder(spec, labels_N, rank=group.rank, num_workers=group.num_workers)
         self._plan = order.plan
-        self._times = Timetable(spec.phases, num_steps=order.plan.num_steps, num_rows=spec.train.num_rows)
+        self._times = Timetable(
+            spec.run_id, spec.phases, num_steps=order.plan.num_steps, num_rows=spec.train.num_rows
+        )
         val = None if spec.val is None else _read_rows(self._store, spec.val.key)
         self._teacher = None if spec.teacher is None else _read_teacher(self._store, spec.teacher)
         self._feed: BatchFeed = open_feed(spec, self._train, val, order, group)

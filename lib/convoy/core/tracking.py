@@ -23,8 +23,9 @@ MlflowUri = Annotated[str | None, AfterValidator(_without_credentials)]
 class TrackingConfig(StrictModel):
     """An MLflow server (its tracking URI) and experiment, a folder for TensorBoard; null is off.
 
-    Both need the extra `tracking`. A tracker that fails is left out and never fails a training. A server's
-    credentials come from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, and are refused in the URI.
+    A run that goes on is the MLflow run with its id as tag `convoy.run_id`, and goes on in the TensorBoard folder
+    `<name>/<run id>`. Both need the extra `tracking`. A tracker that fails is left out and never fails a training. A
+    server's credentials come from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, and are refused in the URI.
     """
 
     mlflow_uri: MlflowUri = None

@@ -28,12 +28,13 @@ class EpochResult(StrictModel):
 
 
 class TrainingEvent(StrictModel):
-    """How far an epoch is, with its result if it has just ended. `notes` say what a person should know.
+    """How far an epoch of a run is, with its result if it has just ended. `notes` say what a person should know.
 
     `steps_left` counts to the end of all phases, `train_loss` is the mean of the epoch so far. `history` are the
     epochs before a checkpoint, told by a training that goes on from it.
     """
 
+    run_id: str
     phase: str
     epoch: int
     num_epochs: int

@@ -27,6 +27,7 @@ from convoy.vision.weights import read_state_dict
 from made_training import digit_rows
 
 EVENT = TrainingEvent(
+    run_id="run",
     phase="head",
     epoch=1,
     num_epochs=2,

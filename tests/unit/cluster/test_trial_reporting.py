@@ -130,6 +130,7 @@ def trained(epoch: int, val_top1: float) -> EpochResult:
 def told(epoch: int, result: EpochResult | None, *history: EpochResult) -> TrainingEvent:
     """An event of a training of four epochs of one step."""
     return TrainingEvent(
+        run_id="run",
         phase="body",
         epoch=epoch,
         num_epochs=4,

@@ -6,8 +6,9 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow.entities import Run
@@ -19,7 +20,7 @@ from convoy.core.errors import ConfigError
 from convoy.core.progress import Silent
 from convoy.core.tracking import TrackingConfig
 from convoy.core.training_events import EpochResult, TrainingEvent
-from convoy.report.trackers import Outcome, TrackedProgress, final_figures, open_trackers, tracked
+from convoy.report.trackers import Outcome, TrackedProgress, final_figures, make_trackers, tracked
 from made_events import epoch_result, training_event
 
 # Words of a class map are no names that MLflow takes, and a config has more keys than one request may carry.
@@ -43,7 +44,10 @@ class Breaking:
     def __init__(self) -> None:
         self.calls = 0
 
-    def epoch(self, result: EpochResult) -> None:
+    def open(self, run_id: str | None) -> None:
+        pass
+
+    def epochs(self, results: Sequence[EpochResult]) -> None:
         self.calls += 1
         raise OSError("the disk of the tracker is full")
 
@@ -54,13 +58,45 @@ class Breaking:
         raise AssertionError("it was left out")
 
 
+RUN_ID = "train-0001"
+
+
+def call(
+    config: TrackingConfig,
+    *events: TrainingEvent,
+    error: type[BaseException] | None = None,
+    params: Mapping[str, Any] = PARAMS,
+) -> None:
+    """A call of the job that tells these events, and ends well or in an error."""
+    with tracked(Silent(), config, name="pets", params=params) as watched:
+        for event in events:
+            watched.training(event)
+        if error is not None:
+            raise error
+        watched.finish({"top1": 0.6875}, events[0].run_id if events else None)
+
+
 def train(config: TrackingConfig) -> list[TrainingEvent]:
     recorder = Recorder()
     with tracked(recorder, config, name="pets", params=PARAMS) as watched:
         watched.training(training_event())
         watched.training(training_event(result=epoch_result()))
-        watched.finish({"top1": 0.6875})
+        watched.finish({"top1": 0.6875}, RUN_ID)
     return recorder.events
+
+
+def train_in_two_calls(config: TrackingConfig) -> None:
+    """A worker is lost in the third epoch, and then the first call is killed; the checkpoint is of the first epoch."""
+    first, second, third = (epoch_result(epoch=number, train_loss=1 / number) for number in (1, 2, 3))
+    begun = [training_event(result=first), training_event(result=second)]
+    resumed = [training_event(history=(first,)), training_event(result=second)]
+    with pytest.raises(Interrupted):
+        call(config, *begun, *resumed, error=Interrupted)
+    call(config, *resumed, training_event(result=third), params=PARAMS | {"tap": "other"})
+
+
+class Interrupted(BaseException):
+    pass
 
 
 def mlflow_run(uri: str) -> Run:
@@ -79,7 +115,7 @@ def local_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrackingCon
 
 def test_tensorboard_gets_every_curve(tmp_path: Path) -> None:
     train(TrackingConfig(tensorboard=str(tmp_path)))
-    events = EventAccumulator(str(tmp_path / "pets"))
+    events = EventAccumulator(str(tmp_path / "pets" / RUN_ID))
     events.Reload()
     (point,) = events.Scalars("val_top1")
     assert (point.step, round(point.value, 6)) == (2, 0.7)
@@ -99,17 +135,49 @@ def test_mlflow_gets_curves_final_figures_and_the_resolved_config(local_mlflow: 
     assert run.info.status == "FINISHED"
 
 
-class Interrupted(BaseException):
-    pass
-
-
 @pytest.mark.parametrize(("error", "status"), [(RuntimeError, "FAILED"), (Interrupted, "KILLED")])
 def test_mlflow_is_told_how_a_training_ended(
     local_mlflow: TrackingConfig, error: type[BaseException], status: str
 ) -> None:
-    with pytest.raises(error), tracked(Silent(), local_mlflow, name="pets", params={}):
-        raise error
+    with pytest.raises(error):
+        call(local_mlflow, training_event(), error=error)
     assert mlflow_run(local_mlflow.mlflow_uri or "").info.status == status
+
+
+def test_mlflow_has_a_resumed_training_as_one_run_with_each_epoch_once(local_mlflow: TrackingConfig) -> None:
+    train_in_two_calls(local_mlflow)
+    run = mlflow_run(local_mlflow.mlflow_uri or "")
+    losses = MlflowClient(tracking_uri=local_mlflow.mlflow_uri).get_metric_history(
+        run.info.run_id, "train_loss"
+    )
+    assert sorted((one.step, round(one.value, 3)) for one in losses) == [(1, 1.0), (2, 0.5), (3, 0.333)]
+    assert run.data.tags["convoy.run_id"] == RUN_ID
+    assert run.info.status == "FINISHED"
+
+
+def test_tensorboard_has_each_epoch_of_a_resumed_training_once_and_trainings_apart(tmp_path: Path) -> None:
+    train_in_two_calls(TrackingConfig(tensorboard=str(tmp_path)))
+    call(
+        TrackingConfig(tensorboard=str(tmp_path)), training_event(run_id="train-0002", result=epoch_result())
+    )
+    events = EventAccumulator(str(tmp_path / "pets" / RUN_ID))
+    events.Reload()
+    assert [one.step for one in events.Scalars("train_loss")] == [1, 2, 3]
+    assert [one.step for one in events.Scalars("final/top1")] == [3]
+    assert {path.name for path in (tmp_path / "pets").iterdir()} == {RUN_ID, "train-0002"}
+
+
+def test_a_refused_training_and_one_without_a_run_leave_nothing_and_their_figures(
+    local_mlflow: TrackingConfig, tmp_path: Path
+) -> None:
+    config = local_mlflow.model_copy(update={"tensorboard": str(tmp_path / "events")})
+    with pytest.raises(RuntimeError):
+        call(config, error=RuntimeError)
+    assert not (tmp_path / "mlruns").exists()
+    assert not (tmp_path / "events").exists()
+    call(config)
+    assert mlflow_run(config.mlflow_uri or "").data.metrics == {"final/top1": pytest.approx(0.6875)}
+    assert len(list((tmp_path / "events" / "pets").iterdir())) == 1
 
 
 def test_a_server_that_refuses_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,7 +218,7 @@ def test_a_missing_library_is_a_config_error_that_names_the_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)  # what the import system takes for "not there"
     with pytest.raises(ConfigError, match=r"convoy-vision\[tracking\]"):
-        open_trackers(config, name="pets", params={})
+        make_trackers(config, name="pets", params={})
 
 
 def test_credentials_in_the_uri_are_refused_and_not_repeated() -> None:
@@ -174,7 +242,7 @@ def test_a_tracker_that_breaks_is_reported_once_and_left_out(capsys: pytest.Capt
     watched = TrackedProgress(recorder, [breaking])
     for _ in range(3):
         watched.training(training_event(result=epoch_result()))
-    watched.finish({"top1": 0.5})
+    watched.finish({"top1": 0.5}, RUN_ID)
     watched.close(Outcome.FINISHED)
     assert breaking.calls == 1
     assert len(recorder.events) == 3
