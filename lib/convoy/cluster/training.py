@@ -34,6 +34,8 @@ from convoy.core.errors import (
     VersionMismatch,
 )
 from convoy.core.training_events import TrainingEvent
+from convoy.storage.checkpoints import CheckpointFolder
+from convoy.storage.stores import open_store
 
 # How long the cluster may take to show the resources that are asked for.
 _RESOURCES_TIMEOUT_S = 60.0
@@ -51,13 +53,16 @@ _STORE_SHARE = 0.5
 # What a group returns in place of an outcome where an earlier one met an error that stays.
 _FAILURE = "failure"
 
+Listener = Callable[[TrainingEvent], None]
+
 
 class WorkerOptions(StrictModel):
     """The training workers. Null means: one a GPU, or one for all CPUs of a cluster without GPUs.
 
     `cpus_per_worker` are the threads of a worker; `preparers_per_worker` are at most its Ray Data workers under
     the split ingest: fewer where the CPUs do not suffice for those of all workers, null for one a free CPU.
-    `max_failures` is how often the group is restarted from the newest checkpoint.
+    `max_failures` is how often the group is restarted from the newest checkpoint; if that is a newer one by then, as
+    often again.
     """
 
     num_workers: PositiveInt | None = None
@@ -114,10 +119,7 @@ def plan_workers(
 
 
 def run_training(
-    spec: TrainingSpec,
-    plan: WorkerPlan,
-    tell: Callable[[TrainingEvent], None],
-    check: Callable[[], None],
+    spec: TrainingSpec, plan: WorkerPlan, tell: Listener, check: Callable[[], None]
 ) -> dict[str, Any]:
     """Train in a group of workers, and return the first worker's TrainingOutcome as JSON-like values.
 
@@ -126,25 +128,30 @@ def run_training(
     `check`, asked twice a second whether or not there is news, ends the waiting by raising; both in the calling
     thread. Raises the ConvoyError of a worker, NoRoom if none came free for the group, or another ClusterError.
     """
-    failures_left = plan.max_failures
+    checkpoints = CheckpointFolder(open_store(spec.workspace), spec.run_id)
+    failures_left, reached = plan.max_failures, checkpoints.newest_step()
     while True:
         # What is decided between plan and start takes minutes, a head that is fitted an hour, a new machine a quarter
         # of one: Ray Train waits for four minutes.
         regrow_cluster()
         try:
             return _train_group(spec, plan, tell, check)
-        except NoRoom:
+        except ClusterError as error:
+            before, reached = reached, checkpoints.newest_step()
+            if reached > before:
+                failures_left = plan.max_failures
+            elif type(error) is ClusterError:
+                # Ray Train has restarted the group as often.
+                failures_left = 0
             # Others that hold the room are not waited for, a machine in the place of a lost one is.
-            if not (failures_left and has_shrunk()):
+            may_heal = has_shrunk() if isinstance(error, NoRoom) else type(error) is ClusterError
+            if not (failures_left and may_heal):
                 raise
         failures_left -= 1
 
 
 def _train_group(
-    spec: TrainingSpec,
-    plan: WorkerPlan,
-    tell: Callable[[TrainingEvent], None],
-    check: Callable[[], None],
+    spec: TrainingSpec, plan: WorkerPlan, tell: Listener, check: Callable[[], None]
 ) -> dict[str, Any]:
     """What Ray Train makes of the training, with restarts for which it finds room within minutes."""
     board = actor_here(Board).remote()

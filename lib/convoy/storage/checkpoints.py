@@ -102,6 +102,10 @@ class CheckpointFolder:
         """The records that can be read, newest first: highest step first. Their bytes are not looked at."""
         return self._records_at(_record_keys(self._list_sizes()))
 
+    def newest_step(self) -> int:
+        """The highest step that has a record, 0 where there is none."""
+        return max(map(_step_of, _record_keys(self._list_sizes())), default=0)
+
     def read(self, record: CheckpointRecord) -> bytes:
         """The bytes of a checkpoint.
 

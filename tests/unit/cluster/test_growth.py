@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from ray.autoscaler import sdk
-from ray.train import ControllerError
+from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from convoy.cluster import growth, slices, training
@@ -22,8 +22,10 @@ from convoy.cluster.growth import (
 from convoy.cluster.slices import plan_pool
 from convoy.cluster.training import WorkerOptions, fit_workers, plan_workers, run_training
 from convoy.cluster.training_spec import Ingest
-from convoy.core.errors import ConfigError, NoRoom
-from made_training import digit_rows, training_spec
+from convoy.core.errors import ClusterError, ConfigError, NoRoom
+from convoy.storage.checkpoints import CheckpointFolder
+from convoy.storage.local_store import LocalStore
+from made_training import RUN_ID, digit_rows, training_spec
 
 
 @pytest.fixture(autouse=True)
@@ -184,6 +186,12 @@ class _Trainer:
 
 
 @pytest.fixture
+def checkpoints(tmp_path: Path) -> CheckpointFolder:
+    """Those of the training."""
+    return CheckpointFolder(LocalStore(str(tmp_path)), RUN_ID)
+
+
+@pytest.fixture
 def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[_Trainer], dict[str, Any]]:
     """A training in a group of one worker that may be restarted twice."""
     plan = fit_workers(WorkerOptions(ingest=Ingest.FUSED, max_failures=2), nodes(HEAD, GPU_NODE))
@@ -231,6 +239,37 @@ def test_a_machine_that_never_comes_is_waited_for_once(
     with pytest.raises(NoRoom, match="none joined"):
         train(_Trainer(alive, num_losses=4, left=nodes(HEAD)))
     assert num_waits == 1
+
+
+class _Spot:
+    """Ray Train on machines of which it loses one more than it forgives, again and again, on the way to step 30."""
+
+    def __init__(self, checkpoints: CheckpointFolder, *, steps_a_start: int) -> None:
+        self._checkpoints, self._steps_a_start = checkpoints, steps_a_start
+
+    def fit(self) -> SimpleNamespace:
+        step = self._checkpoints.newest_step() + self._steps_a_start
+        if step >= 30:
+            return SimpleNamespace(return_value={"step": step})
+        if self._steps_a_start:
+            self._checkpoints.write(step, b"weights", score=None, details={})
+        raise WorkerGroupError("a node was lost", {0: RuntimeError("its node has died")})
+
+
+@pytest.mark.usefixtures("alive")
+def test_a_training_that_comes_further_may_lose_workers_any_number_of_times(
+    train: Callable[[_Trainer | _Spot], dict[str, Any]], checkpoints: CheckpointFolder
+) -> None:
+    assert train(_Spot(checkpoints, steps_a_start=4)) == {"step": 32}
+
+
+@pytest.mark.usefixtures("alive")
+def test_a_training_that_comes_no_further_is_given_up(
+    train: Callable[[_Trainer | _Spot], dict[str, Any]], checkpoints: CheckpointFolder
+) -> None:
+    spot = _Spot(checkpoints, steps_a_start=0)
+    with pytest.raises(ClusterError, match="a node was lost"):
+        train(spot)
 
 
 def test_a_training_does_not_wait_again_for_what_others_hold(
