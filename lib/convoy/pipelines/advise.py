@@ -12,7 +12,7 @@ from convoy.pipelines.advise_report import AdviceReport
 from convoy.pipelines.advise_work import AdviceWork
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.models import fetch_backbone
-from convoy.pipelines.network_training import CurveDrawer
+from convoy.pipelines.network_training import WHERE_AND_HOW_FAST, CurveDrawer
 from convoy.pipelines.workspace import open_workspace
 from convoy.storage.commits import finish
 from convoy.storage.datasets import open_dataset
@@ -23,10 +23,25 @@ from convoy.storage.runs import OpenRun, RunFolder, RunRecord, finished_run, ref
 from convoy.vision.factories import with_pinned_code
 
 _VERB = "advise"
-_FORMAT_VERSION = 5
+_FORMAT_VERSION = 6
 _POINTERS = "advice/"
-# What changes nothing of the advice; `verify` adds to it, and is asked for later as well.
-_NOT_IDENTITY = {"workspace", "writers", "source", "reading", "split_options", "error_budget"}
+# What may change between a kill and the next call: where, how fast and at which price, not what is measured.
+_NOT_IDENTITY: dict[str, Any] = {
+    **dict.fromkeys(
+        (
+            "workspace",
+            "writers",
+            "source",
+            "reading",
+            "split_options",
+            "error_budget",
+            "price_per_hour",
+            "verify",
+        ),
+        True,
+    ),
+    "extraction": WHERE_AND_HOW_FAST,
+}
 
 
 def run_advise(
@@ -34,7 +49,8 @@ def run_advise(
 ) -> AdviceReport:
     """Look at a dataset through a few backbones, and say which way to use which of them, with the evidence.
 
-    The same advice again is read from its run; a killed one goes on, with the features that it has cached.
+    The same advice again is read from its run, and only verified where `verify` is new; a killed one goes on, with the
+    features that it has cached.
     `draw_curves` makes the pictures of the trainings of `verify`. DataError for a dataset without two classes.
     """
     store = open_workspace(config.workspace, config.writers)
@@ -51,10 +67,13 @@ def run_advise(
     records = [fetch_backbone(store, candidate.backbone) for candidate in config.candidates]
     _refuse_equal_networks(config, records)
     identity = _identity(manifest, config, records, reference)
-    pointer = f"{_POINTERS}{digest(identity)}.json"
-    if not open_run.begins_anew(new_run) and (known := _known(store, pointer, config)) is not None:
-        progress.stage("the advice was given already")
-        return known.model_copy(update={"notes": [*notes, *known.notes]})
+    pointer, unverified = _pointer(identity, config), _pointer(identity, _without_verification(config))
+    given = None
+    if not open_run.begins_anew(new_run):
+        if (known := _known(store, pointer, config)) is not None:
+            progress.stage("the advice was given already")
+            return known.model_copy(update={"notes": [*notes, *known.notes]})
+        given = _known(store, unverified, config)
     folder, record = open_run.resume(identity, new_run=new_run)
     folder = folder or open_run.start()
     with hold_run(folder, when_held=WhenHeld.REFUSE) as lease:
@@ -71,8 +90,9 @@ def run_advise(
             new_run=new_run,
             reference=reference,
         )
-        report = work.advise(records)
-        store.put(pointer, canonical_json({"run_id": folder.run_id}))
+        report = work.advise(records) if given is None else work.verify(given)
+        for key in {pointer, unverified}:
+            store.put(key, canonical_json({"run_id": folder.run_id}))
         finish(folder, report.model_dump(mode="json"))
         open_run.close(folder)
     return report.model_copy(update={"notes": [*notes, *report.notes]})
@@ -110,6 +130,16 @@ def _identity(
         **({} if reference is None else {"reference_fingerprint": reference.fingerprint}),
         "config": config.model_dump(mode="json", exclude=_NOT_IDENTITY),
     }
+
+
+def _pointer(identity: dict[str, Any], config: AdviseConfig) -> str:
+    """The key that leads to the run of finished advice, at this price and with this verification."""
+    asked = config.model_dump(mode="json", include={"price_per_hour", "verify"})
+    return f"{_POINTERS}{digest(identity | asked)}.json"
+
+
+def _without_verification(config: AdviseConfig) -> AdviseConfig:
+    return config.model_copy(update={"verify": None})
 
 
 def _known(store: ObjectStore, pointer: str, config: AdviseConfig) -> AdviceReport | None:

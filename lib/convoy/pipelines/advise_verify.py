@@ -47,6 +47,7 @@ class Verifier:
         self._manifest, self._config, self._settings = manifest, config, settings
         self._folder, self._progress, self._draw_curves = folder, progress, draw_curves
         self._new_run = new_run
+        self._budget = f"{settings.images_per_class}_images_{settings.epochs}_epochs"
         # What the fold has to refuse is refused before anything is computed.
         fold_rows(manifest, _limit_at_budget(config, settings))
 
@@ -78,7 +79,7 @@ class Verifier:
         )
 
     def _run(self, strategy: StrategyAdvice, option: Option) -> VerifiedStrategy:
-        key = self._folder.key(f"verified/{option.settings['name']}.json")
+        key = self._folder.key(f"verified/{self._budget}/{option.settings['name']}.json")
         known = read_json(self._folder.store, key)
         if known is not None:
             # Measured again are ranks and expectations, by a call that went on with the advice.

@@ -11,6 +11,7 @@ from functools import reduce
 import numpy as np
 
 from convoy.cluster.session import ray_session
+from convoy.core.config import read_settings
 from convoy.core.progress import Progress
 from convoy.pipelines.advise_config import AdviseConfig
 from convoy.pipelines.advise_data import data_facts
@@ -103,6 +104,41 @@ class AdviceWork:
             seconds=time.monotonic() - started_s,
             notes=[*_notes(gathered, first, scenario.strategy.value), *front_notes],
             within_error_budget=config.error_budget.allows(facts.rejects, facts.looked_at),
+        )
+
+    def verify(self, given: AdviceReport) -> AdviceReport:
+        """Advice that is there already, with the verification of the config: nothing else is measured again."""
+        started_s = time.monotonic()
+        verifier = self._verifier()
+        if verifier is None:
+            return given
+        found = [self._option(one, RunFolder(self.store, given.run)) for one in given.strategies]
+        strategies = [
+            one.model_copy(update={"config": self._write(option)})
+            for one, option in zip(given.strategies, found, strict=True)
+        ]
+        with ray_session():
+            verification = verifier.verify(strategies, found, check=self.check)
+        changed = {
+            "run": self.folder.run_id,
+            "strategies": strategies,
+            "verification": verification,
+            "seconds": given.seconds + time.monotonic() - started_s,
+        }
+        return given.model_copy(update=changed)
+
+    def _option(self, strategy: StrategyAdvice, folder: RunFolder) -> Option:
+        """The option behind a strategy, with the settings of its config in the run that advised it."""
+        key = folder.key(f"configs/{strategy.config.rpartition('/')[2]}")
+        return Option(
+            strategy=strategy.strategy,
+            backbone=strategy.backbone,
+            tap=strategy.tap,
+            top1=strategy.interval,
+            cost=strategy.cost,
+            basis=strategy.basis,
+            settings=read_settings(key, [], read=lambda key: self.store.get(key).data),
+            why=strategy.why,
         )
 
     def _write(self, option: Option) -> str:

@@ -52,11 +52,15 @@ from convoy.vision.training_config import AUTO, Balance, Distillation, Precision
 
 _VERB = "train"
 _TRAINED = "trained.json"
+# What of an extraction changes nothing that it computes.
+WHERE_AND_HOW_FAST: dict[str, Any] = dict.fromkeys(
+    ("num_workers", "cpus_per_worker", "num_fetch_threads"), True
+)
 # What of a config may change between a kill and the next call: where and how fast, not what is computed.
 NOT_IDENTITY: dict[str, Any] = {
     **dict.fromkeys(("workspace", "writers", "workers", "local_cache", "tracking", "error_budget"), True),
     **dict.fromkeys(("checkpoint_steps", "checkpoint_minutes"), True),
-    "extraction": dict.fromkeys(("num_workers", "cpus_per_worker", "num_fetch_threads"), True),
+    "extraction": WHERE_AND_HOW_FAST,
 }
 
 CurveDrawer = Callable[[Sequence[EpochResult]], bytes]

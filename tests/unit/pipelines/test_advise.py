@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,18 +12,21 @@ import pytest
 from cache_jobs import write_digits
 from convoy.core.config import load_config
 from convoy.core.errors import DataError
-from convoy.core.fingerprints import canonical_json, digest
+from convoy.core.fingerprints import canonical_json
 from convoy.core.progress import Silent
 from convoy.core.records import Split
 from convoy.pipelines import advise
-from convoy.pipelines.advise_config import AdviseConfig
+from convoy.pipelines.advise_config import AdviseConfig, VerifySettings
 from convoy.pipelines.advise_data import data_facts
 from convoy.pipelines.advise_evidence import Gathered
 from convoy.pipelines.advise_probes import JudgedHead, Look, Prober
-from convoy.pipelines.advise_report import AdviceReport
+from convoy.pipelines.advise_report import AdviceReport, Verification
+from convoy.pipelines.advise_strategies import Option
+from convoy.pipelines.advise_verify import Verifier
 from convoy.pipelines.advise_work import AdviceWork, _fronts, _notes
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.classifiers import Strategy
+from convoy.pipelines.feature_plan import ExtractionConfig
 from convoy.pipelines.feature_summary import FeatureSummary
 from convoy.pipelines.training_rows import RowLimit
 from convoy.storage.commits import finish
@@ -30,7 +34,7 @@ from convoy.storage.datasets import freeze_dataset
 from convoy.storage.local_store import LocalStore
 from convoy.storage.manifests import Manifest
 from convoy.storage.runs import RunFolder
-from made_advice import made_advice, made_cost, made_probes
+from made_advice import made_advice, made_cost, made_probes, made_strategy
 from made_advice_rows import frozen_rows
 from made_sources import write_files
 
@@ -49,7 +53,7 @@ def test_advice_that_is_known_is_judged_by_the_error_budget_of_now(
     ]
     store, identity = LocalStore(str(tmp_path)), advise._identity(manifest, configs[0], [record], None)
     finish(RunFolder(store, "r"), made_advice().model_dump(mode="json"))
-    store.put(f"advice/{digest(identity)}.json", canonical_json({"run_id": "r"}))
+    store.put(advise._pointer(identity, configs[0]), canonical_json({"run_id": "r"}))
     given = [advise.run_advise(one, progress=Silent(), draw_curves=lambda *_: b"") for one in configs]
     assert [one.within_error_budget for one in given] == [False, True]
 
@@ -100,6 +104,81 @@ def test_advice_on_a_source_says_what_of_it_was_left_out_each_time_it_is_asked_f
         assert [note for note in report.notes if "beside.jpg" in note] == [
             "files outside the class folders were left out: 1 (beside.jpg)"
         ]
+
+
+def test_a_killed_advice_goes_on_with_other_workers_at_another_price_and_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, looked_at = advice_on_digits(tmp_path, monkeypatch), []
+
+    def look(work: AdviceWork, _: list[BackboneRecord]) -> AdviceReport:
+        looked_at.append(work)
+        if len(looked_at) == 1:
+            raise KeyboardInterrupt
+        return made_advice()
+
+    monkeypatch.setattr(AdviceWork, "advise", look)
+    with pytest.raises(KeyboardInterrupt):
+        ask(config)
+    changed = {
+        "extraction": ExtractionConfig(num_workers=2),
+        "price_per_hour": 2.0,
+        "verify": VerifySettings(),
+    }
+    ask(config.model_copy(update=changed))
+    assert looked_at[0].folder.run_id == looked_at[1].folder.run_id
+    ask(config.model_copy(update=changed | {"price_per_hour": 3.0}))
+    assert len(looked_at) == 3, "money was of another price"
+
+
+def test_advice_that_was_given_is_verified_later_from_its_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under each budget anew, as often as it is asked for once."""
+    config, looked_at, verified = advice_on_digits(tmp_path, monkeypatch), [], []
+    advice, scratch = made_advice(), {"strategy": "from_scratch", "backbone": {"arch": "lenet5"}}
+
+    def look(work: AdviceWork, _: list[BackboneRecord]) -> AdviceReport:
+        looked_at.append(work)
+        made = made_strategy(1, Strategy.FROM_SCRATCH, 0.5, 1.0)
+        option = Option(
+            **made.model_dump(include={"strategy", "backbone", "tap", "cost", "basis", "why"}),
+            top1=made.interval,
+            settings={"name": "probe", "dataset": "digits", **scratch},
+        )
+        strategy = made.model_copy(update={"config": work._write(option)})
+        return advice.model_copy(
+            update={"run": work.folder.run_id, "strategies": [strategy], "verification": None}
+        )
+
+    def verify(verifier: Verifier, _: object, found: list[Option], **__: object) -> Verification | None:
+        verified.append((verifier._settings.epochs, found[0].settings["name"]))
+        return advice.verification
+
+    monkeypatch.setattr(AdviceWork, "advise", look)
+    monkeypatch.setattr(Verifier, "verify", verify)
+    monkeypatch.setattr("convoy.pipelines.advise_work.ray_session", nullcontext)
+    first = ask(config)
+    for epochs in (2, 2, 3):
+        later = ask(config.model_copy(update={"verify": VerifySettings(epochs=epochs)}))
+        assert later.verification == advice.verification
+        assert Path(later.strategies[0].config).parts[-3] == later.run != first.run
+    assert verified == [(2, "probe"), (3, "probe")]
+    assert len(looked_at) == 1
+
+
+def advice_on_digits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AdviseConfig:
+    """Advice on forty digits, by a backbone that need not be fetched."""
+    write_digits(folder / "images", 40)
+    monkeypatch.setattr(
+        advise, "fetch_backbone", lambda *_: BackboneRecord.model_construct(weights_digest="a" * 32)
+    )
+    base = ["name=digits", f"source={folder}/images", "candidates=[{backbone: {arch: lenet5}}]"]
+    return load_config(AdviseConfig, None, [*base, f"workspace={folder}/W"])
+
+
+def ask(config: AdviseConfig) -> AdviceReport:
+    return advise.run_advise(config, progress=Silent(), draw_curves=lambda *_: b"")
 
 
 def with_reference(folder: Path, name: str) -> AdviseConfig:
