@@ -154,11 +154,8 @@ class AdviseConfig(DatasetChoice):
 
     @property
     def head_changes(self) -> dict[str, Any]:
-        """What is set of the head of the probes: configs say the same."""
-        default = _PROBE.model_dump(mode="json")
-        return {
-            key: value for key, value in self.head.model_dump(mode="json").items() if value != default[key]
-        }
+        """What the head of the probes has unlike that of a training by default: configs say the same."""
+        return self.head.model_dump(mode="json", exclude_defaults=True)
 
     def name_of(self, candidate: CandidateBackbone, weights_digest: str) -> str:
         """The candidate's name, with a digest of its weights where that of another is alike, or becomes so in files."""

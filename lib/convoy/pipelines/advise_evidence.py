@@ -15,7 +15,7 @@ from convoy.pipelines.advise_config import AdviseConfig, CandidateBackbone
 from convoy.pipelines.advise_probes import Look, Prober, TapProbe
 from convoy.pipelines.advise_rows import has_held_out, has_judges, images_by_class
 from convoy.pipelines.advise_rule import Evidence, JudgedProbe
-from convoy.pipelines.advise_strategies import BackboneEvidence, SvmProbe
+from convoy.pipelines.backbone_evidence import BackboneEvidence, SvmProbe
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.feature_plan import FeatureRequest, holding_features
 from convoy.pipelines.feature_source import gather_features

@@ -7,7 +7,8 @@ from convoy.core.statistics import Interval
 from convoy.pipelines.advise_config import AdviseConfig
 from convoy.pipelines.advise_report import AdvisedForecast, MoreData, MoreDataAdvice
 from convoy.pipelines.advise_rule import expected_probe
-from convoy.pipelines.advise_strategies import BackboneEvidence, StrategyAdvice, network_top1
+from convoy.pipelines.advise_strategies import StrategyAdvice, network_top1
+from convoy.pipelines.backbone_evidence import BackboneEvidence
 from convoy.pipelines.classifiers import Strategy
 from convoy.pipelines.train_config import NETWORKS
 

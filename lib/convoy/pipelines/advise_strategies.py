@@ -11,9 +11,7 @@ from convoy.core.fingerprints import digest
 from convoy.core.learning_curve import AS_MEASURED
 from convoy.core.statistics import Interval
 from convoy.pipelines.advise_config import AdviseConfig, plain_name
-from convoy.pipelines.advise_probes import BackboneProbes
 from convoy.pipelines.advise_rule import (
-    Evidence,
     JudgedProbe,
     Likeness,
     dissimilarity,
@@ -22,13 +20,14 @@ from convoy.pipelines.advise_rule import (
     four_scenarios,
     rank,
 )
+from convoy.pipelines.backbone_evidence import BackboneEvidence
 from convoy.pipelines.classifiers import Strategy
 from convoy.pipelines.probe_judging import JUDGING_FOLD
 from convoy.pipelines.train_config import NETWORKS, TrainConfig
 from convoy.pipelines.training_rows import RowLimit
 from convoy.storage.object_store import WriterMode
 from convoy.storage.stores import open_object, open_store
-from convoy.vision.backbone_config import BackboneConfig, WeightSource, weight_source
+from convoy.vision.backbone_config import WeightSource, weight_source
 from convoy.vision.heads import HeadKind
 
 # A step is a forward pass and, at twice its price, a backward pass (Kaplan et al. 2020, arXiv:2001.08361, section 2.1).
@@ -37,10 +36,14 @@ _PASSES_PER_STEP = 3.0
 _LONGEST_NAME = 120
 # Loading, augmentation, and steps that do not fill the machine: a network's cost is known to a factor of two.
 _COST_SPREAD = 2.0
+# A pass and fits are timed on fewer images, or beside other work.
+_PROBE_SPREAD = 1.5
+# Without a timed pass the rate is that of two cores, whatever machine this is.
+_UNTIMED_SPREAD = 4.0
 
 
 class Basis(StrEnum):
-    """Whether an expectation was measured, or follows from a measured probe by its learning curve, or by a prior."""
+    """Whether a figure was measured, or follows from what was measured of fewer images, or from a prior."""
 
     MEASURED = "measured"
     EXTRAPOLATED = "extrapolated"
@@ -70,45 +73,6 @@ class StrategyAdvice(StrictModel):
     basis: Basis
     config: str
     why: str
-
-
-class SvmProbe(StrictModel):
-    """A linear SVM on a tap below the top, the C that was chosen, and the seconds of its fit.
-
-    `missing_images` are the training images whose features at that tap the cache lacks.
-    """
-
-    judged: JudgedProbe
-    C: float
-    fit_seconds: float
-    missing_images: int
-
-
-class BackboneEvidence(StrictModel):
-    """A backbone with what the rule knows of it, and how it is built and named in configs.
-
-    `as_is` is the network without training, with the `own_classes` of its config, None where its classes are others.
-    `svm` is the probe of `early_layer_probe`, None where no tap lies below the top; `reused` the probe at the stage
-    that `partial_reuse` keeps. `untrained_rate` are images/s of the untrained network, None where that of another
-    architecture stands for it. `missing_images` are the training images whose features at the top tap the cache lacks.
-    Without `has_val` configs of heads name the C that was chosen here, as a training has no rows, or too few, to choose
-    by. Without `has_held_out`, labels in test or val, configs leave a fold out to be measured on.
-    """
-
-    probes: BackboneProbes
-    evidence: Evidence
-    config: BackboneConfig
-    as_is: JudgedProbe | None
-    own_classes: dict[str, Any]
-    svm: SvmProbe | None
-    reused: JudgedProbe | None
-    untrained_rate: float | None
-    train_images: int
-    looked_images: int
-    missing_images: int
-    has_val: bool
-    has_held_out: bool
-    is_unbalanced: bool
 
 
 class Option(StrictModel):
@@ -367,21 +331,27 @@ def _probe_cost(
     """The rest of the pass, at its measured rate, and fits that take as much longer as there are more rows."""
     pass_s = missing_images / one.probes.images_per_s
     seconds = pass_s + fit_s * one.train_images / max(one.looked_images, 1)
-    return StrategyCost(
-        seconds=seconds, low_s=seconds, high_s=seconds, money=_money(config, seconds), basis=Basis.MEASURED
-    )
+    if missing_images and not one.probes.timed_images:
+        return _cost(config, seconds, _UNTIMED_SPREAD, Basis.PRIOR)
+    is_whole = not missing_images and one.train_images <= one.looked_images
+    return _cost(config, seconds, _PROBE_SPREAD, Basis.MEASURED if is_whole else Basis.EXTRAPOLATED)
 
 
 def _network_cost(config: AdviseConfig, one: BackboneEvidence, images_per_s: float) -> StrategyCost:
     """Epochs at the measured rate of the forward pass, three passes a step."""
     steps = one.train_images * config.network.epochs * _PASSES_PER_STEP
-    seconds = steps / images_per_s
+    spread = _COST_SPREAD if one.probes.timed_images else _COST_SPREAD * _UNTIMED_SPREAD
+    return _cost(config, steps / images_per_s, spread, Basis.PRIOR)
+
+
+def _cost(config: AdviseConfig, seconds: float, spread: float, basis: Basis) -> StrategyCost:
+    """A cost that is known to a factor, the spread."""
     return StrategyCost(
         seconds=seconds,
-        low_s=seconds / _COST_SPREAD,
-        high_s=seconds * _COST_SPREAD,
+        low_s=seconds / spread,
+        high_s=seconds * spread,
         money=_money(config, seconds),
-        basis=Basis.PRIOR,
+        basis=basis,
     )
 
 

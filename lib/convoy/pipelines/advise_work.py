@@ -21,7 +21,6 @@ from convoy.pipelines.advise_probes import Prober
 from convoy.pipelines.advise_report import AdviceReport, Similarity
 from convoy.pipelines.advise_rule import dissimilarity, four_scenarios
 from convoy.pipelines.advise_strategies import (
-    BackboneEvidence,
     Option,
     StrategyAdvice,
     advice,
@@ -31,6 +30,7 @@ from convoy.pipelines.advise_strategies import (
 from convoy.pipelines.advise_verify import Verifier
 from convoy.pipelines.augmentation_effect import AugmentationEffect, measure_augmentation
 from convoy.pipelines.backbone_costs import BackboneCost, measure_costs
+from convoy.pipelines.backbone_evidence import BackboneEvidence
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.cost_front import CostFront, cost_fronts
 from convoy.pipelines.device_settings import settle_precision

@@ -18,15 +18,14 @@ from convoy.pipelines.advise_probes import BackboneProbes, TapProbe
 from convoy.pipelines.advise_report import MoreDataAdvice
 from convoy.pipelines.advise_rule import Evidence, JudgedProbe
 from convoy.pipelines.advise_strategies import (
-    BackboneEvidence,
     Basis,
     Option,
-    SvmProbe,
     advice,
     config_name,
     options,
     train_config,
 )
+from convoy.pipelines.backbone_evidence import BackboneEvidence, SvmProbe
 from convoy.pipelines.classifiers import Strategy
 from convoy.pipelines.train_config import TrainConfig
 from convoy.pipelines.training_rows import Fold
@@ -63,6 +62,7 @@ def found(settings: AdviseConfig, **changes: Any) -> BackboneEvidence:
             macs=1,
             num_parameters=1,
             images_per_s=100.0,
+            timed_images=500,
             judged_rows=200,
             taps=taps,
         ),
@@ -204,6 +204,12 @@ def test_heads_are_trained_as_they_were_measured(has_val: bool) -> None:
         assert len(head.C) == (2 if has_val else 1)
 
 
+def test_heads_that_nobody_set_are_trained_as_they_were_timed() -> None:
+    settings = config()
+    head = train_config(by_strategy(settings)[Strategy.LINEAR_PROBE].settings, where="here")[0].head
+    assert head == settings.head
+
+
 def test_uneven_classes_are_weighed() -> None:
     option = by_strategy(config(), is_unbalanced=True)[Strategy.FINE_TUNE]
     assert train_config(option.settings, where="here")[0].recipe.balance == "auto"
@@ -213,11 +219,24 @@ def test_probes_cost_the_rest_of_the_pass_and_networks_three_passes_an_epoch() -
     found_ = by_strategy(config("network.epochs=10"))
     probe, tuned = found_[Strategy.LINEAR_PROBE].cost, found_[Strategy.FINE_TUNE].cost
     assert probe.seconds == pytest.approx(500 / 100 + 2.0 * 2)
-    assert probe.basis is Basis.MEASURED
+    assert probe.basis is Basis.EXTRAPOLATED
+    assert probe.low_s < probe.seconds < probe.high_s
     assert tuned.seconds == pytest.approx(1000 * 10 * 3 / 100)
     assert tuned.low_s < tuned.seconds < tuned.high_s
     assert tuned.money == pytest.approx(tuned.seconds / 3600 * 3.6)
     assert found_[Strategy.FROM_SCRATCH].cost.seconds == pytest.approx(1000 * 10 * 3 / 80)
+
+
+def test_a_rate_that_no_pass_tells_makes_of_costs_a_guess_unless_all_is_cached() -> None:
+    settings = config()
+    probes = found(settings).probes.model_copy(update={"timed_images": 0})
+    timed, guessed = by_strategy(settings), by_strategy(settings, probes=probes)
+    for strategy in (Strategy.LINEAR_PROBE, Strategy.FINE_TUNE):
+        cost = guessed[strategy].cost
+        assert cost.basis is Basis.PRIOR
+        assert cost.high_s - cost.low_s > timed[strategy].cost.high_s - timed[strategy].cost.low_s
+    whole = by_strategy(settings, probes=probes, missing_images=0, looked_images=1000)
+    assert whole[Strategy.LINEAR_PROBE].cost.basis is Basis.MEASURED
 
 
 def test_the_list_begins_with_the_advice_and_says_why() -> None:
