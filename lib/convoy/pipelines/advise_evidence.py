@@ -117,7 +117,9 @@ class Gatherer:
         if len(samples) < MIN_SIZES:
             return None
         factors = [self._ahead * factor for factor in config.curve.factors]
-        return fit_curve(samples, weights_N=best.head.weights_M, factors=factors)
+        return fit_curve(
+            samples, weights_N=best.head.weights_M, factors=factors, wanted_top1=config.wanted_top1
+        )
 
     def _shrink(self, curve: LearningCurve | None) -> Shrink:
         """By what the errors of probes fall from the images that they had to all that there are."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from convoy.core.learning_curve import LearningCurve
+import numpy as np
+
+from convoy.core.learning_curve import ImagesNeeded, LearningCurve
 from convoy.core.statistics import Interval
 from convoy.pipelines.advise_config import AdviseConfig
 from convoy.pipelines.advise_report import AdvisedForecast, MoreData, MoreDataAdvice
@@ -49,12 +51,13 @@ def more_data(
         strategy=advised.strategy,
         advised=forecast,
         wanted_top1=config.wanted_top1,
-        images_needed=needed,
+        images_needed=None if needed is None else needed.images_per_class,
+        needed=needed,
     )
 
 
 def _decide(
-    config: AdviseConfig, strategy: Strategy, now: float, double: float, needed: float | None
+    config: AdviseConfig, strategy: Strategy, now: float, double: float, needed: ImagesNeeded | None
 ) -> tuple[MoreDataAdvice, str]:
     gain, wanted = double - now, config.wanted_top1
     if strategy is Strategy.AS_IS:
@@ -63,11 +66,19 @@ def _decide(
         return MoreDataAdvice.ENOUGH, why
     brings = f"twice the images are expected to bring {gain:+.3f}, from {now:.3f} to {double:.3f}"
     if wanted is not None and now < wanted:
-        ending = "no forecast reaches it" if needed is None else f"about {needed:.0f} images a class reach it"
+        ending = _in_words(needed)
         return MoreDataAdvice.COLLECT, f"{now:.3f} is expected and {wanted:.3f} is wanted: {ending}; {brings}"
     if wanted is None and gain >= config.prior.collect_from:
         return MoreDataAdvice.COLLECT, f"{brings}, at least {config.prior.collect_from:g}"
     return MoreDataAdvice.ENOUGH, brings
+
+
+def _in_words(needed: ImagesNeeded | None) -> str:
+    if needed is None or needed.images_per_class is None:
+        return "no forecast reaches it"
+    low = needed.low or needed.images_per_class
+    limits = f"{low:.0f} or more" if needed.high is None else f"{low:.0f} to {needed.high:.0f}"
+    return f"about {needed.images_per_class:.0f} images a class ({limits}) reach it"
 
 
 def _expected(
@@ -97,13 +108,22 @@ def _start(one: BackboneEvidence, curve: LearningCurve) -> float:
 
 def _images_needed(
     config: AdviseConfig, one: BackboneEvidence, advised: StrategyAdvice, curve: LearningCurve
-) -> float | None:
-    """The least images a class, on a grid of quarter doublings, at which the wanted top-1 is expected."""
-    if config.wanted_top1 is None:
+) -> ImagesNeeded | None:
+    """The least images a class, on a grid of quarter doublings, at which the wanted top-1 is expected.
+
+    The limits are where the upper and the lower end of its interval reach it.
+    """
+    wanted = config.wanted_top1
+    if wanted is None:
         return None
-    factor = 1.0
-    while factor <= _FURTHEST:
-        if _expected(config, one, advised, curve, factor).estimate >= config.wanted_top1:
-            return factor * _start(one, curve)
-        factor *= 2 ** (1 / _STEPS_A_DOUBLING)
-    return None
+    factors = 2 ** (np.arange(np.log2(_FURTHEST) * _STEPS_A_DOUBLING + 1) / _STEPS_A_DOUBLING)
+    forecast = [
+        (factor * _start(one, curve), _expected(config, one, advised, curve, factor))
+        for factor in factors.tolist()
+    ]
+    return ImagesNeeded(
+        top1=wanted,
+        images_per_class=next((images for images, top1 in forecast if top1.estimate >= wanted), None),
+        low=next((images for images, top1 in forecast if top1.high >= wanted), None),
+        high=next((images for images, top1 in forecast if top1.low >= wanted), None),
+    )

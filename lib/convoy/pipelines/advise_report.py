@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 from convoy.core.config import StrictModel
-from convoy.core.learning_curve import LearningCurve
+from convoy.core.learning_curve import ImagesNeeded, LearningCurve
 from convoy.core.statistics import Interval
 from convoy.core.transferability import DomainDistance
 from convoy.pipelines.advise_data import DataFacts
@@ -63,7 +63,8 @@ class MoreData(StrictModel):
     """What more images would bring. `curve` is of the best probe, measured; `advised` of the advised strategy.
 
     `images_needed` are images a class, counted as the curve does, at which the advised strategy is expected to reach
-    `wanted_top1`, null where none of the forecast does, and without a `curve`.
+    `wanted_top1`, null where none of the forecast does, and without a `curve`. `needed` has their limits: where those
+    of the forecast reach it; it is null in reports of versions without it.
     """
 
     advice: MoreDataAdvice
@@ -73,6 +74,7 @@ class MoreData(StrictModel):
     advised: list[AdvisedForecast]
     wanted_top1: float | None = None
     images_needed: float | None = None
+    needed: ImagesNeeded | None = None
 
 
 class VerifiedStrategy(StrictModel):

@@ -42,8 +42,16 @@ def images_for_wanted(found: MoreData) -> tuple[str, str] | None:
     elif found.images_needed is None:
         needed = "no forecast reaches it"
     else:
-        needed = f"{found.images_needed:,.0f} images a class"
+        needed = f"{found.images_needed:,.0f} images a class{_limits(found)}"
     return f"for {percent(found.wanted_top1)}", needed
+
+
+def _limits(found: MoreData) -> str:
+    """The limits of the images that are needed; nothing where a report tells none."""
+    needed = found.needed
+    if needed is None or needed.low is None:
+        return ""
+    return f", {needed.low:,.0f} " + ("or more" if needed.high is None else f"to {needed.high:,.0f}")
 
 
 def verified(found: Verification) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 from convoy.core.config import load_config
 from convoy.core.fingerprints import canonical_json
-from convoy.core.learning_curve import AS_MEASURED
+from convoy.core.learning_curve import AS_MEASURED, CurveSample
 from convoy.core.progress import Silent
 from convoy.core.records import Split
 from convoy.pipelines.advise_config import AdviseConfig, CandidateBackbone
@@ -74,6 +74,30 @@ def test_activations_of_random_weights_are_kept_where_float16_would_make_them_ze
     with pytest.raises(LookupError):
         Prober(store, manifest, config, Silent()).look(candidate, record)
     assert set(stored) == {dtype}
+
+
+def test_the_curve_tells_how_many_images_the_wanted_accuracy_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = f"candidates=[{{backbone: {{{LENET}}}}}]"
+    config = load_config(AdviseConfig, None, [backbone, "dataset=parts", "wanted_top1=0.9"])
+    manifest = frozen_rows(tmp_path, {Split.TRAIN: (60, 60)}, ("good", "defect"))
+    samples = [
+        CurveSample(float(size), np.arange(200)[None, :] < 200 * (1 - size**-0.5)) for size in (10, 20, 40)
+    ]
+    monkeypatch.setattr(Prober, "features", lambda *_: None)
+    monkeypatch.setattr(Prober, "curve", lambda *_: samples)
+    store = LocalStore(str(tmp_path))
+    gatherer = Gatherer(store, manifest, config, Prober(store, manifest, config, Silent()))
+    probes = made_probes("lenet5", 0.0)
+    summary = FeatureSummary.model_construct(sets={f"{probes.best.tap}/0": "s"})
+    head = JudgedHead(np.ones(200, np.bool_), np.ones(200), np.arange(200), C=1.0, seconds=0.0)
+    curve = gatherer._curve(
+        Look(fetch_backbone(store, config.candidates[0].backbone), summary, probes, head, None)
+    )
+    assert curve is not None
+    assert curve.needed is not None
+    assert (curve.needed.low or 0) <= 100 <= (curve.needed.high or np.inf)
 
 
 def cache_rows(store: LocalStore, set_id: str, rows: pa.Table) -> None:

@@ -8,8 +8,10 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
+from convoy.core.learning_curve import ImagesNeeded
 from convoy.core.transferability import DomainDistance
 from convoy.pipelines.report_inspection import read_pictures
 from convoy.report.inspection_sections import inspection_sections
@@ -64,6 +66,17 @@ def test_without_a_curve_no_forecast_is_said_to_miss_what_is_wanted() -> None:
         report = made_advice().model_copy(update={"more_data": more})
         shown = PageParts(draw_page(made_page(advice=report, **NOTHING))).text
         assert {one for one in ("no forecast reaches it", "not known") if one in shown} == {said}
+
+
+@pytest.mark.parametrize(
+    ("high", "said"),
+    [(3000.0, "1,200 images a class, 800 to 3,000"), (None, "1,200 images a class, 800 or more")],
+)
+def test_images_that_are_needed_come_with_their_limits(high: float | None, said: str) -> None:
+    needed = ImagesNeeded(top1=0.95, images_per_class=1200, low=800, high=high)
+    more = made_advice().more_data.model_copy(update={"images_needed": 1200, "needed": needed})
+    report = made_advice().model_copy(update={"more_data": more})
+    assert said in PageParts(draw_page(made_page(advice=report, **NOTHING))).text
 
 
 def test_bubbles_grow_with_the_root_of_the_parameters() -> None:
