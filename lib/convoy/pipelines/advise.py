@@ -9,6 +9,7 @@ from convoy.core.fingerprints import canonical_json, digest
 from convoy.core.progress import Progress
 from convoy.pipelines.advise_config import AdviseConfig, plain_name
 from convoy.pipelines.advise_report import AdviceReport
+from convoy.pipelines.advise_taps import refuse_unknown_stages
 from convoy.pipelines.advise_work import AdviceWork
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.models import fetch_backbone
@@ -66,6 +67,7 @@ def run_advise(
     config = _with_pinned_code(config)
     records = [fetch_backbone(store, candidate.backbone) for candidate in config.candidates]
     _refuse_equal_networks(config, records)
+    refuse_unknown_stages(config, records)
     identity = _identity(manifest, config, records, reference)
     pointer, unverified = _pointer(identity, config), _pointer(identity, _without_verification(config))
     given = None

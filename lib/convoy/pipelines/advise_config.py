@@ -88,8 +88,9 @@ class CurveSettings(StrictModel):
 class NetworkSettings(StrictModel):
     """What the configs of the strategies that train a network have in common.
 
-    `reuse` of null makes no config of `partial_reuse`. `epochs` and `recipe` also decide what the trainings cost.
-    `learning_rate` of null is that of each strategy; from scratch it is the paper's always.
+    `reuse` of null makes no config of `partial_reuse`, nor does a backbone without its stage. `epochs` and `recipe`
+    also decide what the trainings cost. `learning_rate` of null is that of each strategy; from scratch it is the
+    paper's always.
     """
 
     epochs: PositiveInt = 30

@@ -15,6 +15,7 @@ from convoy.pipelines.advise_config import AdviseConfig, CandidateBackbone
 from convoy.pipelines.advise_probes import Look, Prober, TapProbe
 from convoy.pipelines.advise_rows import has_held_out, has_judges, images_by_class
 from convoy.pipelines.advise_rule import Evidence, JudgedProbe
+from convoy.pipelines.advise_taps import known_stage
 from convoy.pipelines.backbone_evidence import BackboneEvidence, SvmProbe
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.feature_plan import FeatureRequest, holding_features
@@ -189,11 +190,15 @@ class Gatherer:
         return job.plan().missing
 
     def _reused(self, look: Look) -> JudgedProbe | None:
-        """The probe at the stage behind which `partial_reuse` puts its layers, or at the tap nearest to it."""
+        """The probe at the stage behind which `partial_reuse` puts its layers, or at the tap nearest to it.
+
+        None where nothing is to be reused, and for a backbone without that stage.
+        """
         reuse = self._config.network.reuse
-        if reuse is None:
+        name = None if reuse is None else known_stage(look.record, reuse.after)
+        if name is None:
             return None
-        stage = look.record.axis[_index(look.record, look.record.resolve_tap(reuse.after))]
+        stage = look.record.axis[_index(look.record, name)]
         depth = stage.index / max(len(look.record.axis) - 1, 1)
         nearest: TapProbe = min(look.probes.taps, key=lambda probe: abs(probe.depth - depth))
         return nearest.judged(look.probes.judged_rows).model_copy(update={"tap": stage.name})

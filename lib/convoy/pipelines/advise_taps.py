@@ -1,12 +1,16 @@
-"""At which depths of a backbone advice probes."""
+"""At which depths of a backbone advice probes, and which of the stages that a config names it has."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from convoy.pipelines.advise_config import CandidateBackbone
+from convoy.core.errors import ConfigError
+from convoy.pipelines.advise_config import AdviseConfig, CandidateBackbone
+from convoy.pipelines.augmentation_effect import AugmentationEffectConfig, EffectBudget
 from convoy.pipelines.backbone_record import BackboneRecord
-from convoy.vision.stages import POOLED, DepthAxis, StageKind
+from convoy.vision.stages import POOLED, DepthAxis, StageKind, resolve_tap
 
 
 def spread_taps(axis: DepthAxis, num_taps: int) -> tuple[str, ...]:
@@ -20,6 +24,31 @@ def probed_taps(candidate: CandidateBackbone, record: BackboneRecord) -> tuple[s
     """The taps that are probed, by their full names."""
     wanted = candidate.taps or spread_taps(record.axis, candidate.num_taps)
     return tuple(dict.fromkeys(record.resolve_tap(tap) for tap in wanted))
+
+
+def known_stage(record: BackboneRecord, tap: str | int) -> str | None:
+    """The full name of a stage, or None where the backbone has no such stage."""
+    try:
+        return record.resolve_tap(tap)
+    except ConfigError:
+        return None
+
+
+def probed_stage(effect: AugmentationEffectConfig | None) -> str | int | None:
+    """The stage by whose features augmentation is judged, None where it is not judged by a probe."""
+    return effect.tap if effect is not None and effect.budget is EffectBudget.PROBE else None
+
+
+def refuse_unknown_stages(config: AdviseConfig, records: Sequence[BackboneRecord]) -> None:
+    """ConfigError for a stage that is to be reused, or probed under augmentation, and that no candidate has."""
+    reuse = config.network.reuse
+    named = {
+        "network.reuse.after": None if reuse is None else reuse.after,
+        "augmentation_effect.tap": probed_stage(config.augmentation_effect),
+    }
+    for where, tap in named.items():
+        if tap is not None and not any(known_stage(record, tap) for record in records):
+            resolve_tap(records[0].axis, tap, where=where)
 
 
 def _top(axis: DepthAxis) -> str:

@@ -17,7 +17,7 @@ from convoy.pipelines.advise_config import AdviseConfig
 from convoy.pipelines.advise_data import data_facts
 from convoy.pipelines.advise_evidence import Gathered, Gatherer
 from convoy.pipelines.advise_more_data import more_data
-from convoy.pipelines.advise_probes import Prober
+from convoy.pipelines.advise_probes import Look, Prober
 from convoy.pipelines.advise_report import AdviceReport, Similarity
 from convoy.pipelines.advise_rule import dissimilarity, four_scenarios
 from convoy.pipelines.advise_strategies import (
@@ -27,6 +27,7 @@ from convoy.pipelines.advise_strategies import (
     options,
     train_config,
 )
+from convoy.pipelines.advise_taps import known_stage, probed_stage
 from convoy.pipelines.advise_verify import Verifier
 from convoy.pipelines.augmentation_effect import AugmentationEffect, measure_augmentation
 from convoy.pipelines.backbone_costs import BackboneCost, measure_costs
@@ -102,7 +103,11 @@ class AdviceWork:
             augmentation_effect=augmentation,
             prior=config.prior,
             seconds=time.monotonic() - started_s,
-            notes=[*_notes(gathered, first, scenario.strategy.value), *front_notes],
+            notes=[
+                *_notes(gathered, first, scenario.strategy.value),
+                *front_notes,
+                *_left_out(config, gathered),
+            ],
             within_error_budget=config.error_budget.allows(facts.rejects, facts.looked_at),
         )
 
@@ -195,7 +200,7 @@ class AdviceWork:
 
     def _augmentation(self, gathered: Gathered, prober: Prober) -> AugmentationEffect | None:
         config, effect = self.config, self.config.augmentation_effect
-        if effect is None:
+        if effect is None or _lacks_probed_stage(config, gathered.best):
             return None
         limits = {
             "rows": effect.rows.within(config.rows),
@@ -211,6 +216,28 @@ class AdviceWork:
             progress=self.progress,
             draw_curves=self.draw_curves,
         )
+
+
+def _lacks_probed_stage(config: AdviseConfig, best: Look) -> bool:
+    """Whether augmentation is to be judged at a stage that the best backbone does not have."""
+    tap = probed_stage(config.augmentation_effect)
+    return tap is not None and known_stage(best.record, tap) is None
+
+
+def _left_out(config: AdviseConfig, gathered: Gathered) -> list[str]:
+    """What was asked for and is not there, as a backbone has no such stage."""
+    notes = []
+    without = [one.probes.backbone for one in gathered.evidence if one.reused is None]
+    if config.network.reuse is not None and without:
+        notes.append(
+            f"no partial_reuse of {', '.join(without)}: no stage '{config.network.reuse.after}' to put layers behind"
+        )
+    if _lacks_probed_stage(config, gathered.best):
+        notes.append(
+            f"no augmentation_effect: {gathered.best.probes.backbone} has no stage"
+            f" '{probed_stage(config.augmentation_effect)}'"
+        )
+    return notes
 
 
 def _fronts(costs: Sequence[BackboneCost], gathered: Gathered) -> tuple[list[CostFront], list[str]]:

@@ -10,30 +10,34 @@ import numpy as np
 import pytest
 
 from cache_jobs import write_digits
-from convoy.core.config import load_config
-from convoy.core.errors import DataError
+from convoy.core.config import as_override, load_config
+from convoy.core.errors import ConfigError, DataError
 from convoy.core.fingerprints import canonical_json
+from convoy.core.learning_curve import AS_MEASURED
 from convoy.core.progress import Silent
 from convoy.core.records import Split
 from convoy.pipelines import advise
 from convoy.pipelines.advise_config import AdviseConfig, VerifySettings
 from convoy.pipelines.advise_data import data_facts
-from convoy.pipelines.advise_evidence import Gathered
+from convoy.pipelines.advise_evidence import Gathered, Gatherer
 from convoy.pipelines.advise_probes import JudgedHead, Look, Prober
 from convoy.pipelines.advise_report import AdviceReport, Verification
 from convoy.pipelines.advise_strategies import Option
+from convoy.pipelines.advise_taps import refuse_unknown_stages
 from convoy.pipelines.advise_verify import Verifier
-from convoy.pipelines.advise_work import AdviceWork, _fronts, _notes
+from convoy.pipelines.advise_work import AdviceWork, _fronts, _left_out, _notes
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.classifiers import Strategy
 from convoy.pipelines.feature_plan import ExtractionConfig
 from convoy.pipelines.feature_summary import FeatureSummary
+from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.training_rows import RowLimit
 from convoy.storage.commits import finish
 from convoy.storage.datasets import freeze_dataset
 from convoy.storage.local_store import LocalStore
 from convoy.storage.manifests import Manifest
 from convoy.storage.runs import RunFolder
+from convoy.vision.backbone_config import BackboneConfig
 from made_advice import made_advice, made_cost, made_probes, made_strategy
 from made_advice_rows import frozen_rows
 from made_sources import write_files
@@ -220,6 +224,14 @@ def test_a_reference_that_is_not_there_is_refused_before_any_backbone_is_fetched
         advise.run_advise(with_reference(tmp_path, "fotos"), progress=Silent(), draw_curves=lambda *_: b"")
 
 
+SMALL = {
+    "arch": "lenet5",
+    "weights": "random",
+    "num_classes": 2,
+    "preset": {"resize_px": None, "crop_px": 32},
+}
+
+
 def work_on(store: LocalStore, manifest: Manifest, config: AdviseConfig) -> AdviceWork:
     """The work of an advice that nobody watches."""
     return AdviceWork(
@@ -247,7 +259,7 @@ def test_advice_for_fewer_images_knows_no_others(tmp_path: Path, monkeypatch: py
         "convoy.pipelines.advise_work.measure_augmentation", lambda *given, **_: asked.append(given[4])
     )
     work = work_on(store, manifest, config)
-    look = made_look()
+    look = replace(made_look(), record=fetch_backbone(store, BackboneConfig.model_validate(SMALL)))
     work._augmentation(Gathered(looks=(look,), best=look, untrained=look, curve=None, evidence=()), prober)
     assert (asked[0].rows, asked[0].max_judged) == (RowLimit(max_per_class=20, seed=3), 50)
     monkeypatch.setattr(
@@ -256,6 +268,37 @@ def test_advice_for_fewer_images_knows_no_others(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(Prober, "near_duplicates", lambda *_: made_advice().size.near_duplicates)
     facts = data_facts(store, manifest, config, prober, look)
     assert (facts.images_per_class_min, facts.images_per_class_max, facts.imbalance) == (20, 20, 1)
+
+
+def test_a_stage_that_some_backbones_lack_leaves_them_out_with_a_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one that none of them has is refused before any pass."""
+    other = {**SMALL, "arch": "cifar_resnet20"}
+    candidates = as_override("candidates", [{"backbone": SMALL}, {"backbone": other}])
+    settings = ["dataset=parts", candidates, "network.reuse={after: c1}", "augmentation_effect={tap: c1}"]
+    config = load_config(AdviseConfig, None, settings)
+    store = LocalStore(str(tmp_path))
+    lenet, resnet = (fetch_backbone(store, one.backbone) for one in config.candidates)
+    refuse_unknown_stages(config, [resnet, lenet])
+    with pytest.raises(ConfigError, match="no stage 'c1'") as caught:
+        refuse_unknown_stages(config, [resnet])
+    assert caught.value.where == "network.reuse.after"
+
+    manifest = frozen_rows(tmp_path, {Split.TRAIN: (60, 60)}, ("good", "defect"))
+    work, prober = work_on(store, manifest, config), Prober(store, manifest, config, Silent())
+    look = replace(made_look(), record=resnet)
+    gatherer = Gatherer(store, manifest, config, prober)
+    monkeypatch.setattr(Gatherer, "_svm", lambda *_: None)
+    monkeypatch.setattr(Gatherer, "_missing", lambda *_: 0)
+    evidence = gatherer._evidence(config.candidates[1], look, look, is_best=True, shrink=AS_MEASURED)
+    assert evidence.reused is None
+    gathered = Gathered(looks=(look,), best=look, untrained=look, curve=None, evidence=(evidence,))
+    assert work._augmentation(gathered, prober) is None
+    assert [note.partition(":")[0] for note in _left_out(config, gathered)] == [
+        "no partial_reuse of resnet20",
+        "no augmentation_effect",
+    ]
 
 
 @pytest.mark.parametrize(("own", "price"), [("", 3.6), ("price_per_hour: 1.5", 1.5)])
