@@ -153,7 +153,7 @@ class _Reader:
         """The page of a bundle."""
         assert self._target.bundle is not None
         bundle = peek_bundle(self._store, self._target.bundle)
-        metrics = bundle.read_json(METRICS_FILE)
+        metrics = self._read("its metrics", lambda: bundle.read_json(METRICS_FILE)) or {}
         self.parts["report"] = metrics
         self._add("model", "what the model is", lambda: show_model(self._store.root_uri, str(bundle.ref)))
         self._add_results({"ensemble": str(bundle.ref), **metrics})
@@ -163,14 +163,14 @@ class _Reader:
     def read_run(self) -> None:
         """The page of a run, finished or not."""
         run_id = self._target.name
-        run = show_run(self._store, run_id)
+        self._add("run", "the run's state", lambda: show_run(self._store, run_id))
         folder = RunFolder(self._store, run_id)
         record = folder.record()
         assert record is not None
-        report = read_json(self._store, folder.key("report.json")) or {}
-        self.parts |= {"run": run, "report": report}
+        report = self._read("its report", lambda: read_json(self._store, folder.key("report.json"))) or {}
+        self.parts["report"] = report
         self._add_results({**report, **({} if "run" in report else {"run": run_id})})
-        manifest = read_manifest(folder)
+        manifest = self._read("what it published", lambda: read_manifest(folder))
         if manifest is not None:
             self._add("slices", "the slices", lambda: summarise_slices(manifest.slices))
             self._add("rejects", "the rejects", lambda: summarise_rejects(self._store, manifest))
@@ -183,17 +183,20 @@ class _Reader:
     def _add_results(self, report: dict[str, Any]) -> None:
         """What the report of a run or of a bundle says of a model's worth, and the predictions behind it."""
         measured = report.get("evaluation") or report
-        evaluation = _parsed(Evaluation, measured)
-        inspection = _parsed(InspectionReport, report)
+        evaluation = self._parsed(Evaluation, measured, mark="per_class", words="the evaluation")
+        inspection = self._parsed(InspectionReport, report, mark="figures", words="the inspection")
         self.parts |= {
             "evaluation": evaluation,
-            "committee": _parsed(CommitteeParts, measured) if evaluation and "crops" in measured else None,
-            "history": [EpochResult.model_validate(one) for one in report.get("history") or ()],
-            "ensemble": _parsed(EnsembleReport, report),
+            "committee": self._parsed(CommitteeParts, measured, mark="crops", words="members and cost")
+            if evaluation
+            else None,
+            "ensemble": self._parsed(EnsembleReport, report, mark="gain_interval", words="the ensemble"),
             "trials": list(report.get("trials") or ()) if "ensemble" in report else [],
-            "advice": _parsed(AdviceReport, report),
+            "advice": self._parsed(AdviceReport, report, mark="similarity", words="the advice"),
             "inspection": inspection,
         }
+        epochs = report.get("history") or ()
+        self._add("history", "the epochs", lambda: [EpochResult.model_validate(one) for one in epochs])
         if inspection is not None:
             self._add("pictures", "the pictures", lambda: read_pictures(self._store, inspection))
         run_id = evaluation.run if evaluation is not None else report.get("run")
@@ -229,24 +232,39 @@ class _Reader:
         decisions = [folder.decision(date) for date in folder.decided_dates()]
         return [RetrainReport.model_validate(one) for one in decisions if one is not None]
 
-    def _add(self, part: str, words: str, read: Callable[[], PartT]) -> None:
+    def _parsed(
+        self, model: type[ModelT], document: dict[str, Any], *, mark: str, words: str
+    ) -> ModelT | None:
+        """The fields of a model that a document has; None for one without `mark`, which is that of something else."""
+        if mark not in document:
+            return None
+        fields = {name: value for name, value in document.items() if name in model.model_fields}
+        return self._read(words, lambda: model.model_validate(fields))
+
+    def _add(self, part: str, words: str, read: Callable[[], object]) -> None:
+        found = self._read(words, read)
+        if found is not None:
+            self.parts[part] = found
+
+    def _read(self, words: str, read: Callable[[], PartT]) -> PartT | None:
         self._progress.stage(f"reading {words}")
         try:
-            self.parts[part] = read()
+            return read()
         except (ConvoyError, ValidationError, OSError) as error:
-            text = error.what if isinstance(error, ConvoyError) else str(error).splitlines()[0]
-            self.missing.append(f"{words}: {text}")
+            self.missing.append(f"{words}: {_what(error)}")
+            return None
+
+
+def _what(error: ConvoyError | ValidationError | OSError) -> str:
+    if isinstance(error, ConvoyError):
+        return error.what
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        return f"{error.error_count()} of its fields are missing or others, first {field}: {first['msg']}"
+    return str(error)
 
 
 def _has_predictions(manifest: RunManifest) -> bool:
     outputs = (output for record in manifest.slices for output in record.parts)
     return any(output.startswith(PREDICTIONS) for output in outputs)
-
-
-def _parsed(model: type[ModelT], document: dict[str, Any]) -> ModelT | None:
-    """The fields of a model that a document has; None where it is the document of something else."""
-    fields = {name: value for name, value in document.items() if name in model.model_fields}
-    try:
-        return model.model_validate(fields)
-    except ValidationError:
-        return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from convoy.report.index_page import draw_index
 from convoy.report.page import draw_page
 from convoy.storage.commits import read_manifest
 from convoy.storage.datasets import open_dataset
+from convoy.storage.documents import read_json
 from convoy.storage.local_store import LocalStore
 from convoy.storage.manifests import Manifest
 from convoy.storage.predictions import read_labelled
@@ -129,6 +131,25 @@ def test_a_damaged_part_is_said(tmp_path: Path) -> None:
     assert page.predictions is None
     assert any(text.startswith("the predictions: ") for text in page.missing)
     assert page.evaluation is not None
+
+
+def test_parts_of_a_report_that_cannot_be_read_are_said(tmp_path: Path) -> None:
+    store = made_workspace(tmp_path)
+    key = RunFolder(store, RUN).key("report.json")
+    report = read_json(store, key)
+    del report["top5"]
+    store.put(key, json.dumps(report | {"history": [{"epoch": 1, "a later key": 2}], "figures": []}).encode())
+    page = read_page(store, find_target(store, RUN), progress=Silent())
+    assert (page.evaluation, page.history, page.inspection) == (None, [], None)
+    assert page.data_card is not None
+    said = {text.partition(":")[0]: text for text in page.missing}
+    assert set(said) == {"the evaluation", "the epochs", "the inspection"}
+    assert "first top5" in said["the evaluation"]
+    assert "of its fields are missing or others" in PageParts(draw_page(page)).text
+    store.put(key, b"{")
+    page = read_page(store, find_target(store, RUN), progress=Silent())
+    assert any(text.startswith("its report: the document is damaged") for text in page.missing)
+    assert page.predictions is not None
 
 
 def test_the_page_is_one_harmless_file(workspace: LocalStore, tmp_path: Path) -> None:
