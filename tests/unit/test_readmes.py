@@ -18,7 +18,8 @@ import typer
 import yaml
 
 from convoy.cli.main import app
-from convoy.core.config import parse_config
+from convoy.core.config import load_config, parse_config
+from convoy.pipelines.inspect_config import InspectConfig
 from convoy.pipelines.tune_config import TuneConfig
 from infra_files import ROOT
 from readme_blocks import fenced_blocks
@@ -65,6 +66,12 @@ def test_the_search_of_the_page_is_one() -> None:
     (text,) = fenced_blocks(ROOT / "jobs/README.md", "yaml")["Search, and average what helps"]
     config = parse_config(TuneConfig, yaml.safe_load(text), where="jobs/README.md")
     assert [training.name for training in config.examples()]
+
+
+def test_the_inspection_of_the_page_is_one() -> None:
+    config = load_config(InspectConfig, str(ROOT / "jobs" / "configs" / "inspect.cifar.yaml"), [])
+    assert config.model is not None
+    assert len(config.model.classes or ()) == 10
 
 
 # The settings of a benchmark are a class of its script, which has the scripts beside it on its path.

@@ -40,7 +40,8 @@ def report_page(
         str | None,
         typer.Argument(
             metavar="[TARGET]",
-            help="Run id, dataset, or model; with run:, dataset: or model: in front where two have one name.",
+            help="Run id, dataset, or model; with run:, dataset: or model: in front where two have one name,"
+            " and where it is called page, augmentation or ensemble, as a command here.",
         ),
     ] = None,
     output: Annotated[

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from convoy.core.config import StrictModel
-from convoy.core.errors import ConfigError, DataError
+from convoy.core.errors import DataError
 from convoy.pipelines.ensemble_building import EnsembleReport, ReportDrawer
+from convoy.pipelines.report_writing import write_html
 from convoy.pipelines.workspace import workspace_uri
 from convoy.storage.bundles import METRICS_FILE, open_bundle
 from convoy.storage.documents import read_json
@@ -34,12 +34,7 @@ def write_ensemble_page(
     Raises DataError for a bundle or run that holds no such report.
     """
     report = _read_report(open_store(workspace_uri(workspace)), reference)
-    try:
-        Path(output).write_bytes(draw(report))
-    except OSError as error:
-        raise ConfigError(
-            f"the page cannot be written: {error}", where=output, next_step="choose another --output"
-        ) from error
+    write_html(output, draw(report))
     return EnsemblePage(output=output, ensemble=report.ensemble, gain=report.gain)
 
 

@@ -19,6 +19,7 @@ from convoy.pipelines.report_data_card import choose_examples
 from convoy.pipelines.report_index import find_pages, read_index, write_index
 from convoy.pipelines.report_page import PageData, read_page, write_page
 from convoy.pipelines.report_target import TargetKind, find_target
+from convoy.pipelines.report_writing import write_html
 from convoy.report.index_page import draw_index
 from convoy.report.page import draw_page
 from convoy.storage.commits import read_manifest
@@ -245,6 +246,25 @@ def test_a_model_that_does_not_exist_is_refused(workspace: LocalStore) -> None:
 def test_a_page_that_cannot_be_written_is_said(workspace: LocalStore, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be written"):
         write_page(workspace.root_uri, RUN, str(tmp_path / "no" / "x.html"), draw_page, progress=Silent())
+
+
+def test_a_page_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page, link = tmp_path / "page.html", tmp_path / "link.html"
+    link.symlink_to(page)
+    assert write_html(str(page), b"old") == 3
+    assert write_html(str(link), b"older") == 5
+    assert link.is_symlink()
+
+    def cut_off(self: Path, data: bytes) -> int:
+        with self.open("wb") as file:
+            file.write(data[:1])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", cut_off)
+    with pytest.raises(ConfigError, match="no space left"):
+        write_html(str(page), b"new")
+    assert page.read_bytes() == b"older"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.html", "page.html"]
 
 
 def test_the_index_links_to_pages_that_lie_beside_it(workspace: LocalStore, tmp_path: Path) -> None:
