@@ -54,6 +54,13 @@ def report_page(
         str | None,
         typer.Option("--index", metavar="WORKSPACE", help="Make the home page of a workspace instead."),
     ] = None,
+    pages: Annotated[
+        bool,
+        typer.Option(
+            "--pages",
+            help="With --index: also write the pages that are missing beside it, at most 100 a call.",
+        ),
+    ] = False,
     workspace: WorkspaceOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -63,12 +70,19 @@ def report_page(
             "a page is either about one thing or the index of a workspace",
             next_step="give a run, dataset or model, or --index WORKSPACE",
         )
+    if pages and index is None:
+        raise ConfigError("--pages writes what an index links to", next_step="give --index WORKSPACE with it")
     if target is None:
         from convoy.pipelines.report_index import write_index  # noqa: PLC0415
         from convoy.report.index_page import draw_index  # noqa: PLC0415
+        from convoy.report.page import draw_page  # noqa: PLC0415
 
         file = output or "index.html"
-        run_job(lambda progress: write_index(index, file, draw_index, progress=progress), as_json=as_json)
+        drawer = draw_page if pages else None
+        run_job(
+            lambda progress: write_index(index, file, draw_index, progress=progress, draw_page=drawer),
+            as_json=as_json,
+        )
         return
     from convoy.pipelines.report_page import write_page  # noqa: PLC0415
     from convoy.report.page import draw_page  # noqa: PLC0415

@@ -9,10 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from convoy.core.config import StrictModel
 from convoy.core.errors import ConvoyError
+from convoy.core.fingerprints import digest
 from convoy.core.progress import Progress
 from convoy.pipelines.model_listing import ListedModel, list_models
+from convoy.pipelines.report_page import PageDrawer, write_page
 from convoy.pipelines.report_target import TargetKind
 from convoy.pipelines.report_writing import write_html
 from convoy.pipelines.runs_list import ListedRun, list_runs
@@ -27,6 +31,8 @@ from convoy.storage.stores import open_store
 # More rows than a page can be read with; the newest runs are shown, and the first models by name.
 MAX_RUNS, MAX_MODELS = 1000, 1000
 _MAX_PAGES = 5000
+# Pages of evaluations take seconds and megabytes each: one call does not write thousands of them.
+_MAX_WRITTEN = 100
 _HEAD_BYTES = 4096
 _META = re.compile(r'<meta name="convoy-(target|workspace)" content="([^"]*)">')
 _THREADS = 8
@@ -84,11 +90,26 @@ class IndexReport(StrictModel):
 IndexDrawer = Callable[[IndexData], bytes]
 
 
-def write_index(workspace: str | None, output: str, draw: IndexDrawer, *, progress: Progress) -> IndexReport:
-    """Draw the index of a workspace and write it to a local path; ConfigError where it cannot be written."""
+def write_index(
+    workspace: str | None,
+    output: str,
+    draw: IndexDrawer,
+    *,
+    progress: Progress,
+    draw_page: PageDrawer | None = None,
+) -> IndexReport:
+    """Draw the index of a workspace and write it to a local path; ConfigError where it cannot be written.
+
+    With `draw_page` datasets, models and finished runs that have no page beside the index get one first, 100 a call.
+    """
     store = open_store(workspace_uri(workspace))
     progress.stage("looking through the workspace")
-    index = read_index(store, Path(output).absolute().parent)
+    folder = Path(output).absolute().parent
+    index = read_index(store, folder)
+    if draw_page is not None:
+        notes = _write_pages(store.root_uri, index, folder, draw_page, progress=progress)
+        pages = find_pages(folder, store.root_uri)
+        index = index.model_copy(update={"pages": pages, "missing": [*index.missing, *notes]})
     return IndexReport(
         output=output,
         size_bytes=write_html(output, draw(index)),
@@ -123,6 +144,35 @@ def read_index(store: ObjectStore, folder: Path) -> IndexData:
         pages=find_pages(folder, store.root_uri),
         missing=missing,
     )
+
+
+def _write_pages(
+    workspace: str, index: IndexData, folder: Path, draw: PageDrawer, *, progress: Progress
+) -> list[str]:
+    """Write the pages that are missing; what could not be written, and why."""
+    targets = [
+        *(f"{TargetKind.DATASET}:{one.name}" for one in index.datasets),
+        *(f"{TargetKind.MODEL}:{one.model}" for one in index.models),
+        *(f"{TargetKind.RUN}:{one.run}" for one in index.runs if one.state is RunState.FINISHED),
+    ]
+    lacking = [target for target in targets if target not in index.pages]
+    notes = []
+    for target in lacking[:_MAX_WRITTEN]:
+        try:
+            write_page(workspace, target, str(folder / _page_name(target)), draw, progress=progress)
+        except (ConvoyError, ValidationError, OSError) as error:
+            why = error.what if isinstance(error, ConvoyError) else str(error)
+            notes.append(f"the page of {target}: {why}")
+    if len(lacking) > _MAX_WRITTEN:
+        notes.append(
+            f"{len(lacking) - _MAX_WRITTEN} further pages: the same command again writes {_MAX_WRITTEN} more"
+        )
+    return notes
+
+
+def _page_name(target: str) -> str:
+    """A file name that every file system takes, other for each target."""
+    return f"{re.sub('[^A-Za-z0-9._-]', '-', target)[:100]}-{digest(target)[:8]}.html"
 
 
 def find_pages(folder: Path, workspace: str) -> dict[str, str]:

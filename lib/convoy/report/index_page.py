@@ -28,7 +28,8 @@ def draw_index(index: IndexData) -> bytes:
         else "None of them has a page beside this one yet."
     )
     hint = (
-        "convoy report RUN|DATASET|MODEL --out NAME.html in this folder, then the index again, adds a link."
+        "convoy report RUN|DATASET|MODEL --out NAME.html in this folder, then the index again, adds a link;"
+        " --pages beside --index writes all that are missing."
     )
     return render_page(
         Page(

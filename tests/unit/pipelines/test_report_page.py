@@ -284,6 +284,39 @@ def test_the_index_links_to_pages_that_lie_beside_it(workspace: LocalStore, tmp_
     )
 
 
+def test_the_index_writes_the_pages_that_are_missing_and_says_which_it_cannot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = made_workspace(tmp_path)
+    index, kept = str(tmp_path / "index.html"), tmp_path / "kept.html"
+    kept.write_text(
+        f'<meta name="convoy-target" content="dataset:{DATASET}">'
+        f'<meta name="convoy-workspace" content="{store.root_uri}">'
+    )
+    drawn = []
+
+    def draw(page: PageData) -> bytes:
+        drawn.append(page.target)
+        return f'<meta name="convoy-target" content="{page.target}">'.encode()
+
+    report = write_index(store.root_uri, index, draw_index, progress=Silent(), draw_page=draw)
+    assert (report.pages, report.notes, drawn) == (2, [], [f"run:{RUN}"])
+    assert write_index(store.root_uri, index, draw_index, progress=Silent(), draw_page=draw).pages == 2
+    assert len(drawn) == 1
+    kept.unlink()
+    monkeypatch.setattr(report_index, "write_page", _refuse)
+    report = write_index(store.root_uri, index, draw_index, progress=Silent(), draw_page=draw)
+    assert report.notes == [f"the page of dataset:{DATASET}: it is cut short"]
+    assert "it is cut short" in Path(index).read_text()
+    monkeypatch.setattr(report_index, "_MAX_WRITTEN", 0)
+    report = write_index(store.root_uri, index, draw_index, progress=Silent(), draw_page=draw)
+    assert [note.partition(":")[0] for note in report.notes] == ["1 further pages"]
+
+
+def _refuse(*_: object, **__: object) -> None:
+    raise DataError("it is cut short")
+
+
 def test_pages_of_another_workspace_are_not_linked(workspace: LocalStore, tmp_path: Path) -> None:
     write_page(workspace.root_uri, DATASET, str(tmp_path / "pets.html"), draw_page, progress=Silent())
     assert find_pages(tmp_path, workspace.root_uri) == {f"dataset:{DATASET}": "pets.html"}

@@ -40,7 +40,7 @@ def test_an_index_needs_no_target(workspace: str, tmp_path: Path) -> None:
     assert RUN in output.read_text()
 
 
-@pytest.mark.parametrize("words", [["--out", "x.html"], ["pets", "--index", "w"]])
+@pytest.mark.parametrize("words", [["--out", "x.html"], ["pets", "--index", "w"], ["pets", "--pages"]])
 def test_one_thing_at_a_time(words: list[str]) -> None:
     result = CliRunner().invoke(app, ["report", *words])
     assert isinstance(result.exception, ConfigError)
