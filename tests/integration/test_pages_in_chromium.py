@@ -10,8 +10,12 @@ from typing import Any
 import pytest
 
 from chromium import Browser, Tab, find_browser, running_browser
+from convoy.pipelines.report_index import IndexData, IndexedDataset, IndexedRun
+from convoy.pipelines.runs_state import RunState
+from convoy.report.index_page import draw_index
 from convoy.report.page import draw_page
-from made_pages import made_page
+from made_advice import made_advice
+from made_pages import IMAGE, QUOTES, SCRIPT, made_page
 
 pytestmark = pytest.mark.integration
 
@@ -42,6 +46,56 @@ CONTRASTS = """
   return found;
 })()
 """
+
+# Charts without any area, or with a mark that sticks out of them.
+OUTSIDE = """
+[...document.querySelectorAll('svg')].filter(svg => {
+  const frame = svg.getBoundingClientRect();
+  if (!frame.width || !frame.height) return true;
+  return [...svg.querySelectorAll('.mark, .bubble, .ink, rect')].some(mark => {
+    const box = mark.getBoundingClientRect();
+    return box.left < frame.left - 1 || box.right > frame.right + 1 || box.top < frame.top - 1
+      || box.bottom > frame.bottom + 1;
+  });
+}).map(svg => svg.getAttribute('aria-label'))
+"""
+
+
+def made_index() -> IndexData:
+    return IndexData(
+        workspace=f"/w/{SCRIPT}",
+        datasets=[
+            IndexedDataset(
+                name=IMAGE,
+                fingerprint="f" * 32,
+                samples=3,
+                classes=2,
+                splits={"test": 3},
+                source=QUOTES,
+                frozen_utc="",
+            )
+        ],
+        runs=[
+            IndexedRun(
+                run="r1",
+                verb="train",
+                dataset=IMAGE,
+                state=RunState.FINISHED,
+                held_by=None,
+                done=3,
+                inputs=3,
+                age="1 h",
+                opened_utc=None,
+                name=SCRIPT,
+                top1=0.5,
+            )
+        ],
+        num_runs=1,
+        models=[],
+        num_models=0,
+        pages={"run:r1": f"{QUOTES}.html"},
+        missing=[SCRIPT],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -150,18 +204,27 @@ def test_paper_shows_all_in_black_on_white(tab: Tab) -> None:
 
 def test_figures_are_drawn(tab: Tab) -> None:
     """Every chart covers some area, and its marks lie inside it."""
-    outside = """
-    [...document.querySelectorAll('svg')].filter(svg => {
-      const frame = svg.getBoundingClientRect();
-      if (!frame.width || !frame.height) return true;
-      return [...svg.querySelectorAll('.mark, rect')].some(mark => {
-        const box = mark.getBoundingClientRect();
-        return box.left < frame.left - 1 || box.right > frame.right + 1 || box.top < frame.top - 1
-          || box.bottom > frame.bottom + 1;
-      });
-    }).map(svg => svg.getAttribute('aria-label'))
-    """
     tab.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
     assert tab.evaluate("document.querySelectorAll('svg').length") > 10
-    assert tab.evaluate(outside) == []
+    assert tab.evaluate(OUTSIDE) == []
     assert len(tab.screenshot()) > 10_000
+
+
+@pytest.mark.parametrize("kind", ["advice", "index"])
+def test_pages_of_advice_and_of_a_workspace_are_as_sound(browser: Browser, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "page.html"
+    advice = made_page(advice=made_advice(), evaluation=None, predictions=None, history=[], data_card=None)
+    path.write_bytes(draw_page(advice) if kind == "advice" else draw_index(made_index()))
+    tab = browser.tab()
+    tab.open(path)
+    requested = {event["request"]["url"].partition(":")[0] for event in tab.told("Network.requestWillBeSent")}
+    assert requested <= {"file", "data"}
+    assert not tab.told("Log.entryAdded")
+    assert tab.evaluate("window.hacked") is None
+    tab.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
+    bubbles = tab.evaluate("document.querySelectorAll('.bubble').length")
+    assert (bubbles > 3) is (kind == "advice")
+    assert tab.evaluate(OUTSIDE) == []
+    for theme in ("light", "dark"):
+        tab.show_as(theme)
+        assert [one for one in tab.evaluate(CONTRASTS) if one[0] < 4.5] == []
