@@ -16,7 +16,7 @@ from convoy.core.errors import RunMismatch
 from convoy.core.progress import Silent
 from convoy.core.records import Split
 from convoy.pipelines.dataset import DatasetConfig, freeze
-from convoy.pipelines.feature_plan import ExtractionConfig, FeatureRequest
+from convoy.pipelines.feature_plan import ExtractionConfig, FeatureRequest, PrecisionChoice
 from convoy.pipelines.feature_summary import FeatureSummary
 from convoy.pipelines.features import FeatureJob
 from convoy.pipelines.predictions import PredictionJob
@@ -115,21 +115,25 @@ def test_every_call_says_why_images_have_no_features(store: LocalStore, images: 
     assert reject_codes() == {"not_an_image": 1, "empty": 1}
 
 
-def test_an_image_whose_features_are_too_large_is_remembered_as_a_reject(
-    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("precision", "value"), [(PrecisionChoice.FP32, 70_000.0), (PrecisionChoice.BF16, float("nan"))]
+)
+def test_an_image_whose_features_cannot_be_stored_is_remembered_as_a_reject(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch, precision: PrecisionChoice, value: float
 ) -> None:
+    extraction = ExtractionConfig(precision=precision)
     run = FeatureEngine.run
 
-    def run_with_a_large_value(engine: FeatureEngine, images_BCHW: Tensor) -> dict[str, Tensor]:
+    def run_with_a_hole(engine: FeatureEngine, images_BCHW: Tensor) -> dict[str, Tensor]:
         features = run(engine, images_BCHW)
-        features["f6"][1, 0] = 70_000.0
+        features["f6"][1, 0] = value
         return features
 
     with monkeypatch.context() as patched:
-        patched.setattr(FeatureEngine, "run", run_with_a_large_value)
-        summary = ensure(job(store))
+        patched.setattr(FeatureEngine, "run", run_with_a_hole)
+        summary = ensure(job(store, extraction=extraction))
     assert (summary.rows, summary.reject_codes) == (NUM_IMAGES - 1, {"not_finite": 1})
-    again = ensure(job(store))
+    again = ensure(job(store, extraction=extraction))
     assert (again.rows, again.reject_codes) == (NUM_IMAGES - 1, {"not_finite": 1})
 
 
