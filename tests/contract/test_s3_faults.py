@@ -28,6 +28,8 @@ from convoy.core.errors import (
 )
 from convoy.core.records import RejectCode, SampleRejected
 from convoy.core.splits import SplitOptions
+from convoy.storage import s3_store as s3_store_module
+from convoy.storage import s3_uploads
 from convoy.storage.parquet_files import BUFFER_BYTES
 from convoy.storage.request_counts import REQUESTS
 from convoy.storage.run_input import freeze_input
@@ -313,6 +315,20 @@ def test_expired_credentials_are_no_fault_of_the_images(store: S3Store, fault_pr
     with fault_proxy.injecting(rule) as (fault,), pytest.raises(CredentialsExpired):
         codes(rows)
     assert fault.fired
+
+
+def test_an_upload_in_parts_outlives_an_end_that_is_an_error_with_status_200(
+    store: S3Store, fault_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3_uploads, "_PART_BYTES", 5 << 20)
+    monkeypatch.setattr(s3_store_module, "WHOLE_BYTES", 5 << 20)
+    data = bytes(6 << 20)
+    # The first POST begins the upload.
+    rule = FaultRule(method="POST", action=Refuse(200, "InternalError"), start=2, times=1)
+    with fault_proxy.injecting(rule) as (fault,):
+        store.put("weights", data)
+    assert fault.fired == 1
+    assert store.get("weights").data == data
 
 
 def test_requests_are_counted_as_the_server_sees_them(store: S3Store, fault_proxy: FaultProxy) -> None:

@@ -12,6 +12,7 @@ from convoy.cli.options import (
     DryRunOption,
     JsonOption,
     NewRunOption,
+    ScoreDryRunOption,
     SetOption,
     WorkspaceOption,
     load,
@@ -177,7 +178,7 @@ def score(  # noqa: PLR0917 (an option of the command line is an argument)
     overrides: SetOption = None,
     workspace: WorkspaceOption = None,
     new_run: NewRunOption = False,
-    dry_run: DryRunOption = False,
+    dry_run: ScoreDryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Score every image of a dataset exactly once, whatever fails meanwhile. --dry-run times a sample of it."""

@@ -37,7 +37,14 @@ NewRunOption = Annotated[
         help="Leave an unfinished run of the same target, or finished predictions, and start afresh.",
     ),
 ]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; no run begins.")]
+ScoreDryRunOption = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Time a sample, whose scores are thrown away, and say what all would take. A --source is frozen.",
+    ),
+]
 
 ReportT = TypeVar("ReportT", bound=BaseModel)
 ConfigT = TypeVar("ConfigT", bound=BaseModel)

@@ -62,8 +62,9 @@ ONE_WRITER_ADVICE = (
 class ObjectStore(Protocol):
     """A root URI and the operations below it. Keys use '/', are exact in UTF-8, and never start with '/'.
 
-    All operations retry transient faults inside a deadline and then raise StoreUnavailable; a missing object
-    is ObjectNotFound, a refused one AccessDenied. Stores are cheap to make, thread-safe, and pickle.
+    Requests to a server are repeated inside a deadline while their faults are transient, and then raise
+    StoreUnavailable; a local disk is asked once. A missing object is ObjectNotFound, a refused one AccessDenied.
+    Stores are cheap to make, thread-safe, and pickle.
     """
 
     @property
