@@ -35,7 +35,7 @@ def do_slices(
     progress: Progress,
     work: PlannedWork,
 ) -> list[SliceRecord]:
-    """Run the slices that have no verified attempt; returns the records of those that were finished now.
+    """Run the slices that have no verified attempt, largest first; returns the records of those that were done now.
 
     `work` is that of the whole run, whatever is left: the number of threads moves the last bits of what is computed.
 
@@ -45,7 +45,7 @@ def do_slices(
     done = done_slices(folder, record)
     tasks = [
         SliceTask(slice=name, outputs=record.outputs_of(name))
-        for name in record.slice_names()
+        for name in record.slice_names_by_size()
         if name not in done
     ]
     if not tasks:

@@ -77,7 +77,13 @@ def freeze_input(
         uploads.wait()
     crash_point(CrashPoint.INPUT_FROZEN)
     return tuple(
-        SliceGroup(outputs=outputs, num_rows=writer.num_rows, num_slices=writer.num_slices, attempt=attempt)
+        SliceGroup(
+            outputs=outputs,
+            num_rows=writer.num_rows,
+            num_slices=writer.num_slices,
+            attempt=attempt,
+            slice_rows=slice_rows,
+        )
         for outputs, writer in writers.items()
     )
 

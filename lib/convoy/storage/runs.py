@@ -37,13 +37,20 @@ _RECORDED_LIBRARIES = ("ray", "torch", "torchvision", "timm", "pyarrow", "pillow
 class SliceGroup(StrictModel):
     """Slices that need the same outputs: `outputs` are the ids of the sets that each slice writes a part for.
 
-    `attempt` names the freezing that wrote their input; it is empty in runs of before freezings had names.
+    `attempt` names the freezing that wrote their input; it is empty in runs of before freezings had names, which do not
+    tell the rows of a whole slice either.
     """
 
     outputs: tuple[str, ...]
     num_rows: int
     num_slices: int
     attempt: str = ""
+    slice_rows: int = 0
+
+    def rows_of(self, number: int) -> int:
+        """Rows of a slice: of all but the last one the same."""
+        whole = self.slice_rows or -(-self.num_rows // self.num_slices)
+        return min(whole, max(self.num_rows - number * whole, 0))
 
     @property
     def num_shards(self) -> int:
@@ -99,6 +106,15 @@ class RunRecord(StrictModel):
         for index, group in enumerate(self.groups):
             for number in range(group.num_slices):
                 yield slice_name(index, number)
+
+    def slice_names_by_size(self) -> list[str]:
+        """The same, largest first: what is started last is what the others wait for. Equal ones in input order."""
+
+        def num_rows(name: str) -> int:
+            group, number = parse_slice_name(name)
+            return self.groups[group].rows_of(number)
+
+        return sorted(self.slice_names(), key=num_rows, reverse=True)
 
     def outputs_of(self, name: str) -> tuple[str, ...]:
         """The ids of the sets that a slice writes."""

@@ -117,6 +117,18 @@ def test_the_input_of_a_run_of_before_freezings_had_names_is_read(tmp_path: Path
     assert read == [["s0"], ["s1"]]
 
 
+def test_the_largest_slices_come_first_and_remainders_last(tmp_path: Path) -> None:
+    folder = RunFolder(LocalStore(str(tmp_path)), "r")
+    sizes = {"a": 1, "b": 7, "c": 5}
+    rows = [((group,), made_manifest([f"{group}{n}" for n in range(size)])) for group, size in sizes.items()]
+    run = folder.write_record(record_of(freeze_input(folder, rows, slice_rows=3)))
+    names = run.slice_names_by_size()
+    assert names == ["1-000000", "1-000001", "2-000000", "2-000001", "0-000000", "1-000002"]
+    assert [folder.read_slice(name).num_rows for name in names] == [3, 3, 3, 2, 1, 1]
+    earlier = tuple(group.model_copy(update={"slice_rows": 0}) for group in run.groups)
+    assert sorted(run.model_copy(update={"groups": earlier}).slice_names_by_size()) == sorted(names)
+
+
 def test_nothing_missing_freezes_nothing(tmp_path: Path) -> None:
     run = frozen(LocalStore(str(tmp_path)), ["a", "b"], {"x": known(["a", "b"])}, slice_rows=3)
     assert run.groups == ()
