@@ -44,7 +44,13 @@ integration: setup  ## Only the tests that start a real Ray or a real S3 server.
 	$(BIN)/python tests/run_pytest.py tests/contract tests/integration -m "not gpu"
 
 chaos: setup  ## Kill and spoil things on purpose, the long form; ends in a table of faults.
-	$(BIN)/python tests/run_pytest.py tests/contract/test_s3_faults.py tests/contract/test_conditional_put_faults.py tests/chaos -m "not gpu"
+	$(BIN)/python tests/run_pytest.py tests/unit/vision/test_forward.py tests/unit/cluster/test_library_versions.py \
+		tests/unit/storage/test_s3_store.py tests/unit/storage/test_samples.py tests/unit/storage/test_sources_*.py -m "not gpu"
+	$(BIN)/python tests/run_pytest.py tests/contract/test_leases.py tests/contract/test_s3_faults.py \
+		tests/contract/test_conditional_put_faults.py tests/integration/test_awkward_images.py \
+		tests/integration/test_cache_on_s3.py tests/integration/test_runs.py \
+		tests/integration/test_cache.py::test_unfinished_run_refuses_a_changed_dataset_until_new_run \
+		tests/integration/test_retrain.py::test_days_of_digits_end_as_they_should tests/chaos -m "not gpu"
 
 gpu: setup  ## The tests that need a CUDA device.
 	$(BIN)/python -m pytest tests/gpu -m gpu

@@ -51,6 +51,18 @@ def test_the_command_line_takes_every_command_of_a_page(page: str, line: str) ->
     parse(typer.main.get_command(app), words[1 : words.index("|")] if "|" in words else words[1:])
 
 
+def test_make_chaos_runs_every_test_that_the_table_of_faults_names() -> None:
+    table = (ROOT / "tests/chaos/README.md").read_text()
+    named = set(re.findall(r"`(?:(?:unit|integration|contract)/[\w/]*)?test_[\w*]+\.py`", table))
+    elsewhere = {name.strip("`") for name in named if "/" in name}
+    assert elsewhere
+    makefile = (ROOT / "Makefile").read_text()
+    (recipe,) = re.findall(r"^chaos:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)
+    assert {name for name in elsewhere if f"tests/{name}" not in recipe} == set()
+    inside = {name.strip("`") for name in named if "/" not in name}
+    assert {name for name in inside if not (ROOT / "tests/chaos" / name).exists()} == set()
+
+
 def test_what_the_readme_scores_on_a_cluster_was_made_by_its_tour() -> None:
     blocks = fenced_blocks(ROOT / "README.md", "sh")
     (tour,), (cluster,) = blocks["From a bucket to a scheduled job, in ten minutes"], blocks["On a cluster"]
