@@ -97,14 +97,18 @@ def fit_temperature(logits_NK: NDArray[Any], labels_N: NDArray[Any]) -> float:
 def fit_member_temperature(logits_VNK: NDArray[Any], labels_N: NDArray[Any], averaging: Averaging) -> float:
     """The temperature of a member that makes the labels likeliest by its mean over the views, as in `member_values`."""
     if averaging is Averaging.LOGITS:
-        return fit_temperature(np.asarray(logits_VNK, np.float64).mean(axis=0), labels_N)
-    wide_VNK = np.asarray(logits_VNK, np.float64)
-    wide_VNK = wide_VNK - wide_VNK.max(axis=2, keepdims=True)
-    own_VN = wide_VNK[:, np.arange(len(labels_N)), labels_N]
+        return fit_temperature(logits_VNK.mean(axis=0, dtype=np.float64), labels_N)
+    largest_VN = logits_VNK.max(axis=2)
+    own_VN = np.asarray(logits_VNK[:, np.arange(len(labels_N)), labels_N] - largest_VN, np.float64)
 
     def nll(temperature: float) -> float:
-        log_own_VN = own_VN / temperature - np.log(np.exp(wide_VNK / temperature).sum(axis=2))
-        return float(np.log(len(wide_VNK)) - logsumexp(log_own_VN, axis=0).mean())
+        # One view at a time and no wider than it is: of all of them there are many.
+        log_sums_VN = [
+            np.log(np.exp((logits_NK - largest_N[:, None]) / temperature).sum(axis=1))
+            for logits_NK, largest_N in zip(logits_VNK, largest_VN, strict=True)
+        ]
+        log_own_VN = own_VN / temperature - np.stack(log_sums_VN)
+        return float(np.log(len(logits_VNK)) - logsumexp(log_own_VN, axis=0).mean())
 
     return _likeliest_temperature(nll)
 
