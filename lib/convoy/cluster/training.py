@@ -34,7 +34,7 @@ from convoy.core.errors import (
     VersionMismatch,
 )
 from convoy.core.training_events import TrainingEvent
-from convoy.storage.checkpoints import CheckpointFolder
+from convoy.storage.checkpoints import RAY_TRAIN, CheckpointFolder
 from convoy.storage.stores import open_store
 
 # How long the cluster may take to show the resources that are asked for.
@@ -248,7 +248,7 @@ def _trainer(spec: TrainingSpec, plan: WorkerPlan, board: Any) -> Any:
         run_config=ray.train.RunConfig(
             # Another name for every start: what is gone on with is decided by our own checkpoints.
             name=f"{spec.run_id}-{secrets.token_hex(4)}",
-            storage_path=f"{spec.workspace}/runs/{spec.run_id}/ray_train",
+            storage_path=f"{spec.workspace}/runs/{spec.run_id}/{RAY_TRAIN}",
             failure_config=ray.train.FailureConfig(
                 max_failures=plan.max_failures, controller_failure_limit=plan.max_failures
             ),

@@ -40,7 +40,7 @@ from convoy.pipelines.training_rows import (
     weigh_classes,
     with_mean_weight_one,
 )
-from convoy.storage.checkpoints import CheckpointFolder
+from convoy.storage.checkpoints import training_leftovers
 from convoy.storage.commits import finish
 from convoy.storage.documents import read_json
 from convoy.storage.leases import RunLease, WhenHeld, hold_run
@@ -193,8 +193,7 @@ class NetworkTraining:
         self._run.open_run.close(self.folder)
         # The training is done, whatever becomes of them: what is left here is removed by `convoy runs gc`.
         with suppress(StorageError):
-            checkpoints = CheckpointFolder(self._store, self.folder.run_id)
-            self._store.delete(info.key for info in checkpoints.files())
+            self._store.delete(info.key for info in training_leftovers(self.folder))
 
     @property
     def _settings(self) -> dict[str, Any]:

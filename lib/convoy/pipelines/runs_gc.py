@@ -1,4 +1,4 @@
-"""`convoy runs gc`: remove what unfinished runs left that no command goes on with, and checkpoints of finished ones.
+"""`convoy runs gc`: remove what unfinished runs left that no command goes on with, and what finished trainings left.
 
 Never what a finished run, a commit, or a pointer names, and never what a driver is at work on.
 """
@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 
 from convoy.core.config import StrictModel
 from convoy.pipelines.runs_state import Changes, RunState, opened_utc, run_status
-from convoy.storage.checkpoints import CheckpointFolder
+from convoy.storage.checkpoints import training_leftovers
 from convoy.storage.commits import FEATURES
 from convoy.storage.conditional_put import PROBE_FOLDER
 from convoy.storage.documents import read_json
@@ -66,7 +66,7 @@ def collect_garbage(
 ) -> GcReport:
     """Find, and with `made` remove, the files of runs that were given up, and of older ones that were left behind.
 
-    Of finished trainings the checkpoints go that were not deleted at their end.
+    Of finished trainings the checkpoints go, and what Ray Train wrote, that were not deleted at their end.
 
     In a local folder also what writers that were killed left half done, after a day.
 
@@ -82,8 +82,10 @@ def collect_garbage(
         if candidate.folder.run_id not in living
     ]
     garbage += [
-        _removed(store, folder.run_id, "checkpoints of a finished training", files, changes)
-        for folder, files in _checkpoints_of(finished)
+        _removed(
+            store, folder.run_id, "checkpoints and Ray Train's files of a finished training", files, changes
+        )
+        for folder, files in _leftovers_of(finished)
     ]
     leftovers = _probe_leftovers(store, watch_s)
     if leftovers:
@@ -132,9 +134,9 @@ def _candidates(
     return found, kept, [folder for folder, state in known if state is RunState.FINISHED]
 
 
-def _checkpoints_of(finished: Sequence[RunFolder]) -> Iterator[tuple[RunFolder, list[ObjectInfo]]]:
+def _leftovers_of(finished: Sequence[RunFolder]) -> Iterator[tuple[RunFolder, list[ObjectInfo]]]:
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = pool.map(lambda folder: CheckpointFolder(folder.store, folder.run_id).files(), finished)
+        found = pool.map(training_leftovers, finished)
         yield from ((folder, files) for folder, files in zip(finished, found, strict=True) if files)
 
 

@@ -28,6 +28,8 @@ from convoy.storage.runs import RunFolder
 _DATA, _RECORD = ".safetensors", ".json"
 _NAME = re.compile(r"\d{10}-[0-9a-f]{8}\.(safetensors|json)")
 _READ_THREADS = 16
+# What Ray Train keeps of itself in the run's folder: a folder for each start.
+RAY_TRAIN = "ray_train"
 
 
 class CheckpointRecord(StrictModel):
@@ -168,7 +170,7 @@ class CheckpointFolder:
         self._store.delete(key for key in doomed if not key.endswith(_RECORD))
 
     def files(self) -> list[ObjectInfo]:
-        """All that lies in the folder: nothing reads it any more once the run is finished."""
+        """All that lies in the folder."""
         return list(self._store.list_objects(self._prefix))
 
     def _list_sizes(self) -> dict[str, int]:
@@ -198,6 +200,12 @@ class CheckpointFolder:
         if record.record_key != record_key:
             raise DataError("the record is one of another checkpoint", where=where)
         return record
+
+
+def training_leftovers(folder: RunFolder) -> list[ObjectInfo]:
+    """What nothing reads any more once the training of a run is finished: its checkpoints, and what Ray Train wrote."""
+    checkpoints = CheckpointFolder(folder.store, folder.run_id).files()
+    return [*checkpoints, *folder.store.list_objects(folder.key(f"{RAY_TRAIN}/"))]
 
 
 class AsyncCheckpointWriter:

@@ -556,15 +556,18 @@ def test_a_run_that_a_driver_is_still_at_stays(store: LocalStore) -> None:
     assert [one.what for one in gc(store).garbage] == [OLD]
 
 
-def test_checkpoints_go_once_their_training_is_finished(store: LocalStore) -> None:
+def test_checkpoints_and_what_ray_train_wrote_go_once_their_training_is_finished(store: LocalStore) -> None:
     done, _ = finished(store, "finished")
     _, unfinished, _ = opened(store, "open")
     kept = keys(store)
     checkpoints = [CheckpointFolder(store, folder.run_id) for folder in (done, unfinished)]
     needed = [folder.write(1, b"weights", score=None, details={}) for folder in checkpoints][1]
+    markers = [folder.key("ray_train/start/.validate_storage_marker") for folder in (done, unfinished)]
+    for marker in markers:
+        store.put(marker, b"")
     report = gc(store)
-    assert [(one.what, one.files) for one in report.garbage] == [(done.run_id, 2)]
-    assert keys(store) == kept | {needed.key, needed.record_key}
+    assert [(one.what, one.files) for one in report.garbage] == [(done.run_id, 3)]
+    assert keys(store) == kept | {needed.key, needed.record_key, markers[1]}
 
 
 def test_leftovers_of_a_killed_probe_go(store: LocalStore) -> None:
