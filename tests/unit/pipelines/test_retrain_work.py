@@ -229,7 +229,7 @@ def test_a_date_leaves_behind_what_an_earlier_one_trained_and_nothing_of_a_perso
         folder.write_record(record)
         return folder
 
-    def stop(_: NetworkTraining) -> None:
+    def stop(*_: object) -> None:
         raise _Stopped
 
     monkeypatch.setattr(train, "ray_session", nullcontext)
