@@ -14,6 +14,7 @@ from convoy.pipelines.augmentation_effect import AugmentationEffectConfig
 from convoy.pipelines.backbone_costs import CostsConfig
 from convoy.pipelines.dataset_choice import DatasetChoice
 from convoy.pipelines.feature_plan import ErrorBudget, ExtractionConfig
+from convoy.pipelines.probe_judging import LEAST_JUDGED
 from convoy.pipelines.training_rows import RowLimit
 from convoy.vision.augmentation_policy import AugmentationPolicy
 from convoy.vision.backbone_config import BackboneConfig, NewLayers
@@ -61,7 +62,7 @@ class LookSettings(StrictModel):
 
     images_per_class: Annotated[int, Field(ge=4)] = 200
     judged_per_class: PositiveInt = 100
-    least_judged: PositiveInt = 50
+    least_judged: PositiveInt = LEAST_JUDGED
     max_rows: PositiveInt = 40_000
     resolution_images: PositiveInt = 64
     seed: int = 0

@@ -16,7 +16,7 @@ from convoy.core.records import Split
 from convoy.pipelines.advise_config import AdviseConfig, LookSettings
 from convoy.pipelines.feature_source import LabelledRows
 from convoy.pipelines.natural_sample import natural_rows, natural_weights
-from convoy.pipelines.probe_judging import JUDGING_FOLD
+from convoy.pipelines.probe_judging import JUDGING_FOLD, can_judge
 from convoy.pipelines.training_rows import RowLimit, count_classes, deal_fold, has_labels, read_split
 from convoy.storage.manifests import MANIFEST_SCHEMA, Manifest
 
@@ -146,10 +146,8 @@ def images_by_class(manifest: Manifest, limit: RowLimit) -> list[int]:
 
 
 def has_judges(manifest: Manifest, look: LookSettings) -> bool:
-    """Whether the split `val` has enough labelled rows to judge by, and of more than one class."""
-    val = manifest.counts.get(Split.VAL)
-    by_class = [] if val is None else val.by_class
-    return sum(by_class) >= look.least_judged and sum(count > 0 for count in by_class) > 1
+    """Whether the split `val` can judge what was looked at."""
+    return can_judge(manifest, look.least_judged)
 
 
 def has_held_out(manifest: Manifest) -> bool:

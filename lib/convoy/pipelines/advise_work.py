@@ -204,6 +204,7 @@ class AdviceWork:
             return None
         limits = {
             "rows": effect.rows.within(config.rows),
+            "least_judged": config.look.least_judged,
             "max_judged": effect.max_judged or prober.rows.judged.num_rows,
         }
         return measure_augmentation(

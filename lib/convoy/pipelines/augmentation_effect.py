@@ -26,7 +26,7 @@ from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.feature_plan import ExtractionConfig, ManyPolicies
 from convoy.pipelines.network_training import CurveDrawer
 from convoy.pipelines.pixel_statistics import resolve_augmentation
-from convoy.pipelines.probe_judging import ProbeRows
+from convoy.pipelines.probe_judging import LEAST_JUDGED, ProbeRows
 from convoy.pipelines.training_rows import RowLimit
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
@@ -49,9 +49,10 @@ class AugmentationEffectConfig(StrictModel):
 
     `policies` are the user's own, by names of theirs, measured beside the kinds as they are. A probe learns from the
     eval view and from `views` drawn ones of at most `rows.max_per_class` images a class, by the features of `tap`;
-    it is judged on the eval view of at most `max_judged` rows of `val`, or of a fifth of `train` where `val` has no
-    labels: null are all, and in advice as many as judge the backbones. Fine-tunings are judged on all of them. Advice
-    learns from no images that its own `rows` leave out.
+    it is judged on the eval view of at most `max_judged` rows of `val`, or of a fifth of `train` where `val` has fewer
+    than `least_judged` rows, or rows of one class only: null are all, and in advice as many as judge the backbones.
+    Fine-tunings are judged on all of them. Advice learns from no images that its own `rows` leave out, and takes
+    `least_judged` from its `look`.
     """
 
     kinds: tuple[AugmentationKind, ...] = tuple(AugmentationKind)
@@ -59,6 +60,7 @@ class AugmentationEffectConfig(StrictModel):
     policies: dict[str, AugmentationPolicy] = Field(default_factory=dict)
     budget: EffectBudget = EffectBudget.PROBE
     rows: RowLimit = RowLimit(max_per_class=300)
+    least_judged: PositiveInt = LEAST_JUDGED
     max_judged: PositiveInt | None = None
     views: PositiveInt = 2
     tap: str | int = "pooled"
@@ -118,7 +120,12 @@ def measure_augmentation(
     """
     started_s = time.monotonic()
     by_probe = config.budget is EffectBudget.PROBE
-    rows = ProbeRows.of(manifest, config.rows, max_judged=config.max_judged if by_probe else None)
+    rows = ProbeRows.of(
+        manifest,
+        config.rows,
+        least_judged=config.least_judged,
+        max_judged=config.max_judged if by_probe else None,
+    )
     policies = []
     for named in named_policies(config, crop_px=backbone.preset.crop_px):
         policy = resolve_augmentation(store, manifest, dataset, named.policy, extraction.decode, progress)

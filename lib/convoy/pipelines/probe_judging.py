@@ -18,7 +18,6 @@ from convoy.pipelines.training_rows import (
     Fold,
     RowLimit,
     count_classes,
-    has_labels,
     read_split,
     validation_rows,
 )
@@ -27,10 +26,19 @@ from convoy.storage.manifests import Manifest
 from convoy.vision.head_fitting import choose_head, fit_path
 from convoy.vision.heads import Head, HeadConfig, Selection, TensorFeatures
 
-# A fifth of the training rows judges where the dataset has no labelled validation rows.
+# A fifth of the training rows judges where the split `val` cannot.
 JUDGING_FOLD = Fold(index=0, count=5)
+# Fewer rows tell no difference.
+LEAST_JUDGED = 50
 # What is said of a row that could not be read.
 UNKNOWN = -1
+
+
+def can_judge(manifest: Manifest, least_judged: int) -> bool:
+    """Whether the split `val` has enough labelled rows to judge by, and of more than one class."""
+    val = manifest.counts.get(Split.VAL)
+    by_class = [] if val is None else val.by_class
+    return sum(by_class) >= least_judged and sum(count > 0 for count in by_class) > 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -49,13 +57,20 @@ class ProbeRows:
         return pa.concat_tables([self.train_table, self.judged_table]).sort_by("sample_id")
 
     @classmethod
-    def of(cls, manifest: Manifest, limit: RowLimit, *, max_judged: int | None = None) -> ProbeRows:
-        """The training rows of a limit, and those of its fold, or of a labelled `val`, or else of a fold made here.
+    def of(
+        cls,
+        manifest: Manifest,
+        limit: RowLimit,
+        *,
+        least_judged: int = LEAST_JUDGED,
+        max_judged: int | None = None,
+    ) -> ProbeRows:
+        """The training rows of a limit, and those of its fold, or of a `val` that can judge, or of a fold made here.
 
         At most `max_judged` of these judge, among which classes have their shares. Raises DataError where a class has
         no training row.
         """
-        if limit.fold is None and not has_labels(manifest, Split.VAL):
+        if limit.fold is None and not can_judge(manifest, least_judged):
             limit = limit.model_copy(update={"fold": JUDGING_FOLD})
         train, validating = read_split(manifest, Split.TRAIN, limit), validation_rows(manifest, limit)
         count_classes(train, manifest.classes)

@@ -248,7 +248,11 @@ def work_on(store: LocalStore, manifest: Manifest, config: AdviseConfig) -> Advi
 
 def test_advice_for_fewer_images_knows_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither what augmentation does, nor the sizes of the classes: 90 and 30 images become 20 of each."""
-    settings = ["rows={max_per_class: 20, seed: 3}", "augmentation_effect={}", "look={judged_per_class: 25}"]
+    settings = [
+        "rows={max_per_class: 20, seed: 3}",
+        "augmentation_effect={}",
+        "look={judged_per_class: 25, least_judged: 40}",
+    ]
     config = load_config(
         AdviseConfig, None, ["dataset=parts", "candidates=[{backbone: {arch: lenet5}}]", *settings]
     )
@@ -262,6 +266,7 @@ def test_advice_for_fewer_images_knows_no_others(tmp_path: Path, monkeypatch: py
     look = replace(made_look(), record=fetch_backbone(store, BackboneConfig.model_validate(SMALL)))
     work._augmentation(Gathered(looks=(look,), best=look, untrained=look, curve=None, evidence=()), prober)
     assert (asked[0].rows, asked[0].max_judged) == (RowLimit(max_per_class=20, seed=3), 50)
+    assert asked[0].least_judged == 40
     monkeypatch.setattr(
         "convoy.pipelines.advise_data.find_duplicates", lambda *_: made_advice().size.duplicates
     )

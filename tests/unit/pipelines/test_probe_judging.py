@@ -18,14 +18,23 @@ from convoy.vision.heads import HeadConfig
 from made_advice_rows import frozen_rows
 from made_runs import SET_ID, finish_slice, new_run
 
-COUNTS = {Split.TRAIN: (10, 10), Split.VAL: (10, 10)}
+COUNTS: dict[Split, tuple[int, ...]] = {Split.TRAIN: (40, 40), Split.VAL: (30, 30)}
 CLASSES = ("good", "defect")
 
 
 def test_a_fold_judges_probes_where_val_has_no_labels(tmp_path: Path) -> None:
     rows = ProbeRows.of(frozen_rows(tmp_path, COUNTS, CLASSES, unlabelled=(Split.VAL,)), RowLimit())
     assert rows.limit.fold is not None
-    assert len(rows.judged.labels_N) == 4
+    assert len(rows.judged.labels_N) == 16
+
+
+@pytest.mark.parametrize(("of_val", "least_judged"), [((3, 2), 50), ((60, 0), 50), ((40, 20), 61)])
+def test_a_fold_judges_probes_where_val_has_too_few_rows_or_one_class(
+    tmp_path: Path, of_val: tuple[int, ...], least_judged: int
+) -> None:
+    manifest = frozen_rows(tmp_path, COUNTS | {Split.VAL: of_val}, CLASSES)
+    rows = ProbeRows.of(manifest, RowLimit(), least_judged=least_judged)
+    assert set(rows.judged_table["split"].to_pylist()) == {"train"}
 
 
 def test_of_many_rows_some_judge_and_classes_keep_their_shares(tmp_path: Path) -> None:
@@ -44,5 +53,5 @@ def test_a_probe_that_no_image_judges_is_refused(tmp_path: Path) -> None:
     finish_slice(store, record, "0-000000", rejected=[name for name in names if name.startswith("val/")])
     publish(RunFolder(store, record.run_id), record, read_records(RunFolder(store, record.run_id)))
     bench = ProbeBench(FeatureCache(store), rows, HeadConfig(C=(1.0,)), num_classes=2)
-    with pytest.raises(DataError, match="none of 20 images that judge could be read"):
+    with pytest.raises(DataError, match="none of 60 images that judge could be read"):
         bench.fit([SET_ID], SET_ID)
