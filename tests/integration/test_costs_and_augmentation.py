@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cache_jobs import freeze, write_digits
-from convoy.core.errors import ConfigError
 from convoy.core.progress import Silent
-from convoy.pipelines.architecture_choice import ArchitectureChoice, ArchitectureConfig, choose_architecture
 from convoy.pipelines.augmentation_effect import (
     AugmentationEffect,
     AugmentationEffectConfig,
@@ -21,9 +20,9 @@ from convoy.pipelines.augmentation_effect import (
 )
 from convoy.pipelines.augmentation_outcomes import PolicyEffect, Verdict
 from convoy.pipelines.augmentation_trainings import ShortFineTuning
-from convoy.pipelines.backbone_costs import CostsConfig
+from convoy.pipelines.backbone_costs import BackboneCost, CostsConfig, measure_costs
 from convoy.pipelines.backbone_record import BackboneRecord
-from convoy.pipelines.cost_front import CostAxis
+from convoy.pipelines.cost_front import CostAxis, cost_fronts
 from convoy.pipelines.feature_plan import ExtractionConfig, PrecisionChoice
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.training_rows import RowLimit
@@ -54,11 +53,9 @@ class Digits:
     def _backbone(self, arch: str) -> BackboneRecord:
         return fetch_backbone(self.store, BackboneConfig(arch=arch, weights="random", preset=PRESET))
 
-    def choose(self, *backbones: BackboneRecord) -> ArchitectureChoice:
-        config = ArchitectureConfig(costs=COSTS)
-        return choose_architecture(
-            self.store, self.manifest, "digits", backbones, config, EXTRACTION, progress=Silent()
-        )
+    def measure(self) -> list[BackboneCost]:
+        backbones = [self.lenet, self.resnet]
+        return measure_costs(self.store, self.manifest, backbones, COSTS, EXTRACTION, progress=Silent())
 
     def augment(self, **settings: Any) -> AugmentationEffect:
         config = AugmentationEffectConfig(
@@ -91,8 +88,8 @@ def digits(tmp_path_factory: pytest.TempPathFactory, ray_cluster: Mapping[str, s
 
 
 @pytest.fixture(scope="module")
-def choice(digits: Digits) -> ArchitectureChoice:
-    return digits.choose(digits.lenet, digits.resnet)
+def costs(digits: Digits) -> list[BackboneCost]:
+    return digits.measure()
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +97,8 @@ def effect(digits: Digits) -> AugmentationEffect:
     return digits.augment(tap="f6", policies={"nothing": AugmentationPolicy.ready("none")})
 
 
-def test_costs_are_those_of_the_networks(digits: Digits, choice: ArchitectureChoice) -> None:
-    lenet, resnet = choice.costs
+def test_costs_are_those_of_the_networks(digits: Digits, costs: list[BackboneCost]) -> None:
+    lenet, resnet = costs
     for cost, record in ((lenet, digits.lenet), (resnet, digits.resnet)):
         assert (cost.arch, cost.macs, cost.num_parameters) == (
             record.arch,
@@ -117,12 +114,13 @@ def test_costs_are_those_of_the_networks(digits: Digits, choice: ArchitectureCho
     assert resnet.peak_memory_bytes is None or resnet.peak_memory_bytes > 0
 
 
-def test_every_kind_of_cost_has_its_front(choice: ArchitectureChoice) -> None:
-    assert choice.num_judged_rows == NUM_ROWS["val"]
-    axes = [front.axis for front in choice.fronts]
+def test_every_kind_of_cost_has_its_front(costs: list[BackboneCost]) -> None:
+    correct_MN = np.stack([np.arange(100) < 60, np.arange(100) < 90])
+    fronts = cost_fronts(costs, ["lenet5", "cifar_resnet20"], correct_MN)
+    axes = [front.axis for front in fronts]
     assert axes[:2] == [CostAxis.THROUGHPUT, CostAxis.LATENCY]
     assert axes[-1] is CostAxis.MONEY
-    for front in choice.fronts:
+    for front in fronts:
         cheapest, dearest = front.choices
         assert cheapest.is_best
         assert cheapest.cost < dearest.cost
@@ -131,16 +129,10 @@ def test_every_kind_of_cost_has_its_front(choice: ArchitectureChoice) -> None:
         assert {choice.backbone for choice in front.choices} == {"lenet5", "cifar_resnet20"}
 
 
-def test_what_was_measured_is_not_measured_again(digits: Digits, choice: ArchitectureChoice) -> None:
-    num_runs, started_unix_s = digits.num_runs(), time.time()
-    assert digits.choose(digits.lenet, digits.resnet) == choice
-    assert all(cost.measured_unix_s < started_unix_s for cost in choice.costs)
-    assert digits.num_runs() == num_runs
-
-
-def test_a_backbone_that_is_there_twice_is_refused(digits: Digits) -> None:
-    with pytest.raises(ConfigError, match="there twice"):
-        digits.choose(digits.lenet, digits.lenet)
+def test_what_was_measured_is_not_measured_again(digits: Digits, costs: list[BackboneCost]) -> None:
+    started_unix_s = time.time()
+    assert digits.measure() == costs
+    assert all(cost.measured_unix_s < started_unix_s for cost in costs)
 
 
 def test_mirrored_digits_cost_accuracy_and_are_warned_of(effect: AugmentationEffect) -> None:

@@ -57,7 +57,10 @@ class FrontChoice(StrictModel):
 
 
 class CostFront(StrictModel):
-    """All backbones on one axis, from the cheapest to the dearest, all judged on the same `num_rows` rows."""
+    """All backbones on one axis, from the cheapest to the dearest, all judged on the same `num_rows` rows.
+
+    Costs are those of whole networks, also where what was judged is a probe at an earlier stage.
+    """
 
     axis: CostAxis
     unit: str

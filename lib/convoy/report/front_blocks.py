@@ -53,7 +53,8 @@ def _bubbles(front: CostFront) -> Figure:
         title=f"By {front.axis.value}",
         picture=chart.draw(f"Top-1 against {front.unit}; bubbles by parameters"),
         data=front.model_dump(mode="json"),
-        caption=f"{front.num_rows:,} rows; lines are 95 % intervals.",
+        caption=f"{front.num_rows:,} rows; lines are 95 % intervals. Costs are those of the whole network, also where"
+        " its best probe is at an earlier stage.",
         is_wide=len(front.choices) > 6,
     )
 

@@ -37,6 +37,7 @@ def test_advice_shows_strategies_the_curve_and_the_fronts() -> None:
     assert drawn["forecast"] == [one.model_dump() for one in curve.forecast]
     for front in report.cost_fronts:
         assert parts.json_of(f"front-{front.axis.value}") == front.model_dump(mode="json")
+    assert parts.text.count("Costs are those of the whole network") == len(report.cost_fronts)
     assert parts.json_of("augmentation-effects")[0]["verdict"] == "loss"
     assert SCRIPT in parts.text
     assert "less the advised one: -7.00 to +3.00 points" in parts.text
