@@ -124,7 +124,7 @@ def test_the_advice_was_verified_on_rows_that_are_not_held_out(
     difference = runs[1]["top1"]["estimate"] - runs[0]["top1"]["estimate"]
     assert verification["difference"]["estimate"] == pytest.approx(difference)
     assert verification["left_out"] == 2
-    assert len(list(Path(workspace, "runs", report["run"], "verified").glob("*.json"))) == 2
+    assert len(list(Path(workspace, "runs", report["run"], "verified").rglob("*.json"))) == 2
 
 
 def test_the_same_advice_again_is_read_and_computes_nothing(workspace: str, report: dict[str, Any]) -> None:
