@@ -15,7 +15,7 @@ import pytest
 import ray
 from PIL import Image
 
-from cache_jobs import convoy_json, last_json, settings_arguments
+from cache_jobs import TIMEOUT_S, convoy_json, last_json, settings_arguments
 from chaos_jobs import wait_for
 from convoy.core.crash_points import CrashPoint
 from convoy.pipelines.runs_list import list_runs
@@ -201,6 +201,7 @@ def test_a_killed_driver_goes_on_with_the_trials_that_have_not_ended(job: TuneJo
     assert [record["state"] for record in after.values()] == ["finished"] * 3
 
 
+@pytest.mark.slow
 def test_a_driver_killed_while_a_trial_trains_ends_as_an_undisturbed_search(
     job: TuneJob, tmp_path: Path
 ) -> None:
@@ -210,7 +211,7 @@ def test_a_driver_killed_while_a_trial_trains_ends_as_an_undisturbed_search(
     workers = {"env_vars": {"CONVOY_CRASH_POINT": f"{CrashPoint.TRAINING_STEP}:8:{arrivals}"}}
     fault = {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": workers})}
     with begun(replace(job, environment={**job.environment, **fault})) as driver:
-        wait_for(lambda: arrivals.exists() and arrivals.stat().st_size >= 8, driver)
+        wait_for(lambda: arrivals.exists() and arrivals.stat().st_size >= 8, driver, timeout_s=TIMEOUT_S)
         driver.kill()
         driver.wait()
     before = job.records()
