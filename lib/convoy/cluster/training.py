@@ -140,11 +140,11 @@ def run_training(
             before, reached = reached, checkpoints.newest_step()
             if reached > before:
                 failures_left = plan.max_failures
-            elif type(error) is ClusterError:
+            elif not isinstance(error, NoRoom):
                 # Ray Train has restarted the group as often.
                 failures_left = 0
             # Others that hold the room are not waited for, a machine in the place of a lost one is.
-            may_heal = has_shrunk() if isinstance(error, NoRoom) else type(error) is ClusterError
+            may_heal = has_shrunk() if isinstance(error, NoRoom) else not isinstance(error, VersionMismatch)
             if not (failures_left and may_heal):
                 raise
         failures_left -= 1

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from ray.autoscaler import sdk
+from ray.exceptions import NodeDiedError
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
@@ -22,7 +23,7 @@ from convoy.cluster.growth import (
 from convoy.cluster.slices import plan_pool
 from convoy.cluster.training import WorkerOptions, fit_workers, plan_workers, run_training
 from convoy.cluster.training_spec import Ingest
-from convoy.core.errors import ClusterError, ConfigError, NoRoom
+from convoy.core.errors import ClusterError, ConfigError, NoRoom, VersionMismatch
 from convoy.storage.checkpoints import CheckpointFolder
 from convoy.storage.local_store import LocalStore
 from made_training import RUN_ID, digit_rows, training_spec
@@ -244,8 +245,8 @@ def test_a_machine_that_never_comes_is_waited_for_once(
 class _Spot:
     """Ray Train on machines of which it loses one more than it forgives, again and again, on the way to step 30."""
 
-    def __init__(self, checkpoints: CheckpointFolder, *, steps_a_start: int) -> None:
-        self._checkpoints, self._steps_a_start = checkpoints, steps_a_start
+    def __init__(self, checkpoints: CheckpointFolder, loss: Exception, *, steps_a_start: int) -> None:
+        self._checkpoints, self._loss, self._steps_a_start = checkpoints, loss, steps_a_start
 
     def fit(self) -> SimpleNamespace:
         step = self._checkpoints.newest_step() + self._steps_a_start
@@ -253,21 +254,31 @@ class _Spot:
             return SimpleNamespace(return_value={"step": step})
         if self._steps_a_start:
             self._checkpoints.write(step, b"weights", score=None, details={})
-        raise WorkerGroupError("a node was lost", {0: RuntimeError("its node has died")})
+        raise WorkerGroupError("a node was lost", {0: self._loss})
+
+
+@pytest.mark.parametrize("loss", [RuntimeError("its actor died"), NodeDiedError("its node died")])
+@pytest.mark.usefixtures("alive")
+def test_a_training_that_comes_further_may_lose_workers_any_number_of_times(
+    train: Callable[[_Trainer | _Spot], dict[str, Any]], checkpoints: CheckpointFolder, loss: Exception
+) -> None:
+    assert train(_Spot(checkpoints, loss, steps_a_start=4)) == {"step": 32}
 
 
 @pytest.mark.usefixtures("alive")
-def test_a_training_that_comes_further_may_lose_workers_any_number_of_times(
+def test_workers_of_another_version_are_not_tried_again(
     train: Callable[[_Trainer | _Spot], dict[str, Any]], checkpoints: CheckpointFolder
 ) -> None:
-    assert train(_Spot(checkpoints, steps_a_start=4)) == {"step": 32}
+    with pytest.raises(VersionMismatch):
+        train(_Spot(checkpoints, VersionMismatch("another torch"), steps_a_start=4))
+    assert checkpoints.newest_step() == 4
 
 
 @pytest.mark.usefixtures("alive")
 def test_a_training_that_comes_no_further_is_given_up(
     train: Callable[[_Trainer | _Spot], dict[str, Any]], checkpoints: CheckpointFolder
 ) -> None:
-    spot = _Spot(checkpoints, steps_a_start=0)
+    spot = _Spot(checkpoints, RuntimeError("its actor died"), steps_a_start=0)
     with pytest.raises(ClusterError, match="a node was lost"):
         train(spot)
 
