@@ -94,6 +94,9 @@ def test_what_is_reported_is_what_evaluate_finds_on_test(built: tuple[str, Ensem
     assert [member["name"] for member in again["members"]] == [member.name for member in report.members]
     single = evaluated(workspace, report.best_single, "--crops", report.crops.value)
     assert single["top1"] == pytest.approx(report.measured.best_single_top1, abs=1.01 / NUM_ROWS["test"])
+    rates = [row.images_per_s or 0.0 for row in report.by_crops]
+    assert rates == sorted(rates, reverse=True)
+    assert report.chosen.images_per_s == pytest.approx(rates[-1])
     ends = (report.by_crops[-1], report.by_size[-1])
     assert [one.top1 for one in ends] == [report.measured.top1] * 2
     assert sum(one.num_rows for one in report.reliability_after) == NUM_ROWS["test"]

@@ -136,9 +136,13 @@ def build_ensemble(
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Chosen:
-    """All that validation rows decide. `single` is the best candidate alone, at the crops of the ensemble."""
+    """All that validation rows decide, and how fast the members would be at each of the kept crops.
+
+    `single` is the best candidate alone, at the crops of the ensemble.
+    """
 
     choice: Choice
+    images_per_s: dict[CropPolicy, float]
     committee: CommitteeRecord
     single: CommitteeRecord
     gate: GateReport | None
@@ -161,6 +165,11 @@ def _choose(
     best = [replace(member, temperature=temperature) for member in networks[choice.best_single]]
     return _Chosen(
         choice=choice,
+        images_per_s={
+            policy: 1 / chooser.seconds_per_image(choice.point.members, policy)
+            for policy in CropPolicy
+            if view_indices(policy, predictions.plan) is not None
+        },
         committee=committee,
         single=committee_of(best, plan=committee.plan, averaging=committee.averaging),
         gate=gate,
@@ -218,7 +227,10 @@ def _report(
         front=choice.front,
         candidates=candidates,
         overlap=chosen.overlap,
-        by_crops=measured.by_crops,
+        by_crops=[
+            row.model_copy(update={"images_per_s": chosen.images_per_s.get(row.crops)})
+            for row in measured.by_crops
+        ],
         by_size=measured.by_size,
         gate=gate,
         evaluation=evaluation,

@@ -233,6 +233,13 @@ class EnsembleChooser:
         """The values_MNK of all candidates at a policy."""
         return self._values[policy]
 
+    def seconds_per_image(self, members: Sequence[int], policy: CropPolicy) -> float:
+        """What an image takes the whole cluster with some candidates at a policy, estimated: see `EnsembleBudget`."""
+        candidates = self._candidates
+        passes = sum(candidates.seconds_per_pass_M[member] for member in members)
+        once = max(candidates.seconds_once_M[member] for member in members)
+        return once + self._num_views(policy) * passes
+
     def weigh(self, values_MNK: Floats, labels_N: NDArray[Any]) -> Floats:
         """The weights_M that the method gives to some candidates on some rows."""
         settings = self._settings
@@ -282,10 +289,7 @@ class EnsembleChooser:
         # own a large ensemble would seem worse than it is.
         temperature = fit_temperature(joint_NK, self._labels_N) if settings.calibrate else 1.0
         num_correct = int((joint_NK.argmax(axis=1) == self._labels_N).sum())
-        num_views = self._num_views(policy)
-        seconds = max(candidates.seconds_once_M[member] for member in chosen) + num_views * sum(
-            candidates.seconds_per_pass_M[member] for member in chosen
-        )
+        num_views, seconds = self._num_views(policy), self.seconds_per_image(chosen, policy)
         return FrontPoint(
             members=chosen,
             weights=weights,

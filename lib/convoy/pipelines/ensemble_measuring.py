@@ -62,13 +62,14 @@ class CropWorth(StrictModel):
     """The chosen members at other crops, on the reported rows.
 
     `top1_interval` is Wilson's, `gain` is over the best single member at the same crops, with its 95 % paired bootstrap
-    interval; reports of before have none.
+    interval; reports of before have none. `images_per_s` is estimated as on the front.
     """
 
     crops: CropPolicy
     top1: float
     best_single_top1: float
     passes_per_image: int
+    images_per_s: float | None = None
     top1_interval: Interval | None = None
     gain: Interval | None = None
 

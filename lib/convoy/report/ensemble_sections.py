@@ -124,12 +124,22 @@ def _gains(report: EnsembleReport) -> Iterator[Block]:
     yield _size_figure(report)
     if report.by_crops:
         yield _chosen_table(
-            ["crops*", "passes an image", "ensemble", "95 %", "best single", "gain, points", "95 %"],
+            [
+                "crops*",
+                "passes an image",
+                "images/s",
+                "ensemble",
+                "95 %",
+                "best single",
+                "gain, points",
+                "95 %",
+            ],
             [
                 (
                     [
                         row.crops.value,
                         f"{row.passes_per_image}",
+                        "" if row.images_per_s is None else f"{row.images_per_s:.1f}",
                         percent(row.top1),
                         _span(row.top1_interval),
                         percent(row.best_single_top1),

@@ -65,6 +65,11 @@ def test_an_image_is_decoded_once_for_all_crops_and_members() -> None:
     assert by_members[(0,), CropPolicy.FLIP].images_per_s == pytest.approx(1 / 0.07)
     for point in front:
         assert 1 / point.images_per_s == pytest.approx(0.05 + 0.01 * point.passes_per_image)
+    ten_kept = EnsembleChooser(
+        made_candidates(1.2, 1.5, policy=CropPolicy.TEN, seconds_once=0.05),
+        EnsembleSettings(crops=(CropPolicy.TEN,)),
+    )
+    assert ten_kept.seconds_per_image([0, 1], CropPolicy.FLIP) == pytest.approx(0.05 + 0.01 * 2 * 2)
 
 
 def test_the_budget_itself_is_searched_less_what_decoding_takes() -> None:
