@@ -218,9 +218,7 @@ class TrackedProgress:
         for tracker in list(self._trackers):
             try:
                 say(tracker)
-            except (
-                Exception
-            ) as error:  # an unreachable server, a full disk: nothing that a training depends on
+            except Exception as error:  # an unreachable server, a full disk: no training depends on it
                 self._trackers.remove(tracker)
                 report_failure(type(tracker).__name__, error)
 

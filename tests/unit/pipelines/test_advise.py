@@ -58,19 +58,14 @@ def test_advice_that_is_known_is_judged_by_the_error_budget_of_now(
     store, identity = LocalStore(str(tmp_path)), advise._identity(manifest, configs[0], [record], None)
     finish(RunFolder(store, "r"), made_advice().model_dump(mode="json"))
     store.put(advise._pointer(identity, configs[0]), canonical_json({"run_id": "r"}))
-    given = [advise.run_advise(one, progress=Silent(), draw_curves=lambda *_: b"") for one in configs]
+    given = [ask(one) for one in configs]
     assert [one.within_error_budget for one in given] == [False, True]
 
 
 def test_cut_off_advice_on_a_source_is_ended_before_newer_images_are_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_digits(tmp_path / "images", 12)
-    monkeypatch.setattr(
-        advise, "fetch_backbone", lambda *_: BackboneRecord.model_construct(weights_digest="a" * 32)
-    )
-    base = ["name=digits", f"source={tmp_path}/images", "candidates=[{backbone: {arch: lenet5}}]"]
-    config = load_config(AdviseConfig, None, [*base, f"workspace={tmp_path}/W"])
+    config = advice_on_digits(tmp_path, monkeypatch, num_images=12)
     looked_at: list[AdviceWork] = []
 
     def look(work: AdviceWork, _: list[BackboneRecord]) -> AdviceReport:
@@ -81,11 +76,9 @@ def test_cut_off_advice_on_a_source_is_ended_before_newer_images_are_taken(
 
     monkeypatch.setattr(AdviceWork, "advise", look)
     with pytest.raises(KeyboardInterrupt):
-        advise.run_advise(config, progress=Silent(), draw_curves=lambda *_: b"")
+        ask(config)
     write_digits(tmp_path / "images", 2, start=12)
-    ended, newest = (
-        advise.run_advise(config, progress=Silent(), draw_curves=lambda *_: b"") for _ in range(2)
-    )
+    ended, newest = ask(config), ask(config)
     begun, again, anew = looked_at
     assert again.folder.run_id == begun.folder.run_id != anew.folder.run_id
     assert [one.manifest.num_samples for one in looked_at] == [12, 12, 14]
@@ -95,16 +88,11 @@ def test_cut_off_advice_on_a_source_is_ended_before_newer_images_are_taken(
 def test_advice_on_a_source_says_what_of_it_was_left_out_each_time_it_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_digits(tmp_path / "images", 12)
+    config = advice_on_digits(tmp_path, monkeypatch, num_images=12)
     write_files(tmp_path / "images", "beside.jpg")
-    monkeypatch.setattr(
-        advise, "fetch_backbone", lambda *_: BackboneRecord.model_construct(weights_digest="a" * 32)
-    )
     monkeypatch.setattr(AdviceWork, "advise", lambda *_: made_advice())
-    base = ["name=digits", f"source={tmp_path}/images", "candidates=[{backbone: {arch: lenet5}}]"]
-    config = load_config(AdviseConfig, None, [*base, f"workspace={tmp_path}/W"])
     for _ in range(2):
-        report = advise.run_advise(config, progress=Silent(), draw_curves=lambda *_: b"")
+        report = ask(config)
         assert [note for note in report.notes if "beside.jpg" in note] == [
             "files outside the class folders were left out: 1 (beside.jpg)"
         ]
@@ -171,9 +159,9 @@ def test_advice_that_was_given_is_verified_later_from_its_report(
     assert len(looked_at) == 1
 
 
-def advice_on_digits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AdviseConfig:
-    """Advice on forty digits, by a backbone that need not be fetched."""
-    write_digits(folder / "images", 40)
+def advice_on_digits(folder: Path, monkeypatch: pytest.MonkeyPatch, *, num_images: int = 40) -> AdviseConfig:
+    """Advice on some digits, by a backbone that need not be fetched."""
+    write_digits(folder / "images", num_images)
     monkeypatch.setattr(
         advise, "fetch_backbone", lambda *_: BackboneRecord.model_construct(weights_digest="a" * 32)
     )
@@ -209,7 +197,7 @@ def test_advice_beside_a_reference_that_was_refreshed_is_given_anew(
     for start, num_images in ((0, 8), (8, 0), (8, 1)):
         write_digits(tmp_path / "photos", num_images, start=start)
         freeze_dataset(store, "photos", str(tmp_path / "photos"))
-        advise.run_advise(config, progress=Silent(), draw_curves=lambda *_: b"")
+        ask(config)
     assert [work.reference and work.reference.num_samples for work in looked_at] == [8, 9]
 
 
@@ -221,7 +209,7 @@ def test_a_reference_that_is_not_there_is_refused_before_any_backbone_is_fetched
 
     monkeypatch.setattr(advise, "fetch_backbone", fetch)
     with pytest.raises(DataError, match="fotos"):
-        advise.run_advise(with_reference(tmp_path, "fotos"), progress=Silent(), draw_curves=lambda *_: b"")
+        ask(with_reference(tmp_path, "fotos"))
 
 
 SMALL = {
