@@ -20,6 +20,7 @@ from convoy.core.records import Split
 from convoy.pipelines.cache import CacheConfig, CachePlan, plan_cache
 from convoy.storage.commits import feature_prefix, read_commits
 from convoy.storage.datasets import open_dataset
+from convoy.storage.runs import run_ids
 from convoy.storage.stores import open_store
 from convoy.vision.engine_options import Precision, device_here
 
@@ -76,11 +77,11 @@ def planned(job: CacheJob, *settings: str) -> CachePlan:
 
 
 def test_the_second_run_computes_nothing(job: CacheJob) -> None:
-    (run,) = open_store(job.workspace).list_folders("runs/")
+    (run,) = run_ids(open_store(job.workspace))
     report = job.run()
     assert (report["recomputed"], report["samples"], report["rows"], report["rejects"]) == (0, 96, 95, 1)
     assert (report["run"], report["notes"]) == (run, ["nothing was missing"])
-    assert open_store(job.workspace).list_folders("runs/") == [run]
+    assert run_ids(open_store(job.workspace)) == [run]
 
 
 def test_new_images_cost_only_themselves(grown: dict[str, Any]) -> None:

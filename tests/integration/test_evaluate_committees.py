@@ -26,7 +26,7 @@ from convoy.pipelines.committees import committee_of, open_committee, write_ense
 from convoy.storage.bundles import BundleRef, open_bundle
 from convoy.storage.commits import read_manifest
 from convoy.storage.member_predictions import MemberLogits, read_member_logits
-from convoy.storage.runs import RunFolder
+from convoy.storage.runs import RunFolder, run_ids
 from convoy.storage.stores import open_store
 from convoy.vision.backbones import build_network
 from convoy.vision.committee_options import GateOptions
@@ -80,7 +80,7 @@ class Committees:
         return last_json(finished)
 
     def runs(self) -> set[str]:
-        return set(open_store(self.workspace).list_folders("runs/"))
+        return set(run_ids(open_store(self.workspace)))
 
     def copied_to(self, folder: Path) -> Committees:
         return replace(self, workspace=str(shutil.copytree(self.workspace, folder / "workspace")))

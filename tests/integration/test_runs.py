@@ -14,7 +14,7 @@ import pytest
 from cache_jobs import CONVOY, TIMEOUT_S, CacheJob, last_json, made_job
 from convoy.pipelines.runs_list import list_runs
 from convoy.storage.commits import read_manifest
-from convoy.storage.runs import RunFolder
+from convoy.storage.runs import RunFolder, run_ids
 from convoy.storage.stores import open_store
 from hanging_images import HangingImage, wait_until
 from made_bundles import made_committee_job
@@ -108,7 +108,7 @@ def test_cancelled_run_stops_and_the_same_command_starts_afresh(
     assert report["run"] != cancelled
     assert (report["rows"], report["recomputed"]) == (job.num_images - 1, job.num_images)
     assert runs(job, "gc", "--apply")["garbage"][0]["what"] == cancelled
-    assert open_store(job.workspace).list_folders("runs/") == [report["run"]]
+    assert run_ids(open_store(job.workspace)) == [report["run"]]
     assert job.verify(report["run"])["ok"]
 
 
