@@ -361,6 +361,33 @@ class Stall:
         exchange.wait(self.seconds)
 
 
+class Throttle:
+    """The server serves at most so many requests a second, after as many at once, and refuses the others as S3 does."""
+
+    def __init__(self, per_s: float) -> None:
+        self.num_refused = 0
+        self._per_s = self._tokens = per_s
+        self._filled_s = time.monotonic()
+        self._lock = threading.Lock()
+
+    def __call__(self, exchange: Exchange) -> None:
+        if self._takes_token():
+            exchange.send(exchange.forward())
+        else:
+            SLOW_DOWN(exchange)
+
+    def _takes_token(self) -> bool:
+        with self._lock:
+            now_s = time.monotonic()
+            self._tokens = min(self._tokens + (now_s - self._filled_s) * self._per_s, self._per_s)
+            self._filled_s = now_s
+            if self._tokens < 1:
+                self.num_refused += 1
+                return False
+            self._tokens -= 1
+            return True
+
+
 def reset(exchange: Exchange) -> None:
     """The connection is reset before the server has seen the request."""
     exchange.reset()

@@ -54,6 +54,7 @@ from fault_proxy import (
     Hang,
     Refuse,
     Stall,
+    Throttle,
     corrupt_body,
     corrupt_upload,
     cut_body,
@@ -134,6 +135,26 @@ def test_listing_and_deleting_outlive_a_fault(
         store.delete(keys)
     assert fault.fired == 1
     assert list(store.list_objects()) == []
+
+
+def test_a_store_that_throttles_is_asked_little_more_often_than_it_serves(
+    store: S3Store, fault_proxy: FaultProxy
+) -> None:
+    keys = [f"image-{number}" for number in range(120)]
+    for key in keys:
+        store.put(key, DATA[:1000])
+    # As two processes have them, each with the threads of an operator.
+    readers = [S3Store(store.bucket, deadline_s=60.0) for _process in range(2)]
+    throttle = Throttle(per_s=10.0)
+    fault_proxy.forget()
+    with (
+        fault_proxy.injecting(FaultRule(method="GET", action=throttle)) as (fault,),
+        ThreadPoolExecutor(32) as pool,
+    ):
+        blobs = list(pool.map(lambda number: readers[number % 2].get(keys[number]), range(len(keys))))
+    assert all(blob.data == DATA[:1000] for blob in blobs)
+    assert throttle.num_refused > 0
+    assert fault.fired == fault_proxy.requests["GET"] <= 2 * len(keys)
 
 
 def test_a_conflict_is_no_answer_but_a_reason_to_ask_again(store: S3Store, fault_proxy: FaultProxy) -> None:

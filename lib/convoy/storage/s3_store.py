@@ -34,8 +34,8 @@ from convoy.storage.request_counts import REQUESTS
 from convoy.storage.s3_errors import error_of_answer, s3_errors
 from convoy.storage.s3_uploads import WHOLE_BYTES, content_md5, put_in_parts
 
-# DeleteObjects takes no more keys than this.
-DELETE_BATCH = 1000
+# S3 takes a thousand; a server on slow disks would be silent over so many for longer than it may be.
+DELETE_BATCH = 250
 
 _MD5 = re.compile(r"[0-9a-f]{32}")
 # Encryption under which the etag of a whole upload still is the MD5 of its content; None is no encryption.
@@ -180,7 +180,7 @@ class S3Store:
         return self._put_if(key, data, IfMatch=f'"{etag}"')
 
     def delete(self, keys: Iterable[str]) -> None:
-        """As in ObjectStore, a thousand keys a request."""
+        """As in ObjectStore, some hundred keys a request."""
         remaining = iter(keys)
         while batch := list(islice(remaining, DELETE_BATCH)):
             self._retry(functools.partial(self._delete_batch, batch), self.root_uri)
@@ -330,7 +330,8 @@ def _log_retry(state: tenacity.RetryCallState) -> None:
 def _new_client(read_timeout_s: float) -> Any:
     # All of it explicit, because the defaults of botocore differ between its releases.
     config = Config(
-        retries={"mode": "standard", "total_max_attempts": 3},
+        # Adaptive: once the store says that it is asked too often, requests go out at the rate that it serves.
+        retries={"mode": "adaptive", "total_max_attempts": 3},
         connect_timeout=10,
         read_timeout=read_timeout_s,
         max_pool_connections=64,

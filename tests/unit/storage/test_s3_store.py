@@ -33,7 +33,7 @@ from convoy.core.errors import (
     StorageError,
     StoreUnavailable,
 )
-from convoy.storage.s3_store import S3Store
+from convoy.storage.s3_store import DELETE_BATCH, S3Store
 
 SECRET = "wJalr-the-secret"
 
@@ -469,8 +469,8 @@ def test_a_key_that_could_not_be_deleted_just_now_is_deleted_later(server: Fault
     assert server.requests == ["POST"] * 2
 
 
-def test_deletes_go_in_batches_of_a_thousand(server: FaultyS3, store: S3Store) -> None:
-    server.objects = {f"part-{number}": b"" for number in range(2001)}
+def test_deletes_go_in_batches(server: FaultyS3, store: S3Store) -> None:
+    server.objects = {f"part-{number}": b"" for number in range(2 * DELETE_BATCH + 1)}
     store.delete(list(server.objects))
     assert server.objects == {}
     assert server.requests == ["POST"] * 3
