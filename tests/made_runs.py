@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from convoy.core.fingerprints import digest_bytes
-from convoy.core.records import Reject, RejectCode, Stage
+from convoy.core.records import FETCH_CODES, Reject, RejectCode, Stage
 from convoy.storage.commits import PartFile, SliceRecord, feature_prefix, part_key, write_record
 from convoy.storage.feature_cache import KnownContent
 from convoy.storage.manifests import MANIFEST_SCHEMA
@@ -83,7 +83,7 @@ def slice_record(
     run_id: str = "r1",
     attempt: str = "a0",
     rejects: PartFile | None = None,
-    num_rejects: int = 0,
+    reject_codes: dict[str, int] | None = None,
 ) -> SliceRecord:
     """What a worker leaves of a slice that it was two seconds at."""
     return SliceRecord(
@@ -93,8 +93,8 @@ def slice_record(
         parts=parts,
         rejects=rejects,
         num_results=num_results,
-        num_rejects=num_rejects,
-        reject_codes={},
+        num_rejects=sum((reject_codes or {}).values()),
+        reject_codes=reject_codes or {},
         flags={},
         seconds={},
         started_unix_s=1.0,
@@ -105,7 +105,13 @@ def slice_record(
 
 
 def finish_slice(
-    store: ObjectStore, run: RunRecord, name: str, *, attempt: str = "a0", rejected: Sequence[str] = ()
+    store: ObjectStore,
+    run: RunRecord,
+    name: str,
+    *,
+    attempt: str = "a0",
+    rejected: Sequence[str] = (),
+    code: RejectCode = RejectCode.CORRUPT,
 ) -> SliceRecord:
     """Do what a worker does for one slice: part, rejects, record."""
     rows = RunFolder(store, run.run_id).read_slice(name)
@@ -121,7 +127,7 @@ def finish_slice(
     )
     part = write_features(store, part_key(run.outputs[SET_ID], name, attempt), features, {})
     lost = [sample for sample in rows["sample_id"].to_pylist() if sample in rejected]
-    reject_part = _write_rejects(store, run, name, attempt, lost) if lost else None
+    reject_part = _write_rejects(store, run, name, attempt, lost, code) if lost else None
     record = slice_record(
         name,
         {SET_ID: part},
@@ -129,21 +135,23 @@ def finish_slice(
         run_id=run.run_id,
         attempt=attempt,
         rejects=reject_part,
-        num_rejects=len(lost),
+        reject_codes={code: len(lost)} if lost else {},
     )
     write_record(store, record)
     return record
 
 
-def _write_rejects(store: ObjectStore, run: RunRecord, name: str, attempt: str, lost: Sequence[str]):  # type: ignore[no-untyped-def]
+def _write_rejects(
+    store: ObjectStore, run: RunRecord, name: str, attempt: str, lost: Sequence[str], code: RejectCode
+) -> PartFile:
     rejects = [
         Reject(
             sample_id=sample,
             uri=f"/data/{sample}",
             etag="1-1",
             content_id=content_id(sample),
-            stage=Stage.DECODE,
-            code=RejectCode.CORRUPT,
+            stage=Stage.FETCH if code in FETCH_CODES else Stage.DECODE,
+            code=code,
             reason="made",
         )
         for sample in lost

@@ -85,7 +85,9 @@ def run_job(
     if not getattr(report, "within_error_budget", True):
         unfetched = getattr(report, "unfetched", 0)
         again = (
-            f"; the {unfetched} that could not be fetched are tried again with --new-run" if unfetched else ""
+            f"; convoy runs repair RUN --retry-unfetched lets the {unfetched} that could not be fetched be tried again"
+            if unfetched
+            else ""
         )
         raise ErrorBudgetExceeded(
             "more samples were rejected than the error budget allows; the results are kept",

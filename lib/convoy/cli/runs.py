@@ -59,6 +59,13 @@ def runs_cancel(run: RunArgument, workspace: WorkspaceOption = None, as_json: Js
 def runs_repair(
     run: RunArgument,
     apply: ApplyOption = False,
+    retry_unfetched: Annotated[
+        bool,
+        typer.Option(
+            "--retry-unfetched",
+            help="Compute slices again of which the store did not give all images, as after a mended permission.",
+        ),
+    ] = False,
     workspace: WorkspaceOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -67,7 +74,10 @@ def runs_repair(
     from convoy.pipelines.runs_state import Changes  # noqa: PLC0415
 
     changes = Changes.MADE if apply else Changes.SHOWN
-    run_job(lambda _: repair_run(_store(workspace), run, changes), as_json=as_json)
+    run_job(
+        lambda _: repair_run(_store(workspace), run, changes, retry_unfetched=retry_unfetched),
+        as_json=as_json,
+    )
 
 
 @runs_app.command("gc")

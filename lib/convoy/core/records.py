@@ -58,8 +58,8 @@ class SampleRejected(Exception):
     """One sample cannot be used; the job goes on without it.
 
     A decode-stage reject is a property of the bytes, one of stage forward of the bytes and the network: both are
-    remembered, as long as neither changes. A fetch-stage reject may heal. The next job
-    that needs the sample's features tries it again; to a finished run of scores it stays a reject.
+    remembered, as long as neither changes. A fetch-stage reject may heal: the next job that needs the sample's
+    features tries it again, while to a finished run of scores it stays a reject until a repair sets its slice aside.
     """
 
     def __init__(self, code: RejectCode, stage: Stage, reason: str) -> None:

@@ -73,7 +73,7 @@ class CommitteePredictions:
     @property
     def unfetched(self) -> int:
         """How many of the rejects are images that could not be fetched."""
-        return sum(self.reject_codes.get(code, 0) for code in FETCH_CODES)
+        return sum(record.unfetched for record in self.manifest.slices)
 
     def fetch_notes(self) -> list[str]:
         """How to try again what could not be fetched, for people; nothing where all was."""
@@ -83,7 +83,7 @@ class CommitteePredictions:
         codes = ", ".join(f"{count} {code}" for code, count in counts if code in FETCH_CODES)
         return [
             f"images that could not be fetched: {codes}. They stay rejects of this run; once they can be had again,"
-            " the same command with --new-run predicts every row anew"
+            f" `convoy runs repair {self.run_id} --retry-unfetched --apply` and the same command try their slices again"
         ]
 
     def report(self) -> dict[str, Any]:

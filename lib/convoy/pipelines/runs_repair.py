@@ -2,8 +2,10 @@
 
 A damaged slice is not mended here: its attempt is forgotten and the run opened again, so that the job's own command
 computes that slice, and only that, and publishes the run anew. Frozen input and settings stay, and with them the
-digest of the rows. A run of features that `convoy cache` would refuse, as its dataset has another version by now or as
-it is of some rows only, stays closed: the next run that needs them adds the rows that are missing.
+digest of the rows. On request a slice is set aside for its rejects of stage fetch, too: its images may be given by now,
+and to a finished run they would stay rejects. A run of features that `convoy cache` would refuse, as its dataset has
+another version by now or as it is of some rows only, stays closed: the next run that needs them adds the rows that are
+missing.
 """
 
 from __future__ import annotations
@@ -55,7 +57,8 @@ class RepairReport(StrictModel):
     """What a repair finds. `changes` says whether it was only shown, or made.
 
     `damaged` and `orphans`, the keys of files that belong to nothing, are the first hundred of `num_damaged` and
-    `num_orphans`. `left_to_do` is what makes the run whole again.
+    `num_orphans`. `retried_images` are those that are tried again, with their `retried_slices`. `left_to_do` is what
+    makes the run whole again.
     """
 
     run: str
@@ -65,16 +68,21 @@ class RepairReport(StrictModel):
     num_damaged: int
     num_orphans: int
     orphan_bytes: int
+    retried_slices: int
+    retried_images: int
     damaged: list[DamagedSlice]
     orphans: list[str]
     left_to_do: str
 
 
-def repair_run(store: ObjectStore, run_id: str, changes: Changes) -> RepairReport:
+def repair_run(
+    store: ObjectStore, run_id: str, changes: Changes, *, retry_unfetched: bool = False
+) -> RepairReport:
     """Read every file of a run again, and say what is damaged or belongs to nothing; with `made` mend it.
 
-    That holds the run: LeaseHeld if a driver is at work. Raises ConfigError for a run without slices and where
-    another unfinished run of the same target is in the way, DataError where the frozen input is damaged as well,
+    That holds the run: LeaseHeld if a driver is at work. With `retry_unfetched` slices with rejects of stage fetch are
+    set aside as damaged ones are. Raises ConfigError for a run without slices, for rejects of a run of features, and
+    where another unfinished run of the same target is in the way, DataError where the frozen input is damaged as well,
     so that there is nothing to compute from, and where no command would finish the run, as its dataset has another
     version by now.
     """
@@ -85,11 +93,17 @@ def repair_run(store: ObjectStore, run_id: str, changes: Changes) -> RepairRepor
             where=folder.prefix,
             next_step="run its command again: a damaged checkpoint is left out, a finished trial is kept",
         )
+    if retry_unfetched and adds_features(run):
+        raise ConfigError(
+            "rejects of features need no repair: the next job that needs them tries those of stage fetch again",
+            where=folder.prefix,
+            next_step="run convoy cache, or the job that needs the features; repair without --retry-unfetched",
+        )
     if changes is Changes.SHOWN:
-        return _report(store, run, _examine(folder, run), changes)
+        return _report(store, run, _examine(folder, run, retry_unfetched), changes)
     with hold_run(folder) as lease:
-        findings = _examine(folder, run)
-        if findings.damaged:
+        findings = _examine(folder, run, retry_unfetched)
+        if findings.set_aside:
             _set_aside(folder, run, findings, lease)
         store.delete(info.key for info in findings.orphans)
     return _report(store, run, findings, changes)
@@ -102,28 +116,35 @@ class _Findings:
     manifest: RunManifest | None
     sound: tuple[SliceRecord, ...]
     damaged: tuple[tuple[SliceRecord, str], ...]
+    unfetched: tuple[SliceRecord, ...]
     orphans: tuple[ObjectInfo, ...]
 
+    @property
+    def set_aside(self) -> list[SliceRecord]:
+        return [*(attempt for attempt, _ in self.damaged), *self.unfetched]
 
-def _examine(folder: RunFolder, run: RunRecord) -> _Findings:
+
+def _examine(folder: RunFolder, run: RunRecord, retry_unfetched: bool) -> _Findings:
     manifest = read_manifest(folder)
     attempts = list(manifest.slices) if manifest else read_records(folder)
     problems = [next(slice_problems(folder, run, attempt), None) for attempt in attempts]
     examined = list(zip(attempts, problems, strict=True))
+    whole = [attempt for attempt, problem in examined if problem is None]
     return _Findings(
         manifest=manifest,
-        sound=tuple(attempt for attempt, problem in examined if problem is None),
+        sound=tuple(attempt for attempt in whole if not (retry_unfetched and attempt.unfetched)),
         damaged=tuple((attempt, problem) for attempt, problem in examined if problem is not None),
+        unfetched=tuple(attempt for attempt in whole if retry_unfetched and attempt.unfetched),
         orphans=tuple(stray_files(folder, run, attempts)),
     )
 
 
 def _set_aside(folder: RunFolder, run: RunRecord, findings: _Findings, lease: RunLease) -> None:
-    """Forget the damaged attempts, and open the run again where a command goes on with it.
+    """Forget the attempts to set aside, and open the run again where a command goes on with it.
 
     A kill in between leaves a run to repair once more.
     """
-    for attempt, _ in findings.damaged:
+    for attempt in findings.set_aside:
         _require_input(folder, run, attempt.slice)
     store = folder.store
     if findings.manifest is not None:
@@ -132,7 +153,7 @@ def _set_aside(folder: RunFolder, run: RunRecord, findings: _Findings, lease: Ru
             _open_again(store, run)
         lease.confirm()
         _unpublish(folder, run, findings.manifest, findings.sound, lease.token)
-    for attempt, _ in findings.damaged:
+    for attempt in findings.set_aside:
         # The record first: without it the files count for nothing.
         store.delete([record_key(attempt)])
         store.delete(file.key for file in attempt.files)
@@ -236,6 +257,8 @@ def _report(store: ObjectStore, run: RunRecord, findings: _Findings, changes: Ch
         num_damaged=len(findings.damaged),
         num_orphans=len(findings.orphans),
         orphan_bytes=sum(info.size_bytes for info in findings.orphans),
+        retried_slices=len(findings.unfetched),
+        retried_images=sum(attempt.unfetched for attempt in findings.unfetched),
         damaged=damaged,
         orphans=[info.key for info in findings.orphans[:_MAX_LISTED]],
         left_to_do=_left_to_do(store, run, findings, changes),
@@ -243,9 +266,10 @@ def _report(store: ObjectStore, run: RunRecord, findings: _Findings, changes: Ch
 
 
 def _left_to_do(store: ObjectStore, run: RunRecord, findings: _Findings, changes: Changes) -> str:
-    if changes is Changes.SHOWN and (findings.damaged or findings.orphans):
-        return f"convoy runs repair {run.run_id} --apply"
-    if not findings.damaged and findings.manifest is not None:
+    if changes is Changes.SHOWN and (findings.set_aside or findings.orphans):
+        option = " --retry-unfetched" if findings.unfetched else ""
+        return f"convoy runs repair {run.run_id}{option} --apply"
+    if not findings.set_aside and findings.manifest is not None:
         return "nothing"
     again = f"run the same convoy {run.verb} command again"
     if adds_features(run):

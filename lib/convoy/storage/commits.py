@@ -18,6 +18,7 @@ from convoy.core.crash_points import CrashPoint, crash_point
 from convoy.core.errors import ObjectNotFound, PreconditionFailed, StorageError
 from convoy.core.fingerprints import MultisetDigest, canonical_json
 from convoy.core.json_values import finite_or_null
+from convoy.core.records import FETCH_CODES
 from convoy.storage.object_store import ObjectInfo, ObjectStore, put_looking_first
 from convoy.storage.runs import INPUT, RunFolder, RunRecord
 
@@ -73,6 +74,11 @@ class SliceRecord(StrictModel):
     def files(self) -> list[PartFile]:
         """All files of the attempt."""
         return [*self.parts.values(), *([self.rejects] if self.rejects else [])]
+
+    @property
+    def unfetched(self) -> int:
+        """How many of the rejects are samples that could not be fetched, which may heal."""
+        return sum(number for code, number in self.reject_codes.items() if code in FETCH_CODES)
 
 
 class RunManifest(StrictModel):

@@ -28,13 +28,13 @@ class Report(BaseModel):
 
 
 @pytest.mark.parametrize(("unfetched", "is_named"), [(0, False), (3, True)])
-def test_an_exceeded_error_budget_names_new_run_where_images_could_not_be_fetched(
+def test_an_exceeded_error_budget_names_the_repair_where_images_could_not_be_fetched(
     unfetched: int, is_named: bool
 ) -> None:
     with pytest.raises(ErrorBudgetExceeded) as caught:
         run_job(lambda _: Report(unfetched=unfetched), as_json=True)
     assert ("3 that could not be fetched" in caught.value.next_step) == is_named
-    assert ("--new-run" in caught.value.next_step) == is_named
+    assert ("--retry-unfetched" in caught.value.next_step) == is_named
 
 
 class Measured(BaseModel):

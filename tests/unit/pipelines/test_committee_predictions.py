@@ -118,10 +118,12 @@ def test_images_that_could_not_be_fetched_are_counted_and_the_report_says_how_to
     for report in (first, again):
         assert (report.run, report.rejects, report.unfetched) == (first.run, 2, 1)
         assert "1 gone" in report.notes[-1]
-        assert "--new-run" in report.notes[-1]
-    anew = job(store, new_run=True)
-    assert (anew.rejects, anew.unfetched) == (1, 0)
-    assert not any("--new-run" in note for note in anew.notes)
+        assert f"repair {first.run} --retry-unfetched" in report.notes[-1]
+    assert repair_run(store, first.run, Changes.MADE, retry_unfetched=True).retried_images == 1
+    mended = job(store)
+    assert (mended.run, mended.rejects, mended.unfetched) == (first.run, 1, 0)
+    assert not any("--retry-unfetched" in note for note in mended.notes)
+    assert job(store, new_run=True).run != first.run
 
 
 def test_the_report_of_an_evaluation_says_which_rows_its_models_learnt_from(

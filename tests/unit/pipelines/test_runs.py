@@ -13,6 +13,7 @@ import pyarrow as pa
 import pytest
 
 from convoy.core.errors import ConfigError, DataError, LeaseHeld, RunCancelled
+from convoy.core.records import RejectCode
 from convoy.pipelines.feature_summary import seconds_under_way
 from convoy.pipelines.runs_cancel import cancel_run
 from convoy.pipelines.runs_diff import ChangedPrediction, diff_runs
@@ -360,6 +361,41 @@ def test_a_damaged_slice_and_no_other_is_computed_again(
     assert again.ok, again.problems
     assert again.rows_digest == clean.rows_digest
     assert repair_run(store, folder.run_id, Changes.SHOWN).left_to_do == "nothing"
+
+
+def test_images_that_the_store_did_not_give_are_tried_again_on_request(store: LocalStore) -> None:
+    pointer = OpenRun(store, verb="score", target="nightly")
+    folder = pointer.start()
+    record = new_run(
+        store,
+        NAMES,
+        run_id=folder.run_id,
+        open_key=folder.open_key,
+        prefix=folder.key("scores/"),
+        verb="score",
+    )
+    finish_slice(store, record, SLICES[1], rejected=["s05"], code=RejectCode.ACCESS_DENIED)
+    assert do_rest(folder, record) == [SLICES[0], SLICES[2]]
+    pointer.close(folder)
+    before = keys(store)
+    assert repair_run(store, folder.run_id, Changes.SHOWN).left_to_do == "nothing"
+
+    shown = repair_run(store, folder.run_id, Changes.SHOWN, retry_unfetched=True)
+    assert (shown.num_damaged, shown.retried_slices, shown.retried_images) == (0, 1, 1)
+    assert "--retry-unfetched --apply" in shown.left_to_do
+    assert keys(store) == before
+    assert "convoy score" in repair_run(store, folder.run_id, Changes.MADE, retry_unfetched=True).left_to_do
+    assert set(open_pointers(store)) == {folder.run_id}
+    assert do_rest(folder, record, attempt="a1") == [SLICES[1]]
+    again = verify_run(store, folder.run_id)
+    assert again.ok, again.problems
+    assert again.rejects == 1, "what decodes to nothing stays a reject"
+
+
+def test_rejects_of_features_need_no_repair(store: LocalStore) -> None:
+    folder, _ = finished(store)
+    with pytest.raises(ConfigError, match="next job that needs them"):
+        repair_run(store, folder.run_id, Changes.SHOWN, retry_unfetched=True)
 
 
 def test_repair_removes_only_files_that_belong_to_nothing(store: LocalStore) -> None:
