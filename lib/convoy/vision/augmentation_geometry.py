@@ -10,7 +10,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from scipy.ndimage import gaussian_filter
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
@@ -152,6 +151,8 @@ def elastic_field(height_px: int, width_px: int, section: Elastic, rng: np.rando
     Uniform noise in -1..1 under a Gaussian, times alpha (Simard et al. 2003). The Gaussian leaves the noise a
     standard deviation of 1 / (sigma sqrt(12 pi)), so alpha is what brings that to `displacement_px`.
     """
+    from scipy.ndimage import gaussian_filter  # noqa: PLC0415 (half a second of every worker's start, and few warp)
+
     noise_DHW = 2 * rng.random((2, height_px, width_px)) - 1
     alpha = section.displacement_px * section.sigma_px * math.sqrt(12 * math.pi)
     smooth_DHW: np.ndarray = gaussian_filter(noise_DHW, (0, section.sigma_px, section.sigma_px))
