@@ -1,12 +1,9 @@
-"""A small real cache job, run as a person runs it: by the command line, in processes of its own."""
+"""A small real cache job, or another one on its dataset, run by the command line."""
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import subprocess
-import sys
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,49 +14,18 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from command_lines import convoy, convoy_here, convoy_json, convoy_json_here, settings_arguments
 from convoy.storage.feature_cache import FeatureCache
 from convoy.storage.feature_reading import features_array
 from convoy.storage.runs import parse_slice_name
 from convoy.storage.stores import open_store
 
-CONVOY = Path(sys.executable).parent / "convoy"
-TIMEOUT_S = 300
 LENET = "{arch: lenet5, weights: random, preset: {resize_px: null, crop_px: 32}}"
-
-
-def convoy(*arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """One command line, to its end."""
-    return subprocess.run(
-        [str(CONVOY), *arguments],
-        env={**os.environ, **(environment or {})},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
-
-
-def convoy_json(*arguments: str, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """The JSON of a command that must succeed."""
-    finished = convoy(*arguments, "--json", environment=environment)
-    assert finished.returncode == 0, finished.stderr
-    return last_json(finished)
-
-
-def last_json(finished: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    """The JSON that a command printed last, whatever its exit code."""
-    report: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
-    return report
-
-
-def settings_arguments(*settings: str) -> list[str]:
-    """The settings as `--set` arguments."""
-    return [argument for setting in settings for argument in ("--set", setting)]
 
 
 def freeze(source: str | Path, workspace: str, name: str = "digits") -> dict[str, Any]:
     """Freeze a source as a dataset, or refresh the dataset."""
-    return convoy_json("dataset", str(source), "--name", name, "--workspace", workspace)
+    return convoy_json_here("dataset", str(source), "--name", name, "--workspace", workspace)
 
 
 def write_digits(folder: Path, num_images: int, *, start: int = 0) -> None:
@@ -90,19 +56,27 @@ class CacheJob:
         return replace(self, workspace=str(shutil.copytree(self.workspace, folder / "workspace")))
 
     def start(self, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-        """Run the command, whatever its end."""
+        """Run the command in a process of its own, whatever its end."""
         return convoy(*self.arguments(), "--json", environment=environment)
 
+    def start_here(self) -> subprocess.CompletedProcess[str]:
+        """Run the command in this process, whatever its end."""
+        return convoy_here(*self.arguments(), "--json")
+
     def run(self, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
-        """Run the command, which must succeed."""
+        """Run the command in a process of its own; it must succeed."""
         return convoy_json(*self.arguments(), environment=environment)
+
+    def run_here(self) -> dict[str, Any]:
+        """Run the command in this process, on the Ray that is open in it; it must succeed."""
+        return convoy_json_here(*self.arguments())
 
     def verify(self, run: str | None = None) -> dict[str, Any]:
         """The proof of a run, or of the job's only one."""
         if run is None:
             (folder,) = self._runs()
             run = folder.name
-        return convoy_json("verify", run, "--workspace", self.workspace)
+        return convoy_json_here("verify", run, "--workspace", self.workspace)
 
     def attempts(self) -> dict[str, list[str]]:
         """The finished attempts of each slice, by its name."""

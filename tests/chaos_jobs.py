@@ -15,7 +15,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cache_jobs import CONVOY, LENET, convoy, settings_arguments, write_digits
+from cache_jobs import LENET, write_digits
+from command_lines import CONVOY, convoy, convoy_here, settings_arguments
 from convoy.pipelines.data_origin import dataset_of_run
 from convoy.storage.commits import read_manifest, read_records
 from convoy.storage.datasets import open_dataset
@@ -25,7 +26,6 @@ from convoy.storage.stores import open_store
 from fault_proxy import FaultProxy
 from made_bundles import made_classifier, write_classifier
 from process_table import Process, process_table
-from train_jobs import convoy_here
 
 # The name under which a test's report carries its rows of the table.
 FAULT = "fault"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Iterator
 
@@ -39,6 +40,16 @@ def s3_bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
     bucket = f"convoy-{uuid.uuid4().hex}"
     boto3.session.Session().client("s3").create_bucket(Bucket=bucket)
     return bucket
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[dict[str, str]]:
+    """A running Ray that jobs share, as the environment that points them at it: saves each job the start."""
+    import ray  # noqa: PLC0415 (unit tests need none)
+
+    ray.init("local", include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    yield {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    ray.shutdown()
 
 
 @pytest.fixture(scope="session")

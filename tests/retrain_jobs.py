@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from cache_jobs import LENET, convoy, last_json, settings_arguments, write_digits
+from cache_jobs import LENET, write_digits
+from command_lines import convoy, convoy_here, last_json, settings_arguments
 from convoy.storage.registry import AliasRecord, read_aliases
 from convoy.storage.stores import open_store
-from train_jobs import convoy_here
 
 NAME = "digits"
 # A test split that the files' names choose, and a gate that a small holdout can satisfy.

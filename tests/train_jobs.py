@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import io
-import signal
 import subprocess
 from collections.abc import Iterable, Mapping
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import boto3
 
-from cache_jobs import CONVOY, convoy, freeze, last_json, settings_arguments, write_digits
-from convoy.cli.main import main
+from cache_jobs import freeze, write_digits
+from command_lines import CONVOY, convoy, convoy_here, last_json, settings_arguments
 from convoy.storage.checkpoints import CheckpointFolder, CheckpointRecord
 from convoy.storage.runs import RunFolder
 from convoy.storage.stores import open_store
@@ -50,22 +47,6 @@ def frozen_digits(folder: Path) -> str:
     workspace = str(folder / "workspace")
     assert freeze(folder / "images", workspace)["splits"] == NUM_ROWS
     return workspace
-
-
-def convoy_here(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """One command line in this process, on the Ray that is open in it: saves most of a short job's time."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    stdout, stderr = io.StringIO(), io.StringIO()
-    code: Any = 0
-    try:
-        with redirect_stdout(stdout), redirect_stderr(stderr):
-            main(arguments)
-    except SystemExit as ended:
-        code = ended.code
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    return subprocess.CompletedProcess(arguments, int(code or 0), stdout.getvalue(), stderr.getvalue())
 
 
 def timeless(history: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import ray
 
-from cache_jobs import TIMEOUT_S
+from command_lines import TIMEOUT_S
 from convoy.storage.checkpoints import CheckpointRecord
 from train_jobs import LENET, TrainJob
 from tune_jobs import TuneJob

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cache_jobs import CONVOY, convoy, last_json, settings_arguments
-from train_jobs import LENET, convoy_here
+from command_lines import CONVOY, convoy, convoy_here, last_json, settings_arguments
+from train_jobs import LENET
 
 PROBE = "{strategy: linear_probe, tap: f6}"
 EARLY = "{strategy: early_layer_probe, tap: c3}"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 
 import pytest
-import ray
 
 from chaos_jobs import FAULT, FaultTable
 from fault_proxy import FaultProxy
@@ -46,8 +44,5 @@ def s3_behind_proxy(fault_proxy: FaultProxy) -> Iterator[FaultProxy]:
 
 
 @pytest.fixture(scope="module")
-def ray_behind_proxy(s3_behind_proxy: FaultProxy) -> Iterator[None]:
+def ray_behind_proxy(s3_behind_proxy: FaultProxy, ray_cluster: dict[str, str]) -> None:
     """A Ray that is open in this process, whose workers ask the S3 server through the proxy."""
-    ray.init("local", include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
-    yield
-    ray.shutdown()

@@ -37,14 +37,16 @@ def fresh_job(tmp_path_factory: pytest.TempPathFactory) -> CacheJob:
 
 
 @pytest.fixture(scope="module")
-def clean_digest(fresh_job: CacheJob, tmp_path_factory: pytest.TempPathFactory) -> str:
+def clean_digest(
+    fresh_job: CacheJob, tmp_path_factory: pytest.TempPathFactory, ray_cluster: dict[str, str]
+) -> str:
     """The rows of the job where nothing kills it."""
     return digest_of_clean_run(fresh_job, tmp_path_factory.mktemp("clean"))
 
 
 def digest_of_clean_run(fresh: CacheJob, folder: Path) -> str:
     job = fresh.copied_to(folder)
-    job.run()
+    job.run_here()
     return str(job.verify()["rows_digest"])
 
 
@@ -110,7 +112,7 @@ def test_killed_job_resumes_to_the_same_rows(
         assert killed.returncode == -9, killed.stderr
     attempts_before = job.attempts()
 
-    report = job.run(environment)
+    report = job.run_here()
     assert (report["samples"], report["rows"], report["rejects"]) == (job.num_images, job.num_images - 1, 1)
     proof = job.verify()
     assert proof["ok"], proof["problems"]
@@ -133,7 +135,9 @@ def fresh_committee(tmp_path_factory: pytest.TempPathFactory) -> CacheJob:
 
 
 @pytest.fixture(scope="module")
-def clean_committee_digest(fresh_committee: CacheJob, tmp_path_factory: pytest.TempPathFactory) -> str:
+def clean_committee_digest(
+    fresh_committee: CacheJob, tmp_path_factory: pytest.TempPathFactory, ray_cluster: dict[str, str]
+) -> str:
     """The rows of the evaluation where nothing kills it."""
     return digest_of_clean_run(fresh_committee, tmp_path_factory.mktemp("clean_committee"))
 
@@ -154,7 +158,7 @@ def test_killed_evaluation_of_a_committee_resumes_to_the_same_rows(
     assert counter.exists(), "the fault did not fire"
     assert killed.returncode == (0 if point in WORKER_STEPS else -9), killed.stderr
 
-    report = job.run(environment)
+    report = job.run_here()
     assert (report["samples"], report["results"], report["rejects"]) == (96, 95, 1)
     # The proof of the workspace's only run: a second one would have computed everything again.
     proof = job.verify()

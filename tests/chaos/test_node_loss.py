@@ -10,8 +10,8 @@ from contextlib import AbstractContextManager, contextmanager
 import pytest
 from ray.cluster_utils import Cluster
 
-from cache_jobs import TIMEOUT_S
 from chaos_jobs import SLICE_ROWS, ChaosBucket, ChaosJob, FaultTable, wait_for
+from command_lines import TIMEOUT_S
 from fault_proxy import Delay, FaultProxy, FaultRule
 from ray_nodes import HEALTH_CHECKS, running_nodes
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from cache_jobs import CONVOY, TIMEOUT_S, made_job
+from cache_jobs import made_job
 from chaos_jobs import FaultTable, audit_run
+from command_lines import CONVOY, TIMEOUT_S
 
 pytestmark = [pytest.mark.integration, pytest.mark.chaos]
 

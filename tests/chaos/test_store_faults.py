@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pytest
 
 from chaos_jobs import SLICE_ROWS, ChaosBucket, ChaosJob, FaultTable
+from command_lines import convoy_here
 from convoy.core.errors import ExitCode
 from convoy.storage.runs import RunFolder
 from convoy.vision.weights import read_state_dict, state_to_safetensors
@@ -31,7 +32,6 @@ from fault_proxy import (
     lose_answer,
     reset,
 )
-from train_jobs import convoy_here
 
 pytestmark = [pytest.mark.integration, pytest.mark.chaos]
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from cache_jobs import convoy, last_json, settings_arguments
 from cifar_images import ROOT, WEIGHTS, unpack_test_split
+from command_lines import convoy, last_json, settings_arguments
 from convoy.storage.registry import Alias, read_aliases
 from convoy.storage.stores import open_store
 

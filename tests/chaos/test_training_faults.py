@@ -19,7 +19,7 @@ import pytest
 import torch
 from ray.cluster_utils import Cluster
 
-from cache_jobs import TIMEOUT_S, last_json
+from command_lines import TIMEOUT_S, last_json
 from convoy.core.crash_points import TRAINING_CRASH_POINTS, CrashPoint
 from convoy.storage.bundles import open_bundle
 from convoy.storage.stores import open_store

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from ray.cluster_utils import Cluster
 
-from cache_jobs import TIMEOUT_S, last_json
+from command_lines import TIMEOUT_S, last_json
 from ray_nodes import HEALTH_CHECKS, running_nodes
 from train_jobs import TrainJob, frozen_digits
 from training_faults import (

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from cache_jobs import CONVOY, TIMEOUT_S, made_job
+from cache_jobs import made_job
 from chaos_jobs import FaultTable, audit_run
+from command_lines import CONVOY, TIMEOUT_S
 from convoy.pipelines.runs_list import list_runs
 from convoy.storage.leases import read_lease
 from convoy.storage.runs import RunFolder

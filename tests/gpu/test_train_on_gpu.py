@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cache_jobs import convoy_json, freeze, settings_arguments, write_digits
+from cache_jobs import freeze, write_digits
+from command_lines import convoy_json, settings_arguments
 
 pytestmark = [
     pytest.mark.gpu,

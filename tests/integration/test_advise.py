@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from cache_jobs import last_json, settings_arguments
+from command_lines import convoy_here, last_json, settings_arguments
 from convoy.core.config import load_config
 from convoy.pipelines.train_config import TrainConfig
-from train_jobs import LENET, convoy_here, frozen_digits
+from train_jobs import LENET, frozen_digits
 
 pytestmark = pytest.mark.integration
 

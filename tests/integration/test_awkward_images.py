@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from awkward_images import AwkwardCase, write_awkward_folder
-from cache_jobs import LENET, CacheJob, cached_features, convoy_json, freeze
+from cache_jobs import LENET, CacheJob, cached_features, freeze
+from command_lines import convoy_json_here
 from convoy.core.records import RejectCode
 from convoy.storage.runs import RunFolder
 from convoy.storage.stores import open_store
@@ -47,7 +48,7 @@ def job(folder: Path, cases: list[AwkwardCase]) -> CacheJob:
 
 @pytest.fixture(scope="module")
 def report(job: CacheJob, ray_cluster: Mapping[str, str]) -> dict[str, Any]:
-    return job.run(ray_cluster)
+    return job.run_here()
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +97,6 @@ def test_file_without_permission_is_rejected_as_denied(rejects: dict[str, Any]) 
 
 
 def test_rejects_of_the_bytes_are_remembered(job: CacheJob, rejects: dict[str, Any]) -> None:
-    plan = convoy_json(*job.arguments(), "--dry-run")
+    plan = convoy_json_here(*job.arguments(), "--dry-run")
     assert plan["missing"] == sum(row["stage"] == "fetch" for row in rejects.values())
     assert all(row["stage"] == "decode" for name, row in rejects.items() if name != UNREADABLE)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cache_jobs import convoy_json
+from command_lines import convoy_json
 
 pytestmark = [
     pytest.mark.integration,

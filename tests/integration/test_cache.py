@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cache_jobs import CacheJob, cached_features, convoy, freeze, last_json, made_job, write_digits
+from cache_jobs import CacheJob, cached_features, freeze, made_job, write_digits
+from command_lines import convoy_here, last_json
 from convoy.core.config import load_config
 from convoy.core.records import Split
 from convoy.pipelines.cache import CacheConfig, CachePlan, plan_cache
@@ -62,7 +63,7 @@ def grown(
     write_digits(images, 1, start=200)
     changes = freeze(images, job.workspace)
     assert (changes["added"], changes["changed"], changes["removed"]) == (3, 0, 0)
-    return job.run(ray_cluster)
+    return job.run_here()
 
 
 def files(job: CacheJob, set_id: str) -> dict[str, str]:
@@ -78,7 +79,7 @@ def planned(job: CacheJob, *settings: str) -> CachePlan:
 
 def test_the_second_run_computes_nothing(job: CacheJob) -> None:
     (run,) = run_ids(open_store(job.workspace))
-    report = job.run()
+    report = job.run_here()
     assert (report["recomputed"], report["samples"], report["rows"], report["rejects"]) == (0, 96, 95, 1)
     assert (report["run"], report["notes"]) == (run, ["nothing was missing"])
     assert run_ids(open_store(job.workspace)) == [run]
@@ -96,9 +97,9 @@ def test_copies_across_splits_and_classes_are_reported(grown: dict[str, Any]) ->
 
 
 def test_one_more_tap_computes_only_that_tap(job: CacheJob, ray_cluster: Mapping[str, str]) -> None:
-    before = job.run()["sets"]
+    before = job.run_here()["sets"]
     old_files = {set_id: files(job, set_id) for set_id in before.values()}
-    report = job.changed("taps=[c3, f6, c1]").run(ray_cluster)
+    report = job.changed("taps=[c3, f6, c1]").run_here()
     assert report["recomputed"] == 96
     assert {set_id: files(job, set_id) for set_id in before.values()} == old_files
     assert {name: report["sets"][name] for name in before} == before
@@ -109,9 +110,9 @@ def test_one_more_tap_computes_only_that_tap(job: CacheJob, ray_cluster: Mapping
 
 
 def test_one_more_view_computes_only_that_view(job: CacheJob, ray_cluster: Mapping[str, str]) -> None:
-    before = job.run()["sets"]
+    before = job.run_here()["sets"]
     old_files = {set_id: files(job, set_id) for set_id in before.values()}
-    report = job.changed("views=2", "augmentation.seed=1").run(ray_cluster)
+    report = job.changed("views=2", "augmentation.seed=1").run_here()
     assert report["recomputed"] == 96
     assert {set_id: files(job, set_id) for set_id in before.values()} == old_files
     assert {name: report["sets"][name] for name in before} == before
@@ -131,7 +132,7 @@ def test_views_in_other_light_measure_the_colours_of_the_train_split_once(
     plan = planned(job)
     assert plan.missing_by_set == {"f6/0": 0, "f6/1": 96}
     assert note in plan.notes
-    report = job.run(ray_cluster)
+    report = job.run_here()
     assert report["recomputed"] == 96
     store = open_store(job.workspace)
     (key,) = [info.key for info in store.list_objects("datasets/digits/") if "pixel_statistics" in info.key]
@@ -142,7 +143,7 @@ def test_views_in_other_light_measure_the_colours_of_the_train_split_once(
     # Grey images differ along grey only.
     assert statistics["basis"]["eigenvectors"][0] == pytest.approx([3**-0.5] * 3, abs=1e-6)
     assert statistics["basis"]["eigenvalues"][1:] == [0, 0]
-    again = job.run(ray_cluster)
+    again = job.run_here()
     assert (again["recomputed"], again["sets"]) == (0, report["sets"])
     assert planned(job).missing == 0
     assert note not in planned(job).notes
@@ -186,7 +187,7 @@ def test_settings_that_change_features_compute_all_anew(job: CacheJob, setting: 
 
 def test_dry_run_shows_the_work_and_does_none(job: CacheJob) -> None:
     written = {info.key for info in open_store(job.workspace).list_objects()}
-    finished = convoy(*job.changed("taps=[c3, c1]").arguments(), "--dry-run", "--json")
+    finished = convoy_here(*job.changed("taps=[c3, c1]").arguments(), "--dry-run", "--json")
     plan = last_json(finished)
     assert (plan["samples"], plan["missing_by_set"]) == (96, {"c3/0": 0, "c1/0": 96})
     assert plan["config"]["taps"] == ["c3", "c1"]
@@ -203,14 +204,14 @@ def test_unfinished_run_refuses_a_changed_dataset_until_new_run(
     write_digits(images, 1, start=302)
     refrozen = freeze(images, job.workspace)
 
-    refused = job.start()
+    refused = job.start_here()
     assert (refused.returncode, refused.stdout) == (2, "")
     was_and_is = f"dataset_fingerprint: was '{frozen['fingerprint']}', is '{refrozen['fingerprint']}'"
     assert was_and_is in refused.stderr
     assert "--new-run" in refused.stderr
     assert "Traceback" not in refused.stderr
 
-    afresh = convoy(*job.arguments(), "--new-run", "--json", environment=ray_cluster)
+    afresh = convoy_here(*job.arguments(), "--new-run", "--json")
     assert afresh.returncode == 0, afresh.stderr
     report = last_json(afresh)
     assert report["recomputed"] == frozen["added"] + refrozen["added"]
@@ -219,12 +220,12 @@ def test_unfinished_run_refuses_a_changed_dataset_until_new_run(
 
 
 def test_exceeded_error_budget_exits_with_3_and_keeps_the_results(job: CacheJob) -> None:
-    strict = job.changed("error_budget={rows: 0, rate: 0}").start()
+    strict = job.changed("error_budget={rows: 0, rate: 0}").start_here()
     assert strict.returncode == 3
     report = last_json(strict)
     assert (report["within_error_budget"], report["rows"], report["rejects"]) == (False, 95, 1)
     assert "the results are kept" in strict.stderr
-    assert job.run()["within_error_budget"]
+    assert job.run_here()["within_error_budget"]
 
 
 @pytest.mark.parametrize(
@@ -237,7 +238,7 @@ def test_exceeded_error_budget_exits_with_3_and_keeps_the_results(job: CacheJob)
     ],
 )
 def test_unusable_settings_exit_with_2_and_a_hint(base: CacheJob, setting: str, hint: str) -> None:
-    finished = base.changed(setting).start()
+    finished = base.changed(setting).start_here()
     assert (finished.returncode, finished.stdout) == (2, "")
     assert hint in finished.stderr
     assert "Traceback" not in finished.stderr
@@ -256,7 +257,7 @@ def test_rows_do_not_depend_on_workers_slices_or_the_cluster(
     base: CacheJob, tmp_path: Path, ray_cluster: Mapping[str, str]
 ) -> None:
     other = made_job(tmp_path).changed("extraction.num_workers=2", "extraction.slice_rows=25")
-    assert other.run(ray_cluster)["rows"] == 95
+    assert other.run_here()["rows"] == 95
     assert len(other.attempts()) == 4
     assert len(base.attempts()) == 6
     assert other.verify()["rows_digest"] == base.verify()["rows_digest"]
@@ -264,8 +265,8 @@ def test_rows_do_not_depend_on_workers_slices_or_the_cluster(
 
 @pytest.mark.skipif(device_here().precision is Precision.FP32, reason="this machine has no native bf16")
 def test_bf16_run_records_how_close_it_is_to_fp32(job: CacheJob, ray_cluster: Mapping[str, str]) -> None:
-    exact = job.run()["sets"]
-    report = job.changed("extraction.precision=auto").run(ray_cluster)
+    exact = job.run_here()["sets"]
+    report = job.changed("extraction.precision=auto").run_here()
     assert (report["precision"], report["recomputed"]) == ("bf16", 96)
     effect = report["precision_effect"]
     assert effect.keys() == {"c3", "f6"}

@@ -47,7 +47,7 @@ def images(local_job: CacheJob) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def local_report(local_job: CacheJob, ray_on_s3: dict[str, str]) -> dict[str, Any]:
-    return local_job.run(ray_on_s3)
+    return local_job.run_here()
 
 
 def put(bucket: str, objects: Mapping[str, bytes]) -> None:
@@ -79,20 +79,20 @@ def test_bucket_gives_the_rows_of_a_folder(
     job = CacheJob(f"s3://{s3_bucket}/workspace", NUM_IMAGES, local_job.settings)
     assert freeze(f"s3://{s3_bucket}/digits", job.workspace)["samples"] == NUM_IMAGES
 
-    refused = job.start()
+    refused = job.start_here()
     assert (refused.returncode, refused.stdout) == (2, "")
     assert "add --set writers=single" in refused.stderr
     assert "Traceback" not in refused.stderr
 
     job = job.changed("writers=single")
-    report = job.run(ray_on_s3)
+    report = job.run_here()
     assert (report["recomputed"], report["rows"], report["reject_codes"]) == (40, 39, {"truncated": 1})
     proof, local_proof = job.verify(report["run"]), local_job.verify(local_report["run"])
     assert (proof["ok"], local_proof["ok"]) == (True, True)
     assert proof["rows_digest"] == local_proof["rows_digest"]
     # The cache does not depend on where the images lie, only on what they are.
     assert report["sets"] == local_report["sets"]
-    again = job.run()
+    again = job.run_here()
     assert (again["recomputed"], again["run"]) == (0, report["run"])
 
 
@@ -105,19 +105,19 @@ def test_lost_and_changed_objects_are_tried_again_until_they_heal(
     boto3.session.Session().client("s3").delete_object(Bucket=s3_bucket, Key="digits/3/00003.jpg")
     put(s3_bucket, {"digits/4/00004.jpg": images["4/00014.jpg"]})
 
-    first = job.run(ray_on_s3)
+    first = job.run_here()
     rejects = {"truncated": 1, "gone": 1, "changed": 1}
     assert first["reject_codes"] == rejects
     assert (first["recomputed"], first["rows"], first["rejects"]) == (40, 37, 3)
 
-    second = job.run(ray_on_s3)
+    second = job.run_here()
     assert (second["recomputed"], second["reject_codes"]) == (2, rejects)
     assert (second["rows"], second["rejects"]) == (37, 3)
 
     put(s3_bucket, {"digits/3/00003.jpg": images["3/00003.jpg"]})
     refreshed = freeze(source, job.workspace)
     assert (refreshed["added"], refreshed["changed"], refreshed["removed"]) == (0, 1, 0)
-    healed = job.run(ray_on_s3)
+    healed = job.run_here()
     # Content decides: the changed object now holds the bytes of another one, which has features already.
     assert (healed["recomputed"], healed["rows"], healed["rejects"]) == (1, 39, 1)
     assert "3/00003.jpg" in cached_features(job.workspace, healed["sets"]["f6/0"])
@@ -145,7 +145,7 @@ def test_tars_and_parquet_files_give_the_features_of_the_folder(
     for kind, prefix in (("tars", "digits-0.tar#"), ("parquet", "digits.parquet#")):
         assert freeze(f"s3://{s3_bucket}/{kind}", job.workspace, name=kind)["kind"] == kind
         assert labels(job.workspace, kind) == classes
-        report = job.changed(f"dataset={kind}").run(ray_on_s3)
+        report = job.changed(f"dataset={kind}").run_here()
         assert (report["recomputed"], report["rows"], report["reject_codes"]) == (40, 39, {"truncated": 1})
         for set_id in local_report["sets"].values():
             found = in_order(job.workspace, set_id, prefix)

@@ -7,8 +7,9 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from cache_jobs import convoy_json, freeze
+from cache_jobs import freeze
 from cifar_images import ROOT, WEIGHTS, unpack_test_split
+from command_lines import convoy_json
 
 pytestmark = pytest.mark.integration
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cache_jobs import last_json
+from command_lines import convoy_here, last_json
 from convoy.core.crop_policies import CropPlan, CropPolicy, MemberOutputs
 from convoy.core.errors import DataError
 from convoy.core.progress import Silent
@@ -23,7 +23,7 @@ from convoy.pipelines.prediction_request import PredictionRequest
 from convoy.storage.datasets import open_dataset
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.stores import open_store
-from train_jobs import LENET, NUM_ROWS, TrainJob, convoy_here, frozen_digits
+from train_jobs import LENET, NUM_ROWS, TrainJob, frozen_digits
 
 pytestmark = pytest.mark.integration
 

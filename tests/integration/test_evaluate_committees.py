@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional
 
-from cache_jobs import LENET, convoy, freeze, last_json, settings_arguments
+from cache_jobs import LENET, freeze
+from command_lines import convoy, convoy_here, last_json, settings_arguments
 from convoy.core.crop_policies import CropPlan, CropPolicy
 from convoy.pipelines.backbone_loading import read_backbone_state
 from convoy.pipelines.classifiers import Classifier, read_classifier
@@ -33,7 +34,7 @@ from convoy.vision.committee_options import GateOptions
 from convoy.vision.readout import LogitsNetwork
 from convoy.vision.views import normalise
 from convoy.vision.weights import load_weights
-from train_jobs import NUM_ROWS, convoy_here, write_splits
+from train_jobs import NUM_ROWS, write_splits
 
 pytestmark = pytest.mark.integration
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from cache_jobs import convoy, freeze, last_json, settings_arguments, write_digits
+from cache_jobs import freeze, write_digits
+from command_lines import convoy, convoy_here, last_json, settings_arguments
 from convoy.core.crash_points import CrashPoint
 from convoy.pipelines.committees import committee_of, open_committee, write_ensemble
 from convoy.pipelines.inspect_config import Section
@@ -20,7 +21,6 @@ from convoy.pipelines.inspect_report import InspectionReport
 from convoy.storage.stores import open_store
 from convoy.vision.heads import HeadKind
 from made_bundles import made_classifier, write_classifier
-from train_jobs import convoy_here
 
 pytestmark = pytest.mark.integration
 

@@ -9,7 +9,8 @@ from typing import Any
 import boto3
 import pytest
 
-from cache_jobs import LENET, CacheJob, cached_features, convoy_json, freeze, write_digits
+from cache_jobs import LENET, CacheJob, cached_features, freeze, write_digits
+from command_lines import convoy_json_here
 from convoy.pipelines.dataset import DatasetConfig
 from convoy.pipelines.dataset import freeze as freeze_dataset
 from convoy.storage.sources.rows import ReadingOptions
@@ -79,12 +80,12 @@ def test_what_changed_or_went_since_the_report_is_a_reject(
     put(bucket, {"photos/0/later.jpg": b"not in the report"})
     workspace = str(tmp_path / "workspace")
     arguments = ["--set", f"reading.images_root=s3://{bucket}/photos", "--workspace", workspace]
-    frozen = convoy_json("dataset", f"s3://{bucket}/{MANIFEST_KEY}", "--name", "digits", *arguments)
+    frozen = convoy_json_here("dataset", f"s3://{bucket}/{MANIFEST_KEY}", "--name", "digits", *arguments)
     assert frozen["samples"] == NUM_IMAGES
 
     settings = ("dataset=digits", f"backbone={LENET}", "taps=[f6]", "extraction={precision: fp32}")
     job = CacheJob(workspace, NUM_IMAGES, settings)
-    report = job.run(ray_on_s3)
+    report = job.run_here()
     assert report["reject_codes"] == {"changed": 1, "gone": 1}
     assert (report["rows"], report["rejects"]) == (NUM_IMAGES - 2, 2)
     (set_id,) = report["sets"].values()

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from cache_jobs import freeze, last_json, settings_arguments, write_digits
+from cache_jobs import freeze, write_digits
+from command_lines import convoy_here, last_json, settings_arguments
 from made_pages import PageParts
-from train_jobs import LENET, TrainJob, convoy_here
+from train_jobs import LENET, TrainJob
 
 pytestmark = pytest.mark.integration
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from cache_jobs import last_json, settings_arguments, write_digits
+from cache_jobs import write_digits
+from command_lines import convoy_here, last_json, settings_arguments
 from convoy.storage.registry import Alias, read_aliases
 from convoy.storage.retrains import RetrainFolder
 from convoy.storage.stores import open_store
 from retrain_jobs import NAME, OPEN_GATE, SETTINGS
-from train_jobs import convoy_here, put_images
+from train_jobs import put_images
 
 pytestmark = pytest.mark.integration
 

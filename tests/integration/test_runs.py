@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from cache_jobs import CONVOY, TIMEOUT_S, CacheJob, last_json, made_job
+from cache_jobs import CacheJob, made_job
+from command_lines import CONVOY, TIMEOUT_S, convoy_here, last_json
 from convoy.pipelines.runs_list import list_runs
 from convoy.storage.commits import read_manifest
 from convoy.storage.runs import RunFolder, run_ids
 from convoy.storage.stores import open_store
 from hanging_images import HangingImage, wait_until
 from made_bundles import made_committee_job
-from train_jobs import convoy_here
 
 pytestmark = pytest.mark.integration
 
@@ -104,7 +104,7 @@ def test_cancelled_run_stops_and_the_same_command_starts_afresh(
     image.restore()
 
     assert (runs(job, "gc")["garbage"][0]["what"], runs(job, "gc")["changes"]) == (cancelled, "shown")
-    report = job.run(ray_cluster)
+    report = job.run_here()
     assert report["run"] != cancelled
     assert (report["rows"], report["recomputed"]) == (job.num_images - 1, job.num_images)
     assert runs(job, "gc", "--apply")["garbage"][0]["what"] == cancelled
@@ -117,7 +117,7 @@ def test_damaged_part_is_computed_again_and_no_other(
     make: Callable[[Path], CacheJob], tmp_path: Path, ray_cluster: dict[str, str]
 ) -> None:
     job = make(tmp_path)
-    job.run(ray_cluster)
+    job.run_here()
     store, run = open_store(job.workspace), newest_run(job)
     clean, attempts = job.verify(run), job.attempts()
     manifest = read_manifest(RunFolder(store, run))
@@ -137,7 +137,7 @@ def test_damaged_part_is_computed_again_and_no_other(
     (listed,) = runs(job, "list")["runs"]
     assert (listed["state"], listed["done"]) == ("open", job.num_images - SLICE_ROWS)
 
-    job.run(ray_cluster)
+    job.run_here()
     assert newest_run(job) == run
     again = job.verify(run)
     assert again["ok"], again["problems"]

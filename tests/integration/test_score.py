@@ -12,15 +12,8 @@ import pyarrow.dataset as pads
 import pytest
 import torch
 
-from cache_jobs import (
-    CacheJob,
-    cached_features,
-    convoy,
-    convoy_json,
-    made_job,
-    settings_arguments,
-    write_digits,
-)
+from cache_jobs import CacheJob, cached_features, made_job, write_digits
+from command_lines import convoy_here, convoy_json_here, settings_arguments
 from convoy.storage.runs import open_pointers, run_ids
 from convoy.storage.stores import open_store
 from made_bundles import made_classifier, write_classifier
@@ -49,7 +42,7 @@ def rows_of(workspace: str, run: str) -> pa.Table:
 
 @pytest.fixture(scope="module")
 def report(job: CacheJob, ray_cluster: dict[str, str]) -> dict[str, Any]:
-    return job.changed("columns.outputs=logits", "columns.features=f6").run(ray_cluster)
+    return job.changed("columns.outputs=logits", "columns.features=f6").run_here()
 
 
 def test_every_row_ends_once_in_results_or_rejects(job: CacheJob, report: dict[str, Any]) -> None:
@@ -65,7 +58,7 @@ def test_every_row_ends_once_in_results_or_rejects(job: CacheJob, report: dict[s
 def test_the_same_command_again_scores_nothing(
     job: CacheJob, report: dict[str, Any], ray_cluster: dict[str, str]
 ) -> None:
-    again = job.changed("columns.outputs=logits", "columns.features=f6").run(ray_cluster)
+    again = job.changed("columns.outputs=logits", "columns.features=f6").run_here()
     assert (again["run"], again["recomputed"], again["results"]) == (report["run"], 0, NUM_IMAGES - 1)
 
 
@@ -74,7 +67,7 @@ def test_logits_are_the_log_probabilities_of_an_evaluation(
 ) -> None:
     settings = settings_arguments("splits=[train, val, test]", FP32)
     arguments = ("one", "--dataset", "digits", "--workspace", job.workspace, *settings)
-    evaluation = convoy_json("evaluate", *arguments, environment=ray_cluster)
+    evaluation = convoy_json_here("evaluate", *arguments)
     expected = rows_of(job.workspace, evaluation["run"])
     rows = rows_of(job.workspace, report["run"])
     assert rows["sample_id"].to_pylist() == expected["sample_id"].to_pylist()
@@ -91,7 +84,7 @@ def test_features_of_the_same_pass_are_those_of_the_cache(
         "{arch: lenet5, weights: random, seed: 0, num_classes: 10, preset: {resize_px: null, crop_px: 32}}"
     )
     settings = settings_arguments("dataset=digits", f"backbone={backbone}", "taps=[f6]", FP32)
-    cached = convoy_json("cache", "--workspace", job.workspace, *settings, environment=ray_cluster)
+    cached = convoy_json_here("cache", "--workspace", job.workspace, *settings)
     (set_id,) = cached["sets"].values()
     expected = cached_features(job.workspace, set_id)
     rows = rows_of(job.workspace, report["run"])
@@ -110,7 +103,7 @@ def test_an_ensemble_over_crops_lands_in_folders_by_split(job: CacheJob, ray_clu
         "columns.outputs=probabilities",
         "name=by-split",
     )
-    report = committee.run(ray_cluster)
+    report = committee.run_here()
     assert report["results"] + report["rejects"] == report["inputs"] == NUM_IMAGES
     rows = rows_of(job.workspace, report["run"])
     assert set(rows["split"].to_pylist()) == {"train", "val", "test"}
@@ -133,7 +126,7 @@ def test_images_without_labels_are_scored_from_their_source(
         job.workspace,
     )
     settings = settings_arguments("reading.kind=images", FP32)
-    report = convoy_json("score", *arguments, *settings, environment=ray_cluster)
+    report = convoy_json_here("score", *arguments, *settings)
     assert (report["inputs"], report["results"], report["rejects"]) == (20, 20, 0)
     rows = rows_of(job.workspace, report["run"])
     assert rows["label"].null_count == rows["label_name"].null_count == 20
@@ -145,10 +138,10 @@ def test_a_dry_run_says_what_the_run_will_take_and_the_run_keeps_both(
     scoring = job.changed("bundle=two", "name=forecast", "prices={per_hour: 2.0}")
     store = open_store(job.workspace)
     before = run_ids(store), open_pointers(store)
-    finished = convoy(*scoring.arguments(), "--dry-run", "--json", environment=ray_cluster)
+    finished = convoy_here(*scoring.arguments(), "--dry-run", "--json")
     assert finished.returncode == 0, finished.stderr
     assert (run_ids(store), open_pointers(store)) == before
-    report = scoring.run(ray_cluster)
+    report = scoring.run_here()
     assert report["forecast"]["images"] == report["actual"]["images"] == NUM_IMAGES
     assert report["forecast"]["images_per_s"] > 0
 
@@ -159,12 +152,12 @@ def test_a_changed_model_does_not_go_on_with_an_unfinished_scoring(job: CacheJob
     assert killed.start(environment).returncode == -9
     assert (tmp_path / "arrivals").stat().st_size >= 2, "the fault did not fire"
 
-    refused = killed.changed("bundle=two", "crops=five").start()
+    refused = killed.changed("bundle=two", "crops=five").start_here()
     assert refused.returncode == 2
     assert "crops.policy: was 'center', is 'five'" in refused.stderr
     assert "--new-run" in refused.stderr
 
-    report = killed.run()
+    report = killed.run_here()
     assert (report["results"], report["rejects"]) == (NUM_IMAGES - 1, 1)
     assert report["recomputed"] < NUM_IMAGES
 
@@ -181,7 +174,7 @@ def test_a_changed_model_does_not_go_on_with_an_unfinished_scoring(job: CacheJob
 def test_what_cannot_be_scored_is_refused_before_any_worker_starts(
     job: CacheJob, settings: tuple[str, ...], message: str
 ) -> None:
-    refused = job.changed(*settings).start()
+    refused = job.changed(*settings).start_here()
     assert refused.returncode == 2
     assert message in refused.stderr
     assert "starting Ray" not in refused.stderr

@@ -16,15 +16,16 @@ import ray
 import torch
 from ray.cluster_utils import Cluster
 
-from cache_jobs import TIMEOUT_S, cached_features, last_json, settings_arguments
+from cache_jobs import cached_features
 from chaos_jobs import wait_for
+from command_lines import TIMEOUT_S, convoy_here, last_json, settings_arguments
 from convoy.storage.checkpoints import CheckpointFolder
 from convoy.storage.commits import read_manifest
 from convoy.storage.runs import RunFolder
 from convoy.storage.stores import open_store
 from made_bundles import made_classifier, write_classifier
 from ray_nodes import HEALTH_CHECKS, PlacementWatch, raylet_of, running_nodes
-from train_jobs import LENET, TrainJob, convoy_here, frozen_digits, timeless
+from train_jobs import LENET, TrainJob, frozen_digits, timeless
 from training_faults import begun
 from tune_jobs import SETTINGS, TuneJob, assert_each_trial_ran_once
 

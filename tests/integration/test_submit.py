@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 import convoy as convoy_package
-from cache_jobs import CacheJob, convoy, freeze, last_json, made_job, settings_arguments
+from cache_jobs import CacheJob, freeze, made_job
+from command_lines import convoy, last_json, settings_arguments
 from convoy.cluster.growth import GPUS_VARIABLE
 from convoy.pipelines.model_registry import promote_model
 from convoy.pipelines.runs_list import list_runs

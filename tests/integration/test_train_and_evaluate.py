@@ -19,16 +19,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from cache_jobs import (
-    LENET,
-    cached_features,
-    convoy,
-    convoy_json,
-    freeze,
-    last_json,
-    settings_arguments,
-    write_digits,
-)
+from cache_jobs import LENET, cached_features, freeze, write_digits
+from command_lines import convoy_here, convoy_json_here, last_json, settings_arguments
 from convoy.storage.bundles import open_bundle
 from convoy.storage.feature_cache import FeatureSetSpec
 from convoy.storage.stores import open_store
@@ -49,7 +41,7 @@ class Digits:
 
     def start(self, verb: str, *settings: str) -> subprocess.CompletedProcess[str]:
         arguments = settings_arguments("dataset=digits", *settings)
-        return convoy(verb, "--workspace", self.workspace, *arguments, "--json", environment=self.ray_cluster)
+        return convoy_here(verb, "--workspace", self.workspace, *arguments, "--json")
 
     def run(self, verb: str, *settings: str) -> dict[str, Any]:
         finished = self.start(verb, *settings)
@@ -57,7 +49,7 @@ class Digits:
         return last_json(finished)
 
     def evaluate(self, *words: str) -> dict[str, Any]:
-        return convoy_json("evaluate", *words, "--workspace", self.workspace, environment=self.ray_cluster)
+        return convoy_json_here("evaluate", *words, "--workspace", self.workspace)
 
     def train(self, *settings: str) -> dict[str, Any]:
         return self.run("train", "name=digits", f"backbone={LENET}", "tap=f6", *settings)
@@ -138,7 +130,7 @@ def test_predictions_are_one_row_a_sample_and_agree_with_the_report(
     assert top1 == pytest.approx(softmax["top1"], abs=1e-12)
     assert (model_digest, run) == (softmax["model_digest"], softmax["run"])
     assert softmax["bundle"] == f"digits@{model_digest}"
-    assert convoy_json("verify", run, "--workspace", digits.workspace)["ok"]
+    assert convoy_json_here("verify", run, "--workspace", digits.workspace)["ok"]
 
 
 def test_evaluated_bundle_is_worth_what_train_reported(digits: Digits, softmax: dict[str, Any]) -> None:
@@ -186,7 +178,9 @@ def test_two_bundles_are_compared_row_by_row(digits: Digits, softmax: dict[str, 
 
 
 def test_two_bundles_without_compare_are_a_usage_error(digits: Digits) -> None:
-    finished = convoy("evaluate", "digits", "worse", "--dataset", "digits", "--workspace", digits.workspace)
+    finished = convoy_here(
+        "evaluate", "digits", "worse", "--dataset", "digits", "--workspace", digits.workspace
+    )
     assert (finished.returncode, finished.stdout) == (2, "")
     assert "--compare" in finished.stderr
 
@@ -202,7 +196,7 @@ def test_exported_bundle_agrees_on_held_out_images(
         "--workspace",
         digits.workspace,
     )
-    report = convoy_json("models", "export", "digits", "--to", "onnx", *where)
+    report = convoy_json_here("models", "export", "digits", "--to", "onnx", *where)
     assert (report["bundle"], report["checked_on"]) == (softmax["bundle"], "digits, test split")
     assert (report["num_images"], report["top1_agreement"]) == (64, 1.0)
     assert json.loads((tmp_path / "digits.onnx.json").read_bytes())["classes"] == softmax["classes"]

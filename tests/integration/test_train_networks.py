@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from awkward_images import awkward_cases
-from cache_jobs import freeze, last_json, write_digits
+from cache_jobs import freeze, write_digits
+from command_lines import convoy_here, last_json
 from convoy.cluster.training import WorkerOptions, plan_workers
 from convoy.core.errors import ClusterError
 from convoy.core.records import Split
@@ -25,16 +26,7 @@ from convoy.storage.stores import open_store
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.backbones import build_network
 from convoy.vision.weights import state_to_safetensors
-from train_jobs import (
-    LENET,
-    NUM_ROWS,
-    PRESET,
-    TrainJob,
-    convoy_here,
-    frozen_digits,
-    timeless,
-    write_splits,
-)
+from train_jobs import LENET, NUM_ROWS, PRESET, TrainJob, frozen_digits, timeless, write_splits
 
 pytestmark = pytest.mark.integration
 

@@ -15,15 +15,15 @@ import pytest
 import ray
 from PIL import Image
 
-from cache_jobs import TIMEOUT_S, convoy_json, last_json, settings_arguments
 from chaos_jobs import wait_for
+from command_lines import TIMEOUT_S, convoy_here, convoy_json_here, last_json, settings_arguments
 from convoy.core.crash_points import CrashPoint
 from convoy.pipelines.runs_list import list_runs
 from convoy.storage.commits import read_manifest
 from convoy.storage.member_predictions import MemberLogits, read_member_logits
 from convoy.storage.runs import RunFolder
 from convoy.storage.stores import open_store
-from train_jobs import NUM_ROWS, convoy_here, frozen_digits
+from train_jobs import NUM_ROWS, frozen_digits
 from training_faults import begun
 from tune_jobs import EARLY, NETWORK, PROBE, SETTINGS, TuneJob, assert_each_trial_ran_once
 
@@ -119,7 +119,7 @@ def freeze_without_val(digits: TuneJob, workspace: str) -> None:
     """The training images alone, as a dataset that has no other split."""
     images = Path(digits.workspace).parent / "images" / "train"
     fractions = settings_arguments("splits={val_fraction: 0, test_fraction: 0}")
-    convoy_json("dataset", str(images), "--name", "digits", "--workspace", workspace, *fractions)
+    convoy_json_here("dataset", str(images), "--name", "digits", "--workspace", workspace, *fractions)
 
 
 @pytest.mark.slow

@@ -7,8 +7,9 @@ from pathlib import Path
 import boto3
 import pytest
 
-from cache_jobs import freeze, last_json, settings_arguments
-from train_jobs import LENET, convoy_here, put_images, write_splits
+from cache_jobs import freeze
+from command_lines import convoy_here, last_json, settings_arguments
+from train_jobs import LENET, put_images, write_splits
 
 pytestmark = pytest.mark.integration
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cache_jobs import last_json
+from command_lines import convoy_here, last_json
 from convoy.core.errors import ConfigError, StorageError
 from convoy.core.tracking import MirrorConfig
 from convoy.pipelines.model_registry import RegisteredModel, registered_model
@@ -15,7 +15,6 @@ from convoy.report.model_mirror import follow_move, mirror_aliases
 from convoy.storage.bundles import BundleRef, write_bundle
 from convoy.storage.registry import Alias, AliasMove, move_aliases
 from convoy.storage.stores import open_store
-from train_jobs import convoy_here
 
 tracking = pytest.importorskip("mlflow.tracking", reason="needs the extra `tracking`")
 
