@@ -57,3 +57,19 @@ def fault_proxy(s3_server: S3Server) -> Iterator[FaultProxy]:
     """A proxy before the S3 server for the whole session; it spoils nothing but what a test injects."""
     with running_proxy(s3_server) as proxy:
         yield proxy
+
+
+@pytest.fixture(scope="module")
+def s3_behind_proxy(fault_proxy: FaultProxy) -> Iterator[FaultProxy]:
+    """The environment of this process, and of all that it starts, points at the S3 server through the proxy."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in OVERRIDING_VARIABLES:
+            patch.delenv(name, raising=False)
+        for name, value in fault_proxy.as_server().environment().items():
+            patch.setenv(name, value)
+        yield fault_proxy
+
+
+@pytest.fixture(scope="module")
+def ray_behind_proxy(s3_behind_proxy: FaultProxy, ray_cluster: dict[str, str]) -> None:
+    """A Ray that is open in this process, whose workers ask the S3 server through the proxy."""

@@ -24,7 +24,6 @@ from image_files import encode, grey_rgb
 from infra_files import ROOT
 from ray_head import BIN
 from readme_blocks import fenced_blocks
-from s3_server import OVERRIDING_VARIABLES
 
 pytestmark = pytest.mark.integration
 
@@ -44,19 +43,27 @@ class Walked:
 
 
 @pytest.fixture(scope="module")
-def tour(fault_proxy: FaultProxy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Walked]:
-    """The tour of the README, walked in a shell against a store whose create-if-absent is atomic, as AWS's is."""
+def tour(
+    s3_behind_proxy: FaultProxy,
+    ray_behind_proxy: None,
+    ray_cluster: dict[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Walked]:
+    """The tour of the README, walked in a shell against a store whose create-if-absent is atomic, as AWS's is.
+
+    All of its jobs share a Ray, as on a cluster: their starts took half of the time.
+    """
     folder = tmp_path_factory.mktemp("tour")
     environment = {
-        **{name: value for name, value in os.environ.items() if name not in OVERRIDING_VARIABLES},
-        **fault_proxy.as_server().environment(),
+        **os.environ,
+        **ray_cluster,
         "HOME": str(folder),
         "TORCH_HOME": str(folder / "torch"),
     }
     put_environment(folder / ".venv")
     put_weights(folder / "torch" / "hub" / "checkpoints")
-    with fault_proxy.keeping(Conditions.ATOMIC):
-        put_photos(fault_proxy)
+    with s3_behind_proxy.keeping(Conditions.ATOMIC):
+        put_photos(s3_behind_proxy)
         (block,) = fenced_blocks(README, "sh")[TOUR]
         walked = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", block],
