@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 SOURCES := lib jobs tests
+TWO_FILES := -n 2 --dist loadfile --durations 25
 
 .PHONY: help setup demo test check format integration chaos gpu bench lock clean
 
@@ -23,12 +24,11 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 demo: setup  ## Run the main job on real images: local Ray, local folder, no cloud. About four minutes on two cores.
 	$(BIN)/python jobs/demo.py
 
-# In turn, as a process that has every library of the unit tests loaded is no place to start and stop clusters in. Of the
-# others two files at a time: their jobs wait for processes to start as much as they compute.
+# In turn, as a process that has every library of the unit tests loaded is no place to start and stop clusters in; of
+# each kind two files at a time.
 test: setup  ## Run all tests that need no special machine.
-	$(BIN)/python tests/run_pytest.py tests/unit -m "not slow and not gpu"
-	$(BIN)/python tests/run_pytest.py tests/contract tests/integration tests/chaos -m "not slow and not gpu" \
-		-n 2 --dist loadfile --durations 25
+	$(BIN)/python tests/run_pytest.py tests/unit -m "not slow and not gpu" $(TWO_FILES)
+	$(BIN)/python tests/run_pytest.py tests/contract tests/integration tests/chaos -m "not slow and not gpu" $(TWO_FILES)
 
 check: setup  ## Lint, format, strict types, and the floors.
 	$(BIN)/ruff check $(SOURCES)

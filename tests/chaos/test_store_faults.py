@@ -248,7 +248,8 @@ def change_weights(job: ChaosJob) -> dict[str, bytes]:
     return before
 
 
-@pytest.mark.parametrize("verb", ["cache", pytest.param("score", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["cache", "score"])
 def test_a_part_that_is_damaged_after_the_commit_is_named_and_only_its_slice_rebuilt(
     verb: str, bucket: ChaosBucket, clean_run: Callable[[str], CleanRun], fault_table: FaultTable
 ) -> None:
