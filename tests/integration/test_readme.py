@@ -57,6 +57,8 @@ def tour(
     environment = {
         **os.environ,
         **ray_cluster,
+        # Ray keeps the token of its clusters there.
+        "RAY_AUTH_TOKEN_PATH": str(Path.home() / ".ray" / "auth_token"),
         "HOME": str(folder),
         "TORCH_HOME": str(folder / "torch"),
     }
