@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 _SCRIPT = Path(__file__).parents[1] / "benchmarks" / "cache.py"
 _NUM_IMAGES = 24

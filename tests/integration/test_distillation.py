@@ -115,6 +115,7 @@ def test_another_training_of_the_same_rows_does_not_ask_again(
     assert {path.name for path in Path(digits.workspace, "predictions").iterdir()} == runs
 
 
+@pytest.mark.slow
 def test_two_workers_hear_what_one_does(digits: TrainJob, ensemble: str, student: dict[str, Any]) -> None:
     report = taught(digits, "two", ensemble, "workers.num_workers=2").run_here()
     for found, expected in zip(report["history"], student["history"], strict=True):
