@@ -25,7 +25,8 @@ from infra_files import ROOT
 from ray_head import BIN
 from readme_blocks import fenced_blocks
 
-pytestmark = pytest.mark.integration
+# The tour takes eight minutes of a busy machine.
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(1500)]
 
 README = ROOT / "README.md"
 TRY_IT, TOUR, CLUSTER = "Convoy", "From a bucket to a scheduled job, in ten minutes", "On a cluster"

@@ -173,6 +173,7 @@ def test_network_as_it_is_answers_in_the_classes_of_a_map(
     assert_same_worth(report, evaluate_elsewhere(report))
 
 
+@pytest.mark.slow
 def test_equal_inputs_give_equal_bundles(digits: TrainJob, one_worker: dict[str, Any]) -> None:
     again = digits.changed("name=one").run_here()
     assert again["bundle"] == one_worker["bundle"]

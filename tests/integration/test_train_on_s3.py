@@ -17,6 +17,7 @@ from train_jobs import LENET, NUM_ROWS, TrainJob, put_images, timeless, write_sp
 pytestmark = pytest.mark.integration
 
 
+@pytest.mark.slow
 def test_a_second_training_on_the_node_fetches_no_image(
     ray_on_s3: dict[str, str], s3_bucket: str, tmp_path: Path
 ) -> None:
