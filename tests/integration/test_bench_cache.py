@@ -20,7 +20,7 @@ _TINY = (
     f"num_compared={_NUM_IMAGES}",
     "repeats=1",
     "batch_size=8",
-    "workers=[0]",
+    "workers=[0, 1]",
     "probe_s=0.1",
 )
 _HEADLINES = (
@@ -37,7 +37,9 @@ _WAYS = (
     "ours_fp32",
     "ray_docs",
     "dataloader_workers_0",
+    "dataloader_workers_1",
     "dataloader_tuned_workers_0",
+    "dataloader_tuned_workers_1",
 )
 
 

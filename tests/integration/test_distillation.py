@@ -116,6 +116,14 @@ def test_another_training_of_the_same_rows_does_not_ask_again(
 
 
 @pytest.mark.slow
+def test_a_student_is_not_what_it_would_be_without_its_teacher(
+    digits: TrainJob, student: dict[str, Any]
+) -> None:
+    alone = digits.changed("name=alone").run_here()
+    assert alone["bundle"].partition("@")[2] != student["bundle"].partition("@")[2]
+
+
+@pytest.mark.slow
 def test_two_workers_hear_what_one_does(digits: TrainJob, ensemble: str, student: dict[str, Any]) -> None:
     report = taught(digits, "two", ensemble, "workers.num_workers=2").run_here()
     for found, expected in zip(report["history"], student["history"], strict=True):

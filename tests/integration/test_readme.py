@@ -52,7 +52,7 @@ def tour(
 ) -> Iterator[Walked]:
     """The tour of the README, walked in a shell against a store whose create-if-absent is atomic, as AWS's is.
 
-    All of its jobs share a Ray, as on a cluster: their starts took half of the time.
+    All of its jobs share a Ray, as on a cluster, which spares their starts.
     """
     folder = tmp_path_factory.mktemp("tour")
     environment = {

@@ -174,11 +174,15 @@ def test_network_as_it_is_answers_in_the_classes_of_a_map(
 
 
 @pytest.mark.slow
-def test_equal_inputs_give_equal_bundles(digits: TrainJob, one_worker: dict[str, Any]) -> None:
+def test_equal_inputs_give_equal_bundles_and_another_seed_does_not(
+    digits: TrainJob, one_worker: dict[str, Any]
+) -> None:
     again = digits.changed("name=one").run_here()
     assert again["bundle"] == one_worker["bundle"]
     assert again["train_run"] != one_worker["train_run"]
     assert timeless(again["history"]) == timeless(one_worker["history"])
+    other = digits.changed("name=one", "recipe.seed=1").run_here()
+    assert other["bundle"] != one_worker["bundle"]
 
 
 def test_two_workers_learn_as_one_does_with_the_same_batch(
