@@ -49,14 +49,16 @@ def convoy_here(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def convoy_json(*arguments: str, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
     """The JSON of a command that must succeed."""
-    finished = convoy(*arguments, "--json", environment=environment)
-    assert finished.returncode == 0, finished.stderr
-    return last_json(finished)
+    return report_of(convoy(*arguments, "--json", environment=environment))
 
 
 def convoy_json_here(*arguments: str) -> dict[str, Any]:
     """The JSON of a command that must succeed, in this process."""
-    finished = convoy_here(*arguments, "--json")
+    return report_of(convoy_here(*arguments, "--json"))
+
+
+def report_of(finished: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """The JSON that a command printed last; it must have succeeded."""
     assert finished.returncode == 0, finished.stderr
     return last_json(finished)
 

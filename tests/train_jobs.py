@@ -11,7 +11,7 @@ from typing import Any
 import boto3
 
 from cache_jobs import freeze, write_digits
-from command_lines import CONVOY, convoy, convoy_here, last_json, settings_arguments
+from command_lines import CONVOY, convoy, convoy_here, report_of, settings_arguments
 from convoy.storage.checkpoints import CheckpointFolder, CheckpointRecord
 from convoy.storage.runs import RunFolder
 from convoy.storage.stores import open_store
@@ -83,11 +83,11 @@ class TrainJob:
 
     def run(self) -> dict[str, Any]:
         """Run the command in a process of its own; it must succeed."""
-        return _report(self.start())
+        return report_of(self.start())
 
     def run_here(self) -> dict[str, Any]:
         """Run the command in this process; it must succeed."""
-        return _report(self.start_here())
+        return report_of(self.start_here())
 
     def command(self) -> list[str]:
         """The whole command line."""
@@ -103,8 +103,3 @@ class TrainJob:
         store = open_store(self.workspace)
         paths = Path(self.workspace, "runs").glob("*/initial.safetensors")
         return [RunFolder(store, path.parent.name) for path in paths]
-
-
-def _report(finished: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    assert finished.returncode == 0, finished.stderr
-    return last_json(finished)

@@ -153,7 +153,7 @@ def test_an_empty_root_lists_nothing(store: ObjectStore) -> None:
 
 
 def test_a_listing_spans_pages(store: ObjectStore) -> None:
-    keys = [f"part-{index:05d}" if index % 3 else f"part/{index:05d}" for index in range(1100)]
+    keys = [f"part-{index:05d}" if index % 3 else f"part/{index:05d}" for index in range(2010)]
     in_threads(lambda key: store.put(key, b""), keys)
     assert keys_of(store) == sorted(keys)
     assert keys_of(store, start_after=sorted(keys)[100]) == sorted(keys)[101:]

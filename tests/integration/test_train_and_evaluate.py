@@ -20,7 +20,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from cache_jobs import LENET, cached_features, freeze, write_digits
-from command_lines import convoy_here, convoy_json_here, last_json, settings_arguments
+from command_lines import convoy_here, convoy_json_here, report_of, settings_arguments
 from convoy.storage.bundles import open_bundle
 from convoy.storage.feature_cache import FeatureSetSpec
 from convoy.storage.stores import open_store
@@ -34,19 +34,16 @@ DOWNWARD = [str(digit) for digit in range(9, -1, -1)]
 
 @dataclass(frozen=True, slots=True)
 class Digits:
-    """A workspace with a frozen dataset of digits in three splits, and the Ray that its jobs use."""
+    """A workspace with a frozen dataset of digits in three splits; jobs run on the Ray that is open in this process."""
 
     workspace: str
-    ray_cluster: Mapping[str, str]
 
     def start(self, verb: str, *settings: str) -> subprocess.CompletedProcess[str]:
         arguments = settings_arguments("dataset=digits", *settings)
         return convoy_here(verb, "--workspace", self.workspace, *arguments, "--json")
 
     def run(self, verb: str, *settings: str) -> dict[str, Any]:
-        finished = self.start(verb, *settings)
-        assert finished.returncode == 0, finished.stderr
-        return last_json(finished)
+        return report_of(self.start(verb, *settings))
 
     def evaluate(self, *words: str) -> dict[str, Any]:
         return convoy_json_here("evaluate", *words, "--workspace", self.workspace)
@@ -77,7 +74,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory, ray_cluster: Mapping[str, s
     for split, num_rows in NUM_ROWS.items():
         write_digits(folder / "images" / split, num_rows, start=start)
         start += num_rows
-    digits = Digits(str(folder / "workspace"), ray_cluster)
+    digits = Digits(str(folder / "workspace"))
     assert freeze(folder / "images", digits.workspace)["splits"] == NUM_ROWS
     return digits
 
