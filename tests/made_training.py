@@ -77,6 +77,7 @@ def training_spec(workspace: Path, rows: pa.Table, **settings: Any) -> TrainingS
         "num_preparers": 1,
         "num_threads": 1,
         "num_fetch_threads": 2,
+        "stall_s": 600.0,
         "local_cache": None,
     }
     return TrainingSpec(**{**fields, **settings})

@@ -11,6 +11,7 @@ from torch import Tensor
 from convoy.cluster.kept_weights import open_network
 from convoy.cluster.prepared_batches import ImagePreparer, SliceImages
 from convoy.cluster.slices import WorkerPool
+from convoy.cluster.stall_watch import StallWatch
 from convoy.cluster.timing_spec import BackboneTiming, TimingSpec, keep_timing, kept_timing
 from convoy.core.processes import keep_freed_memory
 from convoy.storage.object_store import ObjectStore
@@ -85,6 +86,7 @@ def _job_images_per_s(
         num_fetch_threads=spec.num_fetch_threads,
         num_decode_threads=pool.num_decode_threads,
         fill=fill,
+        watch=StallWatch(),
     )
     repeats = -(-_FEWEST_BATCHES * spec.batch_size // images.num_rows)
     rows = SliceImages(pa.concat_tables([images] * repeats).combine_chunks(), time.time())

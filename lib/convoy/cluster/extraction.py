@@ -19,6 +19,7 @@ from convoy.cluster.extraction_spec import ExtractionSpec, FeatureOutput
 from convoy.cluster.kept_weights import open_network
 from convoy.cluster.prepared_batches import ImageBatch, ImagePreparer, SliceImages
 from convoy.cluster.slices import SliceTask
+from convoy.cluster.stall_watch import StallWatch
 from convoy.core.errors import DataError
 from convoy.storage.commits import PartFile, SliceRecord, part_key
 from convoy.storage.parts import FeatureRows, write_features
@@ -53,17 +54,21 @@ class FeatureExtractor:
         self._number_of = {
             output.set_id: self._drawn.index(key) for output, key in zip(spec.outputs, drawn, strict=True)
         }
+        self._watch = StallWatch(spec.stall_s)
         self._preparer: ImagePreparer[int] = ImagePreparer(
             spec.decode_rule,
             num_fetch_threads=spec.num_fetch_threads,
             num_decode_threads=spec.num_decode_threads,
             fill=self._fill,
+            watch=self._watch,
             digests_content=True,
         )
         network, axis = open_network(self._store, spec.backbone, spec.weights_key, spec.num_classes)
         taps = tuple(dict.fromkeys(output.tap for output in spec.outputs))
         self._engine = FeatureEngine(network, axis, spec.preset, taps=taps, options=spec.engine)
-        self._widths = {tap: features.shape[1] for tap, features in self._engine.warm_up().items()}
+        with self._watch.timing_first_batch():
+            features = self._engine.warm_up()
+        self._widths = {tap: features_BD.shape[1] for tap, features_BD in features.items()}
 
     def __call__(self, task: SliceTask) -> SliceRecord:
         """Compute one slice, write its parts for the task's sets, its rejects, and the record that makes them count."""
@@ -120,6 +125,7 @@ class FeatureExtractor:
         num_rows = len(batch.rows)
         rows = slice(batch.rows[0], batch.rows[0] + num_rows)
         for number, images in batch.images.items():
+            self._watch.moved()
             features = self._engine.run(images)
             if result.is_precision_sample and not result.precision_effect:
                 result.precision_effect = self._engine.precision_effect(images, features, num_rows)

@@ -40,3 +40,4 @@ class ExtractionSpec(StrictModel):
     # Of 0 the operator decodes itself.
     num_decode_threads: int
     num_fetch_threads: int | None
+    stall_s: float

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from convoy.cluster.decode_window import DecodeWindow, decode_threads
 from convoy.cluster.running_ahead import ahead
+from convoy.cluster.stall_watch import StallWatch
 from convoy.cluster.training_spec import TrainingSpec
 from convoy.core.config import StrictModel
 from convoy.core.randomness import generator
@@ -30,6 +32,8 @@ from convoy.vision.views import prepare_view
 _BATCHES_AHEAD = 3
 # Rows whose bytes lie in parquet files are read a row group at a time, so a read must not span a whole epoch.
 _ROWS_A_READ = 4096
+
+ItemT = TypeVar("ItemT")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +86,7 @@ class ImageLoader:
         )
         self._decoders = decode_threads(num_threads or spec.num_threads)
         self._pin_memory = pin_memory
+        self._watch = StallWatch(spec.stall_s)
 
     @property
     def num_rows(self) -> int:
@@ -98,7 +103,17 @@ class ImageLoader:
         return batch
 
     def _prepare_all(self, requests: Iterable[BatchRequest]) -> Iterator[PreparedBatch]:
-        """Batches whose images are ready, while decoders work on the next ones."""
+        """Batches whose images are ready, while decoders work on the next ones.
+
+        The watch is on while one is prepared, not while nobody takes it.
+        """
+        with self._watch.watching():
+            for batch in self._settled(requests):
+                self._watch.rest()
+                yield batch
+                self._watch.moved()
+
+    def _settled(self, requests: Iterable[BatchRequest]) -> Iterator[PreparedBatch]:
         waiting: list[_Pending] = []
         for pending in self._submitted(requests):
             waiting.append(pending)
@@ -116,9 +131,15 @@ class ImageLoader:
                 images = self._new_batch(request)
                 decoded = [
                     window.submit(self._decode, data, request, slot, images[slot])
-                    for slot, (_, data) in enumerate(islice(read, len(request.rows_B)))
+                    for slot, (_, data) in enumerate(self._noting(islice(read, len(request.rows_B))))
                 ]
                 yield _Pending(request, images, decoded)
+
+    def _noting(self, read: Iterator[ItemT]) -> Iterator[ItemT]:
+        """What was read, of which the watch is told."""
+        for item in read:
+            self._watch.moved()
+            yield item
 
     def _new_batch(self, request: BatchRequest) -> Tensor:
         shape = (len(request.rows_B), 3, request.preset.crop_px, request.preset.crop_px)

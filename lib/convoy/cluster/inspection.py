@@ -15,6 +15,7 @@ from convoy.cluster.inspection_spec import InspectionSpec, NetworkSpec, PictureD
 from convoy.cluster.kept_weights import read_kept_weights
 from convoy.cluster.prepared_batches import ImagePreparer, SliceImages
 from convoy.cluster.slices import SliceTask
+from convoy.cluster.stall_watch import StallWatch
 from convoy.core.fingerprints import digest_bytes
 from convoy.storage.commits import PartFile, SliceRecord
 from convoy.storage.manifests import MANIFEST_SCHEMA
@@ -44,6 +45,7 @@ class Inspector:
             num_fetch_threads=spec.num_fetch_threads,
             num_decode_threads=spec.num_threads,
             fill=self._fill,
+            watch=StallWatch(spec.stall_s),
         )
         self._drawer = _open_drawer(self._store, spec.network, spec.maximisation)
 

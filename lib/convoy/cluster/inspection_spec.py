@@ -99,3 +99,4 @@ class InspectionSpec(StrictModel):
     pieces: dict[str, Piece]
     num_threads: int
     num_fetch_threads: int | None
+    stall_s: float

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pyarrow as pa
 
 from convoy.cluster.decode_window import decode_threads
+from convoy.cluster.stall_watch import StallWatch
 from convoy.core.batching import batched
 from convoy.core.records import SampleRejected
 from convoy.storage.samples import SampleReader
@@ -33,9 +34,10 @@ class PixelMeter:
 
     def measure(self, rows: pa.Table) -> MeasuredImages:
         """The moments of the images of some rows of a manifest; rejects are counted and skipped."""
-        total = MeasuredImages()
-        with decode_threads(self._num_threads) as decoders:
+        total, watch = MeasuredImages(), StallWatch()
+        with watch.watching(), decode_threads(self._num_threads) as decoders:
             for batch in batched(self._reader.read(rows), _IMAGES_A_THREAD * self._num_threads):
+                watch.moved()
                 for measured in decoders.map(self._measure_image, [data for _, data in batch]):
                     total = total.plus(measured)
         return total

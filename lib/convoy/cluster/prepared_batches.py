@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from convoy.cluster.decode_window import DecodeWindow, OwnThread, decode_threads
+from convoy.cluster.stall_watch import StallWatch
 from convoy.core.errors import DataError
 from convoy.core.fingerprints import digest_bytes
 from convoy.core.records import Reject, RejectCode, SampleRejected, Stage
@@ -159,7 +160,8 @@ class ImageBatch(Generic[KeyT]):
 class ImagePreparer(Generic[KeyT]):
     """Makes batches of slices. `fill(pixels_CHW, content_id, places)` writes one image into its places.
 
-    It runs in decode threads, or without any in the thread that takes the batches, and may reject the image.
+    It runs in decode threads, or without any in the thread that takes the batches, and may reject the image. From the
+    first row of a slice to its last batch the watch sees to it that images come, and that batches are taken.
     """
 
     def __init__(
@@ -169,6 +171,7 @@ class ImagePreparer(Generic[KeyT]):
         num_fetch_threads: int | None,
         num_decode_threads: int,
         fill: Callable[[Tensor, bytes, Mapping[KeyT, Tensor]], None],
+        watch: StallWatch,
         digests_content: bool = False,
     ) -> None:
         quiet_decoders()
@@ -176,6 +179,7 @@ class ImagePreparer(Generic[KeyT]):
         self._reader = SampleReader(num_threads=num_fetch_threads, max_bytes=rule.max_bytes)
         self._decoders = decode_threads(num_decode_threads) if num_decode_threads else OwnThread()
         self._fill = fill
+        self._watch = watch
         self._digests_content = digests_content
 
     def batches(
@@ -187,12 +191,21 @@ class ImagePreparer(Generic[KeyT]):
         What becomes of each row is noted in `known`. `new_buffers` gives empty batches; they are filled again as
         soon as the next batch is asked for.
         """
+        with self._watch.watching():
+            for batch in self._settled(known, new_buffers, batch_size):
+                yield batch
+                self._watch.moved()
+
+    def _settled(
+        self, known: SliceImages, new_buffers: Callable[[], dict[KeyT, Tensor]], batch_size: int
+    ) -> Iterator[ImageBatch[KeyT]]:
         free = [new_buffers() for _ in range(_BATCHES_AHEAD + 1)]
         content_ids = known.rows["content_id"].to_pylist()
         window = DecodeWindow(self._decoders, self._reader.window_bytes)
         waiting: deque[ImageBatch[KeyT]] = deque()
         retries_before = self._reader.num_retries
         for row, data in self._reader.read(known.rows):
+            self._watch.moved()
             if not waiting or len(waiting[-1].rows) == batch_size:
                 if not free:
                     batch = waiting.popleft()

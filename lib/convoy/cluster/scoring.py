@@ -19,6 +19,7 @@ from convoy.cluster.prepared_batches import ImageBatch, ImagePreparer, SliceImag
 from convoy.cluster.scored_parts import SliceLogits, write_parts
 from convoy.cluster.scoring_spec import MemberSpec, ScoringSpec
 from convoy.cluster.slices import SliceTask
+from convoy.cluster.stall_watch import StallWatch
 from convoy.core.crop_policies import MemberOutputs
 from convoy.core.errors import DataError
 from convoy.storage.commits import SliceRecord
@@ -45,11 +46,13 @@ class Scorer:
         self._spec = spec
         self._store = open_store(spec.workspace)
         self._folder = RunFolder(self._store, spec.run_id)
+        watch = StallWatch(spec.stall_s)
         self._preparer: ImagePreparer[CropGeometry] = ImagePreparer(
             spec.decode_rule,
             num_fetch_threads=spec.num_fetch_threads,
             num_decode_threads=spec.num_decode_threads,
             fill=self._fill,
+            watch=watch,
         )
         options = spec.committee
         if options.max_resident_bytes is None and torch.cuda.is_available():
@@ -62,7 +65,8 @@ class Scorer:
                 check_input_size(member.network, member.options.preset)
         self._committee = Committee(members, options)
         self._gated = None if spec.gate is None else GatedCommittee(self._committee, spec.gate)
-        (self._gated or self._committee).warm_up()
+        with watch.timing_first_batch():
+            (self._gated or self._committee).warm_up()
 
     def __call__(self, task: SliceTask) -> SliceRecord:
         """Predict one slice, write its parts, its rejects, and the record that makes them count."""

@@ -72,4 +72,5 @@ class ScoringSpec(StrictModel):
     # Of 0 the operator decodes itself.
     num_decode_threads: int
     num_fetch_threads: int | None
+    stall_s: float
     gpu_share: float = Field(default=1.0, gt=0, le=1)

@@ -34,6 +34,7 @@ _ROWS_AN_OPERATOR = 1000
 _FORWARD_S_AN_OPERATOR = 8.0
 _AFTER_A_DEADLY_SLICE = (
     "most likely the memory is too small: use fewer workers (extraction.num_workers), or find the image that does it;"
+    " where a worker's log in Ray's session folder ends with `Timeout` and stacks, they say what it waited for;"
     " then run the same command again, finished slices are kept"
 )
 

@@ -96,6 +96,7 @@ class TrainingSpec(StrictModel):
     num_preparers: PositiveInt
     num_threads: PositiveInt
     num_fetch_threads: PositiveInt | None
+    stall_s: PositiveFloat
     local_cache: LocalCacheOptions | None
 
     def validation_batch_rows(self, num_workers: int) -> int:

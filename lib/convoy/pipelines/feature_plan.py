@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import Any
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from convoy.cluster.network_device import find_device
+from convoy.cluster.stall_watch import DEFAULT_STALL_MINUTES
 from convoy.core.config import StrictModel
 from convoy.core.errors import ConfigError
 from convoy.core.splits import ChosenSplits
@@ -59,6 +60,8 @@ class ExtractionConfig(StrictModel):
     with native bf16, 64 on others, 32 on CPUs. `cpus_per_worker` are the threads of each of `num_workers` operators;
     null shares out the CPUs of the cluster: without GPUs, many images get an operator of one thread for every CPU, as
     far as memory goes. `num_fetch_threads` of null are 16 an operator for images in a store, and 2 for files.
+    A worker in which nothing has moved for `stall_minutes`, as where a mounted folder or a device hangs, ends, with the
+    stacks of its threads in its log; another takes its place.
     """
 
     decode: DecodeRule = DecodeRule()
@@ -70,6 +73,7 @@ class ExtractionConfig(StrictModel):
     cpus_per_worker: int | None = Field(default=None, gt=0)
     slice_rows: int | None = Field(default=None, gt=0)
     num_fetch_threads: PositiveInt | None = None
+    stall_minutes: PositiveFloat = DEFAULT_STALL_MINUTES
 
 
 def holding_features(extraction: ExtractionConfig, backbone: BackboneRecord) -> ExtractionConfig:

@@ -54,7 +54,7 @@ _VERB = "train"
 _TRAINED = "trained.json"
 # What of an extraction changes nothing that it computes.
 WHERE_AND_HOW_FAST: dict[str, Any] = dict.fromkeys(
-    ("num_workers", "cpus_per_worker", "num_fetch_threads"), True
+    ("num_workers", "cpus_per_worker", "num_fetch_threads", "stall_minutes"), True
 )
 # What of a config may change between a kill and the next call: where and how fast, not what is computed.
 NOT_IDENTITY: dict[str, Any] = {
@@ -343,6 +343,7 @@ class NetworkTraining:
             num_preparers=workers.preparers_per_worker,
             num_threads=workers.num_threads,
             num_fetch_threads=config.extraction.num_fetch_threads,
+            stall_s=60 * config.extraction.stall_minutes,
             local_cache=LocalCacheOptions(folder=cache.folder, max_bytes=int(cache.max_gb * 1e9))
             if cache.max_gb
             else None,

@@ -47,6 +47,7 @@ def open_inspector(folder: Path) -> Inspector:
             pieces={},
             num_threads=1,
             num_fetch_threads=1,
+            stall_s=600,
         )
     )
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from convoy.cluster import image_loading
 from convoy.cluster.batch_feed import EpochOrder, FusedFeed
 from convoy.cluster.image_loading import BatchRequest, ImageLoader, PreparedBatch
 from convoy.cluster.training_spec import TrainingSpec
@@ -18,6 +19,7 @@ from convoy.core.errors import ConfigError
 from convoy.core.records import RejectCode, Stage
 from convoy.vision.augmentation_policy import AugmentationPolicy
 from made_training import PRESET, digit_rows, frozen_rows, recipe, training_spec
+from noting_watch import NotingWatch
 
 NUM_IMAGES = 24
 
@@ -293,3 +295,13 @@ def test_validation_shows_no_more_images_at_once_than_training_does(
     assert max(len(one.rows_B) for one in requests) == most_rows
     assert sum(len(one.rows_B) for one in requests) == 500 // num_workers
     assert made.most_validation_batches(500) == len(requests)
+
+
+def test_the_watch_rests_while_a_batch_is_not_taken(
+    spec: TrainingSpec, rows: pa.Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = NotingWatch()
+    monkeypatch.setattr(image_loading, "StallWatch", lambda _limit_s: watch)
+    ImageLoader(spec, rows).prepare(request([5, 4, 0]))
+    read = ["moved"] * (1 + 3)
+    assert watch.events == [*read, "rest", "moved", "rest"]

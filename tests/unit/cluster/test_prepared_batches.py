@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from convoy.cluster.prepared_batches import ImagePreparer, SliceImages
+from convoy.cluster.stall_watch import StallWatch
 from convoy.core.errors import DataError
 from convoy.core.fingerprints import digest_bytes
 from convoy.core.records import RejectCode, Stage
@@ -17,6 +18,7 @@ from convoy.storage.samples import SampleReader
 from convoy.vision.decode_rule import DecodeFlag, DecodeRule
 from image_files import encode, orientation_exif, photo
 from made_runs import made_manifest
+from noting_watch import NotingWatch
 
 FILES = {
     "grey": encode(photo()[..., 0], "PNG"),
@@ -28,7 +30,11 @@ FILES = {
 
 
 def prepared(
-    monkeypatch: pytest.MonkeyPatch, *, num_decode_threads: int = 1, digests_content: bool = False
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    num_decode_threads: int = 1,
+    digests_content: bool = False,
+    watch: StallWatch | None = None,
 ) -> SliceImages:
     """All files through a preparer, as one slice."""
 
@@ -42,6 +48,7 @@ def prepared(
         num_fetch_threads=1,
         num_decode_threads=num_decode_threads,
         fill=lambda *_: None,
+        watch=watch or StallWatch(),
         digests_content=digests_content,
     )
     for _batch in preparer.batches(images, lambda: {"whole": torch.empty(2)}, 2):
@@ -105,3 +112,13 @@ def test_a_network_that_gives_no_finite_numbers_at_all_is_an_error() -> None:
         images.reject_non_finite(outputs_ND(*[False] * 10), DataError("no finite numbers"))
     images.reject_non_finite(outputs_ND(*np.arange(10) == 3), DataError("no finite numbers"))
     assert images.usable_N.sum() == 1
+
+
+@pytest.mark.parametrize("num_decode_threads", [0, 2])
+def test_the_watch_is_told_of_each_image_and_batch_and_rests_behind_the_last_one(
+    monkeypatch: pytest.MonkeyPatch, num_decode_threads: int
+) -> None:
+    watch = NotingWatch()
+    prepared(monkeypatch, num_decode_threads=num_decode_threads, watch=watch)
+    num_batches = -(-len(FILES) // 2)
+    assert watch.events == ["moved"] * (1 + len(FILES) + num_batches) + ["rest"]

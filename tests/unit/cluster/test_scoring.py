@@ -105,6 +105,7 @@ def made_spec(
         metadata={},
         num_decode_threads=2,
         num_fetch_threads=2,
+        stall_s=600,
     )
 
 

@@ -146,6 +146,7 @@ def training_spec(**settings: Any) -> TrainingSpec:
             "num_preparers": 2,
             "num_threads": 1,
             "num_fetch_threads": None,
+            "stall_s": 600.0,
             "local_cache": None,
             **settings,
         }

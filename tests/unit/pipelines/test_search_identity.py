@@ -30,7 +30,7 @@ OPERATIONAL: dict[str, Any] = {
     "local_cache": {"max_gb": 2},
     "checkpoint_steps": 50,
     "checkpoint_minutes": 5,
-    "extraction": {"num_workers": 2, "cpus_per_worker": 1, "num_fetch_threads": 4},
+    "extraction": {"num_workers": 2, "cpus_per_worker": 1, "num_fetch_threads": 4, "stall_minutes": 5},
 }
 
 

@@ -1,0 +1,45 @@
+"""An image whose read never ends, as on a mounted folder whose server has gone."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from pathlib import Path
+
+from process_table import process_table
+
+
+class HangingImage:
+    """While its block runs, a pipe that nobody writes to lies in place of a file; `ended` are workers that it ended.
+
+    They are processes whose title matches `worker`, which is to match one at a time. Once one has ended, the file is
+    back, the same as before.
+    """
+
+    def __init__(self, path: Path, aside: Path, *, worker: str) -> None:
+        self.ended: list[int] = []
+        self._path, self._aside, self._worker = path, aside, worker
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def __enter__(self) -> HangingImage:
+        os.rename(self._path, self._aside)
+        os.mkfifo(self._path)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        if self._aside.exists():
+            os.replace(self._aside, self._path)
+
+    def _watch(self) -> None:
+        seen: set[int] = set()
+        while not self.ended and not self._stop.wait(0.05):
+            processes = process_table()
+            self.ended += seen - set(processes)
+            seen |= {pid for pid, process in processes.items() if re.search(self._worker, process.title)}
+        if self.ended:
+            os.replace(self._aside, self._path)
