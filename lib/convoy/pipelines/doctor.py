@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from enum import StrEnum
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 from convoy.core.config import StrictModel
@@ -20,6 +21,8 @@ from convoy.storage.object_store import ConditionalPut, ObjectStore
 
 # The oldest versions that are safe: older ones run code from data files (see lib/README.md).
 FLOORS = {"ray": "2.55", "torch": "2.11", "pillow": "12.3", "pyarrow": "21"}
+# What is installed may still not load; other checks import the rest.
+_MODULES = {"ray": "ray", "pillow": "PIL"}
 _PROBE_KEY = ".convoy/doctor"
 _MAX_CLOCK_SKEW_S = 60.0
 _KNOCK_TIMEOUT_S = 5.0
@@ -81,19 +84,26 @@ def _package(package: str, floor: str) -> Check:
         found = version(package)
     except PackageNotFoundError:
         return Check(verdict=Verdict.RED, what=package, found="not installed", advice="run `make setup`")
+    try:
+        if package in _MODULES:
+            import_module(_MODULES[package])
+    except Exception as error:  # a broken installation fails in any way
+        found = f"{found}, but it cannot be imported: {error}"
+        return Check(verdict=Verdict.RED, what=package, found=found, advice="run `make setup`")
     good = _numbers(found) >= _numbers(floor)
     return _check(good, package, found, f"upgrade to {floor} or newer: older ones are unsafe")
 
 
 def _devices() -> Check:
     try:
-        import torch  # noqa: PLC0415 (it may not load, and every other check can do without)
+        import torch  # noqa: PLC0415 (they may not load, and every other check can do without)
+        import torchvision  # noqa: F401, PLC0415
     except Exception as error:  # a broken installation fails in any way
         return Check(
             verdict=Verdict.RED,
             what="devices",
-            found=f"torch cannot be imported: {error}",
-            advice="run `make setup`, or install the build of torch that fits this machine",
+            found=f"torch or torchvision cannot be imported: {error}",
+            advice="run `make setup`, or install builds of both that fit each other and this machine",
         )
     try:
         if not torch.cuda.is_available():

@@ -51,16 +51,30 @@ def test_unknown_scheme_is_red(tmp_path: Path) -> None:
     assert [check.what for check in diagnosis.checks if check.verdict is Verdict.RED] == ["workspace"]
 
 
-@pytest.mark.parametrize("raised", [ImportError, OSError])
+@pytest.mark.parametrize(
+    ("package", "raised"), [("torch", ImportError), ("torch", OSError), ("torchvision", RuntimeError)]
+)
 def test_a_torch_that_cannot_be_imported_is_one_red_line_of_a_whole_report(
-    tmp_path: Path, raised: type[Exception]
+    tmp_path: Path, package: str, raised: type[Exception]
 ) -> None:
-    checks = checks_where_a_package_is_broken(tmp_path, "torch", raised)
+    checks = checks_where_a_package_is_broken(tmp_path, package, raised)
     (red,) = [check for check in checks if check.verdict is Verdict.RED]
     assert red.what == "devices"
-    assert red.found == "torch cannot be imported: libbroken.so.13: cannot open"
+    assert red.found == "torch or torchvision cannot be imported: libbroken.so.13: cannot open"
     assert "make setup" in red.advice
     assert {"python", "ray", "c++ compiler", "workspace delete", "clock"} <= {check.what for check in checks}
+
+
+@pytest.mark.parametrize(("package", "module"), [("ray", "ray"), ("pillow", "PIL")])
+def test_a_package_that_is_there_but_cannot_be_imported_is_red(
+    tmp_path: Path, package: str, module: str
+) -> None:
+    checks = checks_where_a_package_is_broken(tmp_path, module, ImportError)
+    # torchvision needs Pillow too, so the devices may be another.
+    red, *_ = [check for check in checks if check.verdict is Verdict.RED]
+    assert red.what == package
+    assert "cannot be imported: libbroken.so.13: cannot open" in red.found
+    assert {"python", "devices", "workspace delete", "clock"} <= {check.what for check in checks}
 
 
 @pytest.mark.parametrize("package", ["pyarrow", "boto3"])

@@ -168,6 +168,12 @@ def test_bad_jsonl_rows_are_reported_with_their_lines(root: Path) -> None:
     assert [line.split(":")[0].strip() for line in shown] == ["line 1", "line 2", "line 3"]
 
 
+def test_a_jsonl_row_nested_too_deeply_is_reported_with_its_line(root: Path) -> None:
+    text = '{"path": "images/1.jpg", "label": "a"}\n{"path": ' + "[" * 100_000
+    with pytest.raises(DataError, match="line 2: not JSON"):
+        read(write(root / "a.jsonl", text))
+
+
 def test_a_record_without_a_split_is_reported_once_where_another_has_one(root: Path) -> None:
     records = [
         {"path": "images/1.jpg"},

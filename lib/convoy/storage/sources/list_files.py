@@ -111,7 +111,7 @@ def _read_jsonl(text: str, bad_rows: BadRows) -> Iterator[tuple[int, dict[str, A
             continue
         try:
             record = json.loads(content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             bad_rows.add(line, f"not JSON: {error}")
             continue
         if isinstance(record, dict):
