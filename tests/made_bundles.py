@@ -9,14 +9,16 @@ from pathlib import Path
 import torch
 
 from cache_jobs import CacheJob, made_job
-from convoy.pipelines.classifiers import Classifier, Strategy, as_is, classifier_files
+from convoy.pipelines.classifier_tensors import classifier_files, stored_head
+from convoy.pipelines.classifiers import Classifier, Strategy, as_is
 from convoy.pipelines.feature_plan import ExtractionConfig, PrecisionChoice
 from convoy.pipelines.models import fetch_backbone
 from convoy.storage.bundles import BundleRef, write_bundle
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.stores import open_store
 from convoy.vision.backbone_config import BackboneConfig
-from convoy.vision.heads import Head, HeadKind, HeadSpec
+from convoy.vision.head_config import HeadKind, HeadSpec
+from convoy.vision.heads import Head
 from convoy.vision.presets import EvalPreset
 
 DIGITS = tuple(str(digit) for digit in range(10))
@@ -46,7 +48,7 @@ def made_classifier(
         strategy=Strategy.LINEAR_PROBE,
         backbone=backbone,
         tap=backbone.resolve_tap("f6"),
-        head=Head(spec),
+        head=stored_head(Head(spec)),
         classes=tuple(classes),
         decode_rule=extraction.decode,
         precision=extraction.precision,

@@ -38,8 +38,9 @@ from convoy.storage.feature_reading import features_array
 from convoy.storage.local_store import LocalStore
 from convoy.storage.parts import FeatureRows, write_features
 from convoy.storage.run_input import MAX_SLICE_ROWS
+from convoy.vision.head_config import Standardisation
 from convoy.vision.head_objectives import LinearObjective, measure_features, softmax_loss
-from convoy.vision.heads import Standardisation, TensorFeatures
+from convoy.vision.heads import TensorFeatures
 
 _NUM_CLASSES = 100
 

@@ -22,6 +22,7 @@ from cache_jobs import LENET, freeze
 from command_lines import convoy, convoy_here, last_json, settings_arguments
 from convoy.core.crop_policies import CropPlan, CropPolicy
 from convoy.pipelines.backbone_loading import read_backbone_state
+from convoy.pipelines.classifier_tensors import Readout
 from convoy.pipelines.classifiers import Classifier, read_classifier
 from convoy.pipelines.committees import committee_of, open_committee, write_ensemble
 from convoy.storage.bundles import BundleRef, open_bundle
@@ -133,7 +134,7 @@ def plain_network(job: Committees, name: str) -> tuple[Classifier, LogitsNetwork
     classifier = read_classifier(store, open_bundle(store, name))
     network = build_network(classifier.backbone.config)
     load_weights(network, read_backbone_state(store, classifier.backbone))
-    axis, readout = classifier.backbone.axis, classifier.readout
+    axis, readout = classifier.backbone.axis, Readout(classifier).module
     return classifier, LogitsNetwork(network, axis, tap=classifier.tap, readout=readout).eval()
 
 

@@ -19,7 +19,7 @@ from convoy.pipelines.committees import committee_of, open_committee, write_ense
 from convoy.pipelines.inspect_config import Section
 from convoy.pipelines.inspect_report import InspectionReport
 from convoy.storage.stores import open_store
-from convoy.vision.heads import HeadKind
+from convoy.vision.head_config import HeadKind
 from made_bundles import made_classifier, write_classifier
 
 pytestmark = pytest.mark.integration

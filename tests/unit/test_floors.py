@@ -105,6 +105,16 @@ def test_the_ground_floor_loads_no_heavy_package() -> None:
     assert printed.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("job", ["cache", "score"])
+def test_a_job_that_only_tells_workers_what_to_do_waits_for_no_heavy_package(job: str) -> None:
+    script = (
+        f"import sys, convoy.pipelines.{job}; "
+        "print([name for name in ('torch', 'ray', 'torchvision', 'timm', 'sklearn') if name in sys.modules])"
+    )
+    printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert printed.stdout.strip() == "[]"
+
+
 def test_files_and_job_scripts_stay_short() -> None:
     lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in python_files()}
     assert {str(path): length for path, length in lengths.items() if length > 400} == {}

@@ -25,7 +25,8 @@ from convoy.storage.stores import open_store
 from convoy.vision.augmentation_policy import EVAL_VIEW
 from convoy.vision.backbones import build_network, depth_axis
 from convoy.vision.forward import open_device
-from convoy.vision.heads import HEAD_PREFIX, OutputGroups, head_from_state
+from convoy.vision.head_config import HEAD_PREFIX
+from convoy.vision.heads import OutputGroups, head_from_state
 from convoy.vision.inspection import InspectedNetwork
 from convoy.vision.inspection_options import MaximisationOptions
 from convoy.vision.views import prepare_view

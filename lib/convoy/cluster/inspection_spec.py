@@ -7,7 +7,7 @@ from enum import StrEnum
 from convoy.core.config import StrictModel
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.decode_rule import DecodeRule
-from convoy.vision.heads import HeadSpec
+from convoy.vision.head_config import HeadSpec
 from convoy.vision.inspection_options import MaximisationOptions, Unit
 from convoy.vision.presets import EvalPreset
 

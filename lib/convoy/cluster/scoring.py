@@ -29,7 +29,8 @@ from convoy.storage.stores import open_store
 from convoy.vision.committee import Committee, Member, TurnOutput, check_input_size
 from convoy.vision.forward import casting_once
 from convoy.vision.gating import GatedCommittee, GatedRows
-from convoy.vision.heads import HEAD_PREFIX, OutputGroups, head_from_state
+from convoy.vision.head_config import HEAD_PREFIX
+from convoy.vision.heads import OutputGroups, head_from_state
 from convoy.vision.multicrop import cut_slots
 from convoy.vision.presets import CropGeometry
 from convoy.vision.readout import LogitsNetwork

@@ -10,7 +10,7 @@ from convoy.core.result_columns import ClassOutputs, PartitionBy
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.committee_options import CommitteeOptions, GateOptions, MemberOptions
 from convoy.vision.decode_rule import DecodeRule
-from convoy.vision.heads import HeadSpec
+from convoy.vision.head_config import HeadSpec
 
 
 class MemberSpec(StrictModel):

@@ -11,6 +11,7 @@ from convoy.core.errors import ConfigError
 from convoy.pipelines.advise_config import CandidateBackbone
 from convoy.pipelines.advise_rule import JudgedProbe
 from convoy.pipelines.backbone_record import BackboneRecord
+from convoy.pipelines.classifier_tensors import Readout
 from convoy.pipelines.classifiers import Classifier, as_is
 from convoy.pipelines.feature_plan import ExtractionConfig
 
@@ -46,6 +47,6 @@ def judge_as_is(
     classes: Sequence[str],
 ) -> JudgedProbe:
     """How many judged rows the network gets right, by its outputs; `labels_M` index the dataset's classes."""
-    logits_MK = classifier.logits(torch.from_numpy(outputs_MD))
+    logits_MK = Readout(classifier).logits(torch.from_numpy(outputs_MD))
     own_M = np.array([classifier.classes.index(name) for name in classes])[labels_M]
     return JudgedProbe.of(classifier.tap, logits_MK.argmax(dim=1).numpy() == own_M, weights_M)

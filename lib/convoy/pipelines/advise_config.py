@@ -18,7 +18,7 @@ from convoy.pipelines.probe_judging import LEAST_JUDGED
 from convoy.pipelines.training_rows import RowLimit
 from convoy.vision.augmentation_policy import AugmentationPolicy
 from convoy.vision.backbone_config import BackboneConfig, NewLayers
-from convoy.vision.heads import HeadConfig, HeadKind
+from convoy.vision.head_config import HeadConfig, HeadKind
 from convoy.vision.training_config import Recipe, RecipeChanges
 
 _SPREAD_TAPS = 5

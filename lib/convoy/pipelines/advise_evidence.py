@@ -26,7 +26,7 @@ from convoy.pipelines.training_rows import read_split
 from convoy.storage.feature_cache import FeatureCache, content_id_array
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
-from convoy.vision.heads import HeadKind
+from convoy.vision.head_config import HeadKind
 
 # As for `recipe.balance: auto`.
 _UNBALANCED_FROM = 3.0

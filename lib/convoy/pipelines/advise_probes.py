@@ -41,8 +41,9 @@ from convoy.pipelines.probe_judging import CrossFittedProbe
 from convoy.storage.feature_cache import FeatureCache, content_id_array
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
+from convoy.vision.head_config import HeadConfig
 from convoy.vision.head_fitting import fit_path
-from convoy.vision.heads import FeatureSource, HeadConfig, TensorFeatures
+from convoy.vision.heads import FeatureSource, TensorFeatures
 
 
 class TapProbe(StrictModel):

@@ -28,7 +28,7 @@ from convoy.pipelines.training_rows import RowLimit
 from convoy.storage.object_store import WriterMode
 from convoy.storage.stores import open_object, open_store
 from convoy.vision.backbone_config import WeightSource, weight_source
-from convoy.vision.heads import HeadKind
+from convoy.vision.head_config import HeadKind
 
 # A step is a forward pass and, at twice its price, a backward pass (Kaplan et al. 2020, arXiv:2001.08361, section 2.1).
 _PASSES_PER_STEP = 3.0

@@ -32,7 +32,7 @@ from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.vision.augmentation_policy import AugmentationPolicy
 from convoy.vision.augmentation_strengths import AugmentationKind, Strength, policy_of
-from convoy.vision.heads import HeadConfig, HeadKind
+from convoy.vision.head_config import HeadConfig, HeadKind
 
 _OWN_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 

@@ -17,7 +17,7 @@ from convoy.pipelines.probe_judging import ProbeBench, ProbeRows
 from convoy.storage.feature_cache import FeatureCache
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
-from convoy.vision.heads import HeadConfig
+from convoy.vision.head_config import HeadConfig
 
 # Of one batch in all of its views; a worker holds three such batches.
 _MOST_BATCH_BYTES = 128 * 2**20

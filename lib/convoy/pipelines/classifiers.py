@@ -1,4 +1,7 @@
-"""Classifiers as values: a network, a tap of it, and a head or none; read from bundles and written to them."""
+"""Classifiers as values: a network, a tap of it, and a head or none; read from bundles without torch.
+
+Whoever only tells workers what to compute does not wait for its import; `classifier_tensors` computes.
+"""
 
 from __future__ import annotations
 
@@ -10,30 +13,20 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-import torch
-from torch import nn
-
 from convoy.core.errors import ConfigError, DataError
 from convoy.core.fingerprints import canonical_json, digest
-from convoy.pipelines.backbone_loading import read_backbone_state, restore_backbone
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.device_settings import settle_precision
 from convoy.pipelines.feature_plan import ExtractionConfig, FeatureDtype, PrecisionChoice
-from convoy.storage.bundles import ENSEMBLE_FILE, Bundle
+from convoy.storage.bundles import ENSEMBLE_FILE, MODEL_FILE, Bundle
+from convoy.storage.documents import exists
 from convoy.storage.object_store import ObjectStore
 from convoy.vision.decode_rule import DecodeRule
-from convoy.vision.heads import (
-    HEAD_PREFIX,
-    Head,
-    HeadKind,
-    HeadSpec,
-    OutputGroups,
-    head_from_state,
-    head_to_state,
-)
-from convoy.vision.weights import read_state_dict, state_below, state_to_safetensors
+from convoy.vision.head_config import HEAD_PREFIX, HeadKind, HeadSpec
+from convoy.vision.weight_files import float32_below
 
-_BACKBONE = "backbone."
+# Where the tensors of the network lie in the file of a model.
+BACKBONE_PREFIX = "backbone."
 CLASSIFIER_FORMAT_VERSION = 1
 
 
@@ -48,6 +41,14 @@ class Strategy(StrEnum):
     FROM_SCRATCH = "from_scratch"  # random weights
 
 
+@dataclass(frozen=True, slots=True)
+class StoredHead:
+    """A head, and its tensors as a safetensors file with names below HEAD_PREFIX."""
+
+    spec: HeadSpec
+    tensors: bytes
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Classifier:
     """Logits over `classes` from the features of `tap`: those of the head, or without a head the features.
@@ -59,7 +60,7 @@ class Classifier:
     strategy: Strategy
     backbone: BackboneRecord
     tap: str
-    head: Head | None
+    head: StoredHead | None
     classes: tuple[str, ...]
     decode_rule: DecodeRule
     precision: PrecisionChoice
@@ -87,20 +88,6 @@ class Classifier:
             return None
         place_of = {name: place for place, name in enumerate(self.classes)}
         return tuple(place_of[name] for name in classes)
-
-    def logits(self, features_BD: torch.Tensor) -> torch.Tensor:
-        """Float32 logits_BK for float32 features."""
-        readout = self.readout
-        if readout is None:
-            return features_BD
-        with torch.inference_mode():
-            logits_BK: torch.Tensor = readout(features_BD)
-        return logits_BK
-
-    @property
-    def readout(self) -> nn.Module | None:
-        """What makes logits of the tap's features, or None where they are the logits."""
-        return self.head if self.output_groups is None else OutputGroups(self.output_groups)
 
 
 def as_is(
@@ -151,6 +138,18 @@ def as_is(
     )
 
 
+def class_indices(dataset_classes: Sequence[str], model_classes: Sequence[str]) -> list[int]:
+    """For each class of a dataset its index in the model, matched by name; never guessed from the order."""
+    index_of = {name: index for index, name in enumerate(model_classes)}
+    unknown = [name for name in dataset_classes if name not in index_of]
+    if unknown:
+        raise ConfigError(
+            f"the model does not know {len(unknown)} classes of the dataset: {', '.join(unknown[:5])}",
+            next_step="evaluate on a dataset with the model's class names, or give model.classes in its order",
+        )
+    return [index_of[name] for name in dataset_classes]
+
+
 def _grouped_outputs(
     names: Sequence[str], class_map: Mapping[str, str]
 ) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
@@ -173,28 +172,7 @@ def _grouped_outputs(
 
 def classifier_digest(classifier: Classifier) -> str:
     """A digest of everything that determines predictions, for classifiers that are no bundles."""
-    return digest(_config(classifier) | {"classes": classifier.classes})
-
-
-def classifier_files(store: ObjectStore, classifier: Classifier) -> dict[str, bytes]:
-    """The files of a bundle that determine predictions; the network's weights are among them."""
-    state = {
-        _BACKBONE + name: tensor for name, tensor in read_backbone_state(store, classifier.backbone).items()
-    }
-    if classifier.head is not None:
-        state |= {HEAD_PREFIX + name: tensor for name, tensor in head_to_state(classifier.head).items()}
-    preprocess = {
-        "decode_rule": classifier.decode_rule.model_dump(mode="json"),
-        "preset": classifier.backbone.preset.model_dump(mode="json"),
-        "precision": classifier.precision.value,
-        "dtype": classifier.dtype.value,
-    }
-    return {
-        "model.safetensors": state_to_safetensors(state),
-        "config.json": canonical_json(_config(classifier)),
-        "preprocess.json": canonical_json(preprocess),
-        "classes.json": canonical_json(list(classifier.classes)),
-    }
+    return digest(classifier_config(classifier) | {"classes": classifier.classes})
 
 
 def read_classifier(store: ObjectStore, bundle: Bundle) -> Classifier:
@@ -215,16 +193,17 @@ def read_classifier(store: ObjectStore, bundle: Bundle) -> Classifier:
             where=bundle.ref.uri,
             next_step="upgrade Convoy, or train again",
         )
-    state = read_state_dict(bundle.files["model.safetensors"])
+    data = bundle.files[MODEL_FILE]
     backbone = BackboneRecord.model_validate(config["backbone"])
-    restore_backbone(store, backbone, state_below(state, _BACKBONE))
+    if not exists(store, backbone.weights_key):
+        _restore_backbone(store, backbone, data)
     preprocess = bundle.read_json("preprocess.json")
     spec = None if config["head"] is None else HeadSpec.model_validate(config["head"])
     return Classifier(
         strategy=Strategy(config["strategy"]),
         backbone=backbone,
         tap=config["tap"],
-        head=None if spec is None else head_from_state(spec, state_below(state, HEAD_PREFIX)),
+        head=None if spec is None else StoredHead(spec, float32_below(data, HEAD_PREFIX)),
         output_groups=config.get("output_groups"),
         classes=tuple(bundle.read_json("classes.json")),
         decode_rule=DecodeRule.model_validate(preprocess["decode_rule"]),
@@ -233,7 +212,8 @@ def read_classifier(store: ObjectStore, bundle: Bundle) -> Classifier:
     )
 
 
-def _config(classifier: Classifier) -> dict[str, Any]:
+def classifier_config(classifier: Classifier) -> dict[str, Any]:
+    """The `config.json` of its bundle."""
     head = None if classifier.head is None else classifier.head.spec
     config: dict[str, Any] = json.loads(
         canonical_json(
@@ -248,3 +228,10 @@ def _config(classifier: Classifier) -> dict[str, Any]:
         )
     )
     return config
+
+
+def _restore_backbone(store: ObjectStore, backbone: BackboneRecord, data: bytes) -> None:
+    from convoy.pipelines.backbone_loading import restore_backbone  # noqa: PLC0415 (needs torch)
+    from convoy.vision.weights import read_state_dict, state_below  # noqa: PLC0415
+
+    restore_backbone(store, backbone, state_below(read_state_dict(data), BACKBONE_PREFIX))

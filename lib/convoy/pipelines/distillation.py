@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from convoy.core.errors import ConfigError, DataError
 from convoy.core.progress import Progress
 from convoy.core.records import Split
+from convoy.pipelines.classifiers import class_indices
 from convoy.pipelines.committee_predictions import CommitteeJob, CommitteePredictions
 from convoy.pipelines.committees import open_committee
 from convoy.pipelines.prediction_request import PredictionRequest
-from convoy.pipelines.predictions import class_indices
 from convoy.pipelines.train_config import TrainConfig
 from convoy.pipelines.training_rows import read_split
 from convoy.storage.bundles import peek_bundle, resolve_bundle

@@ -96,8 +96,9 @@ def _package(package: str, floor: str) -> Check:
 
 def _devices() -> Check:
     try:
-        import torch  # noqa: PLC0415 (they may not load, and every other check can do without)
-        import torchvision  # noqa: F401, PLC0415
+        import torch  # noqa: PLC0415 (it may not load, and every other check can do without)
+
+        import_module("torchvision")
     except Exception as error:  # a broken installation fails in any way
         return Check(
             verdict=Verdict.RED,

@@ -14,6 +14,7 @@ from convoy.core.errors import ConfigError, TrainingError
 from convoy.core.fingerprints import canonical_json
 from convoy.core.progress import Progress
 from convoy.pipelines.backbone_loading import read_backbone_state
+from convoy.pipelines.classifier_tensors import Readout
 from convoy.pipelines.classifiers import Classifier, read_classifier
 from convoy.pipelines.export_images import (
     batches_of_two_sizes,
@@ -163,7 +164,7 @@ def _image_classifier(store: ObjectStore, classifier: Classifier) -> ImageClassi
     network = build_network(backbone.config)
     load_weights(network, read_backbone_state(store, backbone))
     return ImageClassifier(
-        network, backbone.axis, backbone.preset, tap=classifier.tap, head=classifier.readout
+        network, backbone.axis, backbone.preset, tap=classifier.tap, head=Readout(classifier).module
     ).eval()
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from convoy.core.errors import DataError
 from convoy.core.progress import Progress
 from convoy.core.records import Split
+from convoy.pipelines.classifier_tensors import Readout
 from convoy.pipelines.classifiers import Classifier
 from convoy.pipelines.feature_plan import FeatureRequest
 from convoy.pipelines.feature_source import gather_features
@@ -146,7 +147,7 @@ class SampleReading:
     ) -> InspectedSample:
         """What the model says of the usable rows, given the features of its tap."""
         classifier = self._classifier
-        logits_NK = classifier.logits(torch.from_numpy(features_ND)).float()
+        logits_NK = Readout(classifier).logits(torch.from_numpy(features_ND)).float()
         scores_NK = logits_NK.softmax(dim=1) if classifier.gives_probabilities else logits_NK
         usable = rows.filter(pa.array(found_N)).combine_chunks()
         is_counted = np.isin(rows["split"].to_pylist(), [split.value for split in self._config.splits])

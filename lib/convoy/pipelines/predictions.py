@@ -13,10 +13,10 @@ import pyarrow as pa
 import torch
 
 from convoy.core.batching import batched
-from convoy.core.errors import ConfigError
 from convoy.core.fingerprints import digest
 from convoy.core.records import Reject, RejectCode, Split, Stage
-from convoy.pipelines.classifiers import Classifier
+from convoy.pipelines.classifier_tensors import Readout
+from convoy.pipelines.classifiers import Classifier, class_indices
 from convoy.pipelines.feature_source import gather_features
 from convoy.pipelines.training_rows import rows_digest
 from convoy.storage.commits import (
@@ -67,6 +67,7 @@ class PredictionJob:
         self._rows = rows
         self._manifest = manifest
         self._classifier = classifier
+        self._readout = Readout(classifier)
         self._model_digest = model_digest
         self._set_id = set_id
         self._cache = FeatureCache(store)
@@ -203,7 +204,7 @@ class PredictionJob:
             features_BD = torch.zeros((0, len(self._classifier.classes)))
             logits_BK = features_BD
         else:
-            logits_BK = self._classifier.logits(features_BD)
+            logits_BK = self._readout.logits(features_BD)
         scores_BK = torch.softmax(logits_BK, dim=1) if self._classifier.gives_probabilities else logits_BK
         labels = pa.array(self._class_of_label, pa.int32()).take(samples["label"].combine_chunks())
         return predictions_table(
@@ -223,18 +224,6 @@ class PredictionJob:
             "convoy.dataset_fingerprint": self._manifest.fingerprint,
             "convoy.classes": "\n".join(self._classifier.classes),
         }
-
-
-def class_indices(dataset_classes: Sequence[str], model_classes: Sequence[str]) -> list[int]:
-    """For each class of a dataset its index in the model, matched by name; never guessed from the order."""
-    index_of = {name: index for index, name in enumerate(model_classes)}
-    unknown = [name for name in dataset_classes if name not in index_of]
-    if unknown:
-        raise ConfigError(
-            f"the model does not know {len(unknown)} classes of the dataset: {', '.join(unknown[:5])}",
-            next_step="evaluate on a dataset with the model's class names, or give model.classes in its order",
-        )
-    return [index_of[name] for name in dataset_classes]
 
 
 def _reject(row: dict[str, Any], rejects: dict[bytes, dict[str, Any]]) -> Reject:

@@ -23,8 +23,9 @@ from convoy.pipelines.training_rows import (
 )
 from convoy.storage.feature_cache import FeatureCache
 from convoy.storage.manifests import Manifest
+from convoy.vision.head_config import HeadConfig, Selection
 from convoy.vision.head_fitting import choose_head, fit_path
-from convoy.vision.heads import Head, HeadConfig, Selection, TensorFeatures
+from convoy.vision.heads import Head, TensorFeatures
 
 # A fifth of the training rows judges where the split `val` cannot.
 JUDGING_FOLD = Fold(index=0, count=5)

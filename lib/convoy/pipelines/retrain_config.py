@@ -20,7 +20,7 @@ from convoy.storage.object_store import WriterMode
 from convoy.storage.sources.rows import ReadingOptions
 from convoy.vision.augmentation_policy import AugmentationPolicy
 from convoy.vision.backbone_config import BackboneConfig
-from convoy.vision.heads import HeadConfig
+from convoy.vision.head_config import HeadConfig
 from convoy.vision.training_config import Recipe
 
 

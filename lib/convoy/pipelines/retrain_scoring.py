@@ -16,6 +16,7 @@ from convoy.core.errors import ConfigError
 from convoy.core.metrics import EvaluationCounts
 from convoy.core.progress import Progress
 from convoy.pipelines.backbone_record import BackboneRecord
+from convoy.pipelines.classifier_tensors import Readout
 from convoy.pipelines.classifiers import Classifier
 from convoy.pipelines.committees import CommitteeRecord
 from convoy.pipelines.feature_plan import ExtractionConfig, FeatureRequest
@@ -133,12 +134,12 @@ class CachedScorer:
         self, classifier: Classifier, rows: NamedRows
     ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Logits_NK of a classifier, and a mask of the rows that have features; the others stay zero."""
-        set_id = self.ensure_features(classifier)
+        set_id, readout = self.ensure_features(classifier), Readout(classifier)
         logits_NK = np.zeros((len(rows), len(classifier.classes)), np.float32)
         found_N = np.zeros(len(rows), np.bool_)
         for chunk in iter_wanted(self.cache, set_id, rows.content_ids_N):
             features_BD = torch.from_numpy(chunk.features_BD).float()
-            logits_NK[chunk.rows_B] = classifier.logits(features_BD).numpy()
+            logits_NK[chunk.rows_B] = readout.logits(features_BD).numpy()
             found_N[chunk.rows_B] = True
         return logits_NK, found_N
 

@@ -16,7 +16,8 @@ from convoy.core.records import Split
 from convoy.core.statistics import wilson_interval
 from convoy.core.version import VERSION
 from convoy.pipelines.backbone_record import BackboneRecord
-from convoy.pipelines.classifiers import Classifier, Strategy, classifier_files
+from convoy.pipelines.classifier_tensors import classifier_files, stored_head
+from convoy.pipelines.classifiers import Classifier, Strategy
 from convoy.pipelines.committees import CommitteeRecord, committee_of, single_committee, write_ensemble
 from convoy.pipelines.device_settings import settle_precision
 from convoy.pipelines.feature_plan import ExtractionConfig
@@ -37,8 +38,8 @@ from convoy.storage.retrains import RetrainFolder, RetrainPlan
 from convoy.vision.backbones import build_network
 from convoy.vision.depth_axis import count_macs
 from convoy.vision.ensembling import least_nll_weights
+from convoy.vision.head_config import HeadKind
 from convoy.vision.head_fitting import fit_head
-from convoy.vision.heads import HeadKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +139,7 @@ class CandidateMaker:
             strategy=Strategy.LINEAR_PROBE,
             backbone=backbone,
             tap=tap,
-            head=fitted.head,
+            head=stored_head(fitted.head),
             classes=self._manifest.classes,
             decode_rule=extraction.decode,
             precision=extraction.precision,

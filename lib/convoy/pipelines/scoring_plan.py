@@ -8,11 +8,11 @@ from convoy.cluster.scoring_spec import MemberSpec, ScoreTable, ScoringSpec
 from convoy.cluster.slices import WorkerPool
 from convoy.core.crop_policies import EvaluationMode
 from convoy.core.errors import ConfigError
+from convoy.pipelines.classifiers import class_indices
 from convoy.pipelines.committees import CommitteeMember
 from convoy.pipelines.feature_plan import compile_decision
 from convoy.pipelines.model_choice import REFERENCES
 from convoy.pipelines.prediction_request import PredictionRequest
-from convoy.pipelines.predictions import class_indices
 from convoy.storage.bundles import MODEL_FILE
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore

@@ -17,7 +17,8 @@ from convoy.core.progress import Progress
 from convoy.core.records import Split
 from convoy.core.training_events import EpochResult
 from convoy.pipelines.backbone_record import BackboneRecord
-from convoy.pipelines.classifiers import Classifier, Strategy, as_is, classifier_files
+from convoy.pipelines.classifier_tensors import classifier_files, stored_head
+from convoy.pipelines.classifiers import Classifier, Strategy, as_is
 from convoy.pipelines.dataset_choice import open_as_begun
 from convoy.pipelines.device_settings import settle_precision
 from convoy.pipelines.distillation import taught_rows, with_pinned_teacher
@@ -290,7 +291,7 @@ def _train_probe(job: _Job, backbone: BackboneRecord) -> _Trained:
         strategy=config.strategy,
         backbone=backbone,
         tap=tap,
-        head=probe.fitted.head,
+        head=stored_head(probe.fitted.head),
         classes=job.manifest.classes,
         decode_rule=config.extraction.decode,
         precision=extraction.precision,

@@ -16,7 +16,7 @@ from convoy.pipelines.training_rows import RowLimit
 from convoy.storage.object_store import WriterMode
 from convoy.vision.augmentation_policy import AugmentationPolicy
 from convoy.vision.backbone_config import BackboneConfig, NewLayers
-from convoy.vision.heads import HeadConfig, HeadKind
+from convoy.vision.head_config import HeadConfig, HeadKind
 from convoy.vision.training_config import AUTO, Distillation, Phase, Recipe, RecipeChanges
 
 PROBES = (Strategy.LINEAR_PROBE, Strategy.EARLY_LAYER_PROBE)

@@ -7,12 +7,11 @@ from pydantic import Field
 from convoy.cluster.network_device import known_device
 from convoy.core.config import StrictModel
 from convoy.core.records import Split
-from convoy.pipelines.classifiers import Strategy, as_is
+from convoy.pipelines.classifiers import Strategy, as_is, class_indices
 from convoy.pipelines.distillation import with_pinned_teacher
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.network_plan import plan_network, trained_backbone_config
 from convoy.pipelines.network_training import open_training
-from convoy.pipelines.predictions import class_indices
 from convoy.pipelines.probing import check_head
 from convoy.pipelines.train import measured_on, random_weights, training_dataset
 from convoy.pipelines.train_config import NETWORKS, PROBES, TrainConfig

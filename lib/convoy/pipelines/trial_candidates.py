@@ -13,7 +13,7 @@ from convoy.pipelines.trial_journal import TrialRecord
 from convoy.storage.bundles import peek_bundle, resolve_bundle
 from convoy.storage.object_store import ObjectStore
 from convoy.vision.decode_rule import DecodeRule
-from convoy.vision.heads import HeadKind
+from convoy.vision.head_config import HeadKind
 
 
 def candidate_trials(

@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 from convoy.core.errors import ConfigError, DataError, TrainingError
 from convoy.core.metrics import EvaluationCounts, Metrics
 from convoy.core.randomness import generator, position_digest
+from convoy.vision.head_config import HeadConfig, HeadKind, HeadSpec, MlpConfig, Selection
 from convoy.vision.head_objectives import (
     FeatureScale,
     LinearObjective,
@@ -28,17 +29,7 @@ from convoy.vision.head_objectives import (
     squared_hinge_loss,
     unstandardise,
 )
-from convoy.vision.heads import (
-    FeatureBatch,
-    FeatureSource,
-    Head,
-    HeadConfig,
-    HeadKind,
-    HeadSpec,
-    MlpConfig,
-    Selection,
-    empty_head,
-)
+from convoy.vision.heads import FeatureBatch, FeatureSource, Head, empty_head
 
 # Multiplications of one evaluation of the objective below which a second thread costs more than it brings.
 _SMALL_OBJECTIVE = 50_000_000

@@ -17,7 +17,8 @@ from torch.nn.functional import one_hot
 
 from convoy.core.errors import DataError
 from convoy.vision.distillation import distilled_losses, distilled_slopes
-from convoy.vision.heads import FeatureBatch, FeatureSource, Standardisation
+from convoy.vision.head_config import Standardisation
+from convoy.vision.heads import FeatureBatch, FeatureSource
 
 # A float32 feature that varies at all has a spread far above this fraction of its mean; rounding stays below.
 _CONSTANT_RELATIVE_STD = 1e-12

@@ -34,7 +34,8 @@ from convoy.storage.parts import FeatureRows, write_features
 from convoy.storage.runs import RunFolder
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.backbones import build_network, depth_axis
-from convoy.vision.heads import HeadConfig, TensorFeatures
+from convoy.vision.head_config import HeadConfig
+from convoy.vision.heads import TensorFeatures
 from convoy.vision.presets import EvalPreset
 from made_advice import made_advice, made_probes
 from made_advice_rows import frozen_rows

@@ -7,7 +7,8 @@ import pytest
 
 from convoy.core.crop_policies import Averaging, CropPlan, CropPolicy
 from convoy.core.errors import ConfigError, DataError
-from convoy.pipelines.classifiers import Classifier, classifier_files, read_classifier
+from convoy.pipelines.classifier_tensors import classifier_files
+from convoy.pipelines.classifiers import Classifier, read_classifier
 from convoy.pipelines.committees import (
     CommitteeMember,
     CommitteeRecord,
@@ -23,7 +24,7 @@ from convoy.storage.bundles import BundleRef, open_bundle, write_bundle
 from convoy.storage.local_store import LocalStore
 from convoy.vision.committee_options import GateOptions
 from convoy.vision.decode_rule import DecodeRule
-from convoy.vision.heads import HeadKind
+from convoy.vision.head_config import HeadKind
 from made_bundles import DIGITS, FP32, made_classifier, write_classifier
 
 METRICS = {"measured": {"top1": 0.7, "rows": "test"}}

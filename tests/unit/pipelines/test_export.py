@@ -18,7 +18,8 @@ from torch import Tensor
 from convoy.core.errors import ConfigError, DataError, ExitCode, TrainingError
 from convoy.core.progress import Silent
 from convoy.pipelines.backbone_loading import load_backbone, read_backbone_state
-from convoy.pipelines.classifiers import Classifier, Strategy, classifier_files
+from convoy.pipelines.classifier_tensors import Readout, classifier_files, stored_head
+from convoy.pipelines.classifiers import Classifier, Strategy
 from convoy.pipelines.dataset import DatasetConfig, freeze
 from convoy.pipelines.export import LOGIT_TOLERANCE, ExportConfig, ExportReport, compare_logits, run_export
 from convoy.pipelines.feature_plan import FeatureDtype, PrecisionChoice
@@ -29,7 +30,8 @@ from convoy.vision.backbones import build_network
 from convoy.vision.decode_rule import DecodeRule
 from convoy.vision.engine import FeatureEngine
 from convoy.vision.engine_options import EngineOptions, Precision
-from convoy.vision.heads import Head, HeadKind, HeadSpec
+from convoy.vision.head_config import HeadKind, HeadSpec
+from convoy.vision.heads import Head
 from convoy.vision.presets import EvalPreset
 from convoy.vision.weights import load_weights
 
@@ -98,7 +100,7 @@ def made_bundle(
         strategy=Strategy.AS_IS if head is None else Strategy.EARLY_LAYER_PROBE,
         backbone=backbone,
         tap=backbone.resolve_tap(tap),
-        head=head,
+        head=None if head is None else stored_head(head),
         classes=DIGITS,
         decode_rule=DecodeRule(),
         precision=PrecisionChoice.FP32,
@@ -128,7 +130,7 @@ def bundle_logits(store: LocalStore, classifier: Classifier, images_BCHW: Tensor
         precision=Precision.FP32, batch_size=len(images_BCHW), compiled=False, num_threads=1
     )
     engine = FeatureEngine(network, classifier.backbone.axis, PRESET, taps=[classifier.tap], options=options)
-    return classifier.logits(engine.run(images_BCHW)[classifier.tap].cpu())
+    return Readout(classifier).logits(engine.run(images_BCHW)[classifier.tap].cpu())
 
 
 def file_logits(path: Path, to: str, images_BCHW: Tensor) -> Tensor:
@@ -166,8 +168,9 @@ def test_what_lies_behind_the_tap_is_not_in_the_file(store: LocalStore, tmp_path
     export(store, tmp_path / "model.onnx", "onnx")
     stages = classifier.backbone.axis.stages
     needed = sum(stage.num_parameters for stage in stages[:2])
-    assert classifier.head is not None
-    needed += sum(parameter.numel() for parameter in classifier.head.parameters())
+    head = Readout(classifier).module
+    assert head is not None
+    needed += sum(parameter.numel() for parameter in head.parameters())
     state = torch.export.load(tmp_path / "model.pt2").state_dict
     assert sum(tensor.numel() for tensor in state.values()) == needed
     weights = onnx.load(tmp_path / "model.onnx").graph.initializer

@@ -28,8 +28,9 @@ from convoy.storage.manifests import (
 )
 from convoy.storage.parts import FeatureRows, write_features
 from convoy.storage.runs import RunFolder
+from convoy.vision.head_config import HeadConfig
 from convoy.vision.head_fitting import fit_head
-from convoy.vision.heads import FeatureSource, HeadConfig, TensorFeatures
+from convoy.vision.heads import FeatureSource, TensorFeatures
 from made_manifests import write_samples
 from made_runs import SET_ID, content_id, feature_of, finish_slice, made_manifest, new_run
 

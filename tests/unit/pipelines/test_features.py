@@ -31,7 +31,7 @@ from convoy.storage.local_store import LocalStore
 from convoy.storage.runs import OpenRun, RunFolder, open_pointers
 from convoy.vision.engine import FeatureEngine
 from convoy.vision.engine_options import Precision
-from convoy.vision.heads import HeadKind
+from convoy.vision.head_config import HeadKind
 from features_here import compute_features_here
 from made_bundles import FP32, made_classifier
 from made_devices import made_device

@@ -14,7 +14,7 @@ from convoy.storage.commits import publish, read_records
 from convoy.storage.feature_cache import FeatureCache
 from convoy.storage.local_store import LocalStore
 from convoy.storage.runs import RunFolder
-from convoy.vision.heads import HeadConfig
+from convoy.vision.head_config import HeadConfig
 from made_advice_rows import frozen_rows
 from made_runs import SET_ID, finish_slice, new_run
 

@@ -21,8 +21,9 @@ from convoy.pipelines.training_rows import Fold, RowLimit, read_split
 from convoy.storage.commits import publish, read_records, write_record
 from convoy.storage.local_store import LocalStore
 from convoy.storage.runs import RunFolder
+from convoy.vision.head_config import HeadKind, HeadSpec
 from convoy.vision.head_fitting import FittedHead, HeadTrial
-from convoy.vision.heads import Head, HeadKind, HeadSpec
+from convoy.vision.heads import Head
 from made_advice_rows import frozen_rows
 from made_runs import finish_slice, new_run
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from convoy.pipelines.classifiers import classifier_files
+from convoy.pipelines.classifier_tensors import classifier_files
 from convoy.pipelines.report_lineage import LineageLink, lineage_of_bundle
 from convoy.pipelines.report_members import members_of_run
 from convoy.storage.bundles import BundleRef, write_bundle
 from convoy.storage.local_store import LocalStore
 from convoy.storage.retrains import RetrainFolder, RetrainPlan
 from convoy.storage.runs import RunRecord
-from convoy.vision.heads import HeadKind
+from convoy.vision.head_config import HeadKind
 from made_bundles import made_classifier, write_classifier
 
 DATE = "2026-11-27"

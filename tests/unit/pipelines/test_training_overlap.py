@@ -10,7 +10,7 @@ import pytest
 
 from convoy.core.records import Split
 from convoy.core.splits import SplitOptions
-from convoy.pipelines.classifiers import classifier_files
+from convoy.pipelines.classifier_tensors import classifier_files
 from convoy.pipelines.committees import CommitteeRecord, EnsembleConfig, configured_committee, open_committee
 from convoy.pipelines.training_overlap import count_overlap, overlap_notes
 from convoy.storage.bundles import write_bundle
@@ -19,7 +19,7 @@ from convoy.storage.local_store import LocalStore
 from convoy.storage.manifests import Manifest
 from convoy.storage.retrains import RetrainFolder, RetrainPlan
 from convoy.storage.runs import RunFolder, RunRecord
-from convoy.vision.heads import HeadKind
+from convoy.vision.head_config import HeadKind
 from made_bundles import FP32, made_classifier
 
 IMAGES_A_CLASS = 40

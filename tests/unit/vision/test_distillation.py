@@ -12,9 +12,10 @@ from torch.nn.functional import cross_entropy
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.backbones import build_network, depth_axis
 from convoy.vision.distillation import SoftTargets, Teacher, distilled_losses, distilled_slopes
+from convoy.vision.head_config import HeadConfig, Standardisation
 from convoy.vision.head_fitting import fit_head
 from convoy.vision.head_objectives import LinearObjective, measure_features, softmax_loss
-from convoy.vision.heads import HeadConfig, Standardisation, TensorFeatures
+from convoy.vision.heads import TensorFeatures
 from convoy.vision.learner import Learner, TrainBatch
 from convoy.vision.presets import EvalPreset
 from convoy.vision.training_config import Distillation, Optimiser, Phase, Precision, Recipe

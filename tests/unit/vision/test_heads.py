@@ -12,20 +12,10 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
 from convoy.core.errors import ConfigError, DataError, TrainingError
+from convoy.vision.head_config import HeadConfig, HeadKind, HeadSpec, MlpConfig, Selection, Standardisation
 from convoy.vision.head_fitting import choose_head, evaluate_head, fit_head, fit_path
 from convoy.vision.head_objectives import LinearObjective, measure_features, softmax_loss, squared_hinge_loss
-from convoy.vision.heads import (
-    Head,
-    HeadConfig,
-    HeadKind,
-    HeadSpec,
-    MlpConfig,
-    Selection,
-    Standardisation,
-    TensorFeatures,
-    head_from_state,
-    head_to_state,
-)
+from convoy.vision.heads import Head, TensorFeatures, head_from_state, head_to_state
 
 LINEAR_KINDS = [HeadKind.SOFTMAX, HeadKind.LINEAR_SVM]
 SMALL_MLP = MlpConfig(hidden_width=32, epochs=30, patience_epochs=3, batch_rows=64, learning_rate=3e-3)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from convoy.core.errors import ConfigError
 from convoy.vision.depth_axis import derive_depth_axis
-from convoy.vision.heads import Head, HeadKind, HeadSpec
+from convoy.vision.head_config import HeadKind, HeadSpec
+from convoy.vision.heads import Head
 from convoy.vision.inspection import InspectedNetwork
 from convoy.vision.inspection_cam import cam_obstacle, grad_cam
 from convoy.vision.inspection_maps import feature_maps, first_filters

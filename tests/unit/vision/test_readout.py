@@ -4,7 +4,8 @@ import torch
 
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.backbones import build_network, depth_axis
-from convoy.vision.heads import Head, HeadKind, HeadSpec, OutputGroups
+from convoy.vision.head_config import HeadKind, HeadSpec
+from convoy.vision.heads import Head, OutputGroups
 from convoy.vision.readout import LogitsNetwork
 
 CONFIG = BackboneConfig(arch="lenet5", weights="random", seed=3)
