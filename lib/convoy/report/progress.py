@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from types import TracebackType
@@ -13,11 +14,13 @@ from rich.table import Table
 
 from convoy.core.training_events import EpochResult, TrainingEvent
 from convoy.core.trial_events import TrialStatus
+from convoy.report.stillness import Stillness
 from convoy.report.trial_table import TrialLines, trial_table
 
 _SECONDS_BETWEEN_LINES = 15.0
 # Small datasets have several epochs a second.
 _SECONDS_BETWEEN_EPOCHS = 2.0
+_SECONDS_BETWEEN_LOOKS = 5.0
 
 
 class _Bars(Progress):
@@ -52,18 +55,26 @@ class TerminalProgress:
         self._last_epoch_s = 0.0
         self._last_val_top1: float | None = None
         self._trial_lines = TrialLines()
+        # While images are worked on.
+        self._stillness: Stillness | None = None
+        self._has_ended = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="progress", daemon=True)
 
     def __enter__(self) -> TerminalProgress:
         self._bar.start()
+        self._watcher.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._has_ended.set()
+        self._watcher.join()
         self._bar.stop()
 
     def stage(self, text: str) -> None:
         """The job enters a stage that has no known length."""
+        self._stillness = None
         if self._bar.disable:
             self._line(text)
             return
@@ -77,6 +88,7 @@ class TerminalProgress:
         self._total, self._done, self._finished_now = total_samples, done_samples, 0
         self._started_s = self._last_line_s = time.monotonic()
         self.stage("images")
+        self._stillness = Stillness(self._started_s)
         if self._task is not None:
             self._bar.update(self._task, total=total_samples, completed=done_samples)
 
@@ -86,6 +98,8 @@ class TerminalProgress:
         self._finished_now += results + rejects
         self._rejects += rejects
         now_s = time.monotonic()
+        if self._stillness is not None:
+            self._stillness.finished(now_s)
         rate = self._finished_now / max(now_s - self._started_s, 1e-9)
         remaining_s = (self._total - self._done) / max(rate, 1e-9)
         note = f"{rate:,.0f} images/s, {self._rejects:,} rejects, {remaining_s:,.0f} s left"
@@ -120,6 +134,12 @@ class TerminalProgress:
             return
         for line in self._trial_lines.news(statuses):
             self._line(line)
+
+    def _watch(self) -> None:
+        while not self._has_ended.wait(_SECONDS_BETWEEN_LOOKS):
+            stillness = self._stillness
+            if stillness is not None and (line := stillness.news(time.monotonic())):
+                self._note(line)
 
     def _draw_steps(self, event: TrainingEvent, where: str, pace: str) -> None:
         """The bar over the steps of all epochs."""

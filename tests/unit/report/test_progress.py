@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 
 import pytest
 from rich.console import Console
@@ -88,3 +89,22 @@ def test_a_later_stage_does_not_keep_the_figures_of_the_training(screen: io.Stri
     assert "0/?" in last
     assert "loss" not in last
     assert "15/30" not in last
+
+
+def test_a_job_that_finishes_nothing_says_so_until_it_does_something_else(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now_s)
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LOOKS", 0.01)
+    with TerminalProgress() as shown:
+        shown.start(100, 0)
+        now_s = 130.0
+        printed = ""
+        while "finished" not in printed:
+            printed += capsys.readouterr().err
+        shown.stage("committing")
+        now_s = 1000.0
+        time.sleep(0.1)
+    assert printed.splitlines() == ["convoy: images", "convoy: no slice has been finished for 130 s"]
+    assert capsys.readouterr().err == "convoy: committing\n"
