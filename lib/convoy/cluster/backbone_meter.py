@@ -81,18 +81,19 @@ def _job_images_per_s(
                 pixels_CHW, spec.preset, image_CHW, view=EVAL_VIEW, policy=None, content_id=content_id
             )
 
+    watch = StallWatch()
     preparer: ImagePreparer[int] = ImagePreparer(
         spec.decode_rule,
         num_fetch_threads=spec.num_fetch_threads,
         num_decode_threads=pool.num_decode_threads,
         fill=fill,
-        watch=StallWatch(),
+        watch=watch,
     )
     repeats = -(-_FEWEST_BATCHES * spec.batch_size // images.num_rows)
     rows = SliceImages(pa.concat_tables([images] * repeats).combine_chunks(), time.time())
     num_images, started_s = 0, time.perf_counter()
     batches = preparer.batches(rows, lambda: {EVAL_VIEW: engine.new_batch()}, spec.batch_size)
-    with casting_once(engine.device):
+    with watch.watching(), casting_once(engine.device):
         for batch in batches:
             for features_BD in engine.run(batch.images[EVAL_VIEW]).values():
                 features_BD.cpu()

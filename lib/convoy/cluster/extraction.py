@@ -72,6 +72,10 @@ class FeatureExtractor:
 
     def __call__(self, task: SliceTask) -> SliceRecord:
         """Compute one slice, write its parts for the task's sets, its rejects, and the record that makes them count."""
+        with self._watch.watching():
+            return self._do(task)
+
+    def _do(self, task: SliceTask) -> SliceRecord:
         started_unix_s = time.time()
         outputs = [output for output in self._spec.outputs if output.set_id in task.outputs]
         result = self._new_result(task.slice, outputs, started_unix_s)

@@ -111,7 +111,7 @@ class ImageLoader:
             for batch in self._settled(requests):
                 self._watch.rest()
                 yield batch
-                self._watch.moved()
+                self._watch.begin()
 
     def _settled(self, requests: Iterable[BatchRequest]) -> Iterator[PreparedBatch]:
         waiting: list[_Pending] = []

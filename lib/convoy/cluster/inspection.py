@@ -41,12 +41,13 @@ class Inspector:
         self._spec = spec
         self._store = open_store(spec.workspace)
         self._folder = RunFolder(self._store, spec.run_id)
+        self._watch = StallWatch(spec.stall_s)
         self._preparer: ImagePreparer[int] = ImagePreparer(
             spec.decode_rule,
             num_fetch_threads=spec.num_fetch_threads,
             num_decode_threads=spec.num_threads,
             fill=self._fill,
-            watch=StallWatch(spec.stall_s),
+            watch=self._watch,
         )
         self._drawer = _open_drawer(self._store, spec.network, spec.maximisation)
 
@@ -72,7 +73,8 @@ class Inspector:
         """The images of a piece as the network sees them; white where one cannot be used."""
         num_rows, side_px = images.rows.num_rows, self._spec.network.preset.crop_px
         white_BCHW = torch.full((num_rows, 3, side_px, side_px), 255, dtype=torch.uint8)
-        (batch,) = self._preparer.batches(images, lambda: {EVAL_VIEW: white_BCHW.clone()}, num_rows)
+        with self._watch.watching():
+            (batch,) = self._preparer.batches(images, lambda: {EVAL_VIEW: white_BCHW.clone()}, num_rows)
         usable_B111 = torch.from_numpy(images.usable_N)[:, None, None, None]
         return torch.where(usable_B111, batch.images[EVAL_VIEW], white_BCHW)
 

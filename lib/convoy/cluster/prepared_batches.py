@@ -160,8 +160,8 @@ class ImageBatch(Generic[KeyT]):
 class ImagePreparer(Generic[KeyT]):
     """Makes batches of slices. `fill(pixels_CHW, content_id, places)` writes one image into its places.
 
-    It runs in decode threads, or without any in the thread that takes the batches, and may reject the image. From the
-    first row of a slice to its last batch the watch sees to it that images come, and that batches are taken.
+    It runs in decode threads, or without any in the thread that takes the batches, and may reject the image. The
+    watch is told of each image that came, and of each batch that was taken.
     """
 
     def __init__(
@@ -191,10 +191,9 @@ class ImagePreparer(Generic[KeyT]):
         What becomes of each row is noted in `known`. `new_buffers` gives empty batches; they are filled again as
         soon as the next batch is asked for.
         """
-        with self._watch.watching():
-            for batch in self._settled(known, new_buffers, batch_size):
-                yield batch
-                self._watch.moved()
+        for batch in self._settled(known, new_buffers, batch_size):
+            yield batch
+            self._watch.moved()
 
     def _settled(
         self, known: SliceImages, new_buffers: Callable[[], dict[KeyT, Tensor]], batch_size: int

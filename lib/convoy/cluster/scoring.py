@@ -47,13 +47,13 @@ class Scorer:
         self._spec = spec
         self._store = open_store(spec.workspace)
         self._folder = RunFolder(self._store, spec.run_id)
-        watch = StallWatch(spec.stall_s)
+        self._watch = StallWatch(spec.stall_s)
         self._preparer: ImagePreparer[CropGeometry] = ImagePreparer(
             spec.decode_rule,
             num_fetch_threads=spec.num_fetch_threads,
             num_decode_threads=spec.num_decode_threads,
             fill=self._fill,
-            watch=watch,
+            watch=self._watch,
         )
         options = spec.committee
         if options.max_resident_bytes is None and torch.cuda.is_available():
@@ -66,11 +66,15 @@ class Scorer:
                 check_input_size(member.network, member.options.preset)
         self._committee = Committee(members, options)
         self._gated = None if spec.gate is None else GatedCommittee(self._committee, spec.gate)
-        with watch.timing_first_batch():
+        with self._watch.timing_first_batch():
             (self._gated or self._committee).warm_up()
 
     def __call__(self, task: SliceTask) -> SliceRecord:
         """Predict one slice, write its parts, its rejects, and the record that makes them count."""
+        with self._watch.watching():
+            return self._do(task)
+
+    def _do(self, task: SliceTask) -> SliceRecord:
         images = SliceImages(self._folder.read_slice(task.slice), time.time())
         logits = self._exact(images) if self._gated is None else self._behind_gate(images, self._gated)
         _reject_non_finite(task, logits, images)

@@ -39,20 +39,25 @@ class StallWatch:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Something has to move from now on, until the end."""
-        self.moved()
+        self.begin()
         try:
             yield
         finally:
             self.rest()
 
+    def begin(self) -> None:
+        """Something has to move from now on."""
+        faulthandler.dump_traceback_later(self._limit_s, exit=True, file=_STDERR)
+        self._armed_s = time.monotonic()
+
     def moved(self) -> None:
-        """Something has moved, or has to from now on: the seconds count anew."""
-        now_s = time.monotonic()
-        if self._armed_s is None or now_s - self._armed_s > min(_ARMED_FOR_S, self._limit_s / 10):
-            faulthandler.dump_traceback_later(self._limit_s, exit=True, file=_STDERR)
-            self._armed_s = now_s
+        """Something has moved: if something has to, the seconds count anew."""
+        if self._armed_s is None:
+            return
+        if time.monotonic() - self._armed_s > min(_ARMED_FOR_S, self._limit_s / 10):
+            self.begin()
 
     def rest(self) -> None:
-        """Nothing has to move until something has moved again."""
+        """Nothing has to move until the next beginning."""
         faulthandler.cancel_dump_traceback_later()
         self._armed_s = None

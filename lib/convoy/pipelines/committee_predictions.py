@@ -155,6 +155,7 @@ class CommitteeJob:
             record = record or folder.record() or self._freeze(folder, lease, identity, config)
             refuse_changed_identity(record, identity)
             finished = self._compute(folder, record, lease, progress)
+            progress.stage("committing")
             manifest = publish(folder, record, read_records(folder))
             found = _found(folder, manifest, finished, request.keep)
             # Before the marker, without which it does not count: a run that is killed behind that is found again.

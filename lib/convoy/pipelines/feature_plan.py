@@ -60,8 +60,8 @@ class ExtractionConfig(StrictModel):
     with native bf16, 64 on others, 32 on CPUs. `cpus_per_worker` are the threads of each of `num_workers` operators;
     null shares out the CPUs of the cluster: without GPUs, many images get an operator of one thread for every CPU, as
     far as memory goes. `num_fetch_threads` of null are 16 an operator for images in a store, and 2 for files.
-    A worker in which nothing has moved for `stall_minutes`, as where a mounted folder or a device hangs, ends, with the
-    stacks of its threads in its log; another takes its place.
+    A worker whose slice has not moved for `stall_minutes`, as where a mounted folder or a device hangs, ends, with the
+    stacks of its threads in its log; another takes its place. A silent store is asked for an image for up to nine.
     """
 
     decode: DecodeRule = DecodeRule()

@@ -130,6 +130,7 @@ class _Inspection:
         extraction = self._config.extraction
         work = PlannedWork(record.num_inputs, num_slices=record.num_slices)
         do_slices(folder, record, run, lease=lease, extraction=extraction, progress=self._progress, work=work)
+        self._progress.stage("committing")
         publish(folder, record, read_records(folder))
 
     def _known(self) -> InspectionReport | None:

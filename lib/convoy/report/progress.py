@@ -55,8 +55,9 @@ class TerminalProgress:
         self._last_epoch_s = 0.0
         self._last_val_top1: float | None = None
         self._trial_lines = TrialLines()
-        # While images are worked on.
+        # While images are worked on; the lock is for what two threads tell it and ask it.
         self._stillness: Stillness | None = None
+        self._lock = threading.Lock()
         self._has_ended = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="progress", daemon=True)
 
@@ -98,8 +99,9 @@ class TerminalProgress:
         self._finished_now += results + rejects
         self._rejects += rejects
         now_s = time.monotonic()
-        if self._stillness is not None:
-            self._stillness.finished(now_s)
+        with self._lock:
+            if self._stillness is not None:
+                self._stillness.finished(now_s)
         rate = self._finished_now / max(now_s - self._started_s, 1e-9)
         remaining_s = (self._total - self._done) / max(rate, 1e-9)
         note = f"{rate:,.0f} images/s, {self._rejects:,} rejects, {remaining_s:,.0f} s left"
@@ -137,8 +139,9 @@ class TerminalProgress:
 
     def _watch(self) -> None:
         while not self._has_ended.wait(_SECONDS_BETWEEN_LOOKS):
-            stillness = self._stillness
-            if stillness is not None and (line := stillness.news(time.monotonic())):
+            with self._lock:
+                line = self._stillness and self._stillness.news(time.monotonic())
+            if line:
                 self._note(line)
 
     def _draw_steps(self, event: TrainingEvent, where: str, pace: str) -> None:

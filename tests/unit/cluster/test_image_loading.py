@@ -303,5 +303,4 @@ def test_the_watch_rests_while_a_batch_is_not_taken(
     watch = NotingWatch()
     monkeypatch.setattr(image_loading, "StallWatch", lambda _limit_s: watch)
     ImageLoader(spec, rows).prepare(request([5, 4, 0]))
-    read = ["moved"] * (1 + 3)
-    assert watch.events == [*read, "rest", "moved", "rest"]
+    assert watch.events == ["begin", *["moved"] * 3, "rest", "begin", "rest"]

@@ -115,10 +115,10 @@ def test_a_network_that_gives_no_finite_numbers_at_all_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("num_decode_threads", [0, 2])
-def test_the_watch_is_told_of_each_image_and_batch_and_rests_behind_the_last_one(
+def test_the_watch_is_told_of_each_image_that_came_and_of_each_batch_that_was_taken(
     monkeypatch: pytest.MonkeyPatch, num_decode_threads: int
 ) -> None:
     watch = NotingWatch()
     prepared(monkeypatch, num_decode_threads=num_decode_threads, watch=watch)
     num_batches = -(-len(FILES) // 2)
-    assert watch.events == ["moved"] * (1 + len(FILES) + num_batches) + ["rest"]
+    assert watch.events == ["moved"] * (len(FILES) + num_batches)

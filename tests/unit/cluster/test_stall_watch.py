@@ -45,7 +45,8 @@ with watch.watching():
     "lines",
     [
         "with watch.watching(): pass",
-        "watch.moved(); watch.rest()",
+        "watch.begin(); watch.rest()",
+        "watch.moved()",
         "with watch.watching(): watch.rest(); time.sleep(1)",
     ],
 )
@@ -55,7 +56,7 @@ def test_nothing_has_to_move_where_nothing_is_waited_for(lines: str) -> None:
 
 
 def test_it_counts_again_after_a_rest() -> None:
-    ended = run("watch = StallWatch(0.5)\nwatch.moved()\nwatch.rest()\nwatch.moved()\ntime.sleep(60)")
+    ended = run("watch = StallWatch(0.5)\nwatch.begin()\nwatch.rest()\nwatch.begin()\ntime.sleep(60)")
     assert ended.returncode == 1
 
 

@@ -101,7 +101,8 @@ def test_a_job_that_finishes_nothing_says_so_until_it_does_something_else(
         shown.start(100, 0)
         now_s = 130.0
         printed = ""
-        while "finished" not in printed:
+        deadline_s = time.perf_counter() + 60
+        while "finished" not in printed and time.perf_counter() < deadline_s:
             printed += capsys.readouterr().err
         shown.stage("committing")
         now_s = 1000.0
