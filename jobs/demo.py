@@ -112,9 +112,7 @@ def main() -> None:
         interval = report["intervals"]["top1"]
         print(f"   {way:27} top-1 {report['top1']:.1%}", end=" ")
         print(f"(95 % interval {interval['low']:.1%} to {interval['high']:.1%})")
-    print(
-        f"   {'the same head on raw pixels':27} top-1 {pixel_baseline(folder / 'images' / 'digits-5-9'):.1%}"
-    )
+    print(f"   {'a softmax on raw pixels':27} top-1 {pixel_baseline(folder / 'images' / 'digits-5-9'):.1%}")
     print_ensemble(tuned)
     print(f"   images     {folder / 'images'}")
     print(f"   workspace  {workspace}")

@@ -114,7 +114,7 @@ def _finish_slice(
             slice=name,
             attempt="a0",
             parts={PREDICTIONS: part},
-            rejects=write_rejects(store, run.key(f"rejects/{name}-a0.parquet"), rejects, "a0", {})
+            rejects=write_rejects(store, run.key(f"rejects/{name}-a0.parquet"), rejects, "a0", RUN)
             if rejects
             else None,
             num_results=samples.num_rows,

@@ -156,4 +156,6 @@ def _write_rejects(
         )
         for sample in lost
     ]
-    return write_rejects(store, f"runs/{run.run_id}/rejects/{name}-{attempt}.parquet", rejects, attempt, {})
+    return write_rejects(
+        store, f"runs/{run.run_id}/rejects/{name}-{attempt}.parquet", rejects, attempt, run.run_id
+    )

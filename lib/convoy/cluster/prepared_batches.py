@@ -111,8 +111,7 @@ class SliceImages:
         rejects = None
         if self.rejects:
             key = folder.key(f"rejects/{slice_name}-{attempt}.parquet")
-            metadata = {"convoy.run_id": folder.run_id}
-            rejects = write_rejects(folder.store, key, self.rejects, attempt, metadata)
+            rejects = write_rejects(folder.store, key, self.rejects, attempt, folder.run_id)
         self.seconds["write"] = time.perf_counter() - started_s
         requests = REQUESTS.take()
         record = SliceRecord(
@@ -203,8 +202,7 @@ class ImagePreparer(Generic[KeyT]):
         window = DecodeWindow(self._decoders, self._reader.window_bytes)
         waiting: deque[ImageBatch[KeyT]] = deque()
         retries_before = self._reader.num_retries
-        for row, data in self._reader.read(known.rows):
-            self._watch.moved()
+        for row, data in self._read(known):
             if not waiting or len(waiting[-1].rows) == batch_size:
                 if not free:
                     batch = waiting.popleft()
@@ -222,6 +220,18 @@ class ImagePreparer(Generic[KeyT]):
         for batch in waiting:
             self._settle(batch, known)
             yield batch
+
+    def _read(self, known: SliceImages) -> Iterator[tuple[int, bytes | SampleRejected]]:
+        """What the reader gives; `known` learns how long it was waited for."""
+        images = self._reader.read(known.rows)
+        while True:
+            started_s = time.perf_counter()
+            image = next(images, None)
+            known.seconds["fetch"] += time.perf_counter() - started_s
+            if image is None:
+                return
+            self._watch.moved()
+            yield image
 
     def _prepare(self, data: bytes, content_id: bytes, places: Mapping[KeyT, Tensor]) -> _Prepared:
         """Decode one image into its places."""

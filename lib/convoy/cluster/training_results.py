@@ -78,5 +78,5 @@ def write_train_rejects(
         return None
     attempt = secrets.token_hex(4)
     key = RunFolder(store, run_id).key(f"rejects/train-{attempt}.parquet")
-    write_rejects(store, key, rows, attempt, {"convoy.run_id": run_id})
+    write_rejects(store, key, rows, attempt, run_id)
     return key

@@ -18,6 +18,7 @@ from convoy.core.config import StrictModel
 from convoy.core.errors import ConvoyError
 from convoy.storage.conditional_put import judge_conditional_put
 from convoy.storage.object_store import ConditionalPut, ObjectStore
+from convoy.vision.engine_options import has_python_headers
 
 # The oldest versions that are safe: older ones run code from data files (see lib/README.md).
 FLOORS = {"ray": "2.55", "torch": "2.11", "pillow": "12.3", "pyarrow": "21"}
@@ -68,13 +69,14 @@ def _machine() -> Iterator[Check]:
         yield _package(package, floor)
     yield _devices()
     compiler = shutil.which("g++") or shutil.which("clang++")
+    can_compile = compiler is not None and has_python_headers()
     yield Check(
-        verdict=Verdict.GREEN if compiler else Verdict.YELLOW,
+        verdict=Verdict.GREEN if can_compile else Verdict.YELLOW,
         what="c++ compiler",
-        found=compiler or "none",
+        found=f"{compiler or 'none'}{'' if can_compile or compiler is None else ', without Python.h'}",
         advice=""
-        if compiler
-        else "networks run eagerly; install g++ to let torch.compile speed up long jobs",
+        if can_compile
+        else "networks run eagerly; install g++ and python3-dev to let torch.compile speed up long jobs",
     )
     yield _ray_address()
 

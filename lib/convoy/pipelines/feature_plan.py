@@ -87,13 +87,15 @@ def holding_features(extraction: ExtractionConfig, backbone: BackboneRecord) -> 
 
 
 class ErrorBudget(StrictModel):
-    """How many samples may be rejected: `rows`, or `rate` of all samples, whichever is more."""
+    """How many samples may be rejected: `rows`, or `rate` of them, whichever is more, but all only at a rate of 1."""
 
     rate: float = Field(default=0.01, ge=0, le=1)
     rows: int = Field(default=100, ge=0)
 
     def allows(self, num_rejects: int, num_samples: int) -> bool:
         """Whether so many rejects among so many samples are within the budget."""
+        if 0 < num_samples <= num_rejects:
+            return self.rate == 1
         return num_rejects <= max(self.rows, self.rate * num_samples)
 
 

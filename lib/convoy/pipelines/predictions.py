@@ -178,7 +178,7 @@ class PredictionJob:
         reject_part = None
         if rejected:
             key = folder.key(f"rejects/{name}-{attempt}.parquet")
-            reject_part = write_rejects(self._store, key, rejected, attempt, {"convoy.run_id": record.run_id})
+            reject_part = write_rejects(self._store, key, rejected, attempt, record.run_id)
         write_record(
             self._store,
             SliceRecord(

@@ -111,7 +111,7 @@ def write_table(
 
 
 def write_rejects(
-    store: ObjectStore, key: str, rejects: Sequence[Reject], attempt: str, metadata: Mapping[str, str]
+    store: ObjectStore, key: str, rejects: Sequence[Reject], attempt: str, run_id: str
 ) -> PartFile:
     """Write the reject table of one slice and return what proves it."""
     rows = [
@@ -121,6 +121,7 @@ def write_rejects(
     digest = MultisetDigest()
     for reject in rejects:
         digest.add_row(reject.sample_id.encode(), reject.code.encode())
+    metadata = {"convoy.schema_version": str(REJECTS_SCHEMA_VERSION), "convoy.run_id": run_id}
     part = write_table(store, key, pa.Table.from_pylist(rows, REJECTS_SCHEMA), metadata, digest.hexdigest())
     crash_point(CrashPoint.REJECTS_WRITTEN)
     return part

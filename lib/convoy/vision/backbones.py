@@ -169,11 +169,12 @@ def _locate(arch: str) -> tuple[NetworkLibrary, str]:
             return library, name
     if is_factory(arch):
         return Factories(), arch
-    raise ConfigError(
-        f"there is no architecture '{arch}'",
-        where="backbone.arch",
-        next_step=f"choose one of {', '.join(_nearest(arch, libraries))}",
-    )
+    name, _, tag = arch.removeprefix(Timm.prefix).partition(".")
+    if tag and name in Timm().names():
+        next_step = f"write timm's tag into the weights: arch {Timm.prefix}{name}, weights {tag}"
+    else:
+        next_step = f"choose one of {', '.join(_nearest(arch, libraries))}"
+    raise ConfigError(f"there is no architecture '{arch}'", where="backbone.arch", next_step=next_step)
 
 
 def _nearest(arch: str, libraries: Sequence[NetworkLibrary]) -> list[str]:

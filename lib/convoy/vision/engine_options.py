@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import sysconfig
 from enum import StrEnum
 from pathlib import Path
 
@@ -78,7 +79,8 @@ class NetworkDevice(StrictModel):
     @property
     def compilers(self) -> str:
         """What `torch.compile` needs for it: its CPU code is C++, and kernels of a GPU are launched from C."""
-        return " or ".join(_GPU_COMPILERS if self.is_gpu else _CPU_COMPILERS)
+        named = " or ".join(_GPU_COMPILERS if self.is_gpu else _CPU_COMPILERS)
+        return f"{named} with Python's headers (python3-dev)"
 
 
 def device_here() -> NetworkDevice:
@@ -94,13 +96,18 @@ def device_here() -> NetworkDevice:
     return _device(cpuinfo.get("model name", platform.machine()), is_gpu=False, has_bf16=has_bf16)
 
 
+def has_python_headers() -> bool:
+    """Whether what torch.compile writes can be compiled here: it includes Python.h, which comes in a package apart."""
+    return Path(sysconfig.get_path("include"), "Python.h").is_file()
+
+
 def _device(name: str, *, is_gpu: bool, has_bf16: bool) -> NetworkDevice:
     compilers = _GPU_COMPILERS if is_gpu else _CPU_COMPILERS
     return NetworkDevice(
         name=name,
         is_gpu=is_gpu,
         precision=Precision.BF16 if has_bf16 else Precision.FP32,
-        has_compiler=any(map(shutil.which, compilers)),
+        has_compiler=any(map(shutil.which, compilers)) and has_python_headers(),
         num_cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
     )
 

@@ -126,8 +126,10 @@ class Torchvision:
     def _member(self, name: str, weights: str) -> Any:
         import torchvision  # noqa: PLC0415
 
-        members = torchvision.models.get_model_weights(name).__members__
-        wanted = "DEFAULT" if weights in DEFAULT_WEIGHTS else weights
+        named = torchvision.models.get_model_weights(name)
+        members = named.__members__
+        # torchvision takes its own names in full too: ResNet50_Weights.IMAGENET1K_V2.
+        wanted = "DEFAULT" if weights in DEFAULT_WEIGHTS else weights.removeprefix(f"{named.__name__}.")
         if wanted not in members:
             raise _unknown_weights(self.prefix + name, weights, list(members))
         return members[wanted]

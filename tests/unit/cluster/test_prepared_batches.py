@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -35,11 +36,14 @@ def prepared(
     num_decode_threads: int = 1,
     digests_content: bool = False,
     watch: StallWatch | None = None,
+    seconds_an_image: float = 0.0,
 ) -> SliceImages:
     """All files through a preparer, as one slice."""
 
-    def read(_reader: SampleReader, rows: pa.Table) -> enumerate[bytes]:
-        return enumerate(FILES[name] for name in rows["sample_id"].to_pylist())
+    def read(_reader: SampleReader, rows: pa.Table) -> Iterator[tuple[int, bytes]]:
+        for row, name in enumerate(rows["sample_id"].to_pylist()):
+            time.sleep(seconds_an_image)
+            yield row, FILES[name]
 
     monkeypatch.setattr(SampleReader, "read", read)
     images = SliceImages(made_manifest(list(FILES)), time.time())
@@ -122,3 +126,10 @@ def test_the_watch_is_told_of_each_image_that_came_and_of_each_batch_that_was_ta
     prepared(monkeypatch, num_decode_threads=num_decode_threads, watch=watch)
     num_batches = -(-len(FILES) // 2)
     assert watch.events == ["moved"] * (len(FILES) + num_batches)
+
+
+def test_the_time_that_a_slow_store_takes_is_told_apart_from_all_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    images = prepared(monkeypatch, seconds_an_image=0.05)
+    assert images.seconds["fetch"] >= 0.05 * len(FILES)

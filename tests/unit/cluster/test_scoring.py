@@ -126,6 +126,9 @@ def test_a_slice_becomes_one_row_an_image_and_one_reject(store: LocalStore) -> N
         pq.read_table(store.uri(record.parts[member_output(1)].key))["logits"].to_pylist(), np.float32
     )
     assert logits_NVK.shape == (NUM_IMAGES, 2, 10)
+    assert record.rejects is not None
+    told = pq.read_schema(store.uri(record.rejects.key)).metadata
+    assert (told[b"convoy.schema_version"], told[b"convoy.run_id"]) == (b"1", b"r1")
 
 
 @pytest.mark.parametrize("table", [None, "alone", "with_features"])

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import pytest
+
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.feature_plan import (
+    ErrorBudget,
     ExtractionConfig,
     FeatureRequest,
     ManyPolicies,
@@ -93,3 +96,24 @@ def test_labels_tell_the_sets_of_several_policies_apart() -> None:
 def test_the_forecast_counts_the_views_of_all_policies() -> None:
     one = forecast_forward_s(record(), request(views=1), 1000)
     assert forecast_forward_s(record(), request(STANDARD, views=3), 1000) == 5 * one
+
+
+@pytest.mark.parametrize(
+    ("rejects", "samples", "settings", "is_allowed"),
+    [
+        (0, 0, {}, True),
+        (100, 101, {}, True),
+        (101, 102, {}, False),
+        (200, 20_000, {}, True),
+        (201, 20_000, {}, False),
+        # Not one image could be used, so nothing was done.
+        (1, 1, {}, False),
+        (50, 50, {}, False),
+        (50, 50, {"rows": 1000}, False),
+        (50, 50, {"rate": 1}, True),
+    ],
+)
+def test_the_error_budget_allows_so_many_rejects_but_not_all(
+    rejects: int, samples: int, settings: dict[str, float], is_allowed: bool
+) -> None:
+    assert ErrorBudget.model_validate(settings).allows(rejects, samples) is is_allowed

@@ -168,6 +168,22 @@ def test_presets_are_those_of_the_named_weights() -> None:
     assert second == EvalPreset(resize_px=232)
 
 
+def test_torchvisions_full_names_of_weights_are_understood() -> None:
+    weights = "ResNet50_Weights.IMAGENET1K_V2"
+    assert weight_source(BackboneConfig(arch="torchvision:resnet50", weights=weights)) is WeightSource.NAMED
+    found = default_preset(BackboneConfig(arch="torchvision:resnet50", weights=weights))
+    assert found == EvalPreset(resize_px=232)
+    with pytest.raises(ConfigError, match=r"ResNet50_Weights\.IMAGENET1K_V2"):
+        default_preset(BackboneConfig(arch="torchvision:resnet18", weights=weights))
+
+
+@pytest.mark.parametrize("arch", ["timm:resnet50.a1_in1k", "resnet50.a1_in1k"])
+def test_a_name_with_timms_tag_is_told_where_the_tag_goes(arch: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build_network(BackboneConfig(arch=arch))
+    assert caught.value.next_step == "write timm's tag into the weights: arch timm:resnet50, weights a1_in1k"
+
+
 def test_presets_of_timm_are_those_of_the_tag() -> None:
     preset = default_preset(BackboneConfig(arch="timm:xception41", weights="tf_in1k"))
     assert preset == EvalPreset(

@@ -58,6 +58,10 @@ EXPECTED = {
     "torchvision:densenet121": Expected(
         maps=8, vectors=1, pooled=1024, stem_px=56, last_px=7, deepest="features.denseblock4"
     ),
+    # Chollet's own; of its separable convolutions behind the twelve blocks, each half is a stage.
+    "timm:legacy_xception": Expected(
+        maps=18, vectors=1, pooled=2048, stem_px=149, last_px=10, deepest="conv4.pointwise"
+    ),
     "timm:xception41": Expected(
         maps=15, vectors=1, pooled=2048, stem_px=150, last_px=10, deepest="blocks.12"
     ),

@@ -73,6 +73,15 @@ def test_a_compiler_is_one_for_what_runs_the_networks(
     assert (device.is_gpu, device.has_compiler) == (is_gpu, expected)
 
 
+def test_a_compiler_is_none_without_the_headers_of_python(gpu: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    has_capability(gpu, 9)
+    gpu.setattr(engine_options.shutil, "which", lambda name: name)
+    gpu.setattr(engine_options.sysconfig, "get_path", lambda _: str(tmp_path))
+    assert not device_here().has_compiler
+    (tmp_path / "Python.h").touch()
+    assert device_here().has_compiler
+
+
 def test_a_precision_is_told_with_its_reason(gpu: pytest.MonkeyPatch) -> None:
     has_capability(gpu, 9)
     assert device_here().precision_note == "precision bf16: NVIDIA H100 computes bf16 natively"
