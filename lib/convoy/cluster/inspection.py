@@ -12,7 +12,7 @@ from torch import Tensor
 
 from convoy.cluster.inspection_drawing import Picture, PieceDrawer
 from convoy.cluster.inspection_spec import InspectionSpec, NetworkSpec, PictureData, Piece
-from convoy.cluster.kept_weights import read_kept_weights
+from convoy.cluster.kept_weights import open_readout, read_kept_weights
 from convoy.cluster.prepared_batches import ImagePreparer, SliceImages
 from convoy.cluster.slices import SliceTask
 from convoy.cluster.stall_watch import StallWatch
@@ -25,12 +25,10 @@ from convoy.storage.stores import open_store
 from convoy.vision.augmentation_policy import EVAL_VIEW
 from convoy.vision.backbones import build_network, depth_axis
 from convoy.vision.forward import open_device
-from convoy.vision.head_config import HEAD_PREFIX
-from convoy.vision.heads import OutputGroups, head_from_state
 from convoy.vision.inspection import InspectedNetwork
 from convoy.vision.inspection_options import MaximisationOptions
 from convoy.vision.views import prepare_view
-from convoy.vision.weights import load_weights, read_state_dict, state_below
+from convoy.vision.weights import load_weights
 
 
 class Inspector:
@@ -91,13 +89,9 @@ def _open_drawer(store: ObjectStore, spec: NetworkSpec, options: MaximisationOpt
     network = build_network(spec.backbone)
     axis = depth_axis(spec.backbone, network)
     load_weights(network, read_kept_weights(store, spec.weights_key))
-    head = None
-    if spec.head is not None and spec.head_key is not None:
-        state = read_state_dict(store.get(spec.head_key).data)
-        head = head_from_state(spec.head, state_below(state, HEAD_PREFIX))
-    groups = None if spec.output_groups is None else OutputGroups(spec.output_groups)
+    readout = open_readout(store, spec.head, spec.head_key, spec.output_groups)
     inspected = InspectedNetwork(
-        network, axis, spec.preset, tap=spec.tap, readout=head or groups, stages=spec.stages
+        network, axis, spec.preset, tap=spec.tap, readout=readout, stages=spec.stages
     )
     return PieceDrawer(network, axis, inspected, options)
 

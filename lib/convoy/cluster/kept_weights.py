@@ -1,16 +1,21 @@
-"""Networks with their weights from the workspace, compared with the digest that they are kept under."""
+"""Networks and heads with their weights from the workspace, compared with the digest that they are kept under."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from convoy.core.errors import ChecksumMismatch
+from convoy.core.fingerprints import digest_bytes
 from convoy.storage.object_store import ObjectStore
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.backbones import build_network, depth_axis, native_px, require_recorded
 from convoy.vision.folding import fold_batch_norms
+from convoy.vision.head_config import HEAD_PREFIX, HeadSpec
+from convoy.vision.heads import OutputGroups, head_from_state
 from convoy.vision.stages import DepthAxis
-from convoy.vision.weights import load_weights, read_state_dict, weights_digest
+from convoy.vision.weights import load_weights, read_state_dict, state_below, weights_digest
 
 
 def open_network(
@@ -36,11 +41,33 @@ def read_kept_weights(store: ObjectStore, key: str) -> dict[str, Tensor]:
     ChecksumMismatch if they have another digest: a run that goes on must not go on with other weights.
     """
     state = read_state_dict(store.get(key).data)
-    wanted, found = key.split("/")[-2], weights_digest(state)
+    _require_same(weights_digest(state), key.split("/")[-2], store.uri(key))
+    return state
+
+
+def open_readout(
+    store: ObjectStore,
+    head: HeadSpec | None,
+    head_key: str | None,
+    output_groups: Sequence[Sequence[int]] | None,
+) -> nn.Module | None:
+    """What makes logits of a network's features: a kept head, or groups of its outputs; None where they are the logits.
+
+    `head_key` is `.../<digest>.safetensors`. Raises ChecksumMismatch for other bytes, DataError for tensors that do not
+    fit.
+    """
+    if head is None or head_key is None:
+        return None if output_groups is None else OutputGroups(output_groups)
+    data = store.get(head_key).data
+    wanted = head_key.rpartition("/")[2].partition(".")[0]
+    _require_same(digest_bytes(data).hex(), wanted, store.uri(head_key))
+    return head_from_state(head, state_below(read_state_dict(data), HEAD_PREFIX))
+
+
+def _require_same(found: str, wanted: str, where: str) -> None:
     if found != wanted:
         raise ChecksumMismatch(
             f"the weights have the digest {found}, not the {wanted} that they are kept under",
-            where=store.uri(key),
-            next_step="find out who changed the file; delete it, and the next job brings the network again",
+            where=where,
+            next_step="find out who changed the file; delete it, and the next job brings the weights again",
         )
-    return state

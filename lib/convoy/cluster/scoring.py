@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from convoy.cluster.kept_weights import open_network
+from convoy.cluster.kept_weights import open_network, open_readout
 from convoy.cluster.prepared_batches import ImageBatch, ImagePreparer, SliceImages
 from convoy.cluster.scored_parts import SliceLogits, write_parts
 from convoy.cluster.scoring_spec import MemberSpec, ScoringSpec
@@ -29,12 +29,9 @@ from convoy.storage.stores import open_store
 from convoy.vision.committee import Committee, Member, TurnOutput, check_input_size
 from convoy.vision.forward import casting_once
 from convoy.vision.gating import GatedCommittee, GatedRows
-from convoy.vision.head_config import HEAD_PREFIX
-from convoy.vision.heads import OutputGroups, head_from_state
 from convoy.vision.multicrop import cut_slots
 from convoy.vision.presets import CropGeometry
 from convoy.vision.readout import LogitsNetwork
-from convoy.vision.weights import read_state_dict, state_below
 
 # Of an operator's GPU memory, what the weights of members may take; the rest is for activations.
 _SHARE_FOR_WEIGHTS = 0.5
@@ -161,16 +158,11 @@ def weights_budget_bytes(free_bytes: int, total_bytes: int, gpu_share: float) ->
 def _open_network(store: ObjectStore, spec: MemberSpec, features_tap: str | None) -> LogitsNetwork:
     """A member's network with its readout, from the workspace."""
     network, axis = open_network(store, spec.backbone, spec.weights_key, spec.num_classes)
-    head = None
-    if spec.head is not None and spec.head_key is not None:
-        state = read_state_dict(store.get(spec.head_key).data)
-        head = head_from_state(spec.head, state_below(state, HEAD_PREFIX))
-    groups = None if spec.output_groups is None else OutputGroups(spec.output_groups)
     return LogitsNetwork(
         network,
         axis,
         tap=spec.tap,
-        readout=head or groups,
+        readout=open_readout(store, spec.head, spec.head_key, spec.output_groups),
         class_order=spec.class_order,
         features_tap=features_tap,
     )

@@ -16,7 +16,7 @@ from convoy.vision.head_config import HeadSpec
 class MemberSpec(StrictModel):
     """A network with its readout, and where a worker finds its tensors.
 
-    `num_classes` are those of the network by its record. `head_key` is a bundle's file that holds the head;
+    `num_classes` are those of the network by its record. `head_key` is the file of the run that holds the head;
     `output_groups` adds outputs up to classes. `class_order` gives for each class of the committee its index among the
     member's, null where the order is the same.
     """

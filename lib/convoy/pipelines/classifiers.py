@@ -14,13 +14,14 @@ from enum import StrEnum
 from typing import Any
 
 from convoy.core.errors import ConfigError, DataError
-from convoy.core.fingerprints import canonical_json, digest
+from convoy.core.fingerprints import canonical_json, digest, digest_bytes
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.device_settings import settle_precision
 from convoy.pipelines.feature_plan import ExtractionConfig, FeatureDtype, PrecisionChoice
 from convoy.storage.bundles import ENSEMBLE_FILE, MODEL_FILE, Bundle
 from convoy.storage.documents import exists
 from convoy.storage.object_store import ObjectStore
+from convoy.storage.runs import RunFolder
 from convoy.vision.decode_rule import DecodeRule
 from convoy.vision.head_config import HEAD_PREFIX, HeadKind, HeadSpec
 from convoy.vision.weight_files import float32_below
@@ -170,6 +171,15 @@ def _grouped_outputs(
     return mapped, groups
 
 
+def keep_head(folder: RunFolder, classifier: Classifier) -> str | None:
+    """Put the head into a run's folder, for its workers; its key names the digest. None where there is no head."""
+    if classifier.head is None:
+        return None
+    key = folder.key(f"heads/{digest_bytes(classifier.head.tensors).hex()}.safetensors")
+    folder.store.put(key, classifier.head.tensors)
+    return key
+
+
 def classifier_digest(classifier: Classifier) -> str:
     """A digest of everything that determines predictions, for classifiers that are no bundles."""
     return digest(classifier_config(classifier) | {"classes": classifier.classes})
@@ -203,7 +213,9 @@ def read_classifier(store: ObjectStore, bundle: Bundle) -> Classifier:
         strategy=Strategy(config["strategy"]),
         backbone=backbone,
         tap=config["tap"],
-        head=None if spec is None else StoredHead(spec, float32_below(data, HEAD_PREFIX)),
+        head=None
+        if spec is None
+        else StoredHead(spec, float32_below(data, HEAD_PREFIX, where=bundle.ref.uri)),
         output_groups=config.get("output_groups"),
         classes=tuple(bundle.read_json("classes.json")),
         decode_rule=DecodeRule.model_validate(preprocess["decode_rule"]),

@@ -16,6 +16,7 @@ from convoy.cluster.session import ray_session
 from convoy.cluster.slices import PlannedWork, SliceTask, WorkerPool
 from convoy.core.fingerprints import canonical_json, digest
 from convoy.core.progress import Progress
+from convoy.pipelines.classifiers import keep_head
 from convoy.pipelines.embedding_maps import require_method
 from convoy.pipelines.inspect_config import InspectConfig, Section
 from convoy.pipelines.inspect_findings import Findings, look_at_sample
@@ -165,20 +166,20 @@ class _Inspection:
         )
 
     def _spec(self, record: RunRecord, pool: WorkerPool) -> InspectionSpec:
-        classifier = self._model.classifier
+        classifier, folder = self._model.classifier, RunFolder(self._store, record.run_id)
         pieces = [Piece.model_validate(one) for one in record.settings["pieces"]]
         stages = {stage for piece in pieces for stage in piece.stages}
         return InspectionSpec(
             workspace=self._store.root_uri,
             run_id=record.run_id,
-            prefix=RunFolder(self._store, record.run_id).key(f"{INSPECTION}/"),
+            prefix=folder.key(f"{INSPECTION}/"),
             network=NetworkSpec(
                 backbone=classifier.backbone.config,
                 weights_key=classifier.backbone.weights_key,
                 preset=classifier.backbone.preset,
                 tap=classifier.tap,
                 head=None if classifier.head is None else classifier.head.spec,
-                head_key=self._model.head_key,
+                head_key=keep_head(folder, classifier),
                 output_groups=classifier.output_groups,
                 stages=tuple(sorted(stages)),
             ),

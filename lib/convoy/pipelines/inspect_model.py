@@ -7,18 +7,17 @@ from dataclasses import dataclass
 from convoy.pipelines.classifiers import Classifier, as_is, classifier_digest, read_classifier
 from convoy.pipelines.inspect_config import InspectConfig
 from convoy.pipelines.models import fetch_backbone
-from convoy.storage.bundles import MODEL_FILE, open_bundle
+from convoy.storage.bundles import open_bundle
 from convoy.storage.object_store import ObjectStore
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InspectedModel:
-    """A classifier, its name and digest, and the bundle's file that holds its head, where it has one."""
+    """A classifier, its name and digest."""
 
     name: str
     digest: str
     classifier: Classifier
-    head_key: str | None
 
 
 def open_model(store: ObjectStore, config: InspectConfig) -> InspectedModel:
@@ -26,14 +25,7 @@ def open_model(store: ObjectStore, config: InspectConfig) -> InspectedModel:
     if config.model is not None:
         backbone = fetch_backbone(store, config.model.backbone)
         classifier = as_is(backbone, config.model.classes, config.extraction)
-        return InspectedModel(
-            name=backbone.arch, digest=classifier_digest(classifier), classifier=classifier, head_key=None
-        )
+        return InspectedModel(name=backbone.arch, digest=classifier_digest(classifier), classifier=classifier)
     bundle = open_bundle(store, config.bundle or "")
     classifier = read_classifier(store, bundle)
-    return InspectedModel(
-        name=str(bundle.ref),
-        digest=bundle.ref.digest,
-        classifier=classifier,
-        head_key=None if classifier.head is None else f"{bundle.ref.folder}{MODEL_FILE}",
-    )
+    return InspectedModel(name=str(bundle.ref), digest=bundle.ref.digest, classifier=classifier)

@@ -7,17 +7,15 @@ from typing import Any
 from convoy.cluster.scoring_spec import MemberSpec, ScoreTable, ScoringSpec
 from convoy.cluster.slices import WorkerPool
 from convoy.core.crop_policies import EvaluationMode
-from convoy.core.errors import ConfigError
-from convoy.pipelines.classifiers import class_indices
+from convoy.pipelines.classifiers import class_indices, keep_head
 from convoy.pipelines.committees import CommitteeMember
 from convoy.pipelines.feature_plan import compile_decision
 from convoy.pipelines.model_choice import REFERENCES
 from convoy.pipelines.prediction_request import PredictionRequest
-from convoy.storage.bundles import MODEL_FILE
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.predictions import PREDICTIONS_SCHEMA_VERSION
-from convoy.storage.runs import RunRecord
+from convoy.storage.runs import RunFolder, RunRecord
 from convoy.vision.committee_options import CommitteeOptions, MemberOptions
 
 
@@ -51,12 +49,12 @@ def labels_in_committee(manifest: Manifest, request: PredictionRequest) -> tuple
 def scoring_spec(
     store: ObjectStore, manifest: Manifest, request: PredictionRequest, record: RunRecord, pool: WorkerPool
 ) -> ScoringSpec:
-    """Everything that a worker of this run needs."""
-    committee = request.committee
+    """Everything that a worker of this run needs; heads are put into the run's folder."""
+    committee, folder = request.committee, RunFolder(store, record.run_id)
     return ScoringSpec(
         workspace=store.root_uri,
         run_id=record.run_id,
-        members=tuple(_member_spec(request, member) for member in committee.members),
+        members=tuple(_member_spec(folder, request, member) for member in committee.members),
         classes=committee.classes,
         class_of_label=labels_in_committee(manifest, request),
         gives_probabilities=committee.gives_probabilities,
@@ -104,15 +102,8 @@ def _score_table(manifest: Manifest, request: PredictionRequest) -> ScoreTable |
     )
 
 
-def _member_spec(request: PredictionRequest, member: CommitteeMember) -> MemberSpec:
+def _member_spec(folder: RunFolder, request: PredictionRequest, member: CommitteeMember) -> MemberSpec:
     classifier = member.classifier
-    head_key = None
-    if classifier.head is not None:
-        if member.bundle is None:
-            raise ConfigError(
-                f"the head of {member.name} lies in no bundle", next_step="write its bundle first"
-            )
-        head_key = f"{member.bundle.folder}{MODEL_FILE}"
     return MemberSpec(
         digest=member.digest,
         backbone=classifier.backbone.config,
@@ -120,7 +111,7 @@ def _member_spec(request: PredictionRequest, member: CommitteeMember) -> MemberS
         weights_key=classifier.backbone.weights_key,
         tap=classifier.tap,
         head=None if classifier.head is None else classifier.head.spec,
-        head_key=head_key,
+        head_key=keep_head(folder, classifier),
         output_groups=classifier.output_groups,
         class_order=classifier.order_of(request.committee.classes),
         options=MemberOptions(

@@ -16,13 +16,13 @@ STATE = {
 
 
 def test_it_keeps_the_very_tensors_below_the_prefix_and_no_others() -> None:
-    cut = read_state_dict(float32_below(state_to_safetensors(STATE), "head."))
+    cut = read_state_dict(float32_below(state_to_safetensors(STATE), "head.", where="here"))
     assert cut.keys() == {"head.weight", "head.scale"}
     assert all(torch.equal(cut[name], STATE[name]) for name in cut)
 
 
 def test_other_bytes_and_other_types_are_refused() -> None:
     with pytest.raises(DataError, match="no safetensors file"):
-        float32_below(b"anything else", "head.")
+        float32_below(b"anything else", "head.", where="here")
     with pytest.raises(DataError, match="BF16, not float32"):
-        float32_below(state_to_safetensors(STATE), "backbone.")
+        float32_below(state_to_safetensors(STATE), "backbone.", where="here")
