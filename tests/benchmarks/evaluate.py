@@ -167,9 +167,12 @@ class EvaluateComparison:
         return result
 
     def _job(self, images: ImageSet, name: str) -> EvaluateJob:
-        keys = {"archs", "sizes", "crop_px", "batch_size", "compiled"}
+        settings = self._settings
         return EvaluateJob(
-            images=images.folder, outputs=self._outputs_of(name), **self._settings.model_dump(include=keys)
+            images=images.folder,
+            outputs=self._outputs_of(name),
+            archs=settings.archs[: max(settings.sizes)],
+            **settings.model_dump(include={"sizes", "crop_px", "batch_size", "compiled"}),
         )
 
     def _outputs_of(self, name: str) -> str:

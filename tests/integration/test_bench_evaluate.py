@@ -16,7 +16,8 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(150
 _BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 _NUM_IMAGES = 4
 _TINY = (
-    'archs=["torchvision:resnet18", "torchvision:resnet18"]',
+    # One more than the largest committee has.
+    'archs=["torchvision:resnet18", "torchvision:resnet18", "torchvision:resnet34"]',
     "sizes=[1, 2]",
     "crop_px=32",
     "batch_size=2",
