@@ -28,7 +28,7 @@ def ray_session() -> Iterator[None]:
     With RAY_ADDRESS set, that cluster is used, as soon as it has what CONVOY_CLUSTER_CPUS and CONVOY_CLUSTER_GPUS ask
     for. Without, a local Ray without a dashboard is started and stopped. A session that is already open in this
     process (a test, a notebook) is used as it is. Raises ConfigError for an address of a dashboard, ClusterError where
-    no Ray answers.
+    no Ray answers or starts.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # A thread that still asks for Ray when the session has ended must not join whatever cluster it finds.
@@ -52,8 +52,7 @@ def ray_session() -> Iterator[None]:
         # Threads of an OpenMP team that wait must not hold the cores that decoders need, but to wake them costs more
         # than a short wait: this is a tenth of a millisecond. Workers take it from the process that starts Ray.
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-        # Without "local" Ray would join the last cluster that `ray start` left behind on this machine.
-        _init("local", include_dashboard=False, object_store_memory=_object_store_bytes())
+        _start()
     if threading.current_thread() is threading.main_thread():
         # Ray puts a handler of its own there, which aborts the process.
         signal.signal(signal.SIGTERM, on_sigterm)
@@ -63,6 +62,18 @@ def ray_session() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _start() -> None:
+    try:
+        # Without "local" Ray would join the last cluster that `ray start` left behind on this machine.
+        _init("local", include_dashboard=False, object_store_memory=_object_store_bytes())
+    # Ray raises no narrower one where its processes take longer than half a minute, as on a machine that is too busy.
+    except Exception as error:
+        raise ClusterError(
+            f"Ray did not start here: {error}",
+            next_step="run the same command again when the machine is less busy; Ray's logs are below /tmp/ray",
+        ) from error
 
 
 def _join(address: str) -> None:

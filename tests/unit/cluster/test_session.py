@@ -40,3 +40,14 @@ def test_what_a_job_in_the_session_raises_is_left_as_it_is(monkeypatch: pytest.M
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
     with pytest.raises(ConnectionError, match="the store"), ray_session():
         raise ConnectionError("the store went away")
+
+
+def test_a_ray_that_does_not_start_is_an_error_with_a_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_: Any) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ClusterError, match="timed out during startup") as caught, ray_session():
+        pytest.fail("there is no session")
+    assert "run the same command again" in caught.value.next_step
