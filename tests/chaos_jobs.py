@@ -193,13 +193,18 @@ class ChaosBucket:
 
     def new_job(self, verb: str, environment: Mapping[str, str] | None = None) -> ChaosJob:
         """A job in a workspace of its own that has the dataset and the bundles, and no run."""
-        workspace = f"s3://{self.name}/{uuid.uuid4().hex}"
-        store = open_store(workspace)
-        for info in self._base.list_objects():
-            store.put(info.key, self._base.get(info.key).data)
+        workspace = copied_workspace(self._base, f"s3://{self.name}/{uuid.uuid4().hex}")
         # The server has no atomic create, and these jobs are alone.
         settings = ("dataset=digits", "writers=single", _FP32, *SETTINGS[verb])
         return ChaosJob(verb, workspace, settings, environment or {})
+
+
+def copied_workspace(base: ObjectStore, uri: str) -> str:
+    """The URI, where now all that the base has lies too."""
+    store = open_store(uri)
+    for info in base.list_objects():
+        store.put(info.key, base.get(info.key).data)
+    return uri
 
 
 class WorkerKiller:

@@ -13,7 +13,8 @@ import boto3
 from cache_jobs import freeze, write_digits
 from command_lines import CONVOY, convoy, convoy_here, report_of, settings_arguments
 from convoy.storage.checkpoints import CheckpointFolder, CheckpointRecord
-from convoy.storage.runs import RunFolder
+from convoy.storage.documents import exists
+from convoy.storage.runs import RunFolder, run_ids
 from convoy.storage.stores import open_store
 
 PRESET = "{resize_px: 32, crop_px: 32}"
@@ -101,5 +102,5 @@ class TrainJob:
     def training_folders(self) -> list[RunFolder]:
         """The run folders of the workspace that hold trainings."""
         store = open_store(self.workspace)
-        paths = Path(self.workspace, "runs").glob("*/initial.safetensors")
-        return [RunFolder(store, path.parent.name) for path in paths]
+        folders = [RunFolder(store, run_id) for run_id in run_ids(store)]
+        return [folder for folder in folders if exists(store, folder.key("initial.safetensors"))]

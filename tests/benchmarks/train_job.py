@@ -129,7 +129,7 @@ def open_training(job: TrainJob, **changed: str) -> Training:
         num_preparers=1,
         num_threads=os.cpu_count() or 1,
         num_fetch_threads=config.extraction.num_fetch_threads,
-        stall_s=60 * config.extraction.stall_minutes,
+        stall_s=config.extraction.stall_s,
         local_cache=None,
     )
     return Training(

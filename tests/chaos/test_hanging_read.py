@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cache_jobs import CacheJob, made_job
-from chaos_jobs import Audit, FaultTable, audit_run
-from convoy.storage.runs import run_ids
-from convoy.storage.stores import open_store
+from cache_jobs import made_job
+from chaos_jobs import FaultTable, audit_run
 from hanging_image import HangingImage
 from train_jobs import LENET, TrainJob, frozen_digits, timeless
 
@@ -26,17 +24,12 @@ def aside(tmp_path: Path) -> Path:
     return tmp_path / "aside.jpg"
 
 
-def audit(job: CacheJob) -> Audit:
-    (run,) = run_ids(open_store(job.workspace))
-    return audit_run(job.workspace, run)
-
-
 def test_a_slice_whose_read_hangs_is_done_by_another_worker(
     tmp_path: Path, aside: Path, ray_cluster: None, fault_table: FaultTable
 ) -> None:
     clean = made_job(tmp_path).changed(EXTRACTION)
     job = clean.copied_to(tmp_path / "faulty")
-    clean.run_here()
+    clean_run = clean.run_here()["run"]
     with HangingImage(tmp_path / "images" / "7" / "00007.jpg", aside, worker=r"MapWorker.*\.submit") as image:
         report = job.run_here()
     assert len(image.ended) == 1
@@ -46,8 +39,8 @@ def test_a_slice_whose_read_hangs_is_done_by_another_worker(
     fault_table.add(
         "F26 a read hangs, cache",
         fired=len(image.ended),
-        audit=audit(job),
-        clean_digest=audit(clean).digest,
+        audit=audit_run(job.workspace, report["run"]),
+        clean_digest=audit_run(clean.workspace, clean_run).digest,
     )
 
 

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from cache_jobs import freeze
+from chaos_jobs import copied_workspace
 from command_lines import last_json
-from convoy.storage.checkpoints import CheckpointFolder
-from convoy.storage.runs import run_ids
 from convoy.storage.stores import open_store
 from fault_proxy import (
     ACCESS_DENIED,
@@ -66,10 +65,7 @@ def new_job(
     assert freeze(f"s3://{bucket}/images", base.root_uri)["splits"] == NUM_ROWS
 
     def new() -> TrainJob:
-        store = open_store(f"s3://{bucket}/{uuid.uuid4().hex}")
-        for info in base.list_objects():
-            store.put(info.key, base.get(info.key).data)
-        return TrainJob(store.root_uri, SETTINGS)
+        return TrainJob(copied_workspace(base, f"s3://{bucket}/{uuid.uuid4().hex}"), SETTINGS)
 
     return new
 
@@ -78,13 +74,6 @@ def new_job(
 def clean(new_job: Callable[[], TrainJob]) -> dict[str, Any]:
     """The report of the job without a fault."""
     return new_job().run_here()
-
-
-def checkpoint_steps(job: TrainJob) -> list[int]:
-    """The steps of the checkpoints that count, newest first."""
-    store = open_store(job.workspace)
-    records = [record for run in run_ids(store) for record in CheckpointFolder(store, run).records()]
-    return [record.step for record in records]
 
 
 def assert_same_training(report: dict[str, Any], clean: dict[str, Any]) -> None:
@@ -116,8 +105,7 @@ def test_uploads_that_fail_for_good_end_the_training_which_then_goes_on_from_wha
     assert injected.fired > 0
     assert finished.returncode == 1, finished.stderr
     assert A_CHECKPOINT in finished.stderr
-    good = checkpoint_steps(job)
-    assert good == [8, 4]
+    assert [one.step for one in job.checkpoints()] == [8, 4]
 
     again = job.start_here()
     assert again.returncode == 0, again.stderr

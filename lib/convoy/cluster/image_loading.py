@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import islice
-from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -32,8 +31,6 @@ from convoy.vision.views import prepare_view
 _BATCHES_AHEAD = 3
 # Rows whose bytes lie in parquet files are read a row group at a time, so a read must not span a whole epoch.
 _ROWS_A_READ = 4096
-
-ItemT = TypeVar("ItemT")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +132,9 @@ class ImageLoader:
                 ]
                 yield _Pending(request, images, decoded)
 
-    def _noting(self, read: Iterator[ItemT]) -> Iterator[ItemT]:
+    def _noting(
+        self, read: Iterator[tuple[int, bytes | SampleRejected]]
+    ) -> Iterator[tuple[int, bytes | SampleRejected]]:
         """What was read, of which the watch is told."""
         for item in read:
             self._watch.moved()

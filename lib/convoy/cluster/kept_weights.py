@@ -12,10 +12,10 @@ from convoy.storage.object_store import ObjectStore
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.backbones import build_network, depth_axis, native_px, require_recorded
 from convoy.vision.folding import fold_batch_norms
-from convoy.vision.head_config import HEAD_PREFIX, HeadSpec
-from convoy.vision.heads import OutputGroups, head_from_state
+from convoy.vision.head_config import HeadSpec
+from convoy.vision.heads import readout_of
 from convoy.vision.stages import DepthAxis
-from convoy.vision.weights import load_weights, read_state_dict, state_below, weights_digest
+from convoy.vision.weights import load_weights, read_state_dict, weights_digest
 
 
 def open_network(
@@ -51,17 +51,13 @@ def open_readout(
     head_key: str | None,
     output_groups: Sequence[Sequence[int]] | None,
 ) -> nn.Module | None:
-    """What makes logits of a network's features: a kept head, or groups of its outputs; None where they are the logits.
-
-    `head_key` is `.../<digest>.safetensors`. Raises ChecksumMismatch for other bytes, DataError for tensors that do not
-    fit.
-    """
-    if head is None or head_key is None:
-        return None if output_groups is None else OutputGroups(output_groups)
-    data = store.get(head_key).data
-    wanted = head_key.rpartition("/")[2].partition(".")[0]
-    _require_same(digest_bytes(data).hex(), wanted, store.uri(head_key))
-    return head_from_state(head, state_below(read_state_dict(data), HEAD_PREFIX))
+    """As `readout_of`, with the tensors at `head_key`: `.../<digest>.safetensors`. ChecksumMismatch for other bytes."""
+    data = None
+    if head_key is not None:
+        data = store.get(head_key).data
+        wanted = head_key.rpartition("/")[2].partition(".")[0]
+        _require_same(digest_bytes(data).hex(), wanted, store.uri(head_key))
+    return readout_of(head, data, output_groups)
 
 
 def _require_same(found: str, wanted: str, where: str) -> None:

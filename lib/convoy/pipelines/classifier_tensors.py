@@ -10,8 +10,8 @@ from convoy.pipelines.backbone_loading import read_backbone_state
 from convoy.pipelines.classifiers import BACKBONE_PREFIX, Classifier, StoredHead, classifier_config
 from convoy.storage.object_store import ObjectStore
 from convoy.vision.head_config import HEAD_PREFIX
-from convoy.vision.heads import Head, OutputGroups, head_from_state, head_to_state
-from convoy.vision.weights import read_state_dict, state_below, state_to_safetensors
+from convoy.vision.heads import Head, head_to_state, readout_of
+from convoy.vision.weights import read_state_dict, state_to_safetensors
 
 
 def stored_head(head: Head) -> StoredHead:
@@ -27,11 +27,9 @@ class Readout:
     """
 
     def __init__(self, classifier: Classifier) -> None:
-        self.module: nn.Module | None = None
-        if classifier.output_groups is not None:
-            self.module = OutputGroups(classifier.output_groups)
-        elif classifier.head is not None:
-            self.module = head_from_state(classifier.head.spec, _head_state(classifier.head))
+        head = classifier.head
+        spec, tensors = (None, None) if head is None else (head.spec, head.tensors)
+        self.module: nn.Module | None = readout_of(spec, tensors, classifier.output_groups)
 
     def logits(self, features_BD: torch.Tensor) -> torch.Tensor:
         """Float32 logits_BK for float32 features."""
@@ -49,7 +47,7 @@ def classifier_files(store: ObjectStore, classifier: Classifier) -> dict[str, by
         for name, tensor in read_backbone_state(store, classifier.backbone).items()
     }
     if classifier.head is not None:
-        state |= {HEAD_PREFIX + name: tensor for name, tensor in _head_state(classifier.head).items()}
+        state |= read_state_dict(classifier.head.tensors)
     preprocess = {
         "decode_rule": classifier.decode_rule.model_dump(mode="json"),
         "preset": classifier.backbone.preset.model_dump(mode="json"),
@@ -62,7 +60,3 @@ def classifier_files(store: ObjectStore, classifier: Classifier) -> dict[str, by
         "preprocess.json": canonical_json(preprocess),
         "classes.json": canonical_json(list(classifier.classes)),
     }
-
-
-def _head_state(head: StoredHead) -> dict[str, torch.Tensor]:
-    return state_below(read_state_dict(head.tensors), HEAD_PREFIX)

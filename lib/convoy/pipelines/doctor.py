@@ -68,17 +68,20 @@ def _machine() -> Iterator[Check]:
     for package, floor in FLOORS.items():
         yield _package(package, floor)
     yield _devices()
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    can_compile = compiler is not None and has_python_headers()
-    yield Check(
-        verdict=Verdict.GREEN if can_compile else Verdict.YELLOW,
-        what="c++ compiler",
-        found=f"{compiler or 'none'}{'' if can_compile or compiler is None else ', without Python.h'}",
-        advice=""
-        if can_compile
-        else "networks run eagerly; install g++ and python3-dev to let torch.compile speed up long jobs",
-    )
+    yield _compiler()
     yield _ray_address()
+
+
+def _compiler() -> Check:
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler and has_python_headers():
+        return Check(verdict=Verdict.GREEN, what="c++ compiler", found=compiler)
+    return Check(
+        verdict=Verdict.YELLOW,
+        what="c++ compiler",
+        found=f"{compiler}, without Python.h" if compiler else "none",
+        advice="networks run eagerly; install g++ and python3-dev to let torch.compile speed up long jobs",
+    )
 
 
 def _package(package: str, floor: str) -> Check:

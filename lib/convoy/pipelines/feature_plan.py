@@ -75,6 +75,11 @@ class ExtractionConfig(StrictModel):
     num_fetch_threads: PositiveInt | None = None
     stall_minutes: PositiveFloat = DEFAULT_STALL_MINUTES
 
+    @property
+    def stall_s(self) -> float:
+        """`stall_minutes` as workers count them."""
+        return 60 * self.stall_minutes
+
 
 def holding_features(extraction: ExtractionConfig, backbone: BackboneRecord) -> ExtractionConfig:
     """The settings with a dtype that holds the features of a network.

@@ -281,7 +281,7 @@ class FeatureJob:
             ),
             num_decode_threads=pool.num_decode_threads,
             num_fetch_threads=self._extraction.num_fetch_threads,
-            stall_s=60 * self._extraction.stall_minutes,
+            stall_s=self._extraction.stall_s,
         )
 
     def _output(self, spec: FeatureSetSpec, record: RunRecord) -> FeatureOutput:

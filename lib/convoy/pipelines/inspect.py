@@ -188,7 +188,7 @@ class _Inspection:
             pieces={slice_name(group, 0): piece for group, piece in enumerate(pieces)},
             num_threads=pool.num_threads,
             num_fetch_threads=self._config.extraction.num_fetch_threads,
-            stall_s=60 * self._config.extraction.stall_minutes,
+            stall_s=self._config.extraction.stall_s,
         )
 
     def _report(self, folder: RunFolder, found: Findings, draw_map: MapDrawer) -> InspectionReport:

@@ -343,7 +343,7 @@ class NetworkTraining:
             num_preparers=workers.preparers_per_worker,
             num_threads=workers.num_threads,
             num_fetch_threads=config.extraction.num_fetch_threads,
-            stall_s=60 * config.extraction.stall_minutes,
+            stall_s=config.extraction.stall_s,
             local_cache=LocalCacheOptions(folder=cache.folder, max_bytes=int(cache.max_gb * 1e9))
             if cache.max_gb
             else None,

@@ -84,7 +84,7 @@ def scoring_spec(
         },
         num_decode_threads=pool.num_decode_threads,
         num_fetch_threads=request.extraction.num_fetch_threads,
-        stall_s=60 * request.extraction.stall_minutes,
+        stall_s=request.extraction.stall_s,
         # Without GPUs in Ray's books nobody shares one.
         gpu_share=pool.num_gpus or 1.0,
     )

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from convoy.core.errors import ConfigError, DataError
 from convoy.vision.distillation import SoftTargets, Teacher
-from convoy.vision.head_config import HeadSpec
+from convoy.vision.head_config import HEAD_PREFIX, HeadSpec
+from convoy.vision.weights import read_state_dict, state_below
 
 
 class Head(nn.Module):
@@ -149,6 +150,18 @@ def empty_head(spec: HeadSpec, device: torch.device) -> Head:
 def head_to_state(head: Head) -> dict[str, Tensor]:
     """The head's tensors, on the CPU and contiguous, as safetensors wants them. `head.spec` is their JSON."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
+
+
+def readout_of(
+    head: HeadSpec | None, tensors: bytes | None, output_groups: Sequence[Sequence[int]] | None
+) -> nn.Module | None:
+    """What makes logits of a network's features: a head, or groups of its outputs; None where they are the logits.
+
+    `tensors` are a file that has those of the head below HEAD_PREFIX. Raises DataError where they do not fit it.
+    """
+    if head is None or tensors is None:
+        return None if output_groups is None else OutputGroups(output_groups)
+    return head_from_state(head, state_below(read_state_dict(tensors), HEAD_PREFIX))
 
 
 def head_from_state(spec: HeadSpec, state: Mapping[str, Tensor]) -> Head:

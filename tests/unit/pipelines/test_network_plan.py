@@ -214,7 +214,10 @@ def test_a_precision_that_is_given_stays_and_needs_no_note() -> None:
 
 
 def test_a_network_that_no_worker_can_compile_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"there is no gcc or clang with .* beside NVIDIA H100"):
+    with pytest.raises(
+        ConfigError,
+        match=r"there is no gcc or clang with Python's headers \(python3-dev\) beside NVIDIA H100",
+    ):
         plan_of(recipe={"compile": True}, device=made_device(has_compiler=False))
 
 
