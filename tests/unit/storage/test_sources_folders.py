@@ -164,6 +164,24 @@ def test_side_files_are_skipped_and_counted_but_no_other_file_is(tmp_path: Path)
     assert scan.skipped == {"side_file": 3, "hidden": 7}
 
 
+@pytest.mark.parametrize("kind", [None, SourceKind.IMAGES])
+def test_a_list_of_the_images_beside_them_is_no_sample_and_told(
+    tmp_path: Path, kind: SourceKind | None
+) -> None:
+    write_files(tmp_path, "train/1.jpg", "train/metadata.csv", "test/2.jpg", "test/metadata.jsonl")
+    scan = read(tmp_path, kind)
+    assert rows_of(scan) == {"test/2.jpg": (None, "test"), "train/1.jpg": (None, "train")}
+    assert scan.skipped == {"image_list": 2}
+    (warning,) = scan.warnings
+    assert "2 (test/metadata.jsonl, train/metadata.csv)" in warning
+    assert "freeze the list" in warning
+
+
+def test_a_file_in_a_class_folder_is_a_sample_whatever_its_name(tmp_path: Path) -> None:
+    write_files(tmp_path, "cat/1.jpg", "cat/metadata.csv")
+    assert list(rows_of(read(tmp_path))) == ["cat/1.jpg", "cat/metadata.csv"]
+
+
 def test_a_class_folder_without_samples_is_told(tmp_path: Path) -> None:
     write_files(tmp_path, "cat/1.jpg", "dog/.DS_Store")
     assert "class folders without a sample: 1 (dog)" in read(tmp_path).warnings

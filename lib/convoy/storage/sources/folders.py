@@ -24,7 +24,9 @@ from convoy.storage.sources.rows import (
     tabulate,
 )
 
-_HIDDEN, _SIDE_FILE, NO_CLASS = "hidden", "side_file", "no_class"
+_HIDDEN, _SIDE_FILE, NO_CLASS, _IMAGE_LIST = "hidden", "side_file", "no_class", "image_list"
+# What Hugging Face's image folders keep their labels in.
+_IMAGE_LISTS = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +138,8 @@ def _samples_only(objects: Iterable[ObjectInfo], layout: FolderLayout, skips: Sk
             skips.add(_SIDE_FILE, info.key)
         elif depth < layout.num_folders:
             skips.add(NO_CLASS, info.key)
+        elif not layout.classes and info.key.rpartition("/")[2] in _IMAGE_LISTS:
+            skips.add(_IMAGE_LIST, info.key)
         else:
             yield info
 
@@ -163,6 +167,11 @@ def _explain(samples: pa.Table, skips: Skips, classes: frozenset[str]) -> tuple[
     warnings = []
     if skips.counts[NO_CLASS]:
         warnings.append(f"files outside the class folders were left out: {skips.describe(NO_CLASS)}")
+    if skips.counts[_IMAGE_LIST]:
+        warnings.append(
+            f"lists of these images were not read, nor the labels in them: {skips.describe(_IMAGE_LIST)};"
+            " to have them, freeze the list in place of the folder"
+        )
     empty = sorted(classes - set(samples["label"].unique().to_pylist()))
     if empty:
         warnings.append(f"class folders without a sample: {describe_examples(len(empty), empty)}")
