@@ -13,13 +13,13 @@ from process_table import process_table
 class HangingImage:
     """While its block runs, a pipe that nobody writes to lies in place of a file; `ended` are workers that it ended.
 
-    They are processes whose title matches `worker`, which is to match one at a time. Once one has ended, the file is
-    back, the same as before.
+    They are processes whose title matches `worker`, which is to match one at a time. Once `num_deaths` have ended, or
+    the block has, the file is back, the same as before.
     """
 
-    def __init__(self, path: Path, aside: Path, *, worker: str) -> None:
+    def __init__(self, path: Path, aside: Path, *, worker: str, num_deaths: float = 1) -> None:
         self.ended: list[int] = []
-        self._path, self._aside, self._worker = path, aside, worker
+        self._path, self._aside, self._worker, self._num_deaths = path, aside, worker, num_deaths
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch)
 
@@ -37,9 +37,10 @@ class HangingImage:
 
     def _watch(self) -> None:
         seen: set[int] = set()
-        while not self.ended and not self._stop.wait(0.05):
+        while len(self.ended) < self._num_deaths and not self._stop.wait(0.05):
             processes = process_table()
             self.ended += seen - set(processes)
+            seen &= set(processes)
             seen |= {pid for pid, process in processes.items() if re.search(self._worker, process.title)}
-        if self.ended:
+        if len(self.ended) >= self._num_deaths:
             os.replace(self._aside, self._path)

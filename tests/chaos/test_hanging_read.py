@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,28 @@ def test_a_slice_whose_read_hangs_is_done_by_another_worker(
         audit=audit_run(job.workspace, report["run"]),
         clean_digest=audit_run(clean.workspace, clean_run).digest,
     )
+
+
+def test_an_image_whose_read_always_hangs_becomes_a_reject_that_heals(
+    tmp_path: Path, aside: Path, ray_cluster: None, fault_table: FaultTable
+) -> None:
+    clean = made_job(tmp_path).changed(EXTRACTION)
+    job = clean.copied_to(tmp_path / "faulty")
+    clean.run_here()
+    path = tmp_path / "images" / "7" / "00007.jpg"
+    with HangingImage(path, aside, worker=r"MapWorker.*\.submit", num_deaths=inf) as image:
+        report = job.run_here()
+        # Two with the slice, two with nothing but the image, and the one that left it out, which has no work any more.
+        assert len(image.ended) in {4, 5}
+    assert report["reject_codes"] == {"ends_workers": 1, "truncated": 1}
+    fault_table.add(
+        "F26 a read always hangs, cache",
+        fired=len(image.ended),
+        audit=audit_run(job.workspace, report["run"]),
+        clean_digest=None,
+    )
+    assert job.run_here()["reject_codes"] == {"truncated": 1}
+    assert job.verify()["rows_digest"] == clean.verify()["rows_digest"]
 
 
 @pytest.mark.slow

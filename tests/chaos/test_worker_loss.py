@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from chaos_jobs import SLICE_ROWS, ChaosBucket, ChaosJob, FaultTable, WorkerKiller
+from command_lines import last_json
 from convoy.storage.datasets import open_dataset
 from fault_proxy import Delay, FaultProxy, FaultRule, Hang
 
@@ -58,14 +59,37 @@ def test_workers_that_are_killed_cost_only_the_slices_they_had(
 
 
 @pytest.mark.slow
+def test_an_image_that_ends_every_worker_becomes_a_reject(
+    bucket: ChaosBucket, s3_behind_proxy: FaultProxy, fault_table: FaultTable
+) -> None:
+    """What the kernel does to a worker in which a decoder takes all memory: the same image would do it for ever."""
+    job = bucket.new_job("score")
+    deadly = image_of(job, "0-000005", 3)
+    # While it is waited for its slice has a worker, which is then killed.
+    waiting = FaultRule(method="GET", key=deadly, action=Hang(60))
+    with (
+        s3_behind_proxy.injecting(waiting) as (injected,),
+        WorkerKiller(lambda kills: injected.fired > kills) as killer,
+    ):
+        finished = job.start_here()
+    assert finished.returncode == 0, finished.stderr
+    # Two with the slice, and two with nothing but the image.
+    assert killer.kills == 4
+    assert last_json(finished)["reject_codes"] == {"ends_workers": 1, "truncated": 1}
+    fault_table.add(
+        "F5 one image ends every worker, score", fired=killer.kills, audit=job.audit(), clean_digest=None
+    )
+
+
+@pytest.mark.slow
 def test_a_slice_that_ends_every_worker_ends_the_job_by_its_name(
     bucket: ChaosBucket, s3_behind_proxy: FaultProxy, clean_digest: str, fault_table: FaultTable
 ) -> None:
-    """What the kernel does to a worker that takes all memory: the same slice would do it for ever."""
+    """What the kernel does to a worker whose network takes all memory: no image of the slice is to blame."""
     job = bucket.new_job("score")
     deadly = "0-000005"
-    # While its third image is waited for the slice has a worker, which is then killed.
-    waiting = FaultRule(method="GET", key=image_of(job, deadly, 3), action=Hang(60))
+    # While its part is written the slice has a worker, which is then killed.
+    waiting = FaultRule(method="PUT", key=f"{deadly}-[^/]*parquet$", action=Hang(60))
     with (
         s3_behind_proxy.injecting(waiting) as (injected,),
         WorkerKiller(lambda kills: injected.fired > kills) as killer,

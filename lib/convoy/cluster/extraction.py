@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 from torch import Tensor
 
+from convoy.cluster.deadly_slices import ImageTrials
 from convoy.cluster.extraction_spec import ExtractionSpec, FeatureOutput
 from convoy.cluster.kept_weights import open_network
 from convoy.cluster.prepared_batches import ImageBatch, ImagePreparer, SliceImages
@@ -70,15 +71,15 @@ class FeatureExtractor:
             features = self._engine.warm_up()
         self._widths = {tap: features_BD.shape[1] for tap, features_BD in features.items()}
 
-    def __call__(self, task: SliceTask) -> SliceRecord:
+    def __call__(self, task: SliceTask, trials: ImageTrials | None) -> SliceRecord:
         """Compute one slice, write its parts for the task's sets, its rejects, and the record that makes them count."""
         with self._watch.watching():
-            return self._do(task)
+            return self._do(task, trials)
 
-    def _do(self, task: SliceTask) -> SliceRecord:
-        started_unix_s = time.time()
+    def _do(self, task: SliceTask, trials: ImageTrials | None) -> SliceRecord:
         outputs = [output for output in self._spec.outputs if output.set_id in task.outputs]
-        result = self._new_result(task.slice, outputs, started_unix_s)
+        images = self._preparer.begin(self._folder.read_slice(task.slice), trials)
+        result = self._new_result(task.slice, outputs, images)
         numbers = tuple(dict.fromkeys(self._number_of[output.set_id] for output in outputs))
         batches = self._preparer.batches(
             result.images, partial(self._new_buffers, numbers), self._spec.engine.batch_size
@@ -96,16 +97,15 @@ class FeatureExtractor:
         )
 
     def _new_result(
-        self, slice_name: str, outputs: Sequence[FeatureOutput], started_unix_s: float
+        self, slice_name: str, outputs: Sequence[FeatureOutput], images: SliceImages
     ) -> _SliceResult:
-        rows = self._folder.read_slice(slice_name)
         features = {
-            output.set_id: np.zeros((rows.num_rows, self._widths[output.tap]), self._spec.dtype)
+            output.set_id: np.zeros((images.rows.num_rows, self._widths[output.tap]), self._spec.dtype)
             for output in outputs
         }
         # One batch of a run is enough: it costs a forward in float32.
         is_sample = slice_name == FIRST_SLICE and self._spec.engine.precision is not Precision.FP32
-        return _SliceResult(SliceImages(rows, started_unix_s), features, is_sample)
+        return _SliceResult(images, features, is_sample)
 
     def _new_buffers(self, numbers: Sequence[int]) -> dict[int, Tensor]:
         return {number: self._engine.new_batch() for number in numbers}

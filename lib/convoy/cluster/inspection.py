@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from convoy.cluster.deadly_slices import ImageTrials
 from convoy.cluster.inspection_drawing import Picture, PieceDrawer
 from convoy.cluster.inspection_spec import InspectionSpec, NetworkSpec, PictureData, Piece
 from convoy.cluster.kept_weights import open_readout, read_kept_weights
@@ -49,12 +50,13 @@ class Inspector:
         )
         self._drawer = _open_drawer(self._store, spec.network, spec.maximisation)
 
-    def __call__(self, task: SliceTask) -> SliceRecord:
+    def __call__(self, task: SliceTask, trials: ImageTrials | None) -> SliceRecord:
         """Make the picture of one piece, and write it with the record that makes it count."""
         piece = self._spec.pieces[task.slice]
         shows_images = bool(piece.looks or piece.lines)
         rows = self._folder.read_slice(task.slice) if shows_images else MANIFEST_SCHEMA.empty_table()
-        images = SliceImages(rows, time.time())
+        with self._watch.watching():
+            images = self._preparer.begin(rows, trials)
         pixels_BCHW = self._read(images) if shows_images else torch.empty(0)
         started_s = time.perf_counter()
         picture = self._drawer.draw(piece, images, pixels_BCHW)

@@ -10,7 +10,10 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from heapq import merge
+from operator import itemgetter
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -18,6 +21,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from torch import Tensor
 
+from convoy.cluster.deadly_slices import ImageTrials, deadly_image
 from convoy.cluster.decode_window import DecodeWindow, OwnThread, decode_threads
 from convoy.cluster.stall_watch import StallWatch
 from convoy.core.errors import DataError
@@ -46,11 +50,12 @@ class SliceImages:
 
     `usable_N[row]` is false until the row has an image; `content_digests` are those of its bytes, where they are asked
     for; `converted` are rows whose image had to be changed to be used; `bytes_read` counts the bytes of images, usable
-    or not, `num_retries` repeated requests for images.
+    or not, `num_retries` repeated requests for images; `deadly` rows are not read, as that has ended workers.
     """
 
     rows: pa.Table
     started_unix_s: float
+    deadly: frozenset[int] = frozenset()
     usable_N: NDArray[np.bool_] = field(init=False)
     content_digests: dict[int, bytes] = field(default_factory=dict)
     rejects: list[Reject] = field(default_factory=list)
@@ -64,6 +69,10 @@ class SliceImages:
     def __post_init__(self) -> None:
         """Nothing is known yet."""
         self.usable_N = np.zeros(self.rows.num_rows, np.bool_)
+
+    def again(self) -> SliceImages:
+        """The same slice, for another pass over its images."""
+        return SliceImages(self.rows, self.started_unix_s, self.deadly)
 
     def reject_too(self, later: SliceImages) -> None:
         """Reject the rows too that only a later pass over them could not use."""
@@ -181,6 +190,32 @@ class ImagePreparer(Generic[KeyT]):
         self._watch = watch
         self._digests_content = digests_content
 
+    def begin(self, rows: pa.Table, trials: ImageTrials | None) -> SliceImages:
+        """A slice to make batches of. With `trials` its images are read and decoded one at a time first.
+
+        What is deadly is found by that, or has been found by workers before.
+        """
+        started_unix_s = time.time()
+        return SliceImages(rows, started_unix_s, self._try_alone(rows, trials) if trials else frozenset())
+
+    def _try_alone(self, rows: pa.Table, trials: ImageTrials) -> frozenset[int]:
+        """The rows of images that are known to be deadly, if no other one is: that would end this process here."""
+        sample_ids = rows["sample_id"].to_pylist()
+        known = set(trials.deadly)
+        deadly = frozenset(row for row, sample_id in enumerate(sample_ids) if sample_id in known)
+        images = _read_others(replace(self._reader, num_threads=1, window_reads=1), rows, deadly)
+        for row, sample_id in enumerate(sample_ids):
+            if row in deadly:
+                continue
+            trials.begin(sample_id)
+            _, data = next(images)
+            if not isinstance(data, SampleRejected):
+                with suppress(SampleRejected):
+                    decode_image(data, self._rule)
+            self._watch.moved()
+        trials.end()
+        return deadly
+
     def batches(
         self, known: SliceImages, new_buffers: Callable[[], dict[KeyT, Tensor]], batch_size: int
     ) -> Iterator[ImageBatch[KeyT]]:
@@ -223,7 +258,8 @@ class ImagePreparer(Generic[KeyT]):
 
     def _read(self, known: SliceImages) -> Iterator[tuple[int, bytes | SampleRejected]]:
         """What the reader gives; `known` learns how long it was waited for."""
-        images = self._reader.read(known.rows)
+        deadly = ((row, deadly_image()) for row in sorted(known.deadly))
+        images = merge(deadly, _read_others(self._reader, known.rows, known.deadly), key=itemgetter(0))
         while True:
             started_s = time.perf_counter()
             image = next(images, None)
@@ -257,6 +293,15 @@ class ImagePreparer(Generic[KeyT]):
                 known.converted.add(row)
             known.seconds["decode"] += prepared.seconds
         known.seconds["wait"] += time.perf_counter() - started_s
+
+
+def _read_others(
+    reader: SampleReader, rows: pa.Table, deadly: frozenset[int]
+) -> Iterator[tuple[int, bytes | SampleRejected]]:
+    """What the reader gives of the rows that are not deadly."""
+    others = [row for row in range(rows.num_rows) if row not in deadly]
+    for place, image in reader.read(rows.take(others) if deadly else rows):
+        yield others[place], image
 
 
 def _reject(rows: pa.Table, row: int, rejected: SampleRejected) -> Reject:

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from convoy.cluster.deadly_slices import ImageTrials
 from convoy.cluster.kept_weights import open_network, open_readout
 from convoy.cluster.prepared_batches import ImageBatch, ImagePreparer, SliceImages
 from convoy.cluster.scored_parts import SliceLogits, write_parts
@@ -66,13 +67,13 @@ class Scorer:
         with self._watch.timing_first_batch():
             (self._gated or self._committee).warm_up()
 
-    def __call__(self, task: SliceTask) -> SliceRecord:
+    def __call__(self, task: SliceTask, trials: ImageTrials | None) -> SliceRecord:
         """Predict one slice, write its parts, its rejects, and the record that makes them count."""
         with self._watch.watching():
-            return self._do(task)
+            return self._do(task, trials)
 
-    def _do(self, task: SliceTask) -> SliceRecord:
-        images = SliceImages(self._folder.read_slice(task.slice), time.time())
+    def _do(self, task: SliceTask, trials: ImageTrials | None) -> SliceRecord:
+        images = self._preparer.begin(self._folder.read_slice(task.slice), trials)
         logits = self._exact(images) if self._gated is None else self._behind_gate(images, self._gated)
         _reject_non_finite(task, logits, images)
         return images.commit(
@@ -94,7 +95,7 @@ class Scorer:
         first, *others = self._committee.turns()
         turns = [self._run_turn(first, images)]
         for turn in others:
-            again = SliceImages(images.rows, images.started_unix_s)
+            again = images.again()
             turns.append(self._run_turn(turn, again))
             # An image that is lost between two turns has no joint output.
             images.reject_too(again)

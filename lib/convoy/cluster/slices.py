@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
-from convoy.cluster.deadly_slices import DeathWatch
+from convoy.cluster.deadly_slices import DeathWatch, ImageTrials
 from convoy.cluster.growth import regrow_cluster
 from convoy.cluster.library_versions import library_versions, require_versions
 from convoy.cluster.nodes import alive_nodes, worker_nodes
@@ -33,7 +33,8 @@ _COPIES_OF_WEIGHTS = 2
 _ROWS_AN_OPERATOR = 1000
 _FORWARD_S_AN_OPERATOR = 8.0
 _AFTER_A_DEADLY_SLICE = (
-    "most likely the memory is too small: use fewer workers (extraction.num_workers), or find the image that does it;"
+    "no single image of it does so: most likely the memory is too small (use fewer workers: extraction.num_workers), or"
+    " a mounted folder does not answer;"
     " where a worker's log in Ray's session folder ends with `Timeout` and stacks, they say what it waited for;"
     " then run the same command again, finished slices are kept"
 )
@@ -170,8 +171,8 @@ class SliceSpec(Protocol):
 class SliceOperator(Protocol):
     """What runs in a worker: made once from its spec, then called for each slice."""
 
-    def __call__(self, task: SliceTask) -> SliceRecord:
-        """Do a slice, and write the record that makes it count."""
+    def __call__(self, task: SliceTask, trials: ImageTrials | None) -> SliceRecord:
+        """Do a slice, and write the record that makes it count. With `trials` its images are tried alone first."""
         ...
 
 
@@ -188,8 +189,8 @@ def run_slices(
 ) -> Iterator[SliceRecord]:
     """The records of the tasks' slices, in the order in which they finish; metrics count them under the verb.
 
-    A worker that dies is replaced and its slice redone, unless that ends one worker after another; an error raised
-    in a worker ends the run. Finished slices stay.
+    A worker that dies is replaced and its slice redone. If that ends one worker after another, the image that does it
+    becomes a reject; where it is no image, and where a worker raises an error, the run ends. Finished slices stay.
     """
     import ray.data  # noqa: PLC0415
     from ray.exceptions import RayError  # noqa: PLC0415
@@ -254,5 +255,5 @@ class SliceWorker:
     def _do(self, task: SliceTask) -> SliceRecord:
         if isinstance(self._operator, ConvoyError):
             raise self._operator
-        with self._watch.watching(task.slice):
-            return self._thread.submit(self._operator, task).result()
+        with self._watch.watching(task.slice) as trials:
+            return self._thread.submit(self._operator, task, trials).result()

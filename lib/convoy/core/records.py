@@ -38,6 +38,7 @@ class RejectCode(StrEnum):
     ACCESS_DENIED = "access_denied"
     ARCHIVED = "archived"
     UNREADABLE = "unreadable"
+    ENDS_WORKERS = "ends_workers"
     NOT_FINITE = "not_finite"
 
 
@@ -50,6 +51,7 @@ FETCH_CODES = frozenset(
         RejectCode.ACCESS_DENIED,
         RejectCode.ARCHIVED,
         RejectCode.UNREADABLE,
+        RejectCode.ENDS_WORKERS,
     }
 )
 

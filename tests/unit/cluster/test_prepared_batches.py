@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from convoy.cluster.deadly_slices import ImageTrials
 from convoy.cluster.prepared_batches import ImagePreparer, SliceImages
 from convoy.cluster.stall_watch import StallWatch
 from convoy.core.errors import DataError
@@ -18,6 +19,7 @@ from convoy.core.records import RejectCode, Stage
 from convoy.storage.samples import SampleReader
 from convoy.vision.decode_rule import DecodeFlag, DecodeRule
 from image_files import encode, orientation_exif, photo
+from kept_notes import KeptNotes
 from made_runs import made_manifest
 from noting_watch import NotingWatch
 
@@ -30,6 +32,10 @@ FILES = {
 }
 
 
+class WorkerEnded(BaseException):
+    """Stands for the end of a process."""
+
+
 def prepared(
     monkeypatch: pytest.MonkeyPatch,
     *,
@@ -37,16 +43,19 @@ def prepared(
     digests_content: bool = False,
     watch: StallWatch | None = None,
     seconds_an_image: float = 0.0,
+    trials: ImageTrials | None = None,
+    deadly: str = "",
 ) -> SliceImages:
-    """All files through a preparer, as one slice."""
+    """All files through a preparer, as one slice; WorkerEnded where the deadly one is read."""
 
     def read(_reader: SampleReader, rows: pa.Table) -> Iterator[tuple[int, bytes]]:
         for row, name in enumerate(rows["sample_id"].to_pylist()):
             time.sleep(seconds_an_image)
+            if name == deadly:
+                raise WorkerEnded
             yield row, FILES[name]
 
     monkeypatch.setattr(SampleReader, "read", read)
-    images = SliceImages(made_manifest(list(FILES)), time.time())
     preparer = ImagePreparer[str](
         DecodeRule(),
         num_fetch_threads=1,
@@ -55,6 +64,7 @@ def prepared(
         watch=watch or StallWatch(),
         digests_content=digests_content,
     )
+    images = preparer.begin(made_manifest(list(FILES)), trials)
     for _batch in preparer.batches(images, lambda: {"whole": torch.empty(2)}, 2):
         pass
     return images
@@ -133,3 +143,32 @@ def test_the_time_that_a_slow_store_takes_is_told_apart_from_all_other(
 ) -> None:
     images = prepared(monkeypatch, seconds_an_image=0.05)
     assert images.seconds["fetch"] >= 0.05 * len(FILES)
+
+
+@pytest.mark.parametrize("deadly", ["grey", "profile", "cut"])
+def test_the_image_that_ends_every_worker_becomes_a_reject(
+    monkeypatch: pytest.MonkeyPatch, deadly: str
+) -> None:
+    notes = KeptNotes()
+    for _worker in range(2):
+        with pytest.raises(WorkerEnded):
+            prepared(monkeypatch, trials=ImageTrials(notes, "slice"), deadly=deadly)
+    images = prepared(monkeypatch, trials=ImageTrials(notes, "slice"), deadly=deadly)
+    assert images.usable_N.tolist() == [name not in {deadly, "cut"} for name in FILES]
+    codes = {reject.sample_id: (reject.stage, reject.code) for reject in images.rejects}
+    assert codes == {"cut": (Stage.DECODE, RejectCode.TRUNCATED)} | {
+        deadly: (Stage.FETCH, RejectCode.ENDS_WORKERS)
+    }
+    # A second pass leaves it out too.
+    assert images.again().deadly == images.deadly == {list(FILES).index(deadly)}
+
+
+def test_images_that_are_tried_alone_and_do_no_harm_come_as_they_would_have(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    watch = NotingWatch()
+    images = prepared(monkeypatch, trials=ImageTrials(KeptNotes(), "slice"), watch=watch)
+    assert images.usable_N.tolist() == [name != "cut" for name in FILES]
+    assert images.bytes_read == sum(map(len, FILES.values()))
+    # The watch has been told of the trials as well.
+    assert watch.events == ["moved"] * (2 * len(FILES) + -(-len(FILES) // 2))
