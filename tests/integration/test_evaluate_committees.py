@@ -258,7 +258,29 @@ def test_members_with_other_classes_are_refused_before_anything_runs(job: Commit
     assert (finished.returncode, finished.stdout) == (2, "")
     assert "members of an ensemble need the same classes" in finished.stderr
     assert "alone knows 0" in finished.stderr
+    assert "class_map" in finished.stderr
     assert job.runs() == before
+
+
+def test_a_member_whose_outputs_get_the_names_of_the_others_is_the_same_member(job: Committees) -> None:
+    others = [*DOWNWARD[:9], "ten"]
+    names = json.dumps(dict(zip(others, DOWNWARD, strict=True)))
+    members = [
+        f"{{backbone: {LENET}, classes: {json.dumps(DOWNWARD)}}}",
+        f"{{backbone: {LENET}, classes: {json.dumps(others)}, class_map: {names}}}",
+    ]
+    plain, mapped = (
+        job.run(settings=(f"ensemble={{members: [{{bundle: one}}, {member}]}}",)) for member in members
+    )
+    assert mapped["top1"] == plain["top1"]
+    assert mapped["members"][1]["top1"] == plain["members"][1]["top1"]
+    assert mapped["model_digest"] != plain["model_digest"]
+
+
+def test_views_of_a_single_model_are_kept_where_they_are_asked_for(job: Committees) -> None:
+    report = job.run("one", settings=("keep=views",))
+    assert job.member_logits(report["run"]).logits_MVNK.shape[:2] == (1, 1)
+    assert report["top1"] == job.run("one")["top1"]
 
 
 def test_an_ensemble_bundle_is_evaluated_at_its_own_crops_or_others(

@@ -275,6 +275,24 @@ def test_a_finished_search_gives_its_report_again_and_goes_on_by_a_larger_budget
 
 
 @pytest.mark.slow
+def test_trials_that_the_end_of_the_time_cut_short_go_on_with_a_larger_budget(job: TuneJob) -> None:
+    # Two seconds, in which no trial comes to its end.
+    short = job.changed(*PROBES, "budget={hours: 0.0005}")
+    for _call in range(2):
+        failed = convoy_here(*short.arguments())
+        assert failed.returncode == 1, failed.stderr
+        assert "raise the budget, and run the same command again" in failed.stderr
+        assert job.records() == {}
+    drawn = job.drawn()
+    assert drawn
+
+    report = job.changed(*PROBES, "budget={hours: 1}").run_here()
+    assert [trial["state"] for trial in report["trials"]] == ["finished"] * 2
+    assert set(drawn) <= {trial["trial"] for trial in report["trials"]}
+    assert_each_trial_ran_once(job)
+
+
+@pytest.mark.slow
 def test_a_driver_killed_while_it_measures_the_ensemble_trains_nothing_again(
     job: TuneJob, tmp_path: Path
 ) -> None:

@@ -122,9 +122,9 @@ class TrialWatch(tune.Callback):  # type: ignore[misc] # Ray has no types
         self._update(point, **known)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """A trial ended by itself, or was stopped."""
+        """A trial ended by itself, or was stopped. Once the time is up, one without a document was cut short."""
         is_late = time.monotonic() >= self._deadline_s
-        self._end(_point(trial), TrialState.STOPPED, _TIME_IS_UP if is_late else _STOPPED_EARLY)
+        self._end(_point(trial), TrialState.STOPPED, None if is_late else _STOPPED_EARLY)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial's process was lost too often, or raised what may heal and did not."""
@@ -145,17 +145,17 @@ class TrialWatch(tune.Callback):  # type: ignore[misc] # Ray has no types
             if status.state is TrialState.RUNNING
         }
 
-    def _end(self, point: TrialPoint, state: TrialState, reason: str) -> None:
+    def _end(self, point: TrialPoint, state: TrialState, reason: str | None) -> None:
         try:
             self._document(point, state, reason)
         except ConvoyError as error:
             # Ray Tune would take it for an error of the trial.
             self.obstacle = error
 
-    def _document(self, point: TrialPoint, state: TrialState, reason: str) -> None:
-        """Take the trial's own document, or else leave one for it."""
+    def _document(self, point: TrialPoint, state: TrialState, reason: str | None) -> None:
+        """Take the trial's own document, or else leave one for it, if there is a reason why it ended."""
         ended = self._journal.ended(point)
-        if ended is None:
+        if ended is None and reason is not None:
             self._journal.give_up(point, self._given_up(point.trial, state, reason))
             ended = self._journal.ended(point)
         if ended is not None:

@@ -38,3 +38,14 @@ def large_array(shape: Sequence[int], dtype: DTypeLike) -> NDArray[Any]:
                 next_step="make room there, or let TMPDIR name a larger disk; the same command then goes on",
             ) from None
         return np.asarray(np.memmap(file, dtype, "r+", shape=tuple(shape)))
+
+
+def large_take(array: NDArray[Any], *places: Sequence[int]) -> NDArray[Any]:
+    """`array[np.ix_(*places)]`, copied piece by piece to where `large_array` says. What is all of it is not copied."""
+    if all(list(taken) == list(range(size)) for taken, size in zip(places, array.shape, strict=False)):
+        return array
+    sizes = tuple(len(taken) for taken in places)
+    result = large_array((*sizes, *array.shape[len(sizes) :]), array.dtype)
+    for index in np.ndindex(*sizes):
+        result[index] = array[tuple(taken[at] for taken, at in zip(places, index, strict=True))]
+    return result

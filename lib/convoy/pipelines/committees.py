@@ -30,14 +30,16 @@ _ROUNDING = 1e-9
 
 
 class MemberConfig(StrictModel):
-    """A member by the name of a bundle, or a pretrained `backbone` as it is, with `classes` where it knows none.
+    """A member by the name of a bundle, or a pretrained `backbone` as it is.
 
-    Weights count relative to each other.
+    Of a backbone `classes` names the outputs in order, where its weights do not, and `class_map` gives other names for
+    them, or leaves some out. Weights count relative to each other.
     """
 
     bundle: str | None = None
     backbone: BackboneConfig | None = None
     classes: tuple[str, ...] | None = None
+    class_map: dict[str, str] | None = None
     weight: PositiveFloat = 1.0
     temperature: PositiveFloat = 1.0
 
@@ -45,6 +47,8 @@ class MemberConfig(StrictModel):
     def _one_network(self) -> Self:
         if (self.bundle is None) == (self.backbone is None):
             raise ValueError("give either bundle or backbone")
+        if self.bundle is not None and (self.classes, self.class_map) != (None, None):
+            raise ValueError("classes and class_map are for a backbone: a bundle has its own")
         return self
 
 
@@ -254,7 +258,7 @@ def _configured_member(
 ) -> CommitteeMember:
     if config.backbone is not None:
         backbone = fetch_backbone(store, config.backbone)
-        classifier = as_is(backbone, config.classes, extraction)
+        classifier = as_is(backbone, config.classes, extraction, class_map=config.class_map)
         return CommitteeMember(
             name=backbone.arch,
             digest=classifier_digest(classifier),
@@ -307,5 +311,5 @@ def _require_same_classes(first: CommitteeMember, member: CommitteeMember) -> No
     raise ConfigError(
         f"members of an ensemble need the same classes: {'; '.join(named)}",
         where="ensemble.members",
-        next_step="train them on the same classes, or map one's classes with class_map",
+        next_step="train them on the same classes, or give the outputs of a backbone other names with its class_map",
     )

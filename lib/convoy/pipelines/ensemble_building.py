@@ -6,13 +6,12 @@ gate holds, is measured on `test`, or without one by cross-fitting on `val`: nev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-
-import numpy as np
 
 from convoy.core.config import StrictModel
 from convoy.core.crop_policies import CropPlan, CropPolicy, view_indices
+from convoy.core.large_arrays import large_take
 from convoy.core.metrics import ReliabilityBin
 from convoy.core.progress import Progress
 from convoy.core.records import Split
@@ -76,6 +75,11 @@ class EnsembleReport(StrictModel):
     reliability_after: list[ReliabilityBin]
     num_val_rows: int | None = None
     dataset_fingerprint: str | None = None
+
+    @property
+    def is_cross_fitted(self) -> bool:
+        """Whether there was no test split: the rows that measure it chose other parts of it."""
+        return self.measured.rows != Split.TEST
 
 
 # Makes the HTML page of a report.
@@ -158,7 +162,7 @@ def _choose(
     gate = None
     if settings.gate is not None:
         views = list(view_indices(committee.plan.policy, predictions.plan) or ())
-        logits_MVNK = predictions.logits_MVNK[np.ix_(choice.point.members, views)]
+        logits_MVNK = large_take(predictions.logits_MVNK, choice.point.members, views)
         gate = calibrate_gate(committee, logits_MVNK, settings.gate)
         committee = committee.with_gate(gate.gate)
     temperature = chooser.temperatures(choice.point.crops)[choice.best_single]
@@ -241,6 +245,17 @@ def _report(
     )
 
 
+def _limits(report: EnsembleReport, *, has_folds: bool) -> Iterator[str]:
+    """What else the figures do not say."""
+    if report.is_cross_fitted:
+        yield "There was no test split: single models may have been chosen by the rows that measure."
+    if has_folds:
+        yield (
+            "Temperatures were fitted where each row was predicted by one network of k; all k together are less sure"
+            " than they are right."
+        )
+
+
 def _card(
     name: str, dataset: str, manifest: Manifest, committee: CommitteeRecord, report: EnsembleReport
 ) -> str:
@@ -266,6 +281,7 @@ def _card(
         limits=[
             "Members, weights and crops were chosen on validation rows: their own figures there are optimistic.",
             f"One image costs {report.chosen.passes_per_image} network passes.",
+            *_limits(report, has_folds=len(committee.members) > len(report.chosen.members)),
         ],
         lineage={"best single member": report.best_single, "ensemble digest": committee.digest},
     )

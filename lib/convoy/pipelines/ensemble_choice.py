@@ -15,6 +15,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from convoy.core.config import StrictModel
 from convoy.core.crop_policies import Averaging, CropPlan, CropPolicy, crop_views, view_indices
 from convoy.core.errors import ConfigError
+from convoy.core.large_arrays import large_take
 from convoy.core.pareto import front_places
 from convoy.core.statistics import Interval, wilson_interval
 from convoy.vision.ensemble_sets import growing_sets
@@ -281,10 +282,10 @@ class EnsembleChooser:
 
     def _point(self, members: tuple[int, ...], policy: CropPolicy) -> FrontPoint:
         candidates, settings = self._candidates, self._settings
-        weights_M = self.weigh(self._values[policy][list(members)], self._labels_N)
+        weights_M = self.weigh(large_take(self._values[policy], members), self._labels_N)
         kept = [(member, float(weight)) for member, weight in zip(members, weights_M, strict=True) if weight]
         chosen, weights = tuple(member for member, _ in kept), tuple(weight for _, weight in kept)
-        joint_NK = joint_logits(self._values[policy][list(chosen)], weights, settings.averaging)
+        joint_NK = joint_logits(large_take(self._values[policy], chosen), weights, settings.averaging)
         # A mean of calibrated members is too modest, the more so the more there are: without a temperature of its
         # own a large ensemble would seem worse than it is.
         temperature = fit_temperature(joint_NK, self._labels_N) if settings.calibrate else 1.0

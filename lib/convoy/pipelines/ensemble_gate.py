@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from convoy.core.config import StrictModel
 from convoy.pipelines.committees import CommitteeRecord
 from convoy.vision.committee_options import GateOptions
-from convoy.vision.gate_calibration import GateCalibration
+from convoy.vision.gate_calibration import GateCalibration, rows_to_show
 
 # Beside the wanted agreement, for the curve of what each costs.
 _TARGETS = (0.95, 0.98, 0.99, 0.995, 0.998)
@@ -149,6 +149,19 @@ def measure_gate(
     return report.model_copy(
         update={"test": curve[report.target_agreement].test, "curve": tuple(curve.values())}
     )
+
+
+def gate_notes(report: GateReport, num_rows: int) -> list[str]:
+    """What is to be said of a gate that believes no look, and so saves nothing; `num_rows` have calibrated it."""
+    if any(look.threshold <= 1 for look in report.gate.looks):
+        return []
+    wanted = report.target_agreement
+    why = f"no look was shown to agree with the whole ensemble on {wanted} of the rows"
+    if wanted == 1:
+        why = "no number of rows shows an agreement of 1"
+    elif num_rows < (needed := rows_to_show(wanted)):
+        why = f"to show an agreement of {wanted} takes {needed:,} validation rows, and there are {num_rows:,}"
+    return [f"the gate saves nothing: {why}; a lower ensemble.gate may"]
 
 
 def _targets(wanted: float) -> list[float]:

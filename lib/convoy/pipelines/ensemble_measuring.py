@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from convoy.core.config import StrictModel
 from convoy.core.crop_policies import CropPlan, CropPolicy, EvaluationMode, MemberOutputs, view_indices
-from convoy.core.large_arrays import large_array
+from convoy.core.large_arrays import large_array, large_take
 from convoy.core.metrics import EvaluationCounts, ReliabilityBin
 from convoy.core.progress import Progress
 from convoy.core.records import Split
@@ -123,7 +123,7 @@ class UntouchedRows:
         digests = [member.digest for member in committee.members]
         if all(member.digest in digests for member in single.members):
             places = [digests.index(member.digest) for member in single.members]
-            alone = replace(ensemble, logits_MVNK=ensemble.logits_MVNK[places])
+            alone = replace(ensemble, logits_MVNK=large_take(ensemble.logits_MVNK, places))
         else:
             alone = self._kept(self._evaluate(single))
         _, (rows, rows_alone) = paired_rows([ensemble.sample_ids, alone.sample_ids])
@@ -174,7 +174,7 @@ class UntouchedRows:
         for size in range(1, len(by_weight) + 1):
             places = by_weight[:size]
             largest = replace(committee, members=tuple(committee.members[place] for place in places))
-            is_right_N = self._is_right(_joint_logits(largest, self.logits_MVNK[places], views))
+            is_right_N = self._is_right(_joint_logits(largest, large_take(self.logits_MVNK, places), views))
             found.append(
                 SizeWorth(
                     num_members=size,
@@ -227,7 +227,7 @@ def cross_fitted(predictions: CandidatePredictions, settings: EnsembleSettings) 
         voting = [*choice.point.members, choice.best_single]
         temperatures_M = chooser.temperatures(choice.point.crops)
         values_MNK = member_values(
-            unseen.logits_MVNK[voting],
+            large_take(unseen.logits_MVNK, voting),
             view_indices(choice.point.crops, predictions.plan) or (),
             settings.averaging,
             [temperatures_M[member] for member in voting],
@@ -246,7 +246,9 @@ def cross_fitted(predictions: CandidatePredictions, settings: EnsembleSettings) 
     labels_N = predictions.labels_N
     return Measured(
         gain=_gain(
-            "val, cross-fitted", joint_NK.argmax(axis=1) == labels_N, single_NK.argmax(axis=1) == labels_N
+            _cross_fitted_rows(predictions),
+            joint_NK.argmax(axis=1) == labels_N,
+            single_NK.argmax(axis=1) == labels_N,
         ),
         reliability_before=_reliability(joint_NK, labels_N),
         reliability_after=_reliability(tempered_NK, labels_N),
@@ -257,6 +259,12 @@ def cross_fitted(predictions: CandidatePredictions, settings: EnsembleSettings) 
     )
 
 
+def _cross_fitted_rows(predictions: CandidatePredictions) -> str:
+    """What the rows are called. Of folds they are training rows, each by models that did not see it."""
+    has_folds = any(count > 1 for count in predictions.num_networks_M)
+    return "train, out of fold, cross-fitted" if has_folds else "val, cross-fitted"
+
+
 def _gate_calibration(
     logits_MVNK: NDArray[np.float32], choice: Choice, plan: CropPlan, settings: EnsembleSettings
 ) -> GateCalibration:
@@ -264,7 +272,7 @@ def _gate_calibration(
     point = choice.point
     views = list(view_indices(point.crops, plan) or ())
     return GateCalibration(
-        logits_MVNK[list(point.members)][:, views],
+        large_take(logits_MVNK, point.members, views),
         weights_M=point.weights,
         temperatures_M=choice.temperatures_M,
         averaging=settings.averaging,

@@ -6,7 +6,9 @@ committee operator.
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Self
+
+from pydantic import Field, model_validator
 
 from convoy.core.crop_policies import Averaging, CropPolicy, EvaluationMode, MemberOutputs
 from convoy.core.progress import Progress
@@ -34,7 +36,8 @@ from convoy.storage.object_store import ObjectStore, WriterMode
 class EvaluationSettings(LookSettings):
     """On which rows models are measured, and how: what all configs of evaluations share.
 
-    `keep` says which predictions of members are kept beside the joint ones.
+    `keep` says which predictions of members are kept beside the joint ones. In the mode `gated` none are: not every
+    member sees every image.
     """
 
     workspace: str | None = None
@@ -44,6 +47,14 @@ class EvaluationSettings(LookSettings):
     keep: MemberOutputs = MemberOutputs.MEMBERS
     extraction: ExtractionConfig = ExtractionConfig()
     error_budget: ErrorBudget = ErrorBudget()
+
+    @model_validator(mode="after")
+    def _views_can_be_kept(self) -> Self:
+        if self.keep is MemberOutputs.VIEWS and self.mode is EvaluationMode.GATED:
+            raise ValueError(
+                "mode gated has no views to keep, as not every member sees every image: set mode=exact"
+            )
+        return self
 
 
 class EvaluateConfig(EvaluationSettings, ModelChoice):
@@ -73,7 +84,7 @@ def run_evaluate(config: EvaluateConfig, *, progress: Progress, new_run: bool = 
     store = open_workspace(config.workspace, config.writers)
     manifest = open_dataset(store, config.dataset)
     committee = chosen_committee(store, config, config, config.extraction)
-    if is_plain(committee, config.mode):
+    if config.keep is not MemberOutputs.VIEWS and is_plain(committee, config.mode):
         evaluation = _evaluate_from_cache(store, manifest, committee, config, progress, new_run=new_run)
     else:
         request = PredictionRequest(

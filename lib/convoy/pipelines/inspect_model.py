@@ -24,7 +24,9 @@ def open_model(store: ObjectStore, config: InspectConfig) -> InspectedModel:
     """The model of a config. Raises ConfigError for an ensemble: its members are looked into one by one."""
     if config.model is not None:
         backbone = fetch_backbone(store, config.model.backbone)
-        classifier = as_is(backbone, config.model.classes, config.extraction)
+        classifier = as_is(
+            backbone, config.model.classes, config.extraction, class_map=config.model.class_map
+        )
         return InspectedModel(name=backbone.arch, digest=classifier_digest(classifier), classifier=classifier)
     bundle = open_bundle(store, config.bundle or "")
     classifier = read_classifier(store, bundle)

@@ -31,10 +31,15 @@ _WHICH = {"bundle", "model", "ensemble"}
 
 
 class PretrainedModel(StrictModel):
-    """A pretrained network as it is. `classes` names its outputs in order, where its weights do not."""
+    """A pretrained network as it is.
+
+    `classes` names its outputs in order, where its weights do not; `class_map` gives other names for them, or leaves
+    some out.
+    """
 
     backbone: BackboneConfig
     classes: tuple[str, ...] | None = None
+    class_map: dict[str, str] | None = None
 
 
 class LookSettings(StrictModel):
@@ -128,7 +133,7 @@ def chosen_committee(
         committee = configured_committee(store, choice.ensemble, extraction)
     elif choice.model is not None:
         backbone = fetch_backbone(store, choice.model.backbone)
-        classifier = as_is(backbone, choice.model.classes, extraction)
+        classifier = as_is(backbone, choice.model.classes, extraction, class_map=choice.model.class_map)
         committee = single_committee(classifier, name=backbone.arch, digest=classifier_digest(classifier))
     else:
         committee = open_committee(store, choice.bundle or "")

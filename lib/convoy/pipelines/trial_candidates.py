@@ -69,6 +69,19 @@ def reject_notes(
     return notes
 
 
+def view_notes(candidates: Sequence[TrialRecord]) -> list[str]:
+    """Which candidates kept fewer views than others, as an ensemble has the crops that all of them kept."""
+    views = {record.trial: record.cost.num_views for record in candidates if record.cost is not None}
+    fewest, most = min(views.values(), default=0), max(views.values(), default=0)
+    if fewest == most:
+        return []
+    limiting = ", ".join(trial for trial, num_views in views.items() if num_views == fewest)
+    return [
+        f"the ensemble has no more crops than {limiting} kept: {fewest} views an image, where others kept up to"
+        f" {most}; name one policy for all with `crops`, or search without it"
+    ]
+
+
 def as_candidate(record: TrialRecord) -> Candidate:
     """A finished trial as its ensemble takes it; DataError for the record of another."""
     if not record.bundles or len(record.bundles) != len(record.predictions_runs) or record.cost is None:

@@ -68,6 +68,7 @@ _TRIALS_SCHEMA = pa.schema(
 _DRAWN = "drawn/"
 _TRAINED = "trained/"
 _TRIALS = "trials/"
+_CUT_SHORT = "cut_short/"
 
 
 class TrialCost(StrictModel):
@@ -211,20 +212,27 @@ class TrialJournal:
 
     def give_up(self, point: TrialPoint, end: GivenUp) -> None:
         """Record a trial that was stopped or lost."""
+        self.write(self._given_up(point, end))
+
+    def cut_short(self, point: TrialPoint, end: GivenUp) -> None:
+        """Note how far a trial came that the end of the budget cut short: with a larger one it goes on."""
+        self._store.put(
+            self._key(f"{_CUT_SHORT}{point.trial}.json"), canonical_json(self._given_up(point, end))
+        )
+
+    def _given_up(self, point: TrialPoint, end: GivenUp) -> TrialRecord:
         now_unix_s = time.time()
-        self.write(
-            TrialRecord(
-                trial=point.trial,
-                index=point.index,
-                values=point.values,
-                config=self.recorded_config(point),
-                state=end.state,
-                reason=end.reason,
-                top1=end.epochs[-1][1] if end.epochs else None,
-                epochs=end.epochs,
-                started_unix_s=now_unix_s - end.seconds,
-                finished_unix_s=now_unix_s,
-            )
+        return TrialRecord(
+            trial=point.trial,
+            index=point.index,
+            values=point.values,
+            config=self.recorded_config(point),
+            state=end.state,
+            reason=end.reason,
+            top1=end.epochs[-1][1] if end.epochs else None,
+            epochs=end.epochs,
+            started_unix_s=now_unix_s - end.seconds,
+            finished_unix_s=now_unix_s,
         )
 
     def record(self, trial: str) -> TrialRecord | None:
@@ -241,6 +249,14 @@ class TrialJournal:
     def records(self) -> list[TrialRecord]:
         """All trials that ended, in the order in which they were drawn."""
         records = [TrialRecord.model_validate(one) for one in self._documents(_TRIALS)]
+        return sorted(records, key=lambda record: record.index)
+
+    def all_records(self) -> list[TrialRecord]:
+        """`records`, and what is noted of trials that were cut short and have not gone on to their end since."""
+        ended = self.records()
+        waiting = {point.trial for point in self.waiting(ended)}
+        cut_short = [TrialRecord.model_validate(one) for one in self._documents(_CUT_SHORT)]
+        records = [*ended, *(record for record in cut_short if record.trial in waiting)]
         return sorted(records, key=lambda record: record.index)
 
     def waiting(self, records: Iterable[TrialRecord]) -> list[TrialPoint]:

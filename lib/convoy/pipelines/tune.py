@@ -22,12 +22,13 @@ from convoy.core.trial_events import TrialState
 from convoy.pipelines.dataset_choice import open_as_begun
 from convoy.pipelines.ensemble_building import EnsembleReport, ReportDrawer, build_ensemble
 from convoy.pipelines.ensemble_choice import EnsembleSettings
+from convoy.pipelines.ensemble_gate import gate_notes
 from convoy.pipelines.ingest_choice import FUSED_NOTE, settle_ingest
 from convoy.pipelines.network_training import CurveDrawer
 from convoy.pipelines.search_identity import as_recorded, search_identity
 from convoy.pipelines.search_time import SearchTimer, seconds_spent
 from convoy.pipelines.training_rows import has_labels
-from convoy.pipelines.trial_candidates import as_candidate, candidate_trials, reject_notes
+from convoy.pipelines.trial_candidates import as_candidate, candidate_trials, reject_notes, view_notes
 from convoy.pipelines.trial_journal import TrialCost, TrialJournal, TrialRecord, trials_parquet
 from convoy.pipelines.trial_trainings import give_up_trainings
 from convoy.pipelines.trials import TrialJob, run_trial
@@ -279,7 +280,7 @@ class _Search:
 
     def records(self) -> list[TrialRecord]:
         """Those of all trials so far."""
-        return self._journal.records()
+        return self._journal.all_records()
 
     def build_ensemble(self, records: Sequence[TrialRecord]) -> EnsembleReport:
         """The ensemble of the trials that finished."""
@@ -296,7 +297,9 @@ class _Search:
             extraction=extraction,
             progress=self._progress,
         )
-        self.notes += reject_notes(records, trials, report.num_val_rows)
+        self.notes += [*view_notes(trials), *reject_notes(records, trials, report.num_val_rows)]
+        if report.gate is not None:
+            self.notes += gate_notes(report.gate, report.num_val_rows or 0)
         return report
 
     def is_within_error_budget(self, records: Sequence[TrialRecord], ensemble: EnsembleReport) -> bool:
@@ -333,26 +336,30 @@ class _Search:
         )
 
     def _ended(self, cut_short: Mapping[str, GivenUp]) -> list[TrialRecord]:
-        """The records of all trials; those that were cut short, or drawn and never came to run, are given up.
+        """The records of all trials. Those that the end of the budget cut short go on with a larger one.
 
-        So are trainings of trials that did not finish: no command goes on with them.
+        Trainings of trials that ended and did not finish are given up: no command goes on with them.
         """
-        for point in self._journal.waiting(self._journal.records()):
-            self._journal.give_up(point, cut_short.get(point.trial, _NEVER_RAN))
-        records = self._journal.records()
-        unfinished = [record.trial for record in records if record.state is not TrialState.FINISHED]
-        give_up_trainings(
-            self._store, [name for trial in unfinished for name in self._journal.trainings(trial)]
-        )
-        if len(unfinished) < len(records):
+        ended = self._journal.records()
+        known = {record.trial for record in self._journal.all_records()}
+        for point in self._journal.waiting(ended):
+            if point.trial in cut_short or point.trial not in known:
+                self._journal.cut_short(point, cut_short.get(point.trial, _NEVER_RAN))
+        lost = [record.trial for record in ended if record.state is not TrialState.FINISHED]
+        give_up_trainings(self._store, [name for trial in lost for name in self._journal.trainings(trial)])
+        records = self._journal.all_records()
+        if len(lost) < len(ended):
             return records
         first = next((record for record in records if record.reason), None)
+        goes_on = len(ended) < len(records)
         raise TrainingError(
             f"none of {len(records)} trials finished"
             + (f"; the first: {first.reason}" if first else "")
             + _against_budget(records, self._config.budget),
             where=self._store.uri(self._folder.key("trials/")),
-            next_step="correct the space or raise the budget, and add --new-run",
+            next_step="raise the budget, and run the same command again: what was cut short goes on"
+            if goes_on
+            else "correct the space, and add --new-run",
         )
 
     def _forget_ray_tune(self) -> None:

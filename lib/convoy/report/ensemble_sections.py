@@ -28,10 +28,15 @@ def ensemble_tiles(report: EnsembleReport) -> list[Tile]:
 
 def ensemble_lead(report: EnsembleReport) -> str:
     """What was chosen on which rows."""
+    rows = f"{report.measured.num_rows} rows that chose nothing ({report.measured.rows})"
+    if report.is_cross_fitted:
+        rows = (
+            f"{report.measured.num_rows} rows ({report.measured.rows}), each by an ensemble that was chosen without it;"
+            " single models may have been chosen by it"
+        )
     return (
         f"{len(report.chosen.members)} of {len(report.candidates)} candidates, crops {report.crops.value}."
-        f" Members, weights and crops were chosen on validation rows; its figures are of {report.measured.num_rows}"
-        f" rows that chose nothing ({report.measured.rows})."
+        f" Members, weights and crops were chosen on validation rows; its figures are of {rows}."
     )
 
 
@@ -72,7 +77,7 @@ def ensemble_sections(report: EnsembleReport) -> Iterator[Section]:
     )
     yield _calibration(report)
     if report.gate is not None:
-        yield _gate(report.gate)
+        yield _gate(report.gate, report.measured.rows)
 
 
 def _measured_rate(report: EnsembleReport) -> str:
@@ -302,7 +307,7 @@ def _calibration(report: EnsembleReport) -> Section:
     )
 
 
-def _gate(gate: GateReport) -> Section:
+def _gate(gate: GateReport, rows_name: str) -> Section:
     rows = []
     for row in gate.curve:
         cells = [percent(row.target_agreement), percent(row.val_agreement), f"{row.val_passes_per_image:.2f}"]
@@ -315,7 +320,6 @@ def _gate(gate: GateReport) -> Section:
             ]
         rows.append((cells, row.target_agreement == gate.target_agreement))
     columns = ["wanted agreement", "on val", "passes"]
-    rows_name = "test" if gate.test is not None else "val, cross-fitted"
     is_measured = gate.untouched is not None
     columns += [f"on {rows_name}", "passes", "fewer passes", "top-1, points"] if is_measured else []
     beside = f"; beside it stands what they held on {rows_name}" if is_measured else ""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from itertools import permutations
-from math import inf
+from math import ceil, inf, log
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ from scipy.special import bdtr, softmax
 from convoy.core.crop_policies import Averaging, CropPlan, CropPolicy, view_indices
 from convoy.core.errors import ConfigError
 from convoy.vision.committee_options import GateLook, GateOptions, gate_passes
+from convoy.vision.ensembling import Floats
 
 # Above every probability: a look that is never believed.
 _NEVER = 2.0
@@ -25,14 +27,25 @@ _NEVER = 2.0
 _NUM_SHARES = 8
 # The share of the rows that choose the looks; the others test how low the thresholds may be.
 _CHOOSING_SHARE = 1 / 3
+# One-sided, that a gate holds its agreement on other rows.
+_CONFIDENCE = 0.9
 # From believing nothing to believing every row in about so many steps.
 _NUM_STEPS = 256
 # Confidences that are closer to 1 differ by rounding only.
 _LEAST_DOUBT = 1e-9
 
+
 _Looks = tuple[tuple[tuple[int, ...], CropPolicy], ...]
 # The top-1 class of each row, and its probability.
 _LookOutput = tuple[NDArray[np.int64], NDArray[np.float64]]
+
+
+class _Part(Enum):
+    """Which of the rows."""
+
+    ALL = auto()
+    CHOOSING = auto()
+    TESTING = auto()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,21 +74,22 @@ class GateCalibration:
         averaging: Averaging,
         plan: CropPlan,
     ) -> None:
-        scale_M111 = np.asarray(temperatures_M, np.float64)[:, None, None, None]
-        values_MVNK = logits_MVNK / scale_M111
-        self._averaging, self._plan = averaging, plan
-        self._values_MVNK = softmax(values_MVNK, axis=-1) if self._averages_probabilities else values_MVNK
-        self._weights_M = np.asarray(weights_M, np.float64)
-        num_members, num_views, num_rows = values_MVNK.shape[:3]
+        self._logits_MVNK, self._averaging, self._plan = logits_MVNK, averaging, plan
+        self._weights_M, self._temperatures_M = np.asarray(weights_M, np.float64), temperatures_M
+        num_members, num_views, num_rows = logits_MVNK.shape[:3]
         self.exact_passes = num_members * num_views
-        self._every_row = np.arange(num_rows)
-        self._exact_N, _ = self._look(range(num_members), range(num_views), self._every_row)
         # In a mixed order, as neighbours may be of one class; the same order for the same rows.
         mixed = np.random.default_rng(0).permutation(num_rows)
         num_choosing = round(_CHOOSING_SHARE * num_rows)
-        self._choosing, self._testing = mixed[:num_choosing], mixed[num_choosing:]
+        self._rows = {
+            _Part.ALL: np.arange(num_rows),
+            _Part.CHOOSING: mixed[:num_choosing],
+            _Part.TESTING: mixed[num_choosing:],
+        }
+        self._known: dict[tuple[tuple[int, ...], tuple[int, ...], _Part], _LookOutput] = {}
+        self._exact_N, _ = self._look(tuple(range(num_members)), tuple(range(num_views)), _Part.ALL)
 
-    def best_gate(self, target_agreement: float, *, confidence: float = 0.9) -> CalibratedGate:
+    def best_gate(self, target_agreement: float, *, confidence: float = _CONFIDENCE) -> CalibratedGate:
         """The gate with the fewest expected passes of those that hold the target on other rows, at the `confidence`.
 
         A third of the rows chooses the looks and the proportions of their thresholds. On the others all thresholds
@@ -93,20 +107,21 @@ class GateCalibration:
                 where="gate",
                 next_step="choose flip, five or ten, or evaluate in mode exact",
             )
-        allowed = _allowed_disagreements(len(self._testing), target_agreement, confidence)
-        chosen = self._chosen(int((1 - target_agreement) * len(self._choosing) + 1e-9))
-        outputs = self._outputs(_looks(chosen), self._testing)
-        best = self._outcome(_scaled(chosen, None), outputs, self._testing)
+        exact_N = self._exact(_Part.TESTING)
+        allowed = _allowed_disagreements(len(exact_N), target_agreement, confidence)
+        chosen = self._chosen(int((1 - target_agreement) * len(self._rows[_Part.CHOOSING]) + 1e-9))
+        outputs = self._outputs(_looks(chosen), _Part.TESTING)
+        best = self._outcome(_scaled(chosen, None), outputs, _Part.TESTING)
         for scale in self._scales(chosen):
-            found = self._outcome(_scaled(chosen, scale), outputs, self._testing)
-            if int((found.class_N != self._exact_N[self._testing]).sum()) > allowed:
+            found = self._outcome(_scaled(chosen, scale), outputs, _Part.TESTING)
+            if int((found.class_N != exact_N).sum()) > allowed:
                 break
             best = found
         return best
 
     def measured(self, gate: GateOptions) -> CalibratedGate:
         """A gate that was calibrated on other rows, on these."""
-        return self._outcome(gate, self._outputs(_looks(gate), self._every_row), self._every_row)
+        return self._outcome(gate, self._outputs(_looks(gate), _Part.ALL), _Part.ALL)
 
     def _chosen(self, allowed: int) -> GateOptions:
         """The gate with the fewest passes on the choosing rows, of which at most `allowed` disagree."""
@@ -122,7 +137,7 @@ class GateCalibration:
 
     def _scales(self, gate: GateOptions) -> Iterator[float]:
         """What multiplies the distances of thresholds from 1, ascending: each believes some more rows, the last all."""
-        outputs = self._outputs(_looks(gate), self._choosing)
+        outputs = self._outputs(_looks(gate), _Part.CHOOSING)
         ratios = [
             np.maximum(1 - confidence_N, _LEAST_DOUBT) / (1 - look.threshold)
             for look, (_, confidence_N) in zip(gate.looks, outputs, strict=True)
@@ -143,7 +158,7 @@ class GateCalibration:
 
     def _fitted(self, looks: _Looks, allowed: int) -> CalibratedGate:
         """The thresholds that leave the least to do, over the ways to share the allowed disagreements out."""
-        outputs = self._outputs(looks, self._choosing)
+        outputs = self._outputs(looks, _Part.CHOOSING)
         candidates = (
             self._gate(looks, outputs, [part * allowed / _NUM_SHARES for part in shares])
             for shares in _compositions(_NUM_SHARES, len(looks))
@@ -154,7 +169,7 @@ class GateCalibration:
         self, looks: _Looks, outputs: Sequence[_LookOutput], allowed: Sequence[float]
     ) -> CalibratedGate:
         """The lowest thresholds, look by look; what one look does not use up is left to the next."""
-        exact_N = self._exact_N[self._choosing]
+        exact_N = self._exact(_Part.CHOOSING)
         is_open_N = np.ones(len(exact_N), dtype=bool)
         thresholds, left = [], 0.0
         for (class_N, confidence_N), share in zip(outputs, allowed, strict=True):
@@ -169,15 +184,13 @@ class GateCalibration:
             GateLook(members=members, policy=policy, threshold=threshold)
             for (members, policy), threshold in zip(looks, thresholds, strict=True)
         )
-        return self._outcome(GateOptions(**first.model_dump(), then=tuple(then)), outputs, self._choosing)
+        return self._outcome(GateOptions(**first.model_dump(), then=tuple(then)), outputs, _Part.CHOOSING)
 
-    def _outcome(
-        self, gate: GateOptions, outputs: Sequence[_LookOutput], rows: NDArray[np.int64]
-    ) -> CalibratedGate:
+    def _outcome(self, gate: GateOptions, outputs: Sequence[_LookOutput], part: _Part) -> CalibratedGate:
         """The gate on the rows that the outputs of its looks are of."""
         passes = list(gate_passes(gate, self._plan, len(self._weights_M)).values())
-        exact_N = self._exact_N[rows]
-        passes_N, class_N = np.full(len(rows), passes[-1]), exact_N.copy()
+        exact_N = self._exact(part)
+        passes_N, class_N = np.full(len(exact_N), passes[-1]), exact_N.copy()
         # From the last look to the first, as the first that is sure decides.
         for look, (seen_N, confidence_N), cost in reversed(
             list(zip(gate.looks, outputs, passes[:-1], strict=True))
@@ -186,21 +199,46 @@ class GateCalibration:
             passes_N[is_sure_N], class_N[is_sure_N] = cost, seen_N[is_sure_N]
         return CalibratedGate(gate, float((class_N == exact_N).mean()), float(passes_N.mean()), class_N)
 
-    def _outputs(self, looks: _Looks, rows: NDArray[np.int64]) -> list[_LookOutput]:
+    def _exact(self, part: _Part) -> NDArray[np.int64]:
+        exact_N: NDArray[np.int64] = self._exact_N[self._rows[part]]
+        return exact_N
+
+    def _outputs(self, looks: _Looks, part: _Part) -> list[_LookOutput]:
         return [
-            self._look(members, view_indices(policy, self._plan) or (), rows) for members, policy in looks
+            self._look(members, tuple(view_indices(policy, self._plan) or ()), part)
+            for members, policy in looks
         ]
 
-    def _look(self, members: Sequence[int], views: Sequence[int], rows: NDArray[np.int64]) -> _LookOutput:
-        """The top-1 class of each of the rows and its probability, from some members and views."""
-        means_MNK = self._values_MVNK[np.ix_(np.asarray(members), np.asarray(views), rows)].mean(axis=1)
-        joint_NK = np.average(means_MNK, axis=0, weights=self._weights_M[list(members)])
-        probabilities_NK = joint_NK if self._averages_probabilities else softmax(joint_NK, axis=-1)
-        return probabilities_NK.argmax(axis=1), probabilities_NK.max(axis=1)
+    def _look(self, members: tuple[int, ...], views: tuple[int, ...], part: _Part) -> _LookOutput:
+        """The top-1 class of each of the rows and its probability, from some members and views.
 
-    @property
-    def _averages_probabilities(self) -> bool:
-        return self._averaging is Averaging.PROBABILITIES
+        Kept is what comes of it, and not the outputs of all members and views, for which memory may be too small.
+        """
+        key = members, views, part
+        if key not in self._known:
+            joint_NK = self._joint(members, views, self._rows[part])
+            if self._averaging is not Averaging.PROBABILITIES:
+                joint_NK = softmax(joint_NK, axis=-1)
+            self._known[key] = joint_NK.argmax(axis=1), joint_NK.max(axis=1)
+        return self._known[key]
+
+    def _joint(self, members: Sequence[int], views: Sequence[int], rows: NDArray[np.int64]) -> Floats:
+        """The weighted mean over members of the mean over views, of probabilities or logits."""
+        weights = self._weights_M[list(members)] / self._weights_M[list(members)].sum()
+        joint_NK = np.zeros((len(rows), self._logits_MVNK.shape[3]))
+        for member, weight in zip(members, weights, strict=True):
+            for view in views:
+                values_NK = self._logits_MVNK[member, view][rows] / np.float64(self._temperatures_M[member])
+                if self._averaging is Averaging.PROBABILITIES:
+                    values_NK = softmax(values_NK, axis=-1)
+                joint_NK += weight / len(views) * values_NK
+        return joint_NK
+
+
+def rows_to_show(target_agreement: float) -> int:
+    """With fewer rows to calibrate on no gate can be shown to hold the agreement, even if none of them disagrees."""
+    num_testing = ceil(log(1 - _CONFIDENCE) / log(target_agreement))
+    return ceil(num_testing / (1 - _CHOOSING_SHARE))
 
 
 def _centre_chain(members: tuple[int, ...]) -> _Looks:

@@ -120,6 +120,16 @@ def test_trials_that_still_run_when_the_time_is_up_end_with_their_epochs() -> No
     assert journal.given_up == {}
 
 
+def test_a_trial_that_is_stopped_when_the_time_is_up_is_cut_short_and_not_given_up() -> None:
+    journal = MemoryJournal(finished={"001"})
+    watch = TrialWatch(journal, lambda statuses: None, deadline_s=0.0)
+    for index in range(2):
+        watch.on_trial_start(0, [], TuneTrial(index))
+        watch.on_trial_complete(0, [], TuneTrial(index))
+    assert list(watch.cut_short()) == ["000"]
+    assert journal.given_up == {}
+
+
 def trained(epoch: int, val_top1: float) -> EpochResult:
     numbers = dict.fromkeys(EpochResult.model_fields, 1)
     return EpochResult.model_validate(

@@ -66,6 +66,12 @@ def written_ensemble(store: LocalStore) -> tuple[BundleRef, CommitteeRecord]:
     return write_ensemble(store, "both", committee, metrics=METRICS, card="# both\n"), committee
 
 
+@pytest.mark.parametrize("setting", [{"classes": list(DIGITS)}, {"class_map": {"0": "zero"}}])
+def test_a_bundle_as_a_member_has_its_own_classes(setting: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="are for a backbone: a bundle has its own"):
+        EnsembleConfig.model_validate({"members": [{"bundle": "first", **setting}]})
+
+
 def test_weights_count_relative_to_each_other(store: LocalStore) -> None:
     committee = committee_of(
         [

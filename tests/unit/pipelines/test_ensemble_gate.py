@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from convoy.core.crop_policies import Averaging, CropPlan, CropPolicy
 from convoy.pipelines.committees import CommitteeMember, CommitteeRecord, committee_of
-from convoy.pipelines.ensemble_gate import calibrate_gate, measure_gate
+from convoy.pipelines.ensemble_gate import calibrate_gate, gate_notes, measure_gate
 from convoy.storage.local_store import LocalStore
 from convoy.vision.ensembling import joint_logits, member_values
 from made_bundles import made_classifier
@@ -82,3 +82,29 @@ def test_the_curve_goes_from_fast_to_true_and_holds_the_wanted_agreement(committ
         assert worth.test is not None
         assert worth.test.agreement == pytest.approx(worth.val_agreement, abs=0.01)
         assert worth.test.passes_per_image == pytest.approx(worth.val_passes_per_image, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "target", "words"),
+    [
+        (600, 0.995, "takes 690 validation rows, and there are 600"),
+        (NUM_ROWS, 1.0, "no number of rows shows an agreement of 1"),
+        (NUM_ROWS, 0.9999, "takes 34,538 validation rows"),
+        (NUM_ROWS, 0.99, None),
+    ],
+)
+def test_a_gate_that_saves_nothing_says_why(
+    committee: CommitteeRecord, num_rows: int, target: float, words: str | None
+) -> None:
+    report = calibrate_gate(committee, made_rows(0)[0][:, :, :num_rows], target)
+    notes = gate_notes(report, num_rows)
+    assert (report.speedup == 1) == (words is not None)
+    assert [words in note for note in notes if words] == [True] * len(notes)
+    assert bool(notes) == (words is not None)
+
+
+def test_with_the_rows_that_it_takes_a_gate_can_be_shown_to_hold(committee: CommitteeRecord) -> None:
+    """Where no look ever disagrees: all members say the same."""
+    logits_MVNK = np.repeat(made_rows(0)[0][:1, :1], 3, axis=0).repeat(2, axis=1)
+    for num_rows, speedup in ((690, 6.0), (600, 1.0)):
+        assert calibrate_gate(committee, logits_MVNK[:, :, :num_rows], 0.995).speedup == speedup

@@ -28,7 +28,7 @@ from convoy.pipelines.feature_plan import PrecisionChoice
 from convoy.pipelines.network_training import open_training
 from convoy.pipelines.runs_gc import collect_garbage
 from convoy.pipelines.runs_state import Changes
-from convoy.pipelines.trial_candidates import as_candidate, candidate_trials
+from convoy.pipelines.trial_candidates import as_candidate, candidate_trials, view_notes
 from convoy.pipelines.trial_journal import TrialCost, TrialJournal, TrialRecord
 from convoy.pipelines.tune import _Search, run_tune
 from convoy.pipelines.tune_config import SearchBudget
@@ -118,19 +118,32 @@ def test_crops_that_a_network_of_the_space_will_not_keep_are_refused_before_its_
         run_tune(config, progress=Silent(), draw=DRAW)
 
 
-def test_a_trial_that_the_end_of_the_time_cut_short_keeps_its_epochs(search: _Search) -> None:
+def test_a_trial_that_the_end_of_the_time_cut_short_keeps_its_epochs_and_goes_on_with_a_larger_budget(
+    search: _Search,
+) -> None:
     journal: TrialJournal = search._journal
     ran, waited = (journal.point(index, {"recipe.seed": index}) for index in range(2))
     for point in (ran, waited):
         journal.drawn(point)
     end = GivenUp(state=TrialState.STOPPED, reason="late", epochs=((1, 0.5),), seconds=9.0)
-    with pytest.raises(TrainingError, match="none of 2 trials finished"):
-        search._ended({ran.trial: end})
-    of_ran, of_waited = journal.records()
-    assert (of_ran.reason, of_ran.epochs, of_ran.top1) == ("late", ((1, 0.5),), 0.5)
-    assert of_waited.epochs == ()
-    assert of_waited.reason is not None
-    assert "before it came to run" in of_waited.reason
+    # The second call comes when there is no time left: nothing runs in it.
+    for cut_short in ({ran.trial: end}, {}):
+        with pytest.raises(TrainingError, match="none of 2 trials finished") as caught:
+            search._ended(cut_short)
+        assert caught.value.next_step is not None
+        assert "what was cut short goes on" in caught.value.next_step
+        of_ran, of_waited = search.records()
+        assert (of_ran.state, of_ran.reason) == (TrialState.STOPPED, "late")
+        assert (of_ran.epochs, of_ran.top1) == (((1, 0.5),), 0.5)
+        assert of_waited.epochs == ()
+        assert of_waited.reason is not None
+        assert "before it came to run" in of_waited.reason
+    plan = search._plan(1)
+    assert (plan.past, plan.waiting) == ((), (ran, waited))
+    # It has gone on, and ended.
+    journal.write(finished(search, ran.index, top1=0.9, classes=DIGITS))
+    assert [record.state for record in search._ended({})] == [TrialState.FINISHED, TrialState.STOPPED]
+    assert search._plan(1).waiting == (waited,)
 
 
 @pytest.mark.parametrize("hours", [0.005, None])
@@ -162,14 +175,18 @@ def opened_trainings(search: _Search, index: int) -> list[RunFolder]:
 def test_a_training_that_no_trial_goes_on_with_is_given_up(search: _Search, folds: int | None) -> None:
     search._config = search._config.model_copy(update={"folds": folds})
     search._journal = TrialJournal(search._folder, search._config)
-    stopped, (going_on, *_), (held, *_) = (opened_trainings(search, index) for index in range(3))
+    stopped, (going_on, *_), (held, *_), cut_short = (opened_trainings(search, index) for index in range(4))
     assert len(stopped) == (folds or 1)
     search._journal.write(finished(search, 1, top1=0.5, classes=DIGITS))
-    for folder in stopped:
+    for index in (0, 2):
+        end = GivenUp(state=TrialState.STOPPED, reason="behind", epochs=(), seconds=9.0)
+        search._journal.give_up(search._journal.point(index, {"recipe.seed": index}), end)
+    for folder in (*stopped, *cut_short):
         put_lease(folder, ttl_s=0.1)
     with hold_run(held, ttl_s=1.0):
         search._ended({})
-    left, kept = {folder.run_id for folder in stopped}, {going_on.run_id, held.run_id}
+    left = {folder.run_id for folder in stopped}
+    kept = {folder.run_id for folder in (going_on, held, *cut_short)}
     pointers = open_pointers(search._store)
     assert left.isdisjoint(pointers)
     assert kept <= pointers.keys()
@@ -389,6 +406,17 @@ def test_trials_that_came_to_the_same_model_are_one_candidate(search: _Search) -
         f"trial {second} is the same model as {first}",
         f"trial {fourth} is the same model as {third}",
     ]
+
+
+def test_a_trial_that_kept_fewer_crops_than_the_others_is_named(search: _Search) -> None:
+    records = [
+        record.model_copy(update={"cost": record.cost.model_copy(update={"num_views": num_views})})
+        for index, num_views in enumerate((10, 2, 10))
+        if (record := finished(search, index, top1=0.5, classes=DIGITS)).cost is not None
+    ]
+    (note,) = view_notes(records)
+    assert f"no more crops than {records[1].trial} kept: 2 views an image, where others kept up to 10" in note
+    assert view_notes(records[::2]) == view_notes([]) == []
 
 
 def test_a_search_says_which_trials_lost_rows_and_how_many_chose(

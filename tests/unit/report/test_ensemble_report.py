@@ -79,8 +79,11 @@ def test_a_gate_without_test_rows_shows_what_it_held_by_cross_fitting() -> None:
     report = made_report(made_candidates(1.2, 1.2)).model_copy(
         update={"gate": gate, "reliability_before": BINS, "reliability_after": BINS}
     )
-    text = draw_ensemble_report(report).decode()
+    rows = report.measured.model_copy(update={"rows": "val, cross-fitted"})
+    text = draw_ensemble_report(report.model_copy(update={"measured": rows})).decode()
     assert "on val, cross-fitted" in text
+    assert "single models may have been chosen by it" in text
+    assert "chose nothing" not in text
     assert "98.76 %" in text
 
 

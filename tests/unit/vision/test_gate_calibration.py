@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tracemalloc
 from itertools import pairwise
 
 import numpy as np
@@ -156,3 +157,15 @@ def test_looks_grow_from_one_to_the_next() -> None:
     members = [set(look.members) for look in gate.looks]
     assert all(one < other for one, other in pairwise(members))
     assert all(isinstance(look, GateLook) for look in gate.looks)
+
+
+@pytest.mark.parametrize("averaging", list(Averaging))
+def test_calibration_holds_no_copy_of_the_outputs_of_all_members(averaging: Averaging) -> None:
+    """They may lie on disk because they do not fit."""
+    logits_MVNK = np.random.default_rng(0).normal(size=(16, 2, 2000, 200)).astype(np.float32)
+    tracemalloc.start()
+    calibration(logits_MVNK, averaging).best_gate(0.9)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # A few arrays in float64 of one member in one view, and what each look says of each row.
+    assert peak_bytes < 0.6 * logits_MVNK.nbytes
