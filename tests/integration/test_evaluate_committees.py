@@ -305,6 +305,11 @@ def test_a_gated_evaluation_is_measured_against_the_exact_one(job: Committees, b
     same = job.logits(gated["run"]).argmax(axis=1) == job.logits(exact["run"]).argmax(axis=1)
     assert effect["agreement"] == pytest.approx(same.mean())
     assert effect["speedup"] == pytest.approx(4 / gated["cost"]["passes_per_image"])
+    # Both members are of one architecture.
+    assert effect["macs_ratio"] == pytest.approx(effect["speedup"])
+    assert exact["cost"]["macs_per_image"] / gated["cost"]["macs_per_image"] == pytest.approx(
+        effect["speedup"], rel=1e-3
+    )
     # Every row is looked at once, and those in doubt by all four passes.
     sure = (4 - gated["cost"]["passes_per_image"]) / 3 * NUM_TEST
     assert sure == pytest.approx(round(sure))
@@ -328,6 +333,7 @@ def test_dense_evaluation_takes_the_whole_square_where_the_network_can(job: Comm
     report = job.run("--mode", "dense", settings=(f"model={{backbone: {able}, classes: {classes}}}",))
     assert (report["mode"], report["crops"]) == ("dense", "flip")
     assert report["effect"]["speedup"] == 0.5
+    assert report["effect"]["macs_ratio"] == pytest.approx(0.5 * (32 / 40) ** 2, rel=1e-3)
     assert -1 <= report["effect"]["top1_change"] <= 1
     unable = f"{{arch: lenet5, weights: random, {preset}}}"
     finished = job.start("--mode", "dense", settings=(f"model={{backbone: {unable}, classes: {classes}}}",))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from pydantic import Field
@@ -29,7 +29,7 @@ from convoy.storage.manifests import Manifest
 from convoy.storage.member_predictions import iter_member_parts
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.predictions import paired, read_predicted
-from convoy.vision.committee_options import gate_passes
+from convoy.vision.committee_options import gate_costs
 from convoy.vision.ensembling import mean_of_views
 from convoy.vision.presets import CropGeometry, geometry_of
 
@@ -66,7 +66,8 @@ class ModeEffect(StrictModel):
     """A cheaper mode against the exact one on the same rows.
 
     `agreement` is the share of samples with the same predicted class; `top1_change` is the cheaper mode's top-1
-    less the exact one's; `speedup` is the ratio of network passes.
+    less the exact one's; `speedup` is the ratio of network passes, `macs_ratio` that of their multiply-adds, as members
+    differ in what a pass of them costs, and a dense one is of a larger image; reports of before have none.
     """
 
     agreement: float
@@ -74,6 +75,7 @@ class ModeEffect(StrictModel):
     exact_top1: float
     exact_run: str
     speedup: float
+    macs_ratio: float | None = None
 
 
 class CommitteeEvaluation(Evaluation):
@@ -122,6 +124,7 @@ def evaluate_committee(
             exact_top1=exact_top1,
             exact_run=exact.run_id,
             speedup=_passes(exact_request, exact) / _passes(request, predictions),
+            macs_ratio=_macs(exact_request, exact) / _macs(request, predictions),
         )
     return CommitteeEvaluation(
         **evaluation.model_dump(),
@@ -202,16 +205,10 @@ def _alone(member: CommitteeMember, counts: EvaluationCounts) -> MemberEvaluatio
 
 def _cost(request: PredictionRequest, predictions: CommitteePredictions) -> CommitteeCost:
     backbones = [member.classifier.backbone for member in request.committee.members]
-    passes = _passes(request, predictions)
     num_parameters = sum(backbone.num_parameters for backbone in backbones)
-    macs = [
-        round(backbone.macs * (request.preset(member).crop_px / backbone.preset.crop_px) ** 2)
-        for member, backbone in zip(request.committee.members, backbones, strict=True)
-    ]
     return CommitteeCost(
-        passes_per_image=passes,
-        # In the gated mode as if all members cost the same.
-        macs_per_image=round(sum(macs) / len(macs) * passes),
+        passes_per_image=_passes(request, predictions),
+        macs_per_image=round(_macs(request, predictions)),
         num_parameters=num_parameters,
         parameter_bytes=4 * num_parameters,
         images_per_s=predictions.images_per_s,
@@ -220,12 +217,28 @@ def _cost(request: PredictionRequest, predictions: CommitteePredictions) -> Comm
 
 def _passes(request: PredictionRequest, predictions: CommitteePredictions) -> float:
     """Network passes an image, on average."""
-    num_members, gate = len(request.committee.members), request.committee.gate
+    return _mean_cost(request, predictions, [1] * len(request.committee.members))
+
+
+def _macs(request: PredictionRequest, predictions: CommitteePredictions) -> float:
+    """Multiply-adds an image, on average: those of a pass grow with the area that it sees."""
+    macs_M = []
+    for member in request.committee.members:
+        backbone = member.classifier.backbone
+        macs_M.append(round(backbone.macs * (request.preset(member).crop_px / backbone.preset.crop_px) ** 2))
+    return _mean_cost(request, predictions, macs_M)
+
+
+def _mean_cost(
+    request: PredictionRequest, predictions: CommitteePredictions, costs_M: Sequence[int]
+) -> float:
+    """What an image costs on average, where a pass of each member costs so much."""
+    gate = request.committee.gate
     if request.mode is not EvaluationMode.GATED or gate is None:
-        return float(num_members * len(crop_views(request.plan)))
-    passes = gate_passes(gate, request.plan, num_members)
-    num_rows = {stage: predictions.flags.get(stage.value, 0) for stage in passes}
-    return sum(passes[stage] * num_rows[stage] for stage in passes) / max(sum(num_rows.values()), 1)
+        return float(sum(costs_M) * len(crop_views(request.plan)))
+    costs = gate_costs(gate, request.plan, costs_M)
+    num_rows = {stage: predictions.flags.get(stage.value, 0) for stage in costs}
+    return sum(costs[stage] * num_rows[stage] for stage in costs) / max(sum(num_rows.values()), 1)
 
 
 def _agreement(store: ObjectStore, first: RunManifest, second: RunManifest) -> float:

@@ -95,6 +95,11 @@ def committee_section(parts: CommitteeParts) -> Section:
             ("rows with the same class", percent(effect.agreement)),
             ("top-1 against the exact mode, points", points(effect.top1_change)),
             ("fewer network passes", f"{effect.speedup:.2f} times"),
+            *(
+                [("fewer multiply-adds", f"{effect.macs_ratio:.2f} times")]
+                if effect.macs_ratio is not None
+                else ()
+            ),
             ("exact run", effect.exact_run),
         ]
         blocks.append(Facts(key="effect", title=f"Mode {parts.mode}", rows=rows, data=effect.model_dump()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from itertools import pairwise
 from typing import Annotated
@@ -77,9 +78,17 @@ class GateStage(StrEnum):
 def gate_passes(gate: GateOptions, plan: CropPlan, num_members: int) -> dict[GateStage, int]:
     """How often networks run on an image that is final at each stage of the gate, earlier stages included.
 
+    Raises what `gate_costs` raises.
+    """
+    return gate_costs(gate, plan, [1] * num_members)
+
+
+def gate_costs(gate: GateOptions, plan: CropPlan, costs_M: Sequence[int]) -> dict[GateStage, int]:
+    """What an image that is final at each stage of the gate costs, where a pass of each member costs so much.
+
     Raises ConfigError where a look is not part of the committee, or not of the look after it.
     """
-    looks = [look_views(look, plan, num_members) for look in gate.looks]
+    looks = [look_views(look, plan, len(costs_M)) for look in gate.looks]
     for (look, views), (later, later_views) in pairwise(zip(gate.looks, looks, strict=True)):
         if not (set(look.members) <= set(later.members) and set(views) <= set(later_views)):
             raise ConfigError(
@@ -88,10 +97,13 @@ def gate_passes(gate: GateOptions, plan: CropPlan, num_members: int) -> dict[Gat
                 next_step="let each look add members or crops, or both",
             )
     stages = list(GateStage)[: len(looks)]
-    passes = [len(look.members) * len(views) for look, views in zip(gate.looks, looks, strict=True)]
+    costs = [
+        sum(costs_M[member] for member in look.members) * len(views)
+        for look, views in zip(gate.looks, looks, strict=True)
+    ]
     return {
-        **dict(zip(stages, passes, strict=True)),
-        GateStage.COMMITTEE: num_members * len(crop_views(plan)),
+        **dict(zip(stages, costs, strict=True)),
+        GateStage.COMMITTEE: sum(costs_M) * len(crop_views(plan)),
     }
 
 

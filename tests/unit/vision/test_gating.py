@@ -6,7 +6,7 @@ import torch
 from convoy.core.crop_policies import Averaging, CropPlan, CropPolicy
 from convoy.core.errors import ConfigError
 from convoy.vision.committee import Committee
-from convoy.vision.committee_options import GateLook, GateOptions, GateStage, gate_passes
+from convoy.vision.committee_options import GateLook, GateOptions, GateStage, gate_costs, gate_passes
 from convoy.vision.gating import GatedCommittee, GatedRows
 from made_committees import (
     fill,
@@ -221,3 +221,13 @@ def test_a_gate_needs_all_members_on_the_device() -> None:
     committee = made_committee(three_members(), max_resident_bytes=1)
     with pytest.raises(ConfigError, match="together"):
         GatedCommittee(committee, gate(0.5))
+
+
+def test_an_image_costs_what_the_members_cost_that_looked_at_it() -> None:
+    second = GateLook(members=(2, 0), policy=CropPolicy.FLIP, threshold=0.9)
+    options = GateOptions(members=(2,), policy=CropPolicy.CENTER, threshold=0.5, then=(second,))
+    assert gate_costs(options, TEN, [10, 100, 1000]) == {
+        GateStage.FIRST_LOOK: 1000,
+        GateStage.SECOND_LOOK: 2 * 1010,
+        GateStage.COMMITTEE: 10 * 1110,
+    }
