@@ -87,7 +87,7 @@ def data_facts(
         reject_codes=count_rejects(FeatureCache(store), summary.sets.values(), prober.rows.all)
         if summary.rejects
         else {},
-        duplicates=find_duplicates(store, manifest, next(iter(summary.sets.values()))),
+        duplicates=find_duplicates(store, manifest, next(iter(summary.sets.values())), prober.rows.all),
         near_duplicates=prober.near_duplicates(look),
         unjudged_classes=missing_classes(prober.rows.judged, manifest.classes),
         warnings=[],
@@ -120,13 +120,16 @@ def measure_resolution(rows: pa.Table, decode: DecodeRule) -> Resolution | None:
 def find_warnings(facts: DataFacts) -> list[str]:
     """What should be looked at before any training, the worst first."""
     warnings = []
+    num_samples = sum(facts.samples.values())
+    among = "" if facts.looked_at == num_samples else f" (of {facts.looked_at:,} of {num_samples:,} images)"
     for found, kind in ((facts.duplicates, "equal"), (facts.near_duplicates, "nearly equal")):
         if found.across_splits:
             warnings.append(
-                f"{found.across_splits} groups of {kind} images lie in several splits: held-out accuracy is too good"
+                f"{found.across_splits} groups of {kind} images{among} lie in several splits: held-out accuracy is too"
+                " good"
             )
         if found.label_conflicts:
-            warnings.append(f"{found.label_conflicts} groups of {kind} images have different labels")
+            warnings.append(f"{found.label_conflicts} groups of {kind} images{among} have different labels")
     if facts.unjudged_classes:
         warnings.append(
             f"no image of {len(facts.unjudged_classes)} of {facts.classes} classes judges"

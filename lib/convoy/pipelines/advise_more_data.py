@@ -61,8 +61,12 @@ def _decide(
 ) -> tuple[MoreDataAdvice, str]:
     gain, wanted = double - now, config.wanted_top1
     if strategy is Strategy.AS_IS:
-        beyond = "" if wanted is None or now >= wanted else f", and {wanted:.3f} is wanted"
-        why = f"nothing is trained: more images change nothing of the {now:.3f} that are expected{beyond}"
+        why = f"nothing is trained: more images change nothing of the {now:.3f} that are expected"
+        if wanted is not None and now < wanted:
+            return (
+                MoreDataAdvice.NO_HELP,
+                f"{why}, and {wanted:.3f} is wanted: that takes a training or another network",
+            )
         return MoreDataAdvice.ENOUGH, why
     brings = f"twice the images are expected to bring {gain:+.3f}, from {now:.3f} to {double:.3f}"
     if wanted is not None and now < wanted:

@@ -77,11 +77,11 @@ def choose_rows(manifest: Manifest, config: AdviseConfig) -> LookRows:
     look, limit = config.look, config.rows
     every = RowLimit(seed=limit.seed)
     most = _share_out(manifest, look, limit)
-    train = looked = _sample(manifest, Split.TRAIN, limit, most)
+    train = looked = _sample(manifest, Split.TRAIN, limit, most, look.seed)
     counts_K = images_by_class(manifest, limit)
     train_weights_K = _weights(looked, counts_K)
     if has_judges(manifest, look):
-        judged = _sample(manifest, Split.VAL, every, most)
+        judged = _sample(manifest, Split.VAL, every, most, look.seed)
         judged_weights_K = _weights(judged, manifest.counts[Split.VAL].by_class)
     else:
         train, judged = deal_fold(manifest, looked, every.model_copy(update={"fold": JUDGING_FOLD}))
@@ -93,7 +93,7 @@ def choose_rows(manifest: Manifest, config: AdviseConfig) -> LookRows:
     _check_judges(judged, manifest)
     held_out = train.slice(0, 0)
     if has_labels(manifest, Split.TEST):
-        held_out = _sample(manifest, Split.TEST, every, most)
+        held_out = _sample(manifest, Split.TEST, every, most, look.seed)
     chance_top1 = _chance(counts_K, judged, judged_weights_K)
     return LookRows(train, judged, held_out, train_weights_K, judged_weights_K, chance_top1)
 
@@ -123,9 +123,12 @@ def _share_out(manifest: Manifest, look: LookSettings, limit: RowLimit) -> dict[
     return most
 
 
-def _sample(manifest: Manifest, split: Split, limit: RowLimit, most: Mapping[Split, int]) -> pa.Table:
+def _sample(
+    manifest: Manifest, split: Split, limit: RowLimit, most: Mapping[Split, int], seed: int
+) -> pa.Table:
+    """Some of the rows that a training has of a split; `seed` draws which, and not which ones it has."""
     rows, num_classes = read_split(manifest, split, limit), len(manifest.classes)
-    return natural_rows(rows, most[split], num_classes=num_classes, least=_LEAST[split], seed=limit.seed)
+    return natural_rows(rows, most[split], num_classes=num_classes, least=_LEAST[split], seed=seed)
 
 
 def _weights(looked: pa.Table, counts_K: Sequence[int]) -> NDArray[np.float64]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from convoy.core.fingerprints import canonical_json
@@ -25,6 +25,7 @@ from convoy.storage.documents import read_json
 from convoy.storage.leases import WhenHeld
 from convoy.storage.manifests import Manifest
 from convoy.storage.runs import RunFolder
+from convoy.vision.training_config import Averaging
 
 
 class Verifier:
@@ -87,8 +88,9 @@ class Verifier:
             return VerifiedStrategy.model_validate(known | now)
         self._progress.stage(f"verifying {strategy.strategy.value} on {strategy.backbone}")
         started_s = time.monotonic()
-        training, _ = train_config(at_budget(option, self._config, self._settings), where=key)
         judges_on_val = has_judges(self._manifest, self._config.look)
+        settings = at_budget(option, self._config, self._settings, fold_judges=not judges_on_val)
+        training, _ = train_config(settings, where=key)
         report = run_train(
             training,
             progress=self._progress,
@@ -128,10 +130,13 @@ def chosen_options(strategies: Sequence[StrategyAdvice], limit: int | None) -> l
     return [*firsts, *(one for one in strategies if one not in firsts)][:limit]
 
 
-def at_budget(option: Option, config: AdviseConfig, settings: VerifySettings) -> dict[str, Any]:
+def at_budget(
+    option: Option, config: AdviseConfig, settings: VerifySettings, *, fold_judges: bool
+) -> dict[str, Any]:
     """The settings of an option's training at the budget.
 
-    A fold of the training rows chooses the head's C and the epoch, so that `val` judges what it did not choose.
+    A fold of the training rows chooses the head's C and the epoch, so that `val` judges what it did not choose. Where
+    the fold itself judges no epoch is chosen: a network ends with its last one.
     """
     changed = {
         **option.settings,
@@ -139,7 +144,18 @@ def at_budget(option: Option, config: AdviseConfig, settings: VerifySettings) ->
         "rows": _limit_at_budget(config, settings).model_dump(mode="json", exclude_none=True),
         "workspace": config.workspace,
     }
-    return changed | ({"epochs": settings.epochs} if option.strategy in NETWORKS else {})
+    if option.strategy in NETWORKS:
+        changed["epochs"] = settings.epochs
+        if fold_judges:
+            changed["recipe"] = _choosing_no_epoch(changed.get("recipe", {}))
+    return changed
+
+
+def _choosing_no_epoch(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in recipe.items() if name != "patience_epochs"}
+    if kept.get("averaging") in (Averaging.BEST, Averaging.SOUP):
+        kept["averaging"] = Averaging.LAST.value
+    return kept
 
 
 def _limit_at_budget(config: AdviseConfig, settings: VerifySettings) -> RowLimit:

@@ -13,7 +13,7 @@ from convoy.core.config import StrictModel
 from convoy.core.embedding import NEAR_DUPLICATE_THRESHOLD, DuplicateGroup, find_near_duplicates
 from convoy.vision.stages import DepthAxis, Stage, StageKind
 
-_NUM_EXAMPLES = 20
+_NUM_EXAMPLES, _NUM_NAMED = 20, 20
 _NUM_TAPS = 3
 _MAX_CHANNELS = 2048
 
@@ -27,10 +27,19 @@ class NearDuplicateSample(StrictModel):
 
 
 class NearDuplicateGroup(StrictModel):
-    """Samples that show one picture; `score` is that of the weakest link between them, see `DuplicateGroup`."""
+    """Samples that show one picture; `score` is that of the weakest link between them, see `DuplicateGroup`.
+
+    Of examples that are `size` samples the first 20 are named: a placeholder may be there thousands of times.
+    """
 
     score: float
     samples: list[NearDuplicateSample]
+    size: int = 0
+
+    @property
+    def num_unnamed(self) -> int:
+        """How many there are besides."""
+        return max(self.size - len(self.samples), 0)
 
 
 class NearDuplicateReport(StrictModel):
@@ -107,7 +116,10 @@ def report_near_duplicates(
         spare=num_samples - len(groups),
         across_splits=len(crossing),
         label_conflicts=len(conflicting),
-        examples=list(worst.values())[:_NUM_EXAMPLES],
+        examples=[
+            group.model_copy(update={"samples": group.samples[:_NUM_NAMED]})
+            for group in list(worst.values())[:_NUM_EXAMPLES]
+        ],
     )
 
 
@@ -117,6 +129,7 @@ def _described(
     members = rows.take(pa.array([row_of[sample_id] for sample_id in group.sample_ids])).to_pylist()
     return NearDuplicateGroup(
         score=group.score,
+        size=len(members),
         samples=[
             NearDuplicateSample(
                 sample_id=member["sample_id"],

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from convoy.core.config import StrictModel
-from convoy.core.errors import ConvoyError
+from convoy.core.errors import ConvoyError, DataError
 from convoy.core.fingerprints import digest
 from convoy.core.progress import Progress
 from convoy.pipelines.model_listing import ListedModel, list_models
@@ -124,9 +124,11 @@ def write_index(
 def read_index(store: ObjectStore, folder: Path) -> IndexData:
     """What a workspace holds, and the pages in a local folder. What cannot be read is said, and left out."""
     missing: list[str] = []
-    runs = list_runs(store).runs[::-1]
+    listed = list_runs(store)
+    runs = listed.runs[::-1]
+    missing += [f"run {one.run}: {one.what} [{one.where}]" for one in listed.unreadable]
     with ThreadPoolExecutor(_THREADS) as pool:
-        shown = list(pool.map(lambda run: _indexed_run(store, run), runs[:MAX_RUNS]))
+        shown = list(pool.map(lambda run: _indexed_run(store, run, missing), runs[:MAX_RUNS]))
     models: list[ListedModel] = []
     try:
         found = list_models(store.root_uri)
@@ -195,13 +197,16 @@ def find_pages(folder: Path, workspace: str) -> dict[str, str]:
     return found
 
 
-def _indexed_run(store: ObjectStore, run: ListedRun) -> IndexedRun:
+def _indexed_run(store: ObjectStore, run: ListedRun, missing: list[str]) -> IndexedRun:
     folder = RunFolder(store, run.run)
     record = folder.record()
     name = "" if record is None else record.config.get("name")
     report: dict[str, Any] = {}
     if run.state is RunState.FINISHED:
-        report = read_json(store, folder.key("report.json")) or {}
+        try:
+            report = read_json(store, folder.key("report.json")) or {}
+        except DataError as error:
+            missing.append(f"the report of run {run.run}: {error.what} [{error.where}]")
     top1 = report.get("top1", (report.get("measured") or {}).get("top1"))
     return IndexedRun(**run.model_dump(), name=name or "", top1=top1)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from convoy.core.errors import DataError
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import RunFolder, run_ids
 
@@ -18,9 +19,21 @@ FoundT = TypeVar("FoundT")
 def newest_first(
     store: ObjectStore, read: Callable[[RunFolder], FoundT], *, most: int
 ) -> Iterator[tuple[RunFolder, FoundT]]:
-    """What `read` says of each of the newest runs, `most` at most; some are read that nobody asks for any more."""
+    """What `read` says of each of the newest runs, `most` at most; some are read that nobody asks for any more.
+
+    Of a run with damaged files nothing is said.
+    """
+
+    def read_sound(folder: RunFolder) -> tuple[FoundT] | None:
+        try:
+            return (read(folder),)
+        except DataError:
+            return None
+
     folders = [RunFolder(store, run_id) for run_id in reversed(run_ids(store)[-most:])]
     with ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, len(folders), _AHEAD):
             some = folders[start : start + _AHEAD]
-            yield from zip(some, pool.map(read, some), strict=True)
+            for folder, found in zip(some, pool.map(read_sound, some), strict=True):
+                if found is not None:
+                    yield folder, *found

@@ -18,6 +18,7 @@ from convoy.storage.runs import RunFolder
 
 # Smaller groups say nothing, and beyond so many rows the second reading takes minutes.
 _MIN_ROWS, _MAX_ROWS = 20, 1_000_000
+_MAX_GROUPS = 50
 _LARGEST_POWER = 62
 
 
@@ -31,7 +32,10 @@ class Subgroup(StrictModel):
 
 
 def summarise_subgroups(folder: RunFolder, manifest: RunManifest) -> list[Subgroup]:
-    """Groups of 20 labelled rows or more, on each axis that has two of them; none beyond a million rows."""
+    """Groups of 20 labelled rows or more, on each axis that has two of them; none beyond a million rows.
+
+    On an axis with more of them the 50 largest: names like `photo.1234` would make a kind of file of each number.
+    """
     if manifest.num_results > _MAX_ROWS:
         return []
     rows: Counter[tuple[str, int, str]] = Counter()
@@ -43,8 +47,12 @@ def summarise_subgroups(folder: RunFolder, manifest: RunManifest) -> list[Subgro
             continue
         for table in _labelled(folder, record):
             _count(table, inputs, rows, right)
-    large = {key: count for key, count in rows.items() if count >= _MIN_ROWS}
-    axes = Counter(axis for axis, _, _ in large)
+    large: dict[tuple[str, int, str], int] = {}
+    axes: Counter[str] = Counter()
+    for key, count in rows.most_common():
+        if count >= _MIN_ROWS and axes[key[0]] < _MAX_GROUPS:
+            large[key] = count
+            axes[key[0]] += 1
     return [
         Subgroup(axis=key[0], value=key[2], rows=large[key], top1=wilson_interval(right[key], large[key]))
         for key in sorted(large)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
+from pydantic import Field
+
 from convoy.core.config import StrictModel
+from convoy.core.errors import DataError
 from convoy.pipelines.runs_state import RunState, age_in_words, dataset_of, opened_utc, run_status
 from convoy.storage.commits import SliceRecord, read_manifest, read_records
 from convoy.storage.object_store import ObjectStore
@@ -32,18 +35,41 @@ class ListedRun(StrictModel):
     opened_utc: str | None
 
 
+class UnreadableRun(StrictModel):
+    """A run whose files cannot be read: what is wrong, and where."""
+
+    run: str
+    what: str
+    where: str
+
+
 class RunList(StrictModel):
-    """All runs of a workspace, oldest first."""
+    """All runs of a workspace, oldest first, and those that cannot be read."""
 
     runs: list[ListedRun]
+    unreadable: list[UnreadableRun] = Field(default_factory=list)
 
 
 def list_runs(store: ObjectStore) -> RunList:
-    """The runs of a workspace. Of unfinished ones the records of all slices are read, a small file each."""
+    """The runs of a workspace. Of unfinished ones the records of all slices are read, a small file each.
+
+    One that is damaged hides no other; a store that does not answer is an error.
+    """
     pointers = open_pointers(store)
     ids = sorted({*run_ids(store), *pointers})
+
+    def read(run_id: str) -> ListedRun | UnreadableRun:
+        try:
+            return listed_run(store, run_id, pointers)
+        except DataError as error:
+            return UnreadableRun(run=run_id, what=error.what, where=error.where)
+
     with ThreadPoolExecutor(_THREADS) as pool:
-        return RunList(runs=list(pool.map(lambda run_id: listed_run(store, run_id, pointers), ids)))
+        found = list(pool.map(read, ids))
+    return RunList(
+        runs=[one for one in found if isinstance(one, ListedRun)],
+        unreadable=[one for one in found if isinstance(one, UnreadableRun)],
+    )
 
 
 def listed_run(store: ObjectStore, run_id: str, pointers: Mapping[str, str]) -> ListedRun:

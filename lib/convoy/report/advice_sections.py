@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from convoy.pipelines.advise_data import DataFacts
 from convoy.pipelines.advise_report import AdviceReport, MoreData, Similarity, Verification
 from convoy.pipelines.advise_strategies import StrategyAdvice
 from convoy.report.advice_text import cost_span, images_for_wanted, verified
@@ -299,7 +300,7 @@ def _soundness(report: AdviceReport) -> Section:
             f"{found.images_per_class_min:,} to {found.images_per_class_max:,},"
             f" median {found.images_per_class_median:,.0f}",
         ),
-        ("looked at", f"{count(found.looked_at)}, {count(found.rejects)} of them rejected"),
+        ("looked at", _looked_at(found)),
         (
             "exact duplicates",
             f"{count(found.duplicates.samples)}, {count(found.duplicates.across_splits)} groups across splits",
@@ -317,6 +318,14 @@ def _soundness(report: AdviceReport) -> Section:
     if found.warnings:
         blocks.append(Notes(title="To be mended first", texts=found.warnings))
     return Section(key="soundness", title="Size and soundness", blocks=blocks)
+
+
+def _looked_at(found: DataFacts) -> str:
+    total = sum(found.samples.values())
+    words = f"{count(found.looked_at)} of {count(total)}, {count(found.rejects)} of them rejected"
+    if found.looked_at < total:
+        words += "; duplicates are those among these: of the pairs across splits only some were compared"
+    return words
 
 
 def _verification(found: Verification) -> Section:

@@ -83,7 +83,8 @@ def _duplicates(report: InspectionReport) -> Iterator[Block]:
     groups = [
         [
             f"{group.score:.3f}",
-            ", ".join(f"{one.sample_id} ({one.split}, {one.label})" for one in group.samples),
+            ", ".join(f"{one.sample_id} ({one.split}, {one.label})" for one in group.samples)
+            + (f" and {count(group.num_unnamed)} more" if group.num_unnamed else ""),
         ]
         for group in found.examples
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from convoy.pipelines.model_listing import ModelDescription
@@ -14,6 +15,8 @@ from convoy.report.figures import bars_by_name
 from convoy.report.svg import Chart, Scale
 from convoy.report.words import count, duration, percent, size, yaml_text
 
+# A run that is partitioned by labels has one for each.
+_MOST_OUTPUTS = 20
 _FORECAST_ROWS = {
     "images": "images",
     "images_per_s": "images/s",
@@ -103,7 +106,9 @@ def records_section(run: RunDescription, report: Mapping[str, Any]) -> Section:
     ]
     if run.inputs is not None:
         facts.append(("rows done", f"{count(run.done or 0)} of {count(run.inputs)}"))
-    facts += [(f"output {name}", uri) for name, uri in run.outputs.items()]
+    facts += [(f"output {name}", uri) for name, uri in islice(run.outputs.items(), _MOST_OUTPUTS)]
+    if len(run.outputs) > _MOST_OUTPUTS:
+        facts.append(("further outputs", count(len(run.outputs) - _MOST_OUTPUTS)))
     notes = report.get("notes")
     results = {name: value for name, value in report.items() if name not in _LONG}
     return Section(

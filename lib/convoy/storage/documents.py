@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from convoy.core.errors import DataError, ObjectNotFound
 from convoy.storage.object_store import ObjectStore
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 def read_json(store: ObjectStore, key: str) -> Any:
@@ -27,6 +31,19 @@ def parse_json(data: bytes, *, where: str) -> Any:
             f"the document is damaged: {error}",
             where=where,
             next_step="restore it from a backup, or from a former version of the object where the bucket keeps them",
+        ) from error
+
+
+def parse_model(model: type[ModelT], document: Any, *, where: str) -> ModelT:
+    """A document as what it should be. DataError for one that another version of Convoy wrote, or a hand."""
+    try:
+        return model.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise DataError(
+            f"the document does not say what it should: {'.'.join(map(str, first['loc']))}: {first['msg']}",
+            where=where,
+            next_step="upgrade Convoy if a newer one wrote it, or restore it from a backup",
         ) from error
 
 

@@ -28,12 +28,17 @@ class DuplicateReport(StrictModel):
     examples: list[list[str]]
 
 
-def find_duplicates(store: ObjectStore, manifest: Manifest, set_id: str) -> DuplicateReport:
-    """Exact duplicates among the samples of a manifest that a feature set has rows for.
+def find_duplicates(
+    store: ObjectStore, manifest: Manifest, set_id: str, among: pa.Table | None = None
+) -> DuplicateReport:
+    """Exact duplicates among the samples of a manifest that a feature set has rows for, or of these those `among` it.
 
     Groups that disagree on the label or cross splits come first among the examples, then the largest.
     """
     content = content_digests(FeatureCache(store), set_id)
+    if among is not None:
+        wanted = np.isin(content[0], content_id_array(among["content_id"]))
+        content = content[0][wanted], content[1][wanted]
     # 16 bytes a sample find what is repeated; then some numbers a group, however large it is; then names of a few.
     digests = [digest for _, digest in _with_digests(manifest, ["content_id"], *content)]
     unique, counts = np.unique(np.concatenate(digests), return_counts=True)

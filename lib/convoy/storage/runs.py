@@ -23,7 +23,7 @@ from convoy.core.differences import describe_changes, differences
 from convoy.core.errors import ConfigError, DataError, ObjectNotFound, PreconditionFailed, RunMismatch
 from convoy.core.fingerprints import canonical_json, digest
 from convoy.core.version import VERSION
-from convoy.storage.documents import exists, parse_json, read_json
+from convoy.storage.documents import exists, parse_json, parse_model, read_json
 from convoy.storage.object_store import ObjectStore, put_looking_first
 
 SLICES_PER_INPUT_SHARD = 64
@@ -154,9 +154,10 @@ class RunFolder:
         return self.key(f"{folder}{group}-{shard:05d}.parquet")
 
     def record(self) -> RunRecord | None:
-        """The run record, or None if the run died before it was written."""
-        document = read_json(self.store, self.key("run.json"))
-        return None if document is None else RunRecord.model_validate(document)
+        """The run record, or None if the run died before it was written. DataError where it cannot be understood."""
+        key = self.key("run.json")
+        document = read_json(self.store, key)
+        return None if document is None else parse_model(RunRecord, document, where=self.store.uri(key))
 
     def write_record(self, record: RunRecord) -> RunRecord:
         """Write `run.json`; from here on the run can be resumed. The record that counts: another's that was first."""

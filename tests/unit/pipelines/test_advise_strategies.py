@@ -298,10 +298,15 @@ def test_more_images_change_nothing_of_a_network_that_is_used_as_it_is() -> None
     assert advised.strategy is Strategy.AS_IS
     more = more_data(settings, known, advised, fit_curve(samples(0.5, 0.62, 0.72, 0.8)))
     assert [point.top1 for point in more.advised] == [advised.interval] * 3
-    assert more.advice is MoreDataAdvice.ENOUGH
+    assert more.advice is MoreDataAdvice.NO_HELP
     assert "more images change nothing" in more.why
     assert "0.990 is wanted" in more.why
     assert more.images_needed is None
+    modest = config("wanted_top1=0.9")
+    assert (
+        more_data(modest, known, advised, fit_curve(samples(0.5, 0.62, 0.72, 0.8))).advice
+        is MoreDataAdvice.ENOUGH
+    )
 
 
 def test_twice_the_images_of_uneven_classes_bring_what_the_law_says() -> None:

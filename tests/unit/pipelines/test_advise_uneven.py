@@ -92,6 +92,17 @@ def test_classes_are_looked_at_by_their_shares(tmp_path: Path) -> None:
     assert rows.chance_top1 == pytest.approx(0.9)
 
 
+def test_the_seed_of_the_look_draws_other_images_of_the_same_training(tmp_path: Path) -> None:
+    manifest = frozen_rows(tmp_path, COUNTS, CLASSES)
+    first, again, other = (
+        choose_rows(manifest, config("look={images_per_class: 10}", f"look.seed={seed}"))
+        for seed in (0, 0, 1)
+    )
+    ids, same, others = (set(rows.train["sample_id"].to_pylist()) for rows in (first, again, other))
+    assert ids == same != others
+    assert len(ids) == len(others)
+
+
 def test_a_rare_class_is_learnt_and_judged_and_counts_as_little_as_it_is(tmp_path: Path) -> None:
     counts = {Split.TRAIN: (1990, 8, 2), Split.VAL: (995, 4, 1)}
     rows = choose_rows(frozen_rows(tmp_path, counts, CLASSES), config("look={images_per_class: 10}"))

@@ -27,7 +27,7 @@ from made_advice_rows import frozen_rows
 CONFIG = load_config(AdviseConfig, None, ["candidates=[{backbone: {arch: resnet18}}]", "dataset=parts"])
 
 
-def made_option(strategy: Strategy) -> Option:
+def made_option(strategy: Strategy, **settings: object) -> Option:
     base = {
         "name": "parts-x",
         "dataset": "parts",
@@ -42,13 +42,29 @@ def made_option(strategy: Strategy) -> Option:
         top1=interval(0.5),
         cost=made.cost,
         basis=made.basis,
-        settings=base | ({"tap": "pooled"} if strategy is Strategy.LINEAR_PROBE else {}),
+        settings=base | ({"tap": "pooled"} if strategy is Strategy.LINEAR_PROBE else {}) | settings,
         why="",
     )
 
 
 def verified_config(strategy: Strategy, settings: VerifySettings) -> TrainConfig:
-    return train_config(at_budget(made_option(strategy), CONFIG, settings), where="here")[0]
+    return train_config(at_budget(made_option(strategy), CONFIG, settings, fold_judges=False), where="here")[
+        0
+    ]
+
+
+@pytest.mark.parametrize("averaging", ["best", "soup", "ema"])
+@pytest.mark.parametrize("fold_judges", [True, False])
+def test_rows_that_judge_choose_no_epoch(averaging: str, fold_judges: bool) -> None:
+    recipe = {"averaging": averaging, "patience_epochs": 2, "batch_size": 16}
+    option = made_option(Strategy.FINE_TUNE, recipe=recipe)
+    settings = at_budget(option, CONFIG, VerifySettings(epochs=3), fold_judges=fold_judges)
+    found = train_config(settings, where="here")[0].recipe
+    assert found.batch_size == 16
+    if fold_judges:
+        assert (found.averaging, found.patience_epochs) == ("ema" if averaging == "ema" else "last", None)
+    else:
+        assert (found.averaging, found.patience_epochs) == (averaging, 2)
 
 
 @pytest.mark.parametrize("strategy", [Strategy.LINEAR_PROBE, Strategy.FINE_TUNE])

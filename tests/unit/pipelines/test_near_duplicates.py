@@ -62,6 +62,13 @@ def test_no_label_is_another_label_than_any() -> None:
     assert report.examples[0].samples[1].label is None
 
 
+def test_of_a_placeholder_that_is_there_often_some_are_named_and_all_are_counted() -> None:
+    features_ND = with_copies(*[10] * 49)
+    report = report_near_duplicates(features_ND, described({349: 1}, {}, 349), CLASSES)
+    (group,) = report.examples
+    assert (report.samples, group.size, len(group.samples), group.num_unnamed) == (50, 50, 20, 30)
+
+
 def test_a_set_without_near_duplicates_has_none() -> None:
     report = report_near_duplicates(with_copies(), described({}, {}, 300), CLASSES)
     assert (report.groups, report.samples, report.examples) == (0, 0, [])

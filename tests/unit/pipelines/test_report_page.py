@@ -14,7 +14,7 @@ import pytest
 from convoy.core.errors import ConfigError, DataError
 from convoy.core.progress import Silent
 from convoy.core.records import Split
-from convoy.pipelines import report_index
+from convoy.pipelines import report_index, report_subgroups
 from convoy.pipelines.report_data_card import choose_examples
 from convoy.pipelines.report_index import find_pages, read_index, write_index
 from convoy.pipelines.report_page import PageData, read_page, write_page
@@ -342,6 +342,31 @@ def test_the_index_says_what_the_workspace_holds(workspace: LocalStore, tmp_path
     assert "<img src=x onerror=window.hacked=1>" in text
 
 
+@pytest.mark.parametrize("data", [b"{", b'{"of": "another version"}'])
+def test_the_index_shows_sound_runs_beside_a_damaged_one(tmp_path: Path, data: bytes) -> None:
+    store = made_workspace(tmp_path, num_images=40)
+    store.put("runs/20990101T000000Z-aaaaaa/run.json", data)
+    index = read_index(store, tmp_path)
+    assert [run.run for run in index.runs] == [RUN]
+    (line,) = index.missing
+    assert line.startswith("run 20990101T000000Z-aaaaaa: the document ")
+    assert line.endswith("/runs/20990101T000000Z-aaaaaa/run.json]")
+    # Nor does it take anything from the pages of the others.
+    page = read_page(store, find_target(store, RUN), progress=Silent())
+    assert page.data_card is not None
+    assert page.lineage is not None
+
+
+def test_the_index_shows_a_run_whose_report_is_damaged(tmp_path: Path) -> None:
+    store = made_workspace(tmp_path, num_images=40)
+    store.put(f"runs/{RUN}/report.json", b"{")
+    index = read_index(store, tmp_path)
+    assert [(run.run, run.top1) for run in index.runs] == [(RUN, None)]
+    assert [
+        line.startswith(f"the report of run {RUN}: the document is damaged") for line in index.missing
+    ] == [True]
+
+
 def test_an_empty_workspace_has_an_index(tmp_path: Path) -> None:
     index = read_index(LocalStore(str(tmp_path / "new")), tmp_path)
     assert (index.runs, index.datasets, index.models) == ([], [], [])
@@ -378,3 +403,19 @@ def test_parts_of_the_data_add_up_to_the_whole(tmp_path: Path) -> None:
     assert {group.axis for group in page.subgroups} == {"size of the file"}
     found = {group.value: (group.rows, group.top1.estimate) for group in page.subgroups}
     assert found == {name: pytest.approx(value) for name, value in expected.items()}
+
+
+def test_of_very_many_parts_of_the_data_the_largest_are_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the names of files end with numbers."""
+
+    def count(_table: object, _inputs: object, rows: Counter[tuple[str, int, str]], _right: object) -> None:
+        rows.update({("kind of file", number, f".{number}"): number for number in range(15, 115)})
+
+    monkeypatch.setattr(report_subgroups, "_count", count)
+    store = made_workspace(tmp_path, num_images=40)
+    found = read_page(store, find_target(store, RUN), progress=Silent()).subgroups
+    counted_times = found[-1].rows // 114
+    assert [group.value for group in found] == [f".{number}" for number in range(65, 115)]
+    assert [group.rows for group in found] == [counted_times * number for number in range(65, 115)]

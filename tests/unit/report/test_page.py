@@ -23,6 +23,7 @@ from made_pages import (
     made_page,
     made_predictions,
     made_retrains,
+    made_run,
 )
 
 # Everything that a browser would fetch or follow.
@@ -233,6 +234,15 @@ def test_groups_that_are_worse_than_the_whole_stand_out() -> None:
     assert [one["rows"] for one in parts.json_of("subgroups")] == [100, 300]
     (table,) = re.findall(rb'<section id="subgroups".*?</section>', page, re.DOTALL)
     assert table.count(b'<tr class="chosen">') == 1
+
+
+def test_of_very_many_outputs_some_are_named() -> None:
+    """A scoring that is partitioned by labels has one for each."""
+    outputs = {f"label={number:04}": f"/w/{number:04}" for number in range(300)}
+    text = PageParts(draw_page(made_page(run=made_run().model_copy(update={"outputs": outputs})))).text
+    assert "output label=0019" in text
+    assert "output label=0020" not in text
+    assert "further outputs" in text
 
 
 def test_the_trials_of_a_search_are_ranked() -> None:

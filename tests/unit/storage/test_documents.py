@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from convoy.core.errors import DataError
-from convoy.storage.documents import read_json
+from convoy.storage.documents import parse_model, read_json
 from convoy.storage.local_store import LocalStore
+from convoy.storage.runs import SliceGroup
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe{"])
@@ -20,3 +21,15 @@ def test_a_damaged_document_is_named(tmp_path: Path, data: bytes) -> None:
 
 def test_a_document_that_is_not_there_is_none(tmp_path: Path) -> None:
     assert read_json(LocalStore(str(tmp_path)), "runs/one/run.json") is None
+
+
+def test_a_document_of_another_version_is_named_with_what_is_wrong() -> None:
+    with pytest.raises(DataError, match=r"does not say what it should: invented: Extra inputs") as caught:
+        parse_model(
+            SliceGroup,
+            {"outputs": [], "num_rows": 1, "num_slices": 1, "invented": 1},
+            where="runs/one/run.json",
+        )
+    assert caught.value.where == "runs/one/run.json"
+    assert caught.value.next_step is not None
+    assert "upgrade Convoy" in caught.value.next_step

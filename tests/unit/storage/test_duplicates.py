@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from convoy.core.fingerprints import digest_bytes
 from convoy.storage.commits import feature_prefix, part_key, publish, write_record
@@ -88,3 +89,15 @@ def test_copies_without_labels_agree_on_them(tmp_path: Path) -> None:
 def test_distinct_files_are_no_duplicates(tmp_path: Path) -> None:
     store, manifest = dataset(tmp_path, {f"c{i % 2}/{i}.jpg": str(i).encode() for i in range(8)})
     assert read_and_commit(store, manifest).groups == 0
+
+
+def test_those_among_some_samples_are_found_whatever_the_set_has_rows_for(tmp_path: Path) -> None:
+    files = {f"train/cat/{index}.jpg": b"one" for index in range(4)}
+    store, manifest = dataset(tmp_path, {**files, "test/cat/4.jpg": b"one", "train/dog/5.jpg": b"two"})
+    assert read_and_commit(store, manifest).samples == 5
+    rows = manifest.read_table(["sample_id", "content_id"])
+    some = rows.filter(pc.is_in(rows["sample_id"], pa.array(["train/cat/1.jpg", "train/cat/3.jpg"])))
+    report = find_duplicates(store, manifest, SET_ID, some)
+    assert (report.groups, report.samples, report.across_splits) == (1, 2, 0)
+    assert report.examples == [["train/cat/1.jpg", "train/cat/3.jpg"]]
+    assert find_duplicates(store, manifest, SET_ID, some.slice(0, 1)).groups == 0
