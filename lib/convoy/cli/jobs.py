@@ -83,16 +83,21 @@ def tune(
     overrides: SetOption = None,
     workspace: WorkspaceOption = None,
     new_run: NewRunOption = False,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Search over trainings, and build the best ensemble of them under a budget. A killed search goes on."""
     from convoy.pipelines.tune import TuneDrawers, run_tune  # noqa: PLC0415
     from convoy.pipelines.tune_config import TuneConfig  # noqa: PLC0415
+    from convoy.pipelines.tune_dry_run import plan_tune  # noqa: PLC0415
     from convoy.report.curves import draw_learning_curves  # noqa: PLC0415
     from convoy.report.ensemble_report import draw_ensemble_report  # noqa: PLC0415
     from convoy.report.trial_plots import draw_parallel_coordinates, draw_trial_curves  # noqa: PLC0415
 
     settings = load(TuneConfig, config, overrides, workspace)
+    if dry_run:
+        run_job(lambda _: plan_tune(settings), as_json=as_json)
+        return
     draw = TuneDrawers(
         training=draw_learning_curves,
         space=draw_parallel_coordinates,

@@ -16,7 +16,6 @@ from convoy.core.config import StrictModel
 from convoy.core.errors import ConfigError, TrainingError
 from convoy.core.fingerprints import canonical_json, digest
 from convoy.core.progress import Progress
-from convoy.core.records import Split
 from convoy.core.statistics import Interval
 from convoy.core.trial_events import TrialState
 from convoy.pipelines.dataset_choice import open_as_begun
@@ -27,7 +26,6 @@ from convoy.pipelines.ingest_choice import FUSED_NOTE, settle_ingest
 from convoy.pipelines.network_training import CurveDrawer
 from convoy.pipelines.search_identity import as_recorded, search_identity
 from convoy.pipelines.search_time import SearchTimer, seconds_spent
-from convoy.pipelines.training_rows import has_labels
 from convoy.pipelines.trial_candidates import as_candidate, candidate_trials, reject_notes, view_notes
 from convoy.pipelines.trial_journal import TrialCost, TrialJournal, TrialRecord, trials_parquet
 from convoy.pipelines.trial_trainings import give_up_trainings
@@ -43,6 +41,7 @@ from convoy.pipelines.tune_plan import (
     most_batch_bytes,
     moved_names,
     pin_names,
+    require_validation_rows,
 )
 from convoy.pipelines.workspace import open_workspace
 from convoy.storage.commits import finish
@@ -131,7 +130,7 @@ def run_tune(
     open_run = OpenRun(store, verb=_VERB, target=digest([config.name]))
     manifest, notes = open_as_begun(store, open_run, config.dataset, new_run=new_run)
     if config.folds is None:
-        _require_validation_rows(manifest)
+        require_validation_rows(manifest)
     identity = search_identity(manifest, config)
     begun = open_run.current()
     told = as_recorded(identity, None if begun is None else begun.record())
@@ -377,12 +376,3 @@ def _against_budget(records: Sequence[TrialRecord], budget: SearchBudget) -> str
         f"; the budget was {budget.seconds:,.0f} s in all, and the longest trial, {longest.trial}, ran for"
         f" {longest.seconds:,.0f} s; epochs done: {longest.num_epochs}"
     )
-
-
-def _require_validation_rows(manifest: Manifest) -> None:
-    if not has_labels(manifest, Split.VAL):
-        raise ConfigError(
-            "trials are compared on labelled validation rows, and the dataset has none",
-            where=manifest.uri,
-            next_step="freeze it with --set splits.val_fraction=0.1, label its split `val`, or set folds",
-        )

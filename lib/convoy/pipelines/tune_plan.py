@@ -22,6 +22,7 @@ from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.network_plan import planned_batch_bytes, wanted_phases, wanted_recipe
 from convoy.pipelines.train import random_weights
 from convoy.pipelines.train_config import NETWORKS, TrainConfig
+from convoy.pipelines.training_rows import has_labels
 from convoy.pipelines.trial_outcomes import kept_crops
 from convoy.pipelines.tune_config import TuneConfig
 from convoy.storage.manifests import Manifest
@@ -74,7 +75,7 @@ def pin_names(store: ObjectStore, manifest: Manifest, config: TuneConfig) -> Sea
     Raises DataError for a teacher that does not exist, ConfigError for one that lacks a class of the dataset, for
     weights that do not fit their network and what `check_crops` raises, before the search is recorded.
     """
-    pins = _pins_now(store, manifest, config)
+    pins = resolve_names(store, manifest, config)
     # The last, as a cluster may have to start a machine for it.
     device = find_device()
     precision = PrecisionChoice(device.precision.value)
@@ -90,7 +91,7 @@ def moved_names(store: ObjectStore, manifest: Manifest, config: TuneConfig, pins
     if not (pins.teachers or pins.weights):
         return []
     try:
-        now = _pins_now(store, manifest, config)
+        now = resolve_names(store, manifest, config)
     except (DataError, StorageError):
         return []
     moved = [
@@ -103,7 +104,8 @@ def moved_names(store: ObjectStore, manifest: Manifest, config: TuneConfig, pins
     return moved
 
 
-def _pins_now(store: ObjectStore, manifest: Manifest, config: TuneConfig) -> SearchPins:
+def resolve_names(store: ObjectStore, manifest: Manifest, config: TuneConfig) -> SearchPins:
+    """What teachers and files of weights are now; networks are in the workspace then. Raises as `pin_names` does."""
     names = dict.fromkeys(one.distill.teacher for one in config.examples() if one.distill is not None)
     teachers = {name: pinned_teacher(store, manifest, name) for name in names}
     examples = fetch_networks(store, manifest, config, {})
@@ -122,8 +124,7 @@ def fetch_networks(
     records: dict[str, BackboneRecord] = {}
     examples: dict[str, Example] = {}
     for training in config.examples():
-        is_new = training.strategy is Strategy.FROM_SCRATCH
-        wanted = random_weights(training, manifest) if is_new else training.backbone
+        wanted = first_network(training, manifest)
         copy = weights.get(network_key(wanted))
         if copy is not None:
             wanted = wanted.model_copy(update={"weights": store.uri(copy)})
@@ -142,6 +143,12 @@ def fetch_networks(
         kind = digest([name, training.strategy, *length, training.rows, *batch])
         examples.setdefault(kind, Example(training=training, network=records[name]))
     return list(examples.values())
+
+
+def first_network(training: TrainConfig, manifest: Manifest) -> BackboneConfig:
+    """The network that a training begins with."""
+    is_new = training.strategy is Strategy.FROM_SCRATCH
+    return random_weights(training, manifest) if is_new else training.backbone
 
 
 def code_digests(config: TuneConfig) -> dict[str, str]:
@@ -176,6 +183,16 @@ def most_batch_bytes(examples: Sequence[Example], num_workers: int) -> int:
     )
 
 
+def require_validation_rows(manifest: Manifest) -> None:
+    """Raise ConfigError where no labelled row can tell trials apart."""
+    if not has_labels(manifest, Split.VAL):
+        raise ConfigError(
+            "trials are compared on labelled validation rows, and the dataset has none",
+            where=manifest.uri,
+            next_step="freeze it with --set splits.val_fraction=0.1, label its split `val`, or set folds",
+        )
+
+
 def check_crops(config: TuneConfig, examples: Sequence[Example]) -> None:
     """Raise ConfigError where the ensemble is to choose among crops that some network's predictions do not keep."""
     for example in examples:
@@ -193,7 +210,7 @@ def check_budget(
     if allowed_s is None or any(node["GPU"] for node in worker_nodes(nodes)):
         return
     speed = _FORECAST_FACTOR * max(1.0, sum(node["CPU"] for node in nodes) / _FORECAST_CPUS)
-    shortest_s = min(_forecast_s(example, manifest) for example in examples) / speed
+    shortest_s = min(least_training_s(example, manifest) for example in examples) / speed
     if shortest_s > allowed_s:
         raise ConfigError(
             f"the budget of {allowed_s:,.0f} s is too small for one trial, which takes {shortest_s:,.0f} s or more",
@@ -202,7 +219,7 @@ def check_budget(
         )
 
 
-def _forecast_s(example: Example, manifest: Manifest) -> float:
+def least_training_s(example: Example, manifest: Manifest) -> float:
     """The least seconds of a training on two cores, in the network alone.
 
     0 where features may lie in the cache, and for a part of a network, which may be a small one.
