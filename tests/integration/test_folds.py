@@ -75,9 +75,7 @@ def predicted(config: TrainConfig, models: list[FoldModel], policy: CropPolicy) 
         store,
         manifest,
         models,
-        dataset=config.dataset,
-        limit=config.rows,
-        extraction=config.extraction,
+        config,
         plan=CropPlan(policy=policy),
         progress=Silent(),
     )

@@ -11,7 +11,10 @@ import boto3
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
+from convoy.cluster.prepared_batches import ImagePreparer
+from convoy.cluster.stall_watch import StallWatch
 from convoy.core.records import RejectCode, SampleRejected
 from convoy.core.splits import SplitOptions
 from convoy.storage.local_cache import LocalImageCache
@@ -19,6 +22,7 @@ from convoy.storage.samples import SampleReader
 from convoy.storage.sources.completion import complete_rows
 from convoy.storage.sources.reading import read_source
 from convoy.storage.sources.rows import ReadingOptions
+from convoy.vision.decode_rule import DecodeRule
 from made_sources import jpeg_bytes, tar_bytes
 
 pytestmark = pytest.mark.integration
@@ -79,6 +83,28 @@ def test_a_second_pass_asks_for_nothing(kind: str, s3_bucket: str, cache: LocalI
     assert read(bucket.rows.take(pa.array(order)), cache, window_reads=1) == [IMAGES[row] for row in order]
     assert (cache.counts.hits, cache.counts.misses) == (NUM_IMAGES + len(order), NUM_IMAGES)
     assert cache.counts.admitted_bytes == sum(map(len, IMAGES))
+
+
+def test_what_trainings_have_read_is_predicted_without_asking_for_it_again(
+    s3_bucket: str, cache: LocalImageCache
+) -> None:
+    bucket = Bucket(s3_bucket, SOURCES["objects"])
+    read(bucket.rows, cache)
+    bucket.empty()
+    usable = []
+    for known in (cache, None):
+        preparer = ImagePreparer[str](
+            DecodeRule(),
+            num_fetch_threads=None,
+            num_decode_threads=1,
+            fill=lambda *_: None,
+            watch=StallWatch(),
+            cache=known,
+        )
+        images = preparer.begin(bucket.rows, None)
+        list(preparer.batches(images, lambda: {"whole": torch.empty(8)}, 8))
+        usable.append(int(images.usable_N.sum()))
+    assert usable == [NUM_IMAGES, 0]
 
 
 @pytest.mark.parametrize("kind", SOURCES)

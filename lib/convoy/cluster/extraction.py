@@ -71,7 +71,7 @@ class FeatureExtractor:
             features = self._engine.warm_up()
         self._widths = {tap: features_BD.shape[1] for tap, features_BD in features.items()}
 
-    def __call__(self, task: SliceTask, trials: ImageTrials | None) -> SliceRecord:
+    def __call__(self, task: SliceTask, trials: ImageTrials | None = None) -> SliceRecord:
         """Compute one slice, write its parts for the task's sets, its rejects, and the record that makes them count."""
         with self._watch.watching():
             return self._do(task, trials)

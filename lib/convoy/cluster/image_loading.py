@@ -71,7 +71,6 @@ class ImageLoader:
         self, spec: TrainingSpec, rows: pa.Table, *, num_threads: int | None = None, pin_memory: bool = False
     ) -> None:
         quiet_decoders()
-        cache = spec.local_cache and LocalImageCache(spec.local_cache.folder, spec.local_cache.max_bytes)
         self._spec = spec
         self._rows = rows
         self._labels_N = rows["label"].to_numpy().astype(np.int64)
@@ -79,7 +78,9 @@ class ImageLoader:
         self._content_ids = rows["content_id"]
         self._drawn_ids = rows["content_id" if spec.draw_version == 1 else "sample_id"]
         self._reader = SampleReader(
-            num_threads=spec.num_fetch_threads, max_bytes=spec.decode_rule.max_bytes, cache=cache or None
+            num_threads=spec.num_fetch_threads,
+            max_bytes=spec.decode_rule.max_bytes,
+            cache=LocalImageCache.of(spec.local_cache),
         )
         self._decoders = decode_threads(num_threads or spec.num_threads)
         self._pin_memory = pin_memory

@@ -50,7 +50,7 @@ class Inspector:
         )
         self._drawer = _open_drawer(self._store, spec.network, spec.maximisation)
 
-    def __call__(self, task: SliceTask, trials: ImageTrials | None) -> SliceRecord:
+    def __call__(self, task: SliceTask, trials: ImageTrials | None = None) -> SliceRecord:
         """Make the picture of one piece, and write it with the record that makes it count."""
         piece = self._spec.pieces[task.slice]
         shows_images = bool(piece.looks or piece.lines)

@@ -28,6 +28,7 @@ from convoy.core.errors import DataError
 from convoy.core.fingerprints import digest_bytes
 from convoy.core.records import Reject, RejectCode, SampleRejected, Stage
 from convoy.storage.commits import PartFile, SliceRecord, write_record
+from convoy.storage.local_cache import LocalImageCache
 from convoy.storage.parts import write_rejects
 from convoy.storage.request_counts import REQUESTS
 from convoy.storage.runs import RunFolder
@@ -181,10 +182,11 @@ class ImagePreparer(Generic[KeyT]):
         fill: Callable[[Tensor, bytes, Mapping[KeyT, Tensor]], None],
         watch: StallWatch,
         digests_content: bool = False,
+        cache: LocalImageCache | None = None,
     ) -> None:
         quiet_decoders()
         self._rule = rule
-        self._reader = SampleReader(num_threads=num_fetch_threads, max_bytes=rule.max_bytes)
+        self._reader = SampleReader(num_threads=num_fetch_threads, max_bytes=rule.max_bytes, cache=cache)
         self._decoders = decode_threads(num_decode_threads) if num_decode_threads else OwnThread()
         self._fill = fill
         self._watch = watch

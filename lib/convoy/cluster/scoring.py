@@ -24,6 +24,7 @@ from convoy.cluster.stall_watch import StallWatch
 from convoy.core.crop_policies import MemberOutputs
 from convoy.core.errors import DataError
 from convoy.storage.commits import SliceRecord
+from convoy.storage.local_cache import LocalImageCache
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import RunFolder
 from convoy.storage.stores import open_store
@@ -52,6 +53,7 @@ class Scorer:
             num_decode_threads=spec.num_decode_threads,
             fill=self._fill,
             watch=self._watch,
+            cache=LocalImageCache.of(spec.local_cache),
         )
         options = spec.committee
         if options.max_resident_bytes is None and torch.cuda.is_available():
@@ -67,7 +69,7 @@ class Scorer:
         with self._watch.timing_first_batch():
             (self._gated or self._committee).warm_up()
 
-    def __call__(self, task: SliceTask, trials: ImageTrials | None) -> SliceRecord:
+    def __call__(self, task: SliceTask, trials: ImageTrials | None = None) -> SliceRecord:
         """Predict one slice, write its parts, its rejects, and the record that makes them count."""
         with self._watch.watching():
             return self._do(task, trials)

@@ -7,6 +7,7 @@ from pydantic import Field
 from convoy.core.config import StrictModel
 from convoy.core.crop_policies import MemberOutputs
 from convoy.core.result_columns import ClassOutputs, PartitionBy
+from convoy.storage.local_cache import LocalCacheOptions
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.committee_options import CommitteeOptions, GateOptions, MemberOptions
 from convoy.vision.decode_rule import DecodeRule
@@ -51,7 +52,8 @@ class ScoringSpec(StrictModel):
 
     `class_of_label` gives for each class of the dataset its index among `classes`, null where it is none of them.
     `outputs` maps the id of each output to the prefix of its parts; `metadata` goes into all of their files. Without
-    a `table` the parts are those of evaluations. `gpu_share` is the operator's part of its GPU, where it has one.
+    a `table` the parts are those of evaluations. `gpu_share` is the operator's part of its GPU, where it has one. The
+    `local_cache` is where trainings find the images that are predicted here.
     """
 
     workspace: str
@@ -74,3 +76,4 @@ class ScoringSpec(StrictModel):
     num_fetch_threads: int | None
     stall_s: float
     gpu_share: float = Field(default=1.0, gt=0, le=1)
+    local_cache: LocalCacheOptions | None = None

@@ -171,7 +171,7 @@ class SliceSpec(Protocol):
 class SliceOperator(Protocol):
     """What runs in a worker: made once from its spec, then called for each slice."""
 
-    def __call__(self, task: SliceTask, trials: ImageTrials | None) -> SliceRecord:
+    def __call__(self, task: SliceTask, trials: ImageTrials | None = None) -> SliceRecord:
         """Do a slice, and write the record that makes it count. With `trials` its images are tried alone first."""
         ...
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 
 from convoy.core.config import StrictModel
+from convoy.storage.local_cache import LocalCacheOptions
 from convoy.vision.augmentation_policy import AugmentationPolicy
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.decode_rule import DecodeRule
@@ -52,16 +53,6 @@ class TeacherRows(StrictModel):
 
     key: str
     distillation: Distillation
-
-
-class LocalCacheOptions(StrictModel):
-    """Where a node keeps the bytes of images that later epochs need again, and how many bytes at most.
-
-    Without a `folder` that is in the node's own folder for temporary files.
-    """
-
-    folder: str | None
-    max_bytes: int = Field(ge=0)
 
 
 class TrainingSpec(StrictModel):

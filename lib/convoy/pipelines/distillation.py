@@ -105,6 +105,7 @@ def taught_rows(
         extraction=config.extraction,
         # Those of all folds, so that their trainings share one run.
         rows=read_split(manifest, Split.TRAIN, config.rows.without_fold),
+        local_cache=config.local_cache.options,
     )
     job = CommitteeJob(store, manifest, request)
     # A training beside this one may be asking the same.

@@ -22,13 +22,12 @@ from convoy.pipelines.classifiers import Strategy
 from convoy.pipelines.committee_predictions import CommitteeJob
 from convoy.pipelines.committees import open_committee
 from convoy.pipelines.distillation import with_pinned_teacher
-from convoy.pipelines.feature_plan import ExtractionConfig
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.network_training import CurveDrawer, config_identity
 from convoy.pipelines.prediction_request import PredictionRequest
 from convoy.pipelines.train import random_weights, run_train
 from convoy.pipelines.train_config import NETWORKS, TrainConfig
-from convoy.pipelines.training_rows import Fold, RowLimit, fold_rows, read_split
+from convoy.pipelines.training_rows import Fold, fold_rows, read_split
 from convoy.pipelines.workspace import open_workspace
 from convoy.storage.bundles import check_bundle_name, peek_bundle, resolve_bundle
 from convoy.storage.datasets import open_dataset
@@ -122,16 +121,14 @@ def out_of_fold(
     store: ObjectStore,
     manifest: Manifest,
     models: Sequence[FoldModel],
+    config: TrainConfig,
     *,
-    dataset: str,
-    limit: RowLimit,
-    extraction: ExtractionConfig,
     plan: CropPlan | None = None,
     progress: Progress,
 ) -> OutOfFold:
     """Predict each fold by its model over the crops of a plan, every view kept; predictions that exist are read.
 
-    `limit` is that of the trainings, without their folds. Raises DataError unless the models' folds hold every
+    `config` is that of the trainings, without their folds. Raises DataError unless the models' folds hold every
     training row exactly once.
     """
     parts, rejected, runs = [], [], []
@@ -145,11 +142,12 @@ def out_of_fold(
             )
         request = PredictionRequest(
             committee=committee,
-            dataset=dataset,
+            dataset=config.dataset,
             splits=(Split.TRAIN,),
-            extraction=extraction,
+            extraction=config.extraction,
             keep=MemberOutputs.VIEWS,
-            rows=fold_rows(manifest, limit.model_copy(update={"fold": model.fold})),
+            rows=fold_rows(manifest, config.rows.model_copy(update={"fold": model.fold})),
+            local_cache=config.local_cache.options,
         )
         predictions = CommitteeJob(store, manifest, request).ensure(
             progress=progress,
@@ -160,7 +158,7 @@ def out_of_fold(
         if predictions.manifest.num_results:
             parts.append(read_member_logits(store, predictions.manifest))
         rejected += read_rejects(store, predictions.manifest)["sample_id"].to_pylist()
-    rows = read_split(manifest, Split.TRAIN, limit.without_fold)
+    rows = read_split(manifest, Split.TRAIN, config.rows.without_fold)
     logits = join_folds(rows["sample_id"].to_pylist(), parts, rejected)
     return OutOfFold(logits=logits, rejected=tuple(sorted(rejected)), runs=tuple(runs))
 

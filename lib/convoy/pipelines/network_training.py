@@ -18,7 +18,6 @@ from convoy.cluster.training import WorkerPlan, plan_workers, run_training
 from convoy.cluster.training_spec import (
     DRAW_VERSION,
     Ingest,
-    LocalCacheOptions,
     TeacherRows,
     TrainingRows,
     TrainingSpec,
@@ -317,7 +316,7 @@ class NetworkTraining:
         return TeacherRows(key=key, distillation=Distillation(**how))
 
     def _spec(self, record: RunRecord, setup: TrainingSetup, workers: WorkerPlan) -> TrainingSpec:
-        config, settings, cache = self._config, record.settings, self._config.local_cache
+        config, settings = self._config, record.settings
         balance = setup.plan.balance
         return TrainingSpec(
             # A run of an older Convoy has none.
@@ -344,9 +343,7 @@ class NetworkTraining:
             num_threads=workers.num_threads,
             num_fetch_threads=config.extraction.num_fetch_threads,
             stall_s=config.extraction.stall_s,
-            local_cache=LocalCacheOptions(folder=cache.folder, max_bytes=int(cache.max_gb * 1e9))
-            if cache.max_gb
-            else None,
+            local_cache=config.local_cache.options,
         )
 
 

@@ -24,6 +24,7 @@ from convoy.pipelines.committees import CommitteeMember, CommitteeRecord
 from convoy.pipelines.device_settings import settle_batch_size
 from convoy.pipelines.feature_plan import ExtractionConfig, forward_s
 from convoy.pipelines.training_rows import rows_digest
+from convoy.storage.local_cache import LocalCacheOptions
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.run_input import slice_rows_for
@@ -58,7 +59,8 @@ class PredictionRequest:
     """Which samples a committee predicts, and how. `rows` are rows of the manifest instead of whole splits.
 
     `splits` of None are all. With `scores` the result is the table of `convoy score`, else that of an evaluation.
-    Workers are those of the work `planned`, of which this is a sample, or else of the rows that there are.
+    Workers are those of the work `planned`, of which this is a sample, or else of the rows that there are. Images that
+    trainings read as well lie in their `local_cache`, and are left there for them.
     """
 
     committee: CommitteeRecord
@@ -70,6 +72,7 @@ class PredictionRequest:
     rows: pa.Table | None = None
     planned: PlannedWork | None = None
     scores: ScoreRequest | None = None
+    local_cache: LocalCacheOptions | None = None
 
     @property
     def verb(self) -> str:

@@ -87,6 +87,7 @@ def scoring_spec(
         stall_s=request.extraction.stall_s,
         # Without GPUs in Ray's books nobody shares one.
         gpu_share=pool.num_gpus or 1.0,
+        local_cache=request.local_cache,
     )
 
 

@@ -13,6 +13,7 @@ from convoy.core.tracking import TrackingConfig
 from convoy.pipelines.classifiers import Strategy
 from convoy.pipelines.feature_plan import ErrorBudget, ExtractionConfig
 from convoy.pipelines.training_rows import RowLimit
+from convoy.storage.local_cache import LocalCacheOptions
 from convoy.storage.object_store import WriterMode
 from convoy.vision.augmentation_policy import AugmentationPolicy
 from convoy.vision.backbone_config import BackboneConfig, NewLayers
@@ -58,6 +59,13 @@ class LocalCacheConfig(StrictModel):
 
     folder: str | None = None
     max_gb: float = Field(default=16.0, ge=0)
+
+    @property
+    def options(self) -> LocalCacheOptions | None:
+        """What workers are told; None where it is off."""
+        return (
+            LocalCacheOptions(folder=self.folder, max_bytes=int(self.max_gb * 1e9)) if self.max_gb else None
+        )
 
 
 class DistillConfig(Distillation):

@@ -79,9 +79,7 @@ def outcome_of_folds(setting: TrialSetting, models: Sequence[FoldModel]) -> dict
         setting.store,
         setting.manifest,
         models,
-        dataset=setting.training.dataset,
-        limit=setting.training.rows,
-        extraction=setting.training.extraction,
+        setting.training,
         plan=plan,
         progress=Silent(),
     )
@@ -118,6 +116,7 @@ def _predict_validation_rows(setting: TrialSetting, bundle: str, plan: CropPlan)
         splits=(Split.VAL,),
         extraction=training.extraction,
         keep=MemberOutputs.VIEWS,
+        local_cache=training.local_cache.options,
     )
     job = CommitteeJob(setting.store, setting.manifest, request)
     # Two trials can have come to the same model.

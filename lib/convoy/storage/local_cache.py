@@ -15,6 +15,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from pydantic import Field
+
+from convoy.core.config import StrictModel
 from convoy.core.fingerprints import DIGEST_BYTES, digest_bytes
 from convoy.storage.local_walk import PRIVATE_PREFIX
 
@@ -30,6 +33,16 @@ _LEFTOVER_AFTER_S = 86_400.0
 _USE_NOTED_AFTER_S = 3600.0
 _UNUSED_AFTER_S = 2 * 86_400.0
 _FULL_SHARE = 0.9
+
+
+class LocalCacheOptions(StrictModel):
+    """Where a node keeps the bytes of images that are needed again, and how many bytes at most.
+
+    Without a `folder` that is in the node's own folder for temporary files.
+    """
+
+    folder: str | None
+    max_bytes: int = Field(ge=0)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -66,6 +79,11 @@ class LocalImageCache:
         self._counting = threading.Lock()
         self._is_admitting = True
         self._opened_unix_s = time.time()
+
+    @classmethod
+    def of(cls, options: LocalCacheOptions | None) -> LocalImageCache | None:
+        """The cache that a worker is told to have, if any."""
+        return None if options is None else cls(options.folder, options.max_bytes)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return LocalImageCache, (self.folder, self.max_bytes)
