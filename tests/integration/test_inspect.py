@@ -102,7 +102,10 @@ def test_all_sections_are_drawn_once_with_their_data(inspection: Inspection) -> 
     points = inspection.data(report, "embedding")[0]["points"]
     correct = [point["correct"] for point in points]
     assert len(points) == NUM_TEST
-    assert report.top1 == pytest.approx(sum(correct) / NUM_TEST)
+    # The reject counts among those of its class that the others stand for.
+    assert report.top1 == pytest.approx(sum(correct) / NUM_TEST, abs=0.01)
+    assert report.top1_interval is not None
+    assert report.top1_interval.low < report.top1 < report.top1_interval.high
     looks = [look for data in inspection.data(report, "cams") for look in data["looks"]]
     wrong_ids = {point["sample_id"] for point in points if not point["correct"]}
     # Of an error, the class that it is labelled as is shown too.

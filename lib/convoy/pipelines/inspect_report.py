@@ -5,6 +5,7 @@ from __future__ import annotations
 from convoy.cluster.inspection_spec import MISSING, PictureData
 from convoy.core.config import StrictModel
 from convoy.core.errors import DataError
+from convoy.core.statistics import Interval
 from convoy.pipelines.near_duplicates import NearDuplicateReport
 from convoy.storage.commits import read_manifest
 from convoy.storage.runs import RunFolder
@@ -30,6 +31,7 @@ class InspectionFigure(StrictModel):
 class InspectionReport(StrictModel):
     """What was looked at and drawn; `top1` is of the sample's labelled images that the model has a class for.
 
+    Each class counts in it by its share of the splits, of which the sample says so much at 95 %.
     `samples` = `results` + `rejects`. They and `top1` are of the `splits`: images of others that were named are shown
     and not counted. `notes` say what could not be shown, and why. `folder` is the pictures' URI.
     """
@@ -43,6 +45,7 @@ class InspectionReport(StrictModel):
     results: int
     rejects: int
     top1: float | None
+    top1_interval: Interval | None = None
     neighbour_agreement: float | None
     stages: list[str]
     near_duplicates: NearDuplicateReport | None

@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 from convoy.core.errors import DataError
 from convoy.core.progress import Progress
 from convoy.core.records import Split
+from convoy.core.statistics import Interval, effective_counts, wilson_interval
 from convoy.pipelines.classifier_tensors import Readout
 from convoy.pipelines.classifiers import Classifier
 from convoy.pipelines.feature_plan import FeatureRequest
 from convoy.pipelines.feature_source import gather_features
 from convoy.pipelines.features import FeatureJob
 from convoy.pipelines.inspect_config import DuplicateScope, InspectConfig
+from convoy.pipelines.natural_sample import natural_weights
 from convoy.pipelines.stratified_sample import labels_of, named_rows, stratified_rows
 from convoy.storage.feature_cache import FeatureCache, content_id_array
 from convoy.storage.manifests import Manifest
@@ -33,7 +35,8 @@ class InspectedSample:
     """Usable images: their rows, logits_NK, and the model's class that each is labelled as, -1 for none.
 
     `scores_N` are the probability of the predicted class, or its margin. `is_counted_N` are those of the splits that
-    the inspection is about, of which `num_rejects` could not be used; images of others were named to be shown.
+    the inspection is about, of which `num_rejects` could not be used; images of others were named to be shown. A sample
+    has as many of each class as it goes: by `weights_N` classes have the shares that they have in the splits.
     """
 
     rows: pa.Table
@@ -42,6 +45,7 @@ class InspectedSample:
     labels_N: NDArray[np.int64]
     scores_N: NDArray[np.float32]
     is_counted_N: NDArray[np.bool_]
+    weights_N: NDArray[np.float64]
     num_rejects: int
 
     @property
@@ -57,10 +61,12 @@ class InspectedSample:
         return wrong_N
 
     @property
-    def top1(self) -> float | None:
-        """The share of labelled images of the splits that are predicted right."""
-        known = (self.labels_N >= 0) & self.is_counted_N
-        return float(1 - self.wrong_N[known].mean()) if known.any() else None
+    def top1(self) -> Interval | None:
+        """The share of labelled images of the splits that are predicted right, as far as these tell, at 95 %."""
+        known = (self.labels_N >= 0) & self.is_counted_N & (self.weights_N > 0)
+        if not known.any():
+            return None
+        return wilson_interval(*effective_counts(~self.wrong_N[known], self.weights_N[known]))
 
     def sample_ids(self) -> list[str]:
         """The id of each image."""
@@ -163,5 +169,18 @@ class SampleReading:
             labels_N=class_of_label[labels_of(usable)],
             scores_N=scores_NK.amax(dim=1).numpy(),
             is_counted_N=is_counted[found_N],
+            weights_N=self._weights(usable, is_counted[found_N]),
             num_rejects=int((is_counted & ~found_N).sum()),
         )
+
+    def _weights(self, rows: pa.Table, is_counted_N: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """Of each labelled image that counts the weight of its class, 0 of others."""
+        num_classes, counts = len(self._manifest.classes), self._manifest.counts
+        labels_N = labels_of(rows)
+        counts_N = is_counted_N & (labels_N >= 0)
+        if not counts_N.any():
+            return np.zeros(len(labels_N))
+        of_splits = [counts[split].by_class for split in self._config.splits if split in counts]
+        counts_K = np.array(of_splits, np.int64).sum(axis=0)
+        weights_K = natural_weights(counts_K, np.bincount(labels_N[counts_N], minlength=num_classes))
+        return np.where(counts_N, weights_K[labels_N], 0.0)

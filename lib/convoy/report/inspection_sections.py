@@ -11,7 +11,7 @@ from convoy.pipelines.inspect_report import InspectionReport
 from convoy.pipelines.report_inspection import InspectionPicture
 from convoy.report.blocks import Block, Facts, Figure, Notes, Section, Tile, text_table
 from convoy.report.html import clean, image_link
-from convoy.report.words import count, percent
+from convoy.report.words import count, percent, span
 
 _TITLES = {
     "filters": "First-layer filters",
@@ -29,7 +29,8 @@ def inspection_tiles(report: InspectionReport) -> list[Tile]:
     """What was looked at."""
     tiles = [Tile(count(report.results), f"images of {', '.join(report.splits)}")]
     if report.top1 is not None:
-        tiles.append(Tile(percent(report.top1), "top-1 on them"))
+        limits = "" if report.top1_interval is None else f", 95 %: {span(report.top1_interval)}"
+        tiles.append(Tile(percent(report.top1), f"top-1, classes by their shares{limits}"))
     if report.neighbour_agreement is not None:
         tiles.append(Tile(percent(report.neighbour_agreement), "of the nearest neighbours share the label"))
     return tiles
