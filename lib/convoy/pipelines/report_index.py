@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
@@ -16,7 +16,7 @@ from convoy.core.errors import ConvoyError, DataError
 from convoy.core.fingerprints import digest
 from convoy.core.progress import Progress
 from convoy.pipelines.model_listing import ListedModel, list_models
-from convoy.pipelines.report_page import PageDrawer, write_page
+from convoy.pipelines.report_page import PageDrawer, version_of_model, write_page
 from convoy.pipelines.report_target import TargetKind
 from convoy.pipelines.report_writing import write_html
 from convoy.pipelines.runs_list import ListedRun, list_runs
@@ -34,7 +34,7 @@ _MAX_PAGES = 5000
 # Pages of evaluations take seconds and megabytes each: one call does not write thousands of them.
 _MAX_WRITTEN = 100
 _HEAD_BYTES = 4096
-_META = re.compile(r'<meta name="convoy-(target|workspace)" content="([^"]*)">')
+_META = re.compile(r'<meta name="convoy-(target|workspace|version)" content="([^"]*)">')
 _THREADS = 8
 # What an index is about.
 INDEX = "index"
@@ -100,7 +100,8 @@ def write_index(
 ) -> IndexReport:
     """Draw the index of a workspace and write it to a local path; ConfigError where it cannot be written.
 
-    With `draw_page` datasets, models and finished runs that have no page beside the index get one first, 100 a call.
+    With `draw_page` datasets, models and finished runs that have no page beside the index, or one of another version,
+    get one first, 100 a call.
     """
     store = open_store(workspace_uri(workspace))
     progress.stage("looking through the workspace")
@@ -152,16 +153,22 @@ def _write_pages(
     workspace: str, index: IndexData, folder: Path, draw: PageDrawer, *, progress: Progress
 ) -> list[str]:
     """Write the pages that are missing; what could not be written, and why."""
-    targets = [
-        *(f"{TargetKind.DATASET}:{one.name}" for one in index.datasets),
-        *(f"{TargetKind.MODEL}:{one.model}" for one in index.models),
-        *(f"{TargetKind.RUN}:{one.run}" for one in index.runs if one.state is RunState.FINISHED),
+    versions = {
+        **{f"{TargetKind.DATASET}:{one.name}": one.fingerprint for one in index.datasets},
+        **{f"{TargetKind.MODEL}:{one.model}": version_of_model(one.aliases) for one in index.models},
+        **{f"{TargetKind.RUN}:{one.run}": "" for one in index.runs if one.state is RunState.FINISHED},
+    }
+    found = {page.target: page for page in _pages(folder, workspace)}
+    lacking = [
+        target
+        for target, version in versions.items()
+        if target not in found or found[target].version != version
     ]
-    lacking = [target for target in targets if target not in index.pages]
     notes = []
     for target in lacking[:_MAX_WRITTEN]:
         try:
-            write_page(workspace, target, str(folder / _page_name(target)), draw, progress=progress)
+            name = found[target].file if target in found else _page_name(target)
+            write_page(workspace, target, str(folder / name), draw, progress=progress)
         except (ConvoyError, ValidationError, OSError) as error:
             why = error.what if isinstance(error, ConvoyError) else str(error)
             notes.append(f"the page of {target}: {why}")
@@ -177,12 +184,21 @@ def _page_name(target: str) -> str:
     return f"{re.sub('[^A-Za-z0-9._-]', '-', target)[:100]}-{digest(target)[:8]}.html"
 
 
-def find_pages(folder: Path, workspace: str) -> dict[str, str]:
-    """The pages of a workspace in a local folder: the names of their files by what they are about.
+class _FoundPage(NamedTuple):
+    """A page in a local folder: what it is about, in which version, and its file's name."""
 
-    Of pages that do not name their workspace, as older ones, those of runs count: other workspaces have other runs.
-    """
-    found: dict[str, str] = {}
+    target: str
+    version: str
+    file: str
+
+
+def find_pages(folder: Path, workspace: str) -> dict[str, str]:
+    """The pages of a workspace in a local folder: the names of their files by what they are about."""
+    return {page.target: page.file for page in _pages(folder, workspace)}
+
+
+def _pages(folder: Path, workspace: str) -> Iterator[_FoundPage]:
+    """Of pages that do not name their workspace, as older ones, those of runs count: other ones have other runs."""
     for path in sorted(folder.glob("*.html"))[:_MAX_PAGES]:
         try:
             with path.open("rb") as file:
@@ -193,8 +209,7 @@ def find_pages(folder: Path, workspace: str) -> dict[str, str]:
         target, named = meta.get("target", INDEX), meta.get("workspace")
         is_ours = target.startswith(f"{TargetKind.RUN}:") if named is None else named == workspace
         if is_ours and target != INDEX:
-            found[target] = path.name
-    return found
+            yield _FoundPage(target, meta.get("version", ""), path.name)
 
 
 def _indexed_run(store: ObjectStore, run: ListedRun, missing: list[str]) -> IndexedRun:

@@ -5,7 +5,7 @@ What a target does not have is left out, and what could not be read is said: a p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
@@ -63,13 +63,15 @@ class CommitteeParts(StrictModel):
 class PageData(StrictModel):
     """What a page shows; null or empty is what its target does not have. `missing` says what could not be read.
 
-    `report` is what the job itself wrote down.
+    `report` is what the job itself wrote down. `version` changes with what the target is: the images of a dataset, the
+    aliases of a model; a run is what it is.
     """
 
     target: str
     kind: TargetKind
     name: str
     workspace: str
+    version: str = ""
     run: RunDescription | None = None
     model: ModelDescription | None = None
     report: dict[str, Any] = Field(default_factory=dict)
@@ -115,6 +117,11 @@ def write_page(
     return PageReport(output=output, target=page.target, size_bytes=size_bytes, notes=page.missing)
 
 
+def version_of_model(aliases: Sequence[str]) -> str:
+    """What a model's page is a page of: retrainings move its aliases."""
+    return ",".join(sorted(aliases)) or "none"
+
+
 def read_page(store: ObjectStore, target: Target, *, progress: Progress) -> PageData:
     """All that the page of a target shows."""
     reader = _Reader(store, target, progress)
@@ -145,6 +152,7 @@ class _Reader:
     def read_dataset(self) -> None:
         """The page of a dataset's current version."""
         manifest = open_dataset(self._store, self._target.name)
+        self.parts["version"] = manifest.fingerprint
         self._add(
             "data_card", "the data card", lambda: read_data_card(self._store, self._target.name, manifest)
         )
@@ -156,6 +164,9 @@ class _Reader:
         metrics = self._read("its metrics", lambda: bundle.read_json(METRICS_FILE)) or {}
         self.parts["report"] = metrics
         self._add("model", "what the model is", lambda: show_model(self._store.root_uri, str(bundle.ref)))
+        model: ModelDescription | None = self.parts.get("model")
+        if model is not None:
+            self.parts["version"] = version_of_model(model.aliases)
         self._add_results({"ensemble": str(bundle.ref), **metrics})
         self._add("lineage", "the lineage", lambda: lineage_of_bundle(self._store, bundle.ref))
         self._add("retrains", "the retrainings", lambda: self._retrains(bundle))

@@ -184,10 +184,14 @@ class Tile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Page:
-    """A page. `target` is what it is about and `workspace` where that lies, by which an index finds it."""
+    """A page. `target` is what it is about and `workspace` where that lies, by which an index finds it.
+
+    `version` says as of when: an index draws a page anew whose target has another one.
+    """
 
     target: str
     workspace: str = ""
+    version: str = ""
     title: str
     lead: str
     tiles: Sequence[Tile] = ()

@@ -40,6 +40,7 @@ def draw_page(data: PageData) -> bytes:
         Page(
             target=data.target,
             workspace=data.workspace,
+            version=data.version,
             title=_title(data),
             lead=_lead(data),
             tiles=_tiles(data),

@@ -23,7 +23,7 @@ from convoy.pipelines.report_writing import write_html
 from convoy.report.index_page import draw_index
 from convoy.report.page import draw_page
 from convoy.storage.commits import read_manifest
-from convoy.storage.datasets import open_dataset
+from convoy.storage.datasets import freeze_dataset, open_dataset
 from convoy.storage.documents import read_json
 from convoy.storage.local_store import LocalStore
 from convoy.storage.manifests import Manifest
@@ -33,6 +33,7 @@ from made_advice_rows import frozen_rows
 from made_bundles import made_classifier, write_classifier
 from made_evaluations import CLASSES, DATASET, MODEL_DIGEST, RUN, made_workspace
 from made_pages import PageParts
+from made_sources import write_files
 
 
 @pytest.fixture(scope="module")
@@ -292,6 +293,7 @@ def test_the_index_writes_the_pages_that_are_missing_and_says_which_it_cannot(
     kept.write_text(
         f'<meta name="convoy-target" content="dataset:{DATASET}">'
         f'<meta name="convoy-workspace" content="{store.root_uri}">'
+        f'<meta name="convoy-version" content="{open_dataset(store, DATASET).fingerprint}">'
     )
     drawn = []
 
@@ -315,6 +317,23 @@ def test_the_index_writes_the_pages_that_are_missing_and_says_which_it_cannot(
 
 def _refuse(*_: object, **__: object) -> None:
     raise DataError("it is cut short")
+
+
+def test_the_page_of_a_dataset_that_was_refreshed_is_drawn_anew_in_its_place(tmp_path: Path) -> None:
+    store = made_workspace(tmp_path)
+    index, own_name = str(tmp_path / "pages" / "index.html"), tmp_path / "pages" / "mine.html"
+    own_name.parent.mkdir()
+    write_page(store.root_uri, DATASET, str(own_name), draw_page, progress=Silent())
+    before = own_name.read_bytes()
+    for _call in range(2):
+        write_index(store.root_uri, index, draw_index, progress=Silent(), draw_page=draw_page)
+        assert own_name.read_bytes() == before
+    write_files(tmp_path / "images", "test/new/0.jpg")
+    freeze_dataset(store, DATASET, str(tmp_path / "images"))
+    write_index(store.root_uri, index, draw_index, progress=Silent(), draw_page=draw_page)
+    assert open_dataset(store, DATASET).fingerprint in own_name.read_text()
+    pages = [path for path in own_name.parent.iterdir() if b'content="dataset:' in path.read_bytes()]
+    assert pages == [own_name]
 
 
 def test_pages_of_another_workspace_are_not_linked(workspace: LocalStore, tmp_path: Path) -> None:
