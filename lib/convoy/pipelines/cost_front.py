@@ -14,7 +14,13 @@ from numpy.typing import NDArray
 from convoy.core.config import StrictModel
 from convoy.core.errors import DataError
 from convoy.core.pareto import dominators, front_places
-from convoy.core.statistics import Interval, bootstrap_difference, effective_counts, wilson_interval
+from convoy.core.statistics import (
+    Interval,
+    bootstrap_difference,
+    effective_counts,
+    paired_rate_difference,
+    wilson_interval,
+)
 from convoy.pipelines.backbone_costs import BackboneCost
 
 
@@ -116,16 +122,19 @@ def _front(
     correct_MN: NDArray[np.bool_],
     weights_N: NDArray[np.float64],
 ) -> CostFront:
-    # Their mean is the weighted top-1.
-    worth_MN = correct_MN * (weights_N / weights_N.mean())
-    top1_M = worth_MN.mean(axis=1).tolist()
+    def difference(first: int, second: int) -> Interval:
+        return _difference(correct_MN[first], correct_MN[second], weights_N)
+
+    top1_M = np.average(correct_MN, axis=1, weights=weights_N).tolist()
     front, beaten_by = front_places(amounts, top1_M), dominators(amounts, top1_M)
     choices = []
     for place in sorted(range(len(names)), key=lambda one: (amounts[one], -top1_M[one])):
-        dominance, gain = _dominance(place, beaten_by[place], amounts, names, worth_MN), None
+        better = beaten_by[place]
+        dominance, gain = None, None
+        if better is not None:
+            dominance = _dominance(place, better, amounts, names, difference(better, place))
         if place in front[1:]:
-            cheaper = front[front.index(place) - 1]
-            gain = bootstrap_difference(worth_MN[place], worth_MN[cheaper])
+            gain = difference(place, front[front.index(place) - 1])
         choices.append(
             FrontChoice(
                 backbone=names[place],
@@ -141,20 +150,25 @@ def _front(
     return CostFront(axis=axis, unit=_UNITS[axis], num_rows=correct_MN.shape[1], choices=choices)
 
 
+def _difference(
+    first_N: NDArray[np.bool_], second_N: NDArray[np.bool_], weights_N: NDArray[np.float64]
+) -> Interval:
+    """How much higher the top-1 of the first is. Of equal weights few rows show little, also where they all agree."""
+    if np.ptp(weights_N) == 0:
+        return paired_rate_difference(first_N, second_N)
+    # The mean of what rows are worth is the weighted top-1.
+    worth_N = weights_N / weights_N.mean()
+    return bootstrap_difference(first_N * worth_N, second_N * worth_N)
+
+
 def _dominance(
-    place: int,
-    better: int | None,
-    amounts: Sequence[float],
-    names: Sequence[str],
-    worth_MN: NDArray[np.float64],
-) -> Dominance | None:
-    if better is None:
-        return None
+    place: int, better: int, amounts: Sequence[float], names: Sequence[str], top1_difference: Interval
+) -> Dominance:
     # Two that cost nothing cost alike.
     ratio = amounts[place] / amounts[better] if amounts[better] else 1.0
     return Dominance(
         backbone=names[better],
-        top1_difference=bootstrap_difference(worth_MN[better], worth_MN[place]),
+        top1_difference=top1_difference,
         cost_ratio=ratio,
     )
 

@@ -125,3 +125,16 @@ def test_axes_may_disagree() -> None:
 def test_what_does_not_fit_together_is_refused(names: list[str], correct_MN: np.ndarray) -> None:
     with pytest.raises(DataError, match="a cost, a name and the same rows"):
         cost_fronts([cost(10), cost(20)], names, correct_MN)
+
+
+@pytest.mark.parametrize(("more_right", "may_be_chance"), [(4, True), (8, False)])
+def test_a_few_rows_that_only_one_gets_right_show_little_though_all_of_them_agree(
+    more_right: int, may_be_chance: bool
+) -> None:
+    """McNemar's mid-p of 4 to 0 is 0.06; a percentile bootstrap of their difference would end above zero."""
+    rows_MN = np.stack([np.arange(50) < 30, np.arange(50) < 30 + more_right])
+    front = front_of(cost_fronts([cost(1000), cost(100)], ["cheap", "dear"], rows_MN), CostAxis.THROUGHPUT)
+    (dear,) = [choice for choice in front.choices if choice.backbone == "dear"]
+    assert dear.gain is not None
+    assert dear.gain.estimate == pytest.approx(more_right / 50)
+    assert ("may be chance" in dear.explanation) is may_be_chance
