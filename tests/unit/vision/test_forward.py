@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from convoy.core.errors import ConfigError
 from convoy.vision.engine_options import Precision
 from convoy.vision.forward import FittingForward, NormalisedNetwork, autocast, casting_once, place
 from convoy.vision.presets import EvalPreset
@@ -86,6 +88,22 @@ def test_each_of_many_compiled_networks_has_its_own_weights_as_constants() -> No
         for parameter in network.parameters():
             parameter.zero_()
         assert torch.allclose(forward(images_BCHW), expected, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_network_that_does_not_compile_is_an_error_with_a_next_step(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    network = place(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten()), CPU)
+    forward = FittingForward.of(network, CPU, compiled=True)
+    with (
+        torch._inductor.config.patch({"cpp.cxx": ("/bin/false",), "fx_graph_cache": False}),
+        pytest.raises(ConfigError, match="the network cannot be compiled") as caught,
+    ):
+        forward(torch.rand(2, 3, 8, 8))
+    assert caught.value.next_step is not None
+    assert "extraction.compile=never" in caught.value.next_step
 
 
 class Casts(TorchDispatchMode):
