@@ -25,7 +25,7 @@ from convoy.storage.runs import require_run, run_ids
 from convoy.storage.stores import open_store
 from fault_proxy import FaultProxy
 from made_bundles import made_classifier, write_classifier
-from process_table import Process, process_table
+from process_table import is_descendant, process_table
 
 # The name under which a test's report carries its rows of the table.
 FAULT = "fault"
@@ -243,14 +243,8 @@ def busy_workers() -> list[int]:
     return [
         pid
         for pid, process in processes.items()
-        if re.search(r"MapWorker.*\.submit", process.title) and _is_mine(pid, processes)
+        if re.search(r"MapWorker.*\.submit", process.title) and is_descendant(pid, processes)
     ]
-
-
-def _is_mine(pid: int, processes: Mapping[int, Process]) -> bool:
-    while pid in processes and pid != os.getpid():
-        pid = processes[pid].parent
-    return pid == os.getpid()
 
 
 def wait_for(is_so: Callable[[], bool], process: subprocess.Popen[str], *, timeout_s: float = 120) -> None:

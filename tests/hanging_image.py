@@ -7,14 +7,14 @@ import re
 import threading
 from pathlib import Path
 
-from process_table import process_table
+from process_table import is_descendant, process_table
 
 
 class HangingImage:
     """While its block runs, a pipe that nobody writes to lies in place of a file; `ended` are workers that it ended.
 
-    They are processes whose title matches `worker`, which is to match one at a time. Once `num_deaths` have ended, or
-    the block has, the file is back, the same as before.
+    They are processes below this one whose title matches `worker`, which is to match one at a time. Once `num_deaths`
+    have ended, or the block has, the file is back, the same as before.
     """
 
     def __init__(self, path: Path, aside: Path, *, worker: str, num_deaths: float = 1) -> None:
@@ -41,6 +41,10 @@ class HangingImage:
             processes = process_table()
             self.ended += seen - set(processes)
             seen &= set(processes)
-            seen |= {pid for pid, process in processes.items() if re.search(self._worker, process.title)}
+            seen |= {
+                pid
+                for pid, process in processes.items()
+                if re.search(self._worker, process.title) and is_descendant(pid, processes)
+            }
         if len(self.ended) >= self._num_deaths:
             os.replace(self._aside, self._path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,3 +26,10 @@ def process_table() -> dict[int, Process]:
             continue
         found[int(folder.name)] = Process(title, parent)
     return found
+
+
+def is_descendant(pid: int, processes: Mapping[int, Process]) -> bool:
+    """Whether a process is this one or below it: other tests have processes of the same titles."""
+    while pid in processes and pid != os.getpid():
+        pid = processes[pid].parent
+    return pid == os.getpid()
