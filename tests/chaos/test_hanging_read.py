@@ -55,8 +55,8 @@ def test_an_image_whose_read_always_hangs_becomes_a_reject_that_heals(
     path = tmp_path / "images" / "7" / "00007.jpg"
     with HangingImage(path, aside, worker=r"MapWorker.*\.submit", num_deaths=inf) as image:
         report = job.run_here()
-        # Two with the slice, two with nothing but the image, and the one that left it out, which has no work any more.
-        assert len(image.ended) in {4, 5}
+        # Two with the slice, and two with nothing but the image.
+        assert len(image.ended) == 4
     assert report["reject_codes"] == {"ends_workers": 1, "truncated": 1}
     fault_table.add(
         "F26 a read always hangs, cache",
@@ -65,7 +65,7 @@ def test_an_image_whose_read_always_hangs_becomes_a_reject_that_heals(
         clean_digest=None,
     )
     again = job.run_here()
-    assert (again["reject_codes"], again["recomputed"]) == ({}, 1)
+    assert (again["reject_codes"], again["recomputed"]) == ({"truncated": 1}, 1)
     healed, wanted = (cached_features(one.workspace, again["sets"]["f6/0"]) for one in (job, clean))
     assert healed.keys() == wanted.keys()
     assert all(np.array_equal(healed[name], wanted[name]) for name in wanted)
