@@ -12,7 +12,8 @@ from convoy.core.learning_curve import CurveSample, fit_curve, weighted_top1
 from convoy.core.progress import Silent
 from convoy.core.statistics import Interval
 from convoy.pipelines.advise_config import AdviseConfig
-from convoy.pipelines.advise_probes import LabelledFeatures, Prober, subset_rows
+from convoy.pipelines.advise_probes import LabelledFeatures, Prober
+from convoy.pipelines.advise_rows import subset_rows
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.workspace import open_workspace
 from convoy.storage.datasets import open_dataset

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import pyarrow as pa
@@ -12,17 +14,15 @@ import torch
 from numpy.typing import NDArray
 
 from convoy.core.config import StrictModel
-from convoy.core.epochs import rows_by_class
 from convoy.core.errors import DataError
 from convoy.core.learning_curve import CurveSample
 from convoy.core.progress import Progress
-from convoy.core.randomness import generator
 from convoy.core.statistics import Interval, effective_counts, effective_rows, wilson_interval
 from convoy.core.transferability import knn_correct, logme
 from convoy.pipelines.advise_as_is import judge_as_is, own_classifier
 from convoy.pipelines.advise_config import AdviseConfig, CandidateBackbone
 from convoy.pipelines.advise_rate import pass_rate
-from convoy.pipelines.advise_rows import choose_rows, missing_classes
+from convoy.pipelines.advise_rows import choose_rows, missing_classes, subset_rows
 from convoy.pipelines.advise_rule import JudgedProbe
 from convoy.pipelines.advise_taps import probed_taps
 from convoy.pipelines.backbone_record import BackboneRecord
@@ -37,7 +37,7 @@ from convoy.pipelines.near_duplicates import (
     near_duplicate_taps,
     report_near_duplicates,
 )
-from convoy.pipelines.probe_judging import CrossFittedProbe
+from convoy.pipelines.probe_judging import CrossFittedProbe, best_by_other_half
 from convoy.storage.feature_cache import FeatureCache, content_id_array
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
@@ -73,7 +73,8 @@ class BackboneProbes(StrictModel):
 
     That pass was of `timed_images`, null in advice that was given before this was told. Of 0, no pass tells the rate:
     it is what the multiply-adds suggest of two cores. `judged_rows` are as many rows of equal weight as those that
-    judged are worth.
+    judged are worth. `peak_correct` counts those that are right where the tap was chosen by the other half of them; the
+    best of several taps on the rows that chose it looks better than it is. Advice of before does not tell it.
     """
 
     backbone: str
@@ -83,7 +84,14 @@ class BackboneProbes(StrictModel):
     images_per_s: float
     timed_images: int | None = None
     judged_rows: float
+    peak_correct: float | None = None
     taps: list[TapProbe]
+
+    @property
+    def peak(self) -> JudgedProbe:
+        """The best tap, and what a tap that is chosen so is worth on rows that did not choose it."""
+        num_correct = self.best.num_correct if self.peak_correct is None else self.peak_correct
+        return JudgedProbe(tap=self.best.tap, num_correct=num_correct, num_rows=self.judged_rows)
 
     @property
     def best(self) -> TapProbe:
@@ -181,7 +189,9 @@ class Prober:
         job = self._job(record, taps, own)
         summary = job.ensure(progress=self.progress, new_run=self._new_run)
         self.progress.stage(f"probing {candidate.name}")
-        probed = [self._probe(record, tap, job.set_id(tap)) for tap in taps]
+        probed = sorted(
+            (self._probe(record, tap, job.set_id(tap)) for tap in taps), key=lambda found: found[0].depth
+        )
         timed_images, images_per_s = pass_rate(self._store, record, summary)
         probes = BackboneProbes(
             backbone=self._config.name_of(candidate, record.weights_digest),
@@ -191,7 +201,8 @@ class Prober:
             images_per_s=images_per_s,
             timed_images=timed_images,
             judged_rows=effective_rows(probed[0][1].weights_M),
-            taps=sorted((probe for probe, _ in probed), key=lambda probe: probe.depth),
+            peak_correct=_peak_correct([head for _, head in probed]),
+            taps=[probe for probe, _ in probed],
         )
         head = next(head for probe, head in probed if probe.tap == probes.best.tap)
         as_is = None if own is None else self._judge_as_is(own, job.set_id(own.tap))
@@ -347,6 +358,18 @@ class Prober:
         return probe, head
 
 
+def _peak_correct(heads: Sequence[JudgedHead]) -> float:
+    """How many rows of equal weight are right where the best of the heads was chosen by the others, of equals the last.
+
+    Of the rows that all of them have judged; a tap may have lost some to the range of float16.
+    """
+    places = [head.places_M for head in heads]
+    common = reduce(np.intersect1d, places)
+    correct_TM = np.stack([head.correct_M[np.isin(head.places_M, common)] for head in heads])
+    weights_M = heads[0].weights_M[np.isin(places[0], common)]
+    return effective_counts(best_by_other_half(correct_TM, weights_M), weights_M)[0]
+
+
 def judge_head(
     config: HeadConfig,
     train: FeatureSource,
@@ -375,17 +398,3 @@ def judge_head(
         C=sorted(set(config.C))[strongest],
         seconds=time.monotonic() - started_s,
     )
-
-
-def subset_rows(labels_N: NDArray[np.int64], per_class: int, *, seed: int, repeat: int) -> NDArray[np.intp]:
-    """So many rows of the largest class, and its share of every other, one at least, in order.
-
-    One seed and repeat draw larger sets that hold the smaller.
-    """
-    largest = int(np.bincount(labels_N).max())
-    chosen = []
-    for label, members in rows_by_class(labels_N).items():
-        order = generator(seed, "curve", repeat, label).permutation(len(members))
-        chosen.append(members[order[: max(round(len(members) * per_class / largest), 1)]])
-    rows: NDArray[np.intp] = np.sort(np.concatenate(chosen))
-    return rows

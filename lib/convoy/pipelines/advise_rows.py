@@ -11,7 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from convoy.core.epochs import rows_by_class
 from convoy.core.errors import ConfigError, DataError
+from convoy.core.randomness import generator
 from convoy.core.records import Split
 from convoy.pipelines.advise_config import AdviseConfig, LookSettings
 from convoy.pipelines.feature_source import LabelledRows
@@ -156,6 +158,20 @@ def has_judges(manifest: Manifest, look: LookSettings) -> bool:
 def has_held_out(manifest: Manifest) -> bool:
     """Whether trainings are measured on labelled rows of `test` or `val`, and not on a fold of `train`."""
     return any(has_labels(manifest, split) for split in (Split.VAL, Split.TEST))
+
+
+def subset_rows(labels_N: NDArray[np.int64], per_class: int, *, seed: int, repeat: int) -> NDArray[np.intp]:
+    """So many rows of the largest class, and its share of every other, one at least, in order.
+
+    One seed and repeat draw larger sets that hold the smaller.
+    """
+    largest = int(np.bincount(labels_N).max())
+    chosen = []
+    for label, members in rows_by_class(labels_N).items():
+        order = generator(seed, "curve", repeat, label).permutation(len(members))
+        chosen.append(members[order[: max(round(len(members) * per_class / largest), 1)]])
+    rows: NDArray[np.intp] = np.sort(np.concatenate(chosen))
+    return rows
 
 
 def missing_classes(rows: pa.Table, classes: Sequence[str]) -> list[str]:

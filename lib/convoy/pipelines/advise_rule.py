@@ -31,7 +31,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from convoy.core.config import StrictModel
 from convoy.core.learning_curve import AS_MEASURED, Shrink
-from convoy.core.statistics import Interval, effective_counts
+from convoy.core.statistics import Interval, effective_counts, wilson_interval
 from convoy.pipelines.classifiers import Strategy
 
 _NUM_DRAWS = 4000
@@ -94,6 +94,11 @@ class JudgedProbe(StrictModel):
         return cls(tap=tap, num_correct=num_correct, num_rows=num_rows)
 
     @property
+    def top1(self) -> Interval:
+        """The share that is right."""
+        return wilson_interval(self.num_correct, self.num_rows)
+
+    @property
     def error(self) -> float:
         """The share that is wrong, half a row at least: a finite sample shows no smaller error."""
         return max(self.num_rows - self.num_correct, 0.5) / self.num_rows
@@ -105,8 +110,8 @@ class Evidence(StrictModel):
     `images_per_class` are those that a training would have; probes were fitted on as many, or on fewer, and their
     errors then shrink by `shrink` (from the learning curve). `chance_top1` is what always naming the class with most
     training images gets. `top` is the probe at the top of the backbone, `best` the best at any depth, `untrained` the
-    best of random weights. All are judged on rows among which classes have the shares that they have where a training
-    is measured.
+    best of random weights, both on rows that did not choose the depth. All are judged on rows among which classes have
+    the shares that they have where a training is measured.
     """
 
     images_per_class: PositiveFloat

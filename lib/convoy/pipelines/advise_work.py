@@ -164,9 +164,9 @@ class AdviceWork:
             backbone=probes.backbone,
             peak_tap=peak.tap,
             peak_depth=peak.depth,
-            peak_top1=peak.top1,
+            peak_top1=probes.peak.top1,
             top_top1=top.top1,
-            untrained_top1=gathered.untrained.probes.best.top1,
+            untrained_top1=gathered.untrained.probes.peak.top1,
             knn_top1=top.knn_top1,
             domain_distance=None
             if self.reference is None

@@ -78,7 +78,7 @@ class EnsembleReport(StrictModel):
 
     @property
     def is_cross_fitted(self) -> bool:
-        """Whether there was no test split: the rows that measure it chose other parts of it."""
+        """Whether there was no test split: each row is measured by an ensemble that the others chose."""
         return self.measured.rows != Split.TEST
 
 

@@ -127,6 +127,19 @@ class CrossFittedProbe:
         return predicted_N
 
 
+def best_by_other_half(correct_TM: NDArray[np.bool_], weights_M: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Which rows are right by the best of T probes, of equals the last, each row's being chosen by the other half.
+
+    Halves are every second row, as for `CrossFittedProbe`. The best one on the rows that choose it flatters itself.
+    """
+    correct_M = np.zeros(len(weights_M), np.bool_)
+    for parity in (0, 1):
+        right_T = correct_TM[:, 1 - parity :: 2] @ weights_M[1 - parity :: 2]
+        best = len(right_T) - 1 - int(right_T[::-1].argmax())
+        correct_M[parity::2] = correct_TM[best, parity::2]
+    return correct_M
+
+
 class ProbeBench:
     """Fits probes on feature sets of one dataset's rows."""
 

@@ -343,7 +343,8 @@ def test_cost_fronts_compare_the_rows_that_all_backbones_could_read() -> None:
     assert cheapest.top1 == dearest.top1, "both are right about the same images"
     assert dearest.dominated_by is not None
     assert dearest.dominated_by.top1_difference.estimate == 0
-    assert dearest.dominated_by.top1_difference.low == 0, "no row is compared with another"
+    # Half of the rows would differ: the limits would lie ten points and more from zero.
+    assert dearest.dominated_by.top1_difference.high < 0.03, "no row is compared with another"
     assert "cost fronts compare 98 rows, of 99 that judge" in notes[0]
 
 

@@ -19,8 +19,8 @@ from convoy.core.transferability import logme
 from convoy.pipelines.advise_config import AdviseConfig
 from convoy.pipelines.advise_data import find_warnings
 from convoy.pipelines.advise_evidence import Gatherer
-from convoy.pipelines.advise_probes import JudgedHead, Look, Prober, judge_head, subset_rows
-from convoy.pipelines.advise_rows import choose_rows, missing_classes
+from convoy.pipelines.advise_probes import JudgedHead, Look, Prober, judge_head
+from convoy.pipelines.advise_rows import choose_rows, missing_classes, subset_rows
 from convoy.pipelines.advise_taps import spread_taps
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.feature_source import LabelledRows, open_features

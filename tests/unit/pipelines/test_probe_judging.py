@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from convoy.core.errors import DataError
 from convoy.core.records import Split
-from convoy.pipelines.probe_judging import ProbeBench, ProbeRows
+from convoy.pipelines.probe_judging import ProbeBench, ProbeRows, best_by_other_half
 from convoy.pipelines.training_rows import RowLimit
 from convoy.storage.commits import publish, read_records
 from convoy.storage.feature_cache import FeatureCache
@@ -55,3 +56,29 @@ def test_a_probe_that_no_image_judges_is_refused(tmp_path: Path) -> None:
     bench = ProbeBench(FeatureCache(store), rows, HeadConfig(C=(1.0,)), num_classes=2)
     with pytest.raises(DataError, match="none of 60 images that judge could be read"):
         bench.fit([SET_ID], SET_ID)
+
+
+def test_the_best_of_many_guessers_is_no_better_than_chance_on_the_other_half() -> None:
+    found, flattered = [], []
+    for seed in range(40):
+        correct_TM = np.random.default_rng(seed).random((8, 60)) < 0.5
+        found.append(best_by_other_half(correct_TM, np.ones(60)).mean())
+        flattered.append(correct_TM.mean(axis=1).max())
+    assert abs(np.mean(found) - 0.5) < 0.03
+    assert np.mean(flattered) > 0.57
+
+
+def test_a_probe_that_is_better_is_found_by_either_half() -> None:
+    random = np.random.default_rng(0)
+    correct_TM = random.random((4, 400)) < np.array([0.5, 0.9, 0.6, 0.5])[:, None]
+    np.testing.assert_array_equal(best_by_other_half(correct_TM, np.ones(400)), correct_TM[1])
+
+
+def test_rows_choose_by_what_they_weigh_and_the_last_of_equals_is_taken() -> None:
+    correct_TM = np.array([[1, 1, 0, 0, 1, 1], [0, 0, 1, 1, 0, 0]], np.bool_)
+    heavy_M = np.array([1.0, 1.0, 9.0, 9.0, 1.0, 1.0])
+    np.testing.assert_array_equal(best_by_other_half(correct_TM, heavy_M), correct_TM[1])
+    np.testing.assert_array_equal(best_by_other_half(correct_TM, np.ones(6)), correct_TM[0])
+    same_TM = np.array([[1, 0, 0, 1], [0, 1, 1, 0]], np.bool_)
+    np.testing.assert_array_equal(best_by_other_half(same_TM, np.ones(4)), same_TM[1])
+    np.testing.assert_array_equal(best_by_other_half(same_TM[:, :1], np.ones(1)), same_TM[1, :1])
