@@ -233,9 +233,12 @@ class Chart:
 
 
 def shape(number: int, left: float, top: float, radius: float, title: str = "") -> str:
-    """A mark: circle, square, triangle, diamond, cross or triangle upside down, by the number of its series."""
+    """A mark: circle, square, triangle, diamond, cross or triangle upside down, by the number of its series.
+
+    Where colours begin anew the shapes are one further on: the seventh series is not that of the first.
+    """
     r, arm = radius, 0.7 * radius
-    kind = number % NUM_COLOURS
+    kind = (number + number // NUM_COLOURS) % NUM_COLOURS
     tip = title_tag(title)
     if kind == 0:
         return f'<circle class="mark" cx="{left:.1f}" cy="{top:.1f}" r="{r:g}">{tip}</circle>'
@@ -301,7 +304,8 @@ def _draw_legend(legend: Sequence[Series], top: float) -> tuple[list[str], float
 
 
 def _dash(number: int) -> str:
-    dash = _DASHES[number % len(_DASHES)]
+    # Where colours begin anew, dashes are one further on.
+    dash = _DASHES[(number + number // NUM_COLOURS) % len(_DASHES)]
     return f' stroke-dasharray="{dash}"' if dash else ""
 
 

@@ -236,6 +236,17 @@ def test_groups_that_are_worse_than_the_whole_stand_out() -> None:
     assert table.count(b'<tr class="chosen">') == 1
 
 
+def test_the_first_text_of_a_row_is_its_header() -> None:
+    """By which a screen reader says what a number is about."""
+    page = draw_page(made_page())
+    headers = re.findall(rb'<th scope="row"[^>]*>', page)
+    assert len(headers) > 10
+    for table in re.findall(rb"<tbody>.*?</tbody>", page, re.DOTALL):
+        for row in re.findall(rb"<tr.*?</tr>", table, re.DOTALL):
+            assert row.count(b"<th") <= 1
+            assert row.count(b"<t") == row.count(b"</t")
+
+
 def test_of_very_many_outputs_some_are_named() -> None:
     """A scoring that is partitioned by labels has one for each."""
     outputs = {f"label={number:04}": f"/w/{number:04}" for number in range(300)}

@@ -6,7 +6,7 @@ from importlib.resources import files
 import pytest
 
 from convoy.report.figures import bars_by_name, confusion_matrix
-from convoy.report.svg import Chart, Scale
+from convoy.report.svg import NUM_COLOURS, Chart, Scale
 from made_pages import QUOTES, SCRIPT
 
 STYLE = (files("convoy.report") / "templates" / "style.css").read_text(encoding="utf-8")
@@ -63,6 +63,17 @@ def test_marks_stand_at_their_values() -> None:
     ]
     assert chart.left(0) < chart.left(10)
     assert chart.top(0) > chart.top(1)
+
+
+def test_no_two_of_many_series_look_alike() -> None:
+    """By colour, dash and shape together."""
+    looks = []
+    for number in range(3 * NUM_COLOURS):
+        chart = Chart(Scale(0, 1), Scale(0, 1), x_label="x", y_label="y")
+        chart.line([(0.0, 0.0), (1.0, 1.0)], number)
+        chart.dots([(0.5, 0.5, "")], number)
+        looks.append(str(chart.draw("one series")))
+    assert len(set(looks)) == len(looks)
 
 
 def test_texts_of_drawings_are_escaped() -> None:
