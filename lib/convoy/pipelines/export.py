@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import Field
 from torch import Tensor
 
 from convoy.core.config import StrictModel
+from convoy.core.crop_policies import CropPolicy
 from convoy.core.errors import ConfigError, TrainingError
 from convoy.core.fingerprints import canonical_json
 from convoy.core.progress import Progress
 from convoy.pipelines.backbone_loading import read_backbone_state
 from convoy.pipelines.classifier_tensors import Readout
 from convoy.pipelines.classifiers import Classifier, read_classifier
+from convoy.pipelines.committees import CommitteeRecord, is_ensemble, open_committee
 from convoy.pipelines.export_images import (
     batches_of_two_sizes,
     held_out_images,
@@ -28,17 +31,21 @@ from convoy.storage.datasets import open_dataset
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.stores import open_object, open_store
 from convoy.vision.backbones import build_network
+from convoy.vision.decode_rule import DecodeRule
 from convoy.vision.exporting import (
     INPUT_NAME,
     OUTPUT_NAME,
+    ExportedMember,
     ExportFormat,
     ImageClassifier,
+    ImageEnsemble,
     load_predictor,
     paired_logits,
     require_export_packages,
     save_program,
     trace_classifier,
 )
+from convoy.vision.presets import geometry_of
 from convoy.vision.weights import load_weights
 
 # As a share of the largest logit. Float32 sums in another order differ by some 1e-6; a wrong graph by more.
@@ -86,28 +93,28 @@ def run_export(config: ExportConfig, *, progress: Progress) -> ExportReport:
     """Export a bundle. Nothing is written unless the file, loaded back, gives the bundle's own float32 logits.
 
     The graph takes uint8 images_BCHW in RGB at the preset's crop size, any number of them, normalises inside,
-    and gives float32 logits_BK; softmax is left to the caller. Raises ConfigError where a format's packages are
-    missing or a file that nobody named is there already, DataError for a network that cannot be traced, TrainingError
-    for a file that computes other logits.
+    and gives float32 logits_BK; softmax is left to the caller. That of an ensemble has all members, each behind its own
+    normalisation, and the mirror image if its crops are `flip`; a gate is left out. Raises ConfigError where a format's
+    packages are missing, for an ensemble that sees other crops, and where a file that nobody named is there already,
+    DataError for a network that cannot be traced, TrainingError for a file that computes other logits.
     """
     require_export_packages(config.to)
     store = open_store(workspace_uri(config.workspace))
     bundle = open_bundle(store, config.bundle)
     target, key = open_object(config.output or _new_file(f"{bundle.ref.name}{_SUFFIXES[config.to]}"))
-    classifier = read_classifier(store, bundle)
+    model = _read_model(store, bundle)
     progress.stage("tracing the network")
-    module = _image_classifier(store, classifier)
-    program = trace_classifier(module)
+    program = trace_classifier(model.module)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"model{_SUFFIXES[config.to]}"
         save_program(program, config.to, path)
         progress.stage("checking the file")
-        checked_on, batches = _check_batches(store, classifier, config)
-        parity = compare_logits(*paired_logits(batches, module, load_predictor(path, config.to)))
+        checked_on, batches = _check_batches(store, model, config)
+        parity = compare_logits(*paired_logits(batches, model.module, load_predictor(path, config.to)))
         _require_parity(parity, config)
         data = path.read_bytes()
     description_key = f"{key}.json"
-    target.put(description_key, canonical_json(_description(bundle, classifier, config, parity)))
+    target.put(description_key, canonical_json(_description(bundle, model, config, parity)))
     target.put(key, data)
     return ExportReport(
         **parity.model_dump(),
@@ -116,7 +123,7 @@ def run_export(config: ExportConfig, *, progress: Progress) -> ExportReport:
         output=target.uri(key),
         description=target.uri(description_key),
         size_bytes=len(data),
-        num_classes=len(classifier.classes),
+        num_classes=len(model.classes),
         checked_on=checked_on,
     )
 
@@ -159,6 +166,70 @@ def _require_parity(parity: Parity, config: ExportConfig) -> None:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Model:
+    """What is exported: a bundle's network, or the networks of an ensemble."""
+
+    module: ImageClassifier | ImageEnsemble
+    classes: tuple[str, ...]
+    decode_rule: DecodeRule
+    gives_probabilities: bool
+
+
+def _read_model(store: ObjectStore, bundle: Bundle) -> _Model:
+    if is_ensemble(bundle):
+        committee = open_committee(store, str(bundle.ref))
+        return _Model(
+            module=_image_ensemble(store, committee),
+            classes=committee.classes,
+            decode_rule=committee.members[0].classifier.decode_rule,
+            gives_probabilities=committee.gives_probabilities,
+        )
+    classifier = read_classifier(store, bundle)
+    return _Model(
+        module=_image_classifier(store, classifier),
+        classes=classifier.classes,
+        decode_rule=classifier.decode_rule,
+        gives_probabilities=classifier.gives_probabilities,
+    )
+
+
+def _image_ensemble(store: ObjectStore, committee: CommitteeRecord) -> ImageEnsemble:
+    """The members of an ensemble as one module; ConfigError where one image of one size is not all that they see."""
+    policy = committee.plan.policy
+    if policy not in (CropPolicy.CENTER, CropPolicy.FLIP):
+        raise ConfigError(
+            f"the ensemble looks at the crops {policy}, and a graph sees one image: its centre, or that and its mirror",
+            where="crops",
+            next_step="build it with --set 'ensemble.crops=[center, flip]', or export its members one by one",
+        )
+    geometries = {geometry_of(member.classifier.backbone.preset) for member in committee.members}
+    if len(geometries) > 1:
+        sizes = ", ".join(
+            f"{one.crop_px} of {one.resize_px or 'the whole'}" for one in sorted(geometries, key=str)
+        )
+        raise ConfigError(
+            f"the members see images of several sizes, and a graph has one input: {sizes} pixels",
+            where="members",
+            next_step="export its members one by one",
+        )
+    members = [
+        ExportedMember(
+            classifier=_image_classifier(store, member.classifier),
+            weight=member.weight,
+            temperature=member.temperature,
+            class_order=member.classifier.order_of(committee.classes),
+        )
+        for member in committee.members
+    ]
+    return ImageEnsemble(
+        members,
+        averaging=committee.averaging,
+        temperature=committee.temperature,
+        mirrors=policy is CropPolicy.FLIP,
+    ).eval()
+
+
 def _image_classifier(store: ObjectStore, classifier: Classifier) -> ImageClassifier:
     backbone = classifier.backbone
     network = build_network(backbone.config)
@@ -168,14 +239,12 @@ def _image_classifier(store: ObjectStore, classifier: Classifier) -> ImageClassi
     ).eval()
 
 
-def _description(
-    bundle: Bundle, classifier: Classifier, config: ExportConfig, parity: Parity
-) -> dict[str, object]:
-    size_px = classifier.backbone.preset.crop_px
+def _description(bundle: Bundle, model: _Model, config: ExportConfig, parity: Parity) -> dict[str, object]:
+    size_px = model.module.preset.crop_px
     return {
         "bundle": str(bundle.ref),
         "format": config.to.value,
-        "classes": list(classifier.classes),
+        "classes": list(model.classes),
         "preprocess": bundle.read_json("preprocess.json"),
         "input": {
             "name": INPUT_NAME,
@@ -186,22 +255,20 @@ def _description(
         "output": {
             "name": OUTPUT_NAME,
             "dtype": "float32",
-            "shape": ["batch", len(classifier.classes)],
+            "shape": ["batch", len(model.classes)],
             "content": "logits: apply softmax for probabilities"
-            if classifier.gives_probabilities
+            if model.gives_probabilities
             else "margins of a linear SVM: no probabilities, with or without softmax",
         },
         "parity": parity.model_dump(),
     }
 
 
-def _check_batches(
-    store: ObjectStore, classifier: Classifier, config: ExportConfig
-) -> tuple[str, Iterator[Tensor]]:
+def _check_batches(store: ObjectStore, model: _Model, config: ExportConfig) -> tuple[str, Iterator[Tensor]]:
     """In words what the file is checked on, and these images."""
-    preset = classifier.backbone.preset
+    preset = model.module.preset
     if config.dataset is None:
         return "random pixels", batches_of_two_sizes(random_images(preset.crop_px, config.images))
     manifest = open_dataset(store, config.dataset)
-    images = held_out_images(manifest, classifier.decode_rule, preset, config.images)
+    images = held_out_images(manifest, model.decode_rule, preset, config.images)
     return f"{config.dataset}, {images_split(manifest).value} split", batches_of_two_sizes(images)

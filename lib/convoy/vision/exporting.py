@@ -1,11 +1,13 @@
-"""A classifier as one graph in a file: uint8 images in, float32 logits out, nothing of Convoy needed to run it."""
+"""A model as one graph in a file: uint8 images in, float32 logits out, nothing of Convoy needed to run it."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
 import io
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from convoy.core.crop_policies import Averaging
 from convoy.core.errors import ConfigError, DataError
 from convoy.vision.presets import EvalPreset
 from convoy.vision.readout import LogitsNetwork
@@ -50,6 +53,55 @@ class ImageClassifier(nn.Module):
         return logits_BK
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ExportedMember:
+    """A member of an ensemble; weights of all sum to 1. `class_order` is null where the classes are the ensemble's."""
+
+    classifier: ImageClassifier
+    weight: float
+    temperature: float
+    class_order: tuple[int, ...] | None
+
+
+class ImageEnsemble(nn.Module):
+    """The joint float32 logits_BK of an ensemble for uint8 images of one size, or of them and their mirror images.
+
+    Those of `Committee` but for the last bits of float32: log-probabilities where probabilities are averaged.
+    """
+
+    def __init__(
+        self, members: Sequence[ExportedMember], *, averaging: Averaging, temperature: float, mirrors: bool
+    ) -> None:
+        super().__init__()
+        self._classifiers = nn.ModuleList(member.classifier for member in members)
+        self._members = tuple(members)
+        self._averaging, self._temperature, self._mirrors = averaging, temperature, mirrors
+        self.preset = members[0].classifier.preset
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Float32 logits_BK of uint8 images at the preset's crop size."""
+        views = [images_BCHW, images_BCHW.flip(3)] if self._mirrors else [images_BCHW]
+        parts = [
+            self._part(number, view, 1 / len(views)) for view in views for number in range(len(self._members))
+        ]
+        stacked_PBK = torch.stack(parts)
+        averages_probabilities = self._averaging is Averaging.PROBABILITIES
+        joint_BK = stacked_PBK.logsumexp(0) if averages_probabilities else stacked_PBK.sum(0)
+        return joint_BK / self._temperature
+
+    def _part(self, number: int, images_BCHW: Tensor, share: float) -> Tensor:
+        """What a member adds to the mean, or the logarithm of it where probabilities are averaged."""
+        member = self._members[number]
+        logits_BK: Tensor = self._classifiers[number](images_BCHW) / member.temperature
+        if member.class_order is not None:
+            logits_BK = logits_BK[:, torch.tensor(member.class_order)]
+        weight = member.weight * share
+        if self._averaging is Averaging.PROBABILITIES:
+            # Of logarithms float32 keeps those of the smallest probabilities too.
+            return logits_BK.log_softmax(1) + math.log(weight)
+        return logits_BK * weight
+
+
 def require_export_packages(format_: ExportFormat) -> None:
     """Raise ConfigError, with the command that helps, where packages that a format needs are missing."""
     missing = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]
@@ -61,8 +113,8 @@ def require_export_packages(format_: ExportFormat) -> None:
         )
 
 
-def trace_classifier(classifier: ImageClassifier) -> ExportedProgram:
-    """The classifier as one functional graph for any number of images, without what lies behind its tap.
+def trace_classifier(classifier: ImageClassifier | ImageEnsemble) -> ExportedProgram:
+    """The model as one functional graph for any number of images, without what lies behind its taps.
 
     Raises DataError for a network whose Python code cannot be traced, such as one that branches on its pixels.
     """

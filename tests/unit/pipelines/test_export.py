@@ -15,11 +15,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from convoy.core.crop_policies import Averaging, CropPlan, CropPolicy
 from convoy.core.errors import ConfigError, DataError, ExitCode, TrainingError
 from convoy.core.progress import Silent
 from convoy.pipelines.backbone_loading import load_backbone, read_backbone_state
 from convoy.pipelines.classifier_tensors import Readout, classifier_files, stored_head
 from convoy.pipelines.classifiers import Classifier, Strategy
+from convoy.pipelines.committees import (
+    CommitteeRecord,
+    EnsembleConfig,
+    configured_committee,
+    write_ensemble,
+)
 from convoy.pipelines.dataset import DatasetConfig, freeze
 from convoy.pipelines.export import LOGIT_TOLERANCE, ExportConfig, ExportReport, compare_logits, run_export
 from convoy.pipelines.feature_plan import FeatureDtype, PrecisionChoice
@@ -30,12 +37,13 @@ from convoy.vision.backbones import build_network
 from convoy.vision.decode_rule import DecodeRule
 from convoy.vision.engine import FeatureEngine
 from convoy.vision.engine_options import EngineOptions, Precision
+from convoy.vision.ensembling import joint_logits, member_values
 from convoy.vision.head_config import HeadKind, HeadSpec
 from convoy.vision.heads import Head
 from convoy.vision.presets import EvalPreset
 from convoy.vision.weights import load_weights
+from made_bundles import DIGITS, FP32, made_classifier, write_classifier
 
-DIGITS = tuple("0123456789")
 PRESET = EvalPreset(resize_px=None, crop_px=32)
 
 # Its graph adds what its Python code does not.
@@ -114,10 +122,9 @@ def made_bundle(
 def export(store: LocalStore, output: Path | None, to: str, **settings: Any) -> ExportReport:
     config = ExportConfig(
         workspace=store.root_uri,
-        bundle="digits",
         to=to,
         output=None if output is None else str(output),
-        **{"images": 20, **settings},
+        **{"bundle": "digits", "images": 20, **settings},
     )
     return run_export(config, progress=Silent())
 
@@ -160,6 +167,68 @@ def test_the_file_computes_the_logits_of_the_bundle(
     assert (report.num_images, report.top1_agreement, report.num_classes) == (20, 1.0, 10)
     assert report.max_abs_difference <= report.tolerance
     assert report.size_bytes == (tmp_path / "model").stat().st_size
+
+
+def made_ensemble(store: LocalStore, averaging: Averaging, policy: CropPolicy) -> CommitteeRecord:
+    """The ensemble `both`: a network and a head on another one, whose classes come in another order."""
+    first = write_classifier(store, "one", made_classifier(store, 0))
+    head = made_classifier(store, 1, classes=DIGITS[::-1], head=HeadKind.SOFTMAX)
+    second = write_classifier(store, "two", head)
+    config = EnsembleConfig.model_validate(
+        {
+            "members": [
+                {"bundle": str(first), "weight": 3, "temperature": 1.5},
+                {"bundle": str(second), "temperature": 0.7},
+            ],
+            "averaging": averaging.value,
+            "temperature": 0.8,
+        }
+    )
+    committee = configured_committee(store, config, FP32).with_plan(CropPlan(policy=policy))
+    write_ensemble(store, "both", committee, metrics={}, card="# both")
+    return committee
+
+
+@pytest.mark.parametrize("to", ["onnx", "torch"])
+@pytest.mark.parametrize("averaging", list(Averaging))
+@pytest.mark.parametrize("policy", [CropPolicy.CENTER, CropPolicy.FLIP])
+def test_the_file_of_an_ensemble_computes_its_joint_logits(
+    store: LocalStore, tmp_path: Path, policy: CropPolicy, averaging: Averaging, to: str
+) -> None:
+    committee = made_ensemble(store, averaging, policy)
+    report = export(store, tmp_path / "model", to, bundle="both")
+    images_BCHW = torch.from_numpy(np.random.default_rng(5).integers(0, 256, (7, 3, 32, 32), np.uint8))
+    views = [images_BCHW, images_BCHW.flip(3)] if policy is CropPolicy.FLIP else [images_BCHW]
+    logits_MVNK = np.stack(
+        [
+            [
+                bundle_logits(store, member.classifier, view)[
+                    :, member.classifier.order_of(DIGITS) or range(10)
+                ]
+                for view in views
+            ]
+            for member in committee.members
+        ]
+    )
+    temperatures = [member.temperature for member in committee.members]
+    values_MNK = member_values(logits_MVNK, range(len(views)), averaging, temperatures)
+    weights = [member.weight for member in committee.members]
+    expected_NK = torch.from_numpy(joint_logits(values_MNK, weights, averaging, committee.temperature))
+    for batch in (slice(None), slice(1)):
+        found = file_logits(tmp_path / "model", to, images_BCHW[batch])
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), expected_NK[batch], rtol=1e-4, atol=1e-5)
+    assert (report.top1_agreement, report.num_classes) == (1.0, 10)
+    description = json.loads((tmp_path / "model.json").read_bytes())
+    assert description["classes"] == list(DIGITS)
+    assert len(description["preprocess"]["presets"]) == 2
+
+
+def test_an_ensemble_that_sees_more_than_a_graph_has_is_refused(store: LocalStore, tmp_path: Path) -> None:
+    made_ensemble(store, Averaging.PROBABILITIES, CropPolicy.TEN)
+    with pytest.raises(ConfigError, match="the ensemble looks at the crops ten"):
+        export(store, tmp_path / "model.pt2", "torch", bundle="both")
+    assert not (tmp_path / "model.pt2").exists()
 
 
 def test_what_lies_behind_the_tap_is_not_in_the_file(store: LocalStore, tmp_path: Path) -> None:
