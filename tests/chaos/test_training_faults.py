@@ -19,6 +19,7 @@ import pytest
 import torch
 from ray.cluster_utils import Cluster
 
+from chaos_jobs import FaultTable
 from command_lines import TIMEOUT_S, last_json
 from convoy.core.crash_points import TRAINING_CRASH_POINTS, CrashPoint
 from convoy.storage.bundles import open_bundle
@@ -104,7 +105,12 @@ def kill_driver(job: TrainJob, at_step: int) -> None:
 
 @pytest.mark.parametrize("point", sorted(TRAINING_CRASH_POINTS))
 def test_a_killed_worker_is_replaced_and_the_training_goes_on(
-    point: CrashPoint, job: TrainJob, cluster: Cluster, undisturbed: dict[str, Any], tmp_path: Path
+    point: CrashPoint,
+    job: TrainJob,
+    cluster: Cluster,
+    undisturbed: dict[str, Any],
+    tmp_path: Path,
+    fault_table: FaultTable,
 ) -> None:
     nth = {
         CrashPoint.TRAINING_STEP: IN_BODY_PHASE + CHECKPOINT_STEPS,
@@ -120,6 +126,10 @@ def test_a_killed_worker_is_replaced_and_the_training_goes_on(
     report = last_json(finished)
     assert_same_training(report, undisturbed)
     assert_frozen_stayed(job, report)
+    digest, clean_digest = report["model_digest"], undisturbed["model_digest"]
+    fault_table.add_training(
+        f"F1 worker killed at {point.value}, train", fired=1, digest=digest, clean_digest=clean_digest
+    )
 
 
 DRIVER_POINTS = {
@@ -134,7 +144,11 @@ DRIVER_POINTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("point", DRIVER_POINTS)
 def test_a_driver_killed_at_a_step_of_its_own_resumes(
-    point: CrashPoint, job: TrainJob, undisturbed: dict[str, Any], tmp_path: Path
+    point: CrashPoint,
+    job: TrainJob,
+    undisturbed: dict[str, Any],
+    tmp_path: Path,
+    fault_table: FaultTable,
 ) -> None:
     arrivals = tmp_path / "arrivals"
     fault = {"CONVOY_CRASH_POINT": f"{point}:{DRIVER_POINTS[point]}:{arrivals}"}
@@ -142,7 +156,12 @@ def test_a_driver_killed_at_a_step_of_its_own_resumes(
     killed = disturbed.start()
     assert arrivals.stat().st_size == DRIVER_POINTS[point], "the fault did not fire"
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert_same_training(disturbed.run(), undisturbed)
+    report = disturbed.run()
+    assert_same_training(report, undisturbed)
+    digest, clean_digest = report["model_digest"], undisturbed["model_digest"]
+    fault_table.add_training(
+        f"F2 driver killed at {point.value}, train", fired=1, digest=digest, clean_digest=clean_digest
+    )
 
 
 @pytest.mark.parametrize("at_step", [IN_HEAD_PHASE, IN_BODY_PHASE])
@@ -173,7 +192,11 @@ def killed_in_the_middle(job: TrainJob, cluster: Cluster, arrivals: Path) -> Non
 
 
 def test_a_damaged_newest_checkpoint_costs_steps_and_changes_nothing(
-    job: TrainJob, cluster: Cluster, undisturbed: dict[str, Any], tmp_path: Path
+    job: TrainJob,
+    cluster: Cluster,
+    undisturbed: dict[str, Any],
+    tmp_path: Path,
+    fault_table: FaultTable,
 ) -> None:
     killed_in_the_middle(job, cluster, tmp_path / "arrivals")
     newest, before = job.checkpoints()
@@ -186,11 +209,16 @@ def test_a_damaged_newest_checkpoint_costs_steps_and_changes_nothing(
     assert finished.returncode == 0, finished.stderr
     assert f"checkpoint of step {newest.step} cannot be used: " in finished.stderr
     assert f"going on from the checkpoint of step {before.step}" in finished.stderr
-    assert_same_training(last_json(finished), undisturbed)
+    report = last_json(finished)
+    assert_same_training(report, undisturbed)
+    digest, clean_digest = report["model_digest"], undisturbed["model_digest"]
+    fault_table.add_training(
+        "F27 newest checkpoint damaged, train", fired=1, digest=digest, clean_digest=clean_digest
+    )
 
 
 def test_a_training_that_diverges_ends_with_the_step_and_keeps_finite_checkpoints(
-    job: TrainJob, cluster: Cluster
+    job: TrainJob, cluster: Cluster, fault_table: FaultTable
 ) -> None:
     wild = job.changed(
         "phases=[{name: calm, epochs: 1, learning_rate: 0.01}, {name: wild, epochs: 9, learning_rate: 1.0e+38}]"
@@ -207,6 +235,7 @@ def test_a_training_that_diverges_ends_with_the_step_and_keeps_finite_checkpoint
     for checkpoint in checkpoints:
         tensors = read_state_dict(open_store(job.workspace).get(checkpoint.key).data)
         assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+    fault_table.add_training("F30 loss is no number, train", fired=1, digest=None, clean_digest=None)
 
 
 @contextmanager

@@ -1,0 +1,53 @@
+"""The source changes under a job: it goes on with what was frozen, and never takes one image for another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from cache_jobs import CacheJob, freeze, made_job
+from chaos_jobs import FaultTable, audit_run
+from convoy.storage.stores import open_store
+from made_bundles import made_classifier, write_classifier
+
+pytestmark = [pytest.mark.integration, pytest.mark.chaos]
+
+FP32 = "extraction={batch_size: 16, slice_rows: 16, precision: fp32, dtype: float32}"
+
+
+def scoring(folder: Path) -> CacheJob:
+    """A scoring of frozen digits, of which one is damaged."""
+    made = made_job(folder)
+    write_classifier(open_store(made.workspace), "one", made_classifier(open_store(made.workspace), 0))
+    return CacheJob(made.workspace, made.num_images, ("dataset=digits", "bundle=one", FP32), verb="score")
+
+
+def test_a_source_that_changes_loses_its_own_images_and_no_other(
+    tmp_path: Path, ray_cluster: None, fault_table: FaultTable
+) -> None:
+    job, images = scoring(tmp_path), tmp_path / "images"
+    Image.new("RGB", (32, 32), "red").save(images / "5" / "00005.jpg")
+    (images / "6" / "00006.jpg").unlink()
+    (images / "7" / "new.jpg").write_bytes((images / "7" / "00007.jpg").read_bytes())
+    report = job.run_here()
+    # The third is the one that was damaged from the beginning.
+    assert report["reject_codes"] == {"changed": 1, "gone": 1, "truncated": 1}
+    assert (report["inputs"], report["results"]) == (job.num_images, job.num_images - 3)
+    fault_table.add(
+        "F20 images replaced, deleted, added, score",
+        fired=3,
+        audit=audit_run(job.workspace, report["run"]),
+        clean_digest=None,
+    )
+
+    # Frozen anew, all that is there now is scored, and nothing else.
+    assert freeze(images, job.workspace)["samples"] == job.num_images
+    again = job.run_here()
+    assert again["reject_codes"] == {"truncated": 1}
+    parts = sorted(Path(job.workspace, "runs", again["run"], "predictions").rglob("*.parquet"))
+    names = {name for part in parts for name in pq.read_table(part)["sample_id"].to_pylist()}
+    assert {"5/00005.jpg", "7/new.jpg"} <= names
+    assert "6/00006.jpg" not in names
