@@ -21,7 +21,7 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
-demo: setup  ## Run the main job on real images: local Ray, local folder, no cloud. Four to eight minutes on two cores.
+demo: setup  ## Run the main job on real images: local Ray, local folder, no cloud. Three to eight minutes on two cores.
 	$(BIN)/python jobs/demo.py
 
 # In turn, as a process that has every library of the unit tests loaded is no place to start and stop clusters in; of
