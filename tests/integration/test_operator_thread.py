@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 
 import pytest
 
-from convoy.cluster.slices import SliceTask, WorkerPool, run_slices
+from convoy.cluster.deadly_slices import ImageTrials
+from convoy.cluster.slices import SliceOperator, SliceTask, WorkerPool, run_slices
 from convoy.storage.commits import SliceRecord
 
 pytestmark = pytest.mark.integration
@@ -24,10 +24,10 @@ class RunOnly:
         return "{}"
 
 
-def make_operator(_: str) -> Callable[[SliceTask], SliceRecord]:
+def make_operator(_: str) -> SliceOperator:
     made_in = threading.get_native_id()
 
-    def operator(task: SliceTask) -> SliceRecord:
+    def operator(task: SliceTask, trials: ImageTrials | None = None) -> SliceRecord:
         return SliceRecord(
             run_id="run",
             slice=task.slice,
