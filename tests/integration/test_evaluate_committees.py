@@ -350,7 +350,7 @@ def test_ensembles_stand_on_either_side_of_a_comparison(job: Committees, both: B
     assert swapped["top1_difference"]["estimate"] == pytest.approx(-report["top1_difference"]["estimate"])
 
 
-def test_an_ensemble_is_listed_and_shown_and_not_exported(job: Committees, both: BundleRef) -> None:
+def test_an_ensemble_is_listed_and_shown_and_exported(job: Committees, both: BundleRef) -> None:
     where = ("--workspace", job.workspace)
     listed = last_json(convoy_here("models", "list", *where, "--json"))["models"]
     assert [(model["model"].split("@")[0], model["strategy"]) for model in listed] == [
@@ -362,10 +362,11 @@ def test_an_ensemble_is_listed_and_shown_and_not_exported(job: Committees, both:
     assert [member["network"] for member in shown["members"]] == ["lenet5", "lenet5"]
     assert shown["crops"]["policy"] == "flip"
     target = str(Path(job.workspace, "both.onnx"))
-    refused = convoy_here("models", "export", "both", "--to", "onnx", "--output", target, *where)
-    assert refused.returncode == 2
-    assert "this is an ensemble" in refused.stderr
-    assert "convoy models show both" in refused.stderr
+    exported = convoy_here("models", "export", "both", "--to", "onnx", "--output", target, *where, "--json")
+    assert exported.returncode == 0, exported.stderr
+    report = last_json(exported)
+    assert (report["num_classes"], report["top1_agreement"]) == (10, 1)
+    assert Path(target).stat().st_size == report["size_bytes"]
 
 
 def test_an_ensemble_whose_member_is_gone_is_a_clear_error(
