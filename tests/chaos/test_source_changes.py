@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -22,7 +23,7 @@ def scoring(folder: Path) -> CacheJob:
     """A scoring of frozen digits, of which one is damaged."""
     made = made_job(folder)
     write_classifier(open_store(made.workspace), "one", made_classifier(open_store(made.workspace), 0))
-    return CacheJob(made.workspace, made.num_images, ("dataset=digits", "bundle=one", FP32), verb="score")
+    return replace(made, verb="score", settings=("dataset=digits", "bundle=one", FP32))
 
 
 def test_a_source_that_changes_loses_its_own_images_and_no_other(

@@ -126,10 +126,7 @@ def test_a_killed_worker_is_replaced_and_the_training_goes_on(
     report = last_json(finished)
     assert_same_training(report, undisturbed)
     assert_frozen_stayed(job, report)
-    digest, clean_digest = report["model_digest"], undisturbed["model_digest"]
-    fault_table.add_training(
-        f"F1 worker killed at {point.value}, train", fired=1, digest=digest, clean_digest=clean_digest
-    )
+    fault_table.add_training(f"F1 worker killed at {point.value}, train", (report, undisturbed))
 
 
 DRIVER_POINTS = {
@@ -158,10 +155,7 @@ def test_a_driver_killed_at_a_step_of_its_own_resumes(
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     report = disturbed.run()
     assert_same_training(report, undisturbed)
-    digest, clean_digest = report["model_digest"], undisturbed["model_digest"]
-    fault_table.add_training(
-        f"F2 driver killed at {point.value}, train", fired=1, digest=digest, clean_digest=clean_digest
-    )
+    fault_table.add_training(f"F2 driver killed at {point.value}, train", (report, undisturbed))
 
 
 @pytest.mark.parametrize("at_step", [IN_HEAD_PHASE, IN_BODY_PHASE])
@@ -212,10 +206,7 @@ def test_a_damaged_newest_checkpoint_costs_steps_and_changes_nothing(
     assert f"going on from the checkpoint of step {before.step}" in finished.stderr
     report = last_json(finished)
     assert_same_training(report, undisturbed)
-    digest, clean_digest = report["model_digest"], undisturbed["model_digest"]
-    fault_table.add_training(
-        "F27 newest checkpoint damaged, train", fired=1, digest=digest, clean_digest=clean_digest
-    )
+    fault_table.add_training("F27 newest checkpoint damaged, train", (report, undisturbed))
 
 
 def test_a_training_that_diverges_ends_with_the_step_and_keeps_finite_checkpoints(
@@ -236,7 +227,7 @@ def test_a_training_that_diverges_ends_with_the_step_and_keeps_finite_checkpoint
     for checkpoint in checkpoints:
         tensors = read_state_dict(open_store(job.workspace).get(checkpoint.key).data)
         assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
-    fault_table.add_training("F30 loss is no number, train", fired=1, digest=None, clean_digest=None)
+    fault_table.add_training("F30 loss is no number, train", None)
 
 
 @contextmanager

@@ -18,14 +18,13 @@ from convoy.core.errors import ConfigError, DataError
 from convoy.core.fingerprints import canonical_json, digest
 from convoy.core.progress import Progress
 from convoy.core.records import Split
-from convoy.pipelines.classifiers import Strategy
 from convoy.pipelines.committee_predictions import CommitteeJob
 from convoy.pipelines.committees import open_committee
 from convoy.pipelines.distillation import with_pinned_teacher
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.network_training import CurveDrawer, config_identity
 from convoy.pipelines.prediction_request import PredictionRequest
-from convoy.pipelines.train import random_weights, run_train
+from convoy.pipelines.train import first_network, run_train
 from convoy.pipelines.train_config import NETWORKS, TrainConfig
 from convoy.pipelines.training_rows import Fold, fold_rows, read_split
 from convoy.pipelines.workspace import open_workspace
@@ -207,8 +206,7 @@ def _of_fold(config: TrainConfig, fold: Fold) -> tuple[TrainConfig, Fold]:
 
 def _identity(store: ObjectStore, manifest: Manifest, training: TrainConfig) -> str:
     """A digest of everything that determines the model of a fold, and its name."""
-    is_new = training.strategy is Strategy.FROM_SCRATCH
-    first = fetch_backbone(store, random_weights(training, manifest) if is_new else training.backbone)
+    first = fetch_backbone(store, first_network(training, manifest))
     return digest(
         {
             "dataset_fingerprint": manifest.fingerprint,

@@ -260,6 +260,12 @@ def _use_as_is(job: _Job, backbone: BackboneRecord) -> _Trained:
     return _Trained(classifier=classifier, num_train_rows=0, num_train_images=0)
 
 
+def first_network(config: TrainConfig, manifest: Manifest) -> BackboneConfig:
+    """The network that a training begins with; ConfigError where it is a new one and the config names weights."""
+    is_new = config.strategy is Strategy.FROM_SCRATCH
+    return random_weights(config, manifest) if is_new else config.backbone
+
+
 def random_weights(config: TrainConfig, manifest: Manifest) -> BackboneConfig:
     """The backbone of a training from scratch; ConfigError if the config names pretrained weights."""
     if config.backbone.weights not in ("random", "DEFAULT"):

@@ -13,7 +13,7 @@ from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.network_plan import plan_network, trained_backbone_config
 from convoy.pipelines.network_training import open_training
 from convoy.pipelines.probing import check_head
-from convoy.pipelines.train import measured_on, random_weights, training_dataset
+from convoy.pipelines.train import first_network, measured_on, training_dataset
 from convoy.pipelines.train_config import NETWORKS, PROBES, TrainConfig
 from convoy.pipelines.training_rows import count_classes, has_validation_rows, read_split, row_notes
 from convoy.pipelines.workspace import open_workspace
@@ -84,8 +84,7 @@ def plan_train(config: TrainConfig) -> TrainPlan:
     from convoy.pipelines.network_building import NewNetwork  # noqa: PLC0415
     from convoy.pipelines.network_setup import takes_head_from_cache, without_head_phase  # noqa: PLC0415
 
-    is_new = config.strategy is Strategy.FROM_SCRATCH
-    pretrained = fetch_backbone(store, random_weights(config, manifest) if is_new else config.backbone)
+    pretrained = fetch_backbone(store, first_network(config, manifest))
     new = NewNetwork(trained_backbone_config(config, len(manifest.classes)))
     new.take_weights(store, pretrained)
     device = known_device()

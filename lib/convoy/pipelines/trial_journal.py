@@ -214,11 +214,11 @@ class TrialJournal:
         """Record a trial that was stopped or lost."""
         self.write(self._given_up(point, end))
 
-    def cut_short(self, point: TrialPoint, end: GivenUp) -> None:
+    def cut_short(self, point: TrialPoint, end: GivenUp) -> TrialRecord:
         """Note how far a trial came that the end of the budget cut short: with a larger one it goes on."""
-        self._store.put(
-            self._key(f"{_CUT_SHORT}{point.trial}.json"), canonical_json(self._given_up(point, end))
-        )
+        record = self._given_up(point, end)
+        self._store.put(self._key(f"{_CUT_SHORT}{point.trial}.json"), canonical_json(record))
+        return record
 
     def _given_up(self, point: TrialPoint, end: GivenUp) -> TrialRecord:
         now_unix_s = time.time()
@@ -248,16 +248,18 @@ class TrialJournal:
 
     def records(self) -> list[TrialRecord]:
         """All trials that ended, in the order in which they were drawn."""
-        records = [TrialRecord.model_validate(one) for one in self._documents(_TRIALS)]
-        return sorted(records, key=lambda record: record.index)
+        return in_order([TrialRecord.model_validate(one) for one in self._documents(_TRIALS)])
 
     def all_records(self) -> list[TrialRecord]:
         """`records`, and what is noted of trials that were cut short and have not gone on to their end since."""
         ended = self.records()
-        waiting = {point.trial for point in self.waiting(ended)}
-        cut_short = [TrialRecord.model_validate(one) for one in self._documents(_CUT_SHORT)]
-        records = [*ended, *(record for record in cut_short if record.trial in waiting)]
-        return sorted(records, key=lambda record: record.index)
+        return in_order([*ended, *self.noted(self.waiting(ended))])
+
+    def noted(self, waiting: Iterable[TrialPoint]) -> list[TrialRecord]:
+        """What is noted of trials that were cut short, of those that are waiting."""
+        names = {point.trial for point in waiting}
+        records = [TrialRecord.model_validate(one) for one in self._documents(_CUT_SHORT)]
+        return [record for record in records if record.trial in names]
 
     def waiting(self, records: Iterable[TrialRecord]) -> list[TrialPoint]:
         """Trials that were drawn and are not among the records."""
@@ -278,6 +280,11 @@ class TrialJournal:
 
     def _key(self, name: str) -> str:
         return self._folder.key(name)
+
+
+def in_order(records: Iterable[TrialRecord]) -> list[TrialRecord]:
+    """The records in the order in which their trials were drawn."""
+    return sorted(records, key=lambda record: record.index)
 
 
 def trials_parquet(records: Sequence[TrialRecord]) -> bytes:

@@ -27,7 +27,7 @@ from convoy.pipelines.network_training import CurveDrawer
 from convoy.pipelines.search_identity import as_recorded, search_identity
 from convoy.pipelines.search_time import SearchTimer, seconds_spent
 from convoy.pipelines.trial_candidates import as_candidate, candidate_trials, reject_notes, view_notes
-from convoy.pipelines.trial_journal import TrialCost, TrialJournal, TrialRecord, trials_parquet
+from convoy.pipelines.trial_journal import TrialCost, TrialJournal, TrialRecord, in_order, trials_parquet
 from convoy.pipelines.trial_trainings import give_up_trainings
 from convoy.pipelines.trials import TrialJob, run_trial
 from convoy.pipelines.tune_config import SearchBudget, TuneConfig
@@ -340,13 +340,14 @@ class _Search:
         Trainings of trials that ended and did not finish are given up: no command goes on with them.
         """
         ended = self._journal.records()
-        known = {record.trial for record in self._journal.all_records()}
-        for point in self._journal.waiting(ended):
-            if point.trial in cut_short or point.trial not in known:
-                self._journal.cut_short(point, cut_short.get(point.trial, _NEVER_RAN))
+        waiting = self._journal.waiting(ended)
+        noted = {record.trial: record for record in self._journal.noted(waiting)}
+        for point in waiting:
+            if point.trial in cut_short or point.trial not in noted:
+                noted[point.trial] = self._journal.cut_short(point, cut_short.get(point.trial, _NEVER_RAN))
         lost = [record.trial for record in ended if record.state is not TrialState.FINISHED]
         give_up_trainings(self._store, [name for trial in lost for name in self._journal.trainings(trial)])
-        records = self._journal.all_records()
+        records = in_order([*ended, *noted.values()])
         if len(lost) < len(ended):
             return records
         first = next((record for record in records if record.reason), None)

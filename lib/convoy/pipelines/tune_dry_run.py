@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
@@ -14,14 +15,16 @@ from convoy.core.errors import ConfigError
 from convoy.core.fingerprints import digest
 from convoy.core.records import Split
 from convoy.core.search_space import Values
+from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.dataset_choice import open_as_begun
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.search_time import seconds_spent
+from convoy.pipelines.train import first_network
+from convoy.pipelines.train_config import TrainConfig
 from convoy.pipelines.trial_journal import TrialJournal
 from convoy.pipelines.tune_config import TuneConfig
 from convoy.pipelines.tune_plan import (
     Example,
-    first_network,
     least_training_s,
     require_validation_rows,
     resolve_names,
@@ -111,16 +114,29 @@ def _first_trials(
     store: ObjectStore, manifest: Manifest, config: TuneConfig, max_trials: float
 ) -> list[PlannedTrial]:
     points = islice(config.search_space.points(config.seed), int(min(max_trials, _SHOWN_TRIALS)))
-    return [_planned(store, manifest, config, index, values) for index, values in enumerate(points)]
+    networks: dict[str, BackboneRecord] = {}
+
+    def network_of(training: TrainConfig) -> BackboneRecord:
+        wanted = first_network(training, manifest)
+        name = digest(wanted)
+        if name not in networks:
+            networks[name] = fetch_backbone(store, wanted)
+        return networks[name]
+
+    return [_planned(manifest, config, network_of, index, values) for index, values in enumerate(points)]
 
 
 def _planned(
-    store: ObjectStore, manifest: Manifest, config: TuneConfig, index: int, values: Values
+    manifest: Manifest,
+    config: TuneConfig,
+    network_of: Callable[[TrainConfig], BackboneRecord],
+    index: int,
+    values: Values,
 ) -> PlannedTrial:
     try:
         training = config.trial_config(values, name=f"{config.name}-{_A_TRIAL}")
     except ConfigError as error:
         return PlannedTrial(index=index, values=dict(values), network_s=None, problem=str(error))
-    network = fetch_backbone(store, first_network(training, manifest))
-    network_s = least_training_s(Example(training=training, network=network), manifest)
+    example = Example(training=training, network=network_of(training))
+    network_s = least_training_s(example, manifest)
     return PlannedTrial(index=index, values=dict(values), network_s=network_s or None)

@@ -20,7 +20,7 @@ from convoy.pipelines.distillation import pinned_teacher
 from convoy.pipelines.feature_plan import PrecisionChoice, forward_s
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.network_plan import planned_batch_bytes, wanted_phases, wanted_recipe
-from convoy.pipelines.train import random_weights
+from convoy.pipelines.train import first_network
 from convoy.pipelines.train_config import NETWORKS, TrainConfig
 from convoy.pipelines.training_rows import has_labels
 from convoy.pipelines.trial_outcomes import kept_crops
@@ -143,12 +143,6 @@ def fetch_networks(
         kind = digest([name, training.strategy, *length, training.rows, *batch])
         examples.setdefault(kind, Example(training=training, network=records[name]))
     return list(examples.values())
-
-
-def first_network(training: TrainConfig, manifest: Manifest) -> BackboneConfig:
-    """The network that a training begins with."""
-    is_new = training.strategy is Strategy.FROM_SCRATCH
-    return random_weights(training, manifest) if is_new else training.backbone
 
 
 def code_digests(config: TuneConfig) -> dict[str, str]:

@@ -44,6 +44,12 @@ class Objective(StrEnum):
     TOP1 = "top1"
 
 
+def averaged(logits_NK: NDArray[Any], averaging: Averaging, temperature: float) -> Floats:
+    """What the rule averages of one view."""
+    wide_NK = np.asarray(logits_NK, np.float64) / temperature
+    return np.asarray(softmax(wide_NK, axis=1)) if averaging is Averaging.PROBABILITIES else wide_NK
+
+
 def member_values(
     logits_MVNK: NDArray[Any], views: Sequence[int], averaging: Averaging, temperatures_M: Sequence[float]
 ) -> Floats:
@@ -52,7 +58,7 @@ def member_values(
     values_MNK: Floats = large_array((num_members, num_rows, num_classes), np.float64)
     for values_NK, logits_VNK, temperature in zip(values_MNK, logits_MVNK, temperatures_M, strict=True):
         # One view at a time: the float64 copy of all of them may not fit.
-        values_NK[:] = sum(_averaged(logits_VNK[view], averaging, temperature) for view in views) / len(views)
+        values_NK[:] = sum(averaged(logits_VNK[view], averaging, temperature) for view in views) / len(views)
     return values_MNK
 
 
@@ -222,12 +228,6 @@ def _likeliest_temperature(nll: Callable[[float], float]) -> float:
         options={"xatol": 1e-3},
     )
     return float(np.exp(found.x))
-
-
-def _averaged(logits_NK: NDArray[Any], averaging: Averaging, temperature: float) -> Floats:
-    """What the rule averages of one view."""
-    wide_NK = np.asarray(logits_NK, np.float64) / temperature
-    return np.asarray(softmax(wide_NK, axis=1)) if averaging is Averaging.PROBABILITIES else wide_NK
 
 
 def _mixture_weights(own_MN: Floats) -> Floats:

@@ -19,7 +19,7 @@ from scipy.special import bdtr, softmax
 from convoy.core.crop_policies import Averaging, CropPlan, CropPolicy, view_indices
 from convoy.core.errors import ConfigError
 from convoy.vision.committee_options import GateLook, GateOptions, gate_passes
-from convoy.vision.ensembling import Floats
+from convoy.vision.ensembling import Floats, averaged
 
 # Above every probability: a look that is never believed.
 _NEVER = 2.0
@@ -228,10 +228,8 @@ class GateCalibration:
         joint_NK = np.zeros((len(rows), self._logits_MVNK.shape[3]))
         for member, weight in zip(members, weights, strict=True):
             for view in views:
-                values_NK = self._logits_MVNK[member, view][rows] / np.float64(self._temperatures_M[member])
-                if self._averaging is Averaging.PROBABILITIES:
-                    values_NK = softmax(values_NK, axis=-1)
-                joint_NK += weight / len(views) * values_NK
+                logits_NK, temperature = self._logits_MVNK[member, view][rows], self._temperatures_M[member]
+                joint_NK += weight / len(views) * averaged(logits_NK, self._averaging, temperature)
         return joint_NK
 
 
