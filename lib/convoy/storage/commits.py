@@ -15,10 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 from convoy.core.config import StrictModel
 from convoy.core.crash_points import CrashPoint, crash_point
-from convoy.core.errors import ObjectNotFound, PreconditionFailed, StorageError
+from convoy.core.errors import DataError, PreconditionFailed, StorageError
 from convoy.core.fingerprints import MultisetDigest, canonical_json
 from convoy.core.json_values import finite_or_null
 from convoy.core.records import FETCH_CODES
+from convoy.storage.documents import parse_model, read_model
 from convoy.storage.object_store import ObjectInfo, ObjectStore, put_looking_first
 from convoy.storage.runs import INPUT, RunFolder, RunRecord
 
@@ -146,11 +147,22 @@ def write_record(store: ObjectStore, record: SliceRecord) -> None:
 
 
 def read_records(folder: RunFolder) -> list[SliceRecord]:
-    """All records of all attempts that finished, from storage alone."""
+    """All records of all attempts that finished, from storage alone. DataError if one is damaged."""
     keys = [info.key for info in folder.store.list_objects(folder.key("records/"))]
     with ThreadPoolExecutor(_LISTING_THREADS) as pool:
         blobs = pool.map(lambda key: folder.store.get(key).data, keys)
-        return [SliceRecord.model_validate_json(blob) for blob in blobs]
+        return [_parse_record(blob, folder.store.uri(key)) for key, blob in zip(keys, blobs, strict=True)]
+
+
+def _parse_record(data: bytes, where: str) -> SliceRecord:
+    try:
+        return parse_model(SliceRecord, data, where=where)
+    except DataError as error:
+        raise DataError(
+            error.what,
+            where=where,
+            next_step="upgrade Convoy if a newer one wrote it, or delete it: the same command computes its slice again",
+        ) from error
 
 
 def choose_attempts(
@@ -188,18 +200,18 @@ def finish(folder: RunFolder, report: dict[str, object]) -> None:
 
 def read_manifest(folder: RunFolder) -> RunManifest | None:
     """The published manifest of a run, or None before it was published."""
-    try:
-        blob = folder.store.get(folder.key("manifest.json"))
-    except ObjectNotFound:
-        return None
-    return RunManifest.model_validate_json(blob.data)
+    return read_model(RunManifest, folder.store, folder.key("manifest.json"))
 
 
 def read_commits(store: ObjectStore, set_id: str) -> list[SetCommit]:
     """What all finished runs added to a set, in the order of their run ids."""
     keys = [info.key for info in store.list_objects(f"{FEATURES}{set_id}/commits/")]
     with ThreadPoolExecutor(_LISTING_THREADS) as pool:
-        return [SetCommit.model_validate_json(blob.data) for blob in pool.map(store.get, keys)]
+        blobs = pool.map(store.get, keys)
+        return [
+            parse_model(SetCommit, blob.data, where=store.uri(key))
+            for key, blob in zip(keys, blobs, strict=True)
+        ]
 
 
 def commit_set(store: ObjectStore, set_id: str, manifest: RunManifest) -> None:

@@ -27,19 +27,26 @@ def parse_json(data: bytes, *, where: str) -> Any:
     try:
         return json.loads(data)
     except ValueError as error:
-        raise DataError(
-            f"the document is damaged: {error}",
-            where=where,
-            next_step="restore it from a backup, or from a former version of the object where the bucket keeps them",
-        ) from error
+        raise _damaged(str(error), where) from error
 
 
-def parse_model(model: type[ModelT], document: Any, *, where: str) -> ModelT:
-    """A document as what it should be. DataError for one that another version of Convoy wrote, or a hand."""
+def read_model(model: type[ModelT], store: ObjectStore, key: str) -> ModelT | None:
+    """A document as what it should be, or None where it does not exist. DataError as of `parse_model`."""
     try:
-        return model.model_validate(document)
+        data = store.get(key).data
+    except ObjectNotFound:
+        return None
+    return parse_model(model, data, where=store.uri(key))
+
+
+def parse_model(model: type[ModelT], data: bytes, *, where: str) -> ModelT:
+    """The bytes of a document as what it should be. DataError for one that is damaged, or of another Convoy."""
+    try:
+        return model.model_validate_json(data)
     except ValidationError as error:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            raise _damaged(first["msg"], where) from error
         raise DataError(
             f"the document does not say what it should: {'.'.join(map(str, first['loc']))}: {first['msg']}",
             where=where,
@@ -54,3 +61,11 @@ def exists(store: ObjectStore, key: str) -> bool:
     except ObjectNotFound:
         return False
     return True
+
+
+def _damaged(how: str, where: str) -> DataError:
+    return DataError(
+        f"the document is damaged: {how}",
+        where=where,
+        next_step="restore it from a backup, or from a former version of the object where the bucket keeps them",
+    )

@@ -30,7 +30,7 @@ from convoy.core.errors import (
 )
 from convoy.core.fingerprints import canonical_json
 from convoy.core.processes import ProcessIdentity, has_ended, this_process
-from convoy.storage.documents import exists
+from convoy.storage.documents import exists, parse_model
 from convoy.storage.object_store import put_looking_first
 from convoy.storage.runs import RunFolder
 
@@ -260,7 +260,7 @@ def _read(folder: RunFolder) -> _Seen | None:
         blob = folder.store.get(folder.key(LEASE))
     except ObjectNotFound:
         return None
-    return _Seen(LeaseRecord.model_validate_json(blob.data), blob.etag)
+    return _Seen(parse_model(LeaseRecord, blob.data, where=folder.store.uri(folder.key(LEASE))), blob.etag)
 
 
 def _write(folder: RunFolder, record: LeaseRecord, replaced_etag: str | None) -> str:

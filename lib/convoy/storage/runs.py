@@ -23,7 +23,7 @@ from convoy.core.differences import describe_changes, differences
 from convoy.core.errors import ConfigError, DataError, ObjectNotFound, PreconditionFailed, RunMismatch
 from convoy.core.fingerprints import canonical_json, digest
 from convoy.core.version import VERSION
-from convoy.storage.documents import exists, parse_json, parse_model, read_json
+from convoy.storage.documents import exists, parse_json, parse_model, read_json, read_model
 from convoy.storage.object_store import ObjectStore, put_looking_first
 
 SLICES_PER_INPUT_SHARD = 64
@@ -155,9 +155,7 @@ class RunFolder:
 
     def record(self) -> RunRecord | None:
         """The run record, or None if the run died before it was written. DataError where it cannot be understood."""
-        key = self.key("run.json")
-        document = read_json(self.store, key)
-        return None if document is None else parse_model(RunRecord, document, where=self.store.uri(key))
+        return read_model(RunRecord, self.store, self.key("run.json"))
 
     def write_record(self, record: RunRecord) -> RunRecord:
         """Write `run.json`; from here on the run can be resumed. The record that counts: another's that was first."""
@@ -174,7 +172,8 @@ class RunFolder:
 
     @cached_property
     def _groups(self) -> tuple[SliceGroup, ...]:
-        return RunRecord.model_validate_json(self.store.get(self.key("run.json")).data).groups
+        key = self.key("run.json")
+        return parse_model(RunRecord, self.store.get(key).data, where=self.store.uri(key)).groups
 
     def is_finished(self) -> bool:
         """Whether the run was committed to the last step."""

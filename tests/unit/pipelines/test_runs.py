@@ -106,6 +106,31 @@ def only(runs: list[ListedRun]) -> ListedRun:
 # ---- list and show
 
 
+def test_a_run_with_a_damaged_record_is_named_and_hides_no_other(store: LocalStore) -> None:
+    _, damaged, record = opened(store)
+    finish_slice(store, record, SLICES[1])
+    _, sound, _ = opened(store, "u")
+    key = record_key(*read_records(damaged))
+    store.put(key, store.get(key).data[:40])
+    listed = list_runs(store)
+    assert only(listed.runs).run == sound.run_id
+    (unreadable,) = listed.unreadable
+    assert (unreadable.run, unreadable.where) == (damaged.run_id, store.uri(key))
+    with pytest.raises(DataError, match="damaged") as caught:
+        read_records(damaged)
+    assert "delete it" in str(caught.value.next_step)
+    store.delete([key])
+    assert do_rest(damaged, record, attempt="a1") == SLICES
+
+
+def test_a_run_with_a_damaged_manifest_is_named(store: LocalStore) -> None:
+    folder, _ = finished(store)
+    store.put(folder.key("manifest.json"), b'{"run_id": "x", "slices": [{}]}')
+    with pytest.raises(DataError, match=r"does not say what it should: slices\.0\.") as caught:
+        show_run(store, folder.run_id)
+    assert caught.value.where == store.uri(folder.key("manifest.json"))
+
+
 def test_an_open_run_is_listed_with_what_is_done_of_it(store: LocalStore) -> None:
     _, folder, record = opened(store)
     finish_slice(store, record, SLICES[1], rejected=["s05"])
