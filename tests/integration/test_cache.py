@@ -21,7 +21,7 @@ from convoy.core.records import Split
 from convoy.pipelines.cache import CacheConfig, CachePlan, plan_cache
 from convoy.storage.commits import feature_prefix, read_commits
 from convoy.storage.datasets import open_dataset
-from convoy.storage.runs import run_ids
+from convoy.storage.runs import RunFolder, open_pointers, run_ids
 from convoy.storage.stores import open_store
 from convoy.vision.engine_options import Precision, device_here
 
@@ -194,7 +194,7 @@ def test_dry_run_shows_the_work_and_does_none(job: CacheJob) -> None:
     assert {info.key for info in open_store(job.workspace).list_objects()} == written
 
 
-def test_unfinished_run_refuses_a_changed_dataset_until_new_run(
+def test_an_unfinished_run_of_a_former_version_is_ended_before_the_rest_is_computed(
     job: CacheJob, images: Path, tmp_path: Path, ray_cluster: Mapping[str, str]
 ) -> None:
     write_digits(images, 2, start=300)
@@ -204,13 +204,30 @@ def test_unfinished_run_refuses_a_changed_dataset_until_new_run(
     write_digits(images, 1, start=302)
     refrozen = freeze(images, job.workspace)
 
-    refused = job.start_here()
-    assert (refused.returncode, refused.stdout) == (2, "")
-    was_and_is = f"dataset_fingerprint: was '{frozen['fingerprint']}', is '{refrozen['fingerprint']}'"
-    assert was_and_is in refused.stderr
-    assert "--new-run" in refused.stderr
-    assert "Traceback" not in refused.stderr
+    report = job.run_here()
+    (note,) = (note for note in report["notes"] if "was ended first" in note)
+    ended = note.split()[1].rstrip(",")
+    store = open_store(job.workspace)
+    former = RunFolder(store, ended).record()
+    assert former is not None
+    assert former.identity["dataset_fingerprint"] == frozen["fingerprint"]
+    assert former.num_inputs == frozen["added"]
+    assert report["recomputed"] == refrozen["added"]
+    assert report["rows"] == refrozen["samples"] - 1
+    assert open_pointers(store) == {}
+    for run in (ended, report["run"]):
+        assert job.verify(run)["ok"]
 
+
+def test_a_new_run_leaves_an_unfinished_one_of_a_former_version_behind(
+    job: CacheJob, images: Path, tmp_path: Path, ray_cluster: Mapping[str, str]
+) -> None:
+    write_digits(images, 2, start=300)
+    frozen = freeze(images, job.workspace)
+    killed = job.start({"CONVOY_CRASH_POINT": f"run_recorded:1:{tmp_path / 'arrivals'}"})
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    write_digits(images, 1, start=302)
+    refrozen = freeze(images, job.workspace)
     afresh = convoy_here(*job.arguments(), "--new-run", "--json")
     assert afresh.returncode == 0, afresh.stderr
     report = last_json(afresh)

@@ -32,7 +32,7 @@ def runs(job: CacheJob, *words: str) -> dict[str, Any]:
 
 
 def newest_run(job: CacheJob) -> str:
-    return list_runs(open_store(job.workspace)).runs[-1].run
+    return list_runs(open_store(job.workspace)).runs[0].run
 
 
 def last_image(folder: Path) -> Path:

@@ -1,10 +1,28 @@
-"""The revision of code: a digest over a package's files, which says what ran, with or without a repository."""
+"""What computes results: the versions of libraries, and a digest over the package's own files.
+
+The digest says what ran, with or without a repository.
+"""
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 
 from convoy.core.fingerprints import digest, digest_bytes
+from convoy.core.version import VERSION
+
+# Among the versions: the digest of the code that ran.
+CODE = "convoy-code"
+_RECORDED_LIBRARIES = ("ray", "torch", "torchvision", "timm", "pyarrow", "pillow", "numpy")
+
+
+def current_versions() -> dict[str, str]:
+    """The versions of the code and of the libraries that compute results here."""
+    return {
+        "convoy-vision": VERSION,
+        **{name: version(name) for name in _RECORDED_LIBRARIES},
+        CODE: package_digest(),
+    }
 
 
 def package_digest(package: Path | None = None) -> str:

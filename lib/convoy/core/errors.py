@@ -118,6 +118,12 @@ class ReadingRefused(CredentialsRefused):
     exit_code = ExitCode.STOPPED_RESUMABLE
 
 
+class SourceMissing(StorageError):
+    """Not one object is where it was, as where a folder is not mounted; once they are back the same command goes on."""
+
+    exit_code = ExitCode.STOPPED_RESUMABLE
+
+
 class PreconditionFailed(StorageError):
     """A conditional write was refused: the object exists, or is not the version that was expected."""
 
@@ -174,11 +180,22 @@ class TrainingError(ConvoyError):
     """Training cannot go on."""
 
 
+# What concerns one file, whatever becomes of others.
+OF_ONE_FILE: tuple[type[ConvoyError], ...] = (
+    DataError,
+    ObjectNotFound,
+    ObjectArchived,
+    ObjectUnreadable,
+    ObjectReplaced,
+    ChecksumMismatch,
+)
+
 # What keeps any work from going on in this place, whatever it is: once that is seen to, the same command goes on.
 OBSTACLES: tuple[type[ConvoyError], ...] = (
     StoreUnavailable,
     StorageFull,
     AccessDenied,
+    SourceMissing,
     LeaseHeld,
     LeaseLost,
     RunCancelled,

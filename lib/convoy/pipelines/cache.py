@@ -52,9 +52,11 @@ def run_cache(config: CacheConfig, *, progress: Progress, new_run: bool = False)
             store, manifest, config.dataset, policy, config.extraction.decode, progress
         )
     job = _job(store, manifest, config, policy)
+    ended = None if new_run else job.end_run_of_other_rows(progress)
     summary = job.ensure(progress=progress, new_run=new_run, when_held=WhenHeld.REFUSE)
+    notes = [] if ended is None else [f"run {ended}, begun for other rows of these features, was ended first"]
     return CacheReport(
-        **summary.model_dump(),
+        **{**summary.model_dump(), "notes": [*notes, *summary.notes]},
         dataset=config.dataset,
         fingerprint=manifest.fingerprint,
         duplicates=find_duplicates(store, manifest, job.sets[0].set_id),

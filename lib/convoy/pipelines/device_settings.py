@@ -12,7 +12,7 @@ from convoy.cluster.growth import wanted_size
 from convoy.cluster.network_device import find_device, known_device
 from convoy.core.fingerprints import canonical_json
 from convoy.pipelines.feature_plan import ExtractionConfig, PrecisionChoice
-from convoy.storage.documents import read_json
+from convoy.storage.documents import read_model
 from convoy.storage.object_store import ObjectStore
 from convoy.vision.engine_options import NetworkDevice, device_here
 
@@ -72,8 +72,7 @@ def _settled(extraction: ExtractionConfig, device: NetworkDevice, note: str) -> 
 
 
 def _kept(store: ObjectStore, dataset: str) -> NetworkDevice | None:
-    document = read_json(store, _key(dataset))
-    return None if document is None else NetworkDevice.model_validate(document)
+    return read_model(NetworkDevice, store, _key(dataset))
 
 
 def _key(dataset: str) -> str:

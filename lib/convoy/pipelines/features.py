@@ -133,15 +133,26 @@ class FeatureJob:
             if not folder.is_finished() and not (waits and open_run.is_anothers(identity)):
                 record = folder.record() or self._freeze(folder, lease, identity, lacking)
                 refuse_changed_identity(record, identity)
-                finished = self._compute(folder, record, lease, progress)
-                progress.stage("committing")
-                manifest = publish(folder, record, read_records(folder))
-                summary = self._summary(record, manifest.slices, finished, started_unix_s)
-                finish(folder, summary.model_dump(mode="json"))
-                open_run.close(folder)
-                return summary
+                return self._end(open_run, folder, record, lease, progress, started_unix_s)
         # The driver that was waited for has finished it, or had begun it for other inputs.
         return self.ensure(progress=progress, when_held=when_held)
+
+    def end_run_of_other_rows(self, progress: Progress) -> str | None:
+        """End the unfinished run of these sets that was begun for other rows, on the input that it froze; its id.
+
+        Such as one of a version of the dataset that was refreshed since, or of a killed evaluation of one split. What
+        it computes is right whoever asked for it: rows are known by their content. None where there is no such run;
+        LeaseHeld while another driver is at it.
+        """
+        started_unix_s = time.time()
+        folder = self._open_run.unfinished()
+        record = None if folder is None else folder.record()
+        if folder is None or record is None or not self._open_run.is_anothers(self._identity()):
+            return None
+        with hold_run(folder, when_held=WhenHeld.REFUSE) as lease:
+            if not folder.is_finished():
+                self._end(self._open_run, folder, record, lease, progress, started_unix_s)
+        return folder.run_id
 
     def plan(self) -> FeaturePlan:
         """What `ensure` would do now, without writing anything."""
@@ -239,6 +250,24 @@ class FeatureJob:
         )
         return write_frozen_record(folder, record, lease, num_rows=lacking.num_rows)
 
+    def _end(
+        self,
+        open_run: OpenRun,
+        folder: RunFolder,
+        record: RunRecord,
+        lease: RunLease,
+        progress: Progress,
+        started_unix_s: float,
+    ) -> FeatureSummary:
+        """Compute what is left of a run, and commit it."""
+        finished = self._compute(folder, record, lease, progress)
+        progress.stage("committing")
+        manifest = publish(folder, record, read_records(folder))
+        summary = self._summary(record, manifest.slices, finished, started_unix_s)
+        finish(folder, summary.model_dump(mode="json"))
+        open_run.close(folder)
+        return summary
+
     def _compute(
         self, folder: RunFolder, record: RunRecord, lease: RunLease, progress: Progress
     ) -> list[SliceRecord]:
@@ -294,7 +323,7 @@ class FeatureJob:
             "convoy.tap": spec.tap,
             "convoy.view": str(spec.view),
             "convoy.precision": spec.precision,
-            "convoy.dataset_fingerprint": self._manifest.fingerprint,
+            "convoy.dataset_fingerprint": record.identity["dataset_fingerprint"],
         }
         return FeatureOutput(
             set_id=spec.set_id,

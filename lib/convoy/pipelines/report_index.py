@@ -126,7 +126,7 @@ def read_index(store: ObjectStore, folder: Path) -> IndexData:
     """What a workspace holds, and the pages in a local folder. What cannot be read is said, and left out."""
     missing: list[str] = []
     listed = list_runs(store)
-    runs = listed.runs[::-1]
+    runs = listed.runs
     missing += [f"run {one.run}: {one.what} [{one.where}]" for one in listed.unreadable]
     with ThreadPoolExecutor(_THREADS) as pool:
         shown = list(pool.map(lambda run: _indexed_run(store, run, missing), runs[:MAX_RUNS]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from convoy.core.code_revision import CODE
 from convoy.core.config import StrictModel
 from convoy.core.errors import ConvoyError
 from convoy.pipelines.data_origin import dataset_of_retraining, dataset_of_run, retraining_of
@@ -13,7 +14,7 @@ from convoy.pipelines.report_runs import newest_first
 from convoy.storage.bundles import ENSEMBLE_FILE, METRICS_FILE, Bundle, BundleRef, peek_bundle, resolve_bundle
 from convoy.storage.documents import read_json
 from convoy.storage.object_store import ObjectStore
-from convoy.storage.runs import CODE, RunFolder, RunRecord
+from convoy.storage.runs import RunFolder, RunRecord
 
 # Newest first; a training behind them is not found.
 _MAX_RUNS = 1000

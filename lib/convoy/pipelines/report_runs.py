@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from convoy.core.errors import DataError
+from convoy.core.errors import OF_ONE_FILE
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import RunFolder, run_ids
 
@@ -27,7 +27,7 @@ def newest_first(
     def read_sound(folder: RunFolder) -> tuple[FoundT] | None:
         try:
             return (read(folder),)
-        except DataError:
+        except OF_ONE_FILE:
             return None
 
     folders = [RunFolder(store, run_id) for run_id in reversed(run_ids(store)[-most:])]

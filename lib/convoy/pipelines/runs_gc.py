@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from convoy.core.config import StrictModel
+from convoy.core.errors import OF_ONE_FILE
 from convoy.pipelines.runs_state import Changes, RunState, opened_utc, run_status
 from convoy.storage.checkpoints import training_leftovers
 from convoy.storage.commits import FEATURES
@@ -143,9 +144,13 @@ def _leftovers_of(finished: Sequence[RunFolder]) -> Iterator[tuple[RunFolder, li
 def _reason_to_keep(folder: RunFolder, state: RunState, named: set[str], oldest: datetime) -> str | None:
     if folder.run_id in named:
         return "a commit or a pointer names its files"
+    try:
+        record = folder.record()
+    except OF_ONE_FILE as error:
+        return f"its record, which says where its files lie, cannot be read: {error.what}"
     if state is RunState.GIVEN_UP:
         return None
-    opened = opened_utc(folder.run_id, folder.record())
+    opened = opened_utc(folder.run_id, record)
     if opened is None:
         return "nothing says how old it is: give it up with convoy runs cancel"
     return "it may be young: see --older-than" if opened > oldest else None

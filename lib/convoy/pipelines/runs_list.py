@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pydantic import Field
 
 from convoy.core.config import StrictModel
-from convoy.core.errors import DataError
+from convoy.core.errors import OF_ONE_FILE
 from convoy.pipelines.runs_state import RunState, age_in_words, dataset_of, opened_utc, run_status
 from convoy.storage.commits import SliceRecord, read_manifest, read_records
 from convoy.storage.object_store import ObjectStore
@@ -44,7 +44,7 @@ class UnreadableRun(StrictModel):
 
 
 class RunList(StrictModel):
-    """All runs of a workspace, oldest first, and those that cannot be read."""
+    """All runs of a workspace, the newest first, and those that cannot be read."""
 
     runs: list[ListedRun]
     unreadable: list[UnreadableRun] = Field(default_factory=list)
@@ -56,12 +56,12 @@ def list_runs(store: ObjectStore) -> RunList:
     One that is damaged hides no other; a store that does not answer is an error.
     """
     pointers = open_pointers(store)
-    ids = sorted({*run_ids(store), *pointers})
+    ids = sorted({*run_ids(store), *pointers}, reverse=True)
 
     def read(run_id: str) -> ListedRun | UnreadableRun:
         try:
             return listed_run(store, run_id, pointers)
-        except DataError as error:
+        except OF_ONE_FILE as error:
             return UnreadableRun(run=run_id, what=error.what, where=error.where)
 
     with ThreadPoolExecutor(_THREADS) as pool:

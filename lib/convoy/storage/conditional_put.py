@@ -10,13 +10,14 @@ import threading
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 
 from convoy.core.config import StrictModel
-from convoy.core.errors import ConditionalWriteUnsupported, PreconditionFailed
+from convoy.core.errors import ConditionalWriteUnsupported, DataError, PreconditionFailed
 from convoy.core.fingerprints import canonical_json
-from convoy.storage.documents import read_json
+from convoy.storage.documents import read_model
 from convoy.storage.object_store import ConditionalPut, ObjectStore
 
 PROBE_FOLDER = ".convoy/probe/"
@@ -35,11 +36,12 @@ class StoreVerdict(StrictModel):
 
 def known_conditional_put(store: ObjectStore) -> ConditionalPut:
     """What the workspace remembers of this very store; where it remembers nothing, the store is probed."""
-    document = read_json(store, VERDICT_KEY)
-    if document is not None:
-        known = StoreVerdict.model_validate(document)
-        if (known.root_uri, known.endpoint_url) == (store.root_uri, store.endpoint_url):
-            return known.conditional_put
+    known = None
+    # Of one that cannot be understood the answer is asked for again.
+    with suppress(DataError):
+        known = read_model(StoreVerdict, store, VERDICT_KEY)
+    if known is not None and (known.root_uri, known.endpoint_url) == (store.root_uri, store.endpoint_url):
+        return known.conditional_put
     return judge_conditional_put(store)
 
 

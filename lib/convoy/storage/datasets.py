@@ -9,7 +9,6 @@ bytes lie if the same content is found at a new place, and how its samples were 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import secrets
@@ -31,7 +30,7 @@ from convoy.core.errors import (
 )
 from convoy.core.fingerprints import canonical_json
 from convoy.core.splits import SplitOptions
-from convoy.storage.documents import read_json
+from convoy.storage.documents import parse_json, read_json
 from convoy.storage.manifests import (
     Manifest,
     ManifestHeader,
@@ -287,7 +286,8 @@ def _read_pointer(store: ObjectStore, name: str) -> _Pointer:
         blob = store.get(_pointer_key(name))
     except ObjectNotFound:
         return _Pointer()
-    return _Pointer(fingerprint=json.loads(blob.data)["fingerprint"], etag=blob.etag)
+    document = parse_json(blob.data, where=store.uri(_pointer_key(name)))
+    return _Pointer(fingerprint=document["fingerprint"], etag=blob.etag)
 
 
 def _pointer_key(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 from collections.abc import Iterator, Mapping
@@ -10,28 +11,26 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
-from importlib.metadata import version
 from typing import Any
 
 import pyarrow as pa
 from pydantic import Field
 
-from convoy.core.code_revision import package_digest
+from convoy.core.code_revision import current_versions
 from convoy.core.config import StrictModel
 from convoy.core.crash_points import CrashPoint, crash_point
 from convoy.core.differences import describe_changes, differences
 from convoy.core.errors import ConfigError, DataError, ObjectNotFound, PreconditionFailed, RunMismatch
 from convoy.core.fingerprints import canonical_json, digest
-from convoy.core.version import VERSION
 from convoy.storage.documents import exists, parse_json, parse_model, read_json, read_model
 from convoy.storage.object_store import ObjectStore, put_looking_first
 
 SLICES_PER_INPUT_SHARD = 64
 # Where the frozen input of a run lies in its folder.
 INPUT = "input/"
-# Among the versions: the digest of the code that ran.
-CODE = "convoy-code"
-_RECORDED_LIBRARIES = ("ray", "torch", "torchvision", "timm", "pyarrow", "pillow", "numpy")
+
+
+_log = logging.getLogger(__name__)
 
 
 class SliceGroup(StrictModel):
@@ -83,11 +82,7 @@ class RunRecord(StrictModel):
         return cls(
             run_id=run_id,
             created_utc=datetime.now(UTC).isoformat(timespec="seconds"),
-            versions={
-                "convoy-vision": VERSION,
-                **{name: version(name) for name in _RECORDED_LIBRARIES},
-                CODE: package_digest(),
-            },
+            versions=current_versions(),
             **fields,
         )
 
@@ -279,6 +274,7 @@ class OpenRun:
         record = folder.record() if folder else None
         if record is not None:
             refuse_changed_identity(record, identity)
+            _warn_of_other_versions(record)
         return folder, record
 
     def is_open_for(self, identity: dict[str, Any]) -> bool:
@@ -382,6 +378,16 @@ def _is_anothers(folder: RunFolder, identity: dict[str, Any]) -> bool:
 
 def _changes(record: RunRecord, identity: dict[str, Any]) -> list[str]:
     return describe_changes(record.identity, json.loads(canonical_json(identity)))
+
+
+def _warn_of_other_versions(record: RunRecord) -> None:
+    """Say where what goes on with a run is not what began it: a fix of a bug may be why, and so it is not refused."""
+    if changes := describe_changes(record.versions, current_versions()):
+        _log.warning(
+            "run %s goes on with other code or libraries than it began with, so last bits may differ:\n%s",
+            record.run_id,
+            "\n".join(changes),
+        )
 
 
 def refuse_changed_identity(record: RunRecord, identity: dict[str, Any]) -> None:

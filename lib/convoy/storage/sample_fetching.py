@@ -17,6 +17,7 @@ from convoy.core.errors import (
     ObjectReplaced,
     ObjectUnreadable,
     ReadingRefused,
+    SourceMissing,
     StorageError,
 )
 from convoy.core.records import RejectCode, SampleRejected, Stage
@@ -57,16 +58,20 @@ def fetch(address: Address, uris: UriReader) -> bytes:
     raise rejected
 
 
-def read_or_reject(read: Callable[[], T], uri: str, uris: UriReader) -> T:
-    """What `read` gives of an object. SampleRejected after two failures of that object alone.
+def read_or_reject(read: Callable[[], T], uri: str, uris: UriReader, *, num_images: int = 1) -> T:
+    """What `read` gives of an object with some images. SampleRejected after two failures of that object alone.
 
     That is one that the disk does not give, or that its store keeps failing to give while it gives another one. A store
     that gives nothing is no fault of an object: its errors pass, as do those that `rejecting` knows. Where it refuses
-    every object, ReadingRefused is raised.
+    every object, ReadingRefused is raised, and SourceMissing where it has none.
     """
     for _attempt in range(2):
         try:
             return read()
+        except ObjectNotFound as error:
+            if uris.lacks_all(uri, num_images):
+                raise _source_missing(error) from error
+            raise
         except AccessDenied as error:
             if not isinstance(error, CredentialsRefused) and uris.refuses_all(uri):
                 raise _reading_refused(error) from error
@@ -146,4 +151,13 @@ def _reading_refused(error: AccessDenied) -> ReadingRefused:
         where=error.where,
         next_step=f"{error.next_step or 'allow reading them'}; then run the same command again, finished work is kept."
         " Or leave these images out of the dataset, and begin with --new-run",
+    )
+
+
+def _source_missing(error: ObjectNotFound) -> SourceMissing:
+    return SourceMissing(
+        f"not one image is where it was, nor any other file beside it: {error.what}",
+        where=error.where,
+        next_step="mount the folder on every node, or restore the images; then run the same command again, finished"
+        " work is kept. If they were deleted for good, freeze the dataset again and begin with --new-run",
     )

@@ -60,7 +60,8 @@ class SampleReader:
         unreadable (what the disk does not give, or a store that gives other objects, and a damaged parquet file, twice
         too); but empty and too_large are of stage decode, as a version's size never heals. A store that gives nothing,
         or fails for many objects in a row, is no fault of a sample: StoreUnavailable is raised, as are other errors of
-        storage, and ReadingRefused where every object is refused. Closing the iterator early stops its threads.
+        storage, ReadingRefused where every object is refused, and SourceMissing where none is there, as in a folder
+        that is not mounted. Closing the iterator early stops its threads.
         """
         arrived: Outcomes = {}
         reads = _Sources(self._uris, self.max_bytes, self.cache, self.window_bytes).plan_reads(rows)
@@ -152,7 +153,8 @@ class _Sources:
             return
         try:
             with rejecting():
-                column = read_or_reject(partial(ImageColumn, *file), file.uri, self.uris)
+                opening = partial(ImageColumn, *file)
+                column = read_or_reject(opening, file.uri, self.uris, num_images=len(wanted))
         except SampleRejected as rejected:
             outcomes: Outcomes = dict.fromkeys(wanted, rejected)
             yield next(iter(wanted)), Read(0, lambda: outcomes)
@@ -196,7 +198,8 @@ class _Sources:
         try:
             with rejecting():
                 indices = [parquet_row.row_index for parquet_row in wanted.values()]
-                images = read_or_reject(partial(column.read, group, indices), column.uri, self.uris)
+                reading = partial(column.read, group, indices)
+                images = read_or_reject(reading, column.uri, self.uris, num_images=len(indices))
         except SampleRejected as rejected:
             return dict.fromkeys(wanted, rejected)
         self.uris.note_read(column.uri, _START_OF_FILE)

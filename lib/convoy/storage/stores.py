@@ -7,7 +7,8 @@ import re
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
-from convoy.core.errors import AccessDenied, ConfigError, StorageError
+from convoy.core.errors import AccessDenied, ConfigError, ObjectNotFound, StorageError
+from convoy.storage.documents import exists
 from convoy.storage.local_store import LocalStore
 from convoy.storage.object_store import Blob, ObjectStore
 from convoy.storage.s3_store import S3Store
@@ -71,6 +72,7 @@ class UriReader:
         self._last_reads: dict[str, _Sample] = {}
         # Counted without a lock: that threads lose a count does no harm.
         self._failures: dict[str, int] = {}
+        self._misses: dict[str, int] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return UriReader, ()
@@ -92,10 +94,11 @@ class UriReader:
         return blob
 
     def note_read(self, uri: str, byte_range: tuple[int, int] | None) -> None:
-        """Note that its store gave this, for `still_gives`."""
+        """Note that its store gave this, for `still_gives` and its like."""
         place, key = _split(uri)
         self._last_reads[place] = _Sample(key, byte_range)
         self._failures[place] = 0
+        self._misses[place] = 0
 
     def still_gives(self, uri: str) -> bool:
         """Whether the store of `uri`, which that could not be read from, gives at once what it gave last.
@@ -135,6 +138,28 @@ class UriReader:
             return False
         return False
 
+    def lacks_all(self, uri: str, num_images: int = 1) -> bool:
+        """Whether the store of `uri`, which has not that, has nothing of what is read: a folder is not mounted here.
+
+        So it is where what it gave last is not there either, or where it gave nothing yet and lacks many images; and
+        neither the folder of `uri` nor that above has anything at all.
+        """
+        place, key = _split(uri)
+        self._misses[place] = self._misses.get(place, 0) + num_images
+        last = self._last_reads.get(place)
+        if last is None and self._misses[place] <= _MOST_FAILURES_IN_A_ROW:
+            return False
+        store = _impatient_store(place)
+        folder = _folder(key)
+        try:
+            gives = last is not None and exists(store, last.key)
+            if gives or any(_has_objects(store, name) for name in (folder, _folder(folder[:-1])) if name):
+                self._misses[place] = 0
+                return False
+        except StorageError:
+            return False
+        return True
+
 
 def _impatient_store(place: str) -> ObjectStore:
     """A store without retries: one that needs them says nothing of itself, and may give any object later."""
@@ -143,10 +168,21 @@ def _impatient_store(place: str) -> ObjectStore:
 
 def _neighbour(store: ObjectStore, key: str) -> _Sample | None:
     """The first byte of another object in the folder of a key."""
-    folder = key[: key.rfind("/") + 1]
-    keys = (info.key for info in store.list_objects(folder) if info.key != key and info.size_bytes)
+    keys = (info.key for info in store.list_objects(_folder(key)) if info.key != key and info.size_bytes)
     first = next(keys, None)
     return None if first is None else _Sample(first, (0, 1))
+
+
+def _has_objects(store: ObjectStore, folder: str) -> bool:
+    try:
+        return any(True for _ in store.list_objects(folder))
+    except ObjectNotFound:
+        return False
+
+
+def _folder(key: str) -> str:
+    """What a key has before its name: empty, or ending in '/'."""
+    return key[: key.rfind("/") + 1]
 
 
 def _split(uri: str) -> tuple[str, str]:

@@ -225,6 +225,29 @@ def test_the_command_for_features_refuses_an_unfinished_run_of_other_inputs(stor
         ensure(job(store, rows=some_rows(store)), when_held=WhenHeld.REFUSE)
 
 
+def test_an_unfinished_run_of_other_rows_is_ended_on_its_own_input(store: LocalStore, images: Path) -> None:
+    former = job(store, rows=some_rows(store))
+    cut_off(former)
+    (begun,) = open_pointers(store)
+    write_digits(images, 2, start=NUM_IMAGES)
+    refresh(store, images)
+    wanted = job(store)
+    assert wanted.end_run_of_other_rows(Silent()) == begun
+    assert open_pointers(store) == {}
+    assert verify_run(store, begun).ok
+    rest = ensure(wanted, when_held=WhenHeld.REFUSE)
+    assert (rest.recomputed, rest.rows) == (NUM_IMAGES + 2 - 3, NUM_IMAGES + 2)
+    assert wanted.end_run_of_other_rows(Silent()) is None
+
+
+def test_an_unfinished_run_of_the_same_rows_is_left_to_go_on_with(store: LocalStore) -> None:
+    cut_off(job(store))
+    (begun,) = open_pointers(store)
+    assert job(store).end_run_of_other_rows(Silent()) is None
+    assert list(open_pointers(store)) == [begun]
+    assert ensure(job(store), when_held=WhenHeld.REFUSE).run == begun
+
+
 def damaged_run(store: LocalStore, needed: FeatureJob) -> RunFolder:
     """The finished run of a job, whose first slice has lost its part."""
     folder = RunFolder(store, str(ensure(needed).run))

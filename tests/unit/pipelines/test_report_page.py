@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from convoy.core.code_revision import CODE
 from convoy.core.errors import ConfigError, DataError
 from convoy.core.progress import Silent
 from convoy.core.records import Split
@@ -28,7 +29,7 @@ from convoy.storage.documents import read_json
 from convoy.storage.local_store import LocalStore
 from convoy.storage.manifests import Manifest
 from convoy.storage.predictions import read_labelled
-from convoy.storage.runs import CODE, INPUT, RunFolder
+from convoy.storage.runs import INPUT, RunFolder
 from made_advice_rows import frozen_rows
 from made_bundles import made_classifier, write_classifier
 from made_evaluations import CLASSES, DATASET, MODEL_DIGEST, RUN, made_workspace

@@ -106,6 +106,11 @@ def only(runs: list[ListedRun]) -> ListedRun:
 # ---- list and show
 
 
+def test_the_newest_run_is_listed_first(store: LocalStore) -> None:
+    ids = [opened(store, target)[1].run_id for target in "abc"]
+    assert [run.run for run in list_runs(store).runs] == sorted(ids, reverse=True)
+
+
 def test_a_run_with_a_damaged_record_is_named_and_hides_no_other(store: LocalStore) -> None:
     _, damaged, record = opened(store)
     finish_slice(store, record, SLICES[1])
@@ -164,7 +169,7 @@ def test_states_follow_a_run_to_its_end(store: LocalStore) -> None:
     left_behind(store, OLD)
     give_up(left_behind(store, "20200102-000000-00000000"))
     states = {run.run: run.state for run in list_runs(store).runs}
-    assert list(states.values()) == [RunState.LEFT_BEHIND, RunState.GIVEN_UP, RunState.FINISHED]
+    assert list(states.values()) == [RunState.FINISHED, RunState.GIVEN_UP, RunState.LEFT_BEHIND]
     assert list(states)[-1] == folder.run_id
 
 

@@ -265,6 +265,22 @@ def test_resume_with_other_inputs_is_refused_and_names_them(store: LocalStore) -
     assert pointer.resume({"names": ["x"]}, new_run=True) == (None, None)
 
 
+def test_resume_with_other_libraries_goes_on_and_says_so(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pointer = OpenRun(store, verb="cache", target="t")
+    folder = pointer.start()
+    record = new_run(store, NAMES, run_id=folder.run_id)
+    assert pointer.resume(record.identity, new_run=False)[1] == record
+    assert not caplog.records
+    versions = {**record.versions, "pillow": "another"}
+    monkeypatch.setattr("convoy.storage.runs.current_versions", lambda: versions)
+    assert pointer.resume(record.identity, new_run=False)[1] == record
+    (said,) = caplog.messages
+    assert f"pillow: was '{record.versions['pillow']}', is 'another'" in said
+    assert folder.run_id in said
+
+
 def test_only_the_keys_that_differ_are_shown(store: LocalStore) -> None:
     record = new_run(store, NAMES)
     was = {"config": {"epochs": 5, "recipe": {"seed": 0, "batch_size": 8}}, "names": ["a"]}

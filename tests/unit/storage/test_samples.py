@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -20,8 +22,10 @@ from convoy.core.errors import (
     AccessDenied,
     ChecksumMismatch,
     CredentialsExpired,
+    ExitCode,
     ObjectArchived,
     ReadingRefused,
+    SourceMissing,
     StorageError,
     StoreUnavailable,
 )
@@ -507,6 +511,53 @@ def test_a_role_that_may_read_nothing_any_more_stops_the_job(
     fail_to_open(monkeypatch, ".jpg", code=errno.EACCES, after_images=after_images)
     with pytest.raises(ReadingRefused, match="same command"):
         read(rows, num_threads=1)
+
+
+def images_of_two_folders(root: Path) -> pa.Table:
+    write_files(root, *(f"{name}/{number:03}.jpg" for name in ("cat", "dog") for number in range(70)))
+    return rows_of(root)
+
+
+@pytest.mark.parametrize("images_read", [0, 20])
+def test_a_folder_that_is_not_mounted_stops_the_job(tmp_path: Path, images_read: int) -> None:
+    rows = images_of_two_folders(tmp_path / "images")
+    reader = SampleReader(num_threads=1)
+    assert len(list(reader.read(rows.slice(0, images_read)))) == images_read
+    (tmp_path / "images").rename(tmp_path / "elsewhere")
+    with pytest.raises(SourceMissing, match="not one image") as caught:
+        list(reader.read(rows.slice(images_read)))
+    assert caught.value.exit_code is ExitCode.STOPPED_RESUMABLE
+    (tmp_path / "elsewhere").rename(tmp_path / "images")
+    assert all(isinstance(data, bytes) for _, data in reader.read(rows))
+
+
+def test_a_mount_that_lies_empty_in_its_place_stops_the_job(tmp_path: Path) -> None:
+    write_files(tmp_path / "mounts" / "images", *(f"{number:03}.jpg" for number in range(70)))
+    rows = rows_of(tmp_path / "mounts" / "images")
+    (tmp_path / "mounts" / "images").rename(tmp_path / "elsewhere")
+    (tmp_path / "mounts" / "images").mkdir()
+    with pytest.raises(SourceMissing):
+        read(rows)
+
+
+def test_a_parquet_file_that_is_not_mounted_stops_the_job_for_all_its_rows(tmp_path: Path) -> None:
+    (tmp_path / "mount").mkdir()
+    file = tmp_path / "mount" / "a.parquet"
+    pq.write_table(pa.table({"image": [jpeg_bytes(0)] * 70}), file)
+    rows = rows_of(file)
+    shutil.rmtree(tmp_path / "mount")
+    with pytest.raises(SourceMissing):
+        read(rows)
+
+
+@pytest.mark.parametrize("deleted", ["cat", "dog"])
+def test_images_of_a_folder_that_was_deleted_are_rejects_among_others(tmp_path: Path, deleted: str) -> None:
+    rows = images_of_two_folders(tmp_path / "images")
+    (tmp_path / "images" / deleted).rename(tmp_path / "elsewhere")
+    for part in (rows, rows.filter(pc.match_substring(rows["uri"], f"/{deleted}/"))):
+        found = read(part, num_threads=1)
+        lost = [RejectCode.GONE if f"/{deleted}/" in uri else bytes for uri in part["uri"].to_pylist()]
+        assert [one if one is RejectCode.GONE else type(one) for one in found] == lost
 
 
 def test_credentials_that_the_store_refuses_are_no_reject(folder: Path) -> None:
