@@ -30,8 +30,11 @@ class ClusterSize(NamedTuple):
 
 
 def size_variables(cpus: int | None, gpus: int | None) -> dict[str, str]:
-    """The environment that makes a driver elsewhere ask for so much; None leaves it to that of its machine."""
-    wanted = {CPUS_VARIABLE: cpus, GPUS_VARIABLE: gpus}
+    """The environment that makes a driver elsewhere ask for so much; None leaves it to that of its machine.
+
+    GPUs alone come with the CPUs beside them: what the machine says of those may be one more machine, which is idle.
+    """
+    wanted = {CPUS_VARIABLE: 1 if cpus is None and gpus else cpus, GPUS_VARIABLE: gpus}
     return {name: str(number) for name, number in wanted.items() if number is not None}
 
 

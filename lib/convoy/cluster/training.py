@@ -30,7 +30,6 @@ from convoy.core.errors import (
     ConvoyError,
     DataError,
     NoRoom,
-    TrainingError,
     VersionMismatch,
 )
 from convoy.core.training_events import TrainingEvent
@@ -57,7 +56,7 @@ Listener = Callable[[TrainingEvent], None]
 
 
 class WorkerOptions(StrictModel):
-    """The training workers. Null means: one a GPU, or one for all CPUs of a cluster without GPUs.
+    """The training workers. Null means: one a GPU, or without GPUs one, on the node with the most CPUs.
 
     `cpus_per_worker` are the threads of a worker; `preparers_per_worker` are at most its Ray Data workers under
     the split ingest: fewer where the CPUs do not suffice for those of all workers, null for one a free CPU.
@@ -264,8 +263,8 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     the restarted group, whose workers all see it there, ends with it at once.
     """
     import ray  # noqa: PLC0415
-    import torch  # noqa: PLC0415
 
+    from convoy.cluster.lasting_failures import lasting_failure  # noqa: PLC0415
     from convoy.cluster.training_group import TrainingGroup  # noqa: PLC0415
     from convoy.cluster.training_loop import TrainingWorker  # noqa: PLC0415
 
@@ -278,21 +277,12 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     except (ConfigError, DataError, VersionMismatch) as error:
         ray.get(board.give_up.remote(error))
         raise
-    except torch.OutOfMemoryError as error:
-        failure = _out_of_memory(error, spec)
+    except Exception as error:
+        failure = lasting_failure(error, spec.run_id)
+        if failure is None:
+            raise
         ray.get(board.give_up.remote(failure))
         raise failure from error
-
-
-def _out_of_memory(error: Exception, spec: TrainingSpec) -> TrainingError:
-    """The words of a GPU that has no room, without torch's advice on its allocator."""
-    words = ". ".join(str(error).split(". ")[:3])
-    return TrainingError(
-        f"a GPU has not enough memory for what a worker trains on at once: {words}",
-        where=f"runs/{spec.run_id}",
-        next_step="raise recipe.accumulate, lower recipe.batch_size or the resolution_px of a phase, or take"
-        " recipe.precision=bf16, and add --new-run",
-    )
 
 
 def _wanted(num_workers: int, num_threads: int, *, on_gpus: bool) -> str:

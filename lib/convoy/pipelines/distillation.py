@@ -22,7 +22,7 @@ from convoy.pipelines.classifiers import class_indices
 from convoy.pipelines.committee_predictions import CommitteeJob, CommitteePredictions
 from convoy.pipelines.committees import open_committee
 from convoy.pipelines.prediction_request import PredictionRequest
-from convoy.pipelines.train_config import TrainConfig
+from convoy.pipelines.train_config import NETWORKS, TrainConfig
 from convoy.pipelines.training_rows import read_split
 from convoy.storage.bundles import peek_bundle, resolve_bundle
 from convoy.storage.leases import WhenHeld
@@ -30,6 +30,8 @@ from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.parts import read_rejects
 from convoy.storage.predictions import PREDICTIONS, list_array
+from convoy.storage.registry import ALIASES
+from convoy.storage.runs import OpenRun
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +65,31 @@ def with_pinned_teacher(store: ObjectStore, manifest: Manifest, config: TrainCon
         return config
     teacher = pinned_teacher(store, manifest, config.distill.teacher)
     return config.model_copy(update={"distill": config.distill.model_copy(update={"teacher": teacher})})
+
+
+def with_begun_teacher(
+    config: TrainConfig, open_run: OpenRun, *, new_run: bool = False
+) -> tuple[TrainConfig, list[str]]:
+    """The config with the teacher that its unfinished training began with, and a note.
+
+    A bare name, or an alias, may mean another bundle by now; a digest means what it says.
+    """
+    distill = config.distill
+    if distill is None or config.strategy not in NETWORKS or open_run.begins_anew(new_run):
+        return config, []
+    folder = open_run.unfinished()
+    record = None if folder is None else folder.record()
+    if record is None:
+        return config, []
+    begun = (record.config.get("distill") or {}).get("teacher", "")
+    name, _, wanted = distill.teacher.partition("@")
+    if not begun.startswith(f"{name}@") or wanted not in {"", *ALIASES}:
+        return config, []
+    note = (
+        f"an unfinished training goes on, with its teacher {begun}; once it has ended, the same command asks the one"
+        f" that {distill.teacher} means then"
+    )
+    return config.model_copy(update={"distill": distill.model_copy(update={"teacher": begun})}), [note]
 
 
 def pinned_teacher(store: ObjectStore, manifest: Manifest, teacher: str) -> str:

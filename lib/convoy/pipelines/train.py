@@ -21,7 +21,7 @@ from convoy.pipelines.classifier_tensors import classifier_files, stored_head
 from convoy.pipelines.classifiers import Classifier, Strategy, as_is
 from convoy.pipelines.dataset_choice import open_as_begun
 from convoy.pipelines.device_settings import settle_precision
-from convoy.pipelines.distillation import taught_rows, with_pinned_teacher
+from convoy.pipelines.distillation import taught_rows, with_begun_teacher, with_pinned_teacher
 from convoy.pipelines.evaluation import Evaluation, EvaluationTask, evaluate_classifier, require_labels
 from convoy.pipelines.feature_plan import FeatureDtype
 from convoy.pipelines.learning_curves import CURVES_FILE
@@ -126,10 +126,14 @@ def run_train(
     store = open_workspace(config.workspace, config.writers)
     manifest, version_notes = training_dataset(store, config, fingerprint, new_run=new_run, target=target)
     config = config.model_copy(update={"backbone": with_pinned_code(config.backbone)})
+    notes = list(version_notes)
     if config.strategy is not Strategy.AS_IS:
         # Before any network is fetched or Ray is there: a class without images can be learnt by no strategy.
         count_classes(read_split(manifest, Split.TRAIN, config.rows), manifest.classes)
+        open_run = open_training(store, target or config.name)
+        config, teacher_notes = with_begun_teacher(config, open_run, new_run=new_run)
         config = with_pinned_teacher(store, manifest, config)
+        notes += teacher_notes
     # Before hours of training: a bundle is written with what it is worth, or not at all.
     split, fold = measured_on(manifest, config, evaluated)
     if config.strategy in PROBES:
@@ -149,7 +153,7 @@ def run_train(
     # One Ray for head, training and evaluation of a network; each of them alone would start its own.
     with ray_session() if config.strategy in NETWORKS else nullcontext():
         report = _run(job)
-    return report.model_copy(update={"notes": [*version_notes, *report.notes]})
+    return report.model_copy(update={"notes": [*notes, *report.notes]})
 
 
 def training_dataset(

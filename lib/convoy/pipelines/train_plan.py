@@ -8,7 +8,7 @@ from convoy.cluster.network_device import known_device
 from convoy.core.config import StrictModel
 from convoy.core.records import Split
 from convoy.pipelines.classifiers import Strategy, as_is, class_indices
-from convoy.pipelines.distillation import with_pinned_teacher
+from convoy.pipelines.distillation import with_begun_teacher, with_pinned_teacher
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.network_plan import plan_network, trained_backbone_config
 from convoy.pipelines.network_training import open_training
@@ -61,6 +61,7 @@ def plan_train(config: TrainConfig) -> TrainPlan:
     store = open_workspace(config.workspace, config.writers)
     manifest, version_notes = training_dataset(store, config)
     config = config.model_copy(update={"backbone": with_pinned_code(config.backbone)})
+    config, teacher_notes = with_begun_teacher(config, open_training(store, config.name))
     config = with_pinned_teacher(store, manifest, config)
     learns = config.strategy is not Strategy.AS_IS
     rows = read_split(manifest, Split.TRAIN, config.rows) if learns else MANIFEST_SCHEMA.empty_table()
@@ -74,6 +75,7 @@ def plan_train(config: TrainConfig) -> TrainPlan:
         unfinished_run=folder.run_id if folder else None,
         notes=[
             *version_notes,
+            *teacher_notes,
             *config.unused_keys_notes,
             *(row_notes(manifest, config.rows) if learns else ()),
         ],

@@ -49,8 +49,9 @@ class BackboneConfig(StrictModel):
 
     `arch` is "torchvision:<name>", "timm:<name>", "lenet5", "cifar_resnet20" (32, 44, 56, 110), or
     "package.module:factory". `weights` is a name that the library knows (a member of torchvision's weights
-    enum, a tag of timm, or "DEFAULT"), "random", or the path or s3:// URI of a state dict. `num_classes` and
-    `preset` replace those of the architecture and of the weights; with 0 classes a network of timm has no classifier.
+    enum, a tag of timm, or "DEFAULT"), "random", or the path or s3:// URI of a state dict. `preset` replaces that of
+    the weights, and `num_classes` that of the architecture for random weights and state dicts; weights that the library
+    names have their own. With 0 classes a network of timm has no classifier.
     `weights_digest` pins the weights' content, and `code_digest` the file in which a factory is written, which jobs
     fill in where it is not given.
     With `new_layers` the network ends at an early stage of the architecture and goes on with layers of its own.

@@ -6,7 +6,7 @@ import contextlib
 import importlib.util
 import io
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -138,7 +138,7 @@ def save_program(program: ExportedProgram, format_: ExportFormat, path: Path) ->
         torch.export.save(program, path)
         return
     # The exporter prints its steps, and stdout belongs to the report.
-    with contextlib.redirect_stdout(io.StringIO()):
+    with _refusing_onnx(), contextlib.redirect_stdout(io.StringIO()):
         torch.onnx.export(
             program,
             f=path,
@@ -156,10 +156,25 @@ def load_predictor(path: Path, format_: ExportFormat) -> Predictor:
         return torch.export.load(path).module()
     import onnxruntime  # noqa: PLC0415 (an optional extra)
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    with _refusing_onnx():
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return lambda images_BCHW: torch.from_numpy(
         session.run([OUTPUT_NAME], {INPUT_NAME: images_BCHW.numpy()})[0]
     )
+
+
+@contextlib.contextmanager
+def _refusing_onnx() -> Iterator[None]:
+    """Say what to do where ONNX cannot express a network, or one file of it cannot hold it."""
+    try:
+        yield
+    except Exception as error:  # the exporter and the runtime promise no types
+        said = str(error).strip().splitlines() or [repr(error)]
+        raise DataError(
+            f"ONNX cannot hold this network: {said[0]}",
+            where=ExportFormat.ONNX.value,
+            next_step="export it with --to torch",
+        ) from error
 
 
 def paired_logits(batches: Iterable[Tensor], first: Predictor, second: Predictor) -> tuple[Tensor, Tensor]:

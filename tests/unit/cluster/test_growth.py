@@ -18,6 +18,7 @@ from convoy.cluster.growth import (
     ClusterSize,
     grow_cluster,
     regrow_cluster,
+    size_variables,
     wanted_size,
 )
 from convoy.cluster.slices import plan_pool
@@ -290,3 +291,11 @@ def test_a_training_does_not_wait_again_for_what_others_hold(
     with pytest.raises(NoRoom, match="others use them"):
         train(trainer)
     assert trainer.num_starts == 1
+
+
+def test_a_submission_that_names_gpus_alone_waits_for_no_machine_without() -> None:
+    assert size_variables(None, 2) == {CPUS_VARIABLE: "1", GPUS_VARIABLE: "2"}
+    assert size_variables(8, 2) == {CPUS_VARIABLE: "8", GPUS_VARIABLE: "2"}
+    assert size_variables(8, None) == {CPUS_VARIABLE: "8"}
+    assert size_variables(None, 0) == {GPUS_VARIABLE: "0"}
+    assert size_variables(None, None) == {}

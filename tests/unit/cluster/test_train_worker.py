@@ -73,6 +73,25 @@ def test_a_batch_that_no_gpu_can_hold_is_not_tried_again(
         assert setting in again.next_step
 
 
+class _Single:
+    """A worker whose network meets a batch of one image."""
+
+    def __init__(self, *_: object) -> None:
+        torch.nn.BatchNorm1d(3)(torch.zeros(1, 3))
+
+
+def test_what_a_network_refuses_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "get", lambda value: value)
+    monkeypatch.setattr(training_group, "TrainingGroup", GroupOfOne)
+    monkeypatch.setattr(training_loop, "TrainingWorker", _Single)
+    spec = training_spec(tmp_path, digit_rows(tmp_path, 10))
+    config = {"spec": spec.model_dump_json(), "board": _Handle(Board()), "versions": library_versions()}
+    with pytest.raises(TrainingError, match="more than 1 value per channel") as first:
+        train_worker(config)
+    assert str(train_worker(config)[training._FAILURE]) == str(first.value)
+    assert "recipe.accumulate" in first.value.next_step
+
+
 def test_workers_that_tell_nothing_are_not_waited_for_once_the_run_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

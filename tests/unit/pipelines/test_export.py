@@ -70,8 +70,17 @@ class Moody(TwoFaced):
         return self.fc(maps.mean((2, 3)))
 
 
+class Spectral(TwoFaced):
+    def forward(self, images):
+        return self.fc(torch.linalg.svdvals(self.stem(images)).mean(2))
+
+
 def network():
     return TwoFaced()
+
+
+def spectral():
+    return Spectral()
 
 
 def moody():
@@ -324,6 +333,17 @@ def test_a_network_that_branches_on_its_pixels_is_refused(
     with pytest.raises(DataError, match="cannot be traced"):
         export(store, tmp_path / "model.pt2", "torch")
     assert not (tmp_path / "model.pt2").exists()
+
+
+def test_a_network_that_onnx_has_no_words_for_is_refused_with_the_format_that_has(
+    store: LocalStore, tmp_path: Path, own_networks: str
+) -> None:
+    made_bundle(store, tap="logits", kind=None, arch=f"{own_networks}:spectral")
+    with pytest.raises(DataError, match="ONNX cannot hold this network") as caught:
+        export(store, tmp_path / "model.onnx", "onnx")
+    assert "--to torch" in caught.value.next_step
+    assert not (tmp_path / "model.onnx").exists()
+    assert export(store, tmp_path / "model.pt2", "torch").top1_agreement == 1.0
 
 
 def test_missing_packages_are_named_with_the_command_that_installs_them(

@@ -170,7 +170,7 @@ def test_states_follow_a_run_to_its_end(store: LocalStore) -> None:
     give_up(left_behind(store, "20200102-000000-00000000"))
     states = {run.run: run.state for run in list_runs(store).runs}
     assert list(states.values()) == [RunState.FINISHED, RunState.GIVEN_UP, RunState.LEFT_BEHIND]
-    assert list(states)[-1] == folder.run_id
+    assert next(iter(states)) == folder.run_id
 
 
 def test_a_run_that_died_at_once_is_listed_too(store: LocalStore) -> None:

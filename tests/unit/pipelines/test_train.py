@@ -16,6 +16,7 @@ from convoy.core.progress import Silent
 from convoy.core.records import Split
 from convoy.core.splits import SplitOptions
 from convoy.pipelines import train
+from convoy.pipelines.distillation import with_begun_teacher
 from convoy.pipelines.model_cards import training_card
 from convoy.pipelines.network_training import open_training
 from convoy.pipelines.train import TrainReport, measured_on, run_train
@@ -125,7 +126,7 @@ def begun(tmp_path: Path) -> RunFolder:
     return folder
 
 
-def network_in(store: ObjectStore, **changes: str) -> TrainConfig:
+def network_in(store: ObjectStore, **changes: Any) -> TrainConfig:
     settings = {
         "workspace": store.root_uri,
         "name": "network",
@@ -174,6 +175,36 @@ def test_a_cut_off_training_is_ended_on_the_images_on_which_it_began(
     assert notes(config) == ["its own"]
     assert trained == [30, 32, 32, 32, 32]
     assert plan_train(config).num_train_rows > plan.num_train_rows
+
+
+def test_an_unfinished_training_goes_on_with_the_teacher_that_it_began_with(tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path))
+    taught = network_in(store, distill={"teacher": "elder"})
+    open_run = open_training(store, taught.name)
+    folder = open_run.start()
+    assert with_begun_teacher(taught, open_run) == (taught, [])
+    begun = network_in(store, distill={"teacher": f"elder@{'a' * 32}"})
+    folder.write_record(
+        RunRecord.new(
+            folder.run_id,
+            verb="train",
+            identity={},
+            config=begun.model_dump(mode="json"),
+            outputs={},
+            groups=(),
+        )
+    )
+    for asked in ("elder", "elder@champion"):
+        wanted = network_in(store, distill={"teacher": asked})
+        found, (note,) = with_begun_teacher(wanted, open_run)
+        assert found.distill == begun.distill
+        assert f"elder@{'a' * 32}" in note
+        assert with_begun_teacher(wanted, open_run, new_run=True) == (wanted, [])
+    for asked in (f"elder@{'b' * 32}", "other", "elder-2"):
+        wanted = network_in(store, distill={"teacher": asked})
+        assert with_begun_teacher(wanted, open_run) == (wanted, [])
+    open_run.close(folder)
+    assert with_begun_teacher(taught, open_run) == (taught, [])
 
 
 FORGOTTEN = {"epochs": 10, "learning_rate": 0.01, "freeze_depth": "layer3", "recipe": {"mixup_alpha": 0.2}}

@@ -72,8 +72,14 @@ def test_one_class_may_be_called_like_a_split(tmp_path: Path) -> None:
 
 def test_splits_beside_other_folders_are_ambiguous(tmp_path: Path) -> None:
     write_files(tmp_path, "train/cat/1.jpg", "test/cat/1.jpg", "notes/1.jpg")
-    with pytest.raises(DataError, match="notes"):
+    with pytest.raises(DataError, match="notes") as caught:
         read(tmp_path)
+    assert "reading.labels=none" in caught.value.next_step
+    scan = read(tmp_path, SourceKind.IMAGES)
+    assert set(rows_of(scan).values()) == {(None, None)}
+    assert len(rows_of(scan)) == 3
+    assert all("taken for any folder" in warning for warning in scan.warnings)
+    assert len(scan.warnings) == 2
 
 
 @pytest.mark.parametrize(

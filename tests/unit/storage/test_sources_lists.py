@@ -189,6 +189,19 @@ def test_a_record_without_a_split_is_reported_once_where_another_has_one(root: P
     ]
 
 
+def test_a_split_without_labels_is_taken_beside_labelled_ones_and_half_of_one_is_not(root: Path) -> None:
+    lines = ["path,label,split", "images/1.jpg,cat,train", "images/2.jpg,,test", "images/deep/3.jpg,,test"]
+    rows = read(write(root / "list.csv", "\n".join(lines)))
+    assert [(row["label"], row["split"]) for row in rows] == [
+        ("cat", "train"),
+        (None, "test"),
+        (None, "test"),
+    ]
+    lines[-1] = "images/deep/3.jpg,cat,test"
+    with pytest.raises(DataError, match="line 3: no label, though other rows of test have one"):
+        read(write(root / "list.csv", "\n".join(lines)))
+
+
 def test_records_without_any_split_leave_it_open(root: Path) -> None:
     rows = read(write(root / "a.jsonl", '{"path": "images/1.jpg"}\n{"path": "images/2.jpg"}\n'))
     assert [row["split"] for row in rows] == [None, None]

@@ -119,6 +119,12 @@ def test_hidden_labels_of_a_test_split_are_null(tmp_path: Path) -> None:
     assert read(tmp_path / "test.parquet").samples["label"].to_pylist() == [None, None]
 
 
+def test_an_empty_text_is_no_label(tmp_path: Path) -> None:
+    images = [jpeg_bytes(0), jpeg_bytes(1)]
+    pq.write_table(pa.table({"image": images, "label": ["", ""]}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet").samples["label"].to_pylist() == [None, None]
+
+
 def test_a_label_beyond_the_class_names_is_refused(tmp_path: Path) -> None:
     pq.write_table(hugging_face_table([2], ["wolf", "ant"]), tmp_path / "a.parquet")
     with pytest.raises(DataError, match="2 is no label"):

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from convoy.core.errors import DataError
+from convoy.storage.datasets import freeze_dataset
+from convoy.storage.local_store import LocalStore
 from convoy.storage.sources.reading import read_source
 from convoy.storage.sources.rows import ReadingOptions, SourceKind, SourceScan
 from made_sources import jpeg_bytes, shard_bytes, tar_bytes
@@ -218,6 +220,21 @@ def test_a_member_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     (tmp_path / "0.tar").write_bytes(tar_bytes({"\udce4.jpg": jpeg_bytes(0)}))
     with pytest.raises(DataError, match="not UTF-8"):
         read(tmp_path)
+
+
+def test_names_of_what_is_no_sample_may_be_of_any_bytes(tmp_path: Path) -> None:
+    (tmp_path / "0.tar").write_bytes(tar_bytes({"\udce4.cls": b"1", "1.jpg": jpeg_bytes(0), "1.cls": b"1"}))
+    version = freeze_dataset(LocalStore(str(tmp_path / "workspace")), "pets", str(tmp_path / "0.tar"))
+    assert version.skipped == {"no_image": 1}
+    assert "0.tar#\\udce4" in version.warnings[0]
+
+
+def test_hidden_members_are_counted(tmp_path: Path) -> None:
+    members = {".staging/0.jpg": jpeg_bytes(0), "1.jpg": jpeg_bytes(1), "a/.2.jpg": jpeg_bytes(2)}
+    (tmp_path / "0.tar").write_bytes(tar_bytes(members))
+    scan = read(tmp_path)
+    assert list(labels_of(scan)) == ["0.tar#1"]
+    assert scan.skipped == {"hidden": 2}
 
 
 def test_a_label_that_cannot_be_read_is_refused(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def find_layout(folders_in: ListFolders, labels: LabelRule, *, where: str) -> Fo
     """The layout of a root, from the names of its visible folders, and of those in each "<split>/".
 
     Split names are split folders only if all folders have one: a class may be called "train". Two of them
-    beside other folders could mean both, and are a DataError; so is a class folder without a name.
+    beside other folders could mean both, and are a DataError where labels are read, as a class folder without a name.
     """
 
     def named_folders(parent: str) -> list[str]:
@@ -66,20 +66,22 @@ def find_layout(folders_in: ListFolders, labels: LabelRule, *, where: str) -> Fo
     folders = named_folders("")
     named = [name for name in folders if parse_split(name)]
     are_splits = bool(folders) and len(named) == len(folders)
-    if len(named) > 1 and not are_splits:
+    if len(named) > 1 and not are_splits and labels is LabelRule.FOLDERS:
         others = [name for name in folders if name not in named]
         raise DataError(
             f"the folders {', '.join(named)} look like splits, but beside them lie "
             f"{describe_examples(len(others), others)}: splits or classes?",
             where=where,
-            next_step="move the other folders away, or freeze a list with a `split` column",
+            next_step="move the other folders away, freeze a list with a `split` column, or read all files without"
+            " labels with --set reading.labels=none",
         )
     classes: Iterable[str] = ()
     if labels is LabelRule.FOLDERS:
         classes = (
             (name for split in folders for name in named_folders(f"{split}/")) if are_splits else folders
         )
-    warnings = [f"the folder '{name}' was taken for a class, not for a split" for name in named]
+    taken_for = "a class" if labels is LabelRule.FOLDERS else "any folder"
+    warnings = [f"the folder '{name}' was taken for {taken_for}, not for a split" for name in named]
     return FolderLayout(
         splits_on_top=are_splits, classes=frozenset(classes), warnings=() if are_splits else tuple(warnings)
     )

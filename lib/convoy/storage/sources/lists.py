@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import posixpath
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from urllib.parse import unquote
@@ -50,11 +50,9 @@ def read_list(uri: str, options: ReadingOptions) -> SourceScan:
         with_labels=options.labels is not LabelRule.NONE,
     )
     samples = list(listed)
-    for column in ("label", "split"):
-        without = [sample for sample in samples if getattr(sample, column) is None]
-        if len(without) < len(samples):
-            for sample in without:
-                bad_rows.add(sample.line, f"no {column}, though other rows have one")
+    # A split may be unlabelled, as that of a competition's test.
+    _require_all_or_none(samples, "label", lambda sample: sample.split, bad_rows)
+    _require_all_or_none(samples, "split", lambda _: None, bad_rows)
     root = open_store(options.images_root).root_uri if options.images_root else store.root_uri
     uris = [_resolve(root, sample.path) for sample in samples]
     found = find_objects(uris)
@@ -66,6 +64,20 @@ def read_list(uri: str, options: ReadingOptions) -> SourceScan:
         )
     bad_rows.raise_any()
     return SourceScan(samples=rows)
+
+
+def _require_all_or_none(
+    samples: Sequence[ListedSample],
+    column: str,
+    group_of: Callable[[ListedSample], str | None],
+    bad_rows: BadRows,
+) -> None:
+    """Note the rows without a value of a column in which others of their group have one."""
+    has_value = {group_of(sample) for sample in samples if getattr(sample, column) is not None}
+    for sample in samples:
+        if getattr(sample, column) is None and (group := group_of(sample)) in has_value:
+            of_group = "" if group is None else f" of {group}"
+            bad_rows.add(sample.line, f"no {column}, though other rows{of_group} have one")
 
 
 def find_objects(uris: Iterable[str]) -> dict[str, ObjectInfo]:

@@ -242,7 +242,7 @@ def _warn_of_moved_rows(rewritten: Sequence[str]) -> Iterator[str]:
 
 def _label_name(value: Any, columns: ImageColumns, uri: str) -> str | None:
     # The `datasets` library writes -1 for the hidden labels of a test split.
-    if value is None or (columns.classes and value == -1):
+    if value is None or value == "" or (columns.classes and value == -1):
         return None
     if columns.classes is None and isinstance(value, str | int):
         return str(value)

@@ -148,7 +148,7 @@ class Skips:
         self.counts[reason] += count
         examples = self.examples.setdefault(reason, [])
         if len(examples) < NUM_EXAMPLES:
-            examples.append(key)
+            examples.append(printable(key))
 
     def add_all(self, reason: str, keys: pa.Array) -> None:
         """Count objects, if there are any."""
@@ -194,6 +194,11 @@ class BadRows:
             next_step=f"{advice}; nothing was frozen",
             num_bad_rows=len(self._problems),
         )
+
+
+def printable(name: str) -> str:
+    """A name for people and documents, whose bytes need not be UTF-8, as in a tar."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def describe_examples(count: int, examples: Iterable[str]) -> str:

@@ -29,6 +29,7 @@ from convoy.storage.sources.rows import (
     SourceScan,
     object_content_id,
     part_content_id,
+    printable,
     tabulate,
 )
 
@@ -38,7 +39,7 @@ _IMAGE_SUFFIXES = frozenset((
     "avif", "heic", "heif", "jxl", "img", "image",
 ))
 # fmt: on
-_NO_IMAGE, _LINK, _SPARSE = "no_image", "link", "sparse"
+_NO_IMAGE, _LINK, _SPARSE, _HIDDEN = "no_image", "link", "sparse", "hidden"
 # The first that a sample has is its label.
 _LABEL_SUFFIXES = ("cls", "json", "txt")
 _BLOCK_BYTES = 512
@@ -135,7 +136,9 @@ def _read_shard(store: ObjectStore, info: ObjectInfo, options: ReadingOptions) -
                 file = files.get(_member_name(member.linkname)) if member.islnk() else member
                 if file is not None and file.isreg():
                     files[name] = file
-                    if not is_hidden(name):
+                    if is_hidden(name):
+                        skips.add(_HIDDEN, f"{info.key}#{name}")
+                    else:
                         _add_member(samples, archive, name, file, uri, options)
                 elif (member.islnk() or member.issym()) and not is_hidden(name):
                     skips.add(_LINK, f"{info.key}#{name}")
@@ -149,7 +152,7 @@ def _read_shard(store: ObjectStore, info: ObjectInfo, options: ReadingOptions) -
         samples.pop(last_key, None)
         loss = (
             f"is cut off: {archive.offset:,} of {info.size_bytes:,} bytes are readable, "
-            f"and the sample there ('{last_key}') and all behind it were left out"
+            f"and the sample there ('{printable(last_key)}') and all behind it were left out"
         )
     elif behind_end := tail.lstrip(b"\0"):
         end = archive.offset + len(tail) - len(behind_end)
