@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
@@ -13,6 +15,7 @@ from convoy.storage.object_store import ObjectStore
 
 # Neighbouring small columns come with one request; a larger read is one request of its own.
 BUFFER_BYTES = 1 << 20
+_DAMAGED = "the parquet file is damaged"
 
 
 class ObjectReader(io.RawIOBase):
@@ -86,38 +89,52 @@ def buffered_reader(store: ObjectStore, key: str) -> io.BufferedReader:
     return io.BufferedReader(ObjectReader(store, key), BUFFER_BYTES)
 
 
-class _FileOfPython(pq.ParquetFile):  # type: ignore[misc] # pyarrow has no types
-    """Reads in the caller's thread: one of Arrow's that lets go of Python's bytes while the process ends aborts it."""
+class _CheckedFile(pq.ParquetFile):  # type: ignore[misc] # pyarrow has no types
+    """Names itself where its bytes are damaged. A file of Python's is read in the caller's thread.
 
-    def __init__(self, source: Any, **options: Any) -> None:
-        super().__init__(source, **options, pre_buffer=False)
+    One of Arrow's threads that lets go of Python's bytes while the process ends aborts it.
+    """
+
+    def __init__(self, source: Any, *, where: str) -> None:
+        self._where = where
+        self._threads = {} if isinstance(source, str) else {"use_threads": False}
+        options = {} if isinstance(source, str) else {"pre_buffer": False}
+        with _naming_damage(where, "this is not a whole parquet file"):
+            super().__init__(source, page_checksum_verification=True, **options)
 
     def read(self, *args: Any, **options: Any) -> pa.Table:
-        return super().read(*args, **options, use_threads=False)
+        with _naming_damage(self._where, _DAMAGED):
+            return super().read(*args, **options, **self._threads)
 
     def read_row_group(self, *args: Any, **options: Any) -> pa.Table:
-        return super().read_row_group(*args, **options, use_threads=False)
+        with _naming_damage(self._where, _DAMAGED):
+            return super().read_row_group(*args, **options, **self._threads)
 
-    def iter_batches(self, *args: Any, **options: Any) -> Any:
-        return super().iter_batches(*args, **options, use_threads=False)
+    def iter_batches(self, *args: Any, **options: Any) -> Iterator[Any]:
+        with _naming_damage(self._where, _DAMAGED):
+            yield from super().iter_batches(*args, **options, **self._threads)
 
 
 def open_parquet_file(source: str | io.BufferedIOBase | pa.BufferReader, *, where: str) -> Any:
     """A pyarrow.parquet.ParquetFile of a path or a binary file; DataError if it is not one.
 
-    Pages that have a checksum are compared with it as they are read; a damaged one is an OSError.
+    Pages that have a checksum are compared with it as they are read; a damaged one is a DataError too.
     """
-    kind = pq.ParquetFile if isinstance(source, str) else _FileOfPython
+    return _CheckedFile(source, where=where)
+
+
+@contextmanager
+def _naming_damage(where: str, what: str) -> Iterator[None]:
     try:
-        return kind(source, page_checksum_verification=True)
+        yield
     except (pa.ArrowException, OSError) as error:
         if not is_damage(error):
             raise
         raise DataError(
-            f"this is not a whole parquet file ({error})",
+            f"{what} ({error})",
             where=where,
-            next_step="write it again, or remove it",
-        ) from None
+            next_step="read it once more by the same command; if it stays so, write it again, or remove it",
+        ) from error
 
 
 def is_damage(error: Exception) -> bool:

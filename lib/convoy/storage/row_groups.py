@@ -13,7 +13,6 @@ import pyarrow as pa
 
 from convoy.core.errors import DataError, ObjectUnreadable, StorageError
 from convoy.core.records import RejectCode, SampleRejected, Stage
-from convoy.storage.parquet_files import is_damage
 from convoy.storage.stores import open_object
 
 # Arrow cannot hold more than 2 GiB of a struct at once. Repeated images are stored once, so rows are bounded too.
@@ -99,10 +98,8 @@ class ImageColumn:
                 if len(images) == len(wanted):
                     break
                 start += len(values)
-        except (pa.ArrowException, OSError) as error:
-            if is_damage(error):
-                raise _damaged(error) from error
-            raise
+        except DataError as error:
+            raise _unreadable(error.what) from error
         return images
 
     def _iter_batches(self, group: int) -> Iterator[Any]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from convoy.core.errors import DataError
 from convoy.storage.parquet_files import open_parquet_file
 
 
@@ -45,6 +47,27 @@ def file() -> WatchedFile:
 def test_files_of_python_are_read_by_the_thread_that_asks(file: WatchedFile, way: str) -> None:
     READS[way](open_parquet_file(file, where="here"))
     assert file.threads == {threading.get_ident()}
+
+
+@pytest.mark.parametrize("way", READS)
+@pytest.mark.parametrize("is_local", [True, False])
+def test_a_damaged_page_is_named(file: WatchedFile, tmp_path: Path, way: str, is_local: bool) -> None:
+    written = io.BytesIO()
+    table = pq.read_table(file)
+    pq.write_table(table, written, row_group_size=500, write_page_checksum=True, compression="none")
+    data = bytearray(written.getvalue())
+    columns = pq.ParquetFile(written).metadata.row_group(1)
+    for index in range(8):
+        # The last byte of a page is of its values.
+        column = columns.column(index)
+        start = column.dictionary_page_offset or column.data_page_offset
+        data[start + column.total_compressed_size - 1] ^= 1
+    path = tmp_path / "a.parquet"
+    path.write_bytes(data)
+    opened = open_parquet_file(str(path) if is_local else io.BytesIO(data), where="here")
+    with pytest.raises(DataError, match="damaged") as caught:
+        READS[way](opened)
+    assert caught.value.where == "here"
 
 
 def test_arrows_own_way_would_read_them_elsewhere(file: WatchedFile) -> None:
