@@ -10,6 +10,7 @@ import pyarrow as pa
 import torch
 
 from convoy.core.errors import DataError
+from convoy.core.large_arrays import large_array
 from convoy.storage.feature_cache import FeatureCache, PartIndex, content_id_array
 from convoy.storage.feature_reading import FeatureChunk, iter_wanted
 from convoy.vision.distillation import Teacher
@@ -54,7 +55,7 @@ def open_features(
     streamed = StreamedFeatures(cache, set_ids, rows)
     if streamed.num_rows * streamed.num_features * 4 > memory_limit_bytes:
         return streamed
-    return _in_memory(cache, set_ids, rows)
+    return _in_memory(cache, set_ids, rows, (streamed.num_rows, streamed.num_features))
 
 
 class StreamedFeatures:
@@ -70,10 +71,7 @@ class StreamedFeatures:
                 "the feature cache has no row of these samples", next_step="run `convoy cache` first"
             )
         self._num_features: int = chunk.features_BD.shape[1]
-        self._num_rows = sum(
-            int(cache.known_content(set_id).has_rows(pa.array(rows.content_ids_N, pa.binary(16))).sum())
-            for set_id in set_ids
-        )
+        self._num_rows = sum(int(_is_cached(cache, set_id, rows).sum()) for set_id in set_ids)
 
     @property
     def num_rows(self) -> int:
@@ -100,21 +98,35 @@ class StreamedFeatures:
         return iter_wanted(self._cache, set_id, self._rows.content_ids_N)
 
 
-def _in_memory(cache: FeatureCache, set_ids: Sequence[str], rows: LabelledRows) -> TensorFeatures:
-    """All rows in manifest order, view by view, so that equal caches give equal fits to the last bit."""
-    features, labels, weights, found_rows = [], [], [], []
+def _in_memory(
+    cache: FeatureCache, set_ids: Sequence[str], rows: LabelledRows, shape: tuple[int, int]
+) -> TensorFeatures:
+    """All rows in manifest order, view by view, so that equal caches give equal fits to the last bit.
+
+    They are held once, on disk where memory is short: see `core.large_arrays`.
+    """
+    features_ND = large_array(shape, np.float32)
+    found_rows: list[np.ndarray] = []
+    start = 0
     for set_id in set_ids:
-        features_ND, found_N = gather_features(cache, set_id, rows.content_ids_N)
-        features.append(features_ND[found_N])
-        labels.append(rows.labels_N[found_N])
-        weights.append(rows.weights_N[found_N])
-        found_rows.append(np.flatnonzero(found_N))
+        is_cached_N = _is_cached(cache, set_id, rows)
+        places_N = start + np.cumsum(is_cached_N) - 1
+        for chunk in iter_wanted(cache, set_id, rows.content_ids_N):
+            features_ND[places_N[chunk.rows_B]] = chunk.features_BD
+        found_rows.append(np.flatnonzero(is_cached_N))
+        start += len(found_rows[-1])
+    found = np.concatenate(found_rows)
     return TensorFeatures(
-        torch.from_numpy(np.concatenate(features)),
-        torch.from_numpy(np.concatenate(labels)),
-        torch.from_numpy(np.concatenate(weights)),
-        teacher=None if rows.teacher is None else rows.teacher.take(np.concatenate(found_rows)),
+        torch.from_numpy(features_ND),
+        torch.from_numpy(rows.labels_N[found]),
+        torch.from_numpy(rows.weights_N[found]),
+        teacher=None if rows.teacher is None else rows.teacher.take(found),
     )
+
+
+def _is_cached(cache: FeatureCache, set_id: str, rows: LabelledRows) -> np.ndarray:
+    """A boolean mask of the rows that a set has features of."""
+    return cache.known_content(set_id).has_rows(pa.array(rows.content_ids_N, pa.binary(16)))
 
 
 def gather_features(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from convoy.core.errors import ConfigError, DataError, TrainingError
+from convoy.core.large_arrays import large_array
 from convoy.core.metrics import EvaluationCounts, Metrics
 from convoy.core.randomness import generator, position_digest
 from convoy.vision.head_config import HeadConfig, HeadKind, HeadSpec, MlpConfig, Selection
@@ -267,9 +268,16 @@ def _train_epoch(
 
 
 def _standardised_rows(source: FeatureSource, scale: FeatureScale, num_classes: int) -> FeatureBatch:
-    """All rows as one batch on the device; weights are scaled to a mean of 1."""
-    device = scale.mean_D.device
-    features_ND = torch.empty((scale.num_rows, source.num_features), device=device)
+    """All rows as one batch on the device; weights are scaled to a mean of 1.
+
+    Beside a CPU they lie on disk where memory is short: see `core.large_arrays`.
+    """
+    device, shape = scale.mean_D.device, (scale.num_rows, source.num_features)
+    features_ND = (
+        torch.from_numpy(large_array(shape, np.float32))
+        if device.type == "cpu"
+        else torch.empty(shape, device=device)
+    )
     labels_N = torch.empty(scale.num_rows, dtype=torch.int64, device=device)
     weights_N = torch.empty(scale.num_rows, device=device)
     start = 0

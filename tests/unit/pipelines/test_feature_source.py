@@ -28,7 +28,7 @@ from convoy.storage.manifests import (
 )
 from convoy.storage.parts import FeatureRows, write_features
 from convoy.storage.runs import RunFolder
-from convoy.vision.head_config import HeadConfig
+from convoy.vision.head_config import HeadConfig, HeadKind, MlpConfig
 from convoy.vision.head_fitting import fit_head
 from convoy.vision.heads import FeatureSource, TensorFeatures
 from made_manifests import write_samples
@@ -225,6 +225,26 @@ def test_a_streamed_fit_equals_the_one_in_memory(store: LocalStore) -> None:
         in_memory_NK, streamed_NK = (torch.softmax(head(features_ND), dim=1) for head in heads)
     assert in_memory_NK.std(dim=0).min() > 0.01
     torch.testing.assert_close(streamed_NK, in_memory_NK, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [HeadKind.SOFTMAX, HeadKind.MLP])
+def test_a_fit_whose_rows_lie_on_disk_is_the_same_to_the_last_bit(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch, kind: HeadKind
+) -> None:
+    commit_names(store, NAMES, rejected=["s02"])
+    rows = labelled(store, samples_of(NAMES))
+    asked: list[int | None] = []
+
+    def fit(free_bytes: int | None) -> torch.Tensor:
+        monkeypatch.setattr(
+            "convoy.core.large_arrays.free_memory_bytes", lambda: asked.append(free_bytes) or free_bytes
+        )
+        config = HeadConfig(kind=kind, C=(1.0,), mlp=MlpConfig(epochs=2))
+        head = fit_head(config, opened(store, rows, IN_MEMORY), None, num_classes=3).head
+        return torch.cat([parameter.flatten() for parameter in head.parameters()])
+
+    assert torch.equal(fit(0), fit(None))
+    assert asked == ([0, None] if kind is HeadKind.SOFTMAX else [0, 0, None, None])
 
 
 def test_gathered_features_stand_at_the_rows_that_asked_for_them(store: LocalStore) -> None:
