@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from convoy.core.errors import ChecksumMismatch, ConfigError, DataError
+from convoy.core.errors import ChecksumMismatch, ConfigError, DataError, ExitCode, StorageFull
 from convoy.storage.object_store import ObjectInfo
 from convoy.storage.sources.reading import find_kind, read_source
 from convoy.storage.sources.rows import LabelRule, ReadingOptions, SourceKind, SourceScan, object_content_id
@@ -25,6 +26,7 @@ from made_inventories import (
 )
 
 FORMATS = ["CSV", "Parquet"]
+INVENTORY_FILES = "convoy.storage.sources.inventory_files"
 
 
 def read(uri: Path | str, **options: Any) -> SourceScan:
@@ -219,6 +221,18 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     write_report(tmp_path, {MANIFEST_KEY: objects[MANIFEST_KEY]})
     with pytest.raises(DataError, match=r"data/0000\.csv\.gz"):
         read(tmp_path / MANIFEST_KEY)
+
+
+def test_a_report_that_has_no_room_on_disk_says_where_and_can_be_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_report(tmp_path, made_report("photos", [[entry("cat/1.jpg")]], file_format="CSV"))
+    # The real device on which every write fails with ENOSPC.
+    monkeypatch.setattr(f"{INVENTORY_FILES}.TemporaryFile", partial(Path("/dev/full").open, "r+b", 0))
+    with pytest.raises(StorageFull, match="No space left") as caught:
+        read(tmp_path / MANIFEST_KEY)
+    assert caught.value.exit_code is ExitCode.STOPPED_RESUMABLE
+    assert "TMPDIR" in caught.value.next_step
 
 
 @pytest.mark.parametrize("file_format", FORMATS)

@@ -9,7 +9,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from tempfile import TemporaryFile
+from tempfile import TemporaryFile, gettempdir
 from typing import IO
 from urllib.parse import unquote_plus
 
@@ -17,7 +17,7 @@ import pyarrow as pa
 from pyarrow import csv
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from convoy.core.errors import ChecksumMismatch, DataError, ObjectNotFound
+from convoy.core.errors import ChecksumMismatch, DataError, ObjectNotFound, StorageFull
 from convoy.storage.documents import exists
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.parquet_files import buffered_reader, open_parquet_file
@@ -185,7 +185,15 @@ def _checked_copy(store: ObjectStore, key: str, md5: str) -> Iterator[IO[bytes]]
         with buffered_reader(store, key) as stream:
             while chunk := stream.read(_COPY_BYTES):
                 hasher.update(chunk)
-                copy.write(chunk)
+                try:
+                    copy.write(chunk)
+                    copy.flush()
+                except OSError as error:
+                    raise StorageFull(
+                        f"a file of the report has no room on disk: {error.strerror}",
+                        where=gettempdir(),
+                        next_step="make room there, or let TMPDIR name a larger disk; then run the command again",
+                    ) from error
         if hasher.hexdigest() != md5.lower():
             raise ChecksumMismatch(
                 f"the file has the MD5 {hasher.hexdigest()}, but {md5} in the report",
