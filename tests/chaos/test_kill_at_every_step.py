@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -128,22 +129,23 @@ def test_killed_job_resumes_to_the_same_rows(
     )
 
 
-@pytest.fixture(scope="module")
-def fresh_committee(tmp_path_factory: pytest.TempPathFactory) -> CacheJob:
-    """An evaluation that has not begun."""
-    return made_committee_job(tmp_path_factory.mktemp("fresh_committee"))
+@pytest.fixture(scope="module", params=["evaluate", pytest.param("score", marks=pytest.mark.slow)])
+def fresh_committee(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> CacheJob:
+    """An evaluation that has not begun, or a scoring, whose rows lie in a partition for each label."""
+    job = made_committee_job(tmp_path_factory.mktemp("fresh_committee"))
+    return job if request.param == "evaluate" else replace(job.changed("partition_by=label"), verb="score")
 
 
 @pytest.fixture(scope="module")
 def clean_committee_digest(
     fresh_committee: CacheJob, tmp_path_factory: pytest.TempPathFactory, ray_cluster: dict[str, str]
 ) -> str:
-    """The rows of the evaluation where nothing kills it."""
+    """The rows of the job where nothing kills it."""
     return digest_of_clean_run(fresh_committee, tmp_path_factory.mktemp("clean_committee"))
 
 
 @pytest.mark.parametrize("point", COMMITTEE_STEPS)
-def test_killed_evaluation_of_a_committee_resumes_to_the_same_rows(
+def test_killed_job_of_a_committee_resumes_to_the_same_rows(
     point: CrashPoint,
     fresh_committee: CacheJob,
     clean_committee_digest: str,
@@ -159,12 +161,13 @@ def test_killed_evaluation_of_a_committee_resumes_to_the_same_rows(
     assert killed.returncode == (0 if point in WORKER_STEPS else -9), killed.stderr
 
     report = job.run_here()
-    assert (report["samples"], report["results"], report["rejects"]) == (96, 95, 1)
+    num_inputs = report["samples" if job.verb == "evaluate" else "inputs"]
+    assert (num_inputs, report["results"], report["rejects"]) == (96, 95, 1)
     # The proof of the workspace's only run: a second one would have computed everything again.
     proof = job.verify()
     assert proof["ok"], proof["problems"]
     fault_table.add(
-        f"F2 killed at {point}, evaluate",
+        f"F2 killed at {point}, {job.verb}",
         fired=1,
         audit=audit_run(job.workspace, proof["run"]),
         clean_digest=clean_committee_digest,

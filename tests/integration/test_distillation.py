@@ -199,11 +199,13 @@ def test_what_cannot_be_taught_is_refused_before_any_worker_starts(
         shutil.rmtree(Path(digits.workspace, "runs", "open"), ignore_errors=True)
 
 
-def test_a_newer_teacher_of_the_same_name_makes_it_another_training(digits: TrainJob, ensemble: str) -> None:
-    """An unfinished training is not gone on with under another teacher."""
+def test_an_unfinished_training_keeps_its_teacher_and_is_refused_another(
+    digits: TrainJob, ensemble: str
+) -> None:
     wild = taught(digits, "wild", "teacher0", "learning_rate=1e38")
     assert "no finite number" in wild.start_here().stderr
-    probe(digits, "teacher0", "head.C=[1.0]").run_here()
-    refused = wild.start_here()
+    newer = probe(digits, "teacher0", "head.C=[1.0]").run_here()["bundle"]
+    assert "no finite number" in wild.start_here().stderr
+    refused = taught(digits, "wild", newer, "learning_rate=1e38").start_here()
     assert refused.returncode == 2
     assert "config.distill.teacher" in refused.stderr
