@@ -96,7 +96,7 @@ def test_what_travels_is_the_package_and_the_settings_and_no_variables() -> None
 def test_the_driver_asks_for_the_machines_that_were_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CPUS_VARIABLE, "15")
     monkeypatch.setenv(GPUS_VARIABLE, "0")
-    for gpus, wanted in ((None, ClusterSize(15, 0)), (4, ClusterSize(15, 4))):
+    for gpus, wanted in ((None, ClusterSize(15, 0)), (4, ClusterSize(1, 4))):
         submission = plan_submission(CACHE.model_copy(update={"gpus": gpus}))
         # The driver's environment is the head's, and what travels goes before that.
         for name, value in submission.variables.items():
