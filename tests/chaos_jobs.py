@@ -21,7 +21,7 @@ from convoy.pipelines.data_origin import dataset_of_run
 from convoy.storage.commits import read_manifest, read_records
 from convoy.storage.datasets import open_dataset
 from convoy.storage.object_store import ObjectStore
-from convoy.storage.runs import require_run, run_ids
+from convoy.storage.runs import RunFolder, require_run, run_ids
 from convoy.storage.stores import open_store
 from fault_proxy import FaultProxy
 from made_bundles import made_classifier, write_classifier
@@ -99,11 +99,16 @@ def audit_run(workspace: str, run_id: str) -> Audit:
     wanted = Counter(ids_of(dataset.read_table(["sample_id"], splits=splits)))
     rejected = _ids_below(store, folder.key("rejects/"))
     lost = doubled = 0
-    for prefix in run.outputs.values():
+    for prefix in {_whole_output(folder, prefix) for prefix in run.outputs.values()}:
         found = rejected + _ids_below(store, prefix)
         lost += (wanted - found).total()
         doubled += (found - wanted).total()
     return Audit(wanted.total(), lost, doubled, manifest.rows_digest())
+
+
+def _whole_output(folder: RunFolder, prefix: str) -> str:
+    """Where all Hive partitions lie, of which an output of a run's own folder may be one."""
+    return re.sub(r"([^/]+=[^/]+/)+$", "", prefix) if prefix.startswith(folder.prefix) else prefix
 
 
 def ids_of(table: Any) -> list[str]:
