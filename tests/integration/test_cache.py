@@ -194,16 +194,23 @@ def test_dry_run_shows_the_work_and_does_none(job: CacheJob) -> None:
     assert {info.key for info in open_store(job.workspace).list_objects()} == written
 
 
-def test_an_unfinished_run_of_a_former_version_is_ended_before_the_rest_is_computed(
+@pytest.fixture
+def versions(
     job: CacheJob, images: Path, tmp_path: Path, ray_cluster: Mapping[str, str]
-) -> None:
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The version of the dataset of which a run was killed before its first slice, and the one that replaced it."""
     write_digits(images, 2, start=300)
     frozen = freeze(images, job.workspace)
     killed = job.start({"CONVOY_CRASH_POINT": f"run_recorded:1:{tmp_path / 'arrivals'}"})
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     write_digits(images, 1, start=302)
-    refrozen = freeze(images, job.workspace)
+    return frozen, freeze(images, job.workspace)
 
+
+def test_an_unfinished_run_of_a_former_version_is_ended_before_the_rest_is_computed(
+    job: CacheJob, versions: tuple[dict[str, Any], dict[str, Any]]
+) -> None:
+    frozen, refrozen = versions
     report = job.run_here()
     (note,) = (note for note in report["notes"] if "was ended first" in note)
     ended = note.split()[1].rstrip(",")
@@ -220,14 +227,9 @@ def test_an_unfinished_run_of_a_former_version_is_ended_before_the_rest_is_compu
 
 
 def test_a_new_run_leaves_an_unfinished_one_of_a_former_version_behind(
-    job: CacheJob, images: Path, tmp_path: Path, ray_cluster: Mapping[str, str]
+    job: CacheJob, versions: tuple[dict[str, Any], dict[str, Any]]
 ) -> None:
-    write_digits(images, 2, start=300)
-    frozen = freeze(images, job.workspace)
-    killed = job.start({"CONVOY_CRASH_POINT": f"run_recorded:1:{tmp_path / 'arrivals'}"})
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    write_digits(images, 1, start=302)
-    refrozen = freeze(images, job.workspace)
+    frozen, refrozen = versions
     afresh = convoy_here(*job.arguments(), "--new-run", "--json")
     assert afresh.returncode == 0, afresh.stderr
     report = last_json(afresh)
