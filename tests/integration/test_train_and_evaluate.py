@@ -20,7 +20,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from cache_jobs import LENET, cached_features, freeze, write_digits
-from command_lines import convoy_here, convoy_json_here, report_of, settings_arguments
+from command_lines import convoy_here, convoy_json_here, last_json, report_of, settings_arguments
 from convoy.storage.bundles import open_bundle
 from convoy.storage.feature_cache import FeatureSetSpec
 from convoy.storage.stores import open_store
@@ -29,6 +29,7 @@ pytestmark = pytest.mark.integration
 
 NUM_ROWS = {"train": 600, "val": 200, "test": 400}
 # A network whose outputs are the digits from nine to zero: labels must be matched by name.
+PROBE = ("name=digits", f"backbone={LENET}", "tap=f6")
 DOWNWARD = [str(digit) for digit in range(9, -1, -1)]
 
 
@@ -90,6 +91,24 @@ def unused(digits: Digits, softmax: dict[str, Any], tmp_path: Path) -> Digits:
     for folder in ("datasets", "models/digits"):
         shutil.copytree(Path(digits.workspace, folder), tmp_path / "workspace" / folder)
     return replace(digits, workspace=str(tmp_path / "workspace"))
+
+
+@pytest.fixture
+def spoilt(digits: Digits, softmax: dict[str, Any], tmp_path: Path) -> Digits:
+    """A workspace of its own, with the bundle and with a dataset whose images may be spoilt (`spoil`)."""
+    shutil.copytree(Path(digits.workspace).parent / "images", tmp_path / "images")
+    shutil.copytree(Path(digits.workspace, "models/digits"), tmp_path / "workspace" / "models/digits")
+    return Digits(str(tmp_path / "workspace"))
+
+
+def spoil(digits: Digits, split: str, *, number: int) -> dict[Path, bytes]:
+    """Freeze the dataset with so many images of a split that are none; returns what they were."""
+    images = Path(digits.workspace).parent / "images"
+    whole = {path: path.read_bytes() for path in sorted((images / split).glob("*/*.jpg"))[:number]}
+    for path in whole:
+        path.write_bytes(b"no image")
+    freeze(images, digits.workspace)
+    return whole
 
 
 def split_features(digits: Digits, tap: str, split: str) -> tuple[np.ndarray, list[int]]:
@@ -262,6 +281,41 @@ def test_views_multiply_the_train_rows_and_no_others(digits: Digits, softmax: di
     drawn = cached_features(digits.workspace, digits.sets()["f6", 1])
     assert {name.split("/")[0] for name in drawn} == {"train"}
     assert len(drawn) == 600
+
+
+def test_images_of_val_that_cannot_be_used_count_towards_the_error_budget(
+    spoilt: Digits, softmax: dict[str, Any]
+) -> None:
+    spoil(spoilt, "val", number=30)
+    finished = spoilt.start("train", *PROBE, "error_budget={rate: 0, rows: 20}")
+    assert finished.returncode == 3, finished.stderr
+    report = last_json(finished)
+    assert (report["val_rejects"], report["train_rejects"], report["rejects"]) == (30, {}, 0)
+    assert report["head"]["val_rejects"] == 30
+
+
+def test_a_probe_with_no_usable_image_to_choose_by_says_so(spoilt: Digits) -> None:
+    spoil(spoilt, "val", number=200)
+    finished = spoilt.start("train", *PROBE)
+    assert (finished.returncode, finished.stdout) == (1, "")
+    assert "none of 200 images has features: 200 not_an_image" in finished.stderr
+
+
+def test_an_evaluation_without_any_result_exits_with_3_and_measures_once_images_are_there(
+    spoilt: Digits, softmax: dict[str, Any]
+) -> None:
+    whole = spoil(spoilt, "test", number=400)
+    for _attempt in range(2):
+        finished = spoilt.start("evaluate", f"bundle={softmax['bundle']}")
+        assert finished.returncode == 3, finished.stderr
+        assert (
+            "no labelled image has a result, so nothing can be measured: 400 not_an_image" in finished.stderr
+        )
+    for path, data in whole.items():
+        path.write_bytes(data)
+    freeze(Path(spoilt.workspace).parent / "images", spoilt.workspace)
+    report = spoilt.run("evaluate", f"bundle={softmax['bundle']}")
+    assert (report["results"], report["top1"]) == (400, softmax["top1"])
 
 
 def test_network_as_it_is_matches_classes_by_name(unused: Digits) -> None:

@@ -218,6 +218,9 @@ def test_training_images_that_cannot_be_used_are_rejected_with_their_codes(
         (tmp_path / "images" / sample_id).write_bytes(case.data)
         if case.expected is not None:
             expected[sample_id] = case.expected.value
+    spoiled = sorted((tmp_path / "images" / "val").glob("*/*.jpg"))[:3]
+    for path in spoiled:
+        path.write_bytes(b"no image")
     job = replace(digits, workspace=str(tmp_path / "workspace"))
     num_train = freeze(tmp_path / "images", job.workspace)["splits"]["train"]
     finished = job.changed("name=awkward", "error_budget={rate: 0, rows: 5}").start_here()
@@ -227,7 +230,9 @@ def test_training_images_that_cannot_be_used_are_rejected_with_their_codes(
     assert_training_was_reported(report, num_epochs=2)
     assert report["train_rejects"] == Counter(expected.values())
     assert (report["num_train_rows"], report["rejects"]) == (num_train, 0)
+    assert report["val_rejects"] == 3
     for epoch in report["history"]:
+        assert epoch["val_rejects"] == 3
         assert (epoch["images"], epoch["rejects"]) == (num_train - len(expected), len(expected))
     store = open_store(job.workspace)
     prefix = RunFolder(store, report["train_run"]).key("rejects/")

@@ -28,7 +28,7 @@ class KeptTrainer(TorchTrainer):  # type: ignore[misc] # Ray has no types
         return [*(one for one in callbacks if type(one).__name__ != _RAYS_OWN), _KeptReservation()]
 
 
-def tell_of_reservations(told: Callable[[PlacementGroup], None]) -> None:
+def tell_of_reservations(told: Callable[[PlacementGroup], object]) -> None:
     """From now on tell of what each group of workers of this process reserves, before anyone waits for it.
 
     Ray Train's own callbacks come when the workers have started: what is killed while they start stayed reserved.
@@ -62,10 +62,11 @@ class _KeptReservation(ControllerCallback, WorkerGroupCallback):  # type: ignore
         tell_of_reservations(self._keep)
 
     def after_worker_group_start(self, worker_group: Any) -> None:
-        self._keep(worker_group.get_worker_group_state().placement_group_handle.placement_group)
+        # By now the keeper has started too, beside the workers.
+        ray.get(self._keep(worker_group.get_worker_group_state().placement_group_handle.placement_group))
 
-    def _keep(self, reservation: PlacementGroup) -> None:
-        ray.get(self._keeper.keep.remote(reservation))
+    def _keep(self, reservation: PlacementGroup) -> Any:
+        return self._keeper.keep.remote(reservation)
 
     async def before_controller_shutdown(self) -> None:
         ray.kill(self._keeper)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import torch
@@ -52,6 +52,14 @@ _BATCHNORM_STEPS = 100
 
 class LossNotFinite(Exception):
     """The loss or a weight is no finite number any more; all workers find out at the same step."""
+
+
+class _Validation(NamedTuple):
+    """Mean NLL and top-1 of the usable validation rows, None where there are none, and how many are not usable."""
+
+    nll: float | None
+    top1: float | None
+    rejects: int
 
 
 class TrainingWorker:
@@ -212,15 +220,16 @@ class TrainingWorker:
             )
         averaged = self._spec.recipe.averaging is Averaging.EMA
         with swapped_in(self._network, self._keeper.kept() if averaged else None):
-            val_nll, val_top1 = self._validate(phase, epoch)
+            validated = self._validate(phase, epoch)
         return EpochResult(
             phase=phase.name,
             epoch=epoch + 1,
             phase_epoch=self._position.epoch + 1,
             train_loss=loss_sum / num_rows,
             train_top1=num_correct / num_rows,
-            val_nll=val_nll,
-            val_top1=val_top1,
+            val_nll=validated.nll,
+            val_top1=validated.top1,
+            val_rejects=validated.rejects,
             learning_rate=self._learner.optimiser.param_groups[-1]["lr"],
             images=int(num_rows),
             rejects=self._spec.train.num_rows - int(num_rows),
@@ -229,10 +238,10 @@ class TrainingWorker:
             images_per_s=images_per_s,
         )
 
-    def _validate(self, phase: Phase, epoch: int) -> tuple[float | None, float | None]:
-        """Mean NLL and top-1 over the validation rows after an epoch, each row counted once over the group."""
+    def _validate(self, phase: Phase, epoch: int) -> _Validation:
+        """Over the validation rows after an epoch, each row counted once over the group."""
         if self._spec.val is None:
-            return None, None
+            return _Validation(None, None, rejects=0)
         group, sums = self._group, torch.zeros(3, dtype=torch.float64, device=self._group.device)
         preset = self._preset(phase)
         group.share_buffers(self._network)
@@ -243,7 +252,8 @@ class TrainingWorker:
         nll, correct, rows = group.total(sums).tolist()
         if not math.isfinite(nll):
             raise LossNotFinite
-        return (nll / rows, correct / rows) if rows else (None, None)
+        rejects = self._spec.val.num_rows - int(rows)
+        return _Validation(nll / rows, correct / rows, rejects) if rows else _Validation(None, None, rejects)
 
     def _finite_sums(self) -> torch.Tensor:
         sums = self._group.total(self._learner.sums_3)
@@ -275,13 +285,14 @@ class TrainingWorker:
             self._network.load_state_dict(kept)
             if self._spec.recipe.averaging in (Averaging.SWA, Averaging.SOUP):
                 self._measure_batchnorm(phase)
-        val_nll, val_top1 = self._final_validation(phase)
+        validated = self._final_validation(phase)
         self._checkpoints.close()
         rejects = self._group_rejects()
         outcome = TrainingOutcome(
             history=tuple(self._history),
-            val_nll=val_nll,
-            val_top1=val_top1,
+            val_nll=validated.nll,
+            val_top1=validated.top1,
+            val_rejects=validated.rejects,
             reject_codes=Counter(reject.code.value for reject in rejects),
         )
         if not self._group.is_first:
@@ -290,11 +301,11 @@ class TrainingWorker:
         outcome = outcome.model_copy(update={"rejects_key": rejects_key})
         return write_weights(self._store, self._spec.run_id, self._network, outcome)
 
-    def _final_validation(self, phase: Phase) -> tuple[float | None, float | None]:
+    def _final_validation(self, phase: Phase) -> _Validation:
         """Of the weights that are written: if they are those that the last epoch was measured with, its own."""
         if self._history and self._spec.recipe.averaging in (Averaging.LAST, Averaging.EMA):
             last = self._history[-1]
-            return last.val_nll, last.val_top1
+            return _Validation(last.val_nll, last.val_top1, last.val_rejects)
         return self._validate(phase, self._times.num_epochs - 1)
 
     def _group_rejects(self) -> list[RejectedRow]:

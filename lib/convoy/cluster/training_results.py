@@ -29,7 +29,8 @@ TRAINED_FILE = "trained.json"
 class TrainingOutcome(StrictModel):
     """The end of a training. With `diverged`, the position at which the loss was no number, there are no weights.
 
-    `val_nll` and `val_top1` are those of the weights that were kept. Reject tables that no outcome names are
+    `val_nll` and `val_top1` are those of the weights that were kept, `val_rejects` the validation images that could
+    not be used, `reject_codes` those to train on. Reject tables that no outcome names are
     those of attempts that came second or were killed.
     """
 
@@ -39,6 +40,7 @@ class TrainingOutcome(StrictModel):
     history: tuple[EpochResult, ...] = ()
     val_nll: float | None = None
     val_top1: float | None = None
+    val_rejects: int = 0
     reject_codes: dict[str, int] = Field(default_factory=dict)
 
 

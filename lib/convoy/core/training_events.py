@@ -9,7 +9,8 @@ class EpochResult(StrictModel):
     """One finished epoch. `phase_epoch` counts within its phase from 1, `epoch` over all phases.
 
     Losses are means over images: `train_loss` as optimised, `val_nll` without smoothing, weights or mixing.
-    `wait_s` is how long the training stood still for images. Without validation rows its fields are null.
+    `wait_s` is how long the training stood still for images. `rejects` and `val_rejects` are images that could not be
+    used. Without validation rows the fields of their accuracy are null.
     """
 
     phase: str
@@ -22,6 +23,7 @@ class EpochResult(StrictModel):
     learning_rate: float
     images: int
     rejects: int
+    val_rejects: int = 0
     seconds: float
     wait_s: float
     images_per_s: float

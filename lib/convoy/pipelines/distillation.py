@@ -77,8 +77,7 @@ def with_begun_teacher(
     distill = config.distill
     if distill is None or config.strategy not in NETWORKS or open_run.begins_anew(new_run):
         return config, []
-    folder = open_run.unfinished()
-    record = None if folder is None else folder.record()
+    record = open_run.begun_with({"dataset": config.dataset})
     if record is None:
         return config, []
     begun = (record.config.get("distill") or {}).get("teacher", "")

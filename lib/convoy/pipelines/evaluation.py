@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from convoy.core.config import StrictModel
-from convoy.core.errors import DataError
+from convoy.core.errors import DataError, ErrorBudgetExceeded
 from convoy.core.metrics import ClassMetrics, EvaluationCounts, ReliabilityBin
 from convoy.core.progress import Progress
 from convoy.core.records import Split
@@ -120,15 +121,20 @@ def evaluate_classifier(
     summary = features.ensure(progress=progress, new_run=new_run)
     progress.stage("predicting")
     folder, run_manifest, open_run = job.commit(task.dataset, task.splits, task.config, new_run=new_run)
-    evaluation = measure_predictions(
-        store,
-        run_manifest,
-        classes=classifier.classes,
-        gives_probabilities=classifier.gives_probabilities,
-        splits=task.splits,
-        model_digest=task.model_digest,
-        cache_run=summary.run,
-    )
+    try:
+        evaluation = measure_predictions(
+            store,
+            run_manifest,
+            classes=classifier.classes,
+            gives_probabilities=classifier.gives_probabilities,
+            splits=task.splits,
+            model_digest=task.model_digest,
+            cache_run=summary.run,
+        )
+    except ErrorBudgetExceeded:
+        # It would be gone on with, and say the same for ever, whatever becomes of the images.
+        open_run.close(folder)
+        raise
     finish(folder, evaluation.model_dump(mode="json"))
     open_run.close(folder)
     return evaluation
@@ -155,10 +161,22 @@ def measure_predictions(
     model_digest: str,
     cache_run: str | None = None,
 ) -> Evaluation:
-    """The metrics of a committed run's predictions, from its parts alone."""
+    """The metrics of a committed run's predictions, from its parts alone.
+
+    Raises ErrorBudgetExceeded where no labelled sample has one.
+    """
     counts = EvaluationCounts(len(classes))
     for table in read_labelled(store, manifest, ["label", "logits"]):
         counts.add(list_array(table["logits"]), table["label"].to_numpy())
+    if not counts.num_rows:
+        codes = sum((Counter(one.reject_codes) for one in manifest.slices), Counter[str]())
+        told = ", ".join(f"{count} {code}" for code, count in codes.most_common())
+        raise ErrorBudgetExceeded(
+            f"no labelled image has a result, so nothing can be measured: {told}",
+            where=f"run {manifest.run_id}",
+            next_step="see to the images (`convoy report RUN` shows the rejects), then run the same command again,"
+            " with --new-run where it says the same",
+        )
     metrics = counts.summary()
     rows = counts.row_outcomes()
     honest = gives_probabilities

@@ -67,8 +67,11 @@ class StreamedFeatures:
         self._rows = rows
         chunk = next((chunk for set_id in set_ids for chunk in self._chunks(set_id)), None)
         if chunk is None:
+            codes = cache.count_rejects(set_ids[:1], rows.content_ids_N)
+            told = ", ".join(f"{number} {code}" for code, number in codes.items())
             raise DataError(
-                "the feature cache has no row of these samples", next_step="run `convoy cache` first"
+                f"none of {len(rows)} images has features: {told or 'no run has looked at them'}",
+                next_step="see to these images; `convoy cache` lists every reject with its reason",
             )
         self._num_features: int = chunk.features_BD.shape[1]
         self._num_rows = sum(int(_is_cached(cache, set_id, rows).sum()) for set_id in set_ids)

@@ -82,6 +82,8 @@ class TrainedNetwork:
     num_train_rows: int
     history: tuple[EpochResult, ...]
     reject_codes: dict[str, int]
+    num_val_rows: int
+    val_rejects: int
     notes: tuple[str, ...]
 
 
@@ -181,6 +183,9 @@ class NetworkTraining:
             num_train_rows=self._settings["train"]["num_rows"],
             history=tuple(EpochResult.model_validate(one) for one in outcome["history"]),
             reject_codes=dict(Counter(outcome["reject_codes"]) + Counter(self._settings["left_out"])),
+            num_val_rows=0 if (val := self._settings["val"]) is None else val["num_rows"],
+            # An older Convoy did not count them.
+            val_rejects=outcome.get("val_rejects", 0),
             notes=(*setup.plan.notes, *self.notes),
         )
 
@@ -211,8 +216,10 @@ class NetworkTraining:
             if not setup.plan.phases:
                 # Only the head was to be trained, and that is done.
                 weights_key = record.settings["initial_weights_key"]
-                rejects = {} if setup.head is None else setup.head.reject_codes
-                return {"weights_key": weights_key, "history": [], "reject_codes": rejects}
+                told: dict[str, Any] = {"reject_codes": {}, "val_rejects": 0}
+                if setup.head is not None:
+                    told = setup.head.model_dump(include=set(told))
+                return {"weights_key": weights_key, "history": [], **told}
             spec = self._spec(record, setup, workers)
             if workers.ingest is Ingest.SPLIT:
                 workers = self._with_room(workers, spec)

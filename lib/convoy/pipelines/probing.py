@@ -44,7 +44,7 @@ class HeadSummary(StrictModel):
     `body_pass_s`, as measured when the features were computed; `saved_s` is that for all passes but the one
     that filled the cache, less the fit: for a probe the passes of the same fit, for a fine-tuning (`in_place_of`) the
     epochs that the fit replaces. Null where the cache was filled by another network run. `reject_codes` count
-    the training images that have no features, and were left out.
+    the training images that have no features, and were left out; `val_rejects` are as many validation images.
     """
 
     num_rows: int
@@ -55,6 +55,7 @@ class HeadSummary(StrictModel):
     converged: bool
     trials: list[TrialSummary]
     reject_codes: dict[str, int] = Field(default_factory=dict)
+    val_rejects: int = 0
 
     def in_place_of(self, num_epochs: int, *, num_views: int) -> HeadSummary:
         """The summary of a fit that replaces so many epochs through the body, each of one view of every image.
@@ -70,10 +71,11 @@ class HeadSummary(StrictModel):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """A fitted head and its summary."""
+    """A fitted head, its summary, and how many images there were to choose it by, rejects included."""
 
     fitted: FittedHead
     summary: HeadSummary
+    num_val_images: int
 
 
 def check_head(manifest: Manifest, config: TrainConfig) -> None:
@@ -108,7 +110,7 @@ def fit_probe(
         config.extraction,
         rows=None if few is None else pa.concat_tables([few, *judges]),
     )
-    summary = plain.ensure(progress=progress, new_run=new_run)
+    features = plain.ensure(progress=progress, new_run=new_run)
     train_sets = [plain.set_id(tap)]
     if config.views > 1:
         augmented = _augmented_job(store, manifest, backbone, config, request, few, progress)
@@ -120,10 +122,14 @@ def fit_probe(
     watched = validation_rows(manifest, config.rows)
     val = None if watched is None else open_features(cache, [plain.set_id(tap)], LabelledRows.of(watched))
     fitted = fit_head(config.head, train, val, num_classes=len(manifest.classes))
-    told = _summarise(store, fitted, summary.run)
     is_whole = train.num_rows == len(train_sets) * taught.rows.num_rows
     reject_codes = {} if is_whole else count_rejects(cache, train_sets[:1], taught.rows)
-    return Probe(fitted=fitted, summary=told.model_copy(update={"reject_codes": reject_codes}))
+    num_val_images = 0 if watched is None else watched.num_rows
+    val_rejects = 0 if val is None else num_val_images - val.num_rows
+    summary = _summarise(store, fitted, features.run).model_copy(
+        update={"reject_codes": reject_codes, "val_rejects": val_rejects}
+    )
+    return Probe(fitted=fitted, summary=summary, num_val_images=num_val_images)
 
 
 def _teacher(taught: TaughtRows, config: TrainConfig) -> Teacher | None:

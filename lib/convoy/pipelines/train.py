@@ -48,7 +48,7 @@ class TrainReport(Evaluation):
 
     Which fields are filled depends on the strategy: `trials` and `head` tell of heads on cached features,
     `phases`, `history` and `learning_curves` of networks; `train_run` is the folder under `runs/`.
-    `train_rejects` are training images that could not be used, by code.
+    `train_rejects` are training images that could not be used, by code, `val_rejects` those that would have chosen.
     """
 
     bundle: str
@@ -64,6 +64,7 @@ class TrainReport(Evaluation):
     history: list[EpochResult] = Field(default_factory=list)
     learning_curves: str | None = None
     train_rejects: dict[str, int] = Field(default_factory=dict)
+    val_rejects: int = 0
     notes: list[str] = Field(default_factory=list)
     within_error_budget: bool
 
@@ -77,12 +78,14 @@ class TrainReport(Evaluation):
 class _Trained:
     """What a strategy brings: a classifier, its part of the report, and how its run ends.
 
-    It learnt from `num_train_rows`, every view of an image being one, and was given `num_train_images`.
+    It learnt from `num_train_rows`, every view of an image being one, and was given `num_train_images`, and
+    `num_val_images` to choose by.
     """
 
     classifier: Classifier
     num_train_rows: int
     num_train_images: int
+    num_val_images: int = 0
     report: dict[str, Any] = field(default_factory=dict)
     finish: Callable[[dict[str, Any]], None] = lambda report: None
 
@@ -212,7 +215,12 @@ def _run(job: _Job) -> TrainReport:
         )
         files["README.md"] = model_card(card).encode()
         reference = write_bundle(store, config.name, files)
-        num_rejects = sum(trained.report.get("train_rejects", {}).values())
+        num_rejects = evaluation.rejects + sum(trained.report.get("train_rejects", {}).values())
+        num_images = evaluation.samples + trained.num_train_images
+        # A fold, or val where there is no test, is both: it chooses, and it is measured.
+        if job.measured_fold is None and job.measured_split is not Split.VAL:
+            num_rejects += trained.report.get("val_rejects", 0)
+            num_images += trained.num_val_images
         rows_told = [] if config.strategy is Strategy.AS_IS else row_notes(manifest, config.rows)
         notes = [*config.unused_keys_notes, *rows_told, *trained.report.get("notes", ())]
         report = TrainReport(
@@ -222,9 +230,7 @@ def _run(job: _Job) -> TrainReport:
             strategy=config.strategy,
             tap=classifier.tap,
             num_train_rows=trained.num_train_rows,
-            within_error_budget=config.error_budget.allows(
-                evaluation.rejects + num_rejects, evaluation.samples + trained.num_train_images
-            ),
+            within_error_budget=config.error_budget.allows(num_rejects, num_images),
         )
         trained.finish(report.model_dump(mode="json"))
         return report
@@ -314,12 +320,14 @@ def _train_probe(job: _Job, backbone: BackboneRecord) -> _Trained:
         "trials": summary.trials,
         "head": summary,
         "train_rejects": dict(Counter(taught.reject_codes) + Counter(summary.reject_codes)),
+        "val_rejects": summary.val_rejects,
         "notes": [*taught.notes, *precision_notes],
     }
     return _Trained(
         classifier=classifier,
         num_train_rows=summary.num_rows,
         num_train_images=taught.rows.num_rows,
+        num_val_images=probe.num_val_images,
         report=report,
     )
 
@@ -341,6 +349,7 @@ def _train_network(job: _Job, backbone: BackboneRecord) -> Iterator[_Trained]:
             classifier=_network_classifier(job, network.backbone),
             num_train_rows=network.num_train_rows,
             num_train_images=network.num_train_rows,
+            num_val_images=network.num_val_rows,
             report=_network_report(job, training.folder, network),
             finish=lambda report: training.finish(network, report, job.draw_curves),
         )
@@ -370,5 +379,6 @@ def _network_report(job: _Job, folder: RunFolder, network: TrainedNetwork) -> di
         "history": list(network.history),
         "learning_curves": job.store.uri(curves) if network.history else None,
         "train_rejects": network.reject_codes,
+        "val_rejects": network.val_rejects,
         "notes": list(network.notes),
     }

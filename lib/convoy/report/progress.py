@@ -86,7 +86,7 @@ class TerminalProgress:
 
     def start(self, total_samples: int, done_samples: int) -> None:
         """Work on samples begins."""
-        self._total, self._done, self._finished_now = total_samples, done_samples, 0
+        self._total, self._done, self._finished_now, self._rejects = total_samples, done_samples, 0, 0
         self._started_s = self._last_line_s = time.monotonic()
         self.stage("images")
         self._stillness = Stillness(self._started_s)

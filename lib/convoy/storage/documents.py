@@ -15,11 +15,8 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 
 def read_json(store: ObjectStore, key: str) -> Any:
     """A JSON document, or None where it does not exist. DataError for one that is damaged, as by hand."""
-    try:
-        data = store.get(key).data
-    except ObjectNotFound:
-        return None
-    return parse_json(data, where=store.uri(key))
+    data = _read(store, key)
+    return None if data is None else parse_json(data, where=store.uri(key))
 
 
 def parse_json(data: bytes, *, where: str) -> Any:
@@ -32,11 +29,8 @@ def parse_json(data: bytes, *, where: str) -> Any:
 
 def read_model(model: type[ModelT], store: ObjectStore, key: str) -> ModelT | None:
     """A document as what it should be, or None where it does not exist. DataError as of `parse_model`."""
-    try:
-        data = store.get(key).data
-    except ObjectNotFound:
-        return None
-    return parse_model(model, data, where=store.uri(key))
+    data = _read(store, key)
+    return None if data is None else parse_model(model, data, where=store.uri(key))
 
 
 def parse_model(model: type[ModelT], data: bytes, *, where: str) -> ModelT:
@@ -61,6 +55,13 @@ def exists(store: ObjectStore, key: str) -> bool:
     except ObjectNotFound:
         return False
     return True
+
+
+def _read(store: ObjectStore, key: str) -> bytes | None:
+    try:
+        return store.get(key).data
+    except ObjectNotFound:
+        return None
 
 
 def _damaged(how: str, where: str) -> DataError:

@@ -15,7 +15,6 @@ from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 
 _NUM_EXAMPLES, _NUM_NAMED = 10, 10
-_NO_LABEL = -1
 
 
 class DuplicateReport(StrictModel):
@@ -78,9 +77,10 @@ class _Groups:
         group_M = np.searchsorted(self.digests_G, digest_N[members_N])
         split_M = pc.index_in(rows["split"], pa.array(list(Split), pa.string())).to_numpy()
         np.bitwise_or.at(self._split_bits_G, group_M, np.left_shift(1, split_M).astype(np.uint8))
-        label_M = pc.fill_null(rows["label"], _NO_LABEL).to_numpy()
-        np.minimum.at(self._lowest_label_G, group_M, label_M)
-        np.maximum.at(self._highest_label_G, group_M, label_M)
+        has_label_M = pc.is_valid(rows["label"]).to_numpy(zero_copy_only=False)
+        label_L = rows["label"].filter(pa.array(has_label_M)).to_numpy()
+        np.minimum.at(self._lowest_label_G, group_M[has_label_M], label_L)
+        np.maximum.at(self._highest_label_G, group_M[has_label_M], label_L)
 
     @property
     def crosses_G(self) -> np.ndarray:
@@ -90,8 +90,8 @@ class _Groups:
 
     @property
     def conflicts_G(self) -> np.ndarray:
-        """Which groups have several labels, none being one."""
-        conflicts_G: np.ndarray = self._lowest_label_G != self._highest_label_G
+        """Which groups have several labels. Copies without one contradict nobody."""
+        conflicts_G: np.ndarray = self._lowest_label_G < self._highest_label_G
         return conflicts_G
 
     def worst(self) -> np.ndarray:

@@ -128,7 +128,7 @@ def _naming_damage(where: str, what: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        if not is_damage(error):
+        if not _is_damage(error):
             raise
         raise DataError(
             f"{what} ({error})",
@@ -137,7 +137,7 @@ def _naming_damage(where: str, what: str) -> Iterator[None]:
         ) from error
 
 
-def is_damage(error: Exception) -> bool:
+def _is_damage(error: Exception) -> bool:
     """Whether an error of Arrow's is about the bytes of a file, and not about memory or a file system.
 
     For damaged pages and footers it raises OSError too, but with a number only where the system gave one.

@@ -66,7 +66,7 @@ class ImageColumn:
         try:
             file = store.open_parquet(key)
         except DataError as error:
-            raise _damaged(error) from error
+            raise _unreadable(f"the parquet file is damaged: {error}") from error
         except ObjectUnreadable as error:
             raise _unreadable(error.what) from error
         if store.head(key).etag != self._etag:
@@ -116,10 +116,6 @@ def image_bytes_by_group(metadata: Any, container_field: str) -> list[int]:
     column = columns.index(container_field)
     groups = (metadata.row_group(index) for index in range(metadata.num_row_groups))
     return [group.column(column).total_uncompressed_size for group in groups]
-
-
-def _damaged(error: Exception) -> SampleRejected:
-    return _unreadable(f"the parquet file is damaged: {error}")
 
 
 def _unreadable(reason: str) -> SampleRejected:

@@ -29,7 +29,6 @@ SLICES_PER_INPUT_SHARD = 64
 # Where the frozen input of a run lies in its folder.
 INPUT = "input/"
 
-
 _log = logging.getLogger(__name__)
 
 

@@ -28,6 +28,21 @@ def test_without_a_terminal_epochs_and_notes_are_lines(capsys: pytest.CaptureFix
     ]
 
 
+def test_without_a_terminal_images_have_pace_rejects_and_time_left_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now_s)
+    with TerminalProgress() as shown:
+        for begun_s in (0.0, 100.0):
+            now_s = begun_s
+            shown.start(1000, 200)
+            for now_s in (begun_s + 1.0, begun_s + 20.0):  # noqa: B007 (the clock reads it)
+                shown.advance(95, 5)
+    told = "400 of 1,000 images, 10 images/s, 10 rejects, 60 s left"
+    assert capsys.readouterr().err.splitlines() == ["convoy: images", f"convoy: {told}"] * 2
+
+
 def test_without_a_terminal_a_long_epoch_is_told_of_now_and_then(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

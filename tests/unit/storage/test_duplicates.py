@@ -63,6 +63,17 @@ def test_leaks_and_label_conflicts_are_counted_and_named(tmp_path: Path) -> None
     assert report.across_splits >= 1
 
 
+def test_a_copy_without_a_label_contradicts_nobody(tmp_path: Path) -> None:
+    (tmp_path / "one.jpg").write_bytes(b"one")
+    (tmp_path / "copy.jpg").write_bytes(b"one")
+    listed = tmp_path / "images.csv"
+    listed.write_text("path,label,split\none.jpg,cat,train\ncopy.jpg,,test\n")
+    store = LocalStore(str(tmp_path / "workspace"))
+    freeze_dataset(store, "made", str(listed))
+    report = read_and_commit(store, open_dataset(store, "made"))
+    assert (report.groups, report.across_splits, report.label_conflicts) == (1, 1, 0)
+
+
 def test_of_a_large_group_a_few_are_named_and_all_are_counted(tmp_path: Path) -> None:
     files = {f"train/cat/{index:03}.jpg": b"one" for index in range(40)}
     store, manifest = dataset(tmp_path, {**files, "train/cat/x.jpg": b"two", "test/dog/y.jpg": b"two"})
