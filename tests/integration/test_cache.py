@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from cache_jobs import CacheJob, cached_features, freeze, made_job, write_digits
@@ -21,6 +22,7 @@ from convoy.core.records import Split
 from convoy.pipelines.cache import CacheConfig, CachePlan, plan_cache
 from convoy.storage.commits import feature_prefix, read_commits
 from convoy.storage.datasets import open_dataset
+from convoy.storage.feature_cache import FeatureSetSpec
 from convoy.storage.runs import RunFolder, open_pointers, run_ids
 from convoy.storage.stores import open_store
 from convoy.vision.engine_options import Precision, device_here
@@ -303,3 +305,12 @@ def test_every_set_lists_its_run_and_its_parts(base: CacheJob) -> None:
         assert len(commit.parts) == 6
         assert all(part.key.startswith(feature_prefix(set_id, commit.run_id)) for part in commit.parts)
         assert {part.key for part in commit.parts} <= files(base, set_id).keys()
+
+
+def test_a_file_of_features_says_by_itself_what_its_rows_are(base: CacheJob) -> None:
+    store = open_store(base.workspace)
+    for set_id in base.run()["sets"].values():
+        (commit,) = read_commits(store, set_id)
+        told = pq.read_schema(store.uri(commit.parts[0].key)).metadata
+        assert FeatureSetSpec.model_validate_json(told[b"convoy.spec"]).set_id == set_id
+        assert told[b"convoy.run_id"] == commit.run_id.encode()

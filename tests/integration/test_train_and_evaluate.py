@@ -13,6 +13,7 @@ from typing import Any
 import duckdb
 import numpy as np
 import onnxruntime
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
@@ -126,6 +127,9 @@ def test_linear_probe_reports_a_model_and_its_search(softmax: dict[str, Any]) ->
     interval = softmax["intervals"]["top1"]
     assert 0.7 < interval["low"] < interval["estimate"] == softmax["top1"] < interval["high"] < 1
     assert sum(map(sum, softmax["confusion"])) == 400
+    assert softmax["intervals"]["ece"]["low"] <= softmax["ece"] <= softmax["intervals"]["ece"]["high"]
+    recalls = [(one["recall"], one["recall_interval"]) for one in softmax["per_class"]]
+    assert all(interval["low"] < recall < interval["high"] or recall == 1 for recall, interval in recalls)
     assert [trial["C"] for trial in softmax["trials"]] == [1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1, 10]
 
 
@@ -147,6 +151,11 @@ def test_predictions_are_one_row_a_sample_and_agree_with_the_report(
     assert (model_digest, run) == (softmax["model_digest"], softmax["run"])
     assert softmax["bundle"] == f"digits@{model_digest}"
     assert convoy_json_here("verify", run, "--workspace", digits.workspace)["ok"]
+
+
+def test_a_file_of_predictions_names_its_classes(digits: Digits, softmax: dict[str, Any]) -> None:
+    (path, *_) = Path(f"{digits.workspace}/runs/{softmax['run']}/predictions").glob("*.parquet")
+    assert json.loads(pq.read_schema(path).metadata[b"convoy.classes"]) == softmax["classes"]
 
 
 def test_evaluated_bundle_is_worth_what_train_reported(digits: Digits, softmax: dict[str, Any]) -> None:

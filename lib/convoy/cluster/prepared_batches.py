@@ -35,10 +35,11 @@ from convoy.storage.runs import RunFolder
 from convoy.storage.samples import SampleReader
 from convoy.vision.decode_rule import DecodeFlag, DecodeRule
 from convoy.vision.decoding import decode_image, quiet_decoders
+from convoy.vision.sniffing import ImageFormat, named_format
 
 _BATCHES_AHEAD = 2
 # What is worth counting, but leaves the pixels as they are.
-_UNCHANGED = {DecodeFlag.ICC_PROFILE_IGNORED}
+_UNCHANGED = {DecodeFlag.ICC_PROFILE_IGNORED, DecodeFlag.MISNAMED}
 # Images of a slice that a sound network may give no finite numbers for, though for none of the others.
 _MOST_LOST_BY_CHANCE = 3
 
@@ -153,6 +154,7 @@ class _Prepared:
     """What a decode thread says of one image."""
 
     content_digest: bytes | None
+    format: ImageFormat
     flags: frozenset[DecodeFlag]
     seconds: float
 
@@ -277,7 +279,7 @@ class ImagePreparer(Generic[KeyT]):
         decoded = decode_image(data, self._rule)
         self._fill(decoded.pixels_CHW, content_id, places)
         content_digest = digest_bytes(data) if self._digests_content else None
-        return _Prepared(content_digest, decoded.flags, time.perf_counter() - started_s)
+        return _Prepared(content_digest, decoded.format, decoded.flags, time.perf_counter() - started_s)
 
     def _settle(self, batch: ImageBatch[KeyT], known: SliceImages) -> None:
         """Wait for the batch's images, and note which rows have one."""
@@ -291,10 +293,19 @@ class ImagePreparer(Generic[KeyT]):
             if prepared.content_digest is not None:
                 known.content_digests[row] = prepared.content_digest
             known.flags.update(prepared.flags)
+            if _is_misnamed(known.rows, row, prepared.format):
+                known.flags[DecodeFlag.MISNAMED] += 1
             if prepared.flags - _UNCHANGED:
                 known.converted.add(row)
             known.seconds["decode"] += prepared.seconds
         known.seconds["wait"] += time.perf_counter() - started_s
+
+
+def _is_misnamed(rows: pa.Table, row: int, image_format: ImageFormat) -> bool:
+    """Whether the name of a sample, or that of its object, promises another format than its bytes have."""
+    names = (rows[column][row].as_py() for column in ("sample_id", "uri"))
+    promised = next((named for name in names if (named := named_format(name))), image_format)
+    return promised is not image_format
 
 
 def _read_others(

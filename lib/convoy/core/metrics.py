@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from convoy.core.config import StrictModel
 from convoy.core.errors import DataError
+from convoy.core.statistics import Interval, wilson_interval
 
 NUM_CALIBRATION_BINS = 15
 TOP_K = 5
@@ -24,7 +25,10 @@ _VALUES_PER_SLICE = 1 << 20
 
 
 class ClassMetrics(StrictModel):
-    """One class against the rest; a ratio is None where it is 0/0 (no row has the class, or none got it)."""
+    """One class against the rest; a ratio is None where it is 0/0 (no row has the class, or none got it).
+
+    `recall_interval` is Wilson's at 95 %; reports of an older Convoy have none.
+    """
 
     label: int
     support: int
@@ -32,6 +36,7 @@ class ClassMetrics(StrictModel):
     precision: float | None
     recall: float | None
     f1: float | None
+    recall_interval: Interval | None = None
 
 
 class ReliabilityBin(StrictModel):
@@ -65,12 +70,17 @@ class Metrics(StrictModel):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RowOutcomes:
-    """What a bootstrap needs of each row, in the order the rows were added. The counts keep 9 bytes a row."""
+    """What a bootstrap needs of each row, in the order the rows were added. The counts keep 14 bytes a row.
+
+    `calibration_gap` is 1 or 0, for right or wrong, less the confidence; `calibration_bin` the bin that this is in.
+    """
 
     correct1_N: NDArray[np.bool_]
     correct5_N: NDArray[np.bool_]
     nll_N: NDArray[np.float32]
     brier_N: NDArray[np.float32]
+    calibration_gap_N: NDArray[np.float32]
+    calibration_bin_N: NDArray[np.uint8]
 
 
 class EvaluationCounts:
@@ -96,6 +106,8 @@ class EvaluationCounts:
         self._hits: list[NDArray[np.uint8]] = []  # bit 0: top-1, bit 1: top-5
         self._nlls: list[NDArray[np.float32]] = []
         self._briers: list[NDArray[np.float32]] = []
+        self._gaps: list[NDArray[np.float32]] = []
+        self._bins: list[NDArray[np.uint8]] = []
 
     def add(self, logits_BK: NDArray[Any], labels_B: NDArray[Any]) -> None:
         """Count a chunk of rows; for probabilities see `logits_from_probabilities`.
@@ -128,6 +140,8 @@ class EvaluationCounts:
         self._hits += other._hits
         self._nlls += other._nlls
         self._briers += other._briers
+        self._gaps += other._gaps
+        self._bins += other._bins
 
     def summary(self) -> Metrics:
         """The metrics of all rows so far; DataError if there are none."""
@@ -154,6 +168,8 @@ class EvaluationCounts:
             correct5_N=(hits & 2).astype(np.bool_),
             nll_N=np.concatenate([*self._nlls, np.empty(0, np.float32)]),
             brier_N=np.concatenate([*self._briers, np.empty(0, np.float32)]),
+            calibration_gap_N=np.concatenate([*self._gaps, np.empty(0, np.float32)]),
+            calibration_bin_N=np.concatenate([*self._bins, np.empty(0, np.uint8)]),
         )
 
     def _check(self, logits_BK: NDArray[Any], labels_B: NDArray[Any]) -> None:
@@ -199,6 +215,8 @@ class EvaluationCounts:
         self._bin_rows += np.bincount(bins_B, minlength=NUM_CALIBRATION_BINS)
         self._bin_correct += np.bincount(bins_B[correct_B], minlength=NUM_CALIBRATION_BINS)
         self._bin_confidence_sum += np.bincount(bins_B, confidence_B, minlength=NUM_CALIBRATION_BINS)
+        self._gaps.append((correct_B - confidence_B).astype(np.float32))
+        self._bins.append(bins_B.astype(np.uint8))
 
     def _class_metrics(self) -> Iterator[ClassMetrics]:
         hits_K = self.confusion_KK.diagonal().tolist()
@@ -212,6 +230,7 @@ class EvaluationCounts:
                 precision=_ratio(hits, predicted),
                 recall=_ratio(hits, support),
                 f1=_ratio(2 * hits, support + predicted),
+                recall_interval=wilson_interval(hits, support) if support else None,
             )
 
     def _reliability(self) -> Iterator[ReliabilityBin]:

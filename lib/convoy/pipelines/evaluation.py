@@ -15,7 +15,12 @@ from convoy.core.errors import DataError, ErrorBudgetExceeded
 from convoy.core.metrics import ClassMetrics, EvaluationCounts, ReliabilityBin
 from convoy.core.progress import Progress
 from convoy.core.records import Split
-from convoy.core.statistics import Interval, bootstrap_mean, wilson_interval
+from convoy.core.statistics import (
+    Interval,
+    bootstrap_calibration_error,
+    bootstrap_mean,
+    wilson_interval,
+)
 from convoy.pipelines.classifiers import Classifier
 from convoy.pipelines.feature_plan import ExtractionConfig, FeatureRequest
 from convoy.pipelines.features import FeatureJob
@@ -184,8 +189,13 @@ def measure_predictions(
         "top1": bootstrap_mean(rows.correct1_N),
         "top1_wilson": wilson_interval(int(rows.correct1_N.sum()), len(rows.correct1_N)),
         "top5": bootstrap_mean(rows.correct5_N),
-        **({"nll": bootstrap_mean(rows.nll_N), "brier": bootstrap_mean(rows.brier_N)} if honest else {}),
     }
+    if honest:
+        intervals |= {
+            "nll": bootstrap_mean(rows.nll_N),
+            "brier": bootstrap_mean(rows.brier_N),
+            "ece": bootstrap_calibration_error(rows.calibration_gap_N, rows.calibration_bin_N),
+        }
     return Evaluation(
         run=manifest.run_id,
         cache_run=cache_run,

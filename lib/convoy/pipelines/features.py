@@ -318,6 +318,8 @@ class FeatureJob:
             "convoy.schema_version": str(FEATURES_SCHEMA_VERSION),
             "convoy.run_id": record.run_id,
             "convoy.set_id": spec.set_id,
+            # Of which the id is the digest: what determines the rows, decode rule, transform and view among it.
+            "convoy.spec": spec.model_dump_json(),
             "convoy.arch": spec.arch,
             "convoy.weights_digest": spec.weights_digest,
             "convoy.tap": spec.tap,

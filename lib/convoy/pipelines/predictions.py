@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
 from collections import Counter
@@ -222,7 +223,7 @@ class PredictionJob:
             "convoy.model_digest": self._model_digest,
             "convoy.features": self._set_id,
             "convoy.dataset_fingerprint": self._manifest.fingerprint,
-            "convoy.classes": "\n".join(self._classifier.classes),
+            "convoy.classes": json.dumps(self._classifier.classes),
         }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from convoy.cluster.scoring_spec import MemberSpec, ScoreTable, ScoringSpec
@@ -78,7 +79,7 @@ def scoring_spec(
             "convoy.run_id": record.run_id,
             "convoy.model_digest": committee.digest,
             "convoy.dataset_fingerprint": manifest.fingerprint,
-            "convoy.classes": "\n".join(committee.classes),
+            "convoy.classes": json.dumps(committee.classes),
             "convoy.crops": request.plan.model_dump_json(),
             "convoy.averaging": committee.averaging.value,
         },

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import nn
@@ -102,15 +103,18 @@ def with_published_outputs(config: BackboneConfig) -> BackboneConfig:
 def default_preset(config: BackboneConfig) -> EvalPreset:
     """The preset of the config, else the one that its weights were trained with.
 
-    Random weights and files take that of the architecture's default weights. Raises ConfigError where none is known,
-    the named weights do not exist, no image would be large enough, or a preset does not say what of named weights is
-    not as usual: their mean and deviation, for instance.
+    Random weights take that of the architecture's default weights, files the one in which its published weights
+    agree. Raises ConfigError where none is known or they do not agree, the named weights do not exist, no image would
+    be large enough, or a preset does not say what of named weights is not as usual: their mean and deviation, for
+    instance.
     """
     told, is_named = config.preset, weight_source(config) is WeightSource.NAMED
     if told is not None and (not is_named or told.model_fields_set == set(EvalPreset.model_fields)):
         preset = told
     else:
         library, name = _locate(config.arch)
+        if told is None and weight_source(config) is WeightSource.URI:
+            _refuse_unsure(library, name, config)
         preset = library.preset(name, config.weights if is_named else DEFAULT_WEIGHTS_NAME)
         if told is not None:
             _refuse_unsaid(told, preset)
@@ -122,6 +126,25 @@ def default_preset(config: BackboneConfig) -> EvalPreset:
             next_step="set resize_px to as many as crop_px or more",
         )
     return preset
+
+
+def _refuse_unsure(library: NetworkLibrary, name: str, config: BackboneConfig) -> None:
+    """ConfigError where the published weights of an architecture differ in their preset: which one is a file's?"""
+    example_of: dict[EvalPreset, str] = {}
+    for weights in library.weight_names(name):
+        # Some of timm's are not cut but squashed, which no preset can say.
+        with suppress(ConfigError):
+            example_of.setdefault(library.preset(name, weights), weights)
+    if len(example_of) > 1:
+        shown = [
+            f"{json.dumps(preset.model_dump(mode='json'))} as {weights}"
+            for preset, weights in example_of.items()
+        ]
+        raise ConfigError(
+            f"the published weights of {config.arch} differ in how they want images, and a file does not say it",
+            where=f"backbone.weights={config.weights}",
+            next_step=f"set backbone.preset to what these weights were trained with: {', or '.join(shown)}",
+        )
 
 
 def _refuse_unsaid(told: EvalPreset, published: EvalPreset) -> None:

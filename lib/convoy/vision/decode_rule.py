@@ -39,7 +39,7 @@ class DecodeRule(StrictModel):
 
 
 class DecodeFlag(StrEnum):
-    """A conversion that was needed on the way to RGB. A public contract, counted in reports."""
+    """What was unusual on the way to RGB, such as a conversion. A public contract, counted in reports."""
 
     GREY_EXPANDED = "grey_expanded"
     PALETTE_EXPANDED = "palette_expanded"
@@ -49,3 +49,4 @@ class DecodeFlag(StrEnum):
     FIRST_FRAME_ONLY = "first_frame_only"
     EXIF_ROTATED = "exif_rotated"
     ICC_PROFILE_IGNORED = "icc_profile_ignored"
+    MISNAMED = "misnamed"

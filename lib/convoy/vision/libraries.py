@@ -33,6 +33,10 @@ class NetworkLibrary(Protocol):
         """All architectures that it knows."""
         ...
 
+    def weight_names(self, name: str) -> Sequence[str]:
+        """The weights that were published for an architecture."""
+        ...
+
     def build(self, name: str, **options: Any) -> nn.Module:
         """A network with random weights from the global generator; takes `num_classes`."""
         ...
@@ -78,6 +82,12 @@ class Torchvision:
 
         names: list[str] = torchvision.models.list_models(module=torchvision.models)
         return names
+
+    def weight_names(self, name: str) -> Sequence[str]:
+        """As torchvision's enum of the architecture's weights has them."""
+        import torchvision  # noqa: PLC0415
+
+        return list(torchvision.models.get_model_weights(name).__members__)
 
     def build(self, name: str, **options: Any) -> nn.Module:
         """A network with random weights, without auxiliary classifiers."""
@@ -146,6 +156,12 @@ class Timm:
 
         names: list[str] = timm.list_models()
         return names
+
+    def weight_names(self, name: str) -> Sequence[str]:
+        """The tags of the architecture."""
+        import timm  # noqa: PLC0415
+
+        return [full.partition(".")[2] for full in timm.list_pretrained(f"{name}.*")]
 
     def build(self, name: str, **options: Any) -> nn.Module:
         """A network with random weights."""
@@ -220,7 +236,7 @@ class Timm:
 
         if weights in DEFAULT_WEIGHTS:
             return timm.get_pretrained_cfg(name)
-        tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{name}.*")]
+        tags = self.weight_names(name)
         if weights not in tags:
             raise _unknown_weights(self.prefix + name, weights, tags)
         return timm.get_pretrained_cfg(f"{name}.{weights}")
@@ -239,6 +255,10 @@ class Classics:
     def names(self) -> Sequence[str]:
         """LeNet-5 and the CIFAR ResNets."""
         return list(self._builders)
+
+    def weight_names(self, name: str) -> Sequence[str]:
+        """None."""
+        return []
 
     def build(self, name: str, **options: Any) -> nn.Module:
         """A network with random weights."""
@@ -288,6 +308,10 @@ class Factories:
                 next_step="return the network",
             )
         return network
+
+    def weight_names(self, name: str) -> Sequence[str]:
+        """None."""
+        return []
 
     def pretrained(self, name: str, weights: str) -> nn.Module:
         """Always a ConfigError."""

@@ -24,6 +24,26 @@ class ImageFormat(StrEnum):
     AVIF = "AVIF"
 
 
+_EXTENSIONS = {
+    "jpg": ImageFormat.JPEG,
+    "jpeg": ImageFormat.JPEG,
+    "jpe": ImageFormat.JPEG,
+    "jfif": ImageFormat.JPEG,
+    "png": ImageFormat.PNG,
+    "webp": ImageFormat.WEBP,
+    "gif": ImageFormat.GIF,
+    "bmp": ImageFormat.BMP,
+    "tif": ImageFormat.TIFF,
+    "tiff": ImageFormat.TIFF,
+    "avif": ImageFormat.AVIF,
+}
+
+
+def named_format(name: str) -> ImageFormat | None:
+    """The format that the extension of a file's name promises, or None where it is none of an image."""
+    return _EXTENSIONS.get(name.rpartition(".")[2].lower())
+
+
 class Family(StrEnum):
     """Whether bytes show a picture in some format, or are something else."""
 

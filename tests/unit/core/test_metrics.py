@@ -88,7 +88,7 @@ def test_chunks_of_any_size_and_merged_workers_give_the_same_metrics(chunk_rows,
     merged.merge(count(logits[37:], labels[37:], chunk_rows))
     assert_equal_metrics(merged.summary(), whole.summary())
     np.testing.assert_array_equal(merged.confusion_KK, whole.confusion_KK)
-    for name in ("nll_N", "brier_N"):
+    for name in ("nll_N", "brier_N", "calibration_gap_N", "calibration_bin_N"):
         np.testing.assert_array_equal(
             getattr(merged.row_outcomes(), name), getattr(whole.row_outcomes(), name)
         )
@@ -121,6 +121,17 @@ def test_row_outcomes_give_the_metrics_again():
     assert rows.correct5_N.mean() == metrics.top5
     assert rows.nll_N.mean(dtype=np.float64) == pytest.approx(metrics.nll, rel=1e-6)
     assert rows.brier_N.mean(dtype=np.float64) == pytest.approx(metrics.brier, rel=1e-6)
+    totals = np.bincount(rows.calibration_bin_N, rows.calibration_gap_N.astype(np.float64))
+    assert np.abs(totals).sum() / len(labels) == pytest.approx(metrics.ece, rel=1e-5)
+
+
+def test_recall_has_the_interval_of_a_rate():
+    logits, labels = make_rows()
+    for row in count(logits, labels).summary().per_class:
+        assert row.recall_interval.estimate == pytest.approx(row.recall)
+        assert row.recall_interval.low < row.recall < row.recall_interval.high
+    unseen = count(np.array([[1.0, 0.0]]), np.array([0])).summary().per_class[1]
+    assert unseen.recall_interval is None
 
 
 def test_ratios_without_rows_are_undefined_rather_than_zero():

@@ -6,6 +6,7 @@ from scipy import stats
 
 from convoy.core.errors import ConfigError, DataError
 from convoy.core.statistics import (
+    bootstrap_calibration_error,
     bootstrap_difference,
     bootstrap_mean,
     effective_counts,
@@ -163,6 +164,41 @@ def test_intervals_cover_the_true_mean_about_as_often_as_they_say():
         interval = bootstrap_mean(random.random(200) < 0.7, num_resamples=400, seed=trial)
         hits += interval.low <= 0.7 <= interval.high
     assert 0.90 <= hits / 300 <= 0.985
+
+
+def overconfident_rows(num_rows, excess, rng):
+    """Gaps and bins of rows that are right less often than their confidence says, by so much in every bin."""
+    confidences = rng.uniform(0.4, 1.0, num_rows)
+    is_right = rng.uniform(size=num_rows) < confidences - excess
+    return is_right - confidences, np.minimum((confidences * 15).astype(np.int64), 14)
+
+
+@pytest.mark.parametrize("num_rows", [1000, 20_000])
+def test_the_interval_of_a_calibration_error_holds_the_truth_about_as_often_as_it_says(num_rows):
+    rng = np.random.default_rng(0)
+    samples = [overconfident_rows(num_rows, 0.1, rng) for _ in range(60)]
+    intervals = [bootstrap_calibration_error(*rows, num_resamples=300) for rows in samples]
+    assert 0.85 <= np.mean([one.low <= 0.1 <= one.high for one in intervals]) <= 1.0
+    assert max(one.high - one.low for one in intervals) < 5 / math.sqrt(num_rows)
+
+
+def test_chance_alone_does_not_look_like_a_calibration_error():
+    rng = np.random.default_rng(3)
+    intervals = [
+        bootstrap_calibration_error(*overconfident_rows(300, 0.0, rng), num_resamples=300) for _ in range(40)
+    ]
+    assert np.mean([one.estimate for one in intervals]) > 0.04
+    assert np.mean([one.low for one in intervals]) < 0.01
+    assert all(0 <= one.low < one.estimate <= one.high for one in intervals)
+
+
+def test_the_normal_limit_of_a_calibration_error_continues_the_drawn_one(monkeypatch):
+    gaps, bins = overconfident_rows(10_000, 0.05, np.random.default_rng(1))
+    drawn = bootstrap_calibration_error(gaps, bins)
+    monkeypatch.setattr("convoy.core.statistics._MAX_GAPS_BY_INDEX", 0)
+    limit = bootstrap_calibration_error(gaps, bins)
+    assert limit.estimate == drawn.estimate
+    assert (limit.low, limit.high) == pytest.approx((drawn.low, drawn.high), abs=0.002)
 
 
 def test_equal_seeds_give_equal_intervals_and_others_do_not():

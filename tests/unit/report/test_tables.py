@@ -38,6 +38,18 @@ def test_a_short_list_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert "cat, dog" in capsys.readouterr().out
 
 
+def test_the_confusion_of_a_few_classes_and_intervals_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    recall = {"estimate": 0.9, "low": 0.8, "high": 0.95, "confidence": 0.95}
+    report = Report(
+        top1=0.5, classes=["cat", "dog"], confusion=[[31, 4], [7, 58]], by_class=[{"recall": recall}]
+    )
+    print_report(report)
+    lines = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines()]
+    assert ["0", "cat", "31", "4"] in lines
+    assert ["1", "dog", "7", "58"] in lines
+    assert ["0.8", "to", "0.95"] in lines
+
+
 def test_advice_is_a_short_text_and_the_command_for_its_page(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -168,6 +168,18 @@ def test_presets_are_those_of_the_named_weights() -> None:
     assert second == EvalPreset(resize_px=232)
 
 
+@pytest.mark.parametrize("weights", ["s3://bucket/resnet50-0676ba61.pth", "nets/own.safetensors"])
+def test_a_file_of_weights_has_no_preset_where_published_ones_differ(weights: str) -> None:
+    config = BackboneConfig(arch="torchvision:resnet50", weights=weights)
+    with pytest.raises(ConfigError, match=r"torchvision:resnet50 differ") as refused:
+        default_preset(config)
+    assert '{"resize_px": 256, "crop_px": 224' in str(refused.value.next_step)
+    assert "as IMAGENET1K_V1, or " in str(refused.value.next_step)
+    told = config.model_copy(update={"preset": EvalPreset()})
+    assert default_preset(told) == EvalPreset()
+    assert default_preset(config.model_copy(update={"arch": "torchvision:resnet18"})) == EvalPreset()
+
+
 def test_torchvisions_full_names_of_weights_are_understood() -> None:
     weights = "ResNet50_Weights.IMAGENET1K_V2"
     assert weight_source(BackboneConfig(arch="torchvision:resnet50", weights=weights)) is WeightSource.NAMED
