@@ -22,6 +22,8 @@ _MOST_DEATHS = 5
 _DEATHS_OF_AN_IMAGE = 2
 # If there are more in one slice, it is not the images.
 _MOST_DEADLY_IMAGES = 3
+# Deaths of one worker before it was ready, behind the first one.
+_MOST_DEATHS_AT_START = 3
 _NAMESPACE = "convoy"
 
 
@@ -112,6 +114,32 @@ class DeathWatch:
         finally:
             self._notes.delete(name)
             self._notes.delete(of_images)
+
+    @contextmanager
+    def starting(self, next_step: str) -> Iterator[None]:
+        """Note that this worker is being made. ClusterError if too many died in its place before they were ready."""
+        if not self._follows_a_death:
+            yield
+            return
+        name = f"start of {self._place}"
+        num_deaths = int(self._notes.get(name) or 0)
+        if num_deaths >= _MOST_DEATHS_AT_START:
+            raise ClusterError(
+                f"a worker ended {num_deaths} times, one after another, before it was ready",
+                next_step=next_step,
+            )
+        self._notes.put(name, str(num_deaths + 1))
+        try:
+            yield
+        finally:
+            self._notes.delete(name)
+
+    @cached_property
+    def _place(self) -> str:
+        """The worker's place in its pool, which one that follows it takes over."""
+        import ray  # noqa: PLC0415
+
+        return str(ray.get_runtime_context().get_actor_id())
 
     @cached_property
     def _follows_a_death(self) -> bool:

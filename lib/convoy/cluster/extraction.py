@@ -64,11 +64,13 @@ class FeatureExtractor:
             watch=self._watch,
             digests_content=True,
         )
-        network, axis = open_network(self._store, spec.backbone, spec.weights_key, spec.num_classes)
-        taps = tuple(dict.fromkeys(output.tap for output in spec.outputs))
-        self._engine = FeatureEngine(network, axis, spec.preset, taps=taps, options=spec.engine)
-        with self._watch.timing_first_batch():
-            features = self._engine.warm_up()
+        # A workspace on a mount may hang as images do.
+        with self._watch.watching():
+            network, axis = open_network(self._store, spec.backbone, spec.weights_key, spec.num_classes)
+            taps = tuple(dict.fromkeys(output.tap for output in spec.outputs))
+            self._engine = FeatureEngine(network, axis, spec.preset, taps=taps, options=spec.engine)
+            with self._watch.timing_first_batch():
+                features = self._engine.warm_up()
         self._widths = {tap: features_BD.shape[1] for tap, features_BD in features.items()}
 
     def __call__(self, task: SliceTask, trials: ImageTrials | None = None) -> SliceRecord:

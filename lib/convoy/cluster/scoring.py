@@ -60,14 +60,19 @@ class Scorer:
             budget_bytes = weights_budget_bytes(*torch.cuda.mem_get_info(), spec.gpu_share)
             options = options.model_copy(update={"max_resident_bytes": budget_bytes})
         tap = None if spec.table is None else spec.table.features_tap
-        members = [Member(_open_network(self._store, member, tap), member.options) for member in spec.members]
-        if spec.is_dense:
-            for member in members:
-                check_input_size(member.network, member.options.preset)
-        self._committee = Committee(members, options)
-        self._gated = None if spec.gate is None else GatedCommittee(self._committee, spec.gate)
-        with self._watch.timing_first_batch():
-            (self._gated or self._committee).warm_up()
+        members = []
+        # A workspace on a mount may hang as images do.
+        with self._watch.watching():
+            for told in spec.members:
+                members.append(Member(_open_network(self._store, told, tap), told.options))
+                self._watch.moved()
+            if spec.is_dense:
+                for member in members:
+                    check_input_size(member.network, member.options.preset)
+            self._committee = Committee(members, options)
+            self._gated = None if spec.gate is None else GatedCommittee(self._committee, spec.gate)
+            with self._watch.timing_first_batch():
+                (self._gated or self._committee).warm_up()
 
     def __call__(self, task: SliceTask, trials: ImageTrials | None = None) -> SliceRecord:
         """Predict one slice, write its parts, its rejects, and the record that makes them count."""

@@ -32,6 +32,10 @@ _MEMORY_AN_OPERATOR_BYTES = 2 << 30
 _COPIES_OF_WEIGHTS = 2
 _ROWS_AN_OPERATOR = 1000
 _FORWARD_S_AN_OPERATOR = 8.0
+_AFTER_DEATHS_AT_START = (
+    "most likely the memory is too small for the network (use fewer workers: extraction.num_workers, or larger nodes);"
+    " the worker's log in Ray's session folder may say more; then run the same command again, finished slices are kept"
+)
 _AFTER_A_DEADLY_SLICE = (
     "no single image of it does so: most likely the memory is too small (use fewer workers: extraction.num_workers), or"
     " a mounted folder does not answer;"
@@ -237,7 +241,8 @@ class SliceWorker:
         self._operator: SliceOperator | ConvoyError
         try:
             require_versions(versions)
-            self._operator = self._thread.submit(factory, spec_json).result()
+            with self._watch.starting(_AFTER_DEATHS_AT_START):
+                self._operator = self._thread.submit(factory, spec_json).result()
         except ConvoyError as error:
             self._operator = error
 

@@ -77,10 +77,12 @@ def collect_garbage(
     found, kept, finished = _candidates(store, older_than_days)
     living = living_holders([candidate.folder for candidate in found])
     kept += [KeptRun(run=run_id, why="a driver is at work on it") for run_id in sorted(living)]
+    ended = _ended_since([candidate.folder for candidate in found])
+    kept += [KeptRun(run=run_id, why="it has ended in the meantime") for run_id in sorted(ended - living)]
     garbage = [
         _removed(store, candidate.folder.run_id, candidate.why, _files_of(candidate.folder), changes)
         for candidate in found
-        if candidate.folder.run_id not in living
+        if candidate.folder.run_id not in living | ended
     ]
     garbage += [
         _removed(
@@ -133,6 +135,12 @@ def _candidates(
         else:
             kept.append(KeptRun(run=folder.run_id, why=reason))
     return found, kept, [folder for folder, state in known if state is RunState.FINISHED]
+
+
+def _ended_since(found: Sequence[RunFolder]) -> set[str]:
+    """The runs that have ended while leases were watched, as their drivers were at the last steps."""
+    named = _named_runs(found[0].store) if found else set()
+    return {folder.run_id for folder in found if folder.run_id in named or folder.is_finished()}
 
 
 def _leftovers_of(finished: Sequence[RunFolder]) -> Iterator[tuple[RunFolder, list[ObjectInfo]]]:

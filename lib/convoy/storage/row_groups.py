@@ -23,8 +23,8 @@ _BATCH_ROWS = 1024
 class ImageColumn:
     """The column `container_field` of one version of a parquet file. Thread-safe.
 
-    Raises SampleRejected for a file that is damaged, not of the version `etag`, or not given by the disk; errors of
-    storage pass, ObjectReplaced among them where the file is replaced while it is read.
+    Raises SampleRejected for a file that is damaged or not of the version `etag`; errors of storage pass, among them
+    ObjectUnreadable where the disk does not give it, and ObjectReplaced where it is replaced while it is read.
     """
 
     def __init__(self, uri: str, etag: str, container_field: str) -> None:
@@ -67,8 +67,6 @@ class ImageColumn:
             file = store.open_parquet(key)
         except DataError as error:
             raise _unreadable(f"the parquet file is damaged: {error}") from error
-        except ObjectUnreadable as error:
-            raise _unreadable(error.what) from error
         if store.head(key).etag != self._etag:
             raise SampleRejected(RejectCode.CHANGED, Stage.FETCH, "the parquet file is of another version")
         return file
@@ -85,7 +83,7 @@ class ImageColumn:
             except OSError as error:
                 what = f"the file system failed: {error.strerror or error}"
                 if error.errno == errno.EIO:
-                    raise _unreadable(what) from error
+                    raise ObjectUnreadable(what, where=self.uri) from error
                 raise StorageError(what, where=self.uri, errno=error.errno) from error
 
     def _read_once(self, group: int, wanted: Sequence[int]) -> dict[int, bytes]:

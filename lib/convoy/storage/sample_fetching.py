@@ -19,6 +19,7 @@ from convoy.core.errors import (
     ReadingRefused,
     SourceMissing,
     StorageError,
+    StoreUnavailable,
 )
 from convoy.core.records import RejectCode, SampleRejected, Stage
 from convoy.storage.object_store import Blob
@@ -63,7 +64,8 @@ def read_or_reject(read: Callable[[], T], uri: str, uris: UriReader, *, num_imag
 
     That is one that the disk does not give, or that its store keeps failing to give while it gives another one. A store
     that gives nothing is no fault of an object: its errors pass, as do those that `rejecting` knows. Where it refuses
-    every object, ReadingRefused is raised, and SourceMissing where it has none.
+    every object, ReadingRefused is raised, SourceMissing where it has none, and StoreUnavailable of a disk that gives
+    none.
     """
     for _attempt in range(2):
         try:
@@ -76,9 +78,12 @@ def read_or_reject(read: Callable[[], T], uri: str, uris: UriReader, *, num_imag
             if not isinstance(error, CredentialsRefused) and uris.refuses_all(uri):
                 raise _reading_refused(error) from error
             raise
+        except ObjectUnreadable as error:
+            if uris.gives_nothing(uri):
+                raise _disk_failing(error) from error
+            rejected = _reject(RejectCode.UNREADABLE, error.what)
         except StorageError as error:
-            is_of_disk = isinstance(error, ObjectUnreadable)
-            if isinstance(error, _OF_OBJECT) or not (is_of_disk or uris.still_gives(uri)):
+            if isinstance(error, _OF_OBJECT) or not uris.still_gives(uri):
                 raise
             rejected = _reject(RejectCode.UNREADABLE, error.what)
     raise rejected
@@ -151,6 +156,14 @@ def _reading_refused(error: AccessDenied) -> ReadingRefused:
         where=error.where,
         next_step=f"{error.next_step or 'allow reading them'}; then run the same command again, finished work is kept."
         " Or leave these images out of the dataset, and begin with --new-run",
+    )
+
+
+def _disk_failing(error: ObjectUnreadable) -> StoreUnavailable:
+    return StoreUnavailable(
+        f"the disk or mount gives neither this image nor the one that it gave before: {error.what}",
+        where=error.where,
+        next_step="see to the disk, or what is mounted there; then run the same command again, finished work is kept",
     )
 
 

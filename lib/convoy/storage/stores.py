@@ -106,15 +106,25 @@ class UriReader:
         If so, the failure is that of one object. Where nothing was read yet, another object of its folder is asked for.
         Never so after many failures in a row.
         """
-        place, key = _split(uri)
+        place, _ = _split(uri)
         self._failures[place] = self._failures.get(place, 0) + 1
-        if self._failures[place] > _MOST_FAILURES_IN_A_ROW:
-            return False
+        return self._failures[place] <= _MOST_FAILURES_IN_A_ROW and self._gives_another(uri) is True
+
+    def gives_nothing(self, uri: str) -> bool:
+        """Whether the disk or mount of `uri`, which does not give that, does not give what it gave last either.
+
+        Many in a row say nothing here: a disk may have lost a whole folder. Nor does a file with no other beside it.
+        """
+        return self._gives_another(uri) is False
+
+    def _gives_another(self, uri: str) -> bool | None:
+        """Whether what was read last, or else another object of the folder, can be read; None where there is none."""
+        place, key = _split(uri)
         store = _impatient_store(place)
         try:
             sample = self._last_reads.get(place) or _neighbour(store, key)
             if sample is None:
-                return False
+                return None
             store.get(sample.key, byte_range=sample.byte_range)
         except StorageError:
             return False

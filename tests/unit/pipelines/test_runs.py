@@ -622,6 +622,26 @@ def test_a_run_that_a_driver_is_still_at_stays(store: LocalStore) -> None:
     assert [one.what for one in gc(store).garbage] == [OLD]
 
 
+def test_a_run_that_ends_while_leases_are_watched_stays(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pointer, folder, record = opened(store)
+    parts = [finish_slice(store, record, name) for name in SLICES]
+    give_up(folder)
+    pointer.close(folder)
+
+    def ending(folders: object) -> set[str]:
+        publish(folder, record, parts)
+        finish(folder, {})
+        return set()
+
+    monkeypatch.setattr("convoy.pipelines.runs_gc.living_holders", ending)
+    report = gc(store, older_than_days=0)
+    assert report.garbage == []
+    assert [(kept.run, kept.why) for kept in report.kept] == [(folder.run_id, "it has ended in the meantime")]
+    assert verify_run(store, folder.run_id).ok
+
+
 def test_checkpoints_and_what_ray_train_wrote_go_once_their_training_is_finished(store: LocalStore) -> None:
     done, _ = finished(store, "finished")
     _, unfinished, _ = opened(store, "open")

@@ -24,6 +24,7 @@ from convoy.core.errors import (
     CredentialsExpired,
     ExitCode,
     ObjectArchived,
+    ObjectUnreadable,
     ReadingRefused,
     SourceMissing,
     StorageError,
@@ -304,7 +305,7 @@ def test_a_row_group_that_the_disk_does_not_give_is_lost_and_no_other(
     parquet: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = rows_of(parquet)
-    fail_row_groups(monkeypatch, *[OSError(errno.EIO, "made")] * 2)
+    fail_row_groups(monkeypatch, *[OSError(errno.EIO, "made")] * 4)
     found = read(rows, num_threads=1)
     num_lost = found.count(RejectCode.UNREADABLE)
     assert 0 < num_lost < 20
@@ -472,6 +473,42 @@ def test_a_store_that_fails_for_many_objects_in_a_row_is_no_reject(
     fail_to_open(monkeypatch, *(f"{number:03}.jpg" for number in range(1, 40)))
     with pytest.raises(StorageError, match="made"):
         read(rows, num_threads=1)
+
+
+@pytest.mark.parametrize("after_images", [0, 20])
+def test_a_mount_that_fails_for_everything_stops_the_job(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, after_images: int
+) -> None:
+    rows = rows_of(folder)
+    fail_to_open(monkeypatch, ".jpg", code=errno.EIO, after_images=after_images)
+    with pytest.raises(StoreUnavailable, match="disk or mount gives neither"):
+        read(rows, num_threads=1)
+
+
+def test_many_files_in_a_row_that_the_disk_has_lost_are_rejects(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_files(tmp_path, *(f"{number:03}.jpg" for number in range(200)))
+    rows = rows_of(tmp_path)
+    fail_to_open(monkeypatch, *(f"{number:03}.jpg" for number in range(10, 190)), code=errno.EIO)
+    found = read(rows, num_threads=1)
+    assert [row for row, data in enumerate(found) if data is RejectCode.UNREADABLE] == list(range(10, 190))
+
+
+def test_a_parquet_file_that_a_failing_mount_does_not_give_is_no_reject(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        pq.write_table(pa.table({"image": [jpeg_bytes(0), jpeg_bytes(1)]}), tmp_path / f"{name}.parquet")
+    rows = rows_of(tmp_path)
+
+    def failing(store: LocalStore, key: str, **options: Any) -> Any:
+        raise ObjectUnreadable("the mount does not answer", where=key)
+
+    monkeypatch.setattr(LocalStore, "open_parquet", failing)
+    monkeypatch.setattr(LocalStore, "get", failing)
+    with pytest.raises(StoreUnavailable, match="disk or mount gives neither"):
+        read(rows)
 
 
 def test_a_parquet_file_that_its_store_keeps_failing_to_give_is_lost_and_no_other(
