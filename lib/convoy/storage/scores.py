@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from convoy.core.errors import ConfigError
@@ -115,9 +115,21 @@ def partitioned(
             yield (PREDICTIONS,), table
             continue
         column = "split" if by is PartitionBy.SPLIT else "label"
-        for value in sorted(pc.unique(table[column]).to_pylist(), key=lambda value: (value is None, value)):
-            chosen = pc.is_null(table[column]) if value is None else pc.equal(table[column], value)
-            yield (_partition(by, value, classes),), table.filter(chosen)
+        for value, rows in _rows_by_value(table, column):
+            yield (_partition(by, value, classes),), rows
+
+
+def _rows_by_value(table: pa.Table, column: str) -> list[tuple[Any, pa.Table]]:
+    """The rows of each value in their order, values in order, null last; sorted once, as classes may be thousands."""
+    encoded = table[column].combine_chunks().dictionary_encode(null_encoding="encode")
+    order_N = np.argsort(encoded.indices.to_numpy(), kind="stable")
+    sizes_V = np.bincount(encoded.indices.to_numpy(), minlength=len(encoded.dictionary))
+    ordered, ends_V = table.take(pa.array(order_N)), np.cumsum(sizes_V)
+    found = [
+        (value, ordered.slice(end - size, size))
+        for value, end, size in zip(encoded.dictionary.to_pylist(), ends_V, sizes_V, strict=True)
+    ]
+    return sorted(found, key=lambda one: (one[0] is None, one[0]))
 
 
 def _partition(by: PartitionBy, value: str | int | None, classes: Sequence[str]) -> str:
