@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -67,10 +68,10 @@ class StreamedFeatures:
         self._rows = rows
         chunk = next((chunk for set_id in set_ids for chunk in self._chunks(set_id)), None)
         if chunk is None:
-            codes = cache.count_rejects(set_ids[:1], rows.content_ids_N)
-            told = ", ".join(f"{number} {code}" for code, number in codes.items())
+            codes = Counter(cache.count_rejects(set_ids[:1], rows.content_ids_N))
+            told = ", ".join(f"{number} {code}" for code, number in codes.most_common())
             raise DataError(
-                f"none of {len(rows)} images has features: {told or 'no run has looked at them'}",
+                f"none of {len(rows)} images has features: {told}",
                 next_step="see to these images; `convoy cache` lists every reject with its reason",
             )
         self._num_features: int = chunk.features_BD.shape[1]

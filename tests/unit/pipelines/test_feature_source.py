@@ -269,9 +269,9 @@ def test_a_split_without_labels_is_refused_by_name(store: LocalStore) -> None:
 
 @both_sources
 def test_samples_without_any_feature_are_refused(store: LocalStore, limit_bytes: int) -> None:
-    commit_names(store, ["of another dataset"])
+    commit_names(store, ["of another dataset", NAMES[0]], rejected=NAMES[:1])
     rows = labelled(store, samples_of(NAMES))
-    with pytest.raises(DataError, match="no row of these samples"):
+    with pytest.raises(DataError, match="none of 10 images has features: 9 unreadable, 1 corrupt"):
         opened(store, rows, limit_bytes)
 
 
