@@ -44,7 +44,7 @@ class HeadSummary(StrictModel):
     `body_pass_s`, as measured when the features were computed; `saved_s` is that for all passes but the one
     that filled the cache, less the fit: for a probe the passes of the same fit, for a fine-tuning (`in_place_of`) the
     epochs that the fit replaces. Null where the cache was filled by another network run. `reject_codes` count
-    the training images that have no features, and were left out; `val_rejects` are as many validation images.
+    the training images that have no features, and were left out; `val_rejects` is the number of such validation images.
     """
 
     num_rows: int
