@@ -254,13 +254,14 @@ class WorkerKiller:
                 self.kills += 1
 
 
-def busy_workers() -> list[int]:
-    """The descendants of this process that are at work on a slice, as the titles say that Ray gives its workers."""
+def busy_workers(*, ancestor: int | None = None) -> list[int]:
+    """The descendants of a process, by default this one, that are at work on a slice, as Ray titles its workers."""
     processes = process_table()
     return [
         pid
         for pid, process in processes.items()
-        if re.search(r"MapWorker.*\.submit", process.title) and is_descendant(pid, processes)
+        if re.search(r"MapWorker.*\.submit", process.title)
+        and is_descendant(pid, processes, ancestor=ancestor)
     ]
 
 

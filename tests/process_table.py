@@ -28,8 +28,9 @@ def process_table() -> dict[int, Process]:
     return found
 
 
-def is_descendant(pid: int, processes: Mapping[int, Process]) -> bool:
-    """Whether a process is this one or below it: other tests have processes of the same titles."""
-    while pid in processes and pid != os.getpid():
+def is_descendant(pid: int, processes: Mapping[int, Process], *, ancestor: int | None = None) -> bool:
+    """Whether a process is the ancestor, by default this one, or below it: other tests have some of equal titles."""
+    wanted = os.getpid() if ancestor is None else ancestor
+    while pid in processes and pid != wanted:
         pid = processes[pid].parent
-    return pid == os.getpid()
+    return pid == wanted

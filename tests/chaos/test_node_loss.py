@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 import pytest
 from ray.cluster_utils import Cluster
 
-from chaos_jobs import SLICE_ROWS, ChaosBucket, ChaosJob, FaultTable, wait_for
+from chaos_jobs import SLICE_ROWS, ChaosBucket, ChaosJob, FaultTable, busy_workers, wait_for
 from command_lines import TIMEOUT_S
 from fault_proxy import Delay, FaultProxy, FaultRule
 from ray_nodes import HEALTH_CHECKS, running_nodes
@@ -76,8 +76,11 @@ def test_a_node_that_dies_costs_only_the_slices_it_had(
 ) -> None:
     job = bucket.new_job(verb, {"RAY_ADDRESS": cluster.address}).changed(*SPREAD)
     with s3_behind_proxy.injecting(SLOW_IMAGES), begun(job) as process:
+        node = next(iter(cluster.worker_nodes))
+        (raylet,) = node.all_processes["raylet"]
+        wait_for(lambda: bool(busy_workers(ancestor=raylet.process.pid)), process)
         before = job.attempts()
-        cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+        cluster.remove_node(node, allow_graceful=False)
         cluster.add_node(num_cpus=2)
         _, stderr = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0, stderr
