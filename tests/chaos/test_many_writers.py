@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.chaos]
 NUM_SLICES = 6
 MANY = "writers=many"
 # What is created, or replaced, only if nobody else has done so.
-CLAIMS = r"/(open/[^/]+|lease\.json|manifest\.json|_SUCCESS)$"
+CLAIMS = r"/(open/[^/]+|lease\.json|manifest\.json)$"
 
 
 def refuse_after_storing(exchange: Exchange) -> None:
@@ -73,7 +73,7 @@ def test_a_job_rides_over_claims_whose_fate_is_unknown(
     rule = FaultRule(method="PUT", key=CLAIMS, action=SPOILT_CLAIMS[fault], times_a_key=1)
     with s3_behind_proxy.injecting(rule) as (injected,):
         job.run_here()
-    assert injected.fired >= 4, "the fault did not fire for each kind of claim"
+    assert injected.fired >= 3, "the fault did not fire for each kind of claim"
     assert {len(attempts) for attempts in job.attempts().values()} == {1}
     fault_table.add(
         f"{fault}, score of many writers",

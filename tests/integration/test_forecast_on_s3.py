@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from chaos_jobs import SLICE_ROWS, ChaosBucket
-from command_lines import convoy_here, last_json
+from command_lines import convoy_here, report_of
 from fault_proxy import FaultProxy
 
 pytestmark = pytest.mark.integration
@@ -25,16 +23,22 @@ def bucket(
 
 def test_a_forecast_is_near_what_the_run_takes(bucket: ChaosBucket, s3_behind_proxy: FaultProxy) -> None:
     job = bucket.new_job("score").changed(PRICES)
-    foretold = json.loads(convoy_here(*job.arguments(), "--dry-run").stdout)["forecast"]
+    foretold = report_of(convoy_here(*job.arguments(), "--dry-run"))
     s3_behind_proxy.forget()
-    report = last_json(job.start_here())
+    report = report_of(job.start_here())
     asked = s3_behind_proxy.requests.copy()
 
-    assert report["forecast"] == foretold
+    assert {**report["forecast"], "notes": foretold["notes"]} == foretold
     actual = report["actual"]
     assert foretold["images"] == actual["images"] == NUM_IMAGES
-    for name in ("bytes_read", "bytes_written", "get_requests", "put_requests"):
-        assert foretold[name] == pytest.approx(actual[name], rel=0.25), name
+    # Of parts of so few rows most bytes are footers, of which a sample has fewer.
+    for name, margin in (
+        ("bytes_read", 0.1),
+        ("get_requests", 0.25),
+        ("put_requests", 0.25),
+        ("bytes_written", 0.5),
+    ):
+        assert foretold[name] == pytest.approx(actual[name], rel=margin), name
     assert foretold["cost"]["requests"] == pytest.approx(actual["cost"]["requests"], rel=0.25)
     assert actual["cost"]["requests"] == pytest.approx(
         actual["get_requests"] / 1000 + actual["put_requests"] / 100
