@@ -14,7 +14,6 @@ from convoy.cluster.deadly_slices import ImageTrials
 from convoy.cluster.slices import SliceOperator, SliceTask, WorkerPool, run_slices
 from convoy.core.errors import ClusterError
 from convoy.storage.commits import SliceRecord
-from made_runs import slice_record
 
 pytestmark = pytest.mark.integration
 
@@ -43,7 +42,22 @@ def make_operator(spec_json: str) -> SliceOperator:
         os.kill(os.getpid(), signal.SIGKILL)
 
     def operator(task: SliceTask, trials: ImageTrials | None = None) -> SliceRecord:
-        return slice_record(task.slice, {}, num_results=0, run_id="run")
+        return SliceRecord(
+            run_id="run",
+            slice=task.slice,
+            attempt="0",
+            parts={},
+            rejects=None,
+            num_results=0,
+            num_rejects=0,
+            reject_codes={},
+            flags={},
+            seconds={},
+            started_unix_s=0,
+            first_row_unix_s=0,
+            finished_unix_s=0,
+            precision_effect={},
+        )
 
     return operator
 
