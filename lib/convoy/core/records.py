@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -82,3 +84,8 @@ class Reject:
     stage: Stage
     code: RejectCode
     reason: str
+
+
+def codes_in_words(reject_codes: Mapping[str, int]) -> str:
+    """How many rejects of each code there are, the most first."""
+    return ", ".join(f"{number} {code}" for code, number in Counter(reject_codes).most_common())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from convoy.core.config import StrictModel
 from convoy.core.errors import DataError, ErrorBudgetExceeded
 from convoy.core.metrics import ClassMetrics, EvaluationCounts, ReliabilityBin
 from convoy.core.progress import Progress
-from convoy.core.records import Split
+from convoy.core.records import Split, codes_in_words
 from convoy.core.statistics import (
     Interval,
     bootstrap_calibration_error,
@@ -23,6 +22,7 @@ from convoy.core.statistics import (
 )
 from convoy.pipelines.classifiers import Classifier
 from convoy.pipelines.feature_plan import ExtractionConfig, FeatureRequest
+from convoy.pipelines.feature_summary import slice_totals
 from convoy.pipelines.features import FeatureJob
 from convoy.pipelines.predictions import PredictionJob
 from convoy.storage.commits import RunManifest, finish
@@ -174,10 +174,9 @@ def measure_predictions(
     for table in read_labelled(store, manifest, ["label", "logits"]):
         counts.add(list_array(table["logits"]), table["label"].to_numpy())
     if not counts.num_rows:
-        codes = sum((Counter(one.reject_codes) for one in manifest.slices), Counter[str]())
-        told = ", ".join(f"{count} {code}" for code, count in codes.most_common())
+        codes = codes_in_words(slice_totals(manifest.slices)["reject_codes"])
         raise ErrorBudgetExceeded(
-            f"no labelled image has a result, so nothing can be measured: {told}",
+            f"no labelled image has a result, so nothing can be measured: {codes}",
             where=f"run {manifest.run_id}",
             next_step="see to the images (`convoy report RUN` shows the rejects), then run the same command again,"
             " with --new-run where it says the same",

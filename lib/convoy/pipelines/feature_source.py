@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ import torch
 
 from convoy.core.errors import DataError
 from convoy.core.large_arrays import large_array
+from convoy.core.records import codes_in_words
 from convoy.storage.feature_cache import FeatureCache, PartIndex, content_id_array
 from convoy.storage.feature_reading import FeatureChunk, iter_wanted
 from convoy.vision.distillation import Teacher
@@ -68,10 +68,9 @@ class StreamedFeatures:
         self._rows = rows
         chunk = next((chunk for set_id in set_ids for chunk in self._chunks(set_id)), None)
         if chunk is None:
-            codes = Counter(cache.count_rejects(set_ids[:1], rows.content_ids_N))
-            told = ", ".join(f"{number} {code}" for code, number in codes.most_common())
+            codes = codes_in_words(cache.count_rejects(set_ids[:1], rows.content_ids_N))
             raise DataError(
-                f"none of {len(rows)} images has features: {told}",
+                f"none of {len(rows)} images has features: {codes}",
                 next_step="see to these images; `convoy cache` lists every reject with its reason",
             )
         self._num_features: int = chunk.features_BD.shape[1]

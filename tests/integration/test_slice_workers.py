@@ -1,10 +1,11 @@
-"""Workers that die before they are ready: Ray alone would start them for ever."""
+"""Workers of slices in Ray: in which thread their operator lives, and those that die before it does."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,52 @@ pytestmark = pytest.mark.integration
 POOL = WorkerPool(num_workers=1, num_cpus=0.5, num_gpus=0, num_threads=1)
 
 
+def done(task: SliceTask, **flags: int) -> SliceRecord:
+    """The record of an operator that does nothing. Ray's workers find no helpers of the tests."""
+    return SliceRecord(
+        run_id="run",
+        slice=task.slice,
+        attempt="0",
+        parts={},
+        rejects=None,
+        num_results=0,
+        num_rejects=0,
+        reject_codes={},
+        flags=flags,
+        seconds={},
+        started_unix_s=0,
+        first_row_unix_s=0,
+        finished_unix_s=0,
+        precision_effect={},
+    )
+
+
+class RunOnly:
+    """As much of a spec as `run_slices` reads."""
+
+    run_id = "run"
+
+    def model_dump_json(self) -> str:
+        return "{}"
+
+
+def make_threaded(_: str) -> SliceOperator:
+    made_in = threading.get_native_id()
+
+    def operator(task: SliceTask, trials: ImageTrials | None = None) -> SliceRecord:
+        return done(task, made_in=made_in, called_in=threading.get_native_id())
+
+    return operator
+
+
+def test_an_operator_is_made_and_called_in_one_thread(ray_cluster: dict[str, str]) -> None:
+    """Ray makes an actor in one thread and calls it in another; what an operator computes belongs to one."""
+    tasks = [SliceTask(slice=f"{number:06d}", outputs=()) for number in range(4)]
+    records = list(run_slices(make_threaded, RunOnly(), tasks, POOL, verb="score"))
+    assert len(records) == len(tasks)
+    assert {record.flags["called_in"] for record in records} == {records[0].flags["made_in"]}
+
+
 @dataclass(frozen=True)
 class DeadlyStart:
     """A spec whose worker dies the first times that it is made; each start adds a byte to a file."""
@@ -32,7 +79,7 @@ class DeadlyStart:
         return json.dumps({"starts": str(self.starts), "num_deaths": self.num_deaths})
 
 
-def make_operator(spec_json: str) -> SliceOperator:
+def make_deadly(spec_json: str) -> SliceOperator:
     spec = json.loads(spec_json)
     starts = Path(spec["starts"])
     with starts.open("ab") as file:
@@ -42,22 +89,7 @@ def make_operator(spec_json: str) -> SliceOperator:
         os.kill(os.getpid(), signal.SIGKILL)
 
     def operator(task: SliceTask, trials: ImageTrials | None = None) -> SliceRecord:
-        return SliceRecord(
-            run_id="run",
-            slice=task.slice,
-            attempt="0",
-            parts={},
-            rejects=None,
-            num_results=0,
-            num_rejects=0,
-            reject_codes={},
-            flags={},
-            seconds={},
-            started_unix_s=0,
-            first_row_unix_s=0,
-            finished_unix_s=0,
-            precision_effect={},
-        )
+        return done(task)
 
     return operator
 
@@ -67,7 +99,7 @@ def test_a_worker_that_always_dies_at_its_start_ends_the_run(
 ) -> None:
     spec = DeadlyStart(tmp_path / "starts", num_deaths=1000)
     with pytest.raises(ClusterError, match="3 times, one after another, before it was ready") as ended:
-        list(run_slices(make_operator, spec, [SliceTask(slice="000000", outputs=())], POOL, verb="score"))
+        list(run_slices(make_deadly, spec, [SliceTask(slice="000000", outputs=())], POOL, verb="score"))
     assert "memory" in ended.value.next_step
     assert spec.starts.stat().st_size == 4, "the fault did not fire as often"
 
@@ -77,6 +109,6 @@ def test_a_worker_that_dies_twice_at_its_start_costs_no_slice(
 ) -> None:
     spec = DeadlyStart(tmp_path / "starts", num_deaths=2)
     tasks = [SliceTask(slice=f"{number:06d}", outputs=()) for number in range(3)]
-    records = list(run_slices(make_operator, spec, tasks, POOL, verb="score"))
+    records = list(run_slices(make_deadly, spec, tasks, POOL, verb="score"))
     assert {record.slice for record in records} == {task.slice for task in tasks}
     assert spec.starts.stat().st_size == 3, "the fault did not fire as often"
