@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 import time
 
 import pytest
@@ -107,20 +108,25 @@ def test_a_later_stage_does_not_keep_the_figures_of_the_training(screen: io.Stri
 
 
 def test_a_job_that_finishes_nothing_says_so_until_it_does_something_else(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now_s = 0.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now_s)
     monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LOOKS", 0.01)
+    # Not capsys, which empties what it reads and loses what another thread prints meanwhile.
+    stderr = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stderr)
     with TerminalProgress() as shown:
         shown.start(100, 0)
         now_s = 130.0
-        printed = ""
         deadline_s = time.perf_counter() + 60
-        while "finished" not in printed and time.perf_counter() < deadline_s:
-            printed += capsys.readouterr().err
+        while "finished" not in stderr.getvalue() and time.perf_counter() < deadline_s:
+            time.sleep(0.01)
         shown.stage("committing")
         now_s = 1000.0
         time.sleep(0.1)
-    assert printed.splitlines() == ["convoy: images", "convoy: no slice has been finished for 130 s"]
-    assert capsys.readouterr().err == "convoy: committing\n"
+    assert stderr.getvalue().splitlines() == [
+        "convoy: images",
+        "convoy: no slice has been finished for 130 s",
+        "convoy: committing",
+    ]
