@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from convoy.cluster.session import WORKER_ENVIRONMENT
 from convoy.vision.head_config import HeadConfig
 from convoy.vision.head_fitting import evaluate_head, fit_head
 from convoy.vision.heads import TensorFeatures
@@ -65,8 +66,7 @@ def main() -> None:
 
     # One Ray for all commands; each of them alone would start its own.
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    # As Convoy does where it starts Ray itself: threads that wait for long leave the cores to others.
-    os.environ["GOMP_SPINCOUNT"] = "10000"
+    os.environ.update(WORKER_ENVIRONMENT)
     ray.init("local", include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import resource
 import subprocess
 import sys
 import tempfile
@@ -53,6 +55,52 @@ def test_without_an_address_no_other_cluster_of_the_machine_is_joined() -> None:
         )
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.strip() != "127.0.0.1:1"
+
+
+_FAULTS_SCRIPT = """
+import resource
+import threading
+import numpy as np
+import ray
+from convoy.cluster.session import ray_session
+from convoy.core.processes import keep_freed_memory
+
+def faults_of_ten_rounds():
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+    for _ in range(10):
+        np.ones(10_000_000)
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
+
+@ray.remote(num_cpus=0)
+class Worker:
+    def most_faults(self):
+        keep_freed_memory()
+        found = []
+        for _ in range(4):
+            thread = threading.Thread(target=lambda: (faults_of_ten_rounds(), found.append(faults_of_ten_rounds())))
+            thread.start()
+            thread.join()
+        return max(found)
+
+with ray_session():
+    print(ray.get(Worker.remote().most_faults.remote()))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told what to keep")
+def test_threads_of_workers_use_large_blocks_again_without_the_kernel() -> None:
+    """Where Ray's own threads had the pools of memory first, every layer of a network got its pages from the kernel."""
+    finished = subprocess.run(
+        [sys.executable, "-c", _FAULTS_SCRIPT],
+        env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    one_round_pages = 80_000_000 // resource.getpagesize()
+    assert int(finished.stdout) < one_round_pages / 10
 
 
 def test_an_address_of_a_dashboard_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

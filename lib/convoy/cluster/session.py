@@ -14,6 +14,10 @@ from typing import Any
 from convoy.cluster.growth import grow_cluster, wanted_size
 from convoy.core.errors import ClusterError, ConfigError
 
+# What workers must find when they start. Threads of an OpenMP team that wait must not hold the cores of decoders, but
+# to wake them costs more than a short wait: this is a tenth of a millisecond. And glibc keeps large blocks in the first
+# of its pools only, see `keep_freed_memory`: with Ray's many threads, that of a network would get another one.
+WORKER_ENVIRONMENT = {"GOMP_SPINCOUNT": "10000", "MALLOC_ARENA_MAX": "1"}
 # Without GPUs only keys and records flow through the object store, so a local session needs little of it.
 _SMALL_OBJECT_STORE_BYTES = 256 * 2**20
 _SHARED_MEMORY = "/dev/shm"
@@ -49,9 +53,9 @@ def ray_session() -> Iterator[None]:
     if address:
         _join(address)
     else:
-        # Threads of an OpenMP team that wait must not hold the cores that decoders need, but to wake them costs more
-        # than a short wait: this is a tenth of a millisecond. Workers take it from the process that starts Ray.
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+        # Workers take it from the process that starts Ray.
+        for name, value in WORKER_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
         _start()
     if threading.current_thread() is threading.main_thread():
         # Ray puts a handler of its own there, which aborts the process.

@@ -58,7 +58,8 @@ def keep_freed_memory() -> None:
 
     The activations of a layer take tens of MB. glibc gives them back at once, and the kernel clears every page that it
     hands out again: a sixth of the time of a ResNet. Threads that have not allocated yet share one pool of memory, as
-    the others hold blocks of 64 MB at most. Without glibc nothing happens.
+    the others hold blocks of 64 MB at most; a process that has more than eight pools by now, as Ray's workers do, needs
+    MALLOC_ARENA_MAX=1 from its start for that. Without glibc nothing happens.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:

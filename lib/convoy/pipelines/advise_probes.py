@@ -17,6 +17,7 @@ from convoy.core.config import StrictModel
 from convoy.core.errors import DataError
 from convoy.core.learning_curve import CurveSample
 from convoy.core.progress import Progress
+from convoy.core.records import codes_in_words
 from convoy.core.statistics import Interval, effective_counts, effective_rows, wilson_interval
 from convoy.core.transferability import knn_correct, logme
 from convoy.pipelines.advise_as_is import judge_as_is, own_classifier
@@ -220,8 +221,7 @@ class Prober:
         """
         rows = self.rows.by_use
         ids_N = content_id_array(rows["content_id"])
-        parts = []
-        found_N = np.ones(len(ids_N), np.bool_)
+        parts, found_N = [], np.ones(len(ids_N), np.bool_)
         for tap in near_duplicate_taps(look.record.axis):
             features_ND, here_N = gather_features(self._cache, self.set_id(look, tap), ids_N)
             parts.append(features_ND)
@@ -303,8 +303,8 @@ class Prober:
 
     def _unreadable(self, set_id: str, rows: pa.Table, what: str) -> DataError:
         """That none of some rows could be read, and why not."""
-        codes = count_rejects(self._cache, [set_id], rows)
         splits = ", ".join(sorted(set(rows["split"].to_pylist())))
+        codes = codes_in_words(count_rejects(self._cache, [set_id], rows))
         return DataError(
             f"{what} could be read, of split {splits}: {codes}",
             where=self._manifest.uri,

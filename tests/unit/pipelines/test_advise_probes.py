@@ -239,11 +239,11 @@ def test_a_class_whose_images_all_have_weight_0_is_refused_before_any_image_is_l
 @pytest.mark.parametrize(
     ("unreadable", "message"),
     [
-        ("val/", "none of 60 images that judge could be read, of split val: {'corrupt': 60}"),
-        ("train/1/", "no image of 'defect' to learn from could be read, of split train: {'corrupt': 10}"),
+        ("val/", "none of 60 images that judge could be read, of split val: 60 corrupt"),
+        ("train/1/", "no image of 'defect' to learn from could be read, of split train: 10 corrupt"),
         (
             "",
-            r"no image of 'good' \(2 such classes\) to learn from could be read, of split train: {'corrupt': 20}",
+            r"no image of 'good' \(2 such classes\) to learn from could be read, of split train: 20 corrupt",
         ),
     ],
 )
