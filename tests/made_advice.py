@@ -8,7 +8,7 @@ import numpy as np
 
 from convoy.core.learning_curve import CurveSample, fit_curve
 from convoy.core.machine import machine_facts
-from convoy.core.statistics import Interval, bootstrap_difference, mcnemar_test, wilson_interval
+from convoy.core.statistics import Interval, mcnemar_test, paired_rate_difference, wilson_interval
 from convoy.pipelines.advise_data import DataFacts
 from convoy.pipelines.advise_probes import BackboneProbes, TapProbe
 from convoy.pipelines.advise_report import (
@@ -149,7 +149,7 @@ def made_effect() -> AugmentationEffect:
         policy={},
         num_rows=NUM_ROWS,
         top1=wilson_interval(int(with_N.sum()), NUM_ROWS),
-        difference=bootstrap_difference(with_N, without_N),
+        difference=paired_rate_difference(with_N, without_N),
         mcnemar=mcnemar_test(with_N, without_N),
         adjusted_p=0.001,
         verdict=Verdict.LOSS,

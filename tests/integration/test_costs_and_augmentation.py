@@ -152,7 +152,9 @@ def test_a_policy_that_draws_nothing_changes_nothing(effect: AugmentationEffect)
     nothing: PolicyEffect = effect.effects[1]
     assert nothing.name == "nothing"
     assert nothing.top1 == effect.without
-    assert (nothing.difference.low, nothing.difference.high) == (0, 0)
+    assert nothing.difference.estimate == 0
+    # So few rows show no more than that.
+    assert nothing.difference.low == -nothing.difference.high < 0
     assert nothing.top1_as_drawn == pytest.approx(effect.without.estimate)
 
 

@@ -95,11 +95,23 @@ class Gatherer:
         train = self._prober.rows.train
         labels_N, teaches_N = train["label"].to_numpy(), train["weight"].to_numpy() > 0
         shares_K = np.bincount(labels_N, teaches_N) / np.bincount(labels_N)
-        return float(np.median(self._counts * shares_K))
+        return float(np.median(self._counts * shares_K)) * self._learnt_share
 
     @property
     def _counts(self) -> list[int]:
         return images_by_class(self._manifest, self._config.rows)
+
+    @property
+    def _learnt_share(self) -> float:
+        """What a training learns from of its images: all, unless it is measured on a fold of them, as probes are."""
+        if has_held_out(self._manifest):
+            return 1.0
+        num_seen, num_judged = self._prober.rows.train.num_rows, self._prober.rows.judged.num_rows
+        return float(num_seen / (num_seen + num_judged))
+
+    @property
+    def _num_learnt(self) -> int:
+        return round(sum(self._counts) * self._learnt_share)
 
     def _untrained(
         self, candidate: CandidateBackbone, best: Look
@@ -129,8 +141,8 @@ class Gatherer:
     @property
     def _ahead(self) -> float:
         """How many times the images that probes learnt from a training has, of every class alike."""
-        num_learnt: int = self._prober.rows.train.num_rows
-        return sum(self._counts) / num_learnt
+        num_seen: int = self._prober.rows.train.num_rows
+        return self._num_learnt / num_seen
 
     def _evidence(
         self, candidate: CandidateBackbone, look: Look, untrained: Look, *, is_best: bool, shrink: Shrink
@@ -155,7 +167,7 @@ class Gatherer:
             svm=self._svm(look),
             reused=self._reused(look),
             untrained_rate=untrained.probes.images_per_s if is_best else None,
-            train_images=sum(counts),
+            train_images=self._num_learnt,
             looked_images=num_seen,
             missing_images=self._missing(look, probes.top.tap),
             has_val=has_judges(self._manifest, self._config.look),

@@ -70,8 +70,11 @@ def _decide(
         return MoreDataAdvice.ENOUGH, why
     brings = f"twice the images are expected to bring {gain:+.3f}, from {now:.3f} to {double:.3f}"
     if wanted is not None and now < wanted:
-        ending = _in_words(needed)
-        return MoreDataAdvice.COLLECT, f"{now:.3f} is expected and {wanted:.3f} is wanted: {ending}; {brings}"
+        why = f"{now:.3f} is expected and {wanted:.3f} is wanted: {_in_words(needed)}; {brings}"
+        is_reached = needed is not None and needed.images_per_class is not None
+        if is_reached or gain >= config.prior.collect_from:
+            return MoreDataAdvice.COLLECT, why
+        return MoreDataAdvice.NO_HELP, f"{why}: that takes a better network or better labels"
     if wanted is None and gain >= config.prior.collect_from:
         return MoreDataAdvice.COLLECT, f"{brings}, at least {config.prior.collect_from:g}"
     return MoreDataAdvice.ENOUGH, brings

@@ -21,6 +21,7 @@ from convoy.pipelines.advise_probes import Look, Prober
 from convoy.pipelines.advise_report import AdviceReport, Similarity
 from convoy.pipelines.advise_rule import dissimilarity, four_scenarios
 from convoy.pipelines.advise_strategies import (
+    Basis,
     Option,
     StrategyAdvice,
     advice,
@@ -265,9 +266,12 @@ def _notes(gathered: Gathered, first: StrategyAdvice, by_rule: str) -> list[str]
     """What a reader should know who acts on the advice."""
     notes = []
     if first.strategy.value != by_rule:
-        notes.append(
-            f"the rule of thumb names {by_rule}; what was measured speaks for {first.strategy.value}"
+        who = (
+            "the measured probes and the prior speak"
+            if first.basis is Basis.PRIOR
+            else "what was measured speaks"
         )
+        notes.append(f"the rule of thumb names {by_rule}; {who} for {first.strategy.value}")
     others = {one.probes.backbone for one in gathered.evidence if one.untrained_rate is None}
     if others:
         notes.append(

@@ -15,9 +15,9 @@ from convoy.core.confusions import PairRise, pair_rises
 from convoy.core.statistics import (
     Interval,
     McNemarResult,
-    bootstrap_difference,
     holm_adjusted,
     mcnemar_test,
+    paired_rate_difference,
     wilson_interval,
 )
 from convoy.vision.augmentation_policy import AugmentationPolicy
@@ -195,7 +195,7 @@ def _effect(
     alike: list[AlikePair],
 ) -> PolicyEffect:
     is_right_N = outcome.with_N == outcome.labels_N
-    difference = bootstrap_difference(is_right_N, outcome.without_N == outcome.labels_N)
+    difference = paired_rate_difference(is_right_N, outcome.without_N == outcome.labels_N)
     verdict = Verdict.UNDECIDED
     if adjusted_p < _SIGNIFICANT_P:
         verdict = Verdict.GAIN if difference.estimate > 0 else Verdict.LOSS

@@ -16,7 +16,13 @@ from convoy.core.config import StrictModel
 from convoy.core.errors import DataError
 from convoy.core.metrics import EvaluationCounts
 from convoy.core.progress import Progress
-from convoy.core.statistics import Interval, McNemarResult, bootstrap_difference, mcnemar_test
+from convoy.core.statistics import (
+    Interval,
+    McNemarResult,
+    bootstrap_difference,
+    mcnemar_test,
+    paired_rate_difference,
+)
 from convoy.pipelines.evaluate import EvaluateConfig, EvaluateReport, EvaluationSettings, run_evaluate
 from convoy.pipelines.workspace import open_workspace
 from convoy.storage.bundles import resolve_bundle
@@ -46,7 +52,8 @@ class PairedComparison(StrictModel):
 
     `only_first` and `only_second` count labelled rows that only one of them predicted: the other one's rejects.
     `agreement` is the share of pairs with the same predicted class, right or wrong. The NLLs are null unless
-    both models give probabilities. Intervals are 95 % paired bootstrap percentiles.
+    both models give probabilities. Intervals are of 95 %: of the top-1 `paired_rate_difference`,
+    of the NLL those of a paired bootstrap.
     """
 
     pairs: int
@@ -147,7 +154,7 @@ def top1_difference(store: ObjectStore, first_run: str, second_run: str) -> Inte
     shared = [sample_id for sample_id in first if sample_id in second]
     if not shared:
         return None
-    return bootstrap_difference(
+    return paired_rate_difference(
         np.array([first[sample_id] for sample_id in shared]),
         np.array([second[sample_id] for sample_id in shared]),
     )
@@ -186,7 +193,7 @@ def _compare(
         top1=(float(first.correct_N.mean()), float(second.correct_N.mean())),
         nll=(float(nlls[0]), float(nlls[1])) if gives_probabilities else None,
         agreement=float((first.predicted_N == second.predicted_N).mean()),
-        top1_difference=bootstrap_difference(first.correct_N, second.correct_N),
+        top1_difference=paired_rate_difference(first.correct_N, second.correct_N),
         nll_difference=bootstrap_difference(first.nll_N, second.nll_N) if gives_probabilities else None,
         mcnemar=mcnemar_test(first.correct_N, second.correct_N),
     )

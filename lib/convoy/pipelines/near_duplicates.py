@@ -103,7 +103,8 @@ def report_near_duplicates(
     found = find_near_duplicates(features_ND, ids, threshold)
     row_of = {sample_id: row for row, sample_id in enumerate(ids)}
     groups = [_described(group, rows, row_of, classes) for group in found.groups]
-    conflicting = [group for group in groups if len({one.label for one in group.samples}) > 1]
+    # As among exact copies, one without a label contradicts nobody.
+    conflicting = [group for group in groups if len({one.label for one in group.samples} - {None}) > 1]
     crossing = [group for group in groups if len({one.split for one in group.samples}) > 1]
     # By identity: equal groups cannot be, but comparing them member by member would take long.
     worst = {id(group): group for group in [*conflicting, *crossing, *groups]}

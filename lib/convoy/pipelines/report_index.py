@@ -16,7 +16,7 @@ from convoy.core.errors import ConvoyError, DataError
 from convoy.core.fingerprints import digest
 from convoy.core.progress import Progress
 from convoy.pipelines.model_listing import ListedModel, list_models
-from convoy.pipelines.report_page import PageDrawer, version_of_model, write_page
+from convoy.pipelines.report_page import PageDrawer, version_of_model, version_of_run, write_page
 from convoy.pipelines.report_target import TargetKind
 from convoy.pipelines.report_writing import write_html
 from convoy.pipelines.runs_list import ListedRun, list_runs
@@ -156,7 +156,11 @@ def _write_pages(
     versions = {
         **{f"{TargetKind.DATASET}:{one.name}": one.fingerprint for one in index.datasets},
         **{f"{TargetKind.MODEL}:{one.model}": version_of_model(one.aliases) for one in index.models},
-        **{f"{TargetKind.RUN}:{one.run}": "" for one in index.runs if one.state is RunState.FINISHED},
+        **{
+            f"{TargetKind.RUN}:{one.run}": version_of_run(one.state)
+            for one in index.runs
+            if one.state is RunState.FINISHED
+        },
     }
     found = {page.target: page for page in _pages(folder, workspace)}
     lacking = [

@@ -34,6 +34,7 @@ from convoy.pipelines.report_target import Target, TargetKind, find_target
 from convoy.pipelines.report_writing import write_html
 from convoy.pipelines.retrain_config import RetrainReport
 from convoy.pipelines.runs_show import RunDescription, show_run
+from convoy.pipelines.runs_state import RunState
 from convoy.pipelines.workspace import workspace_uri
 from convoy.storage.bundles import METRICS_FILE, Bundle, peek_bundle
 from convoy.storage.commits import RunManifest, read_manifest
@@ -64,7 +65,7 @@ class PageData(StrictModel):
     """What a page shows; null or empty is what its target does not have. `missing` says what could not be read.
 
     `report` is what the job itself wrote down. `version` changes with what the target is: the images of a dataset, the
-    aliases of a model; a run is what it is.
+    aliases of a model, the state of a run.
     """
 
     target: str
@@ -122,6 +123,11 @@ def version_of_model(aliases: Sequence[str]) -> str:
     return ",".join(sorted(aliases)) or "none"
 
 
+def version_of_run(state: RunState | None) -> str:
+    """What a run's page is a page of: a finished run is what it is, another goes on."""
+    return "" if state is RunState.FINISHED else str(state or "unknown")
+
+
 def read_page(store: ObjectStore, target: Target, *, progress: Progress) -> PageData:
     """All that the page of a target shows."""
     reader = _Reader(store, target, progress)
@@ -175,6 +181,8 @@ class _Reader:
         """The page of a run, finished or not."""
         run_id = self._target.name
         self._add("run", "the run's state", lambda: show_run(self._store, run_id))
+        run: RunDescription | None = self.parts.get("run")
+        self.parts["version"] = version_of_run(None if run is None else run.state)
         folder = RunFolder(self._store, run_id)
         record = folder.record()
         assert record is not None

@@ -282,6 +282,15 @@ def test_a_rising_curve_speaks_for_more_images_until_the_wanted_accuracy_is_ther
     assert more_data(modest, found(modest), first(modest), curve).advice is MoreDataAdvice.ENOUGH
 
 
+def test_where_more_images_bring_nothing_none_are_asked_for_however_much_is_wanted() -> None:
+    flat = fit_curve(samples(0.8, 0.8, 0.8, 0.8))
+    wanted = config("wanted_top1=0.995")
+    more = more_data(wanted, found(wanted), first(wanted), flat)
+    assert more.advice is MoreDataAdvice.NO_HELP
+    assert "0.995 is wanted: no forecast reaches it" in more.why
+    assert "a better network or better labels" in more.why
+
+
 def test_too_few_images_for_a_curve_are_said_to_be_too_few() -> None:
     settings = config()
     more = more_data(settings, found(settings), first(settings), None)

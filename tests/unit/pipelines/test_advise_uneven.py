@@ -144,6 +144,22 @@ def test_a_curve_goes_on_to_as_many_times_the_images_of_its_last_point_as_there_
     assert gatherer._shrink(curve).factor == pytest.approx(curve.law.fall(162, 1800))
 
 
+@pytest.mark.parametrize(("has_test", "times"), [(True, 1.25), (False, 1.0)])
+def test_a_training_that_is_measured_on_a_fold_is_promised_what_probes_on_the_same_images_reached(
+    tmp_path: Path, has_test: bool, times: float
+) -> None:
+    """Where `test` measures it, it learns from the images of the fold too, a quarter more."""
+    counts = {Split.TRAIN: (200, 100, 50)} | ({Split.TEST: (90, 6, 4)} if has_test else {})
+    manifest, settings = frozen_rows(tmp_path, counts, CLASSES), config("look={images_per_class: 1000}")
+    gatherer = Gatherer(
+        LocalStore(str(tmp_path)), manifest, settings, prober_of(tmp_path, manifest, settings)
+    )
+    right_N = np.arange(400)
+    curve = fit_curve([CurveSample(size, (right_N < 400 * top1)[None]) for size, top1 in LAW])
+    assert gatherer.images_per_class() == pytest.approx(80 * times)
+    assert gatherer._shrink(curve).factor == curve.law.fall(162, 162 * times)
+
+
 @pytest.mark.parametrize("most", [1200, 2000, 4001])
 def test_all_that_is_looked_at_are_max_rows_at_most(tmp_path: Path, most: int) -> None:
     counts = {Split.TRAIN: (30,) * 100, Split.VAL: (8,) * 100, Split.TEST: (8,) * 100}

@@ -337,6 +337,24 @@ def test_the_page_of_a_dataset_that_was_refreshed_is_drawn_anew_in_its_place(tmp
     assert pages == [own_name]
 
 
+def test_the_page_of_a_run_that_was_finished_since_is_drawn_anew_in_its_place(tmp_path: Path) -> None:
+    store = made_workspace(tmp_path)
+    index, run_page = str(tmp_path / "pages" / "index.html"), tmp_path / "pages" / "run.html"
+    run_page.parent.mkdir()
+    success = RunFolder(store, RUN).key("_SUCCESS")
+    store.delete([success])
+    write_page(store.root_uri, RUN, str(run_page), draw_page, progress=Silent())
+    under_way = run_page.read_bytes()
+    write_index(store.root_uri, index, draw_index, progress=Silent(), draw_page=draw_page)
+    assert run_page.read_bytes() == under_way
+    store.put(success, b"")
+    write_index(store.root_uri, index, draw_index, progress=Silent(), draw_page=draw_page)
+    finished = run_page.read_bytes()
+    assert finished != under_way
+    write_index(store.root_uri, index, draw_index, progress=Silent(), draw_page=draw_page)
+    assert run_page.read_bytes() == finished
+
+
 def test_pages_of_another_workspace_are_not_linked(workspace: LocalStore, tmp_path: Path) -> None:
     write_page(workspace.root_uri, DATASET, str(tmp_path / "pets.html"), draw_page, progress=Silent())
     assert find_pages(tmp_path, workspace.root_uri) == {f"dataset:{DATASET}": "pets.html"}
