@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
+from pydantic import Field
 
 from convoy.core.config import StrictModel
 from convoy.core.embedding import NEAR_DUPLICATE_THRESHOLD, DuplicateGroup, find_near_duplicates
@@ -43,10 +45,10 @@ class NearDuplicateGroup(StrictModel):
 
 
 class NearDuplicateReport(StrictModel):
-    """Groups of near duplicates among `compared` samples; exact duplicates are among them.
+    """Groups of near duplicates among `compared` samples of some `splits`; exact duplicates are among them.
 
     `samples` are in a group, `spare` of them could go and leave one of each group. Groups that disagree on the label or
-    cross splits come first among the `examples`, then the surest.
+    cross splits come first among the `examples`, then the surest. Reports of older versions name no splits.
     """
 
     threshold: float
@@ -57,6 +59,7 @@ class NearDuplicateReport(StrictModel):
     across_splits: int
     label_conflicts: int
     examples: list[NearDuplicateGroup]
+    splits: list[str] = Field(default_factory=list)
 
 
 def last_of_sizes(axis: DepthAxis, number: int) -> list[Stage]:
@@ -121,6 +124,7 @@ def report_near_duplicates(
             group.model_copy(update={"samples": group.samples[:_NUM_NAMED]})
             for group in list(worst.values())[:_NUM_EXAMPLES]
         ],
+        splits=sorted(pc.unique(rows["split"]).to_pylist()),
     )
 
 

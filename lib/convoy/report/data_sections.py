@@ -10,6 +10,7 @@ from convoy.pipelines.report_rejects import RejectSummary
 from convoy.pipelines.report_sheet import AugmentationSheet
 from convoy.report.blocks import Block, Code, Facts, Figure, Gallery, Notes, Section, Sheet, Table, text_table
 from convoy.report.figures import bars_by_name
+from convoy.report.html import listed
 from convoy.report.svg import Chart, Scale
 from convoy.report.words import count, picture, size, yaml_text
 
@@ -204,7 +205,7 @@ def _findings(card: DataCard) -> Iterator[Block]:
         ]
         yield Facts(key="duplicates", title="Exact duplicates", rows=rows, data=found.model_dump())
         if found.examples:
-            groups = [[", ".join(group)] for group in found.examples]
+            groups = [[listed(group)] for group in found.examples]
             yield text_table(["first samples of one group*"], groups, folded="Some groups, the worst first")
     if card.warnings:
         yield Notes(title="Warnings", texts=card.warnings)

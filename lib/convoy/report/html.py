@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 import unicodedata
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -56,6 +57,11 @@ def clean(value: Any, max_characters: int = _MAX_CHARACTERS) -> Any:
     if value.isascii() and value.isprintable():
         return value
     return "".join(_shown(character) for character in value)
+
+
+def listed(texts: Iterable[str]) -> Markup:
+    """Texts one after the other, of which each alone is shown as `clean` has it: many of them are not cut for that."""
+    return Markup(", ").join(clean(text) for text in texts)
 
 
 def shorten(text: str, max_characters: int) -> str:

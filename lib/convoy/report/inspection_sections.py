@@ -8,9 +8,10 @@ from itertools import groupby
 from markupsafe import Markup
 
 from convoy.pipelines.inspect_report import InspectionReport
+from convoy.pipelines.near_duplicates import NearDuplicateReport
 from convoy.pipelines.report_inspection import InspectionPicture
 from convoy.report.blocks import Block, Facts, Figure, Notes, Section, Tile, text_table
-from convoy.report.html import clean, image_link
+from convoy.report.html import clean, image_link, listed
 from convoy.report.words import count, percent, span
 
 _TITLES = {
@@ -76,7 +77,7 @@ def _duplicates(report: InspectionReport) -> Iterator[Block]:
         ("compared", count(found.compared)),
         ("groups that show one picture", count(found.groups)),
         ("images in them", count(found.samples)),
-        ("groups across splits", count(found.across_splits)),
+        ("groups across splits", _across_splits(found)),
         ("groups whose labels differ", count(found.label_conflicts)),
         ("similarity from", f"{found.threshold:.3f}"),
     ]
@@ -84,10 +85,16 @@ def _duplicates(report: InspectionReport) -> Iterator[Block]:
     groups = [
         [
             f"{group.score:.3f}",
-            ", ".join(f"{one.sample_id} ({one.split}, {one.label})" for one in group.samples)
+            listed(f"{one.sample_id} ({one.split}, {one.label})" for one in group.samples)
             + (f" and {count(group.num_unnamed)} more" if group.num_unnamed else ""),
         ]
         for group in found.examples
     ]
     if groups:
         yield text_table(["similarity", "samples*"], groups, folded="Some groups, the worst first")
+
+
+def _across_splits(found: NearDuplicateReport) -> str:
+    if len(found.splits) == 1:
+        return f"not looked for among images of {found.splits[0]} alone: near_duplicates.scope=dataset has all splits"
+    return count(found.across_splits)

@@ -13,11 +13,12 @@ from PIL import Image
 
 from convoy.core.learning_curve import ImagesNeeded
 from convoy.core.transferability import DomainDistance
+from convoy.pipelines.near_duplicates import NearDuplicateGroup, NearDuplicateSample
 from convoy.pipelines.report_inspection import read_pictures
 from convoy.report.inspection_sections import inspection_sections
 from convoy.report.page import draw_page
 from convoy.storage.local_store import LocalStore
-from made_advice import made_advice, made_inspection
+from made_advice import made_advice, made_inspection, made_near_duplicates
 from made_pages import SCRIPT, PageParts, made_page
 
 NOTHING = {"evaluation": None, "predictions": None, "history": [], "data_card": None}
@@ -148,3 +149,17 @@ def test_sheets_of_large_photos_fit_into_the_page_and_maps_stay_as_drawn(tmp_pat
     assert "no picture" in damaged.missing
     section = next(inspection_sections(report, photos))
     assert 'src="data:image/jpeg;base64,' in str(section.blocks[0])
+
+
+def test_a_group_of_many_near_duplicates_names_them_all_and_one_split_has_none_across() -> None:
+    names = [f"{'folder/' * 20}{number:03d}.jpg" for number in range(20)]
+    samples = [NearDuplicateSample(sample_id=name, split="test", label="cat") for name in names]
+    group = NearDuplicateGroup(score=0.99, size=50, samples=samples)
+    found = made_near_duplicates().model_copy(
+        update={"examples": [group], "across_splits": 0, "splits": ["test"]}
+    )
+    report = made_inspection().model_copy(update={"near_duplicates": found})
+    text = PageParts(draw_page(made_page(inspection=report, **NOTHING))).text
+    assert all(f"{name} (test, cat)" in text for name in names)
+    assert "and 30 more" in text
+    assert "not looked for among images of test alone" in text
