@@ -56,6 +56,8 @@ FETCH_CODES = frozenset(
         RejectCode.ENDS_WORKERS,
     }
 )
+# Those that another try may give. What was replaced is `changed` to every try: the input of a run names the version.
+RETRIED_CODES = FETCH_CODES - {RejectCode.CHANGED}
 
 
 class SampleRejected(Exception):

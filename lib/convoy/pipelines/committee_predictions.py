@@ -16,10 +16,10 @@ import pyarrow as pa
 from convoy.cluster.committee_scoring import score_slices
 from convoy.cluster.slices import SliceTask, WorkerPool
 from convoy.core.crop_policies import EvaluationMode, MemberOutputs
-from convoy.core.errors import ConfigError
+from convoy.core.errors import ConfigError, RunMismatch
 from convoy.core.fingerprints import canonical_json, digest
 from convoy.core.progress import Progress
-from convoy.core.records import FETCH_CODES
+from convoy.core.records import RETRIED_CODES, RejectCode, codes_in_words
 from convoy.pipelines.committees import CommitteeRecord
 from convoy.pipelines.feature_summary import slice_totals, timings
 from convoy.pipelines.prediction_request import PredictionRequest
@@ -72,19 +72,24 @@ class CommitteePredictions:
 
     @property
     def unfetched(self) -> int:
-        """How many of the rejects are images that could not be fetched."""
+        """How many of the rejects are images that could not be fetched, which another try may."""
         return sum(record.unfetched for record in self.manifest.slices)
 
     def fetch_notes(self) -> list[str]:
-        """How to try again what could not be fetched, for people; nothing where all was."""
-        if not self.unfetched:
-            return []
-        counts = sorted(self.reject_codes.items())
-        codes = ", ".join(f"{count} {code}" for code, count in counts if code in FETCH_CODES)
-        return [
-            f"images that could not be fetched: {codes}. They stay rejects of this run; once they can be had again,"
-            f" `convoy runs repair {self.run_id} --retry-unfetched --apply` and the same command try their slices again"
-        ]
+        """How to come by the images that could not be fetched, for people; nothing where all were."""
+        codes = self.reject_codes
+        notes = []
+        if retried := {code: number for code, number in codes.items() if code in RETRIED_CODES}:
+            notes.append(
+                f"images that could not be fetched: {codes_in_words(retried)}. They stay rejects of this run; once they"
+                f" can be had again, `convoy runs repair {self.run_id} --retry-unfetched --apply` and the same command"
+                " try their slices again"
+            )
+        if changed := codes.get(RejectCode.CHANGED):
+            notes.append(
+                f"{changed} images were replaced since the dataset was frozen: `convoy dataset` freezes the new ones"
+            )
+        return notes
 
     def report(self) -> dict[str, Any]:
         """What the run's folder says of it, if nobody has more to say."""
@@ -146,7 +151,7 @@ class CommitteeJob:
             progress.stage("the predictions are there already")
             return known
         progress.stage("predicting")
-        folder, record = open_run.resume(identity, new_run=new_run)
+        folder, record = self._resume(open_run, identity, new_run=new_run)
         folder = folder or open_run.start()
         with hold_run(folder, when_held=when_held) as lease:
             if folder.is_finished() and (known := self._known()) is not None:
@@ -163,6 +168,19 @@ class CommitteeJob:
             finish(folder, describe(found))
             open_run.close(folder)
         return found
+
+    def _resume(
+        self, open_run: OpenRun, identity: dict[str, Any], *, new_run: bool
+    ) -> tuple[RunFolder | None, RunRecord | None]:
+        try:
+            return open_run.resume(identity, new_run=new_run)
+        except RunMismatch as error:
+            if self._request.scores is None:
+                raise
+            next_step = (
+                f"give this scoring a name of its own (--name) to leave that run alone, or {error.next_step}"
+            )
+            raise RunMismatch(error.what, where=error.where, next_step=next_step) from error
 
     def is_barred(self) -> bool:
         """Whether `ensure` would refuse, as the unfinished run of the same target is that of another request."""

@@ -59,12 +59,14 @@ class Forecast(Work):
 
     `images` are those that are left to do, `startup_s` is from the call to the first batch through the network. It
     takes each image for a request, and some for a slice: images in parquet files, and local ones, need fewer. Where
-    nothing is left, there is no sample, and all figures are 0.
+    nothing is left, there is no sample, and all figures are 0. The run that follows costs by these `prices`, unless it
+    is given others.
     """
 
     images_per_s_range: tuple[float, float]
     startup_s: float
     sampled_images: int
+    prices: Prices | None = None
     notes: list[str] = Field(default_factory=list)
 
 
@@ -86,6 +88,7 @@ def nothing_left(notes: Sequence[str]) -> Forecast:
         cost=_cost(Prices(), 0.0, **amounts),
         startup_s=0.0,
         sampled_images=0,
+        prices=None,
         notes=list(notes),
         **amounts,
     )
@@ -126,11 +129,14 @@ def extrapolate(
     """The forecast for so many images in so many slices. The first slice of each worker is left out of the rate.
 
     A slice is one worker's, and `num_workers` are all that will be at work: how many of them the few slices of a sample
-    kept busy says nothing. `batches_ratio` is how many batches there are for each one of the images in a single row.
+    kept busy says nothing. In the last round some of them have no slice left. `batches_ratio` is how many batches there
+    are for each one of the images in a single row.
     """
     steady = steady_slices(sample)
-    rates = [num_workers * _rate_of_a_worker([one]) / batches_ratio for one in steady]
-    images_per_s = num_workers * _rate_of_a_worker(steady) / batches_ratio
+    num_rounds = -(-num_slices // num_workers)
+    num_busy = num_slices / num_rounds / batches_ratio
+    rates = [num_busy * _rate_of_a_worker([one]) for one in steady]
+    images_per_s = num_busy * _rate_of_a_worker(steady)
     sampled = sum(_num_rows(one) for one in sample)
     hours = num_images / max(images_per_s, 1e-9) / 3600
     files = [file for one in sample for file in one.parts.values()]
@@ -149,6 +155,7 @@ def extrapolate(
         cost=_cost(prices, hours, **amounts),
         startup_s=startup_s,
         sampled_images=sampled,
+        prices=prices,
         notes=list(notes),
         **amounts,
     )

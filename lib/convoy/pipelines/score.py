@@ -10,13 +10,14 @@ from convoy.core.crop_policies import EvaluationMode
 from convoy.core.errors import ConfigError, DataError, StorageError
 from convoy.core.fingerprints import canonical_json, digest
 from convoy.core.progress import Progress
-from convoy.core.result_columns import PartitionBy
+from convoy.core.result_columns import ClassOutputs, PartitionBy
 from convoy.pipelines.committee_predictions import (
     BegunRun,
     CommitteeJob,
     CommitteePredictions,
     require_gate,
 )
+from convoy.pipelines.committees import CommitteeRecord
 from convoy.pipelines.feature_summary import timings
 from convoy.pipelines.forecast import Actual, Forecast, actual_of, nothing_left
 from convoy.pipelines.forecast_sampling import forecast_scoring
@@ -130,6 +131,7 @@ def _open_request(
     references, model_notes = config.references_for(store, open_run, new_run=new_run)
     committee = chosen_committee(store, config.naming(references), config, config.extraction)
     _require_features(config, len(committee.members))
+    _require_probabilities(config, committee)
     if config.mode is EvaluationMode.GATED:
         require_gate(committee)
     request = PredictionRequest(
@@ -179,6 +181,16 @@ def _require_features(config: ScoreConfig, num_members: int) -> None:
         )
 
 
+def _require_probabilities(config: ScoreConfig, committee: CommitteeRecord) -> None:
+    """Raise ConfigError where a column of probabilities is asked for of models that have none."""
+    if config.columns.outputs is ClassOutputs.PROBABILITIES and not committee.gives_probabilities:
+        raise ConfigError(
+            "what a linear SVM says of classes are margins, no probabilities",
+            where="columns.outputs",
+            next_step="set columns.outputs=logits, or score with a head of kind softmax",
+        )
+
+
 def _report(
     store: ObjectStore,
     manifest: Manifest,
@@ -193,7 +205,11 @@ def _report(
     _reconcile(folder, record, published, num_wanted=request.num_rows(manifest))
     levels = "" if config.partition_by is PartitionBy.NONE else "*/"
     measured = timings(found.finished or published.slices, started_unix_s)
-    forecast = record.settings.get("forecast")
+    told = record.settings.get("forecast")
+    forecast = None if told is None else Forecast.model_validate(told)
+    prices = config.prices
+    if "prices" not in config.model_fields_set and forecast is not None and forecast.prices is not None:
+        prices = forecast.prices
     return ScoreReport(
         run=found.run_id,
         dataset=config.dataset_name,
@@ -212,8 +228,8 @@ def _report(
         first_row_s=measured["first_row_s"] if found.finished else None,
         job_s=time.time() - started_unix_s,
         seconds=measured["seconds"],
-        forecast=None if forecast is None else Forecast.model_validate(forecast),
-        actual=actual_of(published, config.prices),
+        forecast=forecast,
+        actual=actual_of(published, prices),
         notes=[
             record.settings["compile_reason"] if found.finished else "every row was scored already",
             *found.fetch_notes(),

@@ -49,6 +49,7 @@ def do_slices(
         if name not in done
     ]
     if not tasks:
+        lease.confirm()
         return []
     finished = []
     progress.stage("starting Ray and the workers")

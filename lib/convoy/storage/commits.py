@@ -18,7 +18,7 @@ from convoy.core.crash_points import CrashPoint, crash_point
 from convoy.core.errors import DataError, PreconditionFailed, StorageError
 from convoy.core.fingerprints import MultisetDigest, canonical_json
 from convoy.core.json_values import finite_or_null
-from convoy.core.records import FETCH_CODES
+from convoy.core.records import RETRIED_CODES
 from convoy.storage.documents import parse_model, read_model
 from convoy.storage.object_store import ObjectInfo, ObjectStore, put_looking_first
 from convoy.storage.runs import INPUT, RunFolder, RunRecord
@@ -78,8 +78,8 @@ class SliceRecord(StrictModel):
 
     @property
     def unfetched(self) -> int:
-        """How many of the rejects are samples that could not be fetched, which may heal."""
-        return sum(number for code, number in self.reject_codes.items() if code in FETCH_CODES)
+        """How many of the rejects are samples that could not be fetched, which another try may."""
+        return sum(number for code, number in self.reject_codes.items() if code in RETRIED_CODES)
 
 
 class RunManifest(StrictModel):

@@ -277,7 +277,8 @@ def _is_renewed(folder: RunFolder, before: _Seen | None) -> bool:
 
 
 def _refuse_given_up(folder: RunFolder) -> None:
-    if is_given_up(folder):
+    # A run that was published while it was given up is finished all the same.
+    if is_given_up(folder) and not folder.is_finished():
         raise RunCancelled(
             "the run was given up",
             where=folder.prefix,

@@ -161,9 +161,11 @@ class UriReader:
             return False
         store = _impatient_store(place)
         folder = _folder(key)
+        # The top of a bucket is a folder as any other, that of a machine says nothing.
+        folders = [name for name in (folder, _folder(folder[:-1])) if name or place != _LOCAL]
         try:
             gives = last is not None and exists(store, last.key)
-            if gives or any(_has_objects(store, name) for name in (folder, _folder(folder[:-1])) if name):
+            if gives or any(_has_objects(store, name) for name in folders):
                 self._misses[place] = 0
                 return False
         except StorageError:

@@ -34,6 +34,7 @@ from convoy.storage.object_store import WriterMode
 from convoy.storage.predictions import PREDICTIONS
 from convoy.storage.runs import SUBMISSION_VARIABLE, OpenRun, RunFolder, RunRecord, open_pointers, run_ids
 from convoy.vision.engine_options import Precision
+from convoy.vision.head_config import HeadKind
 from made_bundles import made_classifier, write_classifier
 from made_devices import made_device
 from made_sources import shard_bytes, write_files
@@ -124,6 +125,38 @@ def test_images_that_could_not_be_fetched_are_counted_and_the_report_says_how_to
     assert (mended.run, mended.rejects, mended.unfetched) == (first.run, 1, 0)
     assert not any("--retry-unfetched" in note for note in mended.notes)
     assert job(store, new_run=True).run != first.run
+
+
+def test_images_that_were_replaced_are_not_tried_again_as_each_try_wants_the_frozen_ones(
+    store: LocalStore, images: Path
+) -> None:
+    first, second, *_ = sorted((images / "1").iterdir())
+    first.write_bytes(second.read_bytes())
+    report = score(store)
+    assert report.reject_codes == {"changed": 1, "not_an_image": 1}
+    assert report.unfetched == 0
+    assert "1 images were replaced since the dataset was frozen" in report.notes[-1]
+    assert repair_run(store, report.run, Changes.SHOWN, retry_unfetched=True).retried_images == 0
+
+
+def test_no_probabilities_are_made_of_the_margins_of_a_linear_svm(store: LocalStore) -> None:
+    write_classifier(store, "svm", made_classifier(store, 0, head=HeadKind.LINEAR_SVM))
+    settings = {"workspace": store.root_uri, "dataset": "digits", "bundle": "svm", "extraction": EXTRACTION}
+    config = ScoreConfig.model_validate({**settings, "columns": {"outputs": "probabilities"}})
+    with pytest.raises(ConfigError, match="margins"):
+        run_score(config, progress=Silent())
+    config = ScoreConfig.model_validate({**settings, "columns": {"outputs": "logits"}})
+    assert run_score(config, progress=Silent()).results == NUM_IMAGES
+
+
+def test_a_run_costs_by_the_prices_of_its_forecast_unless_it_is_given_others(store: LocalStore) -> None:
+    settings = {"workspace": store.root_uri, "dataset": "digits", "bundle": "one", "extraction": EXTRACTION}
+    priced = ScoreConfig.model_validate({**settings, "prices": {"per_1000_puts": 5.0}})
+    assert plan_score(priced, progress=Silent()).cost.total > 0
+    report = run_score(ScoreConfig.model_validate(settings), progress=Silent())
+    assert report.actual.cost.total == pytest.approx(report.actual.put_requests / 1000 * 5.0)
+    free = ScoreConfig.model_validate({**settings, "prices": {}})
+    assert run_score(free, progress=Silent()).actual.cost.total == 0
 
 
 def test_the_report_of_an_evaluation_says_which_rows_its_models_learnt_from(
@@ -332,8 +365,9 @@ def test_a_cut_off_scoring_is_ended_with_the_champion_that_it_began_with(
 def test_a_cut_off_scoring_is_not_ended_with_another_model_that_is_asked_for(
     images: Path, store: LocalStore, begun: str
 ) -> None:
-    with pytest.raises(RunMismatch, match="committee"):
+    with pytest.raises(RunMismatch, match="committee") as caught:
         run_score(from_source(images, store, bundle="two"), progress=Silent())
+    assert "(--name) to leave that run alone" in caught.value.next_step
     anew = run_score(from_source(images, store, bundle="two"), progress=Silent(), new_run=True)
     assert anew.run != begun
 

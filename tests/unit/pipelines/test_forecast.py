@@ -117,6 +117,15 @@ def test_the_range_is_that_of_the_slowest_and_the_fastest_slice() -> None:
     assert forecast.cost.total == 0
 
 
+def test_in_the_last_round_workers_without_a_slice_wait() -> None:
+    """As 69 slices take 64 workers two rounds."""
+    forecast = extrapolate(
+        SAMPLE, num_images=6900, num_slices=69, num_workers=64, startup_s=0, prices=PRICES, notes=[]
+    )
+    assert forecast.hours * 3600 == pytest.approx(2 * 5)
+    assert forecast.images_per_s_range == pytest.approx((690, 690))
+
+
 @pytest.mark.parametrize("num_workers", [1, 2, 3, 4, 60])
 @pytest.mark.parametrize("num_slices", [4, 120])
 def test_the_rate_is_that_of_all_workers_whatever_the_sample_kept_busy(
@@ -128,7 +137,7 @@ def test_the_rate_is_that_of_all_workers_whatever_the_sample_kept_busy(
     forecast = extrapolate(
         slices,
         num_images=720_000,
-        num_slices=400,
+        num_slices=1200,
         num_workers=num_workers,
         startup_s=0,
         prices=PRICES,

@@ -257,6 +257,13 @@ def test_given_up_run_stops_its_driver_and_takes_no_other(folder: RunFolder) -> 
         pass
 
 
+def test_a_run_that_was_finished_while_it_was_given_up_may_be_held_for_its_repair(folder: RunFolder) -> None:
+    give_up(folder)
+    folder.store.put(folder.key("_SUCCESS"), b"")
+    with hold_run(folder):
+        pass
+
+
 def test_living_holders_are_those_that_renew(tmp_path: Path) -> None:
     store = LocalStore(str(tmp_path))
     held, dead, gone, free, untouched = (RunFolder(store, name) for name in ("a", "b", "c", "d", "e"))

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from convoy.core.errors import ConfigError, ObjectNotFound
+from convoy.storage import stores
 from convoy.storage.local_store import LocalStore
 from convoy.storage.s3_store import S3Store
 from convoy.storage.stores import UriReader, join_uri, open_object, open_store
@@ -111,3 +112,16 @@ def test_roots_join_with_and_without_a_slash() -> None:
     assert join_uri("s3://bucket/", "a", "b") == "s3://bucket/a/b"
     assert join_uri("/data", "a b") == "/data/a b"
     assert join_uri("/", "a") == "/a"
+
+
+@pytest.mark.parametrize("key", ["gone.parquet", "2024-01-01/gone.jpg"])
+def test_a_bucket_with_other_objects_lacks_not_all_whatever_is_deleted_at_its_top(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    """A folder stands for the bucket."""
+    bucket = LocalStore(str(tmp_path))
+    monkeypatch.setattr(stores, "_impatient_store", lambda _: bucket)
+    reader = UriReader()
+    assert reader.lacks_all(f"s3://bucket/{key}", num_images=1000)
+    bucket.put("2024-01-02/there.jpg", b"image")
+    assert not reader.lacks_all(f"s3://bucket/{key}", num_images=1000)
