@@ -216,7 +216,8 @@ class TrainingWorker:
             raise DataError(
                 f"none of {self._spec.train.num_rows} training images could be used",
                 where=self._spec.run_id,
-                next_step="see why one of them fails: `convoy cache` lists every reject with its reason",
+                next_step="see why one of them fails: `convoy cache` lists every reject with its reason; once the"
+                " dataset is frozen anew, train with --new-run",
             )
         averaged = self._spec.recipe.averaging is Averaging.EMA
         with swapped_in(self._network, self._keeper.kept() if averaged else None):

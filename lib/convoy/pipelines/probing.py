@@ -25,7 +25,8 @@ from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import RunFolder
 from convoy.vision.distillation import Teacher
-from convoy.vision.head_fitting import FittedHead, check_choice, fit_head
+from convoy.vision.head_config import check_choice
+from convoy.vision.head_fitting import FittedHead, fit_head
 
 
 class TrialSummary(StrictModel):

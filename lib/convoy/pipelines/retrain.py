@@ -14,6 +14,7 @@ from convoy.pipelines.retrain_plan import (
     plan_retrain,
     refuse_date,
     refuse_other_settings,
+    refuse_unchosen_head,
     settled_report,
 )
 from convoy.pipelines.workspace import open_workspace
@@ -65,6 +66,7 @@ def _retrain(
     plan = folder.plan(date)
     if plan is None:
         plan = plan_retrain(store, folder, config, progress)
+        refuse_unchosen_head(store, plan, config)
         folder.write_plan(plan)
     refuse_other_settings(plan, config)
     report = settled_report(folder, plan)

@@ -9,7 +9,9 @@ from datetime import UTC, datetime, timedelta
 from convoy.core.differences import describe_changes
 from convoy.core.errors import ConfigError, DataError
 from convoy.core.progress import Progress
+from convoy.core.records import Split
 from convoy.pipelines.retrain_config import Decision, RetrainConfig, RetrainReport
+from convoy.pipelines.training_rows import has_labels
 from convoy.storage.bundles import METRICS_FILE, resolve_bundle
 from convoy.storage.datasets import freeze_dataset, open_dataset, refuse_made_otherwise
 from convoy.storage.documents import read_json
@@ -18,6 +20,7 @@ from convoy.storage.registry import Alias, read_aliases
 from convoy.storage.retrains import RetrainFolder, RetrainPlan
 from convoy.storage.runs import RunFolder
 from convoy.storage.stores import open_store
+from convoy.vision.head_config import check_choice
 
 # What may differ between two calls for one date: where, how fast and who hears of it, not what.
 _FREE_KEYS = ("workspace", "writers", "date", "mirror")
@@ -88,6 +91,16 @@ def _require_versions(store: ObjectStore, config: RetrainConfig, fingerprints: I
                 where="dataset",
                 next_step="name the dataset as before, or retrain on the new one under another name of the model",
             ) from None
+
+
+def refuse_unchosen_head(store: ObjectStore, plan: RetrainPlan, config: RetrainConfig) -> None:
+    """ConfigError where the first model would need validation rows to choose its head by, and there are none.
+
+    To be asked before the date is begun: from then on its settings stay as they are.
+    """
+    if plan.champion is None:
+        manifest = open_dataset(store, config.dataset, plan.fingerprint)
+        check_choice(config.head, has_val=has_labels(manifest, Split.VAL))
 
 
 def refuse_date(folder: RetrainFolder, date: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from convoy.core.errors import DataError, RunMismatch
+from convoy.core.errors import DataError, RunMismatch, TrainingError
 from convoy.core.progress import Progress
 from convoy.core.records import Split
 from convoy.core.statistics import wilson_interval
@@ -205,7 +205,15 @@ class CandidateMaker:
             if not cost.passed:
                 self.notes.append(f"fine_tune is left out, as the gate would refuse {arch}: {cost.text}")
                 return None
-            report = self._train_network()
+            try:
+                report = self._train_network()
+            except TrainingError as error:
+                # By the same settings it would end so for ever.
+                give_up_trainings(self._store, [self._training_target])
+                self.notes.append(
+                    f"fine_tune is left out, as its training failed: {error.what}; change its settings"
+                )
+                return None
             self._folder.keep_fine_tuned(self._date, report.model_dump(mode="json"))
         else:
             report = TrainReport.model_validate(kept)
@@ -216,9 +224,12 @@ class CandidateMaker:
         network = build_network(trained_backbone_config(config, len(self._manifest.classes)))
         return count_macs(network, input_px=fetch_backbone(self._store, config.backbone).preset.crop_px)
 
-    def _train_network(self) -> TrainReport:
+    @property
+    def _training_target(self) -> str:
         # No bundle is named so: what a person trains under the model's name is left alone.
-        target = f"{self._config.name}/retrain"
+        return f"{self._config.name}/retrain"
+
+    def _train_network(self) -> TrainReport:
         train = partial(
             run_train,
             self._training_config(),
@@ -226,13 +237,13 @@ class CandidateMaker:
             draw_curves=self._draw_curves,
             when_held=WhenHeld.WAIT,
             fingerprint=self._manifest.fingerprint,
-            target=target,
+            target=self._training_target,
         )
         try:
             return train()
         except RunMismatch:
             # Left behind by an earlier date; this one has other rows.
-            give_up_trainings(self._store, [target])
+            give_up_trainings(self._store, [self._training_target])
             return train()
 
     def _training_config(self) -> TrainConfig:

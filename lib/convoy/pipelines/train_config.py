@@ -149,6 +149,11 @@ class TrainConfig(StrictModel):
     def unused_keys_notes(self) -> tuple[str, ...]:
         """What is set for another strategy. No error, as the trials of a search may share it."""
         of_others = frozenset[str]().union(*_KEYS_OF.values()) - _KEYS_OF[self.strategy]
+        if self.strategy in PROBES and self.views == 1:
+            # Only further views are augmented.
+            of_others |= {"augmentation"}
+        if self.strategy in NETWORKS and not self.may_fit_head:
+            of_others |= {"head", "views"}
         fields = type(self).model_fields
         unused = [
             key

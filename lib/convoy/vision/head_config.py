@@ -8,6 +8,7 @@ from typing import Annotated, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from convoy.core.config import StrictModel
+from convoy.core.errors import ConfigError
 
 # Where the tensors of a head lie in the file of a model.
 HEAD_PREFIX = "head."
@@ -85,3 +86,13 @@ class HeadSpec(StrictModel):
         if (self.hidden_width is not None) != (self.kind is HeadKind.MLP):
             raise ValueError("hidden_width belongs to an mlp head, and to no other")
         return self
+
+
+def check_choice(config: HeadConfig, *, has_val: bool) -> None:
+    """Raise ConfigError where there are several values of C, and no validation rows to choose by."""
+    if not has_val and config.kind is not HeadKind.MLP and len(set(config.C)) > 1:
+        raise ConfigError(
+            f"there are {len(set(config.C))} values of C and no validation rows to choose by",
+            where="head.C",
+            next_step="give the dataset a val split, or set one value: head.C=[1.0]",
+        )

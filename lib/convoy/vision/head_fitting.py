@@ -20,7 +20,7 @@ from convoy.core.errors import ConfigError, DataError, TrainingError
 from convoy.core.large_arrays import large_array
 from convoy.core.metrics import EvaluationCounts, Metrics
 from convoy.core.randomness import generator, position_digest
-from convoy.vision.head_config import HeadConfig, HeadKind, HeadSpec, MlpConfig, Selection
+from convoy.vision.head_config import HeadConfig, HeadKind, HeadSpec, MlpConfig, Selection, check_choice
 from convoy.vision.head_objectives import (
     FeatureScale,
     LinearObjective,
@@ -123,16 +123,6 @@ def fit_path(
     with _few_threads(train.num_rows * train.num_features * num_classes):
         path = _linear_path(config, train, None, scale=scale, num_classes=num_classes)
         return [head for head, _ in path]
-
-
-def check_choice(config: HeadConfig, *, has_val: bool) -> None:
-    """Raise ConfigError where there are several values of C, and no validation rows to choose by."""
-    if not has_val and config.kind is not HeadKind.MLP and len(set(config.C)) > 1:
-        raise ConfigError(
-            f"there are {len(set(config.C))} values of C and no validation rows to choose by",
-            where="head.C",
-            next_step="give the dataset a val split, or set one value: head.C=[1.0]",
-        )
 
 
 def choose_head(heads: Sequence[Head], val: FeatureSource, selection: Selection) -> Head:

@@ -15,7 +15,7 @@ import pytest
 from cache_jobs import write_digits
 from convoy.core.config import parse_config
 from convoy.core.crop_policies import CropPlan, CropPolicy
-from convoy.core.errors import ExitCode
+from convoy.core.errors import ConfigError, ExitCode, TrainingError
 from convoy.core.progress import Silent
 from convoy.core.records import Split
 from convoy.core.splits import SplitOptions
@@ -209,6 +209,41 @@ def test_a_network_that_the_gate_would_refuse_for_its_cost_is_not_trained(
     assert other == "fine_tune is for cifar_resnet20, the config's backbone, and the champion is lenet5"
     assert len(left_out) == (0 if is_trained else 1)
     assert all("allowed are 10.00" in note for note in left_out)
+
+
+def test_a_network_whose_training_fails_is_left_out_and_not_gone_on_with(
+    job: RetrainJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the settings of its date it would fail again, and no option of a retraining leaves its run."""
+    store = LocalStore(job._store.root_uri)
+    champion = open_committee(store, str(write_classifier(store, NAME, made_classifier(store, 0))))
+
+    def diverge(*_: object) -> None:
+        raise TrainingError("the loss is no finite number any more")
+
+    monkeypatch.setattr(train, "ray_session", nullcontext)
+    monkeypatch.setattr(NetworkTraining, "run", diverge)
+    maker = begun(store, workspace=store.root_uri, fine_tune={"epochs": 1})._maker
+    assert maker.steps(champion)["fine_tune"]() is None
+    assert "its training failed: the loss is no finite number any more" in maker.notes[-1]
+    assert open_training(store, f"{NAME}/retrain").current() is None
+
+
+def test_a_head_that_nothing_could_choose_is_refused_before_the_date_is_begun(tmp_path: Path) -> None:
+    write_digits(tmp_path / "images", 40)
+    settings = {
+        "workspace": str(tmp_path / "workspace"),
+        "name": NAME,
+        "dataset": NAME,
+        "source": str(tmp_path / "images"),
+        "splits": {"val_fraction": 0.0},
+        "backbone": {"arch": "lenet5", "weights": "random"},
+        "date": "2026-01-01",
+    }
+    config = parse_config(RetrainConfig, settings, where="test")
+    with pytest.raises(ConfigError, match="no validation rows to choose by"):
+        run_retrain(config, progress=Silent(), draw_curves=draw_learning_curves)
+    assert RetrainFolder(LocalStore(str(tmp_path / "workspace")), NAME).plan("2026-01-01") is None
 
 
 class _Stopped(Exception):

@@ -310,6 +310,8 @@ def test_a_dry_run_counts_no_phase_that_is_a_fit_from_the_cache(
     [
         ({"strategy": "fine_tune", **FORGOTTEN, "views": 2}, []),
         ({"strategy": "from_scratch", "tap": "layer2"}, ["tap"]),
+        ({"strategy": "from_scratch", "views": 2, "head": {"C": [1.0]}}, ["head", "views"]),
+        ({"strategy": "linear_probe", "augmentation": "none"}, ["augmentation"]),
         ({"strategy": "linear_probe", "views": 2, "augmentation": "light", "tap": "layer2"}, []),
         ({"strategy": "as_is", "class_map": {"tabby": "cat"}, "head": {"kind": "linear_svm"}}, ["head"]),
         ({"strategy": "linear_probe", "epochs": None, "workers": {}}, []),
