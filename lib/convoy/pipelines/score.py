@@ -18,6 +18,7 @@ from convoy.pipelines.committee_predictions import (
     require_gate,
 )
 from convoy.pipelines.committees import CommitteeRecord
+from convoy.pipelines.feature_plan import ExtractionConfig, PrecisionChoice
 from convoy.pipelines.feature_summary import timings
 from convoy.pipelines.forecast import Actual, Forecast, actual_of, nothing_left
 from convoy.pipelines.forecast_sampling import forecast_scoring
@@ -156,7 +157,8 @@ def _open_request(
     if config.partition_by is PartitionBy.LABEL:
         require_short_labels(manifest.classes)
     forecast = read_json(store, _forecast_key(manifest, request))
-    return store, manifest, request.with_forecast(forecast), [*notes, *model_notes]
+    notes = [*notes, *model_notes, *_kept_by_bundles(config.extraction, committee)]
+    return store, manifest, request.with_forecast(forecast), notes
 
 
 def _forecast_key(manifest: Manifest, request: PredictionRequest) -> str:
@@ -189,6 +191,20 @@ def _require_probabilities(config: ScoreConfig, committee: CommitteeRecord) -> N
             where="columns.outputs",
             next_step="set columns.outputs=logits, or score with a head of kind softmax",
         )
+
+
+def _kept_by_bundles(extraction: ExtractionConfig, committee: CommitteeRecord) -> list[str]:
+    """A note of what is set and does nothing: models see images as they did when they were trained."""
+    given = extraction.model_fields_set
+    classifiers = [member.classifier for member in committee.members]
+    kept = []
+    if "decode" in given and any(one.decode_rule != extraction.decode for one in classifiers):
+        kept.append("extraction.decode")
+    if extraction.precision is not PrecisionChoice.AUTO and any(
+        one.precision is not extraction.precision for one in classifiers
+    ):
+        kept.append("extraction.precision")
+    return [f"without effect, as bundles keep their own: {', '.join(kept)}"] if kept else []
 
 
 def _report(

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Self
+
+from pydantic import model_validator
+
+from convoy.core.crop_policies import EvaluationMode
 from convoy.core.result_columns import PartitionBy, ScoreColumns
 from convoy.core.splits import ChosenSplits
 from convoy.pipelines.dataset_choice import DatasetChoice
@@ -23,6 +28,15 @@ class ScoreConfig(LookSettings, ModelChoice, DatasetChoice):
     extraction: ExtractionConfig = ExtractionConfig()
     error_budget: ErrorBudget = ErrorBudget()
     prices: Prices = Prices()
+
+    @model_validator(mode="after")
+    def _crops_are_looked_at(self) -> Self:
+        if self.mode is EvaluationMode.DENSE and self.crops is not None:
+            raise ValueError(
+                "mode dense looks at the whole central square and its mirror image: leave crops out, or choose mode"
+                " exact"
+            )
+        return self
 
     @property
     def run_name(self) -> str:

@@ -149,6 +149,17 @@ def test_no_probabilities_are_made_of_the_margins_of_a_linear_svm(store: LocalSt
     assert run_score(config, progress=Silent()).results == NUM_IMAGES
 
 
+def test_what_a_bundle_keeps_and_what_a_mode_leaves_out_is_said(store: LocalStore) -> None:
+    settings = {"workspace": store.root_uri, "dataset": "digits", "bundle": "one"}
+    given = {"decode": {"max_pixels": 10**8}, "precision": "bf16", "batch_size": 4}
+    config = ScoreConfig.model_validate({**settings, "extraction": given})
+    kept = "without effect, as bundles keep their own: extraction.decode, extraction.precision"
+    assert kept in run_score(config, progress=Silent()).notes
+    assert not any("without effect" in note for note in score(store).notes)
+    with pytest.raises(ValueError, match="mode dense looks at the whole central square"):
+        ScoreConfig.model_validate({**settings, "mode": "dense", "crops": "ten"})
+
+
 def test_a_run_costs_by_the_prices_of_its_forecast_unless_it_is_given_others(store: LocalStore) -> None:
     settings = {"workspace": store.root_uri, "dataset": "digits", "bundle": "one", "extraction": EXTRACTION}
     priced = ScoreConfig.model_validate({**settings, "prices": {"per_1000_puts": 5.0}})
