@@ -176,18 +176,25 @@ class Gatherer:
         )
 
     def _svm(self, look: Look) -> SvmProbe | None:
-        """A linear SVM on the best tap below the top, as CS231n's rule has it; None without one."""
+        """A linear SVM on the best tap below the top, as CS231n's rule has it; None without one.
+
+        It is worth less by as much as the tap's own head is on rows that did not choose the tap.
+        """
         earlier = look.probes.earlier
         if not earlier:
             return None
-        tap = max(earlier, key=lambda probe: (probe.top1.estimate, probe.depth)).tap
+        best = max(earlier, key=lambda probe: (probe.top1.estimate, probe.depth))
         config = self._config.head.model_copy(update={"kind": HeadKind.LINEAR_SVM})
-        head = self._prober.judge(self._prober.features(self._prober.set_id(look, tap)), head=config)
+        head = self._prober.judge(self._prober.features(self._prober.set_id(look, best.tap)), head=config)
+        judged = head.judged(best.tap)
+        if look.probes.earlier_peak_correct is not None:
+            flattered = max(best.num_correct - look.probes.earlier_peak_correct, 0.0)
+            judged = judged.model_copy(update={"num_correct": max(judged.num_correct - flattered, 0.0)})
         return SvmProbe(
-            judged=head.judged(tap),
+            judged=judged,
             C=head.C,
             fit_seconds=head.seconds,
-            missing_images=self._missing(look, tap),
+            missing_images=self._missing(look, best.tap),
         )
 
     def _missing(self, look: Look, tap: str) -> int:

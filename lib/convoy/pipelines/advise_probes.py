@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +15,7 @@ from convoy.core.errors import DataError
 from convoy.core.learning_curve import CurveSample
 from convoy.core.progress import Progress
 from convoy.core.records import codes_in_words
-from convoy.core.statistics import Interval, effective_counts, effective_rows, wilson_interval
+from convoy.core.statistics import Interval, effective_rows
 from convoy.core.transferability import knn_correct, logme
 from convoy.pipelines.advise_as_is import judge_as_is, own_classifier
 from convoy.pipelines.advise_config import AdviseConfig, CandidateBackbone
@@ -32,19 +29,18 @@ from convoy.pipelines.feature_plan import FeatureRequest, holding_features
 from convoy.pipelines.feature_source import count_rejects, gather_features
 from convoy.pipelines.feature_summary import FeatureSummary
 from convoy.pipelines.features import FeatureJob
+from convoy.pipelines.judged_heads import JudgedHead, judge_head, peak_correct
 from convoy.pipelines.near_duplicates import (
     NearDuplicateReport,
     joined_taps,
     near_duplicate_taps,
     report_near_duplicates,
 )
-from convoy.pipelines.probe_judging import CrossFittedProbe, best_by_other_half
 from convoy.storage.feature_cache import FeatureCache, content_id_array
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.vision.head_config import HeadConfig
-from convoy.vision.head_fitting import fit_path
-from convoy.vision.heads import FeatureSource, TensorFeatures
+from convoy.vision.heads import TensorFeatures
 
 
 class TapProbe(StrictModel):
@@ -75,7 +71,8 @@ class BackboneProbes(StrictModel):
     That pass was of `timed_images`, null in advice that was given before this was told. Of 0, no pass tells the rate:
     it is what the multiply-adds suggest of two cores. `judged_rows` are as many rows of equal weight as those that
     judged are worth. `peak_correct` counts those that are right where the tap was chosen by the other half of them; the
-    best of several taps on the rows that chose it looks better than it is. Advice of before does not tell it.
+    best of several taps on the rows that chose it looks better than it is, and `earlier_peak_correct` the same of the
+    taps below the top. Advice of before does not tell them.
     """
 
     backbone: str
@@ -86,6 +83,7 @@ class BackboneProbes(StrictModel):
     timed_images: int | None = None
     judged_rows: float
     peak_correct: float | None = None
+    earlier_peak_correct: float | None = None
     taps: list[TapProbe]
 
     @property
@@ -125,29 +123,6 @@ class LabelledFeatures:
     judged_labels_M: NDArray[np.int64]
     judged_weights_M: NDArray[np.float64]
     places_M: NDArray[np.intp]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class JudgedHead:
-    """Of each judged row if the head is right, its weight, and its place among all that were to judge, in their order.
-
-    `C` is the stronger of the two chosen, `seconds` are those of the fit.
-    """
-
-    correct_M: NDArray[np.bool_]
-    weights_M: NDArray[np.float64]
-    places_M: NDArray[np.intp]
-    C: float
-    seconds: float
-
-    @property
-    def top1(self) -> Interval:
-        """The share of judged rows that it gets right."""
-        return wilson_interval(*effective_counts(self.correct_M, self.weights_M))
-
-    def judged(self, tap: str) -> JudgedProbe:
-        """What the rule needs of it."""
-        return JudgedProbe.of(tap, self.correct_M, self.weights_M)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -202,7 +177,8 @@ class Prober:
             images_per_s=images_per_s,
             timed_images=timed_images,
             judged_rows=effective_rows(probed[0][1].weights_M),
-            peak_correct=_peak_correct([head for _, head in probed]),
+            peak_correct=peak_correct([head for _, head in probed]),
+            earlier_peak_correct=peak_correct([head for _, head in probed[:-1]]) if probed[1:] else None,
             taps=[probe for probe, _ in probed],
         )
         head = next(head for probe, head in probed if probe.tap == probes.best.tap)
@@ -356,45 +332,3 @@ class Prober:
             fit_seconds=head.seconds,
         )
         return probe, head
-
-
-def _peak_correct(heads: Sequence[JudgedHead]) -> float:
-    """How many rows of equal weight are right where the best of the heads was chosen by the others, of equals the last.
-
-    Of the rows that all of them have judged; a tap may have lost some to the range of float16.
-    """
-    places = [head.places_M for head in heads]
-    common = reduce(np.intersect1d, places)
-    correct_TM = np.stack([head.correct_M[np.isin(head.places_M, common)] for head in heads])
-    weights_M = heads[0].weights_M[np.isin(places[0], common)]
-    return effective_counts(best_by_other_half(correct_TM, weights_M), weights_M)[0]
-
-
-def judge_head(
-    config: HeadConfig,
-    train: FeatureSource,
-    judged_MD: NDArray[np.float32],
-    judged_labels_M: NDArray[np.int64],
-    judged_weights_M: NDArray[np.float64] | None = None,
-    places_M: NDArray[np.intp] | None = None,
-    *,
-    num_classes: int,
-) -> JudgedHead:
-    """A head on features, each judged row being judged by one that the other half of the rows chose.
-
-    So none flatters the head that it chose. Rows choose alike, whatever they weigh (by default 1) where they judge.
-    Without `places_M` they are all that were to judge.
-    """
-    started_s = time.monotonic()
-    heads = fit_path(config, train, num_classes=num_classes)
-    all_M = np.ones(len(judged_MD), np.bool_)
-    probe = CrossFittedProbe.choose(heads, judged_MD, all_M, judged_labels_M, config.selection)
-    predicted_M = probe.predict(judged_MD, all_M)
-    strongest = min(heads.index(head) for head in probe.heads)
-    return JudgedHead(
-        correct_M=predicted_M == judged_labels_M,
-        weights_M=np.ones(len(judged_MD)) if judged_weights_M is None else judged_weights_M,
-        places_M=np.arange(len(judged_MD)) if places_M is None else places_M,
-        C=sorted(set(config.C))[strongest],
-        seconds=time.monotonic() - started_s,
-    )

@@ -20,7 +20,7 @@ from convoy.pipelines import advise
 from convoy.pipelines.advise_config import AdviseConfig, VerifySettings
 from convoy.pipelines.advise_data import data_facts
 from convoy.pipelines.advise_evidence import Gathered, Gatherer
-from convoy.pipelines.advise_probes import JudgedHead, Look, Prober
+from convoy.pipelines.advise_probes import Look, Prober
 from convoy.pipelines.advise_report import AdviceReport, Verification
 from convoy.pipelines.advise_strategies import Option
 from convoy.pipelines.advise_taps import refuse_unknown_stages
@@ -30,6 +30,7 @@ from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.classifiers import Strategy
 from convoy.pipelines.feature_plan import ExtractionConfig
 from convoy.pipelines.feature_summary import FeatureSummary
+from convoy.pipelines.judged_heads import JudgedHead
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.training_rows import RowLimit
 from convoy.storage.commits import finish

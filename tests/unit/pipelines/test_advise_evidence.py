@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,11 @@ from convoy.core.progress import Silent
 from convoy.core.records import Split
 from convoy.pipelines.advise_config import AdviseConfig, CandidateBackbone
 from convoy.pipelines.advise_evidence import Gatherer
-from convoy.pipelines.advise_probes import JudgedHead, Look, Prober
+from convoy.pipelines.advise_probes import Look, Prober
 from convoy.pipelines.feature_plan import FeatureRequest
 from convoy.pipelines.feature_summary import FeatureSummary
 from convoy.pipelines.features import FeatureJob
+from convoy.pipelines.judged_heads import JudgedHead
 from convoy.pipelines.models import fetch_backbone
 from convoy.storage.commits import SetCommit, feature_prefix, part_key
 from convoy.storage.local_store import LocalStore
@@ -120,14 +122,35 @@ def test_probes_cost_a_pass_over_those_training_images_alone_that_the_cache_lack
     tmp_path: Path, limit: int | None, missing: int
 ) -> None:
     """Everything is cached at `pooled`, as `convoy cache` does by default, and at `c1` what was looked at."""
+    gatherer, candidate, look = looked_at(tmp_path, limit)
+    evidence = gatherer._evidence(candidate, look, look, is_best=True, shrink=AS_MEASURED)
+    assert evidence.missing_images == 0
+    assert evidence.svm is not None
+    assert evidence.svm.missing_images == missing
+
+
+def test_a_tap_that_was_chosen_by_the_rows_that_judge_flatters_its_svm_no_more_than_its_own_head(
+    tmp_path: Path,
+) -> None:
+    gatherer, _, look = looked_at(tmp_path, None)
+    as_chosen = gatherer._svm(look)
+    assert as_chosen is not None
+    num_correct = look.probes.earlier[0].num_correct
+    fair = look.probes.model_copy(update={"earlier_peak_correct": num_correct - 4.0})
+    judged = gatherer._svm(replace(look, probes=fair))
+    assert judged is not None
+    assert judged.judged.num_correct == as_chosen.judged.num_correct - 4.0
+
+
+def looked_at(folder: Path, limit: int | None) -> tuple[Gatherer, CandidateBackbone, Look]:
     settings = [
         f"candidates=[{{backbone: {{{LENET}}}}}]", "dataset=parts", "look.images_per_class=50",
         "extraction.precision=fp32", *([] if limit is None else [f"rows.max_per_class={limit}"]),
     ]  # fmt: skip
     config = load_config(AdviseConfig, None, settings)
     counts = {Split.TRAIN: (200, 200), Split.VAL: (60, 60)}
-    manifest = frozen_rows(tmp_path, counts, ("good", "defect"))
-    store, (candidate,) = LocalStore(str(tmp_path)), config.candidates
+    manifest = frozen_rows(folder, counts, ("good", "defect"))
+    store, (candidate,) = LocalStore(str(folder)), config.candidates
     record = fetch_backbone(store, candidate.backbone)
     c1, pooled = record.resolve_tap("c1"), record.resolve_tap("pooled")
     prober = Prober(store, manifest, config, Silent())
@@ -140,8 +163,4 @@ def test_probes_cost_a_pass_over_those_training_images_alone_that_the_cache_lack
     summary = FeatureSummary.model_construct(sets={f"{tap}/0": job.set_id(tap) for tap in (c1, pooled)})
     head = JudgedHead(np.ones(0, np.bool_), np.ones(0), np.arange(0), C=1.0, seconds=0.0)
     look = Look(record, summary, made.model_copy(update={"taps": [early, top]}), head, None)
-    gatherer = Gatherer(store, manifest, config, prober)
-    evidence = gatherer._evidence(candidate, look, look, is_best=True, shrink=AS_MEASURED)
-    assert evidence.missing_images == 0
-    assert evidence.svm is not None
-    assert evidence.svm.missing_images == missing
+    return Gatherer(store, manifest, config, prober), candidate, look

@@ -19,12 +19,13 @@ from convoy.core.transferability import logme
 from convoy.pipelines.advise_config import AdviseConfig
 from convoy.pipelines.advise_data import find_warnings
 from convoy.pipelines.advise_evidence import Gatherer
-from convoy.pipelines.advise_probes import JudgedHead, Look, Prober, judge_head
+from convoy.pipelines.advise_probes import Look, Prober
 from convoy.pipelines.advise_rows import choose_rows, missing_classes, subset_rows
 from convoy.pipelines.advise_taps import spread_taps
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.feature_source import LabelledRows, open_features
 from convoy.pipelines.feature_summary import FeatureSummary
+from convoy.pipelines.judged_heads import JudgedHead, judge_head
 from convoy.pipelines.models import fetch_backbone
 from convoy.storage.commits import SetCommit, feature_prefix, part_key, publish, read_records
 from convoy.storage.feature_cache import FeatureCache
