@@ -98,7 +98,14 @@ def plan_score(config: ScoreConfig, *, progress: Progress, new_run: bool = False
     Of a run that is there already, only what is left of it.
     """
     store, manifest, request, notes = _open_request(config, progress, new_run=new_run)
-    begun = CommitteeJob(store, manifest, request).begun(new_run=new_run)
+    job = CommitteeJob(store, manifest, request)
+    if not new_run and job.is_barred():
+        notes = [
+            *notes,
+            f"an unfinished run of the name '{config.run_name}' has other inputs or settings: the scoring itself needs"
+            " another --name, or --new-run to leave that one",
+        ]
+    begun = job.begun(new_run=new_run)
     if begun is not None and begun.done:
         notes = [*notes, _done_note(begun)]
     if begun is not None and not begun.slices_left:

@@ -376,6 +376,10 @@ def test_a_cut_off_scoring_is_ended_with_the_champion_that_it_began_with(
 def test_a_cut_off_scoring_is_not_ended_with_another_model_that_is_asked_for(
     images: Path, store: LocalStore, begun: str
 ) -> None:
+    barred = "'new' has other inputs or settings: the scoring itself needs another --name"
+    told = plan_score(from_source(images, store, bundle="two"), progress=Silent()).notes
+    assert any(barred in note for note in told)
+    assert not any(barred in note for note in plan_score(from_source(images, store), progress=Silent()).notes)
     with pytest.raises(RunMismatch, match="committee") as caught:
         run_score(from_source(images, store, bundle="two"), progress=Silent())
     assert "(--name) to leave that run alone" in caught.value.next_step
