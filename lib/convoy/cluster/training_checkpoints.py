@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from convoy.cluster.image_loading import RejectedRow
 from convoy.cluster.training_group import TrainingGroup
+from convoy.cluster.training_meter import Spent
 from convoy.cluster.training_spec import TrainingSpec
 from convoy.core.config import StrictModel
 from convoy.core.training_events import EpochResult
@@ -46,12 +47,24 @@ class Position(StrictModel):
         return Position(phase=self.phase, epoch=self.epoch, step=step)
 
 
+def _zeros() -> Tensor:
+    return torch.zeros(3, dtype=torch.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class EpochSoFar:
+    """An epoch that is under way: the sums over its steps, and what these took."""
+
+    sums: Tensor = field(default_factory=_zeros)
+    spent: Spent = field(default_factory=Spent)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resumed:
-    """Where a worker begins. `sums` are the group's sums over the steps of a broken epoch; `tensors` may be None."""
+    """Where a worker begins. The sums of `epoch`, where one was broken off, are the group's; `tensors` may be None."""
 
     position: Position
-    sums: Tensor
+    epoch: EpochSoFar
     history: tuple[EpochResult, ...] = ()
     scores: tuple[float, ...] = ()
     rejects: tuple[RejectedRow, ...] = ()
@@ -81,7 +94,7 @@ class TrainingCheckpoints:
             chosen = loaded and loaded.record.model_dump(mode="json")
         chosen = self._group.from_first(chosen)
         if chosen is None:
-            return Resumed(position=Position(), sums=_zeros(), notes=notes)
+            return Resumed(position=Position(), epoch=EpochSoFar(), notes=notes)
         record = CheckpointRecord.model_validate(chosen)
         self._last_step = record.step
         details = record.details
@@ -89,7 +102,8 @@ class TrainingCheckpoints:
         sums = torch.tensor(details["sums"], dtype=torch.float64) if self._group.is_first else _zeros()
         return Resumed(
             position=Position.model_validate(details["position"]),
-            sums=sums,
+            # Checkpoints of before do not tell what was spent.
+            epoch=EpochSoFar(sums, Spent.model_validate(details.get("spent", {}))),
             history=tuple(EpochResult.model_validate(one) for one in details["history"]),
             scores=tuple(details["scores"]),
             rejects=tuple(RejectedRow.model_validate(one) for one in details["rejects"]),
@@ -114,7 +128,7 @@ class TrainingCheckpoints:
         keeper: WeightKeeper,
         position: Position,
         *,
-        sums: Tensor,
+        epoch: EpochSoFar,
         history: Sequence[EpochResult],
         rejects: Iterable[RejectedRow],
     ) -> bool:
@@ -133,7 +147,8 @@ class TrainingCheckpoints:
             score=history[-1].val_top1 if history else None,
             details={
                 "position": position.model_dump(),
-                "sums": sums.tolist(),
+                "sums": epoch.sums.tolist(),
+                "spent": epoch.spent.model_dump(),
                 "history": [one.model_dump(mode="json") for one in history],
                 "scores": keeper.scores,
                 "rejects": [one.model_dump(mode="json") for one in rejects],
@@ -145,7 +160,3 @@ class TrainingCheckpoints:
     def close(self) -> None:
         """Wait for the last upload, and raise its error."""
         self._writer.close()
-
-
-def _zeros() -> Tensor:
-    return torch.zeros(3, dtype=torch.float64)

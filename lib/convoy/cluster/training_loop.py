@@ -20,7 +20,7 @@ from convoy.cluster.feed_opening import open_feed
 from convoy.cluster.image_loading import PreparedBatch, RejectedRow
 from convoy.cluster.timetable import Timetable
 from convoy.cluster.training_board import BoardWriter
-from convoy.cluster.training_checkpoints import Position, TrainingCheckpoints
+from convoy.cluster.training_checkpoints import EpochSoFar, Position, TrainingCheckpoints
 from convoy.cluster.training_group import TrainingGroup
 from convoy.cluster.training_meter import EpochMeter
 from convoy.cluster.training_results import TrainingOutcome, write_train_rejects, write_weights
@@ -106,7 +106,7 @@ class TrainingWorker:
         resumed = self._checkpoints.newest()
         self._history: list[EpochResult] = list(resumed.history)
         self._rejects = {reject.row: reject for reject in resumed.rejects}
-        self._position, self._sums = resumed.position, resumed.sums
+        self._position, self._broken_off = resumed.position, resumed.epoch
         self._packed, self._scaler = resumed.tensors, dict(resumed.scaler)
         if self._packed is not None:
             self._packed.load_network(self._network)
@@ -160,9 +160,9 @@ class TrainingWorker:
         position, learner = self._position, self._learner
         num_steps = self._plan.num_steps
         learner.begin_epoch()
-        learner.sums_3 += self._sums.to(learner.device)
-        self._sums = torch.zeros(3, dtype=torch.float64)
-        meter = EpochMeter()
+        learner.sums_3 += self._broken_off.sums.to(learner.device)
+        meter = EpochMeter(self._broken_off.spent)
+        self._broken_off = EpochSoFar()
         epoch = self._times.epoch(position)
         steps = self._feed.steps(epoch, position.step, self._preset(phase))
         for step in range(position.step, num_steps):
@@ -200,7 +200,7 @@ class TrainingWorker:
                     self._position, images_per_s=meter.images_per_s, train_loss=float(sums[0] / sums[2])
                 )
                 self._board.post(event)
-        self._save_if_due(at_once=is_late)
+        self._save_if_due(at_once=is_late, meter=meter)
 
     def _steps_to_next_look(self, meter: EpochMeter) -> int:
         """As many on every worker, by the pace of the first one."""
@@ -211,7 +211,7 @@ class TrainingWorker:
         """The epoch's losses over the whole group, and the validation of the weights that would be kept."""
         loss_sum, num_correct, num_rows = self._finite_sums().tolist()
         # The sums wait for the device, and the validation is no part of what the training takes.
-        seconds, images_per_s = meter.seconds, meter.images_per_s
+        spent, images_per_s = meter.spent, meter.images_per_s
         if not num_rows:
             raise DataError(
                 f"none of {self._spec.train.num_rows} training images could be used",
@@ -234,8 +234,8 @@ class TrainingWorker:
             learning_rate=self._learner.optimiser.param_groups[-1]["lr"],
             images=int(num_rows),
             rejects=self._spec.train.num_rows - int(num_rows),
-            seconds=seconds,
-            wait_s=meter.wait_s,
+            seconds=spent.seconds,
+            wait_s=spent.wait_s,
             images_per_s=images_per_s,
         )
 
@@ -262,17 +262,18 @@ class TrainingWorker:
             raise LossNotFinite
         return sums
 
-    def _save_if_due(self, *, at_once: bool) -> None:
+    def _save_if_due(self, *, at_once: bool, meter: EpochMeter | None = None) -> None:
+        """Within an epoch, that of the `meter`, or between two."""
         if not (at_once or self._checkpoints.is_due(self._times.step(self._position))):
             return
-        sums = self._finite_sums() if self._position.step else torch.zeros(3, dtype=torch.float64)
+        epoch = EpochSoFar() if meter is None else EpochSoFar(self._finite_sums(), meter.spent)
         saved = self._checkpoints.save(
             self._times.step(self._position),
             self._network,
             self._learner,
             self._keeper,
             self._position,
-            sums=sums,
+            epoch=epoch,
             history=self._history,
             rejects=self._group_rejects(),
         )

@@ -45,9 +45,7 @@ class MoreDataAdvice(StrEnum):
 
     COLLECT = "collect"
     ENOUGH = "enough"
-    NO_HELP = (
-        "no_help"  # they would change little or nothing of what is reached, which is less than is wanted
-    )
+    NO_HELP = "no_help"  # they would change next to nothing of what is reached, which is less than is wanted
     UNKNOWN = "unknown"  # too few images for a curve
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from convoy.cluster import training_board, training_loop
+from convoy.cluster import training_board, training_loop, training_meter
 from convoy.cluster.training_checkpoints import TrainingCheckpoints
 from convoy.cluster.training_loop import TrainingWorker
+from convoy.cluster.training_meter import Spent
 from convoy.cluster.training_results import TrainingOutcome, read_outcome
 from convoy.cluster.training_spec import TrainingSpec
 from convoy.core.crash_points import CrashPoint
@@ -159,6 +161,24 @@ def test_a_training_with_few_steps_is_saved_by_the_clock_and_goes_on_to_the_bit(
     newest, *_ = CheckpointFolder(LocalStore(killed.workspace), RUN_ID).records()
     assert newest.step == at_step - 1
     assert_same(killed, train(killed), whole, train(whole))
+
+
+def test_an_epoch_that_was_broken_off_took_the_seconds_before_and_after(
+    tmp_path: Path, rows: pa.Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phase = Phase(name="train", epochs=2, learning_rate=0.05)
+    spec = training_spec(tmp_path, rows, phases=(phase,), checkpoint_steps=3)
+    with pytest.MonkeyPatch.context() as slow:
+        # A clock that makes them hours.
+        slow.setattr(training_meter, "time", SimpleNamespace(monotonic=lambda: 1e5 * time.monotonic()))
+        train_until_killed(spec, 4, monkeypatch)
+    newest, *_ = CheckpointFolder(LocalStore(spec.workspace), RUN_ID).records()
+    spent = Spent.model_validate(newest.details["spent"])
+    first, second = train(spec).history
+    assert 0 < spent.wait_s < spent.seconds
+    assert 0 < first.seconds - spent.seconds < spent.seconds
+    assert first.wait_s > spent.wait_s
+    assert second.seconds < spent.seconds
 
 
 def test_a_killed_distillation_ends_with_the_very_weights_of_one_that_was_not(
