@@ -19,14 +19,16 @@ CONVOY = Path(sys.executable).parent / "convoy"
 TIMEOUT_S = 300
 
 
-def convoy(*arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def convoy(
+    *arguments: str, environment: Mapping[str, str] | None = None, timeout_s: float = TIMEOUT_S
+) -> subprocess.CompletedProcess[str]:
     """One command line, to its end."""
     return subprocess.run(
         [str(CONVOY), *arguments],
         env={**os.environ, **(environment or {})},
         capture_output=True,
         text=True,
-        timeout=TIMEOUT_S,
+        timeout=timeout_s,
         check=False,
     )
 
@@ -47,9 +49,11 @@ def convoy_here(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(arguments, int(code or 0), stdout.getvalue(), stderr.getvalue())
 
 
-def convoy_json(*arguments: str, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+def convoy_json(
+    *arguments: str, environment: Mapping[str, str] | None = None, timeout_s: float = TIMEOUT_S
+) -> dict[str, Any]:
     """The JSON of a command that must succeed."""
-    return report_of(convoy(*arguments, "--json", environment=environment))
+    return report_of(convoy(*arguments, "--json", environment=environment, timeout_s=timeout_s))
 
 
 def convoy_json_here(*arguments: str) -> dict[str, Any]:
