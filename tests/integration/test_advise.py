@@ -95,7 +95,7 @@ def test_more_data_is_forecast_by_a_curve(report: dict[str, Any]) -> None:
     assert [point["factor"] for point in more["advised"]] == [1.0, 2.0, 4.0]
     assert len(more["curve"]["points"]) >= 3
     expected = more["advised"][0]["top1"]["estimate"]
-    assert more["advice"] == ("collect" if expected < 0.999 else "enough")
+    assert more["advice"] in (("collect", "no_help") if expected < 0.999 else ("enough",))
     assert f"{expected:.3f}" in more["why"]
 
 

@@ -56,7 +56,7 @@ FETCH_CODES = frozenset(
         RejectCode.ENDS_WORKERS,
     }
 )
-# Those that another try may give. What was replaced is `changed` to every try: the input of a run names the version.
+# Those that another try may give. What was replaced seldom comes back, and the input of a run names its version.
 RETRIED_CODES = FETCH_CODES - {RejectCode.CHANGED}
 
 

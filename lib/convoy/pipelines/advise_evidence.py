@@ -187,9 +187,8 @@ class Gatherer:
         config = self._config.head.model_copy(update={"kind": HeadKind.LINEAR_SVM})
         head = self._prober.judge(self._prober.features(self._prober.set_id(look, best.tap)), head=config)
         judged = head.judged(best.tap)
-        if look.probes.earlier_peak_correct is not None:
-            flattered = max(best.num_correct - look.probes.earlier_peak_correct, 0.0)
-            judged = judged.model_copy(update={"num_correct": max(judged.num_correct - flattered, 0.0)})
+        flattered = (look.probes.earlier_flattery or 0.0) * judged.num_rows
+        judged = judged.model_copy(update={"num_correct": max(judged.num_correct - flattered, 0.0)})
         return SvmProbe(
             judged=judged,
             C=head.C,

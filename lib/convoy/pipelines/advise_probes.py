@@ -29,7 +29,7 @@ from convoy.pipelines.feature_plan import FeatureRequest, holding_features
 from convoy.pipelines.feature_source import count_rejects, gather_features
 from convoy.pipelines.feature_summary import FeatureSummary
 from convoy.pipelines.features import FeatureJob
-from convoy.pipelines.judged_heads import JudgedHead, judge_head, peak_correct
+from convoy.pipelines.judged_heads import JudgedHead, flattery, judge_head, peak_correct
 from convoy.pipelines.near_duplicates import (
     NearDuplicateReport,
     joined_taps,
@@ -71,8 +71,8 @@ class BackboneProbes(StrictModel):
     That pass was of `timed_images`, null in advice that was given before this was told. Of 0, no pass tells the rate:
     it is what the multiply-adds suggest of two cores. `judged_rows` are as many rows of equal weight as those that
     judged are worth. `peak_correct` counts those that are right where the tap was chosen by the other half of them; the
-    best of several taps on the rows that chose it looks better than it is, and `earlier_peak_correct` the same of the
-    taps below the top. Advice of before does not tell them.
+    best of several taps on the rows that chose it looks better than it is, of those below the top by the share
+    `earlier_flattery`. Advice of before does not tell them.
     """
 
     backbone: str
@@ -83,7 +83,7 @@ class BackboneProbes(StrictModel):
     timed_images: int | None = None
     judged_rows: float
     peak_correct: float | None = None
-    earlier_peak_correct: float | None = None
+    earlier_flattery: float | None = None
     taps: list[TapProbe]
 
     @property
@@ -178,7 +178,7 @@ class Prober:
             timed_images=timed_images,
             judged_rows=effective_rows(probed[0][1].weights_M),
             peak_correct=peak_correct([head for _, head in probed]),
-            earlier_peak_correct=peak_correct([head for _, head in probed[:-1]]) if probed[1:] else None,
+            earlier_flattery=flattery([head for _, head in probed[:-1]]) if probed[1:] else None,
             taps=[probe for probe, _ in probed],
         )
         head = next(head for probe, head in probed if probe.tap == probes.best.tap)

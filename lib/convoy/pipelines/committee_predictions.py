@@ -105,14 +105,15 @@ class BegunRun:
     is_finished: bool
 
     @property
-    def images_left(self) -> int:
-        """Images of the slices that are not done."""
-        return self.record.num_inputs - sum(one.num_results + one.num_rejects for one in self.done)
-
-    @property
     def slices_left(self) -> int:
         """Slices that are not done."""
         return self.record.num_slices - len(self.done)
+
+    @property
+    def slice_rows_left(self) -> list[int]:
+        """The rows of each of them."""
+        done = {one.slice for one in self.done}
+        return [self.record.rows_of(name) for name in self.record.slice_names() if name not in done]
 
 
 class CommitteeJob:

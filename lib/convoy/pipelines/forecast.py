@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from heapq import heapreplace
 
 from pydantic import Field, NonNegativeFloat
 
@@ -118,23 +119,22 @@ def actual_of(manifest: RunManifest, prices: Prices) -> Actual:
 def extrapolate(
     sample: Sequence[SliceRecord],
     *,
-    num_images: int,
-    num_slices: int,
+    slice_rows: Sequence[int],
     num_workers: int,
     startup_s: float,
     prices: Prices,
     notes: Iterable[str],
     batches_ratio: float = 1.0,
 ) -> Forecast:
-    """The forecast for so many images in so many slices. The first slice of each worker is left out of the rate.
+    """The forecast for slices of so many rows. The first slice of each worker is left out of the rate.
 
     A slice is one worker's, and `num_workers` are all that will be at work: how many of them the few slices of a sample
-    kept busy says nothing. In the last round some of them have no slice left. `batches_ratio` is how many batches there
-    are for each one of the images in a single row.
+    kept busy says nothing. In the end some of them have no slice left. `batches_ratio` is how many batches there are
+    for each one of the images in a single row.
     """
+    num_images, num_slices = sum(slice_rows), len(slice_rows)
     steady = steady_slices(sample)
-    num_rounds = -(-num_slices // num_workers)
-    num_busy = num_slices / num_rounds / batches_ratio
+    num_busy = num_images / most_rows_of_a_worker(slice_rows, num_workers) / batches_ratio
     rates = [num_busy * _rate_of_a_worker([one]) for one in steady]
     images_per_s = num_busy * _rate_of_a_worker(steady)
     sampled = sum(_num_rows(one) for one in sample)
@@ -159,6 +159,14 @@ def extrapolate(
         notes=list(notes),
         **amounts,
     )
+
+
+def most_rows_of_a_worker(slice_rows: Iterable[int], num_workers: int) -> int:
+    """The rows of the worker that is done last, where each takes the largest slice that is left when it is free."""
+    rows_W = [0] * num_workers
+    for rows in sorted(slice_rows, reverse=True):
+        heapreplace(rows_W, rows_W[0] + rows)
+    return max(rows_W)
 
 
 def steady_slices(sample: Sequence[SliceRecord]) -> Sequence[SliceRecord]:

@@ -57,17 +57,17 @@ def forecast_scoring(
         batch_size = request.batch_size(store, manifest)
         settings = scoring_settings(manifest, request, batch_size)
         slice_rows = request.slice_rows(manifest, batch_size)
-        images_left, slices_left = num_images, sum(-(-rows // slice_rows) for rows in partitions)
-        num_slices = slices_left
+        rows_left = [rows for whole in partitions for rows in _cut(whole, slice_rows)]
+        num_slices = len(rows_left)
     else:
         settings, num_slices = begun.record.settings, begun.record.num_slices
         batch_size = settings["batch_size"]
-        images_left, slices_left = begun.images_left, begun.slices_left
+        rows_left = begun.slice_rows_left
     progress.stage("starting Ray")
     with ray_session():
         planned = request.work(num_images, num_slices)
-        num_workers = min(_planned_workers(request.extraction, planned), slices_left)
-        size = sample_size(images_left, batch_size, num_workers)
+        num_workers = min(_planned_workers(request.extraction, planned), len(rows_left))
+        size = sample_size(sum(rows_left), batch_size, num_workers)
         told = request.extraction.model_copy(
             update={
                 "batch_size": batch_size,
@@ -89,8 +89,7 @@ def forecast_scoring(
         )
         return extrapolate(
             slices,
-            num_images=images_left,
-            num_slices=slices_left,
+            slice_rows=rows_left,
             num_workers=num_workers,
             # The network takes as long for a batch that is not full.
             batches_ratio=sum(-(-rows // batch_size) for rows in partitions) / -(-num_images // batch_size),
@@ -100,6 +99,12 @@ def forecast_scoring(
         )
     finally:
         job.discard(found)
+
+
+def _cut(num_rows: int, slice_rows: int) -> list[int]:
+    """The rows of the slices that a partition is cut into."""
+    rest = [num_rows % slice_rows] if num_rows % slice_rows else []
+    return [slice_rows] * (num_rows // slice_rows) + rest
 
 
 class SampleSize(NamedTuple):

@@ -76,8 +76,21 @@ def peak_correct(heads: Sequence[JudgedHead]) -> float:
 
     Of the rows that all of them have judged; a tap may have lost some to the range of float16.
     """
+    correct_TM, weights_M = _judged_by_all(heads)
+    return effective_counts(best_by_other_half(correct_TM, weights_M), weights_M)[0]
+
+
+def flattery(heads: Sequence[JudgedHead]) -> float:
+    """By what share of the rows the best of the heads looks better on those that chose it than on others."""
+    correct_TM, weights_M = _judged_by_all(heads)
+    chosen_M = best_by_other_half(correct_TM, weights_M)
+    right_T = correct_TM @ weights_M
+    return max(float(right_T.max() - chosen_M @ weights_M) / float(weights_M.sum()), 0.0)
+
+
+def _judged_by_all(heads: Sequence[JudgedHead]) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+    """What each head makes of the rows that all of them have judged, and the weights of these."""
     places = [head.places_M for head in heads]
     common = reduce(np.intersect1d, places)
     correct_TM = np.stack([head.correct_M[np.isin(head.places_M, common)] for head in heads])
-    weights_M = heads[0].weights_M[np.isin(places[0], common)]
-    return effective_counts(best_by_other_half(correct_TM, weights_M), weights_M)[0]
+    return correct_TM, heads[0].weights_M[np.isin(places[0], common)]

@@ -2,7 +2,7 @@
 
 A damaged slice is not mended here: its attempt is forgotten and the run opened again, so that the job's own command
 computes that slice, and only that, and publishes the run anew. Frozen input and settings stay, and with them the
-digest of the rows. On request a slice is set aside for its rejects of stage fetch, too: its images may be given by now,
+digest of the rows. On request a slice is set aside for images that could not be fetched, too: they may be given by now,
 and to a finished run they would stay rejects. A run of features that `convoy cache` would refuse, as its dataset has
 another version by now or as it is of some rows only, stays closed: the next run that needs them adds the rows that are
 missing.
@@ -31,7 +31,7 @@ from convoy.storage.commits import (
     write_record,
 )
 from convoy.storage.datasets import list_datasets, open_dataset
-from convoy.storage.leases import RunLease, hold_run
+from convoy.storage.leases import GIVEN_UP, RunLease, hold_run
 from convoy.storage.object_store import ObjectInfo, ObjectStore
 from convoy.storage.runs import (
     RunFolder,
@@ -80,11 +80,11 @@ def repair_run(
 ) -> RepairReport:
     """Read every file of a run again, and say what is damaged or belongs to nothing; with `made` mend it.
 
-    That holds the run: LeaseHeld if a driver is at work. With `retry_unfetched` slices with rejects of stage fetch are
-    set aside as damaged ones are. Raises ConfigError for a run without slices, for rejects of a run of features, and
-    where another unfinished run of the same target is in the way, DataError where the frozen input is damaged as well,
-    so that there is nothing to compute from, and where no command would finish the run, as its dataset has another
-    version by now.
+    That holds the run: LeaseHeld if a driver is at work. With `retry_unfetched` slices are set aside too of which
+    images could not be fetched, and another try may (`RETRIED_CODES`). Raises ConfigError for a run without slices,
+    for rejects of a run of features, and where another unfinished run of the same target is in the way, DataError where
+    the frozen input is damaged as well, so that there is nothing to compute from, and where no command would finish the
+    run, as its dataset has another version by now.
     """
     folder, run = require_run(store, run_id)
     if not run.groups:
@@ -152,6 +152,8 @@ def _set_aside(folder: RunFolder, run: RunRecord, findings: _Findings, lease: Ru
         if not (_is_outdated(store, run) or _is_of_some_rows(run)):
             _open_again(store, run)
         lease.confirm()
+        # It was given up while it was published: what is finished once more is not.
+        store.delete([folder.key(GIVEN_UP)])
         _unpublish(folder, run, findings.manifest, findings.sound, lease.token)
     for attempt in findings.set_aside:
         # The record first: without it the files count for nothing.

@@ -99,13 +99,13 @@ def plan_score(config: ScoreConfig, *, progress: Progress, new_run: bool = False
     """
     store, manifest, request, notes = _open_request(config, progress, new_run=new_run)
     job = CommitteeJob(store, manifest, request)
-    if not new_run and job.is_barred():
+    begun = job.begun(new_run=new_run)
+    if begun is None and not new_run and job.is_barred():
         notes = [
             *notes,
             f"an unfinished run of the name '{config.run_name}' has other inputs or settings: the scoring itself needs"
             " another --name, or --new-run to leave that one",
         ]
-    begun = job.begun(new_run=new_run)
     if begun is not None and begun.done:
         notes = [*notes, _done_note(begun)]
     if begun is not None and not begun.slices_left:
@@ -201,17 +201,18 @@ def _require_probabilities(config: ScoreConfig, committee: CommitteeRecord) -> N
 
 
 def _kept_by_bundles(extraction: ExtractionConfig, committee: CommitteeRecord) -> list[str]:
-    """A note of what is set and does nothing: models see images as they did when they were trained."""
-    given = extraction.model_fields_set
-    classifiers = [member.classifier for member in committee.members]
+    """A note of what is set and changes nothing of bundles: they see images as they did when they were trained."""
+    bundles = [member.classifier for member in committee.members if member.bundle is not None]
     kept = []
-    if "decode" in given and any(one.decode_rule != extraction.decode for one in classifiers):
+    if "decode" in extraction.model_fields_set and any(
+        one.decode_rule != extraction.decode for one in bundles
+    ):
         kept.append("extraction.decode")
     if extraction.precision is not PrecisionChoice.AUTO and any(
-        one.precision is not extraction.precision for one in classifiers
+        one.precision is not extraction.precision for one in bundles
     ):
         kept.append("extraction.precision")
-    return [f"without effect, as bundles keep their own: {', '.join(kept)}"] if kept else []
+    return [f"without effect on bundles, which keep their own: {', '.join(kept)}"] if kept else []
 
 
 def _report(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from enum import StrEnum
 from typing import Self
 
@@ -147,23 +148,28 @@ class TrainConfig(StrictModel):
 
     @property
     def unused_keys_notes(self) -> tuple[str, ...]:
-        """What is set for another strategy. No error, as the trials of a search may share it."""
+        """What is set, and changes nothing of such a training. No error, as the trials of a search may share it."""
         of_others = frozenset[str]().union(*_KEYS_OF.values()) - _KEYS_OF[self.strategy]
-        if self.strategy in PROBES and self.views == 1:
-            # Only further views are augmented.
-            of_others |= {"augmentation"}
-        if self.strategy in NETWORKS and not self.may_fit_head:
-            of_others |= {"head", "views"}
+        notes = []
+        if unused := self._set_among(of_others):
+            default = (
+                "" if "strategy" in self.model_fields_set else ", the default where no strategy is named"
+            )
+            notes.append(f"without effect under {self.strategy.value}{default}: {unused}")
+        if self.strategy in PROBES and self.views == 1 and (unused := self._set_among({"augmentation"})):
+            notes.append(f"without effect where views is 1, as view 0 is never augmented: {unused}")
+        fits_no_head = self.strategy in NETWORKS and not self.may_fit_head
+        if fits_no_head and (unused := self._set_among({"head", "views"})):
+            notes.append(f"without effect unless a head is fitted from the cache (head_source): {unused}")
+        return tuple(notes)
+
+    def _set_among(self, keys: Collection[str]) -> str:
         fields = type(self).model_fields
-        unused = [
+        return ", ".join(
             key
-            for key in sorted(of_others)
+            for key in sorted(keys)
             if getattr(self, key) != fields[key].get_default(call_default_factory=True)
-        ]
-        if not unused:
-            return ()
-        default = "" if "strategy" in self.model_fields_set else ", the default where no strategy is named"
-        return (f"without effect under {self.strategy.value}{default}: {', '.join(unused)}",)
+        )
 
     @property
     def _can_be_taught(self) -> bool:

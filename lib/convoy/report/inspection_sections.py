@@ -96,5 +96,5 @@ def _duplicates(report: InspectionReport) -> Iterator[Block]:
 
 def _across_splits(found: NearDuplicateReport) -> str:
     if len(found.splits) == 1:
-        return f"not looked for among images of {found.splits[0]} alone: near_duplicates.scope=dataset has all splits"
+        return f"not looked for among images of {found.splits[0]} alone; near_duplicates.scope=dataset has all of them"
     return count(found.across_splits)

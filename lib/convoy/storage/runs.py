@@ -103,12 +103,12 @@ class RunRecord(StrictModel):
 
     def slice_names_by_size(self) -> list[str]:
         """The same, largest first: what is started last is what the others wait for. Equal ones in input order."""
+        return sorted(self.slice_names(), key=self.rows_of, reverse=True)
 
-        def num_rows(name: str) -> int:
-            group, number = parse_slice_name(name)
-            return self.groups[group].rows_of(number)
-
-        return sorted(self.slice_names(), key=num_rows, reverse=True)
+    def rows_of(self, name: str) -> int:
+        """The rows of a slice."""
+        group, number = parse_slice_name(name)
+        return self.groups[group].rows_of(number)
 
     def outputs_of(self, name: str) -> tuple[str, ...]:
         """The ids of the sets that a slice writes."""

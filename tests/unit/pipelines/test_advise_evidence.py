@@ -135,11 +135,10 @@ def test_a_tap_that_was_chosen_by_the_rows_that_judge_flatters_its_svm_no_more_t
     gatherer, _, look = looked_at(tmp_path, None)
     as_chosen = gatherer._svm(look)
     assert as_chosen is not None
-    num_correct = look.probes.earlier[0].num_correct
-    fair = look.probes.model_copy(update={"earlier_peak_correct": num_correct - 4.0})
+    fair = look.probes.model_copy(update={"earlier_flattery": 4.0 / as_chosen.judged.num_rows})
     judged = gatherer._svm(replace(look, probes=fair))
     assert judged is not None
-    assert judged.judged.num_correct == as_chosen.judged.num_correct - 4.0
+    assert judged.judged.num_correct == pytest.approx(as_chosen.judged.num_correct - 4.0)
 
 
 def looked_at(folder: Path, limit: int | None) -> tuple[Gatherer, CandidateBackbone, Look]:

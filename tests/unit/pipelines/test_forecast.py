@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from convoy.pipelines.feature_summary import network_share, seconds_under_way, timings
-from convoy.pipelines.forecast import Prices, actual_of, extrapolate, steady_slices
+from convoy.pipelines.forecast import Prices, actual_of, extrapolate, most_rows_of_a_worker, steady_slices
 from convoy.pipelines.forecast_sampling import SampleSize, sample_size, spread_blocks
 from convoy.storage.commits import PartFile, RunManifest, SliceRecord
 
@@ -93,7 +93,7 @@ def test_a_sample_of_first_slices_alone_is_better_than_none() -> None:
 
 def test_the_forecast_scales_the_steady_rate_and_the_bytes_of_the_sample() -> None:
     forecast = extrapolate(
-        SAMPLE, num_images=144_000, num_slices=100, num_workers=2, startup_s=9.0, prices=PRICES, notes=["why"]
+        SAMPLE, slice_rows=[1440] * 100, num_workers=2, startup_s=9.0, prices=PRICES, notes=["why"]
     )
     assert forecast.images_per_s == pytest.approx(40)
     assert forecast.images_per_s_range == pytest.approx((40, 40))
@@ -109,21 +109,21 @@ def test_the_forecast_scales_the_steady_rate_and_the_bytes_of_the_sample() -> No
 
 def test_the_range_is_that_of_the_slowest_and_the_fastest_slice() -> None:
     slices = [*SAMPLE[:2], made_slice("0-2", 10, 14), made_slice("0-3", 14, 22)]
-    forecast = extrapolate(
-        slices, num_images=100, num_slices=1, num_workers=1, startup_s=0, prices=Prices(), notes=[]
-    )
+    forecast = extrapolate(slices, slice_rows=[100], num_workers=1, startup_s=0, prices=Prices(), notes=[])
     assert forecast.images_per_s == pytest.approx(200 / 12)
     assert forecast.images_per_s_range == pytest.approx((12.5, 25))
     assert forecast.cost.total == 0
 
 
 def test_in_the_last_round_workers_without_a_slice_wait() -> None:
-    """As 69 slices take 64 workers two rounds."""
-    forecast = extrapolate(
-        SAMPLE, num_images=6900, num_slices=69, num_workers=64, startup_s=0, prices=PRICES, notes=[]
-    )
+    """As 69 slices take 64 workers two rounds; short ones begin last, and two of them fit beside a long one."""
+    options = {"startup_s": 0, "prices": PRICES, "notes": []}
+    forecast = extrapolate(SAMPLE, slice_rows=[100] * 69, num_workers=64, **options)
     assert forecast.hours * 3600 == pytest.approx(2 * 5)
     assert forecast.images_per_s_range == pytest.approx((690, 690))
+    uneven = [100] * 28 + [44, 44, 41]
+    assert most_rows_of_a_worker(uneven, 30) == 100
+    assert extrapolate(SAMPLE, slice_rows=uneven, num_workers=30, **options).hours * 3600 == pytest.approx(5)
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3, 4, 60])
@@ -136,8 +136,7 @@ def test_the_rate_is_that_of_all_workers_whatever_the_sample_kept_busy(
     slices = [made_slice(f"0-{number}", 5 * turn, 5 * turn + 5) for number, turn in enumerate(rounds)]
     forecast = extrapolate(
         slices,
-        num_images=720_000,
-        num_slices=1200,
+        slice_rows=[600] * 1200,
         num_workers=num_workers,
         startup_s=0,
         prices=PRICES,
@@ -189,8 +188,7 @@ def test_batches_that_are_not_full_cost_as_much_as_full_ones() -> None:
     whole, apart = (
         extrapolate(
             SAMPLE,
-            num_images=144_000,
-            num_slices=100,
+            slice_rows=[1440] * 100,
             num_workers=2,
             startup_s=0,
             prices=PRICES,

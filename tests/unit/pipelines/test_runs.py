@@ -422,6 +422,18 @@ def test_images_that_the_store_did_not_give_are_tried_again_on_request(store: Lo
     assert again.rejects == 1, "what decodes to nothing stays a reject"
 
 
+def test_a_run_that_was_given_up_while_it_was_published_can_be_repaired_and_ended(store: LocalStore) -> None:
+    folder, record = finished(store)
+    give_up(folder)
+    part = next(iter(read_records(folder)[0].parts.values()))
+    store.put(part.key, b"damaged")
+    assert repair_run(store, folder.run_id, Changes.MADE).num_damaged == 1
+    do_rest(folder, record, attempt="a1")
+    with hold_run(folder):
+        pass
+    assert verify_run(store, folder.run_id).ok
+
+
 def test_rejects_of_features_need_no_repair(store: LocalStore) -> None:
     folder, _ = finished(store)
     with pytest.raises(ConfigError, match="next job that needs them"):
