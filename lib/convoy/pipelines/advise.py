@@ -17,7 +17,7 @@ from convoy.pipelines.network_training import WHERE_AND_HOW_FAST, CurveDrawer
 from convoy.pipelines.workspace import open_workspace
 from convoy.storage.commits import finish
 from convoy.storage.datasets import open_dataset
-from convoy.storage.leases import WhenHeld, hold_run
+from convoy.storage.leases import WhenHeld, hold_run, take_up
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import OpenRun, RunFolder, RunRecord, finished_run, refuse_changed_identity
@@ -76,7 +76,7 @@ def run_advise(
             progress.stage("the advice was given already")
             return known.model_copy(update={"notes": [*notes, *known.notes]})
         given = _known(store, unverified, config)
-    folder, record = open_run.resume(identity, new_run=new_run)
+    folder, record = take_up(open_run, identity, new_run=new_run)
     folder = folder or open_run.start()
     with hold_run(folder, when_held=WhenHeld.REFUSE) as lease:
         record = record or folder.record() or _record(folder, identity, config)

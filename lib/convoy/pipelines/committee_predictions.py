@@ -34,7 +34,7 @@ from convoy.storage.commits import (
     read_records,
 )
 from convoy.storage.feature_cache import KnownContent
-from convoy.storage.leases import RunLease, WhenHeld, hold_run
+from convoy.storage.leases import RunLease, WhenHeld, hold_run, take_up
 from convoy.storage.manifests import Manifest
 from convoy.storage.member_predictions import member_output
 from convoy.storage.object_store import ObjectStore
@@ -174,7 +174,7 @@ class CommitteeJob:
         self, open_run: OpenRun, identity: dict[str, Any], *, new_run: bool
     ) -> tuple[RunFolder | None, RunRecord | None]:
         try:
-            return open_run.resume(identity, new_run=new_run)
+            return take_up(open_run, identity, new_run=new_run)
         except RunMismatch as error:
             if self._request.scores is None:
                 raise

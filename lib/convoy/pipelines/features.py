@@ -40,7 +40,7 @@ from convoy.storage.commits import (
     read_records,
 )
 from convoy.storage.feature_cache import FeatureCache, FeatureSetSpec, KnownContent, content_id_array
-from convoy.storage.leases import RunLease, WhenHeld, hold_run
+from convoy.storage.leases import RunLease, WhenHeld, hold_run, take_up
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.parts import FEATURES_SCHEMA_VERSION
@@ -190,7 +190,7 @@ class FeatureJob:
         self, open_run: OpenRun, identity: dict[str, Any], *, new_run: bool
     ) -> tuple[RunFolder, _Lacking] | None:
         """The unfinished run of a pointer, or a new one, or None if nothing is missing."""
-        folder, record = open_run.resume(identity, new_run=new_run)
+        folder, record = take_up(open_run, identity, new_run=new_run)
         if folder is not None and record is not None:
             return folder, _Lacking({}, record.num_inputs)
         known = self._known()

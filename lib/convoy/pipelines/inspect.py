@@ -28,7 +28,7 @@ from convoy.pipelines.slice_work import do_slices
 from convoy.pipelines.workspace import open_workspace
 from convoy.storage.commits import SliceRecord, finish, publish, read_records
 from convoy.storage.datasets import open_dataset
-from convoy.storage.leases import RunLease, hold_run
+from convoy.storage.leases import RunLease, hold_run, take_up
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.run_input import freeze_input, write_frozen_record
@@ -102,7 +102,7 @@ class _Inspection:
         if not open_run.begins_anew(new_run) and (known := self._known()) is not None:
             self._progress.stage("the pictures are there already")
             return known
-        folder, record = open_run.resume(self._identity, new_run=new_run)
+        folder, record = take_up(open_run, self._identity, new_run=new_run)
         with ray_session():
             found = look_at_sample(
                 self._store, self._manifest, self._model.classifier, self._config, self._progress

@@ -42,7 +42,7 @@ from convoy.pipelines.training_rows import (
 from convoy.storage.checkpoints import training_leftovers
 from convoy.storage.commits import finish
 from convoy.storage.documents import read_json
-from convoy.storage.leases import RunLease, WhenHeld, hold_run
+from convoy.storage.leases import RunLease, WhenHeld, hold_run, take_up
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import OpenRun, RunFolder, RunRecord, refuse_changed_identity
@@ -115,7 +115,7 @@ def network_training(
         "weights_digest": pretrained.weights_digest,
         "config": config_identity(config),
     }
-    folder, _ = open_run.resume(identity, new_run=new_run)
+    folder, _ = take_up(open_run, identity, new_run=new_run)
     folder = folder or open_run.start()
     with hold_run(folder, when_held=when_held) as lease:
         # Another driver may have decided what is trained, until the run was ours.

@@ -30,7 +30,7 @@ from convoy.storage.commits import (
     write_record,
 )
 from convoy.storage.feature_cache import FeatureCache, KnownContent, PartIndex, content_id_array
-from convoy.storage.leases import RunLease, WhenHeld, hold_run
+from convoy.storage.leases import RunLease, WhenHeld, hold_run, take_up
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.parts import write_rejects
@@ -93,7 +93,7 @@ class PredictionJob:
             identity["rows"] = rows_digest(self._rows)
             target.append(identity["rows"])
         open_run = OpenRun(self._store, verb=VERB, target=digest(target))
-        folder, record = open_run.resume(identity, new_run=new_run)
+        folder, record = take_up(open_run, identity, new_run=new_run)
         folder = folder or open_run.start()
         with hold_run(folder, when_held=WhenHeld.WAIT) as lease:
             record = record or folder.record() or self._freeze(folder, lease, splits, identity, config)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from convoy.core.config import StrictModel
 from convoy.core.errors import ConfigError
 from convoy.pipelines.runs_state import RunState, existing_run, run_status
 from convoy.storage.commits import read_manifest
-from convoy.storage.leases import give_up
+from convoy.storage.leases import GIVEN_UP, give_up
 from convoy.storage.object_store import ObjectStore
-from convoy.storage.runs import RunFolder, close_pointer, open_pointers
+from convoy.storage.runs import RunFolder, close_pointer, open_pointer, open_pointers
 
 
 class CancelReport(StrictModel):
@@ -34,7 +36,17 @@ def cancel_run(store: ObjectStore, run_id: str) -> CancelReport:
     if run_id in pointers:
         close_pointer(store, pointers[run_id], run_id)
     give_up(folder)
+    if read_manifest(folder) is not None:
+        _take_back(folder, pointers)
+        _refuse_published(folder, status.state)
     return CancelReport(run=run_id, before=status.state, held_by=status.held_by, notes=_notes(status.held_by))
+
+
+def _take_back(folder: RunFolder, pointers: Mapping[str, str]) -> None:
+    """Undo giving up a run that published its results in the meantime: its command can end it again."""
+    folder.store.delete([folder.key(GIVEN_UP)])
+    if folder.run_id in pointers and not folder.is_finished():
+        open_pointer(folder.store, pointers[folder.run_id], folder.run_id)
 
 
 def _refuse_published(folder: RunFolder, state: RunState) -> None:
@@ -51,4 +63,9 @@ def _refuse_published(folder: RunFolder, state: RunState) -> None:
 
 
 def _notes(held_by: str | None) -> list[str]:
-    return [] if held_by is None else [f"{held_by} stops at its next slice or event, with exit code 6"]
+    if held_by is None:
+        return []
+    return [
+        f"{held_by} stops at its next slice or event, with exit code 6; if it is publishing its results by now, it ends"
+        " the run all the same"
+    ]

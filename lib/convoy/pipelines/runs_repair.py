@@ -25,7 +25,7 @@ from convoy.storage.commits import (
     SliceRecord,
     commit_set,
     read_manifest,
-    read_records,
+    read_sound_records,
     record_key,
     stray_files,
     write_record,
@@ -103,15 +103,19 @@ def repair_run(
         return _report(store, run, _examine(folder, run, retry_unfetched), changes)
     with hold_run(folder) as lease:
         findings = _examine(folder, run, retry_unfetched)
+        # First, as records that cannot be read are among them, in whose place sound ones may come.
+        store.delete(info.key for info in findings.orphans)
         if findings.set_aside:
             _set_aside(folder, run, findings, lease)
-        store.delete(info.key for info in findings.orphans)
     return _report(store, run, findings, changes)
 
 
 @dataclass(frozen=True, slots=True)
 class _Findings:
-    """The attempts that count: those of the manifest, or, before it is published, all that finished."""
+    """The attempts that count: those of the manifest, or, before it is published, all that finished.
+
+    A record that cannot be read is an orphan like the files that only it names.
+    """
 
     manifest: RunManifest | None
     sound: tuple[SliceRecord, ...]
@@ -126,7 +130,8 @@ class _Findings:
 
 def _examine(folder: RunFolder, run: RunRecord, retry_unfetched: bool) -> _Findings:
     manifest = read_manifest(folder)
-    attempts = list(manifest.slices) if manifest else read_records(folder)
+    recorded, unreadable = read_sound_records(folder)
+    attempts = list(manifest.slices) if manifest else recorded
     problems = [next(slice_problems(folder, run, attempt), None) for attempt in attempts]
     examined = list(zip(attempts, problems, strict=True))
     whole = [attempt for attempt, problem in examined if problem is None]
@@ -135,7 +140,7 @@ def _examine(folder: RunFolder, run: RunRecord, retry_unfetched: bool) -> _Findi
         sound=tuple(attempt for attempt in whole if not (retry_unfetched and attempt.unfetched)),
         damaged=tuple((attempt, problem) for attempt, problem in examined if problem is not None),
         unfetched=tuple(attempt for attempt in whole if retry_unfetched and attempt.unfetched),
-        orphans=tuple(stray_files(folder, run, attempts)),
+        orphans=(*unreadable, *stray_files(folder, run, attempts)),
     )
 
 

@@ -45,7 +45,7 @@ from convoy.pipelines.tune_plan import (
 )
 from convoy.pipelines.workspace import open_workspace
 from convoy.storage.commits import finish
-from convoy.storage.leases import RunLease, WhenHeld, give_up, hold_run
+from convoy.storage.leases import RunLease, WhenHeld, give_up, hold_run, take_up
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import OpenRun, RunFolder, RunRecord, finished_run, refuse_changed_identity
@@ -134,7 +134,7 @@ def run_tune(
     identity = search_identity(manifest, config)
     begun = open_run.current()
     told = as_recorded(identity, None if begun is None else begun.record())
-    folder, _ = open_run.resume(told, new_run=new_run)
+    folder, _ = take_up(open_run, told, new_run=new_run)
     answer_key = f"{_ANSWERS}{digest(identity)}.json"
     if folder is None and not open_run.begins_anew(new_run):
         folder = finished_run(store, answer_key)

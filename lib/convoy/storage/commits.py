@@ -19,7 +19,7 @@ from convoy.core.errors import DataError, PreconditionFailed, StorageError
 from convoy.core.fingerprints import MultisetDigest, canonical_json
 from convoy.core.json_values import finite_or_null
 from convoy.core.records import RETRIED_CODES
-from convoy.storage.documents import parse_model, read_model
+from convoy.storage.documents import parse_json, parse_model, read_model
 from convoy.storage.object_store import ObjectInfo, ObjectStore, put_looking_first
 from convoy.storage.runs import INPUT, RunFolder, RunRecord
 
@@ -148,10 +148,27 @@ def write_record(store: ObjectStore, record: SliceRecord) -> None:
 
 def read_records(folder: RunFolder) -> list[SliceRecord]:
     """All records of all attempts that finished, from storage alone. DataError if one is damaged."""
-    keys = [info.key for info in folder.store.list_objects(folder.key("records/"))]
+    return [_parse_record(blob, folder.store.uri(info.key)) for info, blob in _record_blobs(folder)]
+
+
+def read_sound_records(folder: RunFolder) -> tuple[list[SliceRecord], list[ObjectInfo]]:
+    """The same without those that are damaged, and what those are. DataError for one of another Convoy."""
+    sound, damaged = [], []
+    for info, blob in _record_blobs(folder):
+        where = folder.store.uri(info.key)
+        try:
+            parse_json(blob, where=where)
+        except DataError:
+            damaged.append(info)
+        else:
+            sound.append(_parse_record(blob, where))
+    return sound, damaged
+
+
+def _record_blobs(folder: RunFolder) -> Iterator[tuple[ObjectInfo, bytes]]:
+    listed = list(folder.store.list_objects(folder.key("records/")))
     with ThreadPoolExecutor(_LISTING_THREADS) as pool:
-        blobs = pool.map(lambda key: folder.store.get(key).data, keys)
-        return [_parse_record(blob, folder.store.uri(key)) for key, blob in zip(keys, blobs, strict=True)]
+        yield from zip(listed, pool.map(lambda info: folder.store.get(info.key).data, listed), strict=True)
 
 
 def _parse_record(data: bytes, where: str) -> SliceRecord:
@@ -161,7 +178,8 @@ def _parse_record(data: bytes, where: str) -> SliceRecord:
         raise DataError(
             error.what,
             where=where,
-            next_step="upgrade Convoy if a newer one wrote it, or delete it: the same command computes its slice again",
+            next_step="upgrade Convoy if a newer one wrote it; a damaged one goes by `convoy runs repair --apply`,"
+            " and its slice computed again by the same command",
         ) from error
 
 

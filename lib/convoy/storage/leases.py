@@ -18,9 +18,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
+from typing import Any
 
 from convoy.core.config import StrictModel
 from convoy.core.errors import (
+    DataError,
     LeaseHeld,
     LeaseLost,
     ObjectNotFound,
@@ -32,7 +34,7 @@ from convoy.core.fingerprints import canonical_json
 from convoy.core.processes import ProcessIdentity, has_ended, this_process
 from convoy.storage.documents import exists, parse_model
 from convoy.storage.object_store import put_looking_first
-from convoy.storage.runs import RunFolder
+from convoy.storage.runs import OpenRun, RunFolder, RunRecord
 
 TTL_S = 30.0
 LEASE = "lease.json"
@@ -173,6 +175,20 @@ def hold_run(
         lease.release()
 
 
+def take_up(
+    open_run: OpenRun, identity: dict[str, Any], *, new_run: bool
+) -> tuple[RunFolder | None, RunRecord | None]:
+    """What `OpenRun.resume` gives; but a run that a living driver holds is not left behind.
+
+    Raises LeaseHeld, naming the holder: it would go on, and no command could end its run if it died. A held lease
+    is watched for that, for at most its time to live.
+    """
+    left = open_run.unfinished() if open_run.begins_anew(new_run) else None
+    if left is not None and living_holders([left]) and (lease := read_lease(left)) is not None:
+        raise _held(left, lease)
+    return open_run.resume(identity, new_run=new_run)
+
+
 def read_lease(folder: RunFolder) -> LeaseRecord | None:
     """The lease of a run as it stands, or None if nobody ever held it."""
     seen = _read(folder)
@@ -260,7 +276,16 @@ def _read(folder: RunFolder) -> _Seen | None:
         blob = folder.store.get(folder.key(LEASE))
     except ObjectNotFound:
         return None
-    return _Seen(parse_model(LeaseRecord, blob.data, where=folder.store.uri(folder.key(LEASE))), blob.etag)
+    where = folder.store.uri(folder.key(LEASE))
+    try:
+        return _Seen(parse_model(LeaseRecord, blob.data, where=where), blob.etag)
+    except DataError as error:
+        raise DataError(
+            error.what,
+            where=where,
+            next_step="upgrade Convoy if a newer one wrote it; or else make sure that no driver is at work on the run,"
+            " and delete it",
+        ) from error
 
 
 def _write(folder: RunFolder, record: LeaseRecord, replaced_etag: str | None) -> str:
@@ -287,10 +312,12 @@ def _refuse_given_up(folder: RunFolder) -> None:
 
 
 def _held(folder: RunFolder, record: LeaseRecord) -> LeaseHeld:
+    run_id = folder.run_id
     return LeaseHeld(
         f"another driver works on this run: {record.at_work}",
         where=folder.prefix,
-        next_step=f"wait for it (`convoy runs show {folder.run_id}`), or stop it there and run the same command again",
+        next_step=f"wait for it (`convoy runs show {run_id}`), or stop it, there or with `convoy runs cancel {run_id}`,"
+        " and run the same command again",
         holder=None if record.holder is None else record.holder.model_dump(),
         token=record.token,
     )

@@ -38,7 +38,7 @@ from convoy.storage.commits import (
 )
 from convoy.storage.conditional_put import PROBE_FOLDER
 from convoy.storage.datasets import freeze_dataset
-from convoy.storage.leases import give_up, hold_run
+from convoy.storage.leases import give_up, hold_run, is_given_up, take_up
 from convoy.storage.local_store import LOCK_NAME, LocalStore
 from convoy.storage.local_walk import PRIVATE_PREFIX
 from convoy.storage.object_store import ObjectStore
@@ -123,7 +123,7 @@ def test_a_run_with_a_damaged_record_is_named_and_hides_no_other(store: LocalSto
     assert (unreadable.run, unreadable.where) == (damaged.run_id, store.uri(key))
     with pytest.raises(DataError, match="damaged") as caught:
         read_records(damaged)
-    assert "delete it" in str(caught.value.next_step)
+    assert "convoy runs repair" in str(caught.value.next_step)
     store.delete([key])
     assert do_rest(damaged, record, attempt="a1") == SLICES
 
@@ -322,6 +322,52 @@ def test_a_live_driver_of_a_cancelled_run_stops(store: LocalStore) -> None:
             lease.confirm()
 
 
+def test_a_run_that_publishes_while_it_is_given_up_is_not_given_up(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pointer, folder, record = opened(store)
+    parts = [finish_slice(store, record, name) for name in SLICES]
+
+    def late(given_up: RunFolder) -> None:
+        publish(folder, record, parts)
+        give_up(given_up)
+
+    monkeypatch.setattr("convoy.pipelines.runs_cancel.give_up", late)
+    with pytest.raises(ConfigError, match="published"):
+        cancel_run(store, folder.run_id)
+    current = pointer.current()
+    assert current is not None
+    assert (current.run_id, is_given_up(folder)) == (folder.run_id, False)
+    assert do_rest(folder, record) == []
+
+
+def test_a_run_that_a_driver_is_at_is_not_left_behind(store: LocalStore) -> None:
+    pointer, folder, record = opened(store)
+    with hold_run(folder, ttl_s=1.5), pytest.raises(LeaseHeld, match=r"process .* on "):
+        take_up(pointer, record.identity, new_run=True)
+    current = pointer.current()
+    assert current is not None
+    assert current.run_id == folder.run_id
+    assert take_up(pointer, record.identity, new_run=True) == (None, None)
+    assert pointer.current() is None
+
+
+def test_a_driver_that_died_elsewhere_keeps_no_run_from_being_left_behind(store: LocalStore) -> None:
+    pointer, folder, record = opened(store)
+    put_lease(folder, ttl_s=0.3)
+    assert take_up(pointer, record.identity, new_run=True) == (None, None)
+
+
+def test_a_damaged_lease_says_how_to_be_rid_of_it(store: LocalStore) -> None:
+    _, folder, _ = opened(store)
+    store.put(folder.key("lease.json"), b"{")
+    with pytest.raises(DataError, match="damaged") as refused:
+        cancel_run(store, folder.run_id)
+    assert "no driver is at work" in (refused.value.next_step or "")
+    store.delete([folder.key("lease.json")])
+    assert cancel_run(store, folder.run_id).before is RunState.OPEN
+
+
 def test_another_target_keeps_its_pointer(store: LocalStore) -> None:
     _, folder, _ = opened(store, "one")
     other, other_folder, _ = opened(store, "other")
@@ -460,6 +506,29 @@ def test_records_that_were_lost_come_back_from_the_manifest(store: LocalStore) -
     manifest = read_manifest(folder)
     assert manifest is not None
     store.delete([record_key(manifest.slices[0])])
+    lose(store, manifest.slices[1].parts[SET_ID].key)
+    repair_run(store, folder.run_id, Changes.MADE)
+    assert do_rest(folder, record, attempt="a1") == [SLICES[1]]
+
+
+def test_a_record_that_cannot_be_read_is_removed_and_its_slice_computed_again(store: LocalStore) -> None:
+    _, folder, record = opened(store)
+    attempt = finish_slice(store, record, SLICES[0])
+    finish_slice(store, record, SLICES[1])
+    store.put(record_key(attempt), b"{")
+    shown = repair_run(store, folder.run_id, Changes.SHOWN)
+    assert record_key(attempt) in shown.orphans
+    assert store.get(record_key(attempt)).data == b"{"
+    repair_run(store, folder.run_id, Changes.MADE)
+    assert do_rest(folder, record, attempt="a1") == [SLICES[0], SLICES[2]]
+    assert verify_run(store, folder.run_id).ok
+
+
+def test_a_record_that_cannot_be_read_comes_back_from_the_manifest(store: LocalStore) -> None:
+    folder, record = finished(store)
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    store.put(record_key(manifest.slices[0]), b"")
     lose(store, manifest.slices[1].parts[SET_ID].key)
     repair_run(store, folder.run_id, Changes.MADE)
     assert do_rest(folder, record, attempt="a1") == [SLICES[1]]
