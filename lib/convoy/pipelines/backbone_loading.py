@@ -21,7 +21,7 @@ from convoy.vision.backbones import (
     pretrained_classes,
     with_published_outputs,
 )
-from convoy.vision.depth_axis import count_macs
+from convoy.vision.depth_axis import count_macs, count_tap_macs
 from convoy.vision.presets import EvalPreset
 from convoy.vision.weights import (
     adapt_published,
@@ -63,6 +63,7 @@ def keep_network(
         classes=classes,
         num_parameters=sum(parameter.numel() for parameter in network.parameters()),
         macs=count_macs(network, input_px=preset.crop_px),
+        tap_macs=count_tap_macs(network, axis, input_px=preset.crop_px),
         axis=axis,
     )
     restore_backbone(store, record, network.state_dict())

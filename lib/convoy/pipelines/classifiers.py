@@ -79,6 +79,11 @@ class Classifier:
         return replace(self, precision=extraction.precision)
 
     @property
+    def macs(self) -> int:
+        """Multiply-adds of the network for one image at the preset's size: to the tap, where a pass ends."""
+        return self.backbone.macs_to(self.tap)
+
+    @property
     def gives_probabilities(self) -> bool:
         """Whether the softmax of the logits is a probability; the margins of a linear SVM are none."""
         return self.head is None or self.head.spec.kind is not HeadKind.LINEAR_SVM
@@ -182,7 +187,10 @@ def keep_head(folder: RunFolder, classifier: Classifier) -> str | None:
 
 def classifier_digest(classifier: Classifier) -> str:
     """A digest of everything that determines predictions, for classifiers that are no bundles."""
-    return digest(classifier_config(classifier) | {"classes": classifier.classes})
+    config = classifier_config(classifier)
+    # Counted of the network, and unknown in older records of the same one.
+    del config["backbone"]["tap_macs"]
+    return digest(config | {"classes": classifier.classes})
 
 
 def read_classifier(store: ObjectStore, bundle: Bundle) -> Classifier:

@@ -224,8 +224,9 @@ def _macs(request: PredictionRequest, predictions: CommitteePredictions) -> floa
     """Multiply-adds an image, on average: those of a pass grow with the area that it sees."""
     macs_M = []
     for member in request.committee.members:
-        backbone = member.classifier.backbone
-        macs_M.append(round(backbone.macs * (request.preset(member).crop_px / backbone.preset.crop_px) ** 2))
+        classifier = member.classifier
+        scale = request.preset(member).crop_px / classifier.backbone.preset.crop_px
+        macs_M.append(round(classifier.macs * scale**2))
     return _mean_cost(request, predictions, macs_M)
 
 

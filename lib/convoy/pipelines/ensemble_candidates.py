@@ -74,7 +74,7 @@ def read_candidates(
         plan=plan,
         seconds_per_pass_M=tuple(candidate.seconds_per_pass for candidate in candidates),
         seconds_once_M=tuple(candidate.seconds_once for candidate in candidates),
-        macs_M=tuple(sum(member.classifier.backbone.macs for member in members) for members in networks),
+        macs_M=tuple(sum(member.classifier.macs for member in members) for members in networks),
         num_networks_M=tuple(len(members) for members in networks),
     )
     return predictions, networks

@@ -217,7 +217,8 @@ def compile_decision(
 
 def forecast_forward_s(backbone: BackboneRecord, request: FeatureRequest, num_images: int) -> float:
     """Seconds in the network for so many images on two cores with native bf16, to within a factor of two."""
-    return forward_s(num_images * len(request.drawn_views) * backbone.macs)
+    macs = max(backbone.macs_to(tap) for tap in request.taps)
+    return forward_s(num_images * len(request.drawn_views) * macs)
 
 
 def forward_s(macs: float) -> float:

@@ -185,7 +185,7 @@ class PredictionRequest:
 
     def forecast_forward_s(self, num_rows: int) -> float:
         """Forecast of the seconds in the networks for so many rows: every member on every view."""
-        macs = sum(member.classifier.backbone.macs for member in self.committee.members)
+        macs = sum(member.classifier.macs for member in self.committee.members)
         return forward_s(num_rows * len(crop_views(self.plan)) * macs)
 
     def identity(self, manifest: Manifest) -> dict[str, Any]:

@@ -127,7 +127,7 @@ class CachedScorer:
             correct_N=logits_NK.argmax(axis=1) == own_N,
             found_N=found_N,
             ece=_ece(logits_NK[counted_N], own_N[counted_N]) if committee.gives_probabilities else None,
-            macs=sum(member.classifier.backbone.macs for member in committee.members),
+            macs=sum(member.classifier.macs for member in committee.members),
         )
 
     def _logits(

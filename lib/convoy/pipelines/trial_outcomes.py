@@ -158,7 +158,7 @@ def _cost(
     is_known = len(seconds) == len(runs) and in_all > 0
     return TrialCost(
         parameters=sum(backbone.num_parameters for backbone in backbones),
-        macs=sum(backbone.macs for backbone in backbones),
+        macs=sum(member.classifier.macs for member in members),
         size_bytes=sum(setting.store.head(file).size_bytes for file in files),
         num_views=len(crop_views(plan)),
         images_per_s=1 / in_all if is_known else None,

@@ -17,12 +17,16 @@ two), and stages[:k] hold exactly the parameters that are frozen at freeze depth
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.hooks import RemovableHandle
 
 from convoy.core.errors import ConfigError
 from convoy.vision.call_trace import Call, CallTrace, record_calls, run_on_shapes
@@ -56,6 +60,31 @@ def count_macs(network: nn.Module, input_px: int) -> int:
     with FlopCounterMode(display=False) as counter:
         run_on_shapes(network, num_images=1, input_px=input_px)
     return int(counter.get_total_flops()) // 2
+
+
+def count_tap_macs(network: nn.Module, axis: DepthAxis, input_px: int) -> tuple[int, ...]:
+    """For each stage the multiply-accumulates of one image from the input to its tap point, where such a pass ends."""
+    counted = [0] * len(axis)
+    with FlopCounterMode(display=False) as counter, ExitStack() as hooks:
+        for stage in axis:
+            hooks.enter_context(_counting(network, stage, counter, counted))
+        run_on_shapes(network, num_images=1, input_px=input_px)
+    return tuple(counted)
+
+
+def _counting(
+    network: nn.Module, stage: Stage, counter: FlopCounterMode, counted: list[int]
+) -> RemovableHandle:
+    """A hook that notes by stage what was counted when its tap point is reached."""
+    tap_point = stage.tap_point
+    module, calls = network.get_submodule(tap_point.module_name), itertools.count()
+
+    def note(*_: Any) -> None:
+        if next(calls) == tap_point.call_index:
+            counted[stage.index] = int(counter.get_total_flops()) // 2
+
+    is_input = tap_point.side is TapSide.INPUT
+    return module.register_forward_pre_hook(note) if is_input else module.register_forward_hook(note)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -69,7 +69,22 @@ def test_slices_of_heavy_networks_have_fewer_rows(tmp_path: Path, macs: int, sli
     write_files(tmp_path / "images", *(f"{index % 2}/{index}.jpg" for index in range(64)))
     freeze_dataset(store, "digits", str(tmp_path / "images"))
     classifier = made_classifier(store, 0)
-    heavy = replace(classifier, backbone=classifier.backbone.model_copy(update={"macs": macs}))
+    heavy = replace(
+        classifier, backbone=classifier.backbone.model_copy(update={"macs": macs, "tap_macs": ()})
+    )
     committee = single_committee(heavy, name="lenet5", digest=classifier_digest(heavy))
     request = PredictionRequest(committee=committee, dataset="digits", splits=None, extraction=FP32)
     assert request.slice_rows(open_dataset(store, "digits"), 1) == slice_rows
+
+
+def test_a_probe_at_an_early_tap_costs_the_pass_to_there(tmp_path: Path) -> None:
+    classifier = made_classifier(LocalStore(str(tmp_path)), 0)
+    early = replace(classifier, tap="c1")
+    # LeNet-5: 6 maps of 28x28 pixels from kernels of 5x5 over three channels.
+    assert early.macs == 6 * 28 * 28 * 3 * 5 * 5
+    assert early.macs < classifier.macs == classifier.backbone.macs
+
+    # A record of before they were counted names the same network, and costs as a whole.
+    old = classifier.backbone.model_copy(update={"tap_macs": ()})
+    assert replace(early, backbone=old).macs == old.macs
+    assert classifier_digest(replace(classifier, backbone=old)) == classifier_digest(classifier)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from convoy.core.errors import ConfigError
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.backbones import build_network, native_px
-from convoy.vision.depth_axis import count_macs, derive_depth_axis
+from convoy.vision.depth_axis import count_macs, count_tap_macs, derive_depth_axis
 from convoy.vision.stages import DepthAxis, StageKind, TapSide, resolve_tap
 from convoy.vision.tapping import TappedNetwork
 
@@ -406,6 +407,28 @@ def test_macs_are_those_that_are_published(arch: str, input_px: int, billions: f
     with torch.device("meta"):
         network = build_network(BackboneConfig(arch=arch, weights="random"))
     assert count_macs(network, input_px) / 1e9 == pytest.approx(billions, rel=0.02)
+
+
+@pytest.mark.parametrize("arch", ["torchvision:resnet18", "torchvision:densenet121", "torchvision:googlenet"])
+def test_macs_to_a_tap_are_those_of_the_pass_that_ends_there(arch: str) -> None:
+    with torch.device("meta"):
+        network = build_network(BackboneConfig(arch=arch, weights="random"))
+    axis = derive_depth_axis(network, input_px=224)
+    by_tap = count_tap_macs(network, axis, 160)
+    assert list(by_tap) == sorted(by_tap)
+    assert by_tap[-1] == count_macs(network, 160)
+    for tap in (0, 2, len(axis) // 2, "pooled"):
+        place = resolve_tap(axis, tap).index
+        tapped = TappedNetwork(copy.deepcopy(network), axis, [tap])
+        assert by_tap[place] == count_macs(tapped, 160)
+    assert by_tap[2] < by_tap[-1] / 2
+
+
+def test_macs_to_the_stem_are_those_of_its_convolution() -> None:
+    with torch.device("meta"):
+        network = build_network(BackboneConfig(arch="torchvision:resnet18", weights="random"))
+    axis = derive_depth_axis(network, input_px=224)
+    assert count_tap_macs(network, axis, 224)[0] == 64 * 112 * 112 * 3 * 7 * 7
 
 
 def test_an_image_too_small_for_the_axis_is_refused() -> None:
