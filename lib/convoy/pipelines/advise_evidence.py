@@ -172,6 +172,7 @@ class Gatherer:
             missing_images=self._missing(look, probes.top.tap),
             has_val=has_judges(self._manifest, self._config.look),
             has_held_out=has_held_out(self._manifest),
+            learnt_share=self._learnt_share,
             is_unbalanced=max(counts) >= _UNBALANCED_FROM * min(counts),
         )
 

@@ -12,7 +12,6 @@ from convoy.pipelines.advise_rule import expected_probe
 from convoy.pipelines.advise_strategies import StrategyAdvice, network_top1
 from convoy.pipelines.backbone_evidence import BackboneEvidence
 from convoy.pipelines.classifiers import Strategy
-from convoy.pipelines.probe_judging import JUDGING_FOLD
 from convoy.pipelines.train_config import NETWORKS
 
 # How far ahead images are asked for that reach a wanted accuracy; further a curve of a few points says nothing.
@@ -126,9 +125,8 @@ def _images_needed(
     if wanted is None:
         return None
     factors = 2 ** (np.arange(np.log2(_FURTHEST) * _STEPS_A_DOUBLING + 1) / _STEPS_A_DOUBLING)
-    learnt_share = 1.0 if one.has_held_out else 1.0 - 1.0 / JUDGING_FOLD.count
     forecast = [
-        (factor * _start(one, curve) / learnt_share, _expected(config, one, advised, curve, factor))
+        (factor * _start(one, curve) / one.learnt_share, _expected(config, one, advised, curve, factor))
         for factor in factors.tolist()
     ]
     return ImagesNeeded(

@@ -68,11 +68,11 @@ class TapProbe(StrictModel):
 class BackboneProbes(StrictModel):
     """A backbone at its taps, from the stem up. `images_per_s` is that of its largest pass, over all workers.
 
-    That pass was of `timed_images`, null in advice that was given before this was told. Of 0, no pass tells the rate:
-    it is what the multiply-adds suggest of two cores. `judged_rows` are as many rows of equal weight as those that
-    judged are worth. `peak_correct` counts those that are right where the tap was chosen by the other half of them; the
-    best of several taps on the rows that chose it looks better than it is, of those below the top by the share
-    `earlier_flattery`. Advice of before does not tell them.
+    That pass was of `timed_images` in `timed_run`, null in advice that was given before this was told. Of 0, no pass
+    tells the rate: it is what the multiply-adds suggest of two cores. `judged_rows` are as many rows of equal weight as
+    those that judged are worth. `peak_correct` counts those that are right where the tap was chosen by the other half of
+    them; the best of several taps on the rows that chose it looks better than it is, of those below the top by the
+    share `earlier_flattery`. Advice of before does not tell them.
     """
 
     backbone: str
@@ -81,6 +81,7 @@ class BackboneProbes(StrictModel):
     num_parameters: int
     images_per_s: float
     timed_images: int | None = None
+    timed_run: str | None = None
     judged_rows: float
     peak_correct: float | None = None
     earlier_flattery: float | None = None
@@ -139,6 +140,12 @@ class Look:
     head: JudgedHead
     as_is: JudgedProbe | None
 
+    @property
+    def earlier_run(self) -> str | None:
+        """The run that told the rate, where it was over before this look; None where this look did, or none."""
+        own = self.summary.run if self.summary.recomputed else None
+        return None if self.probes.timed_run == own else self.probes.timed_run
+
 
 class Prober:
     """Looks through backbones at one dataset's rows."""
@@ -168,14 +175,15 @@ class Prober:
         probed = sorted(
             (self._probe(record, tap, job.set_id(tap)) for tap in taps), key=lambda found: found[0].depth
         )
-        timed_images, images_per_s = pass_rate(self._store, record, summary)
+        rate = pass_rate(self._store, record, summary)
         probes = BackboneProbes(
             backbone=self._config.name_of(candidate, record.weights_digest),
             weights_digest=record.weights_digest,
             macs=record.macs,
             num_parameters=record.num_parameters,
-            images_per_s=images_per_s,
-            timed_images=timed_images,
+            images_per_s=rate.images_per_s,
+            timed_images=rate.num_images,
+            timed_run=rate.run or None,
             judged_rows=effective_rows(probed[0][1].weights_M),
             peak_correct=peak_correct([head for _, head in probed]),
             earlier_flattery=flattery([head for _, head in probed[:-1]]) if probed[1:] else None,

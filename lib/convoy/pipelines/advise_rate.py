@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import NamedTuple
 
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.feature_plan import forward_s
@@ -13,8 +14,16 @@ from convoy.storage.runs import RunFolder, RunRecord
 from convoy.vision.stages import DepthAxis, StageKind
 
 
-def pass_rate(store: ObjectStore, backbone: BackboneRecord, look: FeatureSummary) -> tuple[int, float]:
-    """Images of the largest run that took each once through the network, and how many a second of its time at work.
+class PassRate(NamedTuple):
+    """Images that went once through a network, how many a second, and in which run; 0 images and no run: a guess."""
+
+    num_images: int
+    images_per_s: float
+    run: str
+
+
+def pass_rate(store: ObjectStore, backbone: BackboneRecord, look: FeatureSummary) -> PassRate:
+    """The rate of the largest run that took each image once through the network, in its time at work.
 
     The last run may be of the three images that were new, and of nothing but a start. Runs of other sets than those of
     the look do not count, as each further view is a pass of its own, nor those that end before its last map. Without
@@ -30,8 +39,9 @@ def pass_rate(store: ObjectStore, backbone: BackboneRecord, look: FeatureSummary
         record, manifest = folder.record(), read_manifest(folder)
         if record is not None and manifest is not None and _is_one_pass(record, sets, whole):
             num_images = manifest.num_results + manifest.num_rejects
-            return num_images, num_images / max(seconds_under_way(manifest.slices), 1e-9)
-    return 0, 1 / forward_s(backbone.macs)
+            seconds = max(seconds_under_way(manifest.slices), 1e-9)
+            return PassRate(num_images, num_images / seconds, run_id)
+    return PassRate(0, 1 / forward_s(backbone.macs), "")
 
 
 def _whole_passes(axis: DepthAxis, look: FeatureSummary) -> set[str]:

@@ -283,6 +283,11 @@ def _notes(gathered: Gathered, first: StrategyAdvice, by_rule: str) -> list[str]
         notes.append(
             f"no pass of {_LEAST_TIMED} images was timed of {', '.join(rough)}: their seconds and money are rough"
         )
+    earlier = dict.fromkeys(f"{look.probes.backbone} in {run}" for look in looks if (run := look.earlier_run))
+    if earlier:
+        notes.append(
+            f"seconds and money are those of the machine that earlier passes ran on: {', '.join(earlier)}"
+        )
     notes.append(
         "expectations of networks follow from probes and a prior, see `prior`: --verify runs them at a small budget"
     )

@@ -30,7 +30,8 @@ class BackboneEvidence(StrictModel):
     that `partial_reuse` keeps. `untrained_rate` are images/s of the untrained network, None where that of another
     architecture stands for it. `missing_images` are the training images whose features at the top tap the cache lacks.
     Without `has_val` configs of heads name the C that was chosen here, as a training has no rows, or too few, to choose
-    by. Without `has_held_out`, labels in test or val, configs leave a fold out to be measured on.
+    by. Without `has_held_out`, labels in test or val, configs leave a fold out to be measured on: `learnt_share` is
+    what a training learns from of its images.
     """
 
     probes: BackboneProbes
@@ -46,4 +47,5 @@ class BackboneEvidence(StrictModel):
     missing_images: int
     has_val: bool
     has_held_out: bool
+    learnt_share: float
     is_unbalanced: bool

@@ -323,7 +323,7 @@ def test_costs_without_a_price_have_that_of_the_advice(
 
 def made_look() -> Look:
     summary = FeatureSummary.model_construct(
-        samples=1, rejects=0, reject_codes={}, sets={"pooled/0": "0" * 32}
+        run="r1", recomputed=1, samples=1, rejects=0, reject_codes={}, sets={"pooled/0": "0" * 32}
     )
     head = JudgedHead(np.ones(0, np.bool_), np.ones(0), np.arange(0), C=1.0, seconds=0.0)
     return Look(BackboneRecord.model_construct(), summary, made_probes("resnet20", 0.0), head, None)
@@ -356,3 +356,17 @@ def test_costs_that_follow_from_a_small_pass_are_said_to_be_rough(timed_images: 
     gathered = Gathered(looks=(look,), best=look, untrained=look, curve=None, evidence=())
     notes = _notes(gathered, made_advice().strategies[0], Strategy.FINE_TUNE.value)
     assert any("are rough" in note for note in notes) is is_rough
+
+
+@pytest.mark.parametrize(
+    ("recomputed", "timed_run", "is_told"), [(0, "r1", True), (9, "r0", True), (9, "r1", False)]
+)
+def test_costs_that_follow_from_an_earlier_pass_name_its_run(
+    recomputed: int, timed_run: str, is_told: bool
+) -> None:
+    probes = made_probes("resnet20", 0.0).model_copy(update={"timed_images": 500, "timed_run": timed_run})
+    summary = made_look().summary.model_copy(update={"run": "r1", "recomputed": recomputed})
+    look = replace(made_look(), probes=probes, summary=summary)
+    gathered = Gathered(looks=(look,), best=look, untrained=look, curve=None, evidence=())
+    notes = _notes(gathered, made_advice().strategies[0], Strategy.FINE_TUNE.value)
+    assert any(f"earlier passes ran on: resnet20 in {timed_run}" in note for note in notes) is is_told

@@ -74,7 +74,7 @@ def test_the_rate_is_that_of_the_largest_pass_and_not_of_the_last(
 ) -> None:
     add_run(store, "r1", (37, tuple(SETS.values())))
     add_run(store, "r2", (3, tuple(SETS.values())))
-    assert pass_rate(store, backbone, LOOK) == (37, 37 / 2)
+    assert pass_rate(store, backbone, LOOK) == (37, 37 / 2, "r1")
 
 
 @pytest.mark.parametrize(
@@ -88,16 +88,16 @@ def test_a_larger_run_that_is_no_single_pass_through_the_network_does_not_count(
     store: LocalStore, backbone: BackboneRecord, sets: tuple[str, ...]
 ) -> None:
     add_run(store, "r1", (5000, sets))
-    assert pass_rate(store, backbone, LOOK) == (0, 1 / forward_s(MACS))
+    assert pass_rate(store, backbone, LOOK) == (0, 1 / forward_s(MACS), "")
     add_run(store, "r2", (37, tuple(SETS.values())))
-    assert pass_rate(store, backbone, LOOK) == (37, 37 / 2)
+    assert pass_rate(store, backbone, LOOK) == (37, 37 / 2, "r2")
 
 
 def test_a_run_that_ended_early_for_some_of_its_images_does_not_count(
     store: LocalStore, backbone: BackboneRecord
 ) -> None:
     add_run(store, "r1", (37, tuple(SETS.values())), (5000, (FIRST,)))
-    assert pass_rate(store, backbone, LOOK) == (0, 1 / forward_s(MACS))
+    assert pass_rate(store, backbone, LOOK) == (0, 1 / forward_s(MACS), "")
 
 
 @pytest.mark.parametrize("sets", [(POOLED,), (FIRST, LAST_MAP)])
@@ -105,4 +105,4 @@ def test_a_pass_to_the_last_map_or_behind_it_counts_whatever_else_the_cache_had(
     store: LocalStore, backbone: BackboneRecord, sets: tuple[str, ...]
 ) -> None:
     add_run(store, "r1", (37, sets))
-    assert pass_rate(store, backbone, LOOK) == (37, 37 / 2)
+    assert pass_rate(store, backbone, LOOK) == (37, 37 / 2, "r1")

@@ -89,6 +89,7 @@ def found(settings: AdviseConfig, **changes: Any) -> BackboneEvidence:
         "missing_images": 500,
         "has_val": True,
         "has_held_out": True,
+        "learnt_share": 1.0,
         "is_unbalanced": False,
     }
     return BackboneEvidence(**(fields | changes))
