@@ -70,8 +70,8 @@ class BackboneProbes(StrictModel):
 
     That pass was of `timed_images` in `timed_run`, null in advice that was given before this was told. Of 0, no pass
     tells the rate: it is what the multiply-adds suggest of two cores. `judged_rows` are as many rows of equal weight as
-    those that judged are worth. `peak_correct` counts those that are right where the tap was chosen by the other half of
-    them; the best of several taps on the rows that chose it looks better than it is, of those below the top by the
+    those that judged are worth. `peak_correct` counts those that are right where the tap was chosen by the other half
+    of them; the best of several taps on the rows that chose it looks better than it is, of those below the top by the
     share `earlier_flattery`. Advice of before does not tell them.
     """
 
