@@ -7,7 +7,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -117,6 +118,21 @@ def run_python(arguments: Sequence[str]) -> dict[str, Any]:
 def convoy(*arguments: str) -> dict[str, Any]:
     """The report of a `convoy` command, which runs in a process of its own."""
     return run_python(["-m", "convoy.cli", *arguments, "--json"])
+
+
+@contextmanager
+def convoy_process(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A `convoy` command in a process of its own, which is killed when the block ends; its output is thrown away."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "convoy.cli", *arguments],
+        env=_environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def run_benchmark(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from PIL import Image
 from pydantic import PositiveInt
 from torch import Tensor, nn
@@ -27,6 +28,13 @@ class ScoredNetwork(StrictModel):
         """The network as jobs are told it."""
         preset = EvalPreset(resize_px=self.resize_px, crop_px=self.crop_px)
         return BackboneConfig(arch=self.arch, weights="random", preset=preset)
+
+    @property
+    def num_outputs(self) -> int:
+        """How many classes it tells apart."""
+        with torch.inference_mode():
+            outputs_BK: Tensor = self.build()(torch.zeros(1, 3, self.crop_px, self.crop_px))
+        return outputs_BK.shape[1]
 
     def build(self) -> nn.Module:
         """The network in evaluation mode: float32 images_BCHW in, log-probabilities_BK out, as jobs keep them."""

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from job_processes import ProcessSampler, memory_growth, share_of_others
 from measuring import WayResult, WaySettings, convoy, save_features
 from our_rate import steady_rate
@@ -79,15 +78,13 @@ def run_ours(settings: OursSettings) -> WayResult:
 
 def _config(settings: OursSettings) -> dict[str, Any]:
     network = settings.network
-    with torch.inference_mode():
-        num_outputs = network.build()(torch.zeros(1, 3, network.crop_px, network.crop_px)).shape[1]
     return {
         # Swift has no atomic conditional PUT.
         "writers": "many" if settings.root is None else "single",
         "dataset": "images",
         "model": {
             "backbone": network.backbone.model_dump(mode="json"),
-            "classes": [f"class_{index}" for index in range(num_outputs)],
+            "classes": [f"class_{index}" for index in range(network.num_outputs)],
         },
         "columns": {"outputs": "logits"},
         "extraction": {"batch_size": settings.batch_size, "precision": settings.precision.value},

@@ -128,8 +128,10 @@ def test_a_job_rides_over_a_store_in_trouble(
         job.run_here()
         num_requests = s3_behind_proxy.requests.total()
     assert all(one.fired for one in injected)
-    # What failed is asked for again, and nothing else; small things (a lease, a probe) may come once more.
-    assert num_requests <= 2.2 * clean.num_requests + 20
+    # What failed is asked for again, and nothing else. Where that is every answer once, small things (a lease, a probe)
+    # may come once more.
+    most = 2 * clean.num_requests if fault.startswith("F13") else 2.2 * clean.num_requests + 20
+    assert num_requests <= most
     assert {len(attempts) for attempts in job.attempts().values()} == {1}
     fired = sum(one.fired for one in injected)
     fault_table.add(f"{fault}, {verb}", fired=fired, audit=job.audit(), clean_digest=clean.digest)
