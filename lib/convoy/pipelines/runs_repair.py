@@ -10,10 +10,11 @@ missing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from convoy.core.config import StrictModel
-from convoy.core.errors import ConfigError, DataError, PreconditionFailed, StorageError
+from convoy.core.errors import ConfigError, ConvoyError, DataError, PreconditionFailed, StorageError
 from convoy.core.fingerprints import canonical_json
 from convoy.pipelines.data_origin import dataset_of_run
 from convoy.pipelines.prediction_request import SCORE
@@ -58,7 +59,7 @@ class RepairReport(StrictModel):
 
     `damaged` and `orphans`, the keys of files that belong to nothing, are the first hundred of `num_damaged` and
     `num_orphans`. `retried_images` are those that are tried again, with their `retried_slices`. `left_to_do` is what
-    makes the run whole again.
+    makes the run whole again, or why nothing does.
     """
 
     run: str
@@ -100,13 +101,18 @@ def repair_run(
             next_step="run convoy cache, or the job that needs the features; repair without --retry-unfetched",
         )
     if changes is Changes.SHOWN:
-        return _report(store, run, _examine(folder, run, retry_unfetched), changes)
+        findings = _examine(folder, run, retry_unfetched)
+        return _report(store, run, findings, changes, _obstacle(folder, run, findings))
     with hold_run(folder) as lease:
         findings = _examine(folder, run, retry_unfetched)
+        if (obstacle := _obstacle(folder, run, findings)) is not None:
+            raise obstacle
         # First, as records that cannot be read are among them, in whose place sound ones may come.
         store.delete(info.key for info in findings.orphans)
-        if findings.set_aside:
-            _set_aside(folder, run, findings, lease)
+        if findings.takes_back:
+            _take_back(folder, run, findings, lease)
+        else:
+            _forget(store, findings.set_aside)
     return _report(store, run, findings, changes)
 
 
@@ -114,10 +120,12 @@ def repair_run(
 class _Findings:
     """The attempts that count: those of the manifest, or, before it is published, all that finished.
 
-    A record that cannot be read is an orphan like the files that only it names.
+    A record that cannot be read is an orphan like the files that only it names. `is_cut_off` says that a repair was
+    killed at its last step: the manifest is gone, and the marker that the run is finished is not.
     """
 
     manifest: RunManifest | None
+    is_cut_off: bool
     sound: tuple[SliceRecord, ...]
     damaged: tuple[tuple[SliceRecord, str], ...]
     unfetched: tuple[SliceRecord, ...]
@@ -126,6 +134,11 @@ class _Findings:
     @property
     def set_aside(self) -> list[SliceRecord]:
         return [*(attempt for attempt, _ in self.damaged), *self.unfetched]
+
+    @property
+    def takes_back(self) -> bool:
+        """Whether results that were published become those of an unfinished run."""
+        return self.is_cut_off or (self.manifest is not None and bool(self.set_aside))
 
 
 def _examine(folder: RunFolder, run: RunRecord, retry_unfetched: bool) -> _Findings:
@@ -137,6 +150,7 @@ def _examine(folder: RunFolder, run: RunRecord, retry_unfetched: bool) -> _Findi
     whole = [attempt for attempt, problem in examined if problem is None]
     return _Findings(
         manifest=manifest,
+        is_cut_off=manifest is None and folder.is_finished(),
         sound=tuple(attempt for attempt in whole if not (retry_unfetched and attempt.unfetched)),
         damaged=tuple((attempt, problem) for attempt, problem in examined if problem is not None),
         unfetched=tuple(attempt for attempt in whole if retry_unfetched and attempt.unfetched),
@@ -144,23 +158,41 @@ def _examine(folder: RunFolder, run: RunRecord, retry_unfetched: bool) -> _Findi
     )
 
 
-def _set_aside(folder: RunFolder, run: RunRecord, findings: _Findings, lease: RunLease) -> None:
-    """Forget the attempts to set aside, and open the run again where a command goes on with it.
+def _obstacle(folder: RunFolder, run: RunRecord, findings: _Findings) -> ConvoyError | None:
+    """Why the run cannot be made whole again, before anything of it is touched."""
+    try:
+        for attempt in findings.set_aside:
+            _require_input(folder, run, attempt.slice)
+        if findings.takes_back:
+            _require_dataset(folder.store, run)
+            if _is_gone_on_with(folder.store, run):
+                _require_free_pointer(folder.store, run)
+    except ConvoyError as error:
+        return error
+    return None
 
-    A kill in between leaves a run to repair once more.
+
+def _take_back(folder: RunFolder, run: RunRecord, findings: _Findings, lease: RunLease) -> None:
+    """Turn a published run into an unfinished one that has all its sound slices; its manifest is kept aside.
+
+    Killed on the way it is still finished, with the damage that it had, or `is_cut_off`: without its manifest nothing
+    of it is published again before the rest is computed.
     """
-    for attempt in findings.set_aside:
-        _require_input(folder, run, attempt.slice)
-    store = folder.store
-    if findings.manifest is not None:
-        _require_dataset(store, run)
-        if not (_is_outdated(store, run) or _is_of_some_rows(run)):
-            _open_again(store, run)
-        lease.confirm()
-        # It was given up while it was published: what is finished once more is not.
-        store.delete([folder.key(GIVEN_UP)])
-        _unpublish(folder, run, findings.manifest, findings.sound, lease.token)
-    for attempt in findings.set_aside:
+    store, manifest = folder.store, findings.manifest
+    if _is_gone_on_with(store, run):
+        _open_again(store, run)
+    lease.confirm()
+    # It was given up while it was published: what is finished once more is not.
+    store.delete([folder.key(GIVEN_UP)])
+    if manifest is not None:
+        _keep_sound(folder, run, manifest, findings.sound, lease.token)
+    _forget(store, findings.set_aside)
+    store.delete([folder.key("manifest.json")])
+    store.delete([folder.key("_SUCCESS")])
+
+
+def _forget(store: ObjectStore, attempts: Sequence[SliceRecord]) -> None:
+    for attempt in attempts:
         # The record first: without it the files count for nothing.
         store.delete([record_key(attempt)])
         store.delete(file.key for file in attempt.files)
@@ -215,29 +247,45 @@ def _is_of_some_rows(run: RunRecord) -> bool:
     return adds_features(run) and (run.identity["splits"] != "all" or "rows" in run.identity)
 
 
-def _open_again(store: ObjectStore, run: RunRecord) -> None:
+def _is_gone_on_with(store: ObjectStore, run: RunRecord) -> bool:
+    """Whether a command goes on with the run once it is open again."""
+    return not (_is_outdated(store, run) or _is_of_some_rows(run))
+
+
+def _require_free_pointer(store: ObjectStore, run: RunRecord) -> None:
     if not run.open_key:
         raise DataError(
             "no job's command would go on with this run: its record names no pointer",
             where=f"runs/{run.run_id}",
             next_step="run the job's command with --new-run",
         )
+    others = [
+        name for name, key in open_pointers(store).items() if key == run.open_key and name != run.run_id
+    ]
+    if others:
+        raise _in_the_way(store, run)
+
+
+def _open_again(store: ObjectStore, run: RunRecord) -> None:
     try:
         open_pointer(store, run.open_key, run.run_id)
     except PreconditionFailed:
-        raise ConfigError(
-            "another unfinished run of the same job is in the way",
-            where=store.uri(run.open_key),
-            next_step="finish it by its command, or give it up with `convoy runs cancel`; then repair again",
-        ) from None
+        raise _in_the_way(store, run) from None
 
 
-def _unpublish(
+def _in_the_way(store: ObjectStore, run: RunRecord) -> ConfigError:
+    return ConfigError(
+        "another unfinished run of the same job is in the way",
+        where=store.uri(run.open_key),
+        next_step="finish it by its command, or give it up with `convoy runs cancel`; then repair again",
+    )
+
+
+def _keep_sound(
     folder: RunFolder, run: RunRecord, manifest: RunManifest, sound: tuple[SliceRecord, ...], token: int
 ) -> None:
-    """Turn a published run into an unfinished one that has all its sound slices; its manifest is kept aside."""
+    """Let each sound slice have its record, and sets of features only the rows of those."""
     store = folder.store
-    store.delete([folder.key("_SUCCESS")])
     recorded = {info.key for info in store.list_objects(folder.key("records/"))}
     for attempt in sound:
         if record_key(attempt) not in recorded:
@@ -248,10 +296,15 @@ def _unpublish(
             # Readers of the cache see the sound rows on, and miss the others.
             commit_set(store, set_id, kept)
     store.put(folder.key(f"repairs/manifest-{token}.json"), canonical_json(manifest))
-    store.delete([folder.key("manifest.json")])
 
 
-def _report(store: ObjectStore, run: RunRecord, findings: _Findings, changes: Changes) -> RepairReport:
+def _report(
+    store: ObjectStore,
+    run: RunRecord,
+    findings: _Findings,
+    changes: Changes,
+    obstacle: ConvoyError | None = None,
+) -> RepairReport:
     damaged = [
         DamagedSlice(slice=attempt.slice, attempt=attempt.attempt, problem=problem)
         for attempt, problem in findings.damaged[:_MAX_LISTED]
@@ -268,12 +321,14 @@ def _report(store: ObjectStore, run: RunRecord, findings: _Findings, changes: Ch
         retried_images=sum(attempt.unfetched for attempt in findings.unfetched),
         damaged=damaged,
         orphans=[info.key for info in findings.orphans[:_MAX_LISTED]],
-        left_to_do=_left_to_do(store, run, findings, changes),
+        left_to_do=_left_to_do(store, run, findings, changes)
+        if obstacle is None
+        else f"{obstacle.what}: {obstacle.next_step}",
     )
 
 
 def _left_to_do(store: ObjectStore, run: RunRecord, findings: _Findings, changes: Changes) -> str:
-    if changes is Changes.SHOWN and (findings.set_aside or findings.orphans):
+    if changes is Changes.SHOWN and (findings.set_aside or findings.orphans or findings.is_cut_off):
         option = " --retry-unfetched" if findings.unfetched else ""
         return f"convoy runs repair {run.run_id}{option} --apply"
     if not findings.set_aside and findings.manifest is not None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -478,6 +481,68 @@ def test_a_run_that_was_given_up_while_it_was_published_can_be_repaired_and_ende
     with hold_run(folder):
         pass
     assert verify_run(store, folder.run_id).ok
+
+
+class CutOff(Exception):
+    """What a kill is to the test: nothing is done any more."""
+
+
+@contextmanager
+def dying_at_change(number: int) -> Iterator[list[str]]:
+    """Whoever changes a local store dies at the change of that number, counted from 0; yields what was done before."""
+    done: list[str] = []
+
+    def dying(name: str) -> Callable[..., Any]:
+        whole = getattr(LocalStore, name)
+
+        def change(store: LocalStore, *args: Any, **options: Any) -> Any:
+            if len(done) == number:
+                raise CutOff
+            done.append(name)
+            return whole(store, *args, **options)
+
+        return change
+
+    with pytest.MonkeyPatch.context() as patch, suppress(CutOff):
+        for name in ("put", "put_if_absent", "put_if_match", "delete"):
+            patch.setattr(LocalStore, name, dying(name))
+        yield done
+
+
+def ends(pointer: OpenRun, record: RunRecord) -> bool:
+    """Whether a job's command goes on with the run of the pointer, which it ends then; else it was finished already."""
+    folder, _ = take_up(pointer, record.identity, new_run=False)
+    if folder is None:
+        return False
+    do_rest(folder, record, attempt="a1")
+    pointer.close(folder)
+    return True
+
+
+def test_a_repair_that_is_killed_anywhere_leaves_no_run_that_ends_with_its_damage(tmp_path: Path) -> None:
+    by_command = 0
+    for number in itertools.count():
+        store = LocalStore(str(tmp_path / str(number)))
+        pointer, folder, record = opened(store)
+        do_rest(folder, record)
+        pointer.close(folder)
+        lost, rotten = (one.parts[SET_ID].key for one in read_records(folder)[:2])
+        lose(store, lost)
+        flip_last_byte(store, rotten)
+        with dying_at_change(number) as done:
+            repair_run(store, folder.run_id, Changes.MADE)
+        # This process holds it and lives on.
+        store.delete([folder.key("lease.json")])
+        if ends(pointer, record):
+            by_command += 1
+        else:
+            repair_run(store, folder.run_id, Changes.MADE)
+            assert ends(pointer, record)
+        assert verify_run(store, folder.run_id).ok, f"killed after {done}"
+        if len(done) < number:
+            break
+    assert number > 10
+    assert 0 < by_command < number
 
 
 def test_rejects_of_features_need_no_repair(store: LocalStore) -> None:
