@@ -34,13 +34,18 @@ from convoy.storage.stores import UriReader, join_uri, open_object, open_store
 
 pytestmark = pytest.mark.integration
 
+# With the root 1,024 bytes, which is all that S3 takes; a file system takes 255 for each name.
+LONGEST_KEY = "/".join(["n" * 201] * 5)
 AWKWARD_KEYS = [
+    LONGEST_KEY,
     "a-b",
     "a/b",
     "a b",
     "ä",
     "%41",
     "A",
+    "b",
+    "B",
     "+",
     "a+b&c=d",
     "new\nline",
@@ -183,6 +188,18 @@ def test_a_range_beyond_the_end_is_an_error(store: ObjectStore, byte_range: tupl
     with pytest.raises(StorageError) as caught:
         store.get("object", byte_range=byte_range)
     assert not isinstance(caught.value, (StoreUnavailable, ObjectNotFound))
+
+
+@pytest.mark.parametrize("byte_range", [None, (10, 20)])
+def test_of_another_version_than_the_wanted_one_nothing_is_read(
+    store: ObjectStore, byte_range: tuple[int, int] | None
+) -> None:
+    etag = store.put("image", bytes(100))
+    whole = store.get("image", byte_range=byte_range, wanted_etag=etag)
+    assert (len(whole.data), whole.etag) == (20 if byte_range else 100, etag)
+    replaced = store.put("image", bytes(range(200)))
+    other = store.get("image", byte_range=byte_range, wanted_etag=etag)
+    assert (other.data, other.etag) == (b"", replaced)
 
 
 def test_a_missing_object_is_not_found(store: ObjectStore) -> None:

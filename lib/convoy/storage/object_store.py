@@ -101,11 +101,14 @@ class ObjectStore(Protocol):
         """What is known of one object without reading it."""
         ...
 
-    def get(self, key: str, *, byte_range: tuple[int, int] | None = None) -> Blob:
+    def get(
+        self, key: str, *, byte_range: tuple[int, int] | None = None, wanted_etag: str | None = None
+    ) -> Blob:
         """The bytes of an object, or of `byte_range` = (first byte, number of bytes).
 
         Never fewer bytes than that: a short body is retried, a range beyond the end is a StorageError. A whole
-        object has the bytes of its `checksum`; after two that have not, ChecksumMismatch is raised.
+        object has the bytes of its `checksum`; after two that have not, ChecksumMismatch is raised. Where another
+        version than the wanted one is there, nothing is read of it, however long it is: the Blob has its etag alone.
         """
         ...
 

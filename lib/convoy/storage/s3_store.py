@@ -148,17 +148,19 @@ class S3Store:
             checksum=_checksum(etag, _encryption(answer)),
         )
 
-    def get(self, key: str, *, byte_range: tuple[int, int] | None = None) -> Blob:
+    def get(
+        self, key: str, *, byte_range: tuple[int, int] | None = None, wanted_etag: str | None = None
+    ) -> Blob:
         """As in ObjectStore."""
         if byte_range is None:
-            return self._read_whole(key)
+            return self._read_whole(key, wanted_etag)
         first, num_bytes = byte_range
         if num_bytes == 0:  # HTTP has no empty range
             info = self.head(key)
             return Blob(data=b"", etag=info.etag, checksum=info.checksum)
         header = f"bytes={first}-{first + num_bytes - 1}"
-        blob = self._retry(lambda: self._read(key, Range=header), self.uri(key))
-        if len(blob.data) != num_bytes:
+        blob = self._retry(lambda: self._read(key, wanted_etag, Range=header), self.uri(key))
+        if len(blob.data) != num_bytes and wanted_etag in (None, blob.etag):
             raise StorageError(
                 f"bytes {first} to {first + num_bytes} are not what the store sent for them",
                 where=self.uri(key),
@@ -204,9 +206,11 @@ class S3Store:
                 return
             parameters["ContinuationToken"] = page["NextContinuationToken"]
 
-    def _read_whole(self, key: str) -> Blob:
+    def _read_whole(self, key: str, wanted_etag: str | None) -> Blob:
         for _attempt in range(2):
-            blob = self._retry(lambda: self._read(key), self.uri(key))
+            blob = self._retry(lambda: self._read(key, wanted_etag), self.uri(key))
+            if wanted_etag not in (None, blob.etag):
+                return blob
             if blob.checksum in {"", f"md5:{hashlib.md5(blob.data, usedforsecurity=False).hexdigest()}"}:
                 return blob
             self._add_retries(1)
@@ -216,8 +220,11 @@ class S3Store:
             next_step="write the object again: what the store keeps of it is damaged",
         )
 
-    def _read(self, key: str, **byte_range: str) -> Blob:
+    def _read(self, key: str, wanted_etag: str | None, **byte_range: str) -> Blob:
         answer = self._get_client().get_object(Bucket=self.bucket, Key=self._folder + key, **byte_range)
+        if wanted_etag not in (None, _etag(answer)):
+            answer["Body"].close()
+            return Blob(data=b"", etag=_etag(answer))
         data = answer["Body"].read()
         if len(data) != answer["ContentLength"]:
             raise StoreUnavailable("the store sent fewer bytes than it announced", where=self.uri(key))

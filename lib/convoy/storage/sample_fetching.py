@@ -120,9 +120,10 @@ def check_size(size_bytes: int | None, max_bytes: int) -> None:
 
 def _get(address: Address, uris: UriReader) -> Blob:
     if address.offset_bytes is None or address.size_bytes is None:
-        return uris.get(address.uri)
+        return uris.get(address.uri, wanted_etag=address.etag)
     try:
-        return uris.get(address.uri, byte_range=(address.offset_bytes, address.size_bytes))
+        byte_range = (address.offset_bytes, address.size_bytes)
+        return uris.get(address.uri, byte_range=byte_range, wanted_etag=address.etag)
     except StorageError as error:
         of_sample = (ObjectNotFound, AccessDenied, ObjectArchived, ObjectUnreadable)
         if error.retryable or isinstance(error, of_sample):

@@ -69,6 +69,7 @@ class UriReader:
 
     def __init__(self) -> None:
         self._stores: dict[str, ObjectStore] = {}
+        self._impatient_stores: dict[str, ObjectStore] = {}
         self._last_reads: dict[str, _Sample] = {}
         # Counted without a lock: that threads lose a count does no harm.
         self._failures: dict[str, int] = {}
@@ -82,14 +83,16 @@ class UriReader:
         """How many requests had to be repeated so far."""
         return sum(store.num_retries for store in list(self._stores.values()))
 
-    def get(self, uri: str, *, byte_range: tuple[int, int] | None = None) -> Blob:
+    def get(
+        self, uri: str, *, byte_range: tuple[int, int] | None = None, wanted_etag: str | None = None
+    ) -> Blob:
         """As ObjectStore.get, for an s3:// URI, a file:// URI or a path. ConfigError as `open_store`."""
         place, key = _split(uri)
         store = self._stores.get(place)
         if store is None:
             new_store = LocalStore("/") if place == _LOCAL else S3Store(place)
             store = self._stores.setdefault(place, new_store)
-        blob = store.get(key, byte_range=byte_range)
+        blob = store.get(key, byte_range=byte_range, wanted_etag=wanted_etag)
         self.note_read(uri, byte_range)
         return blob
 
@@ -120,7 +123,7 @@ class UriReader:
     def _gives_another(self, uri: str) -> bool | None:
         """Whether what was read last, or else another object of the folder, can be read; None where there is none."""
         place, key = _split(uri)
-        store = _impatient_store(place)
+        store = self._impatient_store(place)
         try:
             sample = self._last_reads.get(place) or _neighbour(store, key)
             if sample is None:
@@ -129,6 +132,11 @@ class UriReader:
         except StorageError:
             return False
         return True
+
+    def _impatient_store(self, place: str) -> ObjectStore:
+        """A store without retries: one that needs them says nothing of itself, and may give any object later."""
+        new_store = LocalStore("/") if place == _LOCAL else S3Store(place, deadline_s=0.0)
+        return self._impatient_stores.setdefault(place, new_store)
 
     def refuses_all(self, uri: str) -> bool:
         """Whether the store of `uri`, which refuses that, refuses also what it gave last.
@@ -141,7 +149,7 @@ class UriReader:
             self._failures[place] = self._failures.get(place, 0) + 1
             return self._failures[place] > _MOST_FAILURES_IN_A_ROW
         try:
-            _impatient_store(place).get(last.key, byte_range=last.byte_range)
+            self._impatient_store(place).get(last.key, byte_range=last.byte_range)
         except AccessDenied:
             return True
         except StorageError:
@@ -159,7 +167,7 @@ class UriReader:
         last = self._last_reads.get(place)
         if last is None and self._misses[place] <= _MOST_FAILURES_IN_A_ROW:
             return False
-        store = _impatient_store(place)
+        store = self._impatient_store(place)
         folder = _folder(key)
         # The top of a bucket is a folder as any other, that of a machine says nothing.
         folders = [name for name in (folder, _folder(folder[:-1])) if name or place != _LOCAL]
@@ -171,11 +179,6 @@ class UriReader:
         except StorageError:
             return False
         return True
-
-
-def _impatient_store(place: str) -> ObjectStore:
-    """A store without retries: one that needs them says nothing of itself, and may give any object later."""
-    return LocalStore("/") if place == _LOCAL else S3Store(place, deadline_s=0.0)
 
 
 def _neighbour(store: ObjectStore, key: str) -> _Sample | None:

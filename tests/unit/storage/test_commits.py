@@ -214,8 +214,10 @@ def test_a_pointer_that_comes_to_name_a_newer_run_while_it_is_closed_stays(tmp_p
     class OvertakenStore(LocalStore):
         """Whose pointer is taken over right after the first look at it."""
 
-        def get(self, key: str, *, byte_range: tuple[int, int] | None = None) -> Blob:
-            blob = LocalStore.get(self, key, byte_range=byte_range)
+        def get(
+            self, key: str, *, byte_range: tuple[int, int] | None = None, wanted_etag: str | None = None
+        ) -> Blob:
+            blob = LocalStore.get(self, key, byte_range=byte_range, wanted_etag=wanted_etag)
             if not opened:
                 other = OpenRun(LocalStore(self.root), verb="cache", target="t")
                 opened.append(left_behind)

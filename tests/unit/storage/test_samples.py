@@ -356,7 +356,9 @@ class _Store(UriReader):
         super().__init__()
         self.answers, self.delay_s, self.num_gets = answers, delay_s, 0
 
-    def get(self, uri: str, *, byte_range: tuple[int, int] | None = None) -> Blob:
+    def get(
+        self, uri: str, *, byte_range: tuple[int, int] | None = None, wanted_etag: str | None = None
+    ) -> Blob:
         answer = self.answers[self.num_gets % len(self.answers)]
         self.num_gets += 1
         time.sleep(self.delay_s)

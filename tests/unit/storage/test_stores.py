@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from convoy.core.errors import ConfigError, ObjectNotFound
-from convoy.storage import stores
 from convoy.storage.local_store import LocalStore
 from convoy.storage.s3_store import S3Store
 from convoy.storage.stores import UriReader, join_uri, open_object, open_store
@@ -120,7 +119,7 @@ def test_a_bucket_with_other_objects_lacks_not_all_whatever_is_deleted_at_its_to
 ) -> None:
     """A folder stands for the bucket."""
     bucket = LocalStore(str(tmp_path))
-    monkeypatch.setattr(stores, "_impatient_store", lambda _: bucket)
+    monkeypatch.setattr(UriReader, "_impatient_store", lambda *_: bucket)
     reader = UriReader()
     assert reader.lacks_all(f"s3://bucket/{key}", num_images=1000)
     bucket.put("2024-01-02/there.jpg", b"image")
