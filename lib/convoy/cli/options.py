@@ -85,7 +85,8 @@ def run_job(
     if not getattr(report, "within_error_budget", True):
         unfetched = getattr(report, "unfetched", 0)
         again = (
-            f"; convoy runs repair RUN --retry-unfetched lets the {unfetched} that could not be fetched be tried again"
+            f"; after convoy runs repair {getattr(report, 'run', 'RUN')} --retry-unfetched --apply the same command"
+            f" tries the {unfetched} again that could not be fetched"
             if unfetched
             else ""
         )

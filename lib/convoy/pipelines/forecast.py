@@ -58,8 +58,8 @@ class Work(StrictModel):
 class Forecast(Work):
     """From a sample: `images_per_s_range` are its slowest and fastest slice, at the same number of workers.
 
-    `images` are those that are left to do, `startup_s` is from the call to the first batch through the network. It
-    takes each image for a request, and some for a slice: images in parquet files, and local ones, need fewer. Where
+    `images` are those that are left to do, `startup_s` is from the call to the first batch through the network.
+    Requests are as many an image as the sample sent: none for local ones, and few for those in parquet files. Where
     nothing is left, there is no sample, and all figures are 0. The run that follows costs by these `prices`, unless it
     is given others.
     """
@@ -141,11 +141,15 @@ def extrapolate(
     hours = num_images / max(images_per_s, 1e-9) / 3600
     files = [file for one in sample for file in one.parts.values()]
     share = num_images / max(sampled, 1)
+    # The first slices have those for the weights, too.
+    slice_gets = _GETS_A_SLICE if any(map(_gets, steady)) else 0
+    image_gets = max(sum(map(_gets, steady)) - slice_gets * len(steady), 0)
     amounts = {
         "bytes_read": round(share * sum(one.bytes_read for one in sample)),
         "bytes_written": round(share * sum(file.size_bytes for file in files)),
-        "get_requests": num_images + _GETS_A_SLICE * num_slices,
-        "put_requests": 2 * num_slices,
+        "get_requests": round(num_images * image_gets / max(sum(map(_num_rows, steady)), 1))
+        + slice_gets * num_slices,
+        "put_requests": round(num_slices * sum(map(_puts, steady)) / max(len(steady), 1)),
     }
     return Forecast(
         images=num_images,

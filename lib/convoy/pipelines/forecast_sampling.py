@@ -18,6 +18,7 @@ from convoy.pipelines.committee_predictions import BegunRun, CommitteeJob
 from convoy.pipelines.feature_plan import CompileChoice, ExtractionConfig
 from convoy.pipelines.forecast import Forecast, Prices, extrapolate
 from convoy.pipelines.prediction_request import PredictionRequest
+from convoy.pipelines.runs_state import SAMPLE_OF
 from convoy.pipelines.scoring_plan import scoring_settings
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
@@ -41,15 +42,14 @@ def forecast_scoring(
     prices: Prices,
     progress: Progress,
     begun: BegunRun | None = None,
-    new_run: bool = False,
 ) -> Forecast:
     """What this scoring would take on the cluster as it is, from blocks of rows that are spread evenly over it.
 
     Of a run that was `begun` only what is left is forecast, with the settings that it keeps.
 
     The sample is computed as the whole would be: with a compiled network if that pays for the whole. Its run is
-    deleted afterwards; one that is killed is gone on with by the next dry run of the same, and left behind by one of
-    other settings or another version, and with `new_run`.
+    deleted afterwards; one that was killed is left behind by the next dry run, as slices of two starts do not say when
+    either was under way.
     """
     started_unix_s = time.time()
     num_images, partitions = request.num_rows(manifest), request.partition_rows(manifest)
@@ -79,8 +79,8 @@ def forecast_scoring(
         job = CommitteeJob(store, manifest, _sample_request(request, rows, told, planned))
         found = job.ensure(
             progress=progress,
-            config={"forecast_of": request.target(manifest)},
-            new_run=new_run or job.is_barred(),
+            config={SAMPLE_OF: request.target(manifest)},
+            new_run=True,
         )
     try:
         slices = found.manifest.slices

@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 
 from convoy.core.config import StrictModel
 from convoy.core.errors import OF_ONE_FILE
-from convoy.pipelines.runs_state import Changes, RunState, opened_utc, run_status
+from convoy.pipelines.runs_state import SAMPLE_OF, Changes, RunState, opened_utc, run_status
 from convoy.storage.checkpoints import training_leftovers
 from convoy.storage.commits import FEATURES
 from convoy.storage.conditional_put import PROBE_FOLDER
@@ -21,7 +21,7 @@ from convoy.storage.documents import read_json
 from convoy.storage.leases import GIVEN_UP, TTL_S, living_holders
 from convoy.storage.local_store import LocalStore
 from convoy.storage.object_store import ObjectInfo, ObjectStore
-from convoy.storage.runs import RunFolder, open_pointers, run_ids
+from convoy.storage.runs import RunFolder, close_pointer, open_pointers, run_ids
 
 OLDER_THAN_DAYS = 7.0
 # No write of a file takes so long.
@@ -79,10 +79,14 @@ def collect_garbage(
     kept += [KeptRun(run=run_id, why="a driver is at work on it") for run_id in sorted(living)]
     ended = _ended_since([candidate.folder for candidate in found])
     kept += [KeptRun(run=run_id, why="it has ended in the meantime") for run_id in sorted(ended - living)]
+    unneeded = [candidate for candidate in found if candidate.folder.run_id not in living | ended]
+    if changes is Changes.MADE:
+        for candidate in unneeded:
+            if candidate.pointer_key is not None:
+                close_pointer(store, candidate.pointer_key, candidate.folder.run_id)
     garbage = [
         _removed(store, candidate.folder.run_id, candidate.why, _files_of(candidate.folder), changes)
-        for candidate in found
-        if candidate.folder.run_id not in living | ended
+        for candidate in unneeded
     ]
     garbage += [
         _removed(
@@ -110,6 +114,7 @@ def collect_garbage(
 class _Candidate:
     folder: RunFolder
     why: str
+    pointer_key: str | None
 
 
 def _candidates(
@@ -119,7 +124,9 @@ def _candidates(
     ids = run_ids(store)
     # After the ids, as the pointer to a run is older than its files: so none is taken for left behind that opens now.
     pointers = open_pointers(store)
-    folders = [RunFolder(store, run_id) for run_id in ids if run_id not in pointers]
+    folders = [
+        RunFolder(store, run_id) for run_id in ids if run_id not in pointers or _is_sample(store, run_id)
+    ]
     with ThreadPoolExecutor(_THREADS) as pool:
         states = list(pool.map(lambda folder: run_status(folder, pointers).state, folders))
     known = list(zip(folders, states, strict=True))
@@ -129,12 +136,22 @@ def _candidates(
     found, kept = [], []
     for folder, state in unfinished:
         reason = _reason_to_keep(folder, state, named, oldest)
+        pointer_key = pointers.get(folder.run_id)
         if reason is None:
             why = "given up" if state is RunState.GIVEN_UP else "unfinished, and no command goes on with it"
-            found.append(_Candidate(folder, why))
+            found.append(_Candidate(folder, why, pointer_key))
         else:
             kept.append(KeptRun(run=folder.run_id, why=reason))
     return found, kept, [folder for folder, state in known if state is RunState.FINISHED]
+
+
+def _is_sample(store: ObjectStore, run_id: str) -> bool:
+    """Whether an open run is the sample of a dry run that was killed: no scoring goes on with it."""
+    try:
+        record = RunFolder(store, run_id).record()
+    except OF_ONE_FILE:
+        return False
+    return record is not None and SAMPLE_OF in record.config
 
 
 def _ended_since(found: Sequence[RunFolder]) -> set[str]:

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from convoy.core.config import StrictModel
 from convoy.core.errors import OF_ONE_FILE
-from convoy.pipelines.runs_state import RunState, age_in_words, dataset_of, opened_utc, run_status
+from convoy.pipelines.runs_state import RunState, age_in_words, dataset_of, opened_utc, run_status, verb_of
 from convoy.storage.commits import SliceRecord, read_manifest, read_records
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import RunFolder, RunRecord, open_pointers, run_ids
@@ -80,7 +80,7 @@ def listed_run(store: ObjectStore, run_id: str, pointers: Mapping[str, str]) -> 
     opened = opened_utc(run_id, record)
     return ListedRun(
         run=run_id,
-        verb="" if record is None else record.verb,
+        verb="" if record is None else verb_of(record),
         dataset="" if record is None else dataset_of(record),
         state=status.state,
         held_by=status.held_by,

@@ -11,6 +11,9 @@ from convoy.storage.leases import is_given_up, read_lease
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import OPEN_RUNS, RunFolder, RunRecord, require_run
 
+# In the config of a run that scores a sample for a dry run, and is deleted again: the target that it foretells.
+SAMPLE_OF = "forecast_of"
+
 
 class RunState(StrEnum):
     """What becomes of a run: an open one is gone on with by its job's command, one left behind by none."""
@@ -53,10 +56,16 @@ def run_status(folder: RunFolder, pointers: Mapping[str, str]) -> RunStatus:
 def existing_run(store: ObjectStore, run_id: str, pointers: Mapping[str, str]) -> RunFolder:
     """The folder of a run, which may have died before its record; ConfigError if there is none."""
     folder = RunFolder(store, run_id, open_key=pointers.get(run_id, ""))
-    left_something = run_id != OPEN_RUNS and next(iter(store.list_objects(folder.prefix)), None) is not None
+    is_name = run_id != OPEN_RUNS and "/" not in run_id
+    left_something = is_name and next(iter(store.list_objects(folder.prefix)), None) is not None
     if run_id not in pointers and not left_something:
         require_run(store, run_id)
     return folder
+
+
+def verb_of(record: RunRecord) -> str:
+    """The verb of a run, with the option by which it is of a sample only."""
+    return f"{record.verb} --dry-run" if SAMPLE_OF in record.config else record.verb
 
 
 def opened_utc(run_id: str, record: RunRecord | None) -> datetime | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from pydantic import ValidationError
+
 from convoy.core.config import StrictModel
 from convoy.core.crop_policies import EvaluationMode
 from convoy.core.errors import ConfigError, DataError, StorageError
@@ -28,7 +30,7 @@ from convoy.pipelines.score_config import ScoreConfig
 from convoy.pipelines.verify import count_problems
 from convoy.pipelines.workspace import open_workspace
 from convoy.storage.commits import RunManifest
-from convoy.storage.documents import read_json
+from convoy.storage.documents import read_model
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.predictions import PREDICTIONS
@@ -111,7 +113,7 @@ def plan_score(config: ScoreConfig, *, progress: Progress, new_run: bool = False
     if begun is not None and not begun.slices_left:
         return nothing_left(notes)
     forecast = forecast_scoring(
-        store, manifest, request, prices=config.prices, progress=progress, begun=begun, new_run=new_run
+        store, manifest, request, prices=config.prices, progress=progress, begun=begun
     )
     if begun is None:
         # For the record of the run that begins next, and so only where it is of all images.
@@ -163,9 +165,26 @@ def _open_request(
         )
     if config.partition_by is PartitionBy.LABEL:
         require_short_labels(manifest.classes)
-    forecast = read_json(store, _forecast_key(manifest, request))
     notes = [*notes, *model_notes, *_kept_by_bundles(config.extraction, committee)]
-    return store, manifest, request.with_forecast(forecast), notes
+    return store, manifest, request.with_forecast(_foretold(store, _forecast_key(manifest, request))), notes
+
+
+def _foretold(store: ObjectStore, key: str) -> dict[str, Any] | None:
+    """What a dry run foretold, for the record of the run; None where none did, or as another Convoy writes it."""
+    try:
+        forecast = read_model(Forecast, store, key)
+    except DataError:
+        return None
+    return None if forecast is None else forecast.model_dump(mode="json")
+
+
+def _forecast_of(record: RunRecord) -> Forecast | None:
+    """The forecast in the record of a run, if this Convoy understands it: no run shall fail at its end for that."""
+    told = record.settings.get("forecast")
+    try:
+        return None if told is None else Forecast.model_validate(told)
+    except ValidationError:
+        return None
 
 
 def _forecast_key(manifest: Manifest, request: PredictionRequest) -> str:
@@ -229,8 +248,7 @@ def _report(
     _reconcile(folder, record, published, num_wanted=request.num_rows(manifest))
     levels = "" if config.partition_by is PartitionBy.NONE else "*/"
     measured = timings(found.finished or published.slices, started_unix_s)
-    told = record.settings.get("forecast")
-    forecast = None if told is None else Forecast.model_validate(told)
+    forecast = _forecast_of(record)
     prices = config.prices
     if "prices" not in config.model_fields_set and forecast is not None and forecast.prices is not None:
         prices = forecast.prices

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 
 from convoy.cluster.session import ray_session
@@ -13,6 +14,9 @@ from convoy.storage.commits import SliceRecord, choose_attempts, read_manifest, 
 from convoy.storage.leases import RunLease
 from convoy.storage.runs import RunFolder, RunRecord
 
+_log = logging.getLogger(__name__)
+# The input is cut by them, or numbers depend on them.
+_SETTLED_AT_THE_START = ("batch_size", "slice_rows", "compile")
 # Starts the operators of a pool on some slices; their records come as they are done.
 SliceRunner = Callable[[Sequence[SliceTask], WorkerPool], Iterator[SliceRecord]]
 
@@ -42,6 +46,7 @@ def do_slices(
     The lease is confirmed at the end: what follows is publishing. Raises LeaseLost or RunCancelled between slices, as
     soon as the run is not this driver's any more.
     """
+    _warn_of_kept_settings(record, extraction)
     done = done_slices(folder, record)
     tasks = [
         SliceTask(slice=name, outputs=record.outputs_of(name))
@@ -64,3 +69,20 @@ def do_slices(
             lease.check()
     lease.confirm()
     return finished
+
+
+def _warn_of_kept_settings(record: RunRecord, extraction: ExtractionConfig) -> None:
+    """Say where a run goes on with settings that it was begun with, and that would be others now."""
+    begun = record.config.get("extraction", {})
+    told = extraction.model_dump(mode="json")
+    kept = [
+        f"extraction.{name}={begun[name]}, not {told[name]}"
+        for name in _SETTLED_AT_THE_START
+        if name in extraction.model_fields_set and name in begun and begun[name] != told[name]
+    ]
+    if kept:
+        _log.warning(
+            "run %s goes on as it was begun, with %s; --new-run takes the new ones",
+            record.run_id,
+            ", ".join(kept),
+        )

@@ -12,6 +12,7 @@ from convoy.core.errors import ChecksumMismatch, ConfigError, DataError, Storage
 from convoy.core.fingerprints import MultisetDigest, digest_bytes
 from convoy.core.records import Split
 from convoy.pipelines.data_origin import dataset_of_run
+from convoy.pipelines.runs_state import RunState, run_status
 from convoy.storage.commits import (
     FEATURES,
     PartFile,
@@ -25,7 +26,7 @@ from convoy.storage.datasets import open_dataset
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.parquet_files import open_parquet_file
-from convoy.storage.runs import RunFolder, RunRecord, require_run
+from convoy.storage.runs import RunFolder, RunRecord, open_pointers, require_run
 
 _MAX_PROBLEMS = 20
 # The verb whose slices write pictures: files without rows.
@@ -66,11 +67,7 @@ def verify_run(store: ObjectStore, run_id: str) -> VerifyReport:
             next_step="verify the run of its evaluation, which its report names; bundles are verified when opened",
         )
     if manifest is None:
-        raise DataError(
-            "the run is not finished: it has no manifest yet",
-            where=folder.prefix,
-            next_step="run the job's command again to finish it",
-        )
+        raise _not_finished(folder)
     problems: list[str] = []
     if not folder.is_finished():
         problems.append("the run has no _SUCCESS marker: run the job's command again to finish it")
@@ -90,6 +87,18 @@ def verify_run(store: ObjectStore, run_id: str) -> VerifyReport:
         ok=not problems,
         problems=problems,
         notes=notes,
+    )
+
+
+def _not_finished(folder: RunFolder) -> DataError:
+    state = run_status(folder, open_pointers(folder.store)).state
+    next_step = "run the job's command again to finish it"
+    if state in (RunState.GIVEN_UP, RunState.LEFT_BEHIND):
+        next_step = (
+            f"no command goes on with it, as it is {state}: look for a newer one with `convoy runs list`"
+        )
+    return DataError(
+        "the run is not finished: it has no manifest yet", where=folder.prefix, next_step=next_step
     )
 
 

@@ -204,7 +204,8 @@ def run_ids(store: ObjectStore) -> list[str]:
 def require_run(store: ObjectStore, run_id: str) -> tuple[RunFolder, RunRecord]:
     """An existing run, or a ConfigError that names the newest ones."""
     folder = RunFolder(store, run_id)
-    record = folder.record()
+    # A folder below a run is none.
+    record = folder.record() if run_id and "/" not in run_id else None
     if record is None:
         known = run_ids(store)
         raise ConfigError(

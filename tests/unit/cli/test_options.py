@@ -33,7 +33,7 @@ def test_an_exceeded_error_budget_names_the_repair_where_images_could_not_be_fet
 ) -> None:
     with pytest.raises(ErrorBudgetExceeded) as caught:
         run_job(lambda _: Report(unfetched=unfetched), as_json=True)
-    assert ("3 that could not be fetched" in caught.value.next_step) == is_named
+    assert ("the 3 again that could not be fetched" in caught.value.next_step) == is_named
     assert ("--retry-unfetched" in caught.value.next_step) == is_named
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -17,6 +18,7 @@ from convoy.cluster.scoring_spec import ScoringSpec
 from convoy.cluster.slices import PlannedWork, SliceTask, WorkerPool
 from convoy.core.crop_policies import CropPolicy
 from convoy.core.errors import ConfigError, ConvoyError, DataError, RunMismatch, StoreUnavailable
+from convoy.core.fingerprints import canonical_json
 from convoy.core.progress import Silent
 from convoy.pipelines import committee_predictions
 from convoy.pipelines.dataset import DatasetConfig, freeze
@@ -24,6 +26,8 @@ from convoy.pipelines.evaluate import EvaluateConfig, run_evaluate
 from convoy.pipelines.feature_plan import ExtractionConfig
 from convoy.pipelines.forecast import Forecast, extrapolate
 from convoy.pipelines.model_registry import promote_model
+from convoy.pipelines.runs_gc import collect_garbage
+from convoy.pipelines.runs_list import list_runs
 from convoy.pipelines.runs_repair import repair_run
 from convoy.pipelines.runs_state import Changes
 from convoy.pipelines.score import FORECASTS, ScoreConfig, plan_score, run_score
@@ -162,10 +166,10 @@ def test_what_a_bundle_keeps_and_what_a_mode_leaves_out_is_said(store: LocalStor
 
 def test_a_run_costs_by_the_prices_of_its_forecast_unless_it_is_given_others(store: LocalStore) -> None:
     settings = {"workspace": store.root_uri, "dataset": "digits", "bundle": "one", "extraction": EXTRACTION}
-    priced = ScoreConfig.model_validate({**settings, "prices": {"per_1000_puts": 5.0}})
+    priced = ScoreConfig.model_validate({**settings, "prices": {"per_gb_written": 5.0}})
     assert plan_score(priced, progress=Silent()).cost.total > 0
     report = run_score(ScoreConfig.model_validate(settings), progress=Silent())
-    assert report.actual.cost.total == pytest.approx(report.actual.put_requests / 1000 * 5.0)
+    assert report.actual.cost.total == pytest.approx(report.actual.bytes_written / 10**9 * 5.0)
     free = ScoreConfig.model_validate({**settings, "prices": {}})
     assert run_score(free, progress=Silent()).actual.cost.total == 0
 
@@ -406,9 +410,9 @@ def test_a_dry_run_forecasts_what_is_left_of_a_scoring_that_was_cut_off(
     images: Path, store: LocalStore, done: int, left: int
 ) -> None:
     settings = ExtractionConfig(batch_size=2, slice_rows=4)
-    config = from_source(images, store, extraction=settings, prices={"per_1000_gets": 1000})
+    config = from_source(images, store, extraction=settings, prices={"per_gb_read": 10**9})
     whole = plan_score(config, progress=Silent())
-    assert (whole.images, whole.get_requests) == (NUM_IMAGES + 1, NUM_IMAGES + 1 + 2 * 4)
+    assert (whole.images, whole.get_requests) == (NUM_IMAGES + 1, 0), "images and workspace are local"
     kept = forecast_files(store)
     with cut_off(after=done):
         run_score(config, progress=Silent())
@@ -416,8 +420,9 @@ def test_a_dry_run_forecasts_what_is_left_of_a_scoring_that_was_cut_off(
     # A run keeps its settings.
     changed = config.model_copy(update={"extraction": ExtractionConfig(batch_size=4, slice_rows=8)})
     forecast = plan_score(changed, progress=Silent())
-    assert (forecast.images, forecast.get_requests) == (left, left + 2 * (4 - done))
-    assert forecast.cost.requests == pytest.approx(forecast.get_requests)
+    assert forecast.images == left
+    assert forecast.cost.read == pytest.approx(forecast.bytes_read)
+    assert 0 < forecast.bytes_read < whole.bytes_read
     note = f"{done} of 4 slices of run {begun} are done: the forecast is of what is left"
     assert note in forecast.notes
     assert forecast_files(store) == kept, "the next run would be compared with a part of it"
@@ -534,18 +539,46 @@ def test_a_dry_run_that_was_cut_off_bars_no_other_one(
         write_digits(images, 2, start=NUM_IMAGES)
     config = from_source(images, store, crops=crops)
     assert plan_score(config, progress=Silent()).images == NUM_IMAGES + 1 + 2 * is_refreshed
-    assert open_pointers(store) == {}
-    is_another = is_refreshed or crops != "center"
-    assert run_ids(store) == ([sample] if is_another else []), "the same one goes on with its sample"
-
-
-def test_a_new_dry_run_leaves_the_sample_behind_that_was_cut_off(images: Path, store: LocalStore) -> None:
-    config = from_source(images, store)
-    with cut_off():
-        plan_score(config, progress=Silent())
-    (sample,) = open_pointers(store)
-    plan_score(config, progress=Silent(), new_run=True)
     assert (run_ids(store), open_pointers(store)) == ([sample], {})
+
+
+def test_the_sample_of_a_dry_run_that_was_cut_off_is_named_and_collected(
+    images: Path, store: LocalStore
+) -> None:
+    with cut_off():
+        plan_score(from_source(images, store), progress=Silent())
+    (sample,) = open_pointers(store)
+    (listed,) = list_runs(store).runs
+    assert (listed.run, listed.verb) == (sample, "score --dry-run")
+    run_score(from_source(images, store), progress=Silent())
+    assert sample not in {one.what for one in collect_garbage(store, Changes.MADE).garbage}, "it is young"
+    assert sample in {one.what for one in collect_garbage(store, Changes.MADE, older_than_days=0).garbage}
+    assert (sample in run_ids(store), open_pointers(store)) == (False, {})
+
+
+def test_a_forecast_of_another_convoy_keeps_no_run_from_its_end(images: Path, store: LocalStore) -> None:
+    config = from_source(images, store)
+    foretold = plan_score(config, progress=Silent())
+    (key,) = (info.key for info in store.list_objects(FORECASTS))
+    store.put(key, canonical_json(foretold.model_dump(mode="json") | {"of_another_version": 1}))
+    report = run_score(config, progress=Silent())
+    assert (report.forecast, report.results + report.rejects) == (None, NUM_IMAGES + 1)
+
+
+def test_a_run_whose_record_has_a_forecast_of_another_convoy_ends_without_it(
+    images: Path, store: LocalStore
+) -> None:
+    config = from_source(images, store)
+    plan_score(config, progress=Silent())
+    with cut_off():
+        run_score(config, progress=Silent())
+    (begun,) = open_pointers(store)
+    key = f"runs/{begun}/run.json"
+    record = json.loads(store.get(key).data)
+    del record["settings"]["forecast"]["hours"]
+    store.put(key, canonical_json(record))
+    report = run_score(config, progress=Silent())
+    assert (report.run, report.forecast) == (begun, None)
 
 
 def test_a_new_run_takes_the_source_as_it_is(images: Path, store: LocalStore, begun: str) -> None:

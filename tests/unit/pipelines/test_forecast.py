@@ -107,6 +107,26 @@ def test_the_forecast_scales_the_steady_rate_and_the_bytes_of_the_sample() -> No
     assert cost.total == pytest.approx(cost.compute + cost.read + cost.written + cost.requests)
 
 
+@pytest.mark.parametrize(
+    ("gets", "puts", "foretold"),
+    [
+        pytest.param(3, 2, (1640, 200), id="images in parquet files"),
+        pytest.param(102, 3, (144_200, 300), id="objects, of which some are rejected"),
+        pytest.param(0, 0, (0, 0), id="all in a local folder"),
+    ],
+)
+def test_requests_are_foretold_as_the_sample_sent_them(
+    gets: int, puts: int, foretold: tuple[int, int]
+) -> None:
+    sample = [one.model_copy(update={"get_requests": gets, "put_requests": puts}) for one in SAMPLE]
+    # Weights and the like.
+    first = sample[0].model_copy(update={"get_requests": gets + 40})
+    forecast = extrapolate(
+        [first, *sample[1:]], slice_rows=[1440] * 100, num_workers=2, startup_s=0, prices=PRICES, notes=[]
+    )
+    assert (forecast.get_requests, forecast.put_requests) == foretold
+
+
 def test_the_range_is_that_of_the_slowest_and_the_fastest_slice() -> None:
     slices = [*SAMPLE[:2], made_slice("0-2", 10, 14), made_slice("0-3", 14, 22)]
     forecast = extrapolate(slices, slice_rows=[100], num_workers=1, startup_s=0, prices=Prices(), notes=[])

@@ -15,8 +15,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from convoy.cluster.slices import PlannedWork
 from convoy.core.errors import ConfigError, DataError, LeaseHeld, RunCancelled
+from convoy.core.progress import Silent
 from convoy.core.records import RejectCode
+from convoy.pipelines.feature_plan import ExtractionConfig
 from convoy.pipelines.feature_summary import seconds_under_way
 from convoy.pipelines.runs_cancel import cancel_run
 from convoy.pipelines.runs_diff import ChangedPrediction, diff_runs
@@ -26,6 +29,7 @@ from convoy.pipelines.runs_repair import repair_run
 from convoy.pipelines.runs_show import show_run
 from convoy.pipelines.runs_state import Changes, RunState, age_in_words, opened_utc
 from convoy.pipelines.score import FORECASTS
+from convoy.pipelines.slice_work import do_slices
 from convoy.pipelines.verify import verify_run
 from convoy.storage.checkpoints import CheckpointFolder
 from convoy.storage.commits import (
@@ -212,6 +216,28 @@ def test_unknown_runs_are_refused(store: LocalStore) -> None:
                 command(store, name)
 
 
+@pytest.mark.parametrize("below", ["records", "", "records/"])
+def test_a_folder_below_a_run_is_no_run(store: LocalStore, below: str) -> None:
+    _, folder, record = opened(store)
+    finish_slice(store, record, SLICES[0])
+    before = keys(store)
+    for command in (cancel_run, show_run, verify_run):
+        with pytest.raises(ConfigError, match="no run"):
+            command(store, f"{folder.run_id}/{below}")
+    assert keys(store) == before
+
+
+def test_a_run_that_was_given_up_is_not_said_to_be_ended_by_a_command(store: LocalStore) -> None:
+    _, folder, _ = opened(store)
+    with pytest.raises(DataError, match="not finished") as caught:
+        verify_run(store, folder.run_id)
+    assert caught.value.next_step == "run the job's command again to finish it"
+    cancel_run(store, folder.run_id)
+    with pytest.raises(DataError, match="not finished") as caught:
+        verify_run(store, folder.run_id)
+    assert "it is given up" in caught.value.next_step
+
+
 def test_pauses_between_attempts_do_not_slow_the_rate(store: LocalStore) -> None:
     _, _, record = opened(store)
     made = finish_slice(store, record, SLICES[0])
@@ -298,6 +324,34 @@ def test_diff_of_runs_without_predictions_has_none(store: LocalStore) -> None:
     other, _ = finished(store, "other")
     diff = diff_runs(store, one.run_id, other.run_id)
     assert (diff.predictions, diff.identity, diff.verbs) == (None, [], ("cache", "cache"))
+
+
+def test_a_run_that_goes_on_says_which_settings_it_keeps(
+    store: LocalStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, folder, record = opened(store)
+    for name in SLICES:
+        finish_slice(store, record, name)
+    extraction = ExtractionConfig(batch_size=4)
+    begun = record.model_copy(update={"config": {"extraction": extraction.model_dump(mode="json")}})
+
+    def go_on(told: ExtractionConfig) -> str:
+        caplog.clear()
+        with hold_run(folder) as lease:
+            do_slices(
+                folder,
+                begun,
+                lambda tasks, pool: iter(()),
+                lease=lease,
+                extraction=told,
+                progress=Silent(),
+                work=PlannedWork(record.num_inputs),
+            )
+        return caplog.text
+
+    assert "with extraction.batch_size=4, not 2; --new-run takes" in go_on(ExtractionConfig(batch_size=2))
+    assert go_on(extraction) == ""
+    assert go_on(ExtractionConfig()) == "", "nothing else was asked for"
 
 
 # ---- cancel
