@@ -26,9 +26,18 @@ def scoring(folder: Path) -> CacheJob:
     return replace(made, verb="score", settings=("dataset=digits", "bundle=one", FP32))
 
 
+def predictions(job: CacheJob, run: str) -> dict[str, tuple[str, float]]:
+    """The class and the score that a run gave each image, by its id."""
+    parts = sorted(Path(job.workspace, "runs", run, "predictions").rglob("*.parquet"))
+    rows = [row for part in parts for row in pq.read_table(part).to_pylist()]
+    return {row["sample_id"]: (row["pred_name"], row["score"]) for row in rows}
+
+
 def test_a_source_that_changes_loses_its_own_images_and_no_other(
     tmp_path: Path, ray_cluster: None, fault_table: FaultTable
 ) -> None:
+    clean = scoring(tmp_path / "clean")
+    undisturbed = predictions(clean, clean.run_here()["run"])
     job, images = scoring(tmp_path), tmp_path / "images"
     Image.new("RGB", (32, 32), "red").save(images / "5" / "00005.jpg")
     (images / "6" / "00006.jpg").unlink()
@@ -37,6 +46,9 @@ def test_a_source_that_changes_loses_its_own_images_and_no_other(
     # The third is the one that was damaged from the beginning.
     assert report["reject_codes"] == {"changed": 1, "gone": 1, "truncated": 1}
     assert (report["inputs"], report["results"]) == (job.num_images, job.num_images - 3)
+    lost = {"5/00005.jpg", "6/00006.jpg"}
+    left = {name: row for name, row in undisturbed.items() if name not in lost}
+    assert predictions(job, report["run"]) == left
     fault_table.add(
         "F20 images replaced, deleted, added, score",
         fired=3,
@@ -48,7 +60,6 @@ def test_a_source_that_changes_loses_its_own_images_and_no_other(
     assert freeze(images, job.workspace)["samples"] == job.num_images
     again = job.run_here()
     assert again["reject_codes"] == {"truncated": 1}
-    parts = sorted(Path(job.workspace, "runs", again["run"], "predictions").rglob("*.parquet"))
-    names = {name for part in parts for name in pq.read_table(part)["sample_id"].to_pylist()}
+    names = predictions(job, again["run"]).keys()
     assert {"5/00005.jpg", "7/new.jpg"} <= names
     assert "6/00006.jpg" not in names

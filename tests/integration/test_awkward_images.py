@@ -1,10 +1,11 @@
-"""`convoy cache` on image files as they occur: every one ends in results or, with its code, in rejects."""
+"""`convoy cache` and `convoy score` on images as they occur: each ends in results or, with its code, in rejects."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import pytest
 
 from awkward_images import AwkwardCase, write_awkward_folder
 from cache_jobs import LENET, CacheJob, cached_features, freeze
-from command_lines import convoy_json_here
+from command_lines import convoy_json_here, last_json
+from convoy.core.errors import ExitCode
 from convoy.core.records import RejectCode
 from convoy.storage.runs import RunFolder
 from convoy.storage.stores import open_store
@@ -101,3 +103,41 @@ def test_rejects_of_the_bytes_are_remembered(job: CacheJob, rejects: dict[str, A
     plan = convoy_json_here(*job.arguments(), "--dry-run")
     assert plan["missing"] == sum(row["stage"] == "fetch" for row in rejects.values())
     assert all(row["stage"] == "decode" for name, row in rejects.items() if name != UNREADABLE)
+
+
+def scoring_of(job: CacheJob) -> CacheJob:
+    """A scoring of the dataset of another job."""
+    backbone = "{arch: lenet5, weights: random, preset: {resize_px: 32, crop_px: 32}}"
+    model = f"model={{backbone: {backbone}, classes: [{', '.join('abcdefghij')}]}}"
+    settings = ("dataset=digits", model, "extraction={precision: fp32, batch_size: 16}")
+    return replace(job, verb="score", settings=settings)
+
+
+def test_a_scoring_rejects_the_same_files_for_the_same_reasons(
+    job: CacheJob, report: dict[str, Any], rejects: dict[str, Any]
+) -> None:
+    scored = scoring_of(job).run_here()
+    assert (scored["inputs"], scored["rejects"]) == (job.num_images, len(rejects))
+    assert scored["reject_codes"] == report["reject_codes"]
+    assert scored["flags"] == report["flags"]
+    proof = job.verify(scored["run"])
+    assert proof["ok"], proof["problems"]
+
+
+def test_a_dataset_of_bad_images_alone_has_a_report_and_exceeds_the_budget(
+    tmp_path: Path, ray_cluster: Mapping[str, str]
+) -> None:
+    images, workspace = tmp_path / "images", str(tmp_path / "workspace")
+    images.mkdir()
+    for number in range(40):
+        (images / f"{number}.jpg").write_bytes(
+            b"<html>not an image</html>" if number % 2 else b"\xff\xd8\xff\xe0 cut"
+        )
+    freeze(images, workspace)
+    job = scoring_of(CacheJob(workspace, 40, ())).changed("error_budget={rows: 10}")
+    finished = job.start_here()
+    assert finished.returncode == ExitCode.ERROR_BUDGET_EXCEEDED, finished.stderr
+    scored = last_json(finished)
+    assert (scored["inputs"], scored["results"], scored["rejects"]) == (40, 0, 40)
+    assert scored["reject_codes"] == {"not_an_image": 20, "truncated": 20}
+    assert job.verify(scored["run"])["ok"]
