@@ -140,7 +140,8 @@ def as_is(
         classes=mapped,
         decode_rule=extraction.decode,
         precision=extraction.precision,
-        dtype=extraction.dtype,
+        # Logits are few, and float16 would round them.
+        dtype=FeatureDtype.FLOAT32,
     )
 
 

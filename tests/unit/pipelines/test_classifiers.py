@@ -9,6 +9,7 @@ import pytest
 
 from convoy.core.errors import ConfigError
 from convoy.pipelines.classifiers import as_is
+from convoy.pipelines.feature_plan import FeatureDtype, FeatureRequest, plan_sets
 from convoy.storage.local_store import LocalStore
 from made_bundles import DIGITS, FP32, made_classifier
 
@@ -31,6 +32,15 @@ def test_a_map_may_join_outputs_of_the_same_name(store: LocalStore) -> None:
     joined = as_is(backbone, REPEATED, FP32, class_map={"0": "round", "1": "straight"})
     assert joined.classes == ("round", "straight")
     assert joined.output_groups == ((0, 9), (1,))
+
+
+def test_logits_of_a_network_as_it_is_are_not_rounded(store: LocalStore) -> None:
+    """In float16 near ties become ties, and confidences are off."""
+    classifier = made_classifier(store, 0)
+    request = FeatureRequest(dataset="digits", backbone=classifier.backbone.config, taps=(classifier.tap,))
+    for job in (FP32, FP32.model_copy(update={"dtype": FeatureDtype.FLOAT16})):
+        (spec,) = plan_sets(classifier.backbone, request, classifier.extraction_like(job))
+        assert spec.dtype == "float32"
 
 
 def test_an_order_is_asked_for_only_where_the_classes_come_in_another_one(store: LocalStore) -> None:
