@@ -225,7 +225,7 @@ def test_exported_bundle_agrees_on_held_out_images(
     assert (report["bundle"], report["checked_on"]) == (softmax["bundle"], "digits, test split")
     assert (report["num_images"], report["top1_agreement"]) == (64, 1.0)
     assert json.loads((tmp_path / "digits.onnx.json").read_bytes())["classes"] == softmax["classes"]
-    # The job's predictions come from features in float16, and in bf16 where the machine has it.
+    # The job's predictions come from features in bf16 where the machine has it.
     session = onnxruntime.InferenceSession(tmp_path / "digits.onnx", providers=["CPUExecutionProvider"])
     files = sorted(Path(digits.workspace).parent.glob("images/test/*/*.jpg"))
     images_BCHW = np.stack([np.asarray(Image.open(file).convert("RGB")).transpose(2, 0, 1) for file in files])

@@ -204,8 +204,8 @@ class Gatherer:
         request = FeatureRequest(
             dataset=config.dataset_name, splits=(Split.TRAIN,), backbone=look.record.config, taps=(tap,)
         )
-        # Stored as that training stores them, not as a look does.
-        job = FeatureJob(self._store, self._manifest, look.record, request, config.extraction, rows=rows)
+        extraction = holding_features(config.extraction, look.record)
+        job = FeatureJob(self._store, self._manifest, look.record, request, extraction, rows=rows)
         return job.plan().missing
 
     def _reused(self, look: Look) -> JudgedProbe | None:

@@ -12,7 +12,7 @@ from convoy.core.progress import Progress
 from convoy.core.records import Split
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.distillation import TaughtRows
-from convoy.pipelines.feature_plan import FeatureRequest
+from convoy.pipelines.feature_plan import FeatureRequest, holding_features
 from convoy.pipelines.feature_source import LabelledRows, count_rejects, open_features
 from convoy.pipelines.feature_summary import seconds_under_way
 from convoy.pipelines.features import FeatureJob
@@ -101,6 +101,7 @@ def fit_probe(
     The head learns from the rows of `taught`, and from what a teacher says of them. Errors are those of `check_head`.
     """
     check_head(manifest, config)
+    config = config.model_copy(update={"extraction": holding_features(config.extraction, backbone)})
     request = FeatureRequest(dataset=config.dataset, backbone=backbone.config, taps=(tap,))
     few, judges = _few_rows(manifest, config)
     plain = FeatureJob(

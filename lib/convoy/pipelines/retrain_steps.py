@@ -20,7 +20,7 @@ from convoy.pipelines.classifier_tensors import classifier_files, stored_head
 from convoy.pipelines.classifiers import Classifier, Strategy
 from convoy.pipelines.committees import CommitteeRecord, committee_of, single_committee, write_ensemble
 from convoy.pipelines.device_settings import settle_precision
-from convoy.pipelines.feature_plan import ExtractionConfig
+from convoy.pipelines.feature_plan import ExtractionConfig, holding_features
 from convoy.pipelines.feature_source import LabelledRows, open_features
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.network_plan import trained_backbone_config
@@ -115,7 +115,9 @@ class CandidateMaker:
     def _first_model(self) -> MadeModel:
         backbone = fetch_backbone(self._store, self._config.backbone)
         # So that another machine computes the same features.
-        extraction, _ = settle_precision(self._store, self._config.dataset, self._config.extraction)
+        extraction, _ = settle_precision(
+            self._store, self._config.dataset, holding_features(self._config.extraction, backbone)
+        )
         return self._fit(backbone, backbone.resolve_tap(self._config.tap), extraction)
 
     def _refit_head(self, champion: Classifier) -> MadeModel:

@@ -9,6 +9,7 @@ from functools import cached_property
 from convoy.core.errors import DataError
 from convoy.core.progress import Progress
 from convoy.pipelines.committees import CommitteeRecord, open_committee
+from convoy.pipelines.feature_plan import holding_features
 from convoy.pipelines.model_registry import ROLLED_BACK, record_decision
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.network_training import CurveDrawer
@@ -144,7 +145,7 @@ class RetrainJob:
             return self._scorer.ensure_features(self._champion.members[0].classifier)
         backbone = fetch_backbone(self._store, self._config.backbone)
         tap = backbone.resolve_tap(self._config.tap)
-        return self._scorer.ensure_set(backbone, tap, self._config.extraction)
+        return self._scorer.ensure_set(backbone, tap, holding_features(self._config.extraction, backbone))
 
     def _results(
         self, lease: RunLease, on_champion: tuple[ModelScores, ModelScores] | None

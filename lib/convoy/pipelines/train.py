@@ -23,7 +23,7 @@ from convoy.pipelines.dataset_choice import open_as_begun
 from convoy.pipelines.device_settings import settle_precision
 from convoy.pipelines.distillation import taught_rows, with_begun_teacher, with_pinned_teacher
 from convoy.pipelines.evaluation import Evaluation, EvaluationTask, evaluate_classifier, require_labels
-from convoy.pipelines.feature_plan import FeatureDtype
+from convoy.pipelines.feature_plan import FeatureDtype, holding_features
 from convoy.pipelines.learning_curves import CURVES_FILE
 from convoy.pipelines.model_cards import rows_in_words, training_card
 from convoy.pipelines.models import fetch_backbone
@@ -302,7 +302,9 @@ def _train_probe(job: _Job, backbone: BackboneRecord) -> _Trained:
         new_run=job.new_run,
     )
     # As it was settled here: on another machine "auto" may mean another precision.
-    extraction, precision_notes = settle_precision(job.store, config.dataset, config.extraction)
+    extraction, precision_notes = settle_precision(
+        job.store, config.dataset, holding_features(config.extraction, backbone)
+    )
     classifier = Classifier(
         strategy=config.strategy,
         backbone=backbone,
@@ -311,7 +313,7 @@ def _train_probe(job: _Job, backbone: BackboneRecord) -> _Trained:
         classes=job.manifest.classes,
         decode_rule=config.extraction.decode,
         precision=extraction.precision,
-        dtype=config.extraction.dtype,
+        dtype=extraction.dtype,
     )
     summary = probe.summary
     report = {

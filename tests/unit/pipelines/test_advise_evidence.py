@@ -17,7 +17,7 @@ from convoy.core.records import Split
 from convoy.pipelines.advise_config import AdviseConfig, CandidateBackbone
 from convoy.pipelines.advise_evidence import Gatherer
 from convoy.pipelines.advise_probes import Look, Prober
-from convoy.pipelines.feature_plan import FeatureRequest
+from convoy.pipelines.feature_plan import FeatureRequest, holding_features
 from convoy.pipelines.feature_summary import FeatureSummary
 from convoy.pipelines.features import FeatureJob
 from convoy.pipelines.judged_heads import JudgedHead
@@ -154,7 +154,7 @@ def looked_at(folder: Path, limit: int | None) -> tuple[Gatherer, CandidateBackb
     c1, pooled = record.resolve_tap("c1"), record.resolve_tap("pooled")
     prober = Prober(store, manifest, config, Silent())
     request = FeatureRequest(dataset="parts", backbone=record.config, taps=(c1, pooled))
-    job = FeatureJob(store, manifest, record, request, config.extraction)
+    job = FeatureJob(store, manifest, record, request, holding_features(config.extraction, record))
     cache_rows(store, job.set_id(c1), prober.rows.all)
     cache_rows(store, job.set_id(pooled), manifest.read_table())
     made = made_probes("lenet5", 0.0)

@@ -21,6 +21,7 @@ from convoy.core.records import Split
 from convoy.core.splits import SplitOptions
 from convoy.pipelines import retrain_steps, retrain_work, train
 from convoy.pipelines.committees import open_committee, write_ensemble
+from convoy.pipelines.feature_plan import FeatureDtype
 from convoy.pipelines.model_registry import promote_model
 from convoy.pipelines.network_training import NetworkTraining, open_training
 from convoy.pipelines.retrain import run_retrain
@@ -227,6 +228,19 @@ def test_a_network_whose_training_fails_is_left_out_and_not_gone_on_with(
     assert maker.steps(champion)["fine_tune"]() is None
     assert "its training failed: the loss is no finite number any more" in maker.notes[-1]
     assert open_training(store, f"{NAME}/retrain").current() is None
+
+
+def test_a_first_head_on_random_weights_learns_from_the_float32_features_by_which_its_date_looks(
+    job: RetrainJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute_features_here(monkeypatch)
+    first = begun(job._store, extraction=FP32.model_dump(), head={"C": [1.0]})
+    set_id = first._ensure_set()
+    made = first._maker.steps(None)["first_model"]()
+    assert made is not None
+    assert job._store.list_folders("features/") == [set_id]
+    (member,) = open_committee(job._store, str(made.ref)).members
+    assert member.classifier.dtype is FeatureDtype.FLOAT32
 
 
 def test_a_head_that_nothing_could_choose_is_refused_before_the_date_is_begun(tmp_path: Path) -> None:

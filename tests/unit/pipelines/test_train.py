@@ -26,12 +26,14 @@ from convoy.pipelines.training_rows import Fold, RowLimit
 from convoy.storage.bundles import open_bundle
 from convoy.storage.commits import finish
 from convoy.storage.datasets import freeze_dataset, open_dataset
+from convoy.storage.feature_cache import FeatureSetSpec
 from convoy.storage.local_store import LocalStore
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import RunFolder, RunRecord
+from features_here import compute_features_here
 from made_advice_rows import frozen_rows
-from made_bundles import made_classifier
+from made_bundles import FP32, made_classifier
 from made_pages import made_evaluation
 
 CLASSES = ("good", "defect")
@@ -103,6 +105,32 @@ def test_several_values_of_c_without_rows_to_choose_by_are_refused_before_any_fe
         plan_train(config)
     fold = RowLimit(fold=Fold(index=0, count=5))
     assert plan_train(config.model_copy(update={"rows": fold})).num_train_rows == 16
+
+
+def test_a_head_on_random_weights_learns_from_the_float32_features_by_which_it_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Activations of random weights shrink far below what float16 holds."""
+    compute_features_here(monkeypatch)
+    store = LocalStore(str(tmp_path / "workspace"))
+    write_digits(tmp_path / "images", 60)
+    freeze_dataset(store, "digits", str(tmp_path / "images"), splits=SPLITS)
+    settings = {
+        **SETTINGS,
+        "workspace": store.root_uri,
+        "dataset": "digits",
+        "views": 2,
+        "head": {"C": [1.0]},
+        "extraction": FP32.model_dump(),
+    }
+    config = parse_config(TrainConfig, settings, where="here")
+    report = run_train(config, progress=Silent(), draw_curves=lambda *_: b"")
+    assert open_bundle(store, report.bundle).read_json("preprocess.json")["dtype"] == "float32"
+    specs = [
+        FeatureSetSpec.model_validate_json(store.get(f"features/{name}/spec.json").data)
+        for name in store.list_folders("features/")
+    ]
+    assert sorted((spec.view, spec.dtype) for spec in specs) == [(0, "float32"), (1, "float32")]
 
 
 @pytest.fixture
