@@ -40,7 +40,10 @@ class Standardisation(StrEnum):
 
 
 class MlpConfig(StrictModel):
-    """How an MLP head is trained: AdamW on mini-batches, stopped when validation stops improving."""
+    """How an MLP head is trained: AdamW on mini-batches, stopped when validation stops improving.
+
+    Those of an epoch have the same size to within one row, at most `batch_rows`.
+    """
 
     hidden_width: PositiveInt = 512
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2

@@ -16,6 +16,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from convoy.core.epochs import EpochPlan
 from convoy.core.errors import ConfigError, DataError, TrainingError
 from convoy.core.large_arrays import large_array
 from convoy.core.metrics import EvaluationCounts, Metrics
@@ -245,7 +246,11 @@ def _train_epoch(
     model.train()
     num_rows = len(rows.labels_B)
     order_N = torch.from_numpy(generator(config.seed, "head_order", epoch).permutation(num_rows))
-    for batch_B in torch.split(order_N.to(rows.labels_B.device), config.batch_rows):
+    order_N = order_N.to(rows.labels_B.device)
+    plan = EpochPlan(num_rows=num_rows, batch_size=min(config.batch_rows, num_rows))
+    for step in range(plan.num_steps):
+        part = plan.batch(step)
+        batch_B = order_N[part.start : part.stop]
         logits_BK = model(rows.features_BD[batch_B])
         loss_B = cross_entropy(logits_BK, rows.labels_B[batch_B], reduction="none")
         optimizer.zero_grad()

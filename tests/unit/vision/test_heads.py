@@ -10,8 +10,10 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
+from torch.nn.functional import cross_entropy
 
 from convoy.core.errors import ConfigError, DataError, TrainingError
+from convoy.vision import head_fitting
 from convoy.vision.head_config import HeadConfig, HeadKind, HeadSpec, MlpConfig, Selection, Standardisation
 from convoy.vision.head_fitting import choose_head, evaluate_head, fit_head, fit_path
 from convoy.vision.head_objectives import LinearObjective, measure_features, softmax_loss, squared_hinge_loss
@@ -231,6 +233,23 @@ def test_an_mlp_is_a_function_of_its_seed_alone(digits):
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     torch.testing.assert_close(streamed, first, rtol=1e-4, atol=1e-6)
+
+
+def test_no_row_of_an_mlp_is_a_step_of_its_own(digits, monkeypatch):
+    """The row that is left over of full batches would count as much as all rows of one of them."""
+    sizes = []
+
+    def note_size(logits_BK, labels_B, **options):
+        sizes.append(len(labels_B))
+        return cross_entropy(logits_BK, labels_B, **options)
+
+    monkeypatch.setattr(head_fitting, "cross_entropy", note_size)
+    for num_rows, expected in ((129, [43, 43, 43]), (128, [64, 64]), (50, [50])):
+        sizes.clear()
+        train = TensorFeatures(digits[0][:num_rows], digits[1][:num_rows])
+        mlp = SMALL_MLP.model_copy(update={"epochs": 1})
+        fit_head(HeadConfig(kind=HeadKind.MLP, mlp=mlp), train, None, num_classes=10)
+        assert sizes == expected
 
 
 def test_an_mlp_heeds_row_weights(digits):
