@@ -64,6 +64,17 @@ _PAPERS: Sequence[tuple[str, PaperRecipe]] = (
         ),
     ),
     (
+        # At the full rate it learns nothing for some epochs. The paper's 400 updates at a tenth of it are a ramp here.
+        r"cifar_resnet110",
+        PaperRecipe(
+            source="He et al. 2015 (arXiv:1512.03385), section 4.2: 400 of 64k updates warm up, rate / 10 at 32k, 48k",
+            recipe=Recipe(batch_size=128, optimiser=_SGD),
+            learning_rate=0.1,
+            epochs=182,
+            schedule=Schedule(kind=ScheduleKind.STEP, milestones=(0.5, 0.75), warmup=400 / 64_000),
+        ),
+    ),
+    (
         r"cifar_resnet\d+",
         PaperRecipe(
             source="He et al. 2015 (arXiv:1512.03385), section 4.2: rate / 10 at 32k and 48k of 64k updates",

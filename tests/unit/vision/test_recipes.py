@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
+from convoy.vision.optimisation import schedule_factor
 from convoy.vision.recipes import fine_tuning_phases, paper_recipe, reuse_phases, transfer_recipe
 from convoy.vision.training_config import (
     Averaging,
@@ -76,6 +77,14 @@ def test_recipes_have_the_numbers_of_their_papers() -> None:
     assert (convnext.learning_rate, convnext.recipe.batch_size, convnext.epochs) == (4e-3, 4096, 300)
     assert convnext.recipe.optimiser.kind is OptimiserKind.ADAMW
     assert convnext.recipe.averaging is Averaging.EMA
+
+
+def test_the_deepest_resnet_for_cifar_alone_warms_up_as_in_its_paper() -> None:
+    phases = {depth: paper_recipe(f"cifar_resnet{depth}").scaled_to(128) for depth in (56, 110)}
+    assert phases[110].schedule == phases[56].schedule.model_copy(update={"warmup": 1 / 160})
+    assert phases[110].model_copy(update={"schedule": phases[56].schedule}) == phases[56]
+    factors = [schedule_factor(phases[110].schedule, step, 64_000) for step in (0, 399, 400, 31_999, 32_000)]
+    assert factors == pytest.approx([1 / 401, 400 / 401, 1, 1, 0.1])
 
 
 def test_the_rate_scales_linearly_with_the_batch() -> None:
