@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from enum import StrEnum
 from typing import Any
 
 from torch import nn
@@ -37,6 +38,7 @@ from convoy.vision.training_config import (
     Phase,
     Precision,
     Recipe,
+    ScheduleKind,
     group_batch_size,
     rate_factor,
 )
@@ -50,6 +52,22 @@ _LEAST_AVERAGED = 2
 _FEW_FOR_BATCHNORM = 16
 # From this ratio between the largest and the smallest class on, `balance: auto` weighs the classes.
 _UNBALANCED_FROM = 3.0
+# The keys beside a choice that mean nothing under it.
+_UNUSED_UNDER: Mapping[StrEnum, frozenset[str]] = {
+    Averaging.LAST: frozenset({"ema_decay", "average_epochs"}),
+    Averaging.BEST: frozenset({"ema_decay", "average_epochs"}),
+    Averaging.EMA: frozenset({"average_epochs"}),
+    Averaging.SWA: frozenset({"ema_decay"}),
+    Averaging.SOUP: frozenset({"ema_decay"}),
+    BatchUnit.GROUP: frozenset({"rate_scaling"}),
+    BatchUnit.WORKER: frozenset(),
+    OptimiserKind.SGD: frozenset({"betas"}),
+    OptimiserKind.ADAMW: frozenset({"momentum"}),
+    ScheduleKind.CONSTANT: frozenset({"milestones", "gamma", "final_factor"}),
+    ScheduleKind.COSINE: frozenset({"milestones", "gamma"}),
+    ScheduleKind.STEP: frozenset({"final_factor"}),
+    ScheduleKind.ONE_CYCLE: frozenset({"warmup", "milestones", "gamma", "final_factor"}),
+}
 
 
 class NetworkPlan(StrictModel):
@@ -143,6 +161,7 @@ def plan_network(
         )
     if not has_val:
         notes += _notes_without_val(recipe)
+    notes += _notes_of_unused(config, wanted)
     if factor != 1.0:
         notes.append(
             f"learning rates times {factor:g} for {num_workers} workers ({recipe.rate_scaling.value})"
@@ -319,3 +338,23 @@ def _notes_without_val(recipe: Recipe) -> list[str]:
     if recipe.averaging in (Averaging.BEST, Averaging.SOUP):
         notes.append(f"averaging {recipe.averaging.value} goes by the training loss, as {why}")
     return notes
+
+
+def _notes_of_unused(config: TrainConfig, wanted: Recipe) -> list[str]:
+    """What is set of the recipe or of the schedule of a phase, and means nothing beside the rest of it."""
+    given, of_optimiser = config.recipe.model_fields_set, config.recipe.optimiser.model_fields_set
+    unused = [
+        *_unused_under("recipe", "averaging", wanted.averaging, given),
+        *_unused_under("recipe", "batch_unit", wanted.batch_unit, given),
+        *_unused_under("recipe.optimiser", "kind", wanted.optimiser.kind, of_optimiser),
+    ]
+    for phase in config.phases or ():
+        # Unlike a recipe, a schedule that was written out and read back sets all of its keys.
+        changed = phase.schedule.model_dump(exclude_defaults=True)
+        unused += _unused_under(f"phases.{phase.name}.schedule", "kind", phase.schedule.kind, changed)
+    return [f"without effect: {', '.join(unused)}"] if unused else []
+
+
+def _unused_under(where: str, name: str, choice: StrEnum, given: Collection[str]) -> list[str]:
+    unused = _UNUSED_UNDER[choice].intersection(given)
+    return [f"{where}.{key} ({name}: {choice.value})" for key in sorted(unused)]

@@ -156,6 +156,10 @@ class TrainConfig(StrictModel):
                 "" if "strategy" in self.model_fields_set else ", the default where no strategy is named"
             )
             notes.append(f"without effect under {self.strategy.value}{default}: {unused}")
+        if self.strategy is Strategy.AS_IS and self.rows.max_per_class and self.rows.fold is None:
+            notes.append(
+                "without effect where no row is learnt from, nor a fold measured: rows.max_per_class"
+            )
         if self.strategy in PROBES and self.views == 1 and (unused := self._set_among({"augmentation"})):
             notes.append(f"without effect where views is 1, as view 0 is never augmented: {unused}")
         fits_no_head = self.strategy in NETWORKS and not self.may_fit_head

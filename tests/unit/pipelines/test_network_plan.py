@@ -172,6 +172,58 @@ def test_what_goes_by_validation_rows_is_told_where_there_are_none(
     assert set(watched) <= set(alone)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "unused"),
+    [
+        (
+            {"ema_decay": 0.99, "average_epochs": 3},
+            "average_epochs (averaging: last), recipe.ema_decay (averaging: last)",
+        ),
+        ({"ema_decay": 0.99, "average_epochs": 3, "averaging": "ema"}, "average_epochs (averaging: ema)"),
+        ({"ema_decay": 0.99, "average_epochs": 3, "averaging": "swa"}, "ema_decay (averaging: swa)"),
+        ({"rate_scaling": "linear"}, "rate_scaling (batch_unit: group)"),
+        ({"rate_scaling": "linear", "batch_unit": "worker"}, None),
+        ({"optimiser": {"betas": [0.9, 0.99], "momentum": 0.8}}, "optimiser.betas (kind: sgd)"),
+        ({"optimiser": {"kind": "adamw", "momentum": 0.8}}, "optimiser.momentum (kind: adamw)"),
+        ({"averaging": "ema", "optimiser": {"kind": "adamw"}}, None),
+    ],
+)
+def test_what_is_set_of_a_recipe_and_means_nothing_beside_the_rest_is_told(
+    recipe: dict[str, Any], unused: str | None
+) -> None:
+    told = [note for note in plan_of(recipe=recipe).notes if "without effect" in note]
+    assert told == ([] if unused is None else [f"without effect: recipe.{unused}"])
+
+
+def test_what_a_paper_chooses_beside_a_setting_gives_it_its_effect() -> None:
+    """ConvNeXt's recipe has AdamW and a moving average."""
+    recipe = {"ema_decay": 0.99, "optimiser": {"betas": [0.9, 0.99]}}
+    assert not any("without effect" in note for note in plan_of(arch=CONVNEXT, recipe=recipe).notes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "unused"),
+    [
+        ("constant", ["final_factor", "gamma", "milestones"]),
+        ("cosine", ["gamma", "milestones"]),
+        ("step", ["final_factor"]),
+        ("one_cycle", ["final_factor", "gamma", "milestones", "warmup"]),
+    ],
+)
+def test_what_is_set_of_a_schedule_of_another_kind_is_told(kind: str, unused: list[str]) -> None:
+    changed = {"warmup": 0.1, "milestones": [0.9], "gamma": 0.5, "final_factor": 0.1}
+    phases = [
+        {"name": "all", "epochs": 1, "learning_rate": 0.1, "schedule": {"kind": kind, **changed}},
+        {"name": "more", "epochs": 1, "learning_rate": 0.1, "schedule": {"kind": kind}},
+    ]
+    config = config_of(phases=phases)
+    for one in (config, TrainConfig.model_validate_json(config.model_dump_json())):
+        (note,) = [note for note in plan_of(phases=one.phases).notes if "without effect" in note]
+        assert note == "without effect: " + ", ".join(
+            f"phases.all.schedule.{key} (kind: {kind})" for key in unused
+        )
+
+
 @pytest.mark.parametrize(("freeze_depth", "is_told"), [("body", True), ("auto", False), (0, False)])
 def test_a_fine_tuning_of_nothing_but_its_head_is_told(freeze_depth: int | str, is_told: bool) -> None:
     notes = plan_of(strategy="fine_tune", freeze_depth=freeze_depth).notes

@@ -343,6 +343,9 @@ def test_a_dry_run_counts_no_phase_that_is_a_fit_from_the_cache(
         ({"strategy": "linear_probe", "views": 2, "augmentation": "light", "tap": "layer2"}, []),
         ({"strategy": "as_is", "class_map": {"tabby": "cat"}, "head": {"kind": "linear_svm"}}, ["head"]),
         ({"strategy": "linear_probe", "epochs": None, "workers": {}}, []),
+        ({"strategy": "as_is", "rows": {"max_per_class": 5}}, ["rows.max_per_class"]),
+        ({"strategy": "as_is", "rows": {"max_per_class": 5, "fold": {"index": 0, "count": 2}}}, []),
+        ({"strategy": "linear_probe", "rows": {"max_per_class": 5}}, []),
     ],
 )
 def test_a_note_names_what_is_set_for_another_strategy(settings: dict[str, Any], unused: list[str]) -> None:
