@@ -40,7 +40,10 @@ def waiting_is_an_error() -> Iterator[None]:
     "settings",
     [{}, {"label_smoothing": 0.1, "clip_norm": 1.0}, {"mixup_alpha": 0.8}, {"cutmix_alpha": 1.0}],
 )
-def test_a_step_and_a_validation_batch_do_not_wait_for_the_gpu(settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("is_group", [False, True])
+def test_a_step_and_a_validation_batch_do_not_wait_for_the_gpu(
+    settings: dict[str, Any], is_group: bool
+) -> None:
     axis = depth_axis(RESNET, build_network(RESNET))
     network = build_network(RESNET).cuda()
     learner = Learner(
@@ -56,7 +59,9 @@ def test_a_step_and_a_validation_batch_do_not_wait_for_the_gpu(settings: dict[st
     sums: list[Tensor] = []
     for step in range(2):  # the first one also makes what the later ones find
         torch.cuda.set_sync_debug_mode("error" if step else "default")
-        learner.step([BATCH], num_group_rows=8, factor=1.0, step=step)
+        # As a group counts its images.
+        num_rows = torch.full((), 8, dtype=torch.float32, device="cuda") if is_group else 8
+        learner.step([BATCH], num_group_rows=num_rows, factor=1.0, step=step)
         sums.append(validation_sums(network, PRESET, BATCH, Precision.BF16))
     torch.cuda.set_sync_debug_mode("default")
     assert learner.sums_3[2] == 16

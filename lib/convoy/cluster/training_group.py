@@ -50,6 +50,13 @@ class TrainingGroup:
             dist.all_reduce(result)
         return result
 
+    def total_rows(self, num_rows: int) -> int | Tensor:
+        """The sum of a number of rows over the group, on its device, so that nobody waits for it; alone, the number."""
+        if self.num_workers == 1:
+            return num_rows
+        # A tensor that is made of a number would wait for all that runs on a GPU, and one that is filled does not.
+        return self.total(torch.full((), num_rows, dtype=torch.float32, device=self.device))
+
     def number_of_first(self, number: float) -> float:
         """A number of the first worker, on every worker; faster than `from_first`, which asks Ray's controller."""
         number = number if self.is_first else 0.0

@@ -170,7 +170,7 @@ class TrainingWorker:
             self._rejects |= {reject.row: reject for one in passes for reject in one.rejects}
             learner.step(
                 [self._taught(one) for one in passes],
-                num_group_rows=len(self._plan.batch(step)),
+                num_group_rows=self._group.total_rows(sum(len(one.rows_B) for one in passes)),
                 factor=self._times.rate(self._position),
                 step=self._times.step(self._position),
                 rank=self._group.rank,

@@ -48,9 +48,9 @@ class Learner:
     """A network in one phase of its training, on one device.
 
     `model` is what is called with normalised images: the network itself, compiled or not, or
-    DistributedDataParallel around it. Gradients are those of the mean loss over the images of the whole group's
-    batch, whatever their distribution over workers; but BatchNorm takes its statistics over the images of a pass, of
-    this worker or, where it was made the group's, of all.
+    DistributedDataParallel around it. Gradients are those of the mean loss over the usable images of the whole
+    group's batch, whatever their distribution over workers; but BatchNorm takes its statistics over the images of a
+    pass, of this worker or, where it was made the group's, of all.
     """
 
     def __init__(
@@ -84,11 +84,17 @@ class Learner:
         self.sums_3.zero_()
 
     def step(
-        self, batches: Sequence[TrainBatch], *, num_group_rows: int, factor: float, step: int, rank: int = 0
+        self,
+        batches: Sequence[TrainBatch],
+        *,
+        num_group_rows: int | Tensor,
+        factor: float,
+        step: int,
+        rank: int = 0,
     ) -> None:
         """One update from the share of a batch that the worker `rank` of the group has, in one or more passes.
 
-        `num_group_rows` are the images of the whole group's batch; `factor` is the schedule's. All random
+        `num_group_rows` are the usable images of the whole group's batch; `factor` is the schedule's. All random
         numbers depend on the recipe's seed and the step, so a resumed training draws the same ones: those of the
         mixing are the same for all workers, those of the network (dropout) each worker's own.
         """
@@ -114,7 +120,9 @@ class Learner:
     def _seed(self, *place: str | int) -> None:
         torch.manual_seed(int.from_bytes(position_digest(self._recipe.seed, *place)[:8], "big") >> 1)
 
-    def _backward(self, batch: TrainBatch, num_group_rows: int, own_place: tuple[str | int, ...]) -> None:
+    def _backward(
+        self, batch: TrainBatch, num_group_rows: int | Tensor, own_place: tuple[str | int, ...]
+    ) -> None:
         if not len(batch.labels_B):
             self._backward_nothing(batch)
             return

@@ -35,6 +35,7 @@ from made_training import (
     digit_rows,
     frozen_rows,
     recipe,
+    store_rows,
     store_teacher,
     training_spec,
 )
@@ -382,6 +383,13 @@ class SecondOfTwo(GroupOfOne):
         return values + 3
 
 
+def test_the_usable_images_of_an_update_are_those_of_all_workers() -> None:
+    assert GroupOfOne().total_rows(4) == 4
+    of_group = SecondOfTwo(rank=1, num_workers=2).total_rows(4)
+    assert isinstance(of_group, Tensor)
+    assert of_group.tolist() == 7
+
+
 def test_when_to_look_and_when_to_save_is_the_word_of_the_first_worker(
     tmp_path: Path, rows: pa.Table
 ) -> None:
@@ -498,6 +506,21 @@ def test_rejects_are_counted_once_and_named_by_the_outcome(
     assert outcome.rejects_key is not None
     table = pq.read_table(Path(spec.workspace) / outcome.rejects_key)
     assert table["sample_id"].to_pylist() == [rows["sample_id"][row].as_py() for row in (1, 17)]
+
+
+def test_images_that_cannot_be_used_take_nothing_from_an_update(tmp_path: Path) -> None:
+    rows = digit_rows(tmp_path, 8)
+    rows = damage(rows, [1, 4, 6], tmp_path / "images", tmp_path / "second")
+    usable = rows.filter(pa.array([row not in (1, 4, 6) for row in range(8)]))
+    phase = Phase(name="train", epochs=1, learning_rate=0.05)
+    weights = []
+    for name, some in (("all", rows), ("usable", usable)):
+        spec = training_spec(tmp_path / name, rows, val=None, phases=(phase,), batch_size=some.num_rows)
+        train_rows = store_rows(LocalStore(spec.workspace), "train", some)
+        spec = spec.model_copy(update={"train": train_rows})
+        weights.append(weights_of(spec, train(spec)))
+    # The order of the images is another, and so is that of their sums.
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
 
 
 def test_a_training_without_a_single_usable_image_is_an_error(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def step_gradients(
     network: nn.Module,
     batches: Sequence[TrainBatch],
     *,
-    num_group_rows: int = 7,
+    num_group_rows: int | Tensor = 7,
     step: int = 0,
     rank: int = 0,
 ) -> Gradients:
@@ -192,6 +192,21 @@ def test_averaged_gradients_of_two_workers_are_those_of_one(num_passes: int) -> 
         copied = copy.deepcopy(network)
         made = learner(copied, recipe, num_workers=2)
         of_workers.append(step_gradients(made, copied, parts(share, num_passes)))
+    averaged = {name: (of_workers[0][name] + of_workers[1][name]) / 2 for name in expected}
+    assert same(averaged, expected)
+
+
+def test_a_worker_that_lacks_images_does_not_weaken_the_update_of_the_group() -> None:
+    network, batch = build(), whole_batch()
+    usable = rows_of(batch, range(5))
+    alone = copy.deepcopy(network)
+    expected = step_gradients(learner(alone), alone, [usable], num_group_rows=5)
+    of_workers = []
+    for share in (range(4), range(4, 5)):
+        copied = copy.deepcopy(network)
+        made = learner(copied, num_workers=2)
+        passes = [rows_of(batch, share)]
+        of_workers.append(step_gradients(made, copied, passes, num_group_rows=torch.tensor(5.0)))
     averaged = {name: (of_workers[0][name] + of_workers[1][name]) / 2 for name in expected}
     assert same(averaged, expected)
 
@@ -413,10 +428,11 @@ class _FromNumbers(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def test_passes_make_no_tensor_of_numbers() -> None:
+@pytest.mark.parametrize("num_group_rows", [7, torch.tensor(7.0)])
+def test_passes_make_no_tensor_of_numbers(num_group_rows: int | Tensor) -> None:
     network = build()
     made = learner(network)
     with _FromNumbers() as watch:
-        made.step([whole_batch()], num_group_rows=7, factor=1.0, step=0)
+        made.step([whole_batch()], num_group_rows=num_group_rows, factor=1.0, step=0)
         validation_sums(network, PRESET, whole_batch(), Precision.FP32)
     assert watch.num_made == 0
