@@ -219,7 +219,7 @@ def test_a_training_that_diverges_ends_with_the_step_and_keeps_finite_checkpoint
         finished = wild.start_here()
     assert (finished.returncode, finished.stdout) == (1, "")
     assert "the loss or a weight is no finite number any more" in finished.stderr
-    assert "checkpoints/, phase 1, epoch 0, step " in finished.stderr
+    assert "checkpoints/, phase wild, epoch 2 of 10, step " in finished.stderr
     assert "lower learning_rate" in finished.stderr
     assert not Path(job.workspace, "models", "tuned").exists()
     checkpoints = wild.checkpoints()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from convoy.cluster.training_checkpoints import Position
+from convoy.cluster.training_results import StepTaken
 from convoy.core.training_events import EpochResult, TrainingEvent
 from convoy.vision.optimisation import schedule_factor
 from convoy.vision.training_config import Phase
@@ -30,6 +31,17 @@ class Timetable:
     def epochs_left(self, position: Position) -> int:
         """Epochs that are still to begin or in progress."""
         return self.num_epochs - self.epoch(position)
+
+    def last_step(self, position: Position, history: Sequence[EpochResult]) -> StepTaken:
+        """The step before a position: where an epoch begins there, the last one of the epoch that ended before."""
+        ended = None if position.step else history[-1]
+        return StepTaken(
+            phase=ended.phase if ended else self._phases[position.phase].name,
+            epoch=ended.epoch if ended else self.epoch(position) + 1,
+            num_epochs=self.num_epochs,
+            step=position.step or self.num_steps,
+            num_steps=self.num_steps,
+        )
 
     def rate(self, position: Position) -> float:
         """The learning rate of the position's step as a share of its phase's peak."""

@@ -99,7 +99,8 @@ class TrainingWorker:
             return self._finish()
         except LossNotFinite:
             self._checkpoints.close()
-            return TrainingOutcome(diverged=self._position, history=tuple(self._history))
+            diverged = self._times.last_step(self._position, self._history)
+            return TrainingOutcome(diverged=diverged, history=tuple(self._history))
 
     def _resume(self) -> None:
         """Go on from the newest checkpoint that is whole, or begin with the initial weights."""

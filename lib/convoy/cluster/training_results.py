@@ -10,7 +10,6 @@ from pydantic import Field
 from torch import nn
 
 from convoy.cluster.image_loading import RejectedRow
-from convoy.cluster.training_checkpoints import Position
 from convoy.core.config import StrictModel
 from convoy.core.crash_points import CrashPoint, crash_point
 from convoy.core.errors import PreconditionFailed
@@ -26,8 +25,18 @@ from convoy.vision.weights import state_to_safetensors
 TRAINED_FILE = "trained.json"
 
 
+class StepTaken(StrictModel):
+    """A step of a training as its progress names it: all numbers count from 1, `epoch` over all phases."""
+
+    phase: str
+    epoch: int
+    num_epochs: int
+    step: int
+    num_steps: int
+
+
 class TrainingOutcome(StrictModel):
-    """The end of a training. With `diverged`, the position at which the loss was no number, there are no weights.
+    """The end of a training. With `diverged`, the step behind which something was no number, there are no weights.
 
     `val_nll` and `val_top1` are those of the weights that were kept, `val_rejects` the validation images that could
     not be used, `reject_codes` those to train on. Reject tables that no outcome names are
@@ -36,7 +45,7 @@ class TrainingOutcome(StrictModel):
 
     weights_key: str | None = None
     rejects_key: str | None = None
-    diverged: Position | None = None
+    diverged: StepTaken | None = None
     history: tuple[EpochResult, ...] = ()
     val_nll: float | None = None
     val_top1: float | None = None

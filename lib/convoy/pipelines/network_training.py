@@ -226,11 +226,11 @@ class NetworkTraining:
                 spec = self._spec(record, setup, workers)
             self._progress.stage("starting the training workers")
             outcome = self._run_workers(spec, workers, LearningCurves(self.folder, draw_curves))
-        if outcome["diverged"] is not None:
+        if (last := outcome["diverged"]) is not None:
             raise TrainingError(
                 "the loss or a weight is no finite number any more: the last checkpoint before is kept",
-                where=f"{self.folder.prefix}checkpoints/, phase {outcome['diverged']['phase']},"
-                f" epoch {outcome['diverged']['epoch']}, step {outcome['diverged']['step']}",
+                where=f"{self.folder.prefix}checkpoints/, phase {last['phase']}, epoch {last['epoch']} of"
+                f" {last['num_epochs']}, step {last['step']} of {last['num_steps']}",
                 next_step="lower learning_rate, set recipe.clip_norm, or train in fp32, and add --new-run",
             )
         return outcome

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from convoy.cluster import training_board, training_loop, training_meter
+from convoy.cluster import training_board, training_checkpoints, training_loop, training_meter
 from convoy.cluster.training_checkpoints import TrainingCheckpoints
 from convoy.cluster.training_loop import TrainingWorker
 from convoy.cluster.training_meter import Spent
@@ -293,7 +293,9 @@ def test_a_training_that_diverges_says_where_and_keeps_finite_checkpoints(
     outcome = train(spec)
     assert outcome.weights_key is None
     assert outcome.diverged is not None
-    assert outcome.diverged.phase == 1
+    # The two phases have an epoch and three.
+    told = outcome.diverged
+    assert (told.phase, told.epoch, told.num_epochs, told.num_steps) == ("wild", 2, 4, 5)
     assert [one.phase for one in outcome.history] == ["calm"]
     outcome.model_dump_json()
     store = LocalStore(spec.workspace)
@@ -315,6 +317,19 @@ def test_an_update_that_only_validation_finds_to_be_too_large_ends_the_training(
     assert outcome.diverged is not None
     assert outcome.weights_key is None
     assert all(one.val_nll is not None and one.val_nll < float("inf") for one in outcome.history)
+
+
+@pytest.mark.parametrize("num_epochs", [1, 2])
+def test_a_weight_that_the_last_update_of_an_epoch_spoilt_is_told_of_that_epoch(
+    tmp_path: Path, rows: pa.Table, monkeypatch: pytest.MonkeyPatch, num_epochs: int
+) -> None:
+    """Only the checkpoint behind it finds that, when the position is already that of the next epoch or phase."""
+    monkeypatch.setattr(training_checkpoints, "is_finite", lambda network: False)
+    phase = Phase(name="wild", epochs=num_epochs, learning_rate=0.01)
+    outcome = train(training_spec(tmp_path, rows, phases=(phase,), checkpoint_steps=5 * num_epochs))
+    told = {"phase": "wild", "epoch": num_epochs, "num_epochs": num_epochs, "step": 5, "num_steps": 5}
+    assert outcome.diverged is not None
+    assert outcome.diverged.model_dump() == told
 
 
 def test_a_phase_without_progress_ends_early_and_the_next_one_begins(tmp_path: Path, rows: pa.Table) -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from cache_jobs import write_digits
 from convoy.cluster.training import WorkerOptions, WorkerPlan
+from convoy.cluster.training_results import StepTaken
 from convoy.cluster.training_spec import Ingest, TrainingSpec
 from convoy.core.config import parse_config
 from convoy.core.errors import (
@@ -257,11 +258,17 @@ def test_a_training_that_diverges_or_loses_its_workers_leaves_its_curves(
         if error is ClusterError:
             raise ClusterError("the workers were lost too often")
         history = [one.model_dump(mode="json") for one in epochs]
-        return {"diverged": {"phase": 1, "epoch": 1, "step": 0}, "history": history}
+        last = StepTaken(phase="body", epoch=2, num_epochs=4, step=3, num_steps=5)
+        return {"diverged": last.model_dump(), "history": history}
 
     monkeypatch.setattr(network_training_module, "run_training", train)
-    with opened(f"broken-{error.__name__}", 0.1, WhenHeld.REFUSE) as training, pytest.raises(error):
+    with (
+        opened(f"broken-{error.__name__}", 0.1, WhenHeld.REFUSE) as training,
+        pytest.raises(error) as caught,
+    ):
         training.run(drawn)
+    if error is TrainingError:
+        assert str(caught.value.where).endswith("checkpoints/, phase body, epoch 2 of 4, step 3 of 5")
     assert [*seen, curves()] == [b"1 epochs", b"2 epochs"]
     kept = read_json(training.folder.store, training.folder.key("history.json"))
     assert [EpochResult.model_validate(one) for one in kept] == epochs
