@@ -106,14 +106,13 @@ def pinned_teacher(store: ObjectStore, manifest: Manifest, teacher: str) -> str:
 
 
 def taught_rows(
-    store: ObjectStore, manifest: Manifest, config: TrainConfig, *, progress: Progress
+    store: ObjectStore, manifest: Manifest, config: TrainConfig, rows: pa.Table, *, progress: Progress
 ) -> TaughtRows:
-    """The rows of the config, with the teacher's logits; what the teacher has not predicted yet, it predicts now.
+    """The training rows of the config, with the teacher's logits; what it has not predicted yet, it predicts now.
 
     Memory: 2 bytes a row and class beside the rows. Raises ConfigError for a teacher whose scores are no
     probabilities, DataError where it could use none of the rows.
     """
-    rows = read_split(manifest, Split.TRAIN, config.rows)
     if config.distill is None:
         return TaughtRows(rows=rows)
     progress.stage("asking the teacher")

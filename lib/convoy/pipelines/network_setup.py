@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+
 from convoy.cluster.network_device import find_device
 from convoy.cluster.training import WorkerPlan
 from convoy.core.config import StrictModel
@@ -17,12 +22,13 @@ from convoy.pipelines.network_plan import (
     wanted_recipe,
 )
 from convoy.pipelines.pixel_statistics import resolve_augmentation
-from convoy.pipelines.probing import HeadSummary, fit_probe
+from convoy.pipelines.probing import HeadSummary, check_head, fit_probe
 from convoy.pipelines.train_config import HeadSource, TrainConfig
 from convoy.pipelines.training_rows import class_weights, count_classes, has_validation_rows, weigh_classes
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.vision.augmentation_policy import AugmentationPolicy
+from convoy.vision.engine_options import NetworkDevice
 from convoy.vision.training_config import Balance, Precision
 
 
@@ -34,44 +40,94 @@ class TrainingSetup(StrictModel):
     head: HeadSummary | None
 
 
-def set_up_training(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedTraining:
+    """A network before its training, and the plan of it; `fits_head`: its first phase is a fit on cached features."""
+
+    new: NewNetwork
+    plan: NetworkPlan
+    fits_head: bool
+
+
+def plan_training(
     store: ObjectStore,
     manifest: Manifest,
     pretrained: BackboneRecord,
     config: TrainConfig,
-    taught: TaughtRows,
+    counts: Sequence[int],
     *,
-    workers: WorkerPlan,
-    progress: Progress,
-    new_run: bool,
-) -> tuple[TrainingSetup, bytes]:
-    """The setup, and the first weights as safetensors.
+    num_workers: int,
+    on_gpus: bool,
+    device: NetworkDevice | None,
+) -> PlannedTraining:
+    """Build the network, and plan its training on `counts` images a class; `device` is that of `plan_network`.
 
-    Raises ConfigError, before any worker starts, for weights that do not fit (with names and shapes), an
-    impossible freeze depth, or a batch that rows or workers cannot fill.
+    Raises ConfigError for weights that do not fit (with names and shapes), a head that cannot come from the cache, and
+    whatever `plan_network` and `check_head` refuse.
     """
     new = NewNetwork(trained_backbone_config(config, len(manifest.classes)))
     new.take_weights(store, pretrained)
-    counts = count_classes(taught.rows, manifest.classes)
-    wanted = wanted_recipe(config)
-    asks = wanted.precision is Precision.AUTO or wanted.compile
-    device = find_device() if asks else None
     plan = plan_network(
         config,
         new.network,
         new.axis,
         counts,
-        num_workers=workers.num_workers,
-        on_gpus=workers.gpus_per_worker > 0,
+        num_workers=num_workers,
+        on_gpus=on_gpus,
         device=device,
         has_val=has_validation_rows(manifest, config.rows),
     )
+    fits_head = takes_head_from_cache(config, plan, new)
+    if fits_head:
+        check_head(manifest, config)
+    return PlannedTraining(new=new, plan=plan, fits_head=fits_head)
+
+
+def plan_on_workers(
+    store: ObjectStore,
+    manifest: Manifest,
+    pretrained: BackboneRecord,
+    config: TrainConfig,
+    rows: pa.Table,
+    workers: WorkerPlan,
+) -> PlannedTraining:
+    """The plan for some rows and a group of workers, one of which is asked for its device where that matters.
+
+    Errors are those of `plan_training`; nothing has started for them.
+    """
+    wanted = wanted_recipe(config)
+    asks = wanted.precision is Precision.AUTO or wanted.compile
+    return plan_training(
+        store,
+        manifest,
+        pretrained,
+        config,
+        count_classes(rows, manifest.classes),
+        num_workers=workers.num_workers,
+        on_gpus=workers.gpus_per_worker > 0,
+        device=find_device() if asks else None,
+    )
+
+
+def set_up_training(
+    store: ObjectStore,
+    manifest: Manifest,
+    pretrained: BackboneRecord,
+    config: TrainConfig,
+    planned: PlannedTraining,
+    taught: TaughtRows,
+    *,
+    progress: Progress,
+    new_run: bool,
+) -> tuple[TrainingSetup, bytes]:
+    """The setup of what was planned for the taught rows, and the first weights as safetensors."""
+    new, plan = planned.new, planned.plan
     plan = plan.model_copy(update={"notes": (*plan.notes, *taught.notes)})
     policy = resolve_augmentation(
         store, manifest, config.dataset, config.augmentation, config.extraction.decode, progress
     )
     head = None
-    if takes_head_from_cache(config, plan, new):
+    if planned.fits_head:
         # For a fit that sees all rows at once, drawing rare classes more often comes to the same as weights.
         balanced = taught
         if plan.balance is not Balance.NONE:

@@ -290,7 +290,8 @@ def random_weights(config: TrainConfig, manifest: Manifest) -> BackboneConfig:
 def _train_probe(job: _Job, backbone: BackboneRecord) -> _Trained:
     config = job.config
     tap = backbone.resolve_tap(config.wanted_tap)
-    taught = taught_rows(job.store, job.manifest, config, progress=job.progress)
+    rows = read_split(job.manifest, Split.TRAIN, config.rows)
+    taught = taught_rows(job.store, job.manifest, config, rows, progress=job.progress)
     probe = fit_probe(
         job.store,
         job.manifest,

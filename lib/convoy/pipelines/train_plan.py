@@ -10,12 +10,11 @@ from convoy.core.records import Split
 from convoy.pipelines.classifiers import Strategy, as_is, class_indices
 from convoy.pipelines.distillation import with_begun_teacher, with_pinned_teacher
 from convoy.pipelines.models import fetch_backbone
-from convoy.pipelines.network_plan import plan_network, trained_backbone_config
 from convoy.pipelines.network_training import open_training
 from convoy.pipelines.probing import check_head
 from convoy.pipelines.train import first_network, measured_on, training_dataset
 from convoy.pipelines.train_config import NETWORKS, PROBES, TrainConfig
-from convoy.pipelines.training_rows import count_classes, has_validation_rows, read_split, row_notes
+from convoy.pipelines.training_rows import count_classes, read_split, row_notes
 from convoy.pipelines.workspace import open_workspace
 from convoy.storage.bundles import check_bundle_name
 from convoy.storage.manifests import MANIFEST_SCHEMA, Manifest
@@ -83,27 +82,21 @@ def plan_train(config: TrainConfig) -> TrainPlan:
     if config.strategy not in NETWORKS:
         _check_frozen(store, manifest, config)
         return plan
-    from convoy.pipelines.network_building import NewNetwork  # noqa: PLC0415
-    from convoy.pipelines.network_setup import takes_head_from_cache, without_head_phase  # noqa: PLC0415
+    from convoy.pipelines.network_setup import plan_training, without_head_phase  # noqa: PLC0415
 
-    pretrained = fetch_backbone(store, first_network(config, manifest))
-    new = NewNetwork(trained_backbone_config(config, len(manifest.classes)))
-    new.take_weights(store, pretrained)
     device = known_device()
-    network = plan_network(
+    planned = plan_training(
+        store,
+        manifest,
+        fetch_backbone(store, first_network(config, manifest)),
         config,
-        new.network,
-        new.axis,
         counts,
         num_workers=config.workers.num_workers or 1,
         # A cluster without any is rare, and the training itself knows.
         on_gpus=device is None or device.is_gpu,
         device=device,
-        has_val=has_validation_rows(manifest, config.rows),
     )
-    if takes_head_from_cache(config, network, new):
-        check_head(manifest, config)
-        network = without_head_phase(network)
+    network = without_head_phase(planned.plan) if planned.fits_head else planned.plan
     steps_an_epoch = -(-rows.num_rows // network.batch_size)
     stages = [
         StageSummary(
@@ -113,7 +106,7 @@ def plan_train(config: TrainConfig) -> TrainPlan:
             num_parameters=stage.num_parameters,
             frozen_in=[phase.name for phase in network.phases if stage.index < int(phase.freeze_depth)],
         )
-        for stage in new.axis
+        for stage in planned.new.axis
     ]
     return plan.model_copy(
         update={

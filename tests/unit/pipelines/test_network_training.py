@@ -22,6 +22,7 @@ from convoy.core.config import parse_config
 from convoy.core.errors import (
     AccessDenied,
     ClusterError,
+    ConfigError,
     ConvoyError,
     LeaseHeld,
     RunCancelled,
@@ -34,6 +35,7 @@ from convoy.core.splits import SplitOptions
 from convoy.core.training_events import EpochResult, TrainingEvent
 from convoy.pipelines import network_setup
 from convoy.pipelines import network_training as network_training_module
+from convoy.pipelines.distillation import TaughtRows
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.network_training import NetworkTraining, config_identity, network_training
 from convoy.pipelines.runs_cancel import cancel_run
@@ -44,6 +46,8 @@ from convoy.storage.datasets import freeze_dataset, open_dataset
 from convoy.storage.documents import read_json
 from convoy.storage.leases import WhenHeld, hold_run
 from convoy.storage.local_store import LocalStore
+from convoy.storage.manifests import Manifest
+from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import RunRecord
 from convoy.vision import training_config
 from convoy.vision.engine_options import Precision
@@ -61,14 +65,16 @@ def drawn(history: Sequence[EpochResult]) -> bytes:
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory: pytest.TempPathFactory) -> Opened:
-    """The training of a name on one dataset, as a call with some learning rate drives it."""
+    """The training of a name on one dataset, as a call with some learning rate, and other changes, drives it."""
     folder = tmp_path_factory.mktemp("digits")
     write_digits(folder / "images", 60)
     store = LocalStore(str(folder / "workspace"))
     freeze_dataset(store, "digits", str(folder / "images"), splits=SplitOptions(val_fraction=0.3))
     manifest = open_dataset(store, "digits")
 
-    def driven(name: str, rate: float, when_held: WhenHeld) -> AbstractContextManager[NetworkTraining]:
+    def driven(
+        name: str, rate: float | None, when_held: WhenHeld, **changes: Any
+    ) -> AbstractContextManager[NetworkTraining]:
         settings = {
             "name": name,
             "dataset": "digits",
@@ -77,6 +83,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Opened:
             "epochs": 1,
             "learning_rate": rate,
             "recipe": {"batch_size": 8},
+            **changes,
         }
         config = parse_config(TrainConfig, settings, where="test")
         pretrained = fetch_backbone(store, random_weights(config, manifest))
@@ -195,6 +202,65 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[TrainingSpec]:
     monkeypatch.setattr(network_training_module, "plan_workers", lambda options: ONE)
     monkeypatch.setattr(network_training_module, "run_training", start)
     return specs
+
+
+WITH_TEACHER = {"strategy": "fine_tune", "distill": {"teacher": "teacher"}}
+PHASE = {"name": "all", "epochs": 1, "learning_rate": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        ({"freeze_depth": 99}, "a freeze depth of 99 is impossible"),
+        ({"recipe": {"batch_size": 97}}, "a batch of 97 rows cannot be filled"),
+        ({"phases": [{**PHASE, "resolution_px": 2}]}, "images of 2 px"),
+        ({"phases": [PHASE], "head_source": "cache"}, "the head cannot come from the feature cache"),
+    ],
+)
+@pytest.mark.usefixtures("told")
+def test_what_cannot_be_trained_is_refused_before_the_teacher_is_asked_and_colours_are_measured(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], refused: str
+) -> None:
+    for module, work in (
+        (network_training_module, "taught_rows"),
+        (network_setup, "resolve_augmentation"),
+        (network_setup, "fit_probe"),
+    ):
+        monkeypatch.setattr(module, work, lambda *_, **__: pytest.fail("it worked"))
+    alone = {"epochs": None} if "phases" in changes else {}
+    with (
+        opened("refused", None, WhenHeld.REFUSE, **WITH_TEACHER, **alone, **changes) as training,
+        pytest.raises(ConfigError, match=refused),
+    ):
+        training.run(drawn)
+
+
+@pytest.mark.parametrize("num_left_out", [0, 3])
+def test_a_training_is_planned_for_the_rows_that_the_teacher_could_use(
+    opened: Opened, told: list[TrainingSpec], monkeypatch: pytest.MonkeyPatch, num_left_out: int
+) -> None:
+    planned: list[int] = []
+    count = network_setup.count_classes
+
+    def counted(rows: pa.Table, classes: Sequence[str]) -> list[int]:
+        planned.append(rows.num_rows)
+        return count(rows, classes)
+
+    def teach(
+        store: ObjectStore, manifest: Manifest, config: TrainConfig, rows: pa.Table, **_: object
+    ) -> TaughtRows:
+        return TaughtRows(rows=rows.slice(num_left_out))
+
+    monkeypatch.setattr(network_setup, "count_classes", counted)
+    monkeypatch.setattr(network_training_module, "taught_rows", teach)
+    settings = {"distill": {"teacher": "teacher"}}
+    with (
+        opened(f"taught-{num_left_out}", 0.1, WhenHeld.REFUSE, **settings) as training,
+        pytest.raises(_Stopped),
+    ):
+        training.run(drawn)
+    (spec,) = told
+    assert planned == [spec.train.num_rows + num_left_out, spec.train.num_rows][: 1 + bool(num_left_out)]
 
 
 def test_a_training_that_an_older_convoy_began_goes_on_with_its_draws(
