@@ -29,6 +29,7 @@ from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.vision.augmentation_policy import AugmentationPolicy
 from convoy.vision.engine_options import NetworkDevice
+from convoy.vision.head_config import can_choose
 from convoy.vision.training_config import Balance, Precision
 
 
@@ -62,11 +63,12 @@ def plan_training(
 ) -> PlannedTraining:
     """Build the network, and plan its training on `counts` images a class; `device` is that of `plan_network`.
 
-    Raises ConfigError for weights that do not fit (with names and shapes), a head that cannot come from the cache, and
-    whatever `plan_network` and `check_head` refuse.
+    Raises ConfigError for weights that do not fit (with names and shapes), a head that must come from the cache and
+    cannot, and whatever `plan_network` refuses.
     """
     new = NewNetwork(trained_backbone_config(config, len(manifest.classes)))
     new.take_weights(store, pretrained)
+    has_val = has_validation_rows(manifest, config.rows)
     plan = plan_network(
         config,
         new.network,
@@ -75,11 +77,13 @@ def plan_training(
         num_workers=num_workers,
         on_gpus=on_gpus,
         device=device,
-        has_val=has_validation_rows(manifest, config.rows),
+        has_val=has_val,
     )
     fits_head = takes_head_from_cache(config, plan, new)
-    if fits_head:
+    if fits_head and config.head_source is HeadSource.CACHE:
         check_head(manifest, config)
+    elif fits_head and not can_choose(config.head, has_val=has_val):
+        plan, fits_head = _with_unchosen_head(config, plan), False
     return PlannedTraining(new=new, plan=plan, fits_head=fits_head)
 
 
@@ -172,3 +176,13 @@ def without_head_phase(plan: NetworkPlan) -> NetworkPlan:
         " more than one of `views`"
     )
     return plan.model_copy(update={"phases": plan.phases[1:], "notes": (*plan.notes, note)})
+
+
+def _with_unchosen_head(config: TrainConfig, plan: NetworkPlan) -> NetworkPlan:
+    """The plan where the first phase would be a fit on cached features, and no rows can choose its C."""
+    note = (
+        f"phase {plan.phases[0].name} trains the head through the network, and `head` and `views` have no effect: no"
+        f" validation rows could choose among {len(set(config.head.C))} values of C for a fit from the feature cache; a"
+        " single one, such as head.C=[1.0], needs none"
+    )
+    return plan.model_copy(update={"notes": (*plan.notes, note)})

@@ -18,7 +18,7 @@ from convoy.pipelines.feature_summary import seconds_under_way
 from convoy.pipelines.features import FeatureJob
 from convoy.pipelines.pixel_statistics import resolve_augmentation
 from convoy.pipelines.train_config import TrainConfig
-from convoy.pipelines.training_rows import has_labels, read_split, validation_rows
+from convoy.pipelines.training_rows import has_labels, has_validation_rows, read_split, validation_rows
 from convoy.storage.commits import read_manifest
 from convoy.storage.feature_cache import FeatureCache
 from convoy.storage.manifests import Manifest
@@ -81,7 +81,7 @@ class Probe:
 
 def check_head(manifest: Manifest, config: TrainConfig) -> None:
     """Raise ConfigError, before any feature is computed, where no row could choose among several values of C."""
-    check_choice(config.head, has_val=config.rows.fold is not None or has_labels(manifest, Split.VAL))
+    check_choice(config.head, has_val=has_validation_rows(manifest, config.rows))
 
 
 def fit_probe(

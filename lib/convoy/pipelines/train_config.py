@@ -43,7 +43,8 @@ class HeadSource(StrEnum):
 
     `cache`: computed once, kept in the feature cache, and fitted from there. `network`: through the frozen
     body, anew in every epoch. `auto`: from the cache where the head is one linear layer and the phase is the one that a
-    fine-tuning begins with by itself, since a fit has no rate, epochs or schedule; else through the body.
+    fine-tuning begins with by itself, since a fit has no rate, epochs or schedule, and where there is one value of C or
+    validation rows choose it; else through the body.
     """
 
     AUTO = "auto"

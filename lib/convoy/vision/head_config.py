@@ -91,9 +91,14 @@ class HeadSpec(StrictModel):
         return self
 
 
+def can_choose(config: HeadConfig, *, has_val: bool) -> bool:
+    """Whether there is one value of C, or validation rows to choose among several by."""
+    return has_val or config.kind is HeadKind.MLP or len(set(config.C)) == 1
+
+
 def check_choice(config: HeadConfig, *, has_val: bool) -> None:
     """Raise ConfigError where there are several values of C, and no validation rows to choose by."""
-    if not has_val and config.kind is not HeadKind.MLP and len(set(config.C)) > 1:
+    if not can_choose(config, has_val=has_val):
         raise ConfigError(
             f"there are {len(set(config.C))} values of C and no validation rows to choose by",
             where="head.C",

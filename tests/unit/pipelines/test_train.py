@@ -21,7 +21,7 @@ from convoy.pipelines.model_cards import training_card
 from convoy.pipelines.network_training import open_training
 from convoy.pipelines.train import TrainReport, measured_on, run_train
 from convoy.pipelines.train_config import TrainConfig
-from convoy.pipelines.train_plan import plan_train
+from convoy.pipelines.train_plan import TrainPlan, plan_train
 from convoy.pipelines.training_rows import Fold, RowLimit
 from convoy.storage.bundles import open_bundle
 from convoy.storage.commits import finish
@@ -131,6 +131,28 @@ def test_a_head_on_random_weights_learns_from_the_float32_features_by_which_it_i
         for name in store.list_folders("features/")
     ]
     assert sorted((spec.view, spec.dtype) for spec in specs) == [(0, "float32"), (1, "float32")]
+
+
+def test_a_fine_tuning_whose_head_no_rows_can_choose_trains_it_through_the_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = manifest_of(tmp_path, Split.TEST)
+    monkeypatch.setattr(train, "open_as_begun", lambda *_, **__: (manifest, []))
+
+    def planned(**changes: Any) -> TrainPlan:
+        settings = {**SETTINGS, "workspace": str(tmp_path), "strategy": "fine_tune"}
+        recipe = {"recipe": {"batch_size": 10}}
+        return plan_train(parse_config(TrainConfig, {**settings, **recipe, **changes}, where="here"))
+
+    plan = planned()
+    assert [phase.name for phase in plan.phases] == ["head", "body"]
+    assert any("no validation rows could choose among 7 values of C" in note for note in plan.notes)
+    for changes in ({"head": {"C": [1.0]}}, {"rows": {"fold": {"index": 0, "count": 5}}}):
+        chosen = planned(**changes)
+        assert [phase.name for phase in chosen.phases] == ["body"]
+        assert not any("through the network" in note for note in chosen.notes)
+    with pytest.raises(ConfigError, match="7 values of C and no validation rows"):
+        planned(head_source="cache")
 
 
 @pytest.fixture
