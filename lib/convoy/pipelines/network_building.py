@@ -39,18 +39,28 @@ class NewNetwork:
                 next_step="let the factory take num_classes and end in a layer of so many outputs; or use linear_probe",
             )
 
-    def take_weights(self, store: ObjectStore, pretrained: BackboneRecord) -> None:
-        """Take the weights of a pretrained network; a classifier that it does not have in this size stays random.
+    def take_weights(
+        self, store: ObjectStore, pretrained: BackboneRecord, classes: tuple[str, ...]
+    ) -> str | None:
+        """Take the weights of a pretrained network; a note where one may wonder what became of its classifier.
 
-        New layers that the pretrained network does not have just so stay random too. Raises ConfigError, with names
-        and shapes, for weights that do not fit.
+        That is taken only where it is known to tell these very classes apart, in their order. Otherwise the classifier
+        stays random, however many outputs there are: the ten classes of a file may be any ten. New layers that the
+        pretrained network does not have just so stay random too. Raises ConfigError, with names and shapes, for
+        weights that do not fit.
         """
         state = read_backbone_state(store, pretrained)
         learnt = _learnt_layers(pretrained.config)
         if isinstance(self.network, PartialReuseNetwork) and self.config.new_layers != learnt:
             self.network.load_body(state if learnt is None else state_below(state, "body."))
-        else:
-            load_weights(self.network, state, new_classifier=self.axis[len(self.axis) - 1].parameter_names)
+            return None
+        load_weights(
+            self.network,
+            state,
+            new_classifier=self.axis[len(self.axis) - 1].parameter_names,
+            num_new_classes=None if pretrained.classes == classes else len(classes),
+        )
+        return _classifier_note(pretrained, classes)
 
     @property
     def head_tap(self) -> str | None:
@@ -88,6 +98,17 @@ def _refuse_other_than_logits(network: nn.Module, config: BackboneConfig) -> Non
                 where=config.arch,
                 next_step="let its forward return the logits alone, in training too; or use linear_probe",
             )
+
+
+def _classifier_note(pretrained: BackboneRecord, classes: tuple[str, ...]) -> str | None:
+    """What became of the classifier of a pretrained network that has as many outputs as there are classes."""
+    is_random = weight_source(pretrained.config) is WeightSource.RANDOM
+    if is_random or pretrained.num_classes != len(classes):
+        return None
+    if pretrained.classes == classes:
+        return "the classifier begins as that of the weights, whose classes are the dataset's"
+    why = "do not name their classes" if pretrained.classes is None else "name others, or another order"
+    return f"the classifier begins anew, though that of the weights has as many outputs: they {why}"
 
 
 def _learnt_layers(config: BackboneConfig) -> NewLayers | None:

@@ -67,7 +67,7 @@ def plan_training(
     cannot, and whatever `plan_network` refuses.
     """
     new = NewNetwork(trained_backbone_config(config, len(manifest.classes)))
-    new.take_weights(store, pretrained)
+    classifier_note = new.take_weights(store, pretrained, manifest.classes)
     has_val = has_validation_rows(manifest, config.rows)
     plan = plan_network(
         config,
@@ -84,6 +84,9 @@ def plan_training(
         check_head(manifest, config)
     elif fits_head and not can_choose(config.head, has_val=has_val):
         plan, fits_head = _with_unchosen_head(config, plan), False
+    # A head that is fitted takes the classifier's place.
+    if classifier_note is not None and not fits_head:
+        plan = plan.model_copy(update={"notes": (*plan.notes, classifier_note)})
     return PlannedTraining(new=new, plan=plan, fits_head=fits_head)
 
 

@@ -73,18 +73,23 @@ def adapt_published(state: Mapping[str, Tensor], network: nn.Module) -> dict[str
 
 
 def load_weights(
-    network: nn.Module, state: Mapping[str, Tensor], *, new_classifier: Collection[str] = ()
+    network: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    new_classifier: Collection[str] = (),
+    num_new_classes: int | None = None,
 ) -> tuple[str, ...]:
     """Copy a state dict into a network; returns the names that kept their initial values, () if none did.
 
     All names and shapes are checked before anything is copied; a difference is a ConfigError that shows it.
     The parameters named by `new_classifier` may differ in the number of classes, or all be absent, and then keep their
-    initial values.
+    initial values. With `num_new_classes`, as many as the network has, those with a row for each class keep theirs in
+    any case: the weights know other classes.
     """
     own = network.state_dict()
     bare = dict(zip(own, _without_prefixes(own, (*_WRAPPERS, _BACKBONE)), strict=True))
     state, targets = _comparable(state), _comparable(own)
-    replaced = _replaced(targets, state, [bare[name] for name in new_classifier])
+    replaced = _replaced(targets, state, [bare[name] for name in new_classifier], num_new_classes)
     if differences := _differences(targets, state, replaced):
         raise ConfigError(
             "the weights do not fit the network:\n" + "\n".join(differences),
@@ -214,13 +219,19 @@ def _without_prefixes(tensors: Mapping[str, Tensor], prefixes: Sequence[str]) ->
 
 
 def _replaced(
-    targets: Mapping[str, Tensor], state: Mapping[str, Tensor], classifier: Sequence[str]
+    targets: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    classifier: Sequence[str],
+    num_new_classes: int | None,
 ) -> tuple[str, ...]:
-    """The classifier's names, if the state has none of them; else those that differ in the number of classes alone."""
+    """The classifier's names, if the state has none of them; else those that differ in nothing but the classes."""
     if not any(name in state for name in classifier):
         return tuple(classifier)
-    misshapen = [name for name in _misshapen(targets, state) if name in classifier]
-    return tuple(name for name in misshapen if state[name].shape[1:] == targets[name].shape[1:])
+    by_class = {name for name in classifier if targets[name].shape[:1] == (num_new_classes,)}
+    differing = by_class.union(_misshapen(targets, state)).intersection(classifier, state)
+    return tuple(
+        name for name in targets if name in differing and state[name].shape[1:] == targets[name].shape[1:]
+    )
 
 
 def _differences(

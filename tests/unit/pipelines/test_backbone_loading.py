@@ -68,7 +68,7 @@ def test_a_training_begins_with_named_weights_of_any_number_of_outputs(
 ) -> None:
     record = fetch_backbone(store, BackboneConfig(arch=arch, weights=weights))
     new = NewNetwork(BackboneConfig(arch=arch, weights="trained", num_classes=5))
-    new.take_weights(store, record)
+    assert new.take_weights(store, record, tuple("abcde")) is None
     state, taken = read_backbone_state(store, record), new.network.state_dict()
     classifier = new.axis.stages[-1].parameter_names
     assert new.axis.num_classes == 5
@@ -78,7 +78,7 @@ def test_a_training_begins_with_named_weights_of_any_number_of_outputs(
 def taken_from(store: LocalStore, record: BackboneRecord, config: BackboneConfig) -> set[str]:
     """The parts of a network (body, convs, mlp.<n>) that began with the weights of a record, under names alike."""
     new = NewNetwork(config.model_copy(update={"weights": "trained", "seed": 1}))
-    new.take_weights(store, record)
+    new.take_weights(store, record, tuple(map(str, range(new.axis.num_classes))))
     state = read_backbone_state(store, record)
     fresh, taken = build_network(new.config).state_dict(), new.network.state_dict()
     weights = [name for name in taken if not torch.equal(taken[name], fresh[name])]
@@ -89,7 +89,7 @@ def taken_from(store: LocalStore, record: BackboneRecord, config: BackboneConfig
 @pytest.mark.parametrize(
     ("num_classes", "changes", "taken"),
     [
-        (7, {}, {"body", "convs", "mlp.0", "mlp.3"}),
+        (7, {}, {"body", "convs", "mlp.0"}),
         (5, {}, {"body", "convs", "mlp.0"}),
         (7, {"convs": (ConvLayer(width=16),)}, {"body"}),
         (7, {"after": "layer1.0"}, {"body"}),
@@ -113,9 +113,52 @@ def test_a_training_begins_with_named_weights_below_new_layers(store: LocalStore
     config = BackboneConfig(arch="timm:resnet10t", weights="c3_in1k", num_classes=7, new_layers=layers)
     record = fetch_backbone(store, config)
     new = NewNetwork(config.model_copy(update={"weights": "trained"}))
-    new.take_weights(store, record)
+    assert new.take_weights(store, record, tuple("abcdefg")) is None
     state, body = read_backbone_state(store, record), new.network.get_submodule("body").state_dict()
     assert all(torch.equal(body[name], state[name]) for name in body)
+
+
+def classifier_beginnings(
+    store: LocalStore, record: BackboneRecord, classes: tuple[str, ...]
+) -> tuple[str | None, bool, bool]:
+    """The note, and whether the classifier is that of the weights, and the one that the seed gives."""
+    new = NewNetwork(BackboneConfig(arch=record.arch, weights="trained", num_classes=len(classes), seed=1))
+    note = new.take_weights(store, record, classes)
+    state, taken = read_backbone_state(store, record), new.network.state_dict()
+    fresh = build_network(new.config).state_dict()
+    classifier = new.axis.stages[-1].parameter_names
+    assert all(torch.equal(taken[name], state[name]) for name in taken if name not in classifier)
+    same = (all(torch.equal(taken[name], other[name]) for name in classifier) for other in (state, fresh))
+    return note, *same
+
+
+def test_a_training_keeps_a_classifier_only_where_its_classes_are_known_to_be_the_datasets(
+    store: LocalStore, tmp_path: Path
+) -> None:
+    named = fetch_backbone(store, BackboneConfig(arch="timm:resnet10t", weights="c3_in1k"))
+    assert named.classes is not None
+    kept, other = named.classes, tuple(reversed(named.classes))
+    kept_note = "the classifier begins as that of the weights, whose classes are the dataset's"
+    assert classifier_beginnings(store, named, kept) == (kept_note, True, False)
+    note, *beginnings = classifier_beginnings(store, named, other)
+    assert "begins anew" in str(note)
+    assert "name others, or another order" in str(note)
+    assert beginnings == [False, True]
+    # Ten kinds of animals and ten digits: a file does not tell one from the other.
+    config = BackboneConfig(arch="cifar_resnet20", weights="random", num_classes=10)
+    (tmp_path / "animals.safetensors").write_bytes(state_to_safetensors(build_network(config).state_dict()))
+    path = str(tmp_path / "animals.safetensors")
+    of_file = fetch_backbone(store, config.model_copy(update={"weights": path}))
+    note, *beginnings = classifier_beginnings(store, of_file, tuple("0123456789"))
+    assert "do not name their classes" in str(note)
+    assert beginnings == [False, True]
+
+
+def test_a_training_from_scratch_begins_with_what_the_seed_gives(store: LocalStore) -> None:
+    config = BackboneConfig(arch="lenet5", weights="random", num_classes=10, seed=3)
+    new = NewNetwork(config.model_copy(update={"weights": "trained"}))
+    assert new.take_weights(store, fetch_backbone(store, config), tuple("0123456789")) is None
+    assert weights_digest(new.network.state_dict()) == weights_digest(build_network(config).state_dict())
 
 
 def test_what_builds_upon_a_record_finds_it(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,9 @@ from convoy.storage.local_store import LocalStore
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import RunFolder, RunRecord
+from convoy.vision.backbone_config import BackboneConfig
+from convoy.vision.backbones import build_network
+from convoy.vision.weights import state_to_safetensors
 from features_here import compute_features_here
 from made_advice_rows import frozen_rows
 from made_bundles import FP32, made_classifier
@@ -153,6 +156,23 @@ def test_a_fine_tuning_whose_head_no_rows_can_choose_trains_it_through_the_netwo
         assert not any("through the network" in note for note in chosen.notes)
     with pytest.raises(ConfigError, match="7 values of C and no validation rows"):
         planned(head_source="cache")
+
+
+@pytest.mark.parametrize(("head_source", "is_told"), [("network", True), ("auto", False)])
+def test_a_plan_tells_of_a_classifier_that_begins_anew_unless_a_fit_takes_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head_source: str, is_told: bool
+) -> None:
+    manifest = manifest_of(tmp_path, Split.TEST, Split.VAL)
+    monkeypatch.setattr(train, "open_as_begun", lambda *_, **__: (manifest, []))
+    backbone = BackboneConfig(arch="lenet5", weights="random", num_classes=2)
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(state_to_safetensors(build_network(backbone).state_dict()))
+    settings = {**SETTINGS, "workspace": str(tmp_path), "strategy": "fine_tune", "head_source": head_source}
+    preset = {"resize_px": 32, "crop_px": 32}
+    settings["backbone"] = {"arch": "lenet5", "weights": str(path), "num_classes": 2, "preset": preset}
+    settings["recipe"] = {"batch_size": 10}
+    plan = plan_train(parse_config(TrainConfig, settings, where="here"))
+    assert any("the classifier begins anew" in note for note in plan.notes) == is_told
 
 
 @pytest.fixture

@@ -207,9 +207,12 @@ def test_a_classifier_of_several_layers_is_replaced_where_it_differs() -> None:
     trained, new = network(3), network(7)
     nn.init.uniform_(trained["head"][0].weight)
     classifier = [name for name, _ in new.named_parameters() if not name.startswith("stem")]
-    kept = load_weights(new, trained.state_dict(), new_classifier=classifier)
-    assert kept == ("head.1.weight", "head.1.bias", "distilled.1.weight", "distilled.1.bias")
+    layers = ("head.1.weight", "head.1.bias", "distilled.1.weight", "distilled.1.bias")
+    assert load_weights(new, trained.state_dict(), new_classifier=classifier) == layers
     assert torch.equal(new["head"][0].weight, trained["head"][0].weight)
+    # As many classes, which are others.
+    alike = network(3)
+    assert load_weights(alike, trained.state_dict(), new_classifier=classifier, num_new_classes=3) == layers
 
 
 def test_another_number_of_classes_is_refused_or_replaced(state: State) -> None:
@@ -220,6 +223,18 @@ def test_another_number_of_classes_is_refused_or_replaced(state: State) -> None:
     assert load_weights(network, state, new_classifier=CLASSIFIER) == CLASSIFIER
     assert torch.equal(network[4].weight, head)
     assert torch.equal(network[0].weight, state["0.weight"])
+
+
+def test_as_many_other_classes_are_replaced_and_nothing_else(state: State) -> None:
+    network = small_network()
+    with torch.no_grad():
+        network[4].weight.zero_()
+        network[4].bias.zero_()
+    assert load_weights(network, state, new_classifier=CLASSIFIER, num_new_classes=3) == CLASSIFIER
+    assert not network[4].weight.any()
+    assert torch.equal(network[0].weight, state["0.weight"])
+    assert load_weights(network, state, new_classifier=CLASSIFIER) == ()
+    assert torch.equal(network[4].weight, state["4.weight"])
 
 
 def test_replacing_the_head_excuses_no_other_difference(state: State) -> None:
