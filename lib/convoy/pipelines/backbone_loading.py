@@ -9,7 +9,8 @@ from torch import nn
 
 from convoy.core.errors import ConfigError
 from convoy.pipelines.backbone_record import BACKBONES, BackboneRecord
-from convoy.storage.documents import exists
+from convoy.storage.bundles import MODEL_FILE
+from convoy.storage.documents import exists, read_json
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.stores import open_object
 from convoy.vision.backbone_config import BackboneConfig, WeightSource, weight_source
@@ -92,7 +93,16 @@ def _load(config: BackboneConfig) -> tuple[nn.Module, tuple[str, ...] | None]:
     if source is WeightSource.NAMED:
         return build_pretrained(config), pretrained_classes(config)
     network = build_network(config)
-    if source is WeightSource.URI:
-        store, key = open_object(config.weights)
-        load_weights(network, adapt_published(read_state_dict(store.get(key).data), network))
-    return network, None
+    if source is not WeightSource.URI:
+        return network, None
+    store, key = open_object(config.weights)
+    load_weights(network, adapt_published(read_state_dict(store.get(key).data), network))
+    return network, _classes_of_bundle(store, key)
+
+
+def _classes_of_bundle(store: ObjectStore, key: str) -> tuple[str, ...] | None:
+    """The classes that a network of a bundle has an output for each of; None for files of no bundle."""
+    classes, config = (read_json(store, name) for name in ("classes.json", "config.json"))
+    if key != MODEL_FILE or classes is None or config is None or config.get("output_groups"):
+        return None
+    return tuple(classes)

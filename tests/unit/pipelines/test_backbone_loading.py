@@ -21,12 +21,14 @@ from convoy.pipelines.classifiers import as_is
 from convoy.pipelines.feature_plan import ExtractionConfig
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.network_building import NewNetwork
+from convoy.storage.bundles import MODEL_FILE
 from convoy.storage.local_store import LocalStore
 from convoy.vision.backbone_config import BackboneConfig, ConvLayer, NewLayers
 from convoy.vision.backbones import build_network
 from convoy.vision.libraries import Timm
 from convoy.vision.presets import EvalPreset
 from convoy.vision.weights import load_weights, state_to_safetensors, weights_digest
+from made_bundles import DIGITS, made_classifier, write_classifier
 
 
 @pytest.fixture
@@ -152,6 +154,18 @@ def test_a_training_keeps_a_classifier_only_where_its_classes_are_known_to_be_th
     note, *beginnings = classifier_beginnings(store, of_file, tuple("0123456789"))
     assert "do not name their classes" in str(note)
     assert beginnings == [False, True]
+
+
+def test_a_training_keeps_the_classifier_of_a_bundle_of_the_same_classes(store: LocalStore) -> None:
+    ref = write_classifier(store, "digits", made_classifier(store, 0))
+    weights = store.uri(f"{ref.folder}{MODEL_FILE}")
+    config = BackboneConfig(arch="lenet5", weights=weights, preset=EvalPreset(resize_px=None, crop_px=32))
+    record = fetch_backbone(store, config)
+    assert record.classes == DIGITS
+    note, is_kept, _ = classifier_beginnings(store, record, DIGITS)
+    assert "whose classes are the dataset's" in str(note)
+    assert is_kept
+    assert not classifier_beginnings(store, record, tuple("abcdefghij"))[1]
 
 
 def test_a_training_from_scratch_begins_with_what_the_seed_gives(store: LocalStore) -> None:
