@@ -167,7 +167,7 @@ def _obstacle(folder: RunFolder, run: RunRecord, findings: _Findings) -> ConvoyE
             _require_dataset(folder.store, run)
             if _is_gone_on_with(folder.store, run):
                 _require_free_pointer(folder.store, run)
-    except ConvoyError as error:
+    except (ConfigError, DataError) as error:
         return error
     return None
 
