@@ -66,10 +66,10 @@ class Scoring:
         with convoy_process(*self._command) as process:
             while (recorded := _recorded_rows(open_store(self.workspace))) < num_rows:
                 if process.poll() is not None:
-                    raise ConvoyError(
-                        "the scoring ended before it could be killed", next_step="raise num_images"
-                    )
+                    break
                 time.sleep(_LOOK_S)
+            if process.poll() is not None:
+                raise ConvoyError("the scoring ended before it could be killed", next_step="raise num_images")
             process.kill()
         return time.monotonic() - started_s, recorded
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from convoy.core.errors import ConfigError
+from convoy.core.errors import AccessDenied, ConfigError, DataError
 from convoy.pipelines.backbone_record import BACKBONES, BackboneRecord
 from convoy.storage.bundles import MODEL_FILE
 from convoy.storage.documents import exists, read_json
@@ -102,7 +102,12 @@ def _load(config: BackboneConfig) -> tuple[nn.Module, tuple[str, ...] | None]:
 
 def _classes_of_bundle(store: ObjectStore, key: str) -> tuple[str, ...] | None:
     """The classes that a network of a bundle has an output for each of; None for files of no bundle."""
-    classes, config = (read_json(store, name) for name in ("classes.json", "config.json"))
-    if key != MODEL_FILE or classes is None or config is None or config.get("output_groups"):
+    if key != MODEL_FILE:
         return None
-    return tuple(classes)
+    try:
+        classes, config = (read_json(store, name) for name in ("classes.json", "config.json"))
+    except (AccessDenied, DataError):
+        # Whatever lies there, or may not be looked for, is none of a bundle's.
+        return None
+    is_bundled = isinstance(classes, list) and isinstance(config, dict) and "output_groups" not in config
+    return tuple(classes) if is_bundled else None

@@ -152,7 +152,7 @@ class CommitteeJob:
             progress.stage("the predictions are there already")
             return known
         progress.stage("predicting")
-        folder, record = self._resume(open_run, identity, new_run=new_run)
+        folder, record = self._resume(open_run, identity, new_run=new_run, when_held=when_held)
         folder = folder or open_run.start()
         with hold_run(folder, when_held=when_held) as lease:
             if folder.is_finished() and (known := self._known()) is not None:
@@ -171,10 +171,10 @@ class CommitteeJob:
         return found
 
     def _resume(
-        self, open_run: OpenRun, identity: dict[str, Any], *, new_run: bool
+        self, open_run: OpenRun, identity: dict[str, Any], *, new_run: bool, when_held: WhenHeld
     ) -> tuple[RunFolder | None, RunRecord | None]:
         try:
-            return take_up(open_run, identity, new_run=new_run)
+            return take_up(open_run, identity, new_run=new_run, when_held=when_held)
         except RunMismatch as error:
             if self._request.scores is None:
                 raise

@@ -59,7 +59,8 @@ class ExtractionConfig(StrictModel):
     `batch_size` are images a pass of a network; null goes by their size and by what runs it: of 224 pixels 256 on a GPU
     with native bf16, 64 on others, 32 on CPUs. `cpus_per_worker` are the threads of each of `num_workers` operators;
     null shares out the CPUs of the cluster: without GPUs, many images get an operator of one thread for every CPU, as
-    far as memory goes. `num_fetch_threads` of null are 16 an operator for images in a store, and 2 for files.
+    far as memory goes. `num_fetch_threads` of null are 16 an operator for images in a store, and 2 for files. What
+    float16 would spoil has a `dtype` of float32 whatever is set: logits, and features of random weights under a head.
     A worker whose slice has not moved for `stall_minutes`, as where a mounted folder or a device hangs, ends, with the
     stacks of its threads in its log; another takes its place. A silent store is asked for an image for up to nine.
     """

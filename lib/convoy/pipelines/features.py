@@ -123,7 +123,7 @@ class FeatureJob:
         identity = self._identity()
         waits = when_held is WhenHeld.WAIT
         open_run = self._run_beside_others(identity) if waits else self._open_run
-        opened = self._resume_or_start(open_run, identity, new_run=new_run)
+        opened = self._resume_or_start(open_run, identity, new_run=new_run, when_held=when_held)
         if opened is None:
             return self._summary(None, (), [], started_unix_s)
         folder, lacking = opened
@@ -187,10 +187,10 @@ class FeatureJob:
         return own if is_needed else self._open_run
 
     def _resume_or_start(
-        self, open_run: OpenRun, identity: dict[str, Any], *, new_run: bool
+        self, open_run: OpenRun, identity: dict[str, Any], *, new_run: bool, when_held: WhenHeld
     ) -> tuple[RunFolder, _Lacking] | None:
         """The unfinished run of a pointer, or a new one, or None if nothing is missing."""
-        folder, record = take_up(open_run, identity, new_run=new_run)
+        folder, record = take_up(open_run, identity, new_run=new_run, when_held=when_held)
         if folder is not None and record is not None:
             return folder, _Lacking({}, record.num_inputs)
         known = self._known()

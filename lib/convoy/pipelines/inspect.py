@@ -26,7 +26,7 @@ from convoy.pipelines.inspect_plan import PlannedPiece, chosen_classes, chosen_s
 from convoy.pipelines.inspect_report import INSPECTION, InspectionFigure, InspectionReport, read_figures
 from convoy.pipelines.slice_work import do_slices
 from convoy.pipelines.workspace import open_workspace
-from convoy.storage.commits import SliceRecord, finish, publish, read_records
+from convoy.storage.commits import SliceRecord, finish, publish, read_manifest, read_records
 from convoy.storage.datasets import open_dataset
 from convoy.storage.leases import RunLease, hold_run, take_up
 from convoy.storage.manifests import Manifest
@@ -137,7 +137,7 @@ class _Inspection:
     def _known(self) -> InspectionReport | None:
         """The report of a finished run that answers the config."""
         folder = finished_run(self._store, self._pointer)
-        if folder is None:
+        if folder is None or read_manifest(folder) is None:
             return None
         report = InspectionReport.model_validate(folder.report())
         allowed = self._config.error_budget.allows(report.rejects, report.samples)

@@ -45,10 +45,15 @@ def _known(store: ObjectStore, config: BackboneConfig, source: str) -> BackboneR
     if known is not None:
         # Of some networks without classifier the last layer was once taken for one.
         is_right = known.config.num_classes != 0 or known.num_classes == 0
-        return known if is_right else None
+        return known if is_right and _knows_classes(known) else None
     former = _read_record(store, _request_key(_FORMER_VERSION, config, source))
     is_right = former is not None and former.num_classes == (config.num_classes or _USUAL_OUTPUTS)
-    return former if is_right else None
+    return former if is_right and _knows_classes(former) else None
+
+
+def _knows_classes(record: BackboneRecord) -> bool:
+    """Whether the file of its weights was asked for classes: before multiply-adds to taps were counted none was."""
+    return bool(record.tap_macs) or weight_source(record.config) is not WeightSource.URI
 
 
 def _read_record(store: ObjectStore, key: str) -> BackboneRecord | None:

@@ -117,7 +117,7 @@ def network_training(
         "weights_digest": pretrained.weights_digest,
         "config": config_identity(config),
     }
-    folder, _ = take_up(open_run, identity, new_run=new_run)
+    folder, _ = take_up(open_run, identity, new_run=new_run, when_held=when_held)
     folder = folder or open_run.start()
     with hold_run(folder, when_held=when_held) as lease:
         # Another driver may have decided what is trained, until the run was ours.

@@ -93,7 +93,7 @@ class PredictionJob:
             identity["rows"] = rows_digest(self._rows)
             target.append(identity["rows"])
         open_run = OpenRun(self._store, verb=VERB, target=digest(target))
-        folder, record = take_up(open_run, identity, new_run=new_run)
+        folder, record = take_up(open_run, identity, new_run=new_run, when_held=WhenHeld.WAIT)
         folder = folder or open_run.start()
         with hold_run(folder, when_held=WhenHeld.WAIT) as lease:
             record = record or folder.record() or self._freeze(folder, lease, splits, identity, config)

@@ -109,7 +109,7 @@ class CandidateMaker:
         else:
             steps["refit_head"] = lambda: self._refit_head(champion.members[0].classifier)
         if self._config.fine_tune is not None and len(champion.members) == 1:
-            steps["fine_tune"] = lambda: self._fine_tune(champion.members[0].classifier.backbone)
+            steps["fine_tune"] = lambda: self._fine_tune(champion.members[0].classifier)
         return steps
 
     def _first_model(self) -> MadeModel:
@@ -188,12 +188,12 @@ class CandidateMaker:
         )
         return MadeModel(ref=ref, train_rows=num_rows)
 
-    def _fine_tune(self, champion: BackboneRecord) -> MadeModel | None:
+    def _fine_tune(self, champion: Classifier) -> MadeModel | None:
         """The network of the config, trained once a date, by the settings of its plan, on all training rows then."""
         arch = self._config.backbone.arch
-        if arch != champion.arch:
+        if arch != champion.backbone.arch:
             self.notes.append(
-                f"fine_tune is for {arch}, the config's backbone, and the champion is {champion.arch}"
+                f"fine_tune is for {arch}, the config's backbone, and the champion is {champion.backbone.arch}"
             )
         kept = self._folder.fine_tuned(self._date)
         if kept is None:

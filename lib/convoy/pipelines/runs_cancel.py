@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 
 from convoy.core.config import StrictModel
-from convoy.core.errors import ConfigError
+from convoy.core.errors import ConfigError, PreconditionFailed
 from convoy.pipelines.runs_state import RunState, existing_run, run_status
 from convoy.storage.commits import read_manifest
 from convoy.storage.leases import GIVEN_UP, give_up
@@ -38,7 +39,7 @@ def cancel_run(store: ObjectStore, run_id: str) -> CancelReport:
     give_up(folder)
     if read_manifest(folder) is not None:
         _take_back(folder, pointers)
-        _refuse_published(folder, status.state)
+        _refuse_published(folder, run_status(folder, pointers).state)
     return CancelReport(run=run_id, before=status.state, held_by=status.held_by, notes=_notes(status.held_by))
 
 
@@ -46,7 +47,9 @@ def _take_back(folder: RunFolder, pointers: Mapping[str, str]) -> None:
     """Undo giving up a run that published its results in the meantime: its command can end it again."""
     folder.store.delete([folder.key(GIVEN_UP)])
     if folder.run_id in pointers and not folder.is_finished():
-        open_pointer(folder.store, pointers[folder.run_id], folder.run_id)
+        # Where the same command has begun a new run by now, the driver of this one ends it alone.
+        with suppress(PreconditionFailed):
+            open_pointer(folder.store, pointers[folder.run_id], folder.run_id)
 
 
 def _refuse_published(folder: RunFolder, state: RunState) -> None:

@@ -25,8 +25,9 @@ from convoy.storage.commits import (
     RunManifest,
     SliceRecord,
     commit_set,
+    damaged_records,
     read_manifest,
-    read_sound_records,
+    read_records,
     record_key,
     stray_files,
     write_record,
@@ -143,8 +144,9 @@ class _Findings:
 
 def _examine(folder: RunFolder, run: RunRecord, retry_unfetched: bool) -> _Findings:
     manifest = read_manifest(folder)
-    recorded, unreadable = read_sound_records(folder)
-    attempts = list(manifest.slices) if manifest else recorded
+    unreadable = damaged_records(folder)
+    left_out = {info.key for info in unreadable}
+    attempts = list(manifest.slices) if manifest else read_records(folder, left_out=left_out)
     problems = [next(slice_problems(folder, run, attempt), None) for attempt in attempts]
     examined = list(zip(attempts, problems, strict=True))
     whole = [attempt for attempt, problem in examined if problem is None]
@@ -175,8 +177,8 @@ def _obstacle(folder: RunFolder, run: RunRecord, findings: _Findings) -> ConvoyE
 def _take_back(folder: RunFolder, run: RunRecord, findings: _Findings, lease: RunLease) -> None:
     """Turn a published run into an unfinished one that has all its sound slices; its manifest is kept aside.
 
-    Killed on the way it is still finished, with the damage that it had, or `is_cut_off`: without its manifest nothing
-    of it is published again before the rest is computed.
+    Killed on the way it is finished as it was, or `is_cut_off`: without its manifest nothing of it is published again
+    before the rest is computed. Files go last, as what is set aside may be whole.
     """
     store, manifest = folder.store, findings.manifest
     if _is_gone_on_with(store, run):
@@ -186,16 +188,16 @@ def _take_back(folder: RunFolder, run: RunRecord, findings: _Findings, lease: Ru
     store.delete([folder.key(GIVEN_UP)])
     if manifest is not None:
         _keep_sound(folder, run, manifest, findings.sound, lease.token)
-    _forget(store, findings.set_aside)
+    store.delete(record_key(attempt) for attempt in findings.set_aside)
     store.delete([folder.key("manifest.json")])
     store.delete([folder.key("_SUCCESS")])
+    store.delete(file.key for attempt in findings.set_aside for file in attempt.files)
 
 
 def _forget(store: ObjectStore, attempts: Sequence[SliceRecord]) -> None:
-    for attempt in attempts:
-        # The record first: without it the files count for nothing.
-        store.delete([record_key(attempt)])
-        store.delete(file.key for file in attempt.files)
+    # The records first: without them the files count for nothing.
+    store.delete(record_key(attempt) for attempt in attempts)
+    store.delete(file.key for attempt in attempts for file in attempt.files)
 
 
 def _require_input(folder: RunFolder, run: RunRecord, name: str) -> None:

@@ -93,6 +93,8 @@ def verify_run(store: ObjectStore, run_id: str) -> VerifyReport:
 def _not_finished(folder: RunFolder) -> DataError:
     state = run_status(folder, open_pointers(folder.store)).state
     next_step = "run the job's command again to finish it"
+    if state is RunState.FINISHED:
+        next_step = f"a repair of it was cut off: end that with `convoy runs repair {folder.run_id} --apply`"
     if state in (RunState.GIVEN_UP, RunState.LEFT_BEHIND):
         next_step = (
             f"no command goes on with it, as it is {state}: look for a newer one with `convoy runs list`"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from convoy.core.config import StrictModel
@@ -146,23 +146,20 @@ def write_record(store: ObjectStore, record: SliceRecord) -> None:
         store.delete(file.key for file in record.files if file.key not in chosen)
 
 
-def read_records(folder: RunFolder) -> list[SliceRecord]:
-    """All records of all attempts that finished, from storage alone. DataError if one is damaged."""
-    return [_parse_record(blob, folder.store.uri(info.key)) for info, blob in _record_blobs(folder)]
+def read_records(folder: RunFolder, *, left_out: Collection[str] = ()) -> list[SliceRecord]:
+    """All records of all attempts that finished, from storage alone. DataError if one is damaged.
+
+    `left_out` are keys of records that do not count.
+    """
+    blobs = _record_blobs(folder)
+    return [
+        _parse_record(blob, folder.store.uri(info.key)) for info, blob in blobs if info.key not in left_out
+    ]
 
 
-def read_sound_records(folder: RunFolder) -> tuple[list[SliceRecord], list[ObjectInfo]]:
-    """The same without those that are damaged, and what those are. DataError for one of another Convoy."""
-    sound, damaged = [], []
-    for info, blob in _record_blobs(folder):
-        where = folder.store.uri(info.key)
-        try:
-            parse_json(blob, where=where)
-        except DataError:
-            damaged.append(info)
-        else:
-            sound.append(_parse_record(blob, where))
-    return sound, damaged
+def damaged_records(folder: RunFolder) -> list[ObjectInfo]:
+    """The records of a run that nobody can read. What another Convoy may have written is none of them."""
+    return [info for info, blob in _record_blobs(folder) if _is_damaged(blob, folder.store.uri(info.key))]
 
 
 def _record_blobs(folder: RunFolder) -> Iterator[tuple[ObjectInfo, bytes]]:
@@ -175,12 +172,20 @@ def _parse_record(data: bytes, where: str) -> SliceRecord:
     try:
         return parse_model(SliceRecord, data, where=where)
     except DataError as error:
-        raise DataError(
-            error.what,
-            where=where,
-            next_step="upgrade Convoy if a newer one wrote it; a damaged one goes by `convoy runs repair --apply`,"
-            " and its slice computed again by the same command",
-        ) from error
+        remedy = (
+            "`convoy runs repair RUN --apply` removes it, and the same command computes its slice again"
+            if _is_damaged(data, where)
+            else "upgrade Convoy if a newer one wrote it, or delete it: the same command computes its slice again"
+        )
+        raise DataError(error.what, where=where, next_step=remedy) from error
+
+
+def _is_damaged(data: bytes, where: str) -> bool:
+    try:
+        parse_json(data, where=where)
+    except DataError:
+        return True
+    return False
 
 
 def choose_attempts(

@@ -176,16 +176,22 @@ def hold_run(
 
 
 def take_up(
-    open_run: OpenRun, identity: dict[str, Any], *, new_run: bool
+    open_run: OpenRun,
+    identity: dict[str, Any],
+    *,
+    new_run: bool,
+    when_held: WhenHeld = WhenHeld.REFUSE,
 ) -> tuple[RunFolder | None, RunRecord | None]:
-    """What `OpenRun.resume` gives; but a run that a living driver holds is not left behind.
+    """What `OpenRun.resume` gives; but a run that a living driver holds is not left behind: what it does is new, too.
 
-    Raises LeaseHeld, naming the holder: it would go on, and no command could end its run if it died. A held lease
-    is watched for that, for at most its time to live.
+    LeaseHeld is raised, naming the holder, or its run joined, to wait for it: it would go on anyway, and no command
+    could end its run if it died. A held lease is watched for that, for at most its time to live.
     """
     left = open_run.unfinished() if open_run.begins_anew(new_run) else None
     if left is not None and living_holders([left]) and (lease := read_lease(left)) is not None:
-        raise _held(left, lease)
+        if when_held is WhenHeld.REFUSE:
+            raise _held(left, lease)
+        new_run = False
     return open_run.resume(identity, new_run=new_run)
 
 

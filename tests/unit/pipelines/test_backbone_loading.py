@@ -168,6 +168,31 @@ def test_a_training_keeps_the_classifier_of_a_bundle_of_the_same_classes(store: 
     assert not classifier_beginnings(store, record, tuple("abcdefghij"))[1]
 
 
+def test_a_record_of_before_bundles_were_asked_for_classes_is_renewed(store: LocalStore) -> None:
+    ref = write_classifier(store, "digits", made_classifier(store, 0))
+    weights = store.uri(f"{ref.folder}{MODEL_FILE}")
+    config = BackboneConfig(arch="lenet5", weights=weights, preset=EvalPreset(resize_px=None, crop_px=32))
+    before = {info.key for info in store.list_objects(f"{BACKBONES}requests/")}
+    record = fetch_backbone(store, config)
+    (request,) = {info.key for info in store.list_objects(f"{BACKBONES}requests/")} - before
+    store.put(request, canonical_json(record.model_copy(update={"classes": None, "tap_macs": ()})))
+    assert fetch_backbone(store, config) == record
+
+
+@pytest.mark.parametrize("beside", [b"[1, 2", b'{"0": "cat"}', b"null"])
+def test_what_lies_beside_weights_that_are_no_bundles_does_not_matter(
+    store: LocalStore, tmp_path: Path, beside: bytes
+) -> None:
+    config = BackboneConfig(arch="lenet5", weights="random", preset=EvalPreset(resize_px=None, crop_px=32))
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    (folder / MODEL_FILE).write_bytes(state_to_safetensors(build_network(config).state_dict()))
+    for name in ("classes.json", "config.json"):
+        (folder / name).write_bytes(beside)
+    record = fetch_backbone(store, config.model_copy(update={"weights": str(folder / MODEL_FILE)}))
+    assert record.classes is None
+
+
 def test_a_training_from_scratch_begins_with_what_the_seed_gives(store: LocalStore) -> None:
     config = BackboneConfig(arch="lenet5", weights="random", num_classes=10, seed=3)
     new = NewNetwork(config.model_copy(update={"weights": "trained"}))

@@ -39,6 +39,7 @@ from convoy.storage.object_store import WriterMode
 from convoy.storage.registry import Alias, AliasMove, move_aliases, read_aliases
 from convoy.storage.retrains import RetrainFolder, RetrainPlan
 from convoy.storage.runs import RunFolder, RunRecord
+from convoy.vision.head_config import HeadKind
 from features_here import compute_features_here
 from made_bundles import FP32, made_classifier, write_classifier
 
@@ -130,6 +131,17 @@ def test_what_a_person_took_back_is_promoted_by_nobody_else(job: RetrainJob) -> 
     assert "a person took the champion back (a complaint)" in outcome.reason
     move("promoted", "a" * 32)
     assert job._decide(passed, on_champion).decision is Decision.PROMOTED
+
+
+def test_a_network_that_costs_more_than_the_early_tap_of_the_champion_is_not_trained_in_vain(
+    job: RetrainJob,
+) -> None:
+    """Of the same architecture, so that whole networks cost the same."""
+    job = begun(job._store, fine_tune={"epochs": 1})
+    champion = replace(made_classifier(job._store, 0, head=HeadKind.SOFTMAX), tap="c1")
+    maker = job._maker
+    assert maker._fine_tune(champion) is None
+    assert any("the gate would refuse lenet5: an image costs 1.8" in note for note in maker.notes)
 
 
 def test_a_first_holdout_that_is_too_small_for_the_gate_is_said_at_once(job: RetrainJob) -> None:

@@ -21,6 +21,7 @@ from convoy.core.progress import Silent
 from convoy.core.records import RejectCode
 from convoy.pipelines.feature_plan import ExtractionConfig
 from convoy.pipelines.feature_summary import seconds_under_way
+from convoy.pipelines.prediction_request import SCORE
 from convoy.pipelines.runs_cancel import cancel_run
 from convoy.pipelines.runs_diff import ChangedPrediction, diff_runs
 from convoy.pipelines.runs_gc import GcReport, collect_garbage
@@ -45,7 +46,7 @@ from convoy.storage.commits import (
 )
 from convoy.storage.conditional_put import PROBE_FOLDER
 from convoy.storage.datasets import freeze_dataset
-from convoy.storage.leases import give_up, hold_run, is_given_up, take_up
+from convoy.storage.leases import WhenHeld, give_up, hold_run, is_given_up, take_up
 from convoy.storage.local_store import LOCK_NAME, LocalStore
 from convoy.storage.local_walk import PRIVATE_PREFIX
 from convoy.storage.object_store import ObjectStore
@@ -66,11 +67,14 @@ def store(tmp_path: Path) -> LocalStore:
     return LocalStore(str(tmp_path))
 
 
-def opened(store: ObjectStore, target: str = "t") -> tuple[OpenRun, RunFolder, RunRecord]:
+def opened(
+    store: ObjectStore, target: str = "t", *, verb: str = "cache"
+) -> tuple[OpenRun, RunFolder, RunRecord]:
     """A run that the command of a target would go on with: three slices, none of them done."""
-    pointer = OpenRun(store, verb="cache", target=target)
+    pointer = OpenRun(store, verb=verb, target=target)
     folder = pointer.start()
-    new_run(store, NAMES, run_id=folder.run_id, open_key=folder.open_key)
+    prefix = None if verb == "cache" else folder.key(f"{PREDICTIONS}/")
+    new_run(store, NAMES, run_id=folder.run_id, open_key=folder.open_key, verb=verb, prefix=prefix)
     record = folder.record()
     assert record is not None
     return pointer, folder, record
@@ -405,6 +409,10 @@ def test_a_run_that_a_driver_is_at_is_not_left_behind(store: LocalStore) -> None
     current = pointer.current()
     assert current is not None
     assert current.run_id == folder.run_id
+    with hold_run(folder, ttl_s=1.5):
+        joined, _ = take_up(pointer, record.identity, new_run=True, when_held=WhenHeld.WAIT)
+    assert joined is not None
+    assert joined.run_id == folder.run_id
     assert take_up(pointer, record.identity, new_run=True) == (None, None)
     assert pointer.current() is None
 
@@ -599,6 +607,34 @@ def test_a_repair_that_is_killed_anywhere_leaves_no_run_that_ends_with_its_damag
     assert 0 < by_command < number
 
 
+def test_a_repair_of_whole_slices_that_is_killed_anywhere_leaves_a_whole_run_or_one_to_repair(
+    tmp_path: Path,
+) -> None:
+    cut_off = 0
+    for number in itertools.count():
+        store = LocalStore(str(tmp_path / str(number)))
+        pointer, folder, record = opened(store, verb=SCORE)
+        missing = finish_slice(store, record, SLICES[0], rejected=["s01"], code=RejectCode.GONE)
+        assert missing.unfetched == 1
+        do_rest(folder, record)
+        pointer.close(folder)
+        with dying_at_change(number) as done:
+            repair_run(store, folder.run_id, Changes.MADE, retry_unfetched=True)
+        store.delete([folder.key("lease.json")])
+        if not ends(pointer, record) and read_manifest(folder) is None:
+            cut_off += 1
+            with pytest.raises(DataError, match="not finished") as caught:
+                verify_run(store, folder.run_id)
+            assert f"convoy runs repair {folder.run_id} --apply" in caught.value.next_step
+            repair_run(store, folder.run_id, Changes.MADE)
+            assert ends(pointer, record)
+        assert verify_run(store, folder.run_id).ok, f"killed after {done}"
+        if len(done) < number:
+            break
+    assert number > 5
+    assert cut_off == 1
+
+
 def test_rejects_of_features_need_no_repair(store: LocalStore) -> None:
     folder, _ = finished(store)
     with pytest.raises(ConfigError, match="next job that needs them"):
@@ -641,6 +677,17 @@ def test_a_record_that_cannot_be_read_is_removed_and_its_slice_computed_again(st
     repair_run(store, folder.run_id, Changes.MADE)
     assert do_rest(folder, record, attempt="a1") == [SLICES[0], SLICES[2]]
     assert verify_run(store, folder.run_id).ok
+
+
+def test_a_record_of_another_convoy_is_left_where_it_is(store: LocalStore) -> None:
+    _, folder, record = opened(store)
+    finish_slice(store, record, SLICES[0])
+    key = record_key(read_records(folder)[0])
+    store.put(key, b'{"of": "tomorrow"}')
+    with pytest.raises(DataError) as caught:
+        repair_run(store, folder.run_id, Changes.MADE)
+    assert "upgrade Convoy" in caught.value.next_step
+    assert store.get(key).data == b'{"of": "tomorrow"}'
 
 
 def test_a_record_that_cannot_be_read_comes_back_from_the_manifest(store: LocalStore) -> None:
