@@ -47,8 +47,9 @@ def _known(store: ObjectStore, config: BackboneConfig, source: str) -> BackboneR
         is_right = known.config.num_classes != 0 or known.num_classes == 0
         return known if is_right and _knows_classes(known) else None
     former = _read_record(store, _request_key(_FORMER_VERSION, config, source))
-    is_right = former is not None and former.num_classes == (config.num_classes or _USUAL_OUTPUTS)
-    return former if is_right and _knows_classes(former) else None
+    if former is None or former.num_classes != (config.num_classes or _USUAL_OUTPUTS):
+        return None
+    return former if _knows_classes(former) else None
 
 
 def _knows_classes(record: BackboneRecord) -> bool:
