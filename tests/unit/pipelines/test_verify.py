@@ -13,7 +13,7 @@ from convoy.pipelines.verify import verify_run
 from convoy.storage.commits import RunManifest, finish, publish, read_records
 from convoy.storage.local_store import LocalStore
 from convoy.storage.manifests import fingerprint_samples
-from convoy.storage.runs import RunFolder, RunRecord
+from convoy.storage.runs import OpenRun, RunFolder, RunRecord
 from made_manifests import write_samples
 from made_runs import SET_ID, finish_slice, made_manifest, new_run
 
@@ -148,6 +148,13 @@ def test_run_without_marker_is_not_ok(store: LocalStore) -> None:
 
 
 def test_unfinished_run_says_how_to_finish_it(store: LocalStore) -> None:
-    new_run(store, NAMES)
+    folder = OpenRun(store, verb="cache", target="t").start()
+    new_run(store, NAMES, run_id=folder.run_id, open_key=folder.open_key)
     with pytest.raises(DataError, match="run the job's command again"):
+        verify_run(store, folder.run_id)
+
+
+def test_unfinished_run_that_no_command_goes_on_with_says_so(store: LocalStore) -> None:
+    new_run(store, NAMES)
+    with pytest.raises(DataError, match="no command goes on with it, as it is left behind"):
         verify_run(store, "r1")
