@@ -147,10 +147,7 @@ def _recorded_rows(store: ObjectStore) -> int:
 def _config(settings: ResumeBench) -> dict[str, Any]:
     return {
         "dataset": "images",
-        "model": {
-            "backbone": settings.network.backbone.model_dump(mode="json"),
-            "classes": [f"class_{index}" for index in range(settings.network.num_outputs)],
-        },
+        "model": settings.network.scored_model,
         "columns": {"outputs": "logits"},
         "extraction": {"batch_size": settings.batch_size},
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from PIL import Image
@@ -30,11 +31,12 @@ class ScoredNetwork(StrictModel):
         return BackboneConfig(arch=self.arch, weights="random", preset=preset)
 
     @property
-    def num_outputs(self) -> int:
-        """How many classes it tells apart."""
+    def scored_model(self) -> dict[str, Any]:
+        """The network as the `model` of a scoring's config, with a name for each of its outputs."""
         with torch.inference_mode():
             outputs_BK: Tensor = self.build()(torch.zeros(1, 3, self.crop_px, self.crop_px))
-        return outputs_BK.shape[1]
+        classes = [f"class_{index}" for index in range(outputs_BK.shape[1])]
+        return {"backbone": self.backbone.model_dump(mode="json"), "classes": classes}
 
     def build(self) -> nn.Module:
         """The network in evaluation mode: float32 images_BCHW in, log-probabilities_BK out, as jobs keep them."""

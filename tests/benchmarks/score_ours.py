@@ -77,15 +77,11 @@ def run_ours(settings: OursSettings) -> WayResult:
 
 
 def _config(settings: OursSettings) -> dict[str, Any]:
-    network = settings.network
     return {
         # Swift has no atomic conditional PUT.
         "writers": "many" if settings.root is None else "single",
         "dataset": "images",
-        "model": {
-            "backbone": network.backbone.model_dump(mode="json"),
-            "classes": [f"class_{index}" for index in range(network.num_outputs)],
-        },
+        "model": settings.network.scored_model,
         "columns": {"outputs": "logits"},
         "extraction": {"batch_size": settings.batch_size, "precision": settings.precision.value},
     }

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from s3_server import S3Server
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a benchmark writes its page."""
+    return tmp_path_factory.mktemp("bench") / "results.md"
 
 
 @pytest.fixture(scope="module")

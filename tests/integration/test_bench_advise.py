@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from command_lines import convoy_json
+from command_lines import convoy_json, settings_arguments
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -26,11 +26,6 @@ CONFIG = {
     "network": {"epochs": 2},
     "extraction": {"precision": "fp32", "dtype": "float32"},
 }
-
-
-@pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("page") / "advise.md"
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +61,7 @@ def report(tmp_path_factory: pytest.TempPathFactory, page: Path) -> dict[str, An
         "forecast_factors=[2, 4]",
         f"results={json.dumps(str(page))}",
     ]
-    overrides = [argument for setting in settings for argument in ("--set", setting)]
-    return convoy_json("bench", "advise", *overrides)
+    return convoy_json("bench", "advise", *settings_arguments(*settings))
 
 
 def test_the_ratios_come_first_and_follow_from_the_cases(report: dict[str, Any]) -> None:

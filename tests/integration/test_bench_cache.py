@@ -44,11 +44,6 @@ _WAYS = (
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("bench") / "results.md"
-
-
-@pytest.fixture(scope="module")
 def report(page: Path) -> dict[str, Any]:
     finished = _run(*_TINY, f"results={json.dumps(str(page))}")
     assert finished.returncode == 0, finished.stderr

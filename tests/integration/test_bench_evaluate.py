@@ -31,11 +31,6 @@ _WAYS = {"ours", "tta_loop_workers_0", "tencrop_workers_0"}
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("bench") / "results.md"
-
-
-@pytest.fixture(scope="module")
 def report(page: Path) -> dict[str, Any]:
     finished = _run(*_TINY, f"results={json.dumps(str(page))}")
     assert finished.returncode == 0, finished.stderr

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from command_lines import convoy_json
+from command_lines import convoy_json, settings_arguments
 
 pytestmark = [
     pytest.mark.integration,
@@ -20,15 +20,9 @@ NUM_ROWS = 20_000
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("bench") / "results.md"
-
-
-@pytest.fixture(scope="module")
 def report(page: Path) -> dict[str, Any]:
     settings = ["repeats=1", "jobs=[score, cache]", f"results={json.dumps(str(page))}"]
-    overrides = [argument for setting in settings for argument in ("--set", setting)]
-    return convoy_json("bench", "plan", "--rows", str(NUM_ROWS), *overrides)
+    return convoy_json("bench", "plan", "--rows", str(NUM_ROWS), *settings_arguments(*settings))
 
 
 def test_time_and_memory_of_planning_and_resuming_come_first(report: dict[str, Any]) -> None:

@@ -8,16 +8,11 @@ from typing import Any
 
 import pytest
 
-from command_lines import convoy_json
+from command_lines import convoy_json, settings_arguments
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 NUM_IMAGES = 2048
-
-
-@pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("bench") / "results.md"
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +24,7 @@ def report(page: Path) -> dict[str, Any]:
         "repeats=1",
         f"results={json.dumps(str(page))}",
     ]
-    overrides = [argument for setting in settings for argument in ("--set", setting)]
-    return convoy_json("bench", "resume", *overrides)
+    return convoy_json("bench", "resume", *settings_arguments(*settings))
 
 
 def test_the_ratios_come_first(report: dict[str, Any]) -> None:

@@ -38,11 +38,6 @@ HEADLINES = (
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("bench") / "results.md"
-
-
-@pytest.fixture(scope="module")
 def report(page: Path) -> dict[str, Any]:
     settings = [*TINY, f"results={json.dumps(str(page))}"]
     finished = subprocess.run(

@@ -36,11 +36,6 @@ _WAYS = ("ours", "dataloader_workers_1", "dataloader_tuned_workers_1")
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("bench") / "results.md"
-
-
-@pytest.fixture(scope="module")
 def report(page: Path, ray_cluster: Mapping[str, str]) -> dict[str, Any]:
     finished = _run(*_TINY, f"results={json.dumps(str(page))}", environment=ray_cluster)
     assert finished.returncode == 0, finished.stderr

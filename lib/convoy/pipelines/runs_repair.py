@@ -10,7 +10,6 @@ missing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from convoy.core.config import StrictModel
@@ -111,9 +110,8 @@ def repair_run(
         # First, as records that cannot be read are among them, in whose place sound ones may come.
         store.delete(info.key for info in findings.orphans)
         if findings.takes_back:
-            _take_back(folder, run, findings, lease)
-        else:
-            _forget(store, findings.set_aside)
+            _open_for_command(folder, run, findings, lease)
+        _forget(folder, findings)
     return _report(store, run, findings, changes)
 
 
@@ -174,11 +172,10 @@ def _obstacle(folder: RunFolder, run: RunRecord, findings: _Findings) -> ConvoyE
     return None
 
 
-def _take_back(folder: RunFolder, run: RunRecord, findings: _Findings, lease: RunLease) -> None:
-    """Turn a published run into an unfinished one that has all its sound slices; its manifest is kept aside.
+def _open_for_command(folder: RunFolder, run: RunRecord, findings: _Findings, lease: RunLease) -> None:
+    """Let a published run be one that a command ends from its sound slices, once the others are forgotten.
 
-    Killed on the way it is finished as it was, or `is_cut_off`: without its manifest nothing of it is published again
-    before the rest is computed. Files go last, as what is set aside may be whole.
+    Its manifest is kept aside.
     """
     store, manifest = folder.store, findings.manifest
     if _is_gone_on_with(store, run):
@@ -188,16 +185,20 @@ def _take_back(folder: RunFolder, run: RunRecord, findings: _Findings, lease: Ru
     store.delete([folder.key(GIVEN_UP)])
     if manifest is not None:
         _keep_sound(folder, run, manifest, findings.sound, lease.token)
+
+
+def _forget(folder: RunFolder, findings: _Findings) -> None:
+    """Delete what is set aside; a published run is an unfinished one then.
+
+    Killed on the way it is finished as it was, or `is_cut_off`: without its manifest nothing of it is published again
+    before the rest is computed. Files go last: what is set aside may be whole, and counts for nothing without records.
+    """
+    store = folder.store
     store.delete(record_key(attempt) for attempt in findings.set_aside)
-    store.delete([folder.key("manifest.json")])
-    store.delete([folder.key("_SUCCESS")])
+    if findings.takes_back:
+        store.delete([folder.key("manifest.json")])
+        store.delete([folder.key("_SUCCESS")])
     store.delete(file.key for attempt in findings.set_aside for file in attempt.files)
-
-
-def _forget(store: ObjectStore, attempts: Sequence[SliceRecord]) -> None:
-    # The records first: without them the files count for nothing.
-    store.delete(record_key(attempt) for attempt in attempts)
-    store.delete(file.key for attempt in attempts for file in attempt.files)
 
 
 def _require_input(folder: RunFolder, run: RunRecord, name: str) -> None:

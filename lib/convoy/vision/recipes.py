@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from convoy.vision.training_config import (
     BODY,
@@ -51,6 +51,13 @@ class PaperRecipe:
 
 _STEPS_OF_THIRDS = Schedule(kind=ScheduleKind.STEP, milestones=(1 / 3, 2 / 3))
 _SGD = Optimiser(kind=OptimiserKind.SGD)
+_CIFAR_RESNET = PaperRecipe(
+    source="He et al. 2015 (arXiv:1512.03385), section 4.2: rate / 10 at 32k and 48k of 64k updates",
+    recipe=Recipe(batch_size=128, optimiser=_SGD),
+    learning_rate=0.1,
+    epochs=182,
+    schedule=Schedule(kind=ScheduleKind.STEP, milestones=(0.5, 0.75)),
+)
 
 _PAPERS: Sequence[tuple[str, PaperRecipe]] = (
     (
@@ -66,24 +73,13 @@ _PAPERS: Sequence[tuple[str, PaperRecipe]] = (
     (
         # At the full rate it learns nothing for some epochs. The paper's 400 updates at a tenth of it are a ramp here.
         r"cifar_resnet110",
-        PaperRecipe(
+        replace(
+            _CIFAR_RESNET,
             source="He et al. 2015 (arXiv:1512.03385), section 4.2: 400 of 64k updates warm up, rate / 10 at 32k, 48k",
-            recipe=Recipe(batch_size=128, optimiser=_SGD),
-            learning_rate=0.1,
-            epochs=182,
-            schedule=Schedule(kind=ScheduleKind.STEP, milestones=(0.5, 0.75), warmup=400 / 64_000),
+            schedule=_CIFAR_RESNET.schedule.model_copy(update={"warmup": 400 / 64_000}),
         ),
     ),
-    (
-        r"cifar_resnet\d+",
-        PaperRecipe(
-            source="He et al. 2015 (arXiv:1512.03385), section 4.2: rate / 10 at 32k and 48k of 64k updates",
-            recipe=Recipe(batch_size=128, optimiser=_SGD),
-            learning_rate=0.1,
-            epochs=182,
-            schedule=Schedule(kind=ScheduleKind.STEP, milestones=(0.5, 0.75)),
-        ),
-    ),
+    (r"cifar_resnet\d+", _CIFAR_RESNET),
     (
         r"(torchvision|timm):(alexnet|vgg\w*|squeezenet\w*)",
         PaperRecipe(
