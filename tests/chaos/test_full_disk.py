@@ -114,6 +114,7 @@ def test_a_full_disk_stops_the_job_and_room_lets_it_go_on(tmp_path: Path, fault_
     assert told["stopped"][0] == 4, told["stopped"][1]
     assert "the disk is full" in told["stopped"][1]
     assert told["again"][0] == 0, told["again"][1]
+    assert told["before"], "no slice was finished before the disk was full"
     assert {name: told["after"][name] for name in told["before"]} == told["before"]
     job.run()
     fault_table.add(

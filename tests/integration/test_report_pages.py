@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from cache_jobs import freeze, write_digits
 from command_lines import convoy_here, last_json, settings_arguments
+from convoy.vision.contact_sheet import cell_origin
 from made_pages import PageParts
 from train_jobs import LENET, TrainJob
 
@@ -94,6 +97,38 @@ def test_a_training_has_curves_augmentation_quality_and_lineage(
     assert page.json_of("confusion-matrix")["rows_true_columns_predicted"] == training["confusion"]
     assert len(page.json_of("augmentation")["rows"]) == 6
     assert "digest of the package" in page.text
+
+
+def test_contact_sheet_shows_a_configs_policy_with_the_colours_of_the_users_own_images(
+    workspace: str, ray_cluster: dict[str, str], tmp_path: Path
+) -> None:
+    config, sheet = tmp_path / "train.yaml", tmp_path / "sheet.png"
+    config.write_text(
+        f"name: lenet\nstrategy: from_scratch\ndataset: digits\nbackbone: {LENET}\n"
+        "augmentation: {rotation: {degrees: 20}, pca_colour: {strength: 0.5}}\n",
+        encoding="utf-8",
+    )
+    finished = convoy_here(
+        *("report", "augmentation", "--config", str(config), "--set", f"workspace={workspace}"),
+        *("--out", str(sheet), "--images", "10", "--views", "3", "--json"),
+    )
+    assert finished.returncode == 0, finished.stderr
+    report = last_json(finished)
+    assert sorted(image["label"] for image in report["images"]) == [str(digit) for digit in range(10)]
+    assert (report["draws"], report["rejects"]) == (3, 0)
+    basis = report["policy"]["pca_colour"]["basis"]
+    # Grey images have one colour, and JPEG adds next to nothing to it.
+    assert basis["eigenvalues"][0] > 1000 * abs(basis["eigenvalues"][1])
+    with Image.open(sheet) as picture:
+        pixels = np.asarray(picture)
+    for row in range(10):
+        cells = []
+        for column in range(4):
+            left_px, top_px = cell_origin(row, column, 96)
+            cells.append(pixels[top_px : top_px + 96, left_px : left_px + 96])
+        evaluation, *draws = cells
+        assert evaluation.std() > 0
+        assert not any(np.array_equal(evaluation, draw) for draw in draws)
 
 
 def test_a_model_has_its_quality_and_leads_to_its_training(

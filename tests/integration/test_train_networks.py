@@ -15,7 +15,7 @@ from PIL import Image
 
 from awkward_images import awkward_cases
 from cache_jobs import freeze, write_digits
-from command_lines import convoy_here, last_json
+from command_lines import convoy_here, last_json, settings_arguments
 from convoy.cluster.training import WorkerOptions, plan_workers
 from convoy.core.errors import ClusterError
 from convoy.core.records import Split
@@ -197,6 +197,28 @@ def test_two_workers_learn_as_one_does_with_the_same_batch(
         # Each of the 33 validation rows counts once: a row more or less would be seen here.
         for name in ("images", "val_top1", "train_top1", "learning_rate"):
             assert found[name] == expected[name], name
+
+
+def test_two_workers_with_batchnorm_learn_as_one_does_in_the_same_passes(digits: TrainJob) -> None:
+    """BatchNorm takes its statistics over a pass: two passes of each of two workers are the four of one worker.
+
+    Over four images it amplifies what the order of additions changes: one thread more moves the loss by some 5e-4.
+    """
+    job = digits.changed(
+        f"backbone={{arch: cifar_resnet20, weights: random, preset: {PRESET}}}", "learning_rate=0.002"
+    )
+    one = job.changed("name=four-passes", "recipe.accumulate=4").run_here()
+    two = job.changed("name=two-passes", "recipe.accumulate=2", "workers.num_workers=2").run_here()
+    assert [epoch["train_loss"] for epoch in two["history"]] == pytest.approx(
+        [epoch["train_loss"] for epoch in one["history"]], rel=2e-3
+    )
+    # Each worker has statistics of its own, and both have measured the val rows with those that are in the bundle.
+    evaluated = convoy_here(
+        *("evaluate", two["bundle"], "--dataset", "digits", "--workspace", digits.workspace, "--json"),
+        *settings_arguments("splits=[val]", FP32),
+    )
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert last_json(evaluated)["nll"] == pytest.approx(two["history"][-1]["val_nll"], rel=1e-5)
 
 
 def test_split_ingest_gives_the_very_training_of_the_fused_one(
