@@ -45,12 +45,14 @@ integration: setup  ## Only the tests that start a real Ray or a real S3 server.
 
 chaos: setup  ## Kill and spoil things on purpose, the long form; ends in a table of faults. About an hour.
 	$(BIN)/python tests/run_pytest.py tests/unit/vision/test_forward.py tests/unit/cluster/test_library_versions.py \
-		tests/unit/storage/test_s3_store.py tests/unit/storage/test_samples.py tests/unit/storage/test_sources_*.py -m "not gpu"
+		tests/unit/storage/test_s3_store.py tests/unit/storage/test_samples.py tests/unit/storage/test_sources_*.py \
+		-m "not gpu" $(TWO_FILES)
 	$(BIN)/python tests/run_pytest.py tests/contract/test_leases.py tests/contract/test_s3_faults.py \
 		tests/contract/test_conditional_put_faults.py tests/integration/test_awkward_images.py \
 		tests/integration/test_cache_on_s3.py tests/integration/test_runs.py tests/integration/test_slice_workers.py \
 		tests/integration/test_cache.py::test_unfinished_run_refuses_a_changed_dataset_until_new_run \
-		tests/integration/test_retrain.py::test_days_of_digits_end_as_they_should tests/chaos -m "not gpu"
+		tests/integration/test_retrain.py::test_days_of_digits_end_as_they_should tests/chaos \
+		-m "not gpu" $(TWO_FILES)
 
 gpu: setup  ## The tests that need a CUDA device.
 	$(BIN)/python -m pytest tests/gpu -m gpu
