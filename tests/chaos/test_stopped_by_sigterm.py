@@ -28,9 +28,12 @@ def test_a_stopped_job_exits_with_4_within_the_notice_and_goes_on_from_its_finis
     command = [str(CONVOY), *job.arguments()]
     # On a Ray of its own, as it does not know of this process'; what comes then is quicker here.
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
-        wait_for(lambda: len(job.attempts()) >= 2, process)
-        process.send_signal(signal.SIGTERM)
-        _, stderr = process.communicate(timeout=NOTICE_S)
+        try:
+            wait_for(lambda: len(job.attempts()) >= 2, process)
+            process.send_signal(signal.SIGTERM)
+            _, stderr = process.communicate(timeout=NOTICE_S)
+        finally:
+            process.kill()
     assert process.returncode == 4, stderr
     assert stderr.splitlines()[-1] == "stopped: run the same command again to go on"
     assert "Traceback" not in stderr
