@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -30,23 +30,27 @@ class DuplicateReport(StrictModel):
 def find_duplicates(
     store: ObjectStore, manifest: Manifest, set_id: str, among: pa.Table | None = None
 ) -> DuplicateReport:
-    """Exact duplicates among the samples of a manifest that a feature set has rows for, or of these those `among` it.
+    """Exact duplicates among the samples of a manifest that a feature set has rows for, or among some rows of it.
 
     Groups that disagree on the label or cross splits come first among the examples, then the largest.
     """
-    content = content_digests(FeatureCache(store), set_id)
-    if among is not None:
-        wanted = np.isin(content[0], content_id_array(among["content_id"]))
-        content = content[0][wanted], content[1][wanted]
+    having = None if among is None else np.sort(content_id_array(among["content_id"]))
+    content = content_digests(FeatureCache(store), set_id, having)
+
+    def read(*columns: str) -> Iterator[tuple[pa.Table, np.ndarray]]:
+        # Of `among` the rows themselves: others of the manifest may have their content ids.
+        batches = manifest.iter_batches(columns) if among is None else among.select(columns).to_batches()
+        return _with_digests(batches, *content)
+
     # 16 bytes a sample find what is repeated; then some numbers a group, however large it is; then names of a few.
-    digests = [digest for _, digest in _with_digests(manifest, ["content_id"], *content)]
+    digests = [digest for _, digest in read("content_id")]
     unique, counts = np.unique(np.concatenate(digests), return_counts=True)
     groups = _Groups(unique[counts > 1], counts[counts > 1])
-    for table, digest in _with_digests(manifest, ["content_id", "label", "split"], *content):
+    for table, digest in read("content_id", "label", "split"):
         groups.add(table, digest)
     worst = groups.worst()
     names: dict[bytes, list[str]] = {group: [] for group in worst.tolist()}
-    for table, digest in _with_digests(manifest, ["sample_id", "content_id"], *content):
+    for table, digest in read("sample_id", "content_id"):
         members = contains(np.sort(worst), digest)
         sample_ids = table["sample_id"].filter(pa.array(members)).to_pylist()
         for group, sample_id in zip(digest[members].tolist(), sample_ids, strict=True):
@@ -102,21 +106,28 @@ class _Groups:
 
 
 def _with_digests(
-    manifest: Manifest, columns: list[str], content_ids: np.ndarray, digests: np.ndarray
+    batches: Iterable[pa.RecordBatch], content_ids: np.ndarray, digests: np.ndarray
 ) -> Iterator[tuple[pa.Table, np.ndarray]]:
-    """The manifest's samples whose bytes were read, and the digests of those bytes."""
-    for batch in manifest.iter_batches(columns=columns):
+    """The samples whose bytes were read, and the digests of those bytes."""
+    for batch in batches:
         known = contains(content_ids, content_id_array(batch["content_id"]))
         table = pa.table(batch).filter(pa.array(known))
         yield table, digests[np.searchsorted(content_ids, content_id_array(table["content_id"]))]
 
 
-def content_digests(cache: FeatureCache, set_id: str) -> tuple[np.ndarray, np.ndarray]:
-    """Content ids, sorted and unique, and the digest of the bytes of each."""
+def content_digests(
+    cache: FeatureCache, set_id: str, having: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Content ids of a set, sorted and unique, and the digest of the bytes of each.
+
+    With `having`, sorted content ids, only these, and of parts with none of them nothing but ids is read.
+    """
     ids, digests = [], []
-    for table in cache.iter_parts(set_id, ["content_id", "content_digest"]):
-        ids.append(content_id_array(table["content_id"]))
-        digests.append(content_id_array(table["content_digest"]))
+    for table in cache.iter_parts(set_id, ["content_id", "content_digest"], having=having):
+        part_ids = content_id_array(table["content_id"])
+        wanted = slice(None) if having is None else contains(having, part_ids)
+        ids.append(part_ids[wanted])
+        digests.append(content_id_array(table["content_digest"])[wanted])
     if not ids:
         return np.empty(0, "S16"), np.empty(0, "S16")
     unique_ids, first = np.unique(np.concatenate(ids), return_index=True)

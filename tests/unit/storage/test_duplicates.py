@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ import pyarrow.compute as pc
 from convoy.core.fingerprints import digest_bytes
 from convoy.storage.commits import feature_prefix, part_key, publish, write_record
 from convoy.storage.datasets import freeze_dataset, open_dataset
-from convoy.storage.duplicates import DuplicateReport, find_duplicates
+from convoy.storage.duplicates import DuplicateReport, content_digests, find_duplicates
+from convoy.storage.feature_cache import FeatureCache, content_id_array
 from convoy.storage.local_store import LocalStore
 from convoy.storage.manifests import Manifest
 from convoy.storage.parts import FeatureRows, write_features
@@ -106,9 +108,47 @@ def test_those_among_some_samples_are_found_whatever_the_set_has_rows_for(tmp_pa
     files = {f"train/cat/{index}.jpg": b"one" for index in range(4)}
     store, manifest = dataset(tmp_path, {**files, "test/cat/4.jpg": b"one", "train/dog/5.jpg": b"two"})
     assert read_and_commit(store, manifest).samples == 5
-    rows = manifest.read_table(["sample_id", "content_id"])
+    rows = manifest.read_table()
     some = rows.filter(pc.is_in(rows["sample_id"], pa.array(["train/cat/1.jpg", "train/cat/3.jpg"])))
     report = find_duplicates(store, manifest, SET_ID, some)
     assert (report.groups, report.samples, report.across_splits) == (1, 2, 0)
     assert report.examples == [["train/cat/1.jpg", "train/cat/3.jpg"]]
     assert find_duplicates(store, manifest, SET_ID, some.slice(0, 1)).groups == 0
+
+
+def dataset_with_checksums(tmp_path: Path, files: dict[str, bytes]) -> tuple[LocalStore, Manifest]:
+    """Equal files have one content id, as on S3."""
+    lines = ["path,label,split,md5"]
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+        lines.append(f"{name},cat,train,{hashlib.md5(data, usedforsecurity=False).hexdigest()}")
+    listed = tmp_path / "images.csv"
+    listed.write_text("\n".join(lines))
+    store = LocalStore(str(tmp_path / "workspace"))
+    freeze_dataset(store, "made", str(listed))
+    return store, open_dataset(store, "made")
+
+
+def test_a_copy_outside_of_some_samples_is_not_among_them_though_it_has_the_content_id_of_one(
+    tmp_path: Path,
+) -> None:
+    files = {f"{pair}-{copy}.jpg": bytes([pair]) for pair in range(4) for copy in range(2)}
+    store, manifest = dataset_with_checksums(tmp_path, files)
+    assert read_and_commit(store, manifest).groups == 4
+    rows = manifest.read_table()
+    some = rows.filter(pc.is_in(rows["sample_id"], pa.array(["0-0.jpg", "0-1.jpg", "1-0.jpg", "2-1.jpg"])))
+    report = find_duplicates(store, manifest, SET_ID, some)
+    assert (report.groups, report.samples) == (1, 2)
+    assert report.examples == [["0-0.jpg", "0-1.jpg"]]
+
+
+def test_digests_of_some_contents_are_those_alone(tmp_path: Path) -> None:
+    store, manifest = dataset(tmp_path, {f"{index}.jpg": bytes([index]) for index in range(4)})
+    read_and_commit(store, manifest)
+    cache = FeatureCache(store)
+    ids, digests = content_digests(cache, SET_ID)
+    wanted = np.sort(content_id_array(manifest.read_table(["content_id"])["content_id"])[:2])
+    some_ids, some_digests = content_digests(cache, SET_ID, wanted)
+    assert some_ids.tolist() == wanted.tolist()
+    assert some_digests.tolist() == digests[np.searchsorted(ids, wanted)].tolist()
+    assert not len(content_digests(cache, SET_ID, np.array([b"of no set"], "S16"))[0])
