@@ -143,6 +143,7 @@ def made_card() -> DataCard:
         suffixes={".jpg": 299, IMAGE[:12]: 1},
         duplicates=FoundDuplicates(
             splits=[Split.TRAIN, Split.TEST],
+            unread_splits=[],
             groups=1,
             samples=2,
             across_splits=1,

@@ -55,11 +55,12 @@ class LabelledImage(StrictModel):
 class FoundDuplicates(StrictModel):
     """Groups of equal images among those of some `splits`; `examples` names the samples of some of the worst.
 
-    `across_splits` is null where none was found and the images of another split may be the same: not all splits with
-    labels were read.
+    `unread_splits` are the others whose images may be the same. Where there are some, `across_splits` is the least
+    number of groups in several splits, and null where none was found.
     """
 
     splits: list[Split]
+    unread_splits: list[Split]
     groups: int
     samples: int
     across_splits: int | None
@@ -171,15 +172,18 @@ def _duplicates(store: ObjectStore, name: str, manifest: Manifest) -> FoundDupli
     if not read:
         return None
     set_id = next((set_id for set_id, splits in read.items() if wanted <= splits), next(iter(read)))
+    # Not all rows of the set: jobs may have added a sample of other splits to it.
+    splits = [split for split in Split if split in read[set_id]]
+    unread = [split for split in Split if split in wanted - read[set_id]]
     try:
-        report = find_duplicates(store, manifest, set_id)
+        report = find_duplicates(store, manifest, set_id, splits=splits)
     except ConvoyError:
         return None
-    is_known = wanted <= read[set_id] or report.across_splits > 0
     return FoundDuplicates(
         **report.model_dump(exclude={"across_splits"}),
-        splits=[split for split in Split if split in read[set_id]],
-        across_splits=report.across_splits if is_known else None,
+        splits=splits,
+        unread_splits=unread,
+        across_splits=(report.across_splits or None) if unread else report.across_splits,
     )
 
 

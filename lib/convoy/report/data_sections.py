@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from convoy.core.records import Split
-from convoy.pipelines.report_data_card import ClassRows, DataCard
+from convoy.pipelines.report_data_card import ClassRows, DataCard, FoundDuplicates
 from convoy.pipelines.report_rejects import RejectSummary
 from convoy.pipelines.report_sheet import AugmentationSheet
 from convoy.report.blocks import Block, Code, Facts, Figure, Gallery, Notes, Section, Sheet, Table, text_table
@@ -192,15 +192,11 @@ def _findings(card: DataCard) -> Iterator[Block]:
         text = "Exact duplicates are not known: no cache job has read a whole split of this version."
         yield Notes(title="Duplicates", texts=[text])
     else:
-        unknown = "not known: no cache job has read all splits with labels"
         rows = [
             ("splits that were read", ", ".join(found.splits)),
             ("groups of equal images", count(found.groups)),
             ("images in them", count(found.samples)),
-            (
-                "groups that cross splits",
-                unknown if found.across_splits is None else count(found.across_splits),
-            ),
+            ("groups that cross splits", _groups_across(found)),
             ("groups whose labels differ", count(found.label_conflicts)),
         ]
         yield Facts(key="duplicates", title="Exact duplicates", rows=rows, data=found.model_dump())
@@ -209,6 +205,14 @@ def _findings(card: DataCard) -> Iterator[Block]:
             yield text_table(["first samples of one group*"], groups, folded="Some groups, the worst first")
     if card.warnings:
         yield Notes(title="Warnings", texts=card.warnings)
+
+
+def _groups_across(found: FoundDuplicates) -> str:
+    known = "not known" if found.across_splits is None else count(found.across_splits)
+    if not found.unread_splits:
+        return known
+    least = f"at least {known}" if found.across_splits else known
+    return f"{least}: no cache job has also read {', '.join(found.unread_splits)}"
 
 
 def _examples(card: DataCard) -> Iterator[Gallery]:

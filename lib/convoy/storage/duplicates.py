@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -28,19 +28,26 @@ class DuplicateReport(StrictModel):
 
 
 def find_duplicates(
-    store: ObjectStore, manifest: Manifest, set_id: str, among: pa.Table | None = None
+    store: ObjectStore,
+    manifest: Manifest,
+    set_id: str,
+    among: pa.Table | None = None,
+    *,
+    splits: Collection[Split] | None = None,
 ) -> DuplicateReport:
-    """Exact duplicates among the samples of a manifest that a feature set has rows for, or among some rows of it.
+    """Exact duplicates among the samples of a manifest that a feature set has rows for, of all splits or of some.
 
+    With `among`, rows of the manifest, they are those among these rows alone, whatever their split.
     Groups that disagree on the label or cross splits come first among the examples, then the largest.
     """
     having = None if among is None else np.sort(content_id_array(among["content_id"]))
     content = content_digests(FeatureCache(store), set_id, having)
 
     def read(*columns: str) -> Iterator[tuple[pa.Table, np.ndarray]]:
-        # Of `among` the rows themselves: others of the manifest may have their content ids.
-        batches = manifest.iter_batches(columns) if among is None else among.select(columns).to_batches()
-        return _with_digests(batches, *content)
+        if among is None:
+            return _with_digests(manifest.iter_batches(columns, splits=splits), *content)
+        # The rows themselves: others of the manifest may have their content ids.
+        return _with_digests(among.select(columns).to_batches(), *content)
 
     # 16 bytes a sample find what is repeated; then some numbers a group, however large it is; then names of a few.
     digests = [digest for _, digest in read("content_id")]

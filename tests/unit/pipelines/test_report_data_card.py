@@ -102,6 +102,24 @@ def test_whether_images_cross_splits_is_not_known_where_one_split_was_read(tmp_p
     assert rows["groups that cross splits"].startswith("not known")
 
 
+def test_a_sample_of_another_split_in_the_same_features_is_not_counted(tmp_path: Path) -> None:
+    """As advice adds some rows of `test` to the features that a cache job has of `train`."""
+    manifest = leaky_rows(tmp_path)
+    cache_run(manifest, "20260101", TRAIN)
+    cache_run(manifest, "20260102", TEST, num_rows=1, rows="digest of one row")
+    found = found_in(manifest)
+    assert (found.splits, found.unread_splits) == (TRAIN, TEST)
+    assert (found.groups, found.samples, found.across_splits) == (0, 0, None)
+
+
+def test_groups_across_some_splits_are_the_least_while_another_is_unread(tmp_path: Path) -> None:
+    counts = {Split.TRAIN: (4, 4), Split.VAL: (1, 1), Split.TEST: (2, 2)}
+    manifest = frozen_rows(tmp_path, counts, ("good", "defect"))
+    cache_run(manifest, "20260101", [*TRAIN, *TEST])
+    assert found_in(manifest).across_splits == 4
+    assert shown(manifest)["groups that cross splits"] == "at least 4: no cache job has also read val"
+
+
 def test_splits_that_were_read_one_after_the_other_are_compared(tmp_path: Path) -> None:
     manifest = leaky_rows(tmp_path)
     cache_run(manifest, "20260101", TEST)
