@@ -23,6 +23,8 @@ from convoy.storage.runs import RunFolder
 
 _NUM_EXAMPLES = 24
 _MAX_SUFFIXES = 8
+# Names may end in their number, which makes a suffix of each: so many are counted apart.
+_MAX_COUNTED_SUFFIXES = 4096
 # Runs that are looked at for a feature set, newest first.
 _MAX_RUNS = 200
 _NO_LABEL = "(no label)"
@@ -73,7 +75,8 @@ class DataCard(StrictModel):
 
     `imbalance` is the largest class over the smallest of the train split, null where a class has no row there.
     `unknown_sizes` are images in parquet files, whose size is known only to who reads them. `duplicates` are exact
-    ones among the images of the splits that cache jobs read, null before one did.
+    ones among the images of the splits that cache jobs read, null before one did. `suffixes` are the commonest, and
+    how many images have `others`.
     """
 
     name: str
@@ -146,12 +149,16 @@ def _sizes(manifest: Manifest) -> dict[str, Any]:
     for batch in manifest.iter_batches(["sample_id", "uri", "size_bytes"]):
         sizes_N = batch["size_bytes"].drop_null().to_numpy(zero_copy_only=False)
         unknown += batch.num_rows - len(sizes_N)
-        suffixes.update(file_kinds(batch))
+        for suffix, images in Counter(file_kinds(batch)).items():
+            if suffix in suffixes or len(suffixes) < _MAX_COUNTED_SUFFIXES:
+                suffixes[suffix] += images
         if len(sizes_N):
             bins.update(np.floor(np.log2(np.maximum(sizes_N, 1))).astype(int).tolist())
             total += int(sizes_N.sum())
             largest = max(largest, int(sizes_N.max()))
             smallest = min(smallest if smallest is not None else largest, int(sizes_N.min()))
+    shown = dict(suffixes.most_common(_MAX_SUFFIXES))
+    others = manifest.num_samples - sum(shown.values())
     span = range(min(bins, default=0), max(bins, default=-1) + 1)
     return {
         "sizes": [
@@ -161,7 +168,7 @@ def _sizes(manifest: Manifest) -> dict[str, Any]:
         "smallest_bytes": smallest or 0,
         "largest_bytes": largest,
         "unknown_sizes": unknown,
-        "suffixes": dict(suffixes.most_common(_MAX_SUFFIXES)),
+        "suffixes": {**shown, "others": others} if others else shown,
     }
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from convoy.core.records import Split
+from convoy.pipelines import report_data_card
 from convoy.pipelines.report_data_card import FoundDuplicates, read_data_card
 from convoy.report.blocks import Facts
 from convoy.report.data_sections import data_card_section
@@ -19,7 +20,8 @@ from convoy.storage.parts import FeatureRows, write_features
 from convoy.storage.run_input import freeze_input, missing_rows
 from convoy.storage.runs import RunFolder, RunRecord
 from made_advice_rows import frozen_rows
-from made_runs import NOTHING, content_id, slice_record
+from made_manifests import write_samples
+from made_runs import NOTHING, content_id, made_manifest, slice_record
 
 SLICE = "0-000000"
 TRAIN, TEST = [Split.TRAIN], [Split.TEST]
@@ -152,6 +154,19 @@ def test_a_split_without_labels_need_not_be_read(
     manifest = frozen_rows(tmp_path, counts, ("good", "defect"), unlabelled=unlabelled)
     cache_run(manifest, "20260101", [Split.TRAIN, Split.TEST])
     assert found_in(manifest).across_splits == across
+
+
+@pytest.mark.parametrize("most", [2, 4096])
+def test_of_names_that_end_in_their_number_few_suffixes_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    monkeypatch.setattr(report_data_card, "_MAX_COUNTED_SUFFIXES", most)
+    names = ["a.jpg", *(f"b.{number:03d}" for number in range(30)), "c.jpg"]
+    manifest = write_samples(LocalStore(str(tmp_path)), made_manifest(names), ("a", "b", "c"))
+    suffixes = read_data_card(manifest.store, "parts", manifest).suffixes
+    named = min(most, 8)
+    assert list(suffixes) == [".jpg", *(f".{number:03d}" for number in range(named - 1)), "others"]
+    assert (suffixes[".jpg"], suffixes["others"]) == (2, 32 - 2 - (named - 1))
 
 
 def test_the_labelled_split_alone_says_nothing_of_the_others(tmp_path: Path) -> None:
