@@ -115,7 +115,7 @@ def _title(data: PageData) -> str:
     if data.run is None:
         return f"Model {data.name.partition('@')[0]}"
     name = data.run.config.get("name")
-    return f"{data.run.verb} {name or data.run.dataset}".strip().capitalize()
+    return f"{data.run.verb.capitalize()} {name or data.run.dataset}".strip()
 
 
 def _lead(data: PageData) -> str:

@@ -154,6 +154,11 @@ def test_a_very_long_name_is_cut(parts: PageParts) -> None:
     assert LONG[:300] in parts.text
 
 
+def test_the_title_of_a_run_leaves_names_as_they_are() -> None:
+    run = made_run("advise").model_copy(update={"dataset": "PETS-V2", "config": {}})
+    assert "<h1><bdi>Advise PETS-V2</bdi></h1>" in draw_page(made_page(run=run)).decode()
+
+
 def test_a_missing_image_is_said(parts: PageParts) -> None:
     assert "gone: no such object" in parts.text
 
