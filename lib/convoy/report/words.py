@@ -43,18 +43,23 @@ def span(interval: Interval) -> str:
 
 def size(num_bytes: float) -> str:
     """Bytes in the largest unit that fits."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+    for unit, factor in (("PB", 1e15), ("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if num_bytes >= factor:
-            return f"{num_bytes / factor:.3g} {unit}"
+            return f"{_three_digits(num_bytes / factor)} {unit}"
     return f"{num_bytes:.0f} bytes"
 
 
 def duration(seconds: float) -> str:
     """A time in the unit that suits it."""
-    for unit, length_s in (("h", 3600.0), ("min", 60.0)):
+    for unit, length_s in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
         if seconds >= 2 * length_s:
-            return f"{seconds / length_s:.3g} {unit}"
+            return f"{_three_digits(seconds / length_s)} {unit}"
     return f"{seconds:.3g} s"
+
+
+def _three_digits(value: float) -> str:
+    # From 999.5 on `g` writes an exponent.
+    return f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"
 
 
 def moment(iso: str | None) -> str:
