@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from convoy.core.config import StrictModel
-from convoy.core.errors import ConvoyError, DataError
+from convoy.core.errors import OF_ONE_FILE, ConvoyError
 from convoy.core.fingerprints import digest
 from convoy.core.progress import Progress
 from convoy.pipelines.model_listing import ListedModel, list_models
@@ -224,7 +224,7 @@ def _indexed_run(store: ObjectStore, run: ListedRun, missing: list[str]) -> Inde
     if run.state is RunState.FINISHED:
         try:
             report = read_json(store, folder.key("report.json")) or {}
-        except DataError as error:
+        except OF_ONE_FILE as error:
             missing.append(f"the report of run {run.run}: {error.what} [{error.where}]")
     top1 = report.get("top1", (report.get("measured") or {}).get("top1"))
     return IndexedRun(**run.model_dump(), name=name or "", top1=top1)

@@ -6,13 +6,14 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from convoy.core.code_revision import CODE
-from convoy.core.errors import ConfigError, DataError
+from convoy.core.errors import ConfigError, DataError, ObjectUnreadable
 from convoy.core.progress import Silent
 from convoy.core.records import Split
 from convoy.pipelines import report_index, report_subgroups
@@ -403,6 +404,23 @@ def test_the_index_shows_a_run_whose_report_is_damaged(tmp_path: Path) -> None:
     assert [
         line.startswith(f"the report of run {RUN}: the document is damaged") for line in index.missing
     ] == [True]
+
+
+def test_the_index_shows_a_run_whose_report_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = made_workspace(tmp_path, num_images=40)
+    get = LocalStore.get
+
+    def failing(self: LocalStore, key: str, *arguments: Any, **options: Any) -> Any:
+        if key.endswith("/report.json"):
+            raise ObjectUnreadable("input/output error", where=key, next_step="check the disk")
+        return get(self, key, *arguments, **options)
+
+    monkeypatch.setattr(LocalStore, "get", failing)
+    index = read_index(store, tmp_path)
+    assert [(run.run, run.top1) for run in index.runs] == [(RUN, None)]
+    assert index.missing == [f"the report of run {RUN}: input/output error [runs/{RUN}/report.json]"]
 
 
 def test_an_empty_workspace_has_an_index(tmp_path: Path) -> None:
