@@ -167,8 +167,13 @@ def _rule(report: AdviceReport) -> Section:
                     f" {distance.within_reference:.3f}",
                 )
             )
+    # Probes are the data of the figure below.
+    measured = likeness.model_dump(mode="json", exclude={"probes", "untrained"})
     facts = Facts(
-        key="rule", title="The four scenarios, measured", rows=rows, data=rule.model_dump(mode="json")
+        key="rule",
+        title="The four scenarios, measured",
+        rows=rows,
+        data={**rule.model_dump(mode="json"), "similarity": measured},
     )
     return Section(
         key="likeness",

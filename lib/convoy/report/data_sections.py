@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from convoy.core.records import Split
 from convoy.pipelines.report_data_card import ClassRows, DataCard, FoundDuplicates
@@ -107,54 +108,60 @@ def _class_blocks(card: DataCard) -> Iterator[Block]:
     if not card.classes:
         return
     splits = [split.value for split in Split if split.value in card.splits]
-    data = [{"name": row.name, **row.by_split} for row in card.classes[:_MAX_CLASS_ROWS]]
-    yield (_class_bars if len(card.classes) <= _MAX_BARS else _rank_curve)(card.classes, splits, data)
+    yield (_class_bars if len(card.classes) <= _MAX_BARS else _rank_curve)(card.classes, splits)
     yield _class_table(card.classes, splits)
 
 
-def _class_bars(classes: Sequence[ClassRows], splits: Sequence[str], data: list[dict[str, object]]) -> Figure:
+def _class_bars(classes: Sequence[ClassRows], splits: Sequence[str]) -> Figure:
     rows = [(row.name, [row.by_split.get(split, 0) for split in splits]) for row in classes]
     return Figure(
         key="classes",
         title="Samples by class",
         picture=bars_by_name(rows, splits, "Samples of each class, by split"),
-        data=data,
+        data=_counts_by_name(classes),
     )
 
 
-def _rank_curve(classes: Sequence[ClassRows], splits: Sequence[str], data: list[dict[str, object]]) -> Figure:
+def _rank_curve(classes: Sequence[ClassRows], splits: Sequence[str]) -> Figure:
     """Of very many classes: how many samples the largest has, the second largest, and so on."""
-    ranked = [[max(row.by_split.get(split, 0), 0.5) for row in classes] for split in splits]
+    ranked = {
+        split: sorted((row.by_split.get(split, 0) for row in classes), reverse=True) for split in splits
+    }
     chart = Chart(
         Scale(1, len(classes)),
-        Scale.around([value for values in ranked for value in values], is_log=True),
+        Scale.around([max(value, 0.5) for values in ranked.values() for value in values], is_log=True),
         x_label="classes, the largest first",
         y_label="samples",
     )
-    for place, (split, values) in enumerate(zip(splits, ranked, strict=True)):
-        chart.line(enumerate(sorted(values, reverse=True), start=1), place, name=split)
+    for place, (split, values) in enumerate(ranked.items()):
+        chart.line(enumerate((max(value, 0.5) for value in values), start=1), place, name=split)
     return Figure(
         key="classes",
         title="Samples by class",
         picture=chart.draw("Samples of classes from the largest to the smallest, by split"),
-        data=data,
+        data=ranked,
         caption=f"{len(classes):,} classes, ranked in each split. A class without a sample is drawn at one half.",
     )
 
 
 def _class_table(classes: Sequence[ClassRows], splits: Sequence[str]) -> Table:
     shown = classes[:_MAX_CLASS_ROWS]
+    which = "All" if len(shown) == len(classes) else f"The first {len(shown):,} of"
     return text_table(
         ["class*", *splits, "all"],
         [
             [row.name, *(count(row.by_split.get(split, 0)) for split in splits), count(row.total)]
             for row in shown
         ],
-        folded=f"All {len(classes):,} classes in a table",
-        caption=""
-        if len(shown) == len(classes)
-        else f"The first {len(shown):,} of {len(classes):,} classes.",
+        key="class-table",
+        title="Samples of each class",
+        data=_counts_by_name(shown),
+        folded=f"{which} {len(classes):,} classes in a table",
     )
+
+
+def _counts_by_name(classes: Sequence[ClassRows]) -> list[dict[str, Any]]:
+    return [{"name": row.name, **row.by_split} for row in classes]
 
 
 def _size_figure(card: DataCard) -> Iterator[Figure]:

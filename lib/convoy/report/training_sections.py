@@ -95,16 +95,26 @@ def _spans(history: Sequence[EpochResult]) -> dict[str, tuple[int, int]]:
 def trials_section(trials: Sequence[Mapping[str, Any]]) -> Section:
     """The trials of a search, the best first."""
     ranked = sorted(trials, key=lambda one: -(one.get("top1") or -1.0))[:_MAX_TRIALS]
+    measured = [one for one in ranked if one.get("top1") is not None]
     return Section(
         key="trials",
         title="Trials",
         lead=f"{len(trials)} trials; validation top-1 chooses, so these figures flatter the best.",
-        blocks=[_trial_figure(ranked), _trial_table(ranked)],
+        blocks=[
+            _trial_figure(measured, _left_out(measured, trials)),
+            _trial_table(ranked, _left_out(ranked, trials)),
+        ],
     )
 
 
-def _trial_figure(trials: Sequence[Mapping[str, Any]]) -> Figure:
-    measured = [one for one in trials if one.get("top1") is not None]
+def _left_out(shown: Sequence[Mapping[str, Any]], trials: Sequence[Mapping[str, Any]]) -> str:
+    if len(shown) == len(trials):
+        return ""
+    unmeasured = sum(one.get("top1") is None for one in trials)
+    return f"The best {len(shown)} of {len(trials)} trials; {unmeasured} of all have no top-1."
+
+
+def _trial_figure(measured: Sequence[Mapping[str, Any]], caption: str) -> Figure:
     chart = Chart(
         Scale(0.5, max(len(measured), 1) + 0.5),
         Scale.around([value for one in measured for value in _limits(one)]),
@@ -128,6 +138,7 @@ def _trial_figure(trials: Sequence[Mapping[str, Any]]) -> Figure:
         title="Validation top-1 with 95 % intervals",
         picture=chart.draw("Validation top-1 of each trial with its interval"),
         data=data,
+        caption=caption,
     )
 
 
@@ -136,7 +147,7 @@ def _limits(trial: Mapping[str, Any]) -> tuple[float, float]:
     return (interval["low"], interval["high"]) if interval else (trial["top1"], trial["top1"])
 
 
-def _trial_table(trials: Sequence[Mapping[str, Any]]) -> Table:
+def _trial_table(trials: Sequence[Mapping[str, Any]], caption: str) -> Table:
     rows = [
         [
             one["trial"],
@@ -151,4 +162,5 @@ def _trial_table(trials: Sequence[Mapping[str, Any]]) -> Table:
         for one in trials
     ]
     columns = ["trial*", "state*", "values*", "val top-1", "val NLL", "epochs", "time", "reason*"]
-    return text_table(columns, rows, key="trial-table", title="All trials", data=list(trials))
+    title = "What each trial reached"
+    return text_table(columns, rows, key="trial-table", title=title, data=list(trials), caption=caption)

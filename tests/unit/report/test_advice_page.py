@@ -62,6 +62,14 @@ def test_the_distance_of_domains_stands_beside_that_of_no_difference() -> None:
         assert value in text
 
 
+def test_the_data_of_the_rule_has_what_is_shown_beside_it() -> None:
+    advice = made_advice()
+    data = PageParts(draw_page(made_page(advice=advice, **NOTHING))).json_of("rule")
+    assert data["dissimilarity"] == advice.rule.dissimilarity
+    for name in ("peak_tap", "peak_top1", "top_top1", "untrained_top1", "knn_top1", "domain_distance"):
+        assert data["similarity"][name] == advice.similarity.model_dump(mode="json")[name]
+
+
 def test_without_a_curve_no_forecast_is_said_to_miss_what_is_wanted() -> None:
     for curve, said in ((made_advice().more_data.curve, "no forecast reaches it"), (None, "not known")):
         more = made_advice().more_data.model_copy(update={"curve": curve, "advised": []})

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from convoy.core.statistics import wilson_interval
+from convoy.pipelines.report_data_card import ClassRows
 from convoy.pipelines.report_page import CommitteeParts
 from convoy.pipelines.report_subgroups import Subgroup
 from convoy.pipelines.report_target import TargetKind
@@ -19,6 +20,7 @@ from made_pages import (
     SCRIPT,
     TURNED,
     PageParts,
+    made_card,
     made_evaluation,
     made_page,
     made_predictions,
@@ -279,4 +281,33 @@ def test_the_trials_of_a_search_are_ranked() -> None:
     ]
     parts = PageParts(draw_page(made_page(trials=trials)))
     assert [one["trial"] for one in parts.json_of("trials")] == ["001", "000"]
+    assert "The best 2 of 3 trials; 1 of all have no top-1." in parts.text
     assert parts.tags() <= _ALLOWED_TAGS
+
+
+def test_of_very_many_trials_the_best_are_shown_and_the_page_says_so() -> None:
+    shared = {"state": "finished", "nll": 1.0, "num_epochs": 2, "seconds": 3.0, "values": {}, "reason": None}
+    trials = [{**shared, "trial": f"{number:03}", "top1": number / 300} for number in range(250)]
+    failed = [{**shared, "trial": f"{number:03}", "top1": None} for number in range(250, 255)]
+    parts = PageParts(draw_page(made_page(trials=[*trials, *failed])))
+    for key in ("trials", "trial-table"):
+        assert [one["trial"] for one in parts.json_of(key)] == [
+            f"{number:03}" for number in range(249, 49, -1)
+        ]
+    assert parts.text.count("The best 200 of 255 trials; 5 of all have no top-1.") == 2
+
+
+def test_of_very_many_classes_the_curve_has_all_in_its_data_and_the_table_the_first() -> None:
+    sizes = [(7 * number) % 2100 for number in range(2100)]
+    classes = [
+        ClassRows(name=f"class {number}", by_split={"train": size}, total=size)
+        for number, size in enumerate(sizes)
+    ]
+    card = made_card().model_copy(update={"classes": classes, "splits": {"train": sum(sizes)}})
+    parts = PageParts(draw_page(made_page(data_card=card)))
+    assert parts.json_of("classes") == {"train": sorted(sizes, reverse=True)}
+    table = parts.json_of("class-table")
+    assert [(row["name"], row["train"]) for row in table] == [
+        (f"class {number}", size) for number, size in enumerate(sizes[:2000])
+    ]
+    assert "The first 2,000 of 2,100 classes in a table" in parts.text
