@@ -38,7 +38,7 @@ from measuring import BenchSettings, WayResult, run_benchmark, run_script, say
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from score_network import RESNET_18, ScoredNetwork
 from score_page import write_page
-from score_swift import swift_copy
+from score_swift import gets_per_second, swift_copy
 
 from convoy.core.config import StrictModel
 from convoy.core.errors import ConvoyError
@@ -161,6 +161,7 @@ class ScoreComparison:
             for workers in settings.worker_counts:
                 self._ways[with_workers(peer, workers)] = ("dataloader.py", {**options, "workers": workers})
         self._bounds: list[Bounds] = []
+        self._swift_gets: list[float] = []
         self._results: dict[str, list[WayResult]] = defaultdict(list)
 
     def check_equality(self) -> dict[str, Any]:
@@ -186,7 +187,8 @@ class ScoreComparison:
                 self._bounds.append(halfway(before, self._run_bounds()))
 
     def run_on_swift(self, root: str) -> None:
-        """Our job once, with a copy of the images and the workspace on an S3 server."""
+        """Our job once, with a copy of the images and the workspace on an S3 server, and what its reads alone take."""
+        self._swift_gets.append(gets_per_second(self._settings.probe_s))
         copied = self._images.model_copy(update={"folder": f"{root}/images"})
         way = ("score_ours.py", {"root": root})
         self._results[OURS_ON_SWIFT].append(self._run(OURS_ON_SWIFT, copied, way))
@@ -213,6 +215,9 @@ class ScoreComparison:
         }
         if OURS_ON_SWIFT in rates:
             ratios["swift_ratio_to_local"] = divide(rates[OURS_ON_SWIFT], rates[OURS])
+            bounds["get_from_swift"] = self._swift_gets
+            swift_bounds = [min(stages) for stages in zip(slowest, self._swift_gets, strict=True)]
+            ratios["swift_ratio_to_bound"] = divide(rates[OURS_ON_SWIFT], swift_bounds)
         return {
             "ratios": {name: spread(values) for name, values in ratios.items()},
             "best_workers": best,

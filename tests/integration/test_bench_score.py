@@ -26,6 +26,7 @@ TINY = (
     "repeats=1",
     "workers=[0]",
     "probe_s=0.1",
+    "storages=[local, swift]",
 )
 HEADLINES = (
     "ratio_to_bound",
@@ -33,6 +34,8 @@ HEADLINES = (
     "ratio_to_ray_docs",
     "ratio_to_dataloader",
     "ratio_to_timm",
+    "swift_ratio_to_local",
+    "swift_ratio_to_bound",
     "first_row_s",
 )
 

@@ -61,6 +61,10 @@ def test_make_chaos_runs_every_test_that_the_table_of_faults_names() -> None:
     assert {name for name in elsewhere if f"tests/{name}" not in recipe} == set()
     inside = {name.strip("`") for name in named if "/" not in name}
     assert {name for name in inside if not (ROOT / "tests/chaos" / name).exists()} == set()
+    # pytest runs nothing at all where one test that is asked for is not there.
+    single = re.findall(r"(tests/[\w/]+\.py)::(\w+)", recipe)
+    assert single
+    assert [name for file, name in single if f"\ndef {name}(" not in (ROOT / file).read_text()] == []
 
 
 def test_what_the_readme_scores_on_a_cluster_was_made_by_its_tour() -> None:
