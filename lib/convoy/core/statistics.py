@@ -127,15 +127,17 @@ def bootstrap_difference(
 
 
 def effective_rows(weights_N: NDArray[Any]) -> float:
-    """How many rows of equal weight tell as much of a mean as these (Kish 1965, Survey Sampling)."""
+    """How many rows of equal weight tell as much of a mean as these (Kish 1965, Survey Sampling): 1 at least."""
     total = weights_N.sum()
-    return float(total * (total / (weights_N**2).sum()))
+    # Rounding may say less of a single row.
+    return max(float(total * (total / (weights_N**2).sum())), 1.0)
 
 
 def effective_counts(is_right_N: NDArray[np.bool_], weights_N: NDArray[Any]) -> tuple[float, float]:
     """How many rows are right, and of how many, counted in `effective_rows`: the rate is the weighted one."""
-    total = weights_N.sum()
-    return float((weights_N * is_right_N).sum() * (total / (weights_N**2).sum())), effective_rows(weights_N)
+    num_rows, total = effective_rows(weights_N), weights_N.sum()
+    num_right = float((weights_N * is_right_N).sum() * (total / (weights_N**2).sum()))
+    return min(num_right, num_rows), num_rows
 
 
 def wilson_interval(num_successes: float, num_trials: float, *, confidence: float = 0.95) -> Interval:

@@ -44,6 +44,14 @@ def test_rows_of_equal_weight_count_as_they_are():
     assert effective_counts(np.ones(49, bool), np.full(49, 0.3))[0] == effective_rows(np.full(49, 0.3))
 
 
+def test_a_single_row_is_one_row_whatever_it_weighs():
+    """0.1 * (0.1 / 0.1 ** 2) is less than 1."""
+    for weight in (0.1, 0.3, 1.0, 7.0):
+        num_right, num_rows = effective_counts(np.ones(1, bool), np.array([weight]))
+        assert 1 <= num_rows == effective_rows(np.array([weight])) == pytest.approx(1)
+        assert wilson_interval(num_right, num_rows).estimate == pytest.approx(1)
+
+
 def test_the_interval_of_weighted_rows_holds_their_rate_as_often_as_it_says():
     """Of two strata one has nine tenths of all rows, and half of those that are looked at."""
     random, held = np.random.default_rng(0), 0
