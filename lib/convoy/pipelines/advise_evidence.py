@@ -154,7 +154,7 @@ class Gatherer:
             evidence=Evidence(
                 images_per_class=self.images_per_class(),
                 chance_top1=self._prober.rows.chance_top1,
-                top=probes.top.judged(probes.judged_rows),
+                top=probes.judged(probes.top),
                 best=probes.peak,
                 untrained=untrained.probes.peak,
                 shrink=shrink,
@@ -220,7 +220,7 @@ class Gatherer:
         stage = look.record.axis[_index(look.record, name)]
         depth = stage.index / max(len(look.record.axis) - 1, 1)
         nearest: TapProbe = min(look.probes.taps, key=lambda probe: abs(probe.depth - depth))
-        return nearest.judged(look.probes.judged_rows).model_copy(update={"tap": stage.name})
+        return look.probes.judged(nearest).model_copy(update={"tap": stage.name})
 
 
 def _index(record: BackboneRecord, name: str) -> int:

@@ -15,7 +15,7 @@ from convoy.core.errors import DataError
 from convoy.core.learning_curve import CurveSample
 from convoy.core.progress import Progress
 from convoy.core.records import codes_in_words
-from convoy.core.statistics import Interval, effective_rows
+from convoy.core.statistics import Interval
 from convoy.core.transferability import knn_correct, logme
 from convoy.pipelines.advise_as_is import judge_as_is, own_classifier
 from convoy.pipelines.advise_config import AdviseConfig, CandidateBackbone
@@ -29,7 +29,7 @@ from convoy.pipelines.feature_plan import FeatureRequest, holding_features
 from convoy.pipelines.feature_source import count_rejects, gather_features
 from convoy.pipelines.feature_summary import FeatureSummary
 from convoy.pipelines.features import FeatureJob
-from convoy.pipelines.judged_heads import JudgedHead, flattery, judge_head, peak_correct
+from convoy.pipelines.judged_heads import JudgedHead, flattery, judge_head, peak_counts
 from convoy.pipelines.near_duplicates import (
     NearDuplicateReport,
     joined_taps,
@@ -46,8 +46,8 @@ from convoy.vision.heads import TensorFeatures
 class TapProbe(StrictModel):
     """One depth of one backbone: `depth` is 0 at the stem and 1 at the logits; `C` is the chosen one of the head.
 
-    `num_correct` counts rows of equal weight, of the `judged_rows` of the backbone. `logme` is null where all features
-    are the same.
+    `num_correct` counts rows of equal weight, of `judged_rows`: those of which the tap has features. These are null in
+    advice of before. `logme` is null where all features are the same.
     """
 
     tap: str
@@ -57,12 +57,9 @@ class TapProbe(StrictModel):
     knn_top1: float
     logme: float | None
     num_correct: float
+    judged_rows: float | None = None
     C: float
     fit_seconds: float
-
-    def judged(self, num_rows: float) -> JudgedProbe:
-        """What the rule needs of it."""
-        return JudgedProbe(tap=self.tap, num_correct=self.num_correct, num_rows=num_rows)
 
 
 class BackboneProbes(StrictModel):
@@ -70,9 +67,9 @@ class BackboneProbes(StrictModel):
 
     That pass was of `timed_images` in `timed_run`, null in advice that was given before this was told. Of 0, no pass
     tells the rate: it is what the multiply-adds suggest of two cores. `judged_rows` are as many rows of equal weight as
-    those that judged are worth. `peak_correct` counts those that are right where the tap was chosen by the other half
-    of them; the best of several taps on the rows that chose it looks better than it is, of those below the top by the
-    share `earlier_flattery`. Advice of before does not tell them.
+    those that judged every tap are worth. `peak_correct` counts those that are right where the tap was chosen by the
+    other half of them; the best of several taps on the rows that chose it looks better than it is, of those below the
+    top by the share `earlier_flattery`. Advice of before does not tell them.
     """
 
     backbone: str
@@ -90,8 +87,14 @@ class BackboneProbes(StrictModel):
     @property
     def peak(self) -> JudgedProbe:
         """The best tap, and what a tap that is chosen so is worth on rows that did not choose it."""
-        num_correct = self.best.num_correct if self.peak_correct is None else self.peak_correct
-        return JudgedProbe(tap=self.best.tap, num_correct=num_correct, num_rows=self.judged_rows)
+        if self.peak_correct is None:
+            return self.judged(self.best)
+        return JudgedProbe(tap=self.best.tap, num_correct=self.peak_correct, num_rows=self.judged_rows)
+
+    def judged(self, probe: TapProbe) -> JudgedProbe:
+        """What the rule needs of one of the taps."""
+        num_rows = self.judged_rows if probe.judged_rows is None else probe.judged_rows
+        return JudgedProbe(tap=probe.tap, num_correct=probe.num_correct, num_rows=num_rows)
 
     @property
     def best(self) -> TapProbe:
@@ -176,6 +179,7 @@ class Prober:
             (self._probe(record, tap, job.set_id(tap)) for tap in taps), key=lambda found: found[0].depth
         )
         rate = pass_rate(self._store, record, summary)
+        num_correct, num_rows = peak_counts([head for _, head in probed])
         probes = BackboneProbes(
             backbone=self._config.name_of(candidate, record.weights_digest),
             weights_digest=record.weights_digest,
@@ -184,8 +188,8 @@ class Prober:
             images_per_s=rate.images_per_s,
             timed_images=rate.num_images,
             timed_run=rate.run or None,
-            judged_rows=effective_rows(probed[0][1].weights_M),
-            peak_correct=peak_correct([head for _, head in probed]),
+            judged_rows=num_rows,
+            peak_correct=num_correct,
             earlier_flattery=flattery([head for _, head in probed[:-1]]) if probed[1:] else None,
             taps=[probe for probe, _ in probed],
         )
@@ -327,6 +331,7 @@ class Prober:
             num_neighbours=self._config.num_neighbours,
             weights_N=self.rows.train_weights_K[features.train_labels_N],
         )
+        judged = head.judged(tap)
         index = next(stage.index for stage in record.axis if stage.name == tap)
         probe = TapProbe(
             tap=tap,
@@ -335,7 +340,8 @@ class Prober:
             top1=head.top1,
             knn_top1=float(np.average(neighbours_M, weights=features.judged_weights_M)),
             logme=logme(features.train_ND, features.train_labels_N),
-            num_correct=head.judged(tap).num_correct,
+            num_correct=judged.num_correct,
+            judged_rows=judged.num_rows,
             C=head.C,
             fit_seconds=head.seconds,
         )

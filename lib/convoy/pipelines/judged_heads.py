@@ -71,13 +71,14 @@ def judge_head(
     )
 
 
-def peak_correct(heads: Sequence[JudgedHead]) -> float:
-    """How many rows of equal weight are right where the best of the heads was chosen by the others, of equals the last.
+def peak_counts(heads: Sequence[JudgedHead]) -> tuple[float, float]:
+    """How many rows are right, and of how many, where the best head was chosen by the others, of equals the last.
 
-    Of the rows that all of them have judged; a tap may have lost some to the range of float16.
+    Counted in rows of equal weight, of those that all heads have judged: a tap may have lost some to the range of
+    float16, and one that is computed anew to images that have changed since.
     """
     correct_TM, weights_M = _judged_by_all(heads)
-    return effective_counts(best_by_other_half(correct_TM, weights_M), weights_M)[0]
+    return effective_counts(best_by_other_half(correct_TM, weights_M), weights_M)
 
 
 def flattery(heads: Sequence[JudgedHead]) -> float:

@@ -17,6 +17,7 @@ from convoy.core.records import Split
 from convoy.pipelines.advise_config import AdviseConfig, CandidateBackbone
 from convoy.pipelines.advise_evidence import Gatherer
 from convoy.pipelines.advise_probes import Look, Prober
+from convoy.pipelines.advise_rule import JudgedProbe, expected_probe
 from convoy.pipelines.feature_plan import FeatureRequest, holding_features
 from convoy.pipelines.feature_summary import FeatureSummary
 from convoy.pipelines.features import FeatureJob
@@ -115,6 +116,24 @@ def cache_rows(store: LocalStore, set_id: str, rows: pa.Table) -> None:
     written = write_features(store, part_key(feature_prefix(set_id, "r"), "0-000000", "a0"), part, {})
     commit = SetCommit(run_id="r", committed_unix_s=0.0, parts=(written,), rejects=())
     store.put(f"features/{set_id}/commits/r.json", canonical_json(commit))
+
+
+def test_what_a_tap_gets_right_is_of_the_rows_that_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image that has changed since the first pass is rejected for the taps alone that are computed anew."""
+    gatherer, candidate, made = looked_at(tmp_path, None)
+    store, rows = LocalStore(str(tmp_path)), gatherer._prober.rows
+    early, top = (one.tap for one in made.probes.taps)
+    lost_N = np.isin(rows.all["sample_id"].to_pylist(), rows.judged["sample_id"].to_pylist()[:30])
+    cache_rows(store, made.summary.sets[f"{early}/0"], rows.all.filter(pa.array(~lost_N)))
+    monkeypatch.setattr(FeatureJob, "ensure", lambda *_, **__: made.summary)
+    look = gatherer._prober.look(candidate.model_copy(update={"taps": (early, top)}), made.record)
+    assert [look.probes.judged(one).num_rows for one in look.probes.taps] == [90, 120]
+    assert look.probes.peak == JudgedProbe(tap=top, num_correct=90, num_rows=90)
+    evidence = gatherer._evidence(candidate, look, look, is_best=True, shrink=AS_MEASURED)
+    assert evidence.evidence.top == JudgedProbe(tap=top, num_correct=120, num_rows=120)
+    assert expected_probe(evidence.evidence.top).estimate > 0.99
 
 
 @pytest.mark.parametrize(("limit", "missing"), [(None, 300), (50, 0), (80, 60)])

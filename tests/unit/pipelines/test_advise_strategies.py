@@ -55,22 +55,23 @@ def found(settings: AdviseConfig, **changes: Any) -> BackboneEvidence:
         )
         for tap, (depth, top1) in TAPS.items()
     ]
+    probes = BackboneProbes(
+        backbone=settings.candidates[0].name,
+        weights_digest="0" * 32,
+        macs=1,
+        num_parameters=1,
+        images_per_s=100.0,
+        timed_images=500,
+        judged_rows=200,
+        taps=taps,
+    )
     fields: dict[str, Any] = {
-        "probes": BackboneProbes(
-            backbone=settings.candidates[0].name,
-            weights_digest="0" * 32,
-            macs=1,
-            num_parameters=1,
-            images_per_s=100.0,
-            timed_images=500,
-            judged_rows=200,
-            taps=taps,
-        ),
+        "probes": probes,
         "evidence": Evidence(
             images_per_class=100,
             chance_top1=0.1,
-            top=taps[2].judged(200),
-            best=taps[2].judged(200),
+            top=probes.judged(taps[2]),
+            best=probes.judged(taps[2]),
             untrained=JudgedProbe(tap="stem", num_correct=110, num_rows=200),
         ),
         "config": settings.candidates[0].backbone,
