@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 import pyarrow as pa
@@ -95,23 +97,24 @@ class Gatherer:
         train = self._prober.rows.train
         labels_N, teaches_N = train["label"].to_numpy(), train["weight"].to_numpy() > 0
         shares_K = np.bincount(labels_N, teaches_N) / np.bincount(labels_N)
-        return float(np.median(self._counts * shares_K)) * self._learnt_share
+        return float(np.median(self._counts * shares_K)) * float(self._learnt_share)
 
     @property
     def _counts(self) -> list[int]:
         return images_by_class(self._manifest, self._config.rows)
 
     @property
-    def _learnt_share(self) -> float:
+    def _learnt_share(self) -> Fraction:
         """What a training learns from of its images: all, unless it is measured on a fold of them, as probes are."""
         if has_held_out(self._manifest):
-            return 1.0
+            return Fraction(1)
         num_seen, num_judged = self._prober.rows.train.num_rows, self._prober.rows.judged.num_rows
-        return float(num_seen / (num_seen + num_judged))
+        return Fraction(num_seen, num_seen + num_judged)
 
     @property
     def _num_learnt(self) -> int:
-        return round(sum(self._counts) * self._learnt_share)
+        # Not rounded up: batches of so many must be filled.
+        return math.floor(sum(self._counts) * self._learnt_share)
 
     def _untrained(
         self, candidate: CandidateBackbone, best: Look
@@ -172,7 +175,7 @@ class Gatherer:
             missing_images=self._missing(look, probes.top.tap),
             has_val=has_judges(self._manifest, self._config.look),
             has_held_out=has_held_out(self._manifest),
-            learnt_share=self._learnt_share,
+            learnt_share=float(self._learnt_share),
             is_unbalanced=max(counts) >= _UNBALANCED_FROM * min(counts),
         )
 

@@ -22,6 +22,7 @@ from convoy.pipelines.advise_rule import (
 )
 from convoy.pipelines.backbone_evidence import BackboneEvidence
 from convoy.pipelines.classifiers import Strategy
+from convoy.pipelines.network_plan import wanted_recipe
 from convoy.pipelines.probe_judging import JUDGING_FOLD
 from convoy.pipelines.train_config import NETWORKS, TrainConfig
 from convoy.pipelines.training_rows import RowLimit
@@ -92,9 +93,10 @@ def options(config: AdviseConfig, found: Sequence[BackboneEvidence]) -> list[Opt
     """Every strategy on every backbone; from scratch only on the one whose untrained network was looked through."""
     result = []
     for one in found:
-        result += [*_as_is(config, one), _linear_probe(config, one), *_early_probe(config, one)]
-        result += [_fine_tune(config, one)]
-        result += [*_partial_reuse(config, one), *_from_scratch(config, one)]
+        made = [*_as_is(config, one), _linear_probe(config, one), *_early_probe(config, one)]
+        made += [_fine_tune(config, one)]
+        made += [*_partial_reuse(config, one), *_from_scratch(config, one)]
+        result += [_that_fills_batches(option, one.train_images) for option in made]
     return result
 
 
@@ -136,6 +138,14 @@ def train_config(settings: dict[str, Any], *, where: str) -> tuple[TrainConfig, 
     return parse_config(TrainConfig, settings, where=where), write_settings(settings)
 
 
+def fitting_batches(settings: dict[str, Any], num_rows: int) -> dict[str, Any]:
+    """The settings of a training, with batches of no more than all of its rows: larger ones would be refused."""
+    config, _ = train_config(settings, where=settings["name"])
+    if config.strategy not in NETWORKS or wanted_recipe(config).batch_size <= num_rows:
+        return settings
+    return settings | {"recipe": {**settings.get("recipe", {}), "batch_size": num_rows}}
+
+
 def network_top1(one: BackboneEvidence, config: AdviseConfig, strategy: Strategy) -> Interval:
     """The expected top-1 of a strategy that trains a network, from the probe that it starts from."""
     start = {
@@ -144,6 +154,15 @@ def network_top1(one: BackboneEvidence, config: AdviseConfig, strategy: Strategy
         Strategy.PARTIAL_REUSE: one.reused or one.evidence.best,
     }[strategy]
     return expected_network(strategy, one.evidence, config.prior, start=start)
+
+
+def _that_fills_batches(option: Option, num_rows: int) -> Option:
+    """The option with `fitting_batches`, and why where they are others."""
+    settings = fitting_batches(option.settings, num_rows)
+    if settings is option.settings:
+        return option
+    why = f"{option.why}; by batches of all {num_rows:,} images, which fill no larger one"
+    return option.model_copy(update={"settings": settings, "why": why})
 
 
 def _as_is(config: AdviseConfig, one: BackboneEvidence) -> list[Option]:

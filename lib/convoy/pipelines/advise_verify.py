@@ -13,14 +13,14 @@ from convoy.core.statistics import Interval
 from convoy.pipelines.advise_config import AdviseConfig, VerifySettings
 from convoy.pipelines.advise_report import Verification, VerifiedStrategy
 from convoy.pipelines.advise_rows import has_judges
-from convoy.pipelines.advise_strategies import Option, StrategyAdvice, train_config
+from convoy.pipelines.advise_strategies import Option, StrategyAdvice, fitting_batches, train_config
 from convoy.pipelines.classifiers import Strategy
 from convoy.pipelines.comparison import top1_difference
 from convoy.pipelines.network_training import CurveDrawer
 from convoy.pipelines.probe_judging import JUDGING_FOLD
 from convoy.pipelines.train import run_train
 from convoy.pipelines.train_config import NETWORKS
-from convoy.pipelines.training_rows import RowLimit, fold_rows
+from convoy.pipelines.training_rows import RowLimit, read_split
 from convoy.storage.documents import read_json
 from convoy.storage.leases import WhenHeld
 from convoy.storage.manifests import Manifest
@@ -50,7 +50,7 @@ class Verifier:
         self._new_run = new_run
         self._budget = f"{settings.images_per_class}_images_{settings.epochs}_epochs"
         # What the fold has to refuse is refused before anything is computed.
-        fold_rows(manifest, _limit_at_budget(config, settings))
+        self._num_learnt = read_split(manifest, Split.TRAIN, _limit_at_budget(config, settings)).num_rows
 
     def verify(
         self, strategies: Sequence[StrategyAdvice], found: Sequence[Option], *, check: Callable[[], None]
@@ -89,7 +89,13 @@ class Verifier:
         self._progress.stage(f"verifying {strategy.strategy.value} on {strategy.backbone}")
         started_s = time.monotonic()
         judges_on_val = has_judges(self._manifest, self._config.look)
-        settings = at_budget(option, self._config, self._settings, fold_judges=not judges_on_val)
+        settings = at_budget(
+            option,
+            self._config,
+            self._settings,
+            num_rows=self._num_learnt,
+            fold_judges=not judges_on_val,
+        )
         training, _ = train_config(settings, where=key)
         report = run_train(
             training,
@@ -131,9 +137,9 @@ def chosen_options(strategies: Sequence[StrategyAdvice], limit: int | None) -> l
 
 
 def at_budget(
-    option: Option, config: AdviseConfig, settings: VerifySettings, *, fold_judges: bool
+    option: Option, config: AdviseConfig, settings: VerifySettings, *, num_rows: int, fold_judges: bool
 ) -> dict[str, Any]:
-    """The settings of an option's training at the budget.
+    """The settings of an option's training at the budget, which leaves it `num_rows` to learn from.
 
     A fold of the training rows chooses the head's C and the epoch, so that `val` judges what it did not choose. Where
     the fold itself judges no epoch is chosen: a network ends with its last one.
@@ -148,7 +154,7 @@ def at_budget(
         changed["epochs"] = settings.epochs
         if fold_judges:
             changed["recipe"] = _choosing_no_epoch(changed.get("recipe", {}))
-    return changed
+    return fitting_batches(changed, num_rows)
 
 
 def _choosing_no_epoch(recipe: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,8 @@ from convoy.pipelines.advise_strategies import (
 )
 from convoy.pipelines.backbone_evidence import BackboneEvidence, SvmProbe
 from convoy.pipelines.classifiers import Strategy
-from convoy.pipelines.train_config import TrainConfig
+from convoy.pipelines.network_plan import wanted_recipe
+from convoy.pipelines.train_config import NETWORKS, TrainConfig
 from convoy.pipelines.training_rows import Fold
 from convoy.storage.bundles import check_bundle_name
 
@@ -359,6 +360,19 @@ def test_networks_get_the_batch_that_was_set_or_that_of_the_advice(
         parsed, _ = train_config(option.settings, where="here")
         assert parsed.recipe.model_fields_set == {"batch_size"}
         assert parsed.recipe.batch_size == batch_size
+
+
+@pytest.mark.parametrize("given", [(), ("network.recipe={label_smoothing: 0.1}",)])
+def test_batches_that_the_training_images_cannot_fill_are_made_smaller_and_said_to_be(
+    given: tuple[str, ...],
+) -> None:
+    """The recipe of CIFAR's paper has batches of 128, and one with any key set those of its strategy."""
+    settings = config("network.reuse={after: layer1}", *given)
+    for strategy, option in by_strategy(settings, train_images=25).items():
+        recipe = wanted_recipe(train_config(option.settings, where="here")[0])
+        assert (recipe.batch_size == 25) is (strategy in NETWORKS)
+        assert ("by batches of all 25 images" in option.why) is (strategy in NETWORKS)
+        assert recipe.label_smoothing == (0.1 if given and strategy in NETWORKS else 0.0)
 
 
 def test_a_balance_that_was_set_is_kept_where_classes_are_unbalanced() -> None:

@@ -17,6 +17,7 @@ from convoy.pipelines.advise_strategies import Option, train_config
 from convoy.pipelines.advise_verify import Verifier, at_budget, chosen_options
 from convoy.pipelines.advise_work import AdviceWork
 from convoy.pipelines.classifiers import Strategy
+from convoy.pipelines.network_plan import wanted_recipe
 from convoy.pipelines.train_config import TrainConfig
 from convoy.pipelines.training_rows import validation_rows
 from convoy.storage.local_store import LocalStore
@@ -48,9 +49,8 @@ def made_option(strategy: Strategy, **settings: object) -> Option:
 
 
 def verified_config(strategy: Strategy, settings: VerifySettings) -> TrainConfig:
-    return train_config(at_budget(made_option(strategy), CONFIG, settings, fold_judges=False), where="here")[
-        0
-    ]
+    made = at_budget(made_option(strategy), CONFIG, settings, num_rows=32, fold_judges=False)
+    return train_config(made, where="here")[0]
 
 
 @pytest.mark.parametrize("averaging", ["best", "soup", "ema"])
@@ -58,13 +58,51 @@ def verified_config(strategy: Strategy, settings: VerifySettings) -> TrainConfig
 def test_rows_that_judge_choose_no_epoch(averaging: str, fold_judges: bool) -> None:
     recipe = {"averaging": averaging, "patience_epochs": 2, "batch_size": 16}
     option = made_option(Strategy.FINE_TUNE, recipe=recipe)
-    settings = at_budget(option, CONFIG, VerifySettings(epochs=3), fold_judges=fold_judges)
+    settings = at_budget(option, CONFIG, VerifySettings(epochs=3), num_rows=32, fold_judges=fold_judges)
     found = train_config(settings, where="here")[0].recipe
     assert found.batch_size == 16
     if fold_judges:
         assert (found.averaging, found.patience_epochs) == ("ema" if averaging == "ema" else "last", None)
     else:
         assert (found.averaging, found.patience_epochs) == (averaging, 2)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "recipe", "batch_size"),
+    [
+        (Strategy.FINE_TUNE, {"batch_size": 32}, 28),
+        (Strategy.FINE_TUNE, {"batch_size": 16}, 16),
+        (Strategy.FROM_SCRATCH, {"label_smoothing": 0.1}, 28),
+    ],
+)
+def test_batches_are_no_larger_than_the_budget(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    strategy: Strategy,
+    recipe: dict[str, object],
+    batch_size: int,
+) -> None:
+    """A fifth of 35 images judges; the paper's batch of a ResNet is of 256."""
+    planned = []
+
+    def train(training: TrainConfig, **_: object) -> SimpleNamespace:
+        planned.append(wanted_recipe(training))
+        return SimpleNamespace(intervals={"top1_wilson": interval(0.5)}, bundle="parts-x@1", run="")
+
+    monkeypatch.setattr(advise_verify, "run_train", train)
+    verifier = Verifier(
+        frozen_rows(tmp_path, {Split.TRAIN: (18, 17)}, ("good", "defect")),
+        CONFIG,
+        VerifySettings(),
+        RunFolder(LocalStore(str(tmp_path)), "r1"),
+        progress=Silent(),
+        draw_curves=lambda *_: b"",
+        new_run=False,
+    )
+    option = made_option(strategy, recipe=recipe)
+    verifier.verify([made_strategy(1, strategy, 0.5, 1.0)], [option], check=lambda: None)
+    assert [one.batch_size for one in planned] == [batch_size]
+    assert planned[0].label_smoothing == recipe.get("label_smoothing", 0.0)
 
 
 @pytest.mark.parametrize("strategy", [Strategy.LINEAR_PROBE, Strategy.FINE_TUNE])
