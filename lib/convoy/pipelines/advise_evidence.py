@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
-import pyarrow as pa
 
 from convoy.core.learning_curve import AS_MEASURED, MIN_SIZES, LearningCurve, Shrink, fit_curve
 from convoy.core.records import Split
@@ -24,6 +23,7 @@ from convoy.pipelines.feature_plan import FeatureRequest, holding_features
 from convoy.pipelines.feature_source import gather_features
 from convoy.pipelines.features import FeatureJob
 from convoy.pipelines.models import fetch_backbone
+from convoy.pipelines.stratified_sample import evenly_spread_rows
 from convoy.pipelines.training_rows import read_split
 from convoy.storage.feature_cache import FeatureCache, content_id_array
 from convoy.storage.manifests import Manifest
@@ -79,9 +79,7 @@ class Gatherer:
     def domain_distance(self, look: Look, reference: Manifest) -> DomainDistance:
         """From the features at the top of a look to those of as many images of the config's reference."""
         name = self._config.reference or ""
-        rows = reference.read_table()
-        num_rows = min(self._prober.rows.train.num_rows, rows.num_rows)
-        rows = rows.take(pa.array(np.linspace(0, rows.num_rows - 1, num_rows).round().astype(np.int64)))
+        rows = evenly_spread_rows(reference, self._prober.rows.train.num_rows)
         tap = look.probes.top.tap
         request = FeatureRequest(dataset=name, backbone=look.record.config, taps=(tap,))
         extraction = holding_features(self._config.extraction, look.record)

@@ -17,9 +17,18 @@ from convoy.core.randomness import generator
 from convoy.core.records import Split
 from convoy.pipelines.advise_config import AdviseConfig, LookSettings
 from convoy.pipelines.feature_source import LabelledRows
-from convoy.pipelines.natural_sample import natural_rows, natural_weights
+from convoy.pipelines.natural_sample import natural_counts, natural_weights
 from convoy.pipelines.probe_judging import JUDGING_FOLD, can_judge
-from convoy.pipelines.training_rows import RowLimit, count_classes, deal_fold, has_labels, read_split
+from convoy.pipelines.training_rows import (
+    RowLimit,
+    count_classes,
+    deal_fold,
+    first_of_class,
+    has_labels,
+    read_first_of_class,
+    read_split,
+    require_labels,
+)
 from convoy.storage.manifests import MANIFEST_SCHEMA, Manifest
 
 # Of each class at least, however small its share: fewer teach nothing, and none says nothing.
@@ -76,6 +85,7 @@ def choose_rows(manifest: Manifest, config: AdviseConfig) -> LookRows:
     of the rows of `train`. DataError for a class without images to learn from, or whose images all have weight 0, and
     where all judged rows are of one class; ConfigError where `look.max_rows` cannot hold a few of each.
     """
+    require_labels(manifest, Split.TRAIN)
     look, limit = config.look, config.rows
     every = RowLimit(seed=limit.seed)
     most = _share_out(manifest, look, limit)
@@ -128,9 +138,15 @@ def _share_out(manifest: Manifest, look: LookSettings, limit: RowLimit) -> dict[
 def _sample(
     manifest: Manifest, split: Split, limit: RowLimit, most: Mapping[Split, int], seed: int
 ) -> pa.Table:
-    """Some of the rows that a training has of a split; `seed` draws which, and not which ones it has."""
-    rows, num_classes = read_split(manifest, split, limit), len(manifest.classes)
-    return natural_rows(rows, most[split], num_classes=num_classes, least=_LEAST[split], seed=seed)
+    """Some of the rows that a training has of a split; `seed` draws which, and not which ones it has.
+
+    In memory are about as many, or those of the limit.
+    """
+    counts_K = images_by_class(manifest, limit) if split is Split.TRAIN else manifest.counts[split].by_class
+    most_K = natural_counts(counts_K, most[split], least=_LEAST[split])
+    if limit.max_per_class is None:
+        return read_first_of_class(manifest, split, most_K, seed=seed)
+    return first_of_class(read_split(manifest, split, limit), most_K, seed=seed)
 
 
 def _weights(looked: pa.Table, counts_K: Sequence[int]) -> NDArray[np.float64]:

@@ -42,6 +42,19 @@ def stratified_rows(
     return chosen
 
 
+def evenly_spread_rows(manifest: Manifest, most: int) -> pa.Table:
+    """At most so many rows from all over the manifest, in its order; they and one batch are in memory."""
+    num_rows = min(most, manifest.num_samples)
+    wanted_N = np.linspace(0, manifest.num_samples - 1, num_rows).round().astype(np.int64)
+    parts, start = [MANIFEST_SCHEMA.empty_table()], 0
+    for batch in manifest.iter_batches():
+        end = start + batch.num_rows
+        places_N = wanted_N[(wanted_N >= start) & (wanted_N < end)] - start
+        parts.append(pa.Table.from_batches([batch]).cast(MANIFEST_SCHEMA).take(pa.array(places_N)))
+        start = end
+    return pa.concat_tables(parts).combine_chunks()
+
+
 def named_rows(manifest: Manifest, sample_ids: Sequence[str]) -> pa.Table:
     """The rows of some samples, in the order of the manifest. DataError for one that the dataset does not have."""
     wanted = pa.array(sample_ids, pa.string())

@@ -17,7 +17,7 @@ from convoy.core.errors import ConfigError, DataError
 from convoy.core.fingerprints import digest
 from convoy.core.randomness import unit_interval
 from convoy.core.records import Split
-from convoy.storage.manifests import Manifest
+from convoy.storage.manifests import MANIFEST_SCHEMA, Manifest
 
 
 class Fold(StrictModel):
@@ -64,23 +64,29 @@ def has_labels(manifest: Manifest, split: Split) -> bool:
     return counts is not None and any(counts.by_class)
 
 
-def read_split(manifest: Manifest, split: Split, limit: RowLimit | None = None) -> pa.Table:
-    """The labelled rows of a split with all columns of the manifest, in its order: about 250 bytes a row.
-
-    With a limit those that it leaves, without the rows of its fold. Raises DataError where there is none.
-    """
-    rows = manifest.read_table(splits=[split])
-    rows = rows.filter(pc.is_valid(rows["label"]))
-    if not rows.num_rows:
+def require_labels(manifest: Manifest, split: Split) -> None:
+    """DataError where a split is not there or has no labelled row."""
+    if not has_labels(manifest, split):
         raise DataError(
             f"no labelled sample in split {split.value}",
             where=manifest.uri,
             next_step="label the dataset, or choose another split",
         )
-    if limit is None:
-        return rows
-    if limit.max_per_class is not None:
-        rows = first_of_class(rows, [limit.max_per_class] * len(manifest.classes), seed=limit.seed)
+
+
+def read_split(manifest: Manifest, split: Split, limit: RowLimit | None = None) -> pa.Table:
+    """The labelled rows of a split with all columns of the manifest, in its order: about 250 bytes a row.
+
+    With a limit those that it leaves, without the rows of its fold. Raises DataError where there is none.
+    """
+    require_labels(manifest, split)
+    limit = limit or RowLimit()
+    if limit.max_per_class is None:
+        rows = manifest.read_table(splits=[split])
+        rows = rows.filter(pc.is_valid(rows["label"]))
+    else:
+        most_K = [limit.max_per_class] * len(manifest.classes)
+        rows = read_first_of_class(manifest, split, most_K, seed=limit.seed)
     return rows if limit.fold is None else deal_fold(manifest, rows, limit)[0]
 
 
@@ -192,7 +198,22 @@ def first_of_class(rows: pa.Table, most_K: Sequence[int] | NDArray[np.int64], *,
         members[np.argsort(draws_N[members])[: most_K[label]]]
         for label, members in rows_by_class(labels_N).items()
     ]
-    return rows.take(pa.array(np.sort(np.concatenate(kept))))
+    return rows.take(pa.array(np.sort(np.concatenate([np.empty(0, np.int64), *kept]))))
+
+
+def read_first_of_class(
+    manifest: Manifest, split: Split, most_K: Sequence[int] | NDArray[np.int64], *, seed: int
+) -> pa.Table:
+    """`first_of_class` of the rows of a split. In memory are a few times as many as it leaves, and one batch."""
+    first, others = MANIFEST_SCHEMA.empty_table(), MANIFEST_SCHEMA.empty_table()
+    for batch in manifest.iter_batches(splits=[split]):
+        rows = pa.Table.from_batches([batch.filter(pc.is_valid(batch["label"]))]).cast(MANIFEST_SCHEMA)
+        others = pa.concat_tables([others, rows])
+        # As many as are left at a time: each costs a hash whenever it is compared.
+        if others.num_rows >= first.num_rows:
+            first = first_of_class(pa.concat_tables([first, others]), most_K, seed=seed).combine_chunks()
+            others = others.slice(0, 0)
+    return first_of_class(pa.concat_tables([first, others]), most_K, seed=seed).combine_chunks()
 
 
 def rows_digest(rows: pa.Table) -> str:

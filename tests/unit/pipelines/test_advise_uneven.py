@@ -18,6 +18,9 @@ from convoy.pipelines.advise_evidence import Gatherer
 from convoy.pipelines.advise_probes import LabelledFeatures, Prober
 from convoy.pipelines.advise_rows import LookRows, choose_rows
 from convoy.pipelines.advise_rule import expected_probe
+from convoy.pipelines.natural_sample import natural_rows
+from convoy.pipelines.training_rows import RowLimit, read_split
+from convoy.storage import manifests
 from convoy.storage.local_store import LocalStore
 from convoy.storage.manifests import Manifest
 from convoy.vision.head_fitting import evaluate_head, fit_head
@@ -101,6 +104,26 @@ def test_the_seed_of_the_look_draws_other_images_of_the_same_training(tmp_path: 
     ids, same, others = (set(rows.train["sample_id"].to_pylist()) for rows in (first, again, other))
     assert ids == same != others
     assert len(ids) == len(others)
+
+
+@pytest.mark.parametrize("limit", [None, 300])
+def test_the_rows_of_a_look_are_those_of_the_whole_splits_without_holding_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int | None
+) -> None:
+    """Of a dataset of 10^7 images nobody has the memory for all rows."""
+    monkeypatch.setattr(manifests, "ROWS_PER_GROUP", 100)
+    counts = COUNTS | {Split.TEST: (450, 30, 20)}
+    manifest, seed = frozen_rows(tmp_path, counts, CLASSES), 3
+    limits = {Split.TRAIN: RowLimit(max_per_class=limit, seed=5)}
+    expected = [
+        natural_rows(
+            read_split(manifest, split, limits.get(split)), 180, num_classes=3, least=least, seed=seed
+        )
+        for split, least in ((Split.TRAIN, 4), (Split.VAL, 1), (Split.TEST, 0))
+    ]
+    monkeypatch.setattr(Manifest, "read_table", lambda *_, **__: pytest.fail("read the whole split"))
+    rows = choose_rows(manifest, config(f"rows={limits[Split.TRAIN].model_dump_json()}", f"look.seed={seed}"))
+    assert [rows.train, rows.judged, rows.held_out] == expected
 
 
 def test_a_rare_class_is_learnt_and_judged_and_counts_as_little_as_it_is(tmp_path: Path) -> None:

@@ -11,7 +11,12 @@ from convoy.core.errors import DataError
 from convoy.core.records import Split
 from convoy.core.splits import SplitOptions
 from convoy.pipelines import stratified_sample
-from convoy.pipelines.stratified_sample import labels_of, named_rows, stratified_rows
+from convoy.pipelines.stratified_sample import (
+    evenly_spread_rows,
+    labels_of,
+    named_rows,
+    stratified_rows,
+)
 from convoy.storage.datasets import freeze_dataset, open_dataset
 from convoy.storage.local_store import LocalStore
 from convoy.storage.manifests import ROWS_PER_GROUP, Manifest
@@ -76,6 +81,13 @@ def test_several_splits_are_one_pool(manifest: Manifest) -> None:
 def test_a_split_without_samples_is_refused(manifest: Manifest) -> None:
     with pytest.raises(DataError, match="no sample in split test"):
         stratified_rows(manifest, 5, splits=[Split.TEST])
+
+
+@pytest.mark.parametrize("most", [1, 7, 300, 40_000, 50_000])
+def test_rows_from_all_over_a_manifest_are_read_batch_by_batch(tmp_path: Path, most: int) -> None:
+    manifest = frozen_rows(tmp_path, {Split.TRAIN: (30_000,), Split.VAL: (10_000,)}, ("a",))
+    wanted_N = np.linspace(0, 39_999, min(most, 40_000)).round().astype(np.int64)
+    assert evenly_spread_rows(manifest, most) == manifest.read_table().take(pa.array(wanted_N))
 
 
 def test_samples_are_found_by_name(manifest: Manifest) -> None:

@@ -12,11 +12,13 @@ from sklearn.utils.class_weight import compute_class_weight
 from convoy.core.config import parse_config
 from convoy.core.errors import ConfigError, DataError
 from convoy.core.records import Split
+from convoy.pipelines import training_rows
 from convoy.pipelines.folds import join_folds
 from convoy.pipelines.training_rows import (
     Fold,
     RowLimit,
     class_weights,
+    first_of_class,
     fold_notes,
     fold_rows,
     read_split,
@@ -25,12 +27,14 @@ from convoy.pipelines.training_rows import (
     weigh_classes,
     with_mean_weight_one,
 )
+from convoy.storage import manifests
 from convoy.storage.local_store import LocalStore
 from convoy.storage.manifests import (
     MANIFEST_SCHEMA,
     Manifest,
 )
 from convoy.storage.member_predictions import MemberLogits
+from made_advice_rows import frozen_rows
 from made_manifests import write_samples
 from made_runs import content_id
 
@@ -282,3 +286,23 @@ def test_a_limit_within_another_leaves_none_but_its_rows(
     )
     assert len(some) == 3 * left
     assert set(some) <= set(others)
+
+
+@pytest.mark.parametrize("most", [1, 30, 400])
+def test_the_rows_of_a_limit_are_those_of_the_whole_split_without_holding_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    monkeypatch.setattr(manifests, "ROWS_PER_GROUP", 100)
+    manifest = frozen_rows(tmp_path, {Split.TRAIN: (900, 90, 10), Split.VAL: (500, 0, 0)}, CLASSES)
+    whole = read_split(manifest, Split.TRAIN)
+    held = []
+
+    def counted(rows: pa.Table, *given: object, **more: object) -> pa.Table:
+        held.append(rows.num_rows)
+        return first_of_class(rows, *given, **more)
+
+    monkeypatch.setattr(training_rows, "first_of_class", counted)
+    for seed in range(3):
+        limited = read_split(manifest, Split.TRAIN, RowLimit(max_per_class=most, seed=seed))
+        assert limited == first_of_class(whole, [most] * 3, seed=seed)
+        assert max(held) <= 2 * limited.num_rows + 100
