@@ -123,7 +123,10 @@ def domain_distance(
 ) -> DomainDistance:
     """The distance of features to those of a reference domain; DataError for fewer than four rows of either."""
     if min(len(features_ND), len(reference_MD)) < 4:
-        raise DataError("a distance between domains needs rows of both", where=reference)
+        raise DataError(
+            f"a distance between domains needs four rows of each, not {len(features_ND)} and {len(reference_MD)}",
+            where=reference,
+        )
     total = float(np.asarray(reference_MD, np.float64).var(axis=0).sum()) or 1.0
     frechet = frechet_distance(features_ND, reference_MD)
     half, other_half = reference_MD[::2], reference_MD[1::2]

@@ -12,7 +12,9 @@ import numpy as np
 
 from convoy.cluster.session import ray_session
 from convoy.core.config import read_settings
+from convoy.core.errors import DataError
 from convoy.core.progress import Progress
+from convoy.core.transferability import DomainDistance
 from convoy.pipelines.advise_config import AdviseConfig
 from convoy.pipelines.advise_data import data_facts
 from convoy.pipelines.advise_evidence import Gathered, Gatherer
@@ -81,7 +83,8 @@ class AdviceWork:
             strategies = advice(found, tie=config.tie, paths=[self._write(option) for option in found])
             first = strategies[0]
             advised = next(one for one in gathered.evidence if one.probes.backbone == first.backbone)
-            similarity = self._similarity(gatherer, gathered, advised)
+            distance, distance_notes = self._domain_distance(gatherer, gathered, advised)
+            similarity = self._similarity(gathered, advised, distance)
             facts = data_facts(self.store, self.manifest, config, prober, gathered.best)
             verification = None if verifier is None else verifier.verify(strategies, found, check=self.check)
             costs = self._costs(records)
@@ -108,6 +111,7 @@ class AdviceWork:
                 *_notes(gathered, first, scenario.strategy.value),
                 *front_notes,
                 *_left_out(config, gathered),
+                *distance_notes,
             ],
             within_error_budget=config.error_budget.allows(facts.rejects, facts.looked_at),
         )
@@ -155,9 +159,22 @@ class AdviceWork:
         self.store.put(key, text.encode())
         return self.store.uri(key)
 
-    def _similarity(self, gatherer: Gatherer, gathered: Gathered, advised: BackboneEvidence) -> Similarity:
+    def _domain_distance(
+        self, gatherer: Gatherer, gathered: Gathered, advised: BackboneEvidence
+    ) -> tuple[DomainDistance | None, list[str]]:
+        """How far the reference is, None without one that can be used, and why not: no advice rests on it."""
+        if self.reference is None:
+            return None, []
+        look = next(look for look in gathered.looks if look.probes.backbone == advised.probes.backbone)
+        try:
+            return gatherer.domain_distance(look, self.reference), []
+        except DataError as error:
+            return None, [f"no distance to {self.config.reference}: {error.what}"]
+
+    def _similarity(
+        self, gathered: Gathered, advised: BackboneEvidence, distance: DomainDistance | None
+    ) -> Similarity:
         config, probes = self.config, advised.probes
-        look = next(look for look in gathered.looks if look.probes.backbone == probes.backbone)
         peak, top = probes.best, probes.top
         return Similarity(
             verdict=four_scenarios(advised.evidence, config.prior).likeness,
@@ -169,9 +186,7 @@ class AdviceWork:
             top_top1=top.top1,
             untrained_top1=gathered.untrained.probes.peak.top1,
             knn_top1=top.knn_top1,
-            domain_distance=None
-            if self.reference is None
-            else gatherer.domain_distance(look, self.reference),
+            domain_distance=distance,
             probes=[look.probes for look in gathered.looks],
             untrained=gathered.untrained.probes,
         )

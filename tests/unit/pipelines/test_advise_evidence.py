@@ -15,9 +15,10 @@ from convoy.core.learning_curve import AS_MEASURED, CurveSample
 from convoy.core.progress import Silent
 from convoy.core.records import Split
 from convoy.pipelines.advise_config import AdviseConfig, CandidateBackbone
-from convoy.pipelines.advise_evidence import Gatherer
+from convoy.pipelines.advise_evidence import Gathered, Gatherer
 from convoy.pipelines.advise_probes import Look, Prober
 from convoy.pipelines.advise_rule import JudgedProbe, expected_probe
+from convoy.pipelines.advise_work import AdviceWork
 from convoy.pipelines.feature_plan import FeatureRequest, holding_features
 from convoy.pipelines.feature_summary import FeatureSummary
 from convoy.pipelines.features import FeatureJob
@@ -26,6 +27,7 @@ from convoy.pipelines.models import fetch_backbone
 from convoy.storage.commits import SetCommit, feature_prefix, part_key
 from convoy.storage.local_store import LocalStore
 from convoy.storage.parts import FeatureRows, write_features
+from convoy.storage.runs import RunFolder
 from made_advice import made_probes
 from made_advice_rows import frozen_rows
 
@@ -134,6 +136,32 @@ def test_what_a_tap_gets_right_is_of_the_rows_that_it_has(
     evidence = gatherer._evidence(candidate, look, look, is_best=True, shrink=AS_MEASURED)
     assert evidence.evidence.top == JudgedProbe(tap=top, num_correct=120, num_rows=120)
     assert expected_probe(evidence.evidence.top).estimate > 0.99
+
+
+@pytest.mark.parametrize(("num_rows", "is_known"), [(3, False), (8, True)])
+def test_a_reference_of_too_few_images_is_noted_and_ends_no_advice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_rows: int, is_known: bool
+) -> None:
+    gatherer, candidate, look = looked_at(tmp_path, None)
+    evidence = gatherer._evidence(candidate, look, look, is_best=True, shrink=AS_MEASURED)
+    store = LocalStore(str(tmp_path))
+    work = AdviceWork(
+        store=store,
+        manifest=gatherer._manifest,
+        config=gatherer._config.model_copy(update={"reference": "scenes"}),
+        folder=RunFolder(store, "r"),
+        progress=Silent(),
+        draw_curves=lambda *_: b"",
+        check=lambda: None,
+        new_run=False,
+        reference=frozen_rows(tmp_path / "reference", {Split.TRAIN: (num_rows,)}, ("scene",)),
+    )
+    monkeypatch.setattr(FeatureJob, "ensure", lambda *_, **__: look.summary)
+    gathered = Gathered(looks=(look,), best=look, untrained=look, curve=None, evidence=(evidence,))
+    distance, notes = work._domain_distance(gatherer, gathered, evidence)
+    assert (distance is not None) is is_known
+    why = "no distance to scenes: a distance between domains needs four rows of each, not 100 and 3"
+    assert notes == ([] if is_known else [why])
 
 
 @pytest.mark.parametrize(("limit", "missing"), [(None, 300), (50, 0), (80, 60)])
