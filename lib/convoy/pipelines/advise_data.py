@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
 from convoy.core.config import StrictModel
+from convoy.core.errors import ConvoyError
 from convoy.core.records import SampleRejected, Split
 from convoy.pipelines.advise_config import AdviseConfig
 from convoy.pipelines.advise_probes import Look, Prober
@@ -73,6 +76,7 @@ def data_facts(
     labelled = sum(sum(split.by_class) for split in manifest.counts.values())
     wanted = config.look.resolution_images
     sample = stratified_rows(manifest, wanted, splits=[Split.TRAIN], purpose="contact sheet")
+    resolution, unmeasured = measure_resolution(sample, decode)
     facts = DataFacts(
         samples={split.value: split_counts.num_samples for split, split_counts in manifest.counts.items()},
         classes=len(manifest.classes),
@@ -81,7 +85,7 @@ def data_facts(
         images_per_class_max=max(counts),
         imbalance=max(counts) / max(min(counts), 1),
         unlabelled=manifest.num_samples - labelled,
-        resolution=measure_resolution(sample, decode),
+        resolution=resolution,
         looked_at=summary.samples,
         rejects=summary.rejects,
         reject_codes=count_rejects(FeatureCache(store), summary.sets.values(), prober.rows.all)
@@ -92,22 +96,34 @@ def data_facts(
         unjudged_classes=missing_classes(prober.rows.judged, manifest.classes),
         warnings=[],
     )
-    return facts.model_copy(update={"warnings": find_warnings(facts)})
+    return facts.model_copy(update={"warnings": [*find_warnings(facts), *unmeasured]})
 
 
-def measure_resolution(rows: pa.Table, decode: DecodeRule) -> Resolution | None:
-    """The sizes of some images; None where none of them can be read."""
-    sizes = []
-    for _, data in SampleReader().read(rows):
-        if isinstance(data, SampleRejected):
-            continue
-        try:
-            sizes.append(decode_image(data, decode).pixels_CHW.shape[1:])
-        except SampleRejected:
-            continue
-    if not sizes:
-        return None
-    sizes_N2 = np.array([(int(height), int(width)) for height, width in sizes])
+def measure_resolution(rows: pa.Table, decode: DecodeRule) -> tuple[Resolution | None, list[str]]:
+    """The sizes of some images, None where none of them can be read, and what kept the others from being read.
+
+    That is never fatal: no advice rests on sizes.
+    """
+    sizes, problems = [], []
+    try:
+        for _, data in SampleReader().read(rows):
+            with suppress(SampleRejected):
+                sizes.append(_size(data, decode))
+    except ConvoyError as error:
+        problems.append(f"sizes are known of {len(sizes)} of {rows.num_rows} images only: {error.what}")
+    return _resolution(sizes) if sizes else None, problems
+
+
+def _size(data: bytes | SampleRejected, decode: DecodeRule) -> tuple[int, int]:
+    """Height and width; SampleRejected where the image cannot be used."""
+    if isinstance(data, SampleRejected):
+        raise data
+    _, height, width = decode_image(data, decode).pixels_CHW.shape
+    return height, width
+
+
+def _resolution(sizes: Sequence[tuple[int, int]]) -> Resolution:
+    sizes_N2 = np.array(sizes)
     return Resolution(
         images=len(sizes),
         median_width_px=float(np.median(sizes_N2[:, 1])),
