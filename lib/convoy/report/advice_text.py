@@ -10,6 +10,7 @@ from rich.table import Table
 from convoy.core.statistics import Interval
 from convoy.pipelines.advise_report import AdviceReport, MoreData, Verification
 from convoy.pipelines.advise_strategies import StrategyCost
+from convoy.report.hidden_characters import with_codes
 from convoy.report.words import duration, percent, span
 
 
@@ -20,7 +21,7 @@ def print_advice(report: AdviceReport, *, workspace: str | None) -> None:
     summary.add_column(style="bold")
     summary.add_column(overflow="fold")
     for name, words in _facts(report):
-        summary.add_row(name, words)
+        summary.add_row(name, with_codes(words))
     console.print(summary)
     console.print(_strategies(report))
     where = "" if workspace is None else f" --workspace {workspace}"
@@ -91,7 +92,7 @@ def _strategies(report: AdviceReport) -> Table:
         table.add_row(
             f"{one.rank}",
             one.strategy.value,
-            one.backbone,
+            with_codes(one.backbone),
             percent(one.expected_top1),
             span(one.interval),
             cost_span(one.cost),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import unicodedata
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -19,12 +18,9 @@ from markupsafe import Markup
 
 from convoy.core.json_values import finite_or_null
 from convoy.report.blocks import Block, Page, Picture
+from convoy.report.hidden_characters import with_codes
 
 _MAX_CHARACTERS = 400
-# Control, format (which turn directions), surrogate and private characters.
-_HIDDEN = frozenset({"Cc", "Cf", "Cs", "Co"})
-# Joiners, without which some scripts cannot be written.
-_HARMLESS = frozenset("\n\t\u200c\u200d")
 
 
 def render_page(page: Page) -> bytes:
@@ -54,9 +50,7 @@ def clean(value: Any, max_characters: int = _MAX_CHARACTERS) -> Any:
         return value
     if len(value) > max_characters:
         value = f"{value[: max_characters - 1]}…"
-    if value.isascii() and value.isprintable():
-        return value
-    return "".join(_shown(character) for character in value)
+    return with_codes(value)
 
 
 def listed(texts: Iterable[str]) -> Markup:
@@ -96,12 +90,6 @@ def _environment(**options: Any) -> Environment:
 
 
 _clean_long = partial(clean, max_characters=1 << 20)
-
-
-def _shown(character: str) -> str:
-    if character in _HARMLESS or unicodedata.category(character) not in _HIDDEN:
-        return character
-    return f"\\u{ord(character):04x}"
 
 
 def _data_link(value: Any) -> Markup:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from convoy.core.statistics import Interval
+from convoy.report.hidden_characters import with_codes
 
 _MAX_ROWS = 40
 _MAX_VALUES = 20
@@ -51,7 +52,7 @@ def _matrix(title: str, rows: list[list[int]], classes: list[str]) -> Table:
     for index in range(len(rows)):
         table.add_column(str(index), justify="right")
     for index, row in enumerate(rows):
-        name = f"{index} {classes[index]}" if len(classes) == len(rows) else str(index)
+        name = f"{index} {with_codes(classes[index])}" if len(classes) == len(rows) else str(index)
         table.add_row(name, *map(str, row))
     return table
 
@@ -73,9 +74,9 @@ def _cell(value: Any) -> str:
     if isinstance(value, dict) and value.keys() == _INTERVAL_KEYS:
         return f"{_cell(value['low'])} to {_cell(value['high'])}"
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_cell(item)}" for key, item in value.items())
+        return ", ".join(f"{_cell(key)} {_cell(item)}" for key, item in value.items())
     if isinstance(value, list):
         if len(value) > _MAX_VALUES or any(isinstance(item, list) for item in value):
             return f"{len(value)} entries: use --json"
         return ", ".join(_cell(item) for item in value)
-    return str(value)
+    return with_codes(str(value))

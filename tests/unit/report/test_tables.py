@@ -68,3 +68,25 @@ def test_advice_is_a_short_text_and_the_command_for_its_page(
         assert words in " ".join(shown.split())
     assert shown.splitlines()[-1] == "All of the evidence: convoy report r --workspace s3://bucket/work"
     assert "{" not in shown
+
+
+def test_names_of_classes_do_not_steer_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ESC ] 0 ; sets the title of a window, ESC [ 2 J clears it, and U+202E turns the line around."""
+    monkeypatch.setenv("COLUMNS", "200")
+    name = "cat\x1b]0;mine\x07\x1b[2J\u202e"
+    print_report(
+        Report(
+            top1=0.5,
+            classes=[name, "dog"],
+            confusion=[[31, 4], [7, 58]],
+            by_class=[{"name": name, "counts": {name: 3}}],
+        )
+    )
+    advice = made_advice()
+    strategies = [one.model_copy(update={"backbone": name}) for one in advice.strategies]
+    print_advice(advice.model_copy(update={"notes": [name], "strategies": strategies}), workspace=None)
+    shown = capsys.readouterr().out
+    assert not any(character in shown for character in "\x1b\x07\u202e")
+    assert shown.count("\\u001b") >= 8
