@@ -50,7 +50,7 @@ class NewNetwork:
         weights that do not fit.
         """
         state = read_backbone_state(store, pretrained)
-        learnt = _learnt_layers(pretrained.config)
+        learnt = learnt_layers(pretrained.config)
         if isinstance(self.network, PartialReuseNetwork) and self.config.new_layers != learnt:
             self.network.load_body(state if learnt is None else state_below(state, "body."))
             return None
@@ -111,7 +111,7 @@ def _classifier_note(pretrained: BackboneRecord, classes: tuple[str, ...]) -> st
     return f"the classifier begins anew, though that of the weights has as many outputs: they {why}"
 
 
-def _learnt_layers(config: BackboneConfig) -> NewLayers | None:
+def learnt_layers(config: BackboneConfig) -> NewLayers | None:
     """The new layers that a pretrained network has weights of; published weights are those of a whole network."""
     return None if weight_source(config) is WeightSource.NAMED else config.new_layers
 

@@ -14,8 +14,9 @@ from convoy.core.config import StrictModel
 from convoy.core.epochs import EpochPlan
 from convoy.core.errors import ConfigError
 from convoy.pipelines.classifiers import Strategy
+from convoy.pipelines.network_building import learnt_layers
 from convoy.pipelines.train_config import TrainConfig
-from convoy.vision.backbone_config import BackboneConfig
+from convoy.vision.backbone_config import BackboneConfig, WeightSource, weight_source
 from convoy.vision.call_trace import run_on_shapes
 from convoy.vision.engine_options import NetworkDevice
 from convoy.vision.freezing import frozen_stages, resolve_freeze_depth, trains_batchnorm
@@ -105,9 +106,9 @@ def plan_network(
     """Resolve recipe and phases for a network, a dataset with `counts` images a class, and a group of workers.
 
     `device` is what a worker trains on; where that is not known, a precision of `auto` stays so. `has_val`: whether
-    labelled rows watch the training. Raises ConfigError for an impossible freeze depth, a batch that the training rows
-    or workers do not fit, a resolution that the network cannot take, or a network that is to be compiled where nothing
-    compiles.
+    labelled rows watch the training. Raises ConfigError for a freeze depth that is impossible or would keep new layers
+    random, a batch that the training rows or workers do not fit, a resolution that the network cannot take, or a
+    network that is to be compiled where nothing compiles.
     """
     wanted = wanted_recipe(config)
     phases = wanted_phases(config, wanted)
@@ -121,12 +122,16 @@ def plan_network(
         phase.model_copy(
             update={
                 "freeze_depth": resolve_freeze_depth(
-                    axis, phase.freeze_depth, images_per_class=images_per_class
+                    axis,
+                    phase.freeze_depth,
+                    images_per_class=images_per_class,
+                    # What the first phase does not freeze it trains, so later ones may freeze everything.
+                    num_learnt=None if number else _num_learnt(config, axis),
                 ),
                 "learning_rate": phase.learning_rate * factor,
             }
         )
-        for phase in phases
+        for number, phase in enumerate(phases)
     )
     recipe, batchnorm_notes = _settle_batchnorm(
         recipe,
@@ -137,6 +142,7 @@ def plan_network(
     )
     balance = _balance(recipe.balance, counts)
     notes = [_source(config), *_notes(phases, resolved, axis, images_per_class), *batchnorm_notes]
+    notes += _notes_of_random(config, resolved)
     if _trains_head_twice(config, resolved):
         notes.append(
             f"phase {resolved[-1].name} trains the head alone, as phase {resolved[0].name} does: a lower freeze_depth"
@@ -280,6 +286,16 @@ def _stand_in_rate(config: TrainConfig, recipe: Recipe) -> float | None:
     return ADAMW_RATE if kind is OptimiserKind.ADAMW else SGD_RATE_AT_256 * recipe.batch_size / 256
 
 
+def _num_learnt(config: TrainConfig, axis: DepthAxis) -> int | None:
+    """How many leading stages begin with weights that were learnt, or are random by wish; None for all but the last."""
+    if config.strategy is Strategy.FROM_SCRATCH:
+        return 0
+    has_new_layers = (
+        config.strategy is Strategy.PARTIAL_REUSE and learnt_layers(config.backbone) != config.reuse
+    )
+    return axis.num_reused if has_new_layers else None
+
+
 def _check_batch(batch_size: int, num_rows: int, num_workers: int) -> None:
     smallest = EpochPlan(num_rows=num_rows, batch_size=batch_size).smallest_batch
     if smallest < num_workers:
@@ -328,6 +344,16 @@ def _notes(
         why = f", by {images_per_class:g} images a class" if wanted.freeze_depth == "auto" else ""
         notes.append(f"phase {phase.name}: {phase.epochs} epochs, {frozen}{why}")
     return notes
+
+
+def _notes_of_random(config: TrainConfig, resolved: Sequence[Phase]) -> list[str]:
+    """What is frozen from the first phase to the last of a network whose weights are random, such as a control's."""
+    depth = min(frozen_stages(phase) for phase in resolved)
+    if not depth or weight_source(config.backbone) is not WeightSource.RANDOM:
+        return []
+    return [
+        f"{depth} stages keep random weights to the end: backbone.weights is random, and no phase trains them"
+    ]
 
 
 def _notes_without_val(recipe: Recipe) -> list[str]:

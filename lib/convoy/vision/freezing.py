@@ -17,26 +17,40 @@ _FREEZE_NOTHING_FROM = 1000
 BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
-def resolve_freeze_depth(axis: DepthAxis, wanted: int | str, *, images_per_class: float) -> int:
+def resolve_freeze_depth(
+    axis: DepthAxis, wanted: int | str, *, images_per_class: float, num_learnt: int | None = None
+) -> int:
     """The number of leading stages that stay frozen, 0 to len(axis) - 1.
 
     `wanted` is that number, the name of the last frozen stage, "body" (all that is reused: all but the head, or but the
-    new layers), or "auto". Raises ConfigError for a depth that the network does not have, or that leaves nothing to
-    train.
+    new layers), or "auto". `num_learnt` leading stages have weights that were learnt; without it all have that may be
+    frozen. Raises ConfigError for a depth that the network does not have, that leaves nothing to train, or that would
+    keep random weights.
     """
     most = len(axis) - 1
+    learnt = most if num_learnt is None else num_learnt
     if wanted == AUTO:
-        return automatic_freeze_depth(axis.num_reused, images_per_class)
-    if wanted == BODY:
-        return axis.num_reused
-    depth = wanted if isinstance(wanted, int) else _last_frozen(axis, wanted).index + 1
+        return min(automatic_freeze_depth(axis.num_reused, images_per_class), learnt)
+    depth = _wanted_depth(axis, wanted)
     if not 0 <= depth <= most:
         raise ConfigError(
             f"a freeze depth of {wanted} is impossible: the network has {len(axis)} stages, and one must train",
             where="freeze_depth",
             next_step=f"choose 0 (nothing frozen) to {most} ({BODY}: only what is new trains), or {AUTO}",
         )
+    if depth > learnt:
+        raise ConfigError(
+            f"a freeze depth of {wanted} would keep random weights: {learnt} of {len(axis)} stages have learnt ones",
+            where="freeze_depth",
+            next_step=f"freeze at most {learnt}, or only in a later phase, when the phases before have trained them",
+        )
     return depth
+
+
+def _wanted_depth(axis: DepthAxis, wanted: int | str) -> int:
+    if wanted == BODY:
+        return axis.num_reused
+    return wanted if isinstance(wanted, int) else _last_frozen(axis, wanted).index + 1
 
 
 def _last_frozen(axis: DepthAxis, name: str) -> Stage:

@@ -125,7 +125,8 @@ class Phase(StrictModel):
     """Some epochs with one set of trainable stages.
 
     `freeze_depth`: how many leading stages stay frozen: a number (0: everything trains), the name of the last
-    frozen stage, "body" (only the head trains, or the new layers), or "auto" by the number of images a class.
+    frozen stage, "body" (only the head trains, or the new layers), or "auto" by the number of images a class. Stages
+    that begin with random weights can be frozen once a phase before has trained them.
     `learning_rate` is the head's and that of new layers; the body has `body_rate` times that, and with `layer_decay`
     each of its stages has `layer_decay` times the rate of the stage above it. `resolution_px` trains on smaller or
     larger images.

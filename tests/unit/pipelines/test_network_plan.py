@@ -100,6 +100,11 @@ ADAMW = {"optimiser": {"kind": "adamw"}}
 REUSE = {"reuse": {"after": "layer2", "convs": []}}
 
 
+def frozen(name: str, freeze_depth: int | str) -> dict[str, Any]:
+    """A phase with that freeze depth."""
+    return {"name": name, "epochs": 1, "learning_rate": 0.1, "freeze_depth": freeze_depth}
+
+
 @pytest.mark.parametrize(
     ("settings", "sgd", "body_rate"),
     [
@@ -222,6 +227,63 @@ def test_what_is_set_of_a_schedule_of_another_kind_is_told(kind: str, unused: li
         assert note == "without effect: " + ", ".join(
             f"phases.all.schedule.{key} (kind: {kind})" for key in unused
         )
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_learnt"),
+    [
+        ({"strategy": "from_scratch", "freeze_depth": "layer3"}, 0),
+        ({"strategy": "from_scratch", "freeze_depth": "body"}, 0),
+        # The stem, three blocks of each of two layers; behind them all is new.
+        ({"strategy": "partial_reuse", **REUSE, "freeze_depth": "pooled"}, 7),
+        ({"strategy": "partial_reuse", **REUSE, "phases": [frozen("one", "mlp.0"), frozen("two", 0)]}, 7),
+    ],
+)
+def test_a_training_that_would_freeze_random_weights_is_refused(
+    settings: dict[str, Any], num_learnt: int
+) -> None:
+    with pytest.raises(ConfigError, match=f"would keep random weights: {num_learnt} of") as caught:
+        plan_of(**settings)
+    assert f"at most {num_learnt}" in caught.value.next_step
+
+
+def frozen_by(**settings: Any) -> list[int | str]:
+    return [phase.freeze_depth for phase in plan_of(**settings).phases]
+
+
+def test_a_later_phase_may_freeze_what_an_earlier_one_has_trained() -> None:
+    assert frozen_by(phases=[frozen("all", 0), frozen("end", "layer3")]) == [0, 10]
+    reused = {"strategy": "partial_reuse", **REUSE}
+    assert frozen_by(**reused, phases=[frozen("all", "body"), frozen("end", "mlp.0")]) == [7, 9]
+
+
+def test_an_automatic_depth_freezes_only_what_was_learnt() -> None:
+    phases = [frozen("first", "auto"), frozen("second", "auto")]
+    assert frozen_by(phases=phases) == [0, 9]
+    assert frozen_by(phases=phases, strategy="fine_tune") == [9, 9]
+    assert frozen_by(freeze_depth="auto") == [0]
+
+
+def test_new_layers_whose_weights_are_those_of_a_training_before_may_be_frozen() -> None:
+    layers = {"after": "layer2", "convs": []}
+    backbone = {"arch": "cifar_resnet20", "weights": "a/model.pt", "new_layers": layers, "num_classes": 2}
+    settings = {"strategy": "partial_reuse", "reuse": layers, "freeze_depth": "mlp.0"}
+    assert frozen_by(backbone=backbone, **settings) == [9]
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"strategy": "fine_tune", "freeze_depth": "layer1"}, "4 stages keep random weights to the end"),
+        ({"strategy": "partial_reuse", **REUSE, "freeze_depth": "body"}, "7 stages keep random weights"),
+        ({"strategy": "fine_tune", "freeze_depth": 0}, None),
+    ],
+)
+def test_frozen_stages_of_random_weights_are_told(settings: dict[str, Any], told: str | None) -> None:
+    random = {"arch": "cifar_resnet20", "weights": "random"}
+    notes = plan_of(backbone=random, **settings).notes
+    assert any(told in note for note in notes) if told else not any("random" in note for note in notes)
+    assert not any("random" in note for note in plan_of(**settings).notes)
 
 
 @pytest.mark.parametrize(("freeze_depth", "is_told"), [("body", True), ("auto", False), (0, False)])

@@ -359,7 +359,7 @@ ONLY_HEAD = {"name": "only", "epochs": 2, "freeze_depth": "body", "learning_rate
         ({"head_source": "network"}, ["head", "body"]),
         ({"phases": [ONLY_HEAD]}, ["only"]),
         ({"phases": [ONLY_HEAD], "head_source": "cache"}, []),
-        ({"strategy": "from_scratch", "epochs": 3, "freeze_depth": "body"}, ["train"]),
+        ({"strategy": "from_scratch", "epochs": 3}, ["train"]),
     ],
 )
 def test_a_dry_run_counts_no_phase_that_is_a_fit_from_the_cache(

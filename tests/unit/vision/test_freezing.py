@@ -133,6 +133,20 @@ def test_a_depth_that_leaves_nothing_to_train_is_an_error(resnet_axis: DepthAxis
         resolve_freeze_depth(resnet_axis, wanted, images_per_class=100)
 
 
+@pytest.mark.parametrize(("wanted", "num_learnt"), [(1, 0), ("body", 0), ("layer3", 4), (5, 4)])
+def test_random_weights_are_not_frozen(resnet_axis: DepthAxis, wanted: int | str, num_learnt: int) -> None:
+    with pytest.raises(ConfigError, match=f"would keep random weights: {num_learnt} of 12 stages") as caught:
+        resolve_freeze_depth(resnet_axis, wanted, images_per_class=100, num_learnt=num_learnt)
+    assert caught.value.where == "freeze_depth"
+
+
+@pytest.mark.parametrize(("wanted", "depth"), [("auto", 4), ("layer1", 4), (0, 0)])
+def test_what_was_learnt_may_be_frozen_and_auto_freezes_no_more(
+    resnet_axis: DepthAxis, wanted: int | str, depth: int
+) -> None:
+    assert resolve_freeze_depth(resnet_axis, wanted, images_per_class=5, num_learnt=4) == depth
+
+
 def test_an_unknown_stage_is_an_error_that_names_the_nearest(resnet_axis: DepthAxis) -> None:
     with pytest.raises(ConfigError, match=r"layer3\.2"):
         resolve_freeze_depth(resnet_axis, "layer3.9", images_per_class=100)
