@@ -23,6 +23,7 @@ from convoy.vision.freezing import frozen_stages, resolve_freeze_depth, trains_b
 from convoy.vision.presets import EvalPreset
 from convoy.vision.recipes import (
     ADAMW_RATE,
+    DEFAULT_OPTIMISERS,
     SGD_RATE_AT_256,
     fine_tuning_phases,
     paper_recipe,
@@ -160,11 +161,7 @@ def plan_network(
     if recipe.average_epochs < wanted.average_epochs:
         half = f"no more than half of phase {phases[-1].name}"
         notes.append(f"{recipe.averaging.value} takes {recipe.average_epochs} epochs: {half}")
-    if (rate := _stand_in_rate(config, recipe)) is not None:
-        kinds = _NAMES[recipe.optimiser.kind], _NAMES[_default_recipe(config).optimiser.kind]
-        notes.append(
-            f"learning rate {rate:g}, for {kinds[0]}: none is given, and the default would be {kinds[1]}'s"
-        )
+    notes += _notes_of_stand_ins(config, recipe)
     if not has_val:
         notes += _notes_without_val(recipe)
     notes += _notes_of_unused(config, wanted)
@@ -188,9 +185,10 @@ def wanted_recipe(config: TrainConfig) -> Recipe:
     """The recipe of the strategy, or of the architecture's paper, with what the config sets in its place."""
     default = _default_recipe(config)
     given, optimiser = _what_is_set(config.recipe), _what_is_set(config.recipe.optimiser)
+    kind = optimiser.get("kind", default.optimiser.kind)
     # The weight decay of one kind of optimiser means nothing to another.
-    if optimiser.get("kind", default.optimiser.kind) is default.optimiser.kind:
-        given["optimiser"] = default.optimiser.model_copy(update=optimiser)
+    usual = default.optimiser if kind is default.optimiser.kind else DEFAULT_OPTIMISERS[kind]
+    given["optimiser"] = usual.model_copy(update=optimiser)
     return default.model_copy(update=given)
 
 
@@ -344,6 +342,18 @@ def _notes(
         why = f", by {images_per_class:g} images a class" if wanted.freeze_depth == "auto" else ""
         notes.append(f"phase {phase.name}: {phase.epochs} epochs, {frozen}{why}")
     return notes
+
+
+def _notes_of_stand_ins(config: TrainConfig, recipe: Recipe) -> list[str]:
+    """What an optimiser of another kind than the default's has in place of that one's values."""
+    kind, usual = recipe.optimiser.kind, _default_recipe(config).optimiser.kind
+    values = []
+    if (rate := _stand_in_rate(config, recipe)) is not None:
+        values.append(f"learning rate {rate:g}")
+    if kind is not usual and "weight_decay" not in config.recipe.optimiser.model_fields_set:
+        values.append(f"weight decay {recipe.optimiser.weight_decay:g}")
+    why = f"for {_NAMES[kind]}: none is given, and the default would be {_NAMES[usual]}'s"
+    return [f"{value}, {why}" for value in values]
 
 
 def _notes_of_random(config: TrainConfig, resolved: Sequence[Phase]) -> list[str]:

@@ -7,7 +7,7 @@ batch (Goyal et al. 2017, arXiv:1706.02677).
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from convoy.vision.training_config import (
@@ -51,6 +51,12 @@ class PaperRecipe:
 
 _STEPS_OF_THIRDS = Schedule(kind=ScheduleKind.STEP, milestones=(1 / 3, 2 / 3))
 _SGD = Optimiser(kind=OptimiserKind.SGD)
+# Where no recipe speaks of that kind. AdamW's decay is not part of the gradient that it scales (Loshchilov and Hutter
+# 2019, arXiv:1711.05101), so that SGD's would be next to none at its rates: torch's own default.
+DEFAULT_OPTIMISERS: Mapping[OptimiserKind, Optimiser] = {
+    OptimiserKind.SGD: _SGD,
+    OptimiserKind.ADAMW: Optimiser(kind=OptimiserKind.ADAMW, weight_decay=1e-2),
+}
 _CIFAR_RESNET = PaperRecipe(
     source="He et al. 2015 (arXiv:1512.03385), section 4.2: rate / 10 at 32k and 48k of 64k updates",
     recipe=Recipe(batch_size=128, optimiser=_SGD),

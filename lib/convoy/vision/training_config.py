@@ -36,7 +36,10 @@ _Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Optimiser(StrictModel):
-    """`momentum` belongs to SGD, `betas` to AdamW. Norms and biases have no weight decay."""
+    """`momentum` belongs to SGD, `betas` to AdamW. Norms and biases have no weight decay.
+
+    The default decay is SGD's: a training that takes AdamW in place of it without one has 0.01.
+    """
 
     kind: OptimiserKind = OptimiserKind.SGD
     momentum: _Decay = 0.9

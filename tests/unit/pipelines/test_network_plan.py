@@ -88,6 +88,21 @@ def test_an_optimiser_of_another_kind_takes_nothing_of_the_papers() -> None:
     assert sgd.optimiser == Optimiser(kind=OptimiserKind.SGD)
 
 
+@pytest.mark.parametrize("strategy", ["fine_tune", "from_scratch"])
+def test_adamw_in_place_of_sgd_has_a_weight_decay_of_its_own_and_says_so(strategy: str) -> None:
+    plan = plan_of(recipe=ADAMW, strategy=strategy, learning_rate=0.002)
+    assert plan.recipe.optimiser == Optimiser(kind=OptimiserKind.ADAMW, weight_decay=0.01)
+    assert "weight decay 0.01, for AdamW: none is given, and the default would be SGD's" in plan.notes
+
+
+def test_a_weight_decay_that_is_given_or_is_the_papers_for_adamw_stays() -> None:
+    given = plan_of(recipe={"optimiser": {"kind": "adamw", "weight_decay": 1e-4}})
+    papers = plan_of(arch=CONVNEXT, recipe=ADAMW)
+    for plan, decay in ((given, 1e-4), (papers, 0.05)):
+        assert plan.recipe.optimiser.weight_decay == decay
+        assert not any("weight decay" in note for note in plan.notes)
+
+
 def test_a_config_that_was_written_out_and_read_back_trains_the_same() -> None:
     config = config_of(arch=CONVNEXT, recipe={"label_smoothing": 0.0, "optimiser": {"momentum": 0.9}})
     read = TrainConfig.model_validate_json(config.model_dump_json())
@@ -137,7 +152,7 @@ def test_a_rate_that_is_given_or_is_the_papers_for_adamw_stays() -> None:
     papers = plan_of(arch=CONVNEXT, recipe=ADAMW)
     for plan, rate in ((given, 0.02), (of_phases, 0.02), (papers, 4e-3 * 8 / 4096)):
         assert rates(plan) == pytest.approx([rate] * len(plan.phases))
-        assert not any("AdamW" in note for note in plan.notes)
+        assert not any("learning rate" in note for note in plan.notes)
 
 
 @pytest.mark.parametrize("averaging", ["swa", "soup"])
