@@ -32,7 +32,7 @@ from convoy.core.training_events import EpochResult
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.stores import open_store
 from convoy.storage.teacher_logits import read_teacher_logits
-from convoy.vision.averaging import build_keeper, measure_batchnorm, swapped_in
+from convoy.vision.averaging import build_keeper, first_kept_phase, measure_batchnorm, swapped_in
 from convoy.vision.backbones import build_network, depth_axis
 from convoy.vision.distillation import Teacher
 from convoy.vision.forward import open_device
@@ -143,6 +143,7 @@ class TrainingWorker:
             self._packed.load_optimiser(self._learner.optimiser)
             self._learner.scaler.load_state_dict(self._scaler)
         self._packed = None
+        is_kept = self._position.phase >= first_kept_phase(self._spec.phases, self._spec.preset)
         is_last = False
         while not is_last:
             result = self._train_epoch(phase)
@@ -151,9 +152,10 @@ class TrainingWorker:
             self._position = (
                 Position(phase=self._position.phase + 1) if is_last else self._position.next_epoch()
             )
-            score = -result.train_loss if result.val_top1 is None else result.val_top1
-            left = self._times.epochs_left(self._position)
-            self._keeper.after_epoch(self._network, score=score, epochs_left=left)
+            if is_kept:
+                score = -result.train_loss if result.val_top1 is None else result.val_top1
+                left = self._times.epochs_left(self._position)
+                self._keeper.after_epoch(self._network, score=score, epochs_left=left)
             self._board.post(self._times.epoch_event(self._position, result))
             self._save_if_due(at_once=is_last or self._checkpoints.is_late())
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import takewhile
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from convoy.vision.freezing import BATCHNORMS, set_train_mode
-from convoy.vision.presets import EvalPreset
+from convoy.vision.presets import EvalPreset, at_resolution
 from convoy.vision.stages import DepthAxis
-from convoy.vision.training_config import Averaging, Recipe
+from convoy.vision.training_config import Averaging, Phase, Recipe
 from convoy.vision.views import normalise
 
 _State = dict[str, Tensor]
@@ -53,6 +54,16 @@ def build_keeper(recipe: Recipe) -> WeightKeeper:
     if recipe.averaging is Averaging.LAST:
         return BestEpochs(0)
     return BestEpochs(recipe.average_epochs if recipe.averaging is Averaging.SOUP else 1)
+
+
+def first_kept_phase(phases: Sequence[Phase], preset: EvalPreset) -> int:
+    """The number of the first phase whose epochs a keeper is told of: from there on all are measured alike.
+
+    Before it the resolution is another than in the end, where networks have other scores.
+    """
+    last = at_resolution(preset, phases[-1].resolution_px)
+    alike = takewhile(lambda phase: at_resolution(preset, phase.resolution_px) == last, reversed(phases))
+    return len(phases) - sum(1 for _ in alike)
 
 
 class _RunningAverage:

@@ -102,9 +102,10 @@ class Balance(StrEnum):
 class Averaging(StrEnum):
     """Which weights are kept in the end.
 
-    `last`; `best`: the epoch with the highest validation top-1; `ema`: exponential moving average over steps;
-    `swa`: mean over the ends of the last epochs (Izmailov et al. 2018, arXiv:1803.05407); `soup`: mean of the
-    best epochs (the uniform soup of Wortsman et al. 2022, arXiv:2203.05482, over one trajectory).
+    `last`; `best`: the epoch with the highest validation top-1, of those at the last phase's resolution; `ema`:
+    exponential moving average over steps; `swa`: mean over the ends of the last epochs (Izmailov et al. 2018,
+    arXiv:1803.05407); `soup`: mean of the best epochs (the uniform soup of Wortsman et al. 2022, arXiv:2203.05482,
+    over one trajectory).
     BatchNorm statistics of `swa` and `soup` are measured anew.
     """
 

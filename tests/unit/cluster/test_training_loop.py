@@ -449,9 +449,16 @@ def test_the_frozen_body_stays_and_after_a_resume_in_the_second_phase_it_trains(
     assert [one.phase for one in outcome.history] == ["head", "body", "body"]
 
 
-def test_keepers_are_told_how_many_epochs_are_left_over_all_phases(
-    tmp_path: Path, rows: pa.Table, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("first_px", "expected"), [(None, [2, 1, 0]), (24, [1, 0])])
+def test_keepers_are_told_how_many_epochs_are_left_over_all_phases_of_the_last_resolution(
+    tmp_path: Path,
+    rows: pa.Table,
+    monkeypatch: pytest.MonkeyPatch,
+    first_px: int | None,
+    expected: list[int],
 ) -> None:
+    first, second = resolved(TWO_PHASES, REUSE)
+    phases = (first.model_copy(update={"resolution_px": first_px}), second)
     told: list[int] = []
 
     class Watched(BestEpochs):
@@ -459,8 +466,8 @@ def test_keepers_are_told_how_many_epochs_are_left_over_all_phases(
             told.append(epochs_left)
 
     monkeypatch.setattr(training_loop, "build_keeper", lambda _: Watched(0))
-    train(reuse_spec(tmp_path, rows))
-    assert told == [2, 1, 0]
+    train(reuse_spec(tmp_path, rows, phases=phases))
+    assert told == expected
 
 
 def test_the_history_counts_every_image_and_its_losses_fall(tmp_path: Path, rows: pa.Table) -> None:

@@ -7,11 +7,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
-from convoy.vision.averaging import WeightKeeper, build_keeper, measure_batchnorm, swapped_in
+from convoy.vision.averaging import (
+    WeightKeeper,
+    build_keeper,
+    first_kept_phase,
+    measure_batchnorm,
+    swapped_in,
+)
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.backbones import build_network, depth_axis
 from convoy.vision.presets import EvalPreset
-from convoy.vision.training_config import Averaging, Recipe
+from convoy.vision.training_config import Averaging, Phase, Recipe
 from convoy.vision.training_state import PackedTraining, pack_training
 from convoy.vision.views import normalise
 
@@ -117,6 +123,24 @@ def test_last_keeps_nothing() -> None:
     go_through(kept, small_network(0), range(3), 3)
     assert kept.kept() is None
     assert kept.tensors() == {}
+
+
+@pytest.mark.parametrize(
+    ("resolutions_px", "first"),
+    [
+        ([None], 0),
+        ([None, 32], 0),
+        ([24, None], 1),
+        ([24, 32, None], 1),
+        # At 32 pixels again, but what was measured there was followed by something else.
+        ([None, 24, 32], 2),
+    ],
+)
+def test_epochs_are_kept_from_the_last_change_of_the_resolution_on(
+    resolutions_px: list[int | None], first: int
+) -> None:
+    phases = [Phase(name="one", epochs=1, learning_rate=0.1, resolution_px=px) for px in resolutions_px]
+    assert first_kept_phase(phases, EvalPreset(resize_px=36, crop_px=32)) == first
 
 
 @pytest.mark.parametrize("averaging", Averaging)
