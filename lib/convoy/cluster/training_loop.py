@@ -143,7 +143,8 @@ class TrainingWorker:
             self._packed.load_optimiser(self._learner.optimiser)
             self._learner.scaler.load_state_dict(self._scaler)
         self._packed = None
-        is_kept = self._position.phase >= first_kept_phase(self._spec.phases, self._spec.preset)
+        averaging, phases = self._spec.recipe.averaging, self._spec.phases
+        is_kept = self._position.phase >= first_kept_phase(averaging, phases, self._spec.preset)
         is_last = False
         while not is_last:
             result = self._train_epoch(phase)

@@ -48,7 +48,8 @@ from convoy.vision.training_config import (
 _NAMES = {OptimiserKind.ADAMW: "AdamW", OptimiserKind.SGD: "SGD"}
 _FINE_TUNING_EPOCHS = 5
 _REUSE_EPOCHS = 10
-# What an average of epochs takes at least, also where that is more than half of a short phase.
+# What averages epochs of the last phase; it takes so many at least, where the phase has them.
+_OF_EPOCHS = (Averaging.SWA, Averaging.SOUP)
 _LEAST_AVERAGED = 2
 # Below it the statistics of a batch are a poor guess (Wu and He 2018, arXiv:1803.08494, figure 1).
 _FEW_FOR_BATCHNORM = 16
@@ -158,9 +159,11 @@ def plan_network(
         )
     if balance is not Balance.NONE:
         notes.append(f"classes are balanced by {balance.value}: {min(counts)} to {max(counts)} images")
-    if recipe.average_epochs < wanted.average_epochs:
-        half = f"no more than half of phase {phases[-1].name}"
-        notes.append(f"{recipe.averaging.value} takes {recipe.average_epochs} epochs: {half}")
+    if recipe.averaging in _OF_EPOCHS:
+        last, taken = phases[-1], min(recipe.average_epochs, phases[-1].epochs)
+        if taken < wanted.average_epochs:
+            of = f"{taken} of the {last.epochs} epochs of phase {last.name}"
+            notes.append(f"{recipe.averaging.value} takes {of}: at most half, or two")
     notes += _notes_of_stand_ins(config, recipe)
     if not has_val:
         notes += _notes_without_val(recipe)
@@ -203,7 +206,7 @@ def _default_recipe(config: TrainConfig) -> Recipe:
 
 
 def _resolve_recipe(recipe: Recipe, last: Phase, device: NetworkDevice | None) -> Recipe:
-    """The recipe with the precision that is best there, and an average of no more than half of the last phase."""
+    """The recipe with the precision that is best there, and an average of at most half of the last phase, or two."""
     update: dict[str, Any] = {}
     if recipe.precision is Precision.AUTO and device is not None:
         update["precision"] = Precision(device.precision.value)
@@ -213,7 +216,7 @@ def _resolve_recipe(recipe: Recipe, last: Phase, device: NetworkDevice | None) -
             where="recipe.compile",
             next_step="install one where the workers run, or leave recipe.compile out",
         )
-    if recipe.averaging in (Averaging.SWA, Averaging.SOUP):
+    if recipe.averaging in _OF_EPOCHS:
         most = max(_LEAST_AVERAGED, last.epochs // 2)
         update["average_epochs"] = min(recipe.average_epochs, most)
     return recipe.model_copy(update=update)

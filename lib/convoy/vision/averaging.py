@@ -56,11 +56,14 @@ def build_keeper(recipe: Recipe) -> WeightKeeper:
     return BestEpochs(recipe.average_epochs if recipe.averaging is Averaging.SOUP else 1)
 
 
-def first_kept_phase(phases: Sequence[Phase], preset: EvalPreset) -> int:
-    """The number of the first phase whose epochs a keeper is told of: from there on all are measured alike.
+def first_kept_phase(averaging: Averaging, phases: Sequence[Phase], preset: EvalPreset) -> int:
+    """The number of the first phase whose epochs a keeper is told of.
 
-    Before it the resolution is another than in the end, where networks have other scores.
+    From there on all are measured alike: networks have other scores at another resolution. What averages epochs takes
+    those of the last phase, as the weights of one before may lie far away: those of a head that was trained alone.
     """
+    if averaging in (Averaging.SWA, Averaging.SOUP):
+        return len(phases) - 1
     last = at_resolution(preset, phases[-1].resolution_px)
     alike = takewhile(lambda phase: at_resolution(preset, phase.resolution_px) == last, reversed(phases))
     return len(phases) - sum(1 for _ in alike)

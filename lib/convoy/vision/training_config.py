@@ -105,7 +105,7 @@ class Averaging(StrEnum):
     `last`; `best`: the epoch with the highest validation top-1, of those at the last phase's resolution; `ema`:
     exponential moving average over steps; `swa`: mean over the ends of the last epochs (Izmailov et al. 2018,
     arXiv:1803.05407); `soup`: mean of the best epochs (the uniform soup of Wortsman et al. 2022, arXiv:2203.05482,
-    over one trajectory).
+    over one trajectory), both of the last phase.
     BatchNorm statistics of `swa` and `soup` are measured anew.
     """
 
@@ -153,8 +153,8 @@ class Recipe(StrictModel):
     `clip_norm` bounds the norm of the gradient. `mixup_alpha` and `cutmix_alpha` are the parameters of their
     Beta distributions (Zhang et al. 2018, arXiv:1710.09412; Yun et al. 2019, arXiv:1905.04899), 0 is off; with
     both on, each batch gets one of them. `patience_epochs` stops a phase whose validation top-1 does not rise.
-    `average_epochs` is how many epochs `swa` and `soup` take: at most half of the last phase's, but two, as the
-    early epochs of a phase are far from its end. `sync_batchnorm` lets BatchNorm take its statistics over the passes of
+    `average_epochs` is how many epochs of the last phase `swa` and `soup` take: at most half of them, or two, as its
+    early epochs are far from its end. `sync_batchnorm` lets BatchNorm take its statistics over the passes of
     all workers, which GPUs can; `auto` does so where the batch is that of all workers.
     """
 

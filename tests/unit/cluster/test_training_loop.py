@@ -449,12 +449,16 @@ def test_the_frozen_body_stays_and_after_a_resume_in_the_second_phase_it_trains(
     assert [one.phase for one in outcome.history] == ["head", "body", "body"]
 
 
-@pytest.mark.parametrize(("first_px", "expected"), [(None, [2, 1, 0]), (24, [1, 0])])
-def test_keepers_are_told_how_many_epochs_are_left_over_all_phases_of_the_last_resolution(
+@pytest.mark.parametrize(
+    ("first_px", "averaging", "expected"),
+    [(None, "best", [2, 1, 0]), (24, "best", [1, 0]), (None, "swa", [1, 0]), (None, "soup", [1, 0])],
+)
+def test_keepers_are_told_how_many_epochs_are_left_over_all_phases_that_compare(
     tmp_path: Path,
     rows: pa.Table,
     monkeypatch: pytest.MonkeyPatch,
     first_px: int | None,
+    averaging: str,
     expected: list[int],
 ) -> None:
     first, second = resolved(TWO_PHASES, REUSE)
@@ -466,7 +470,7 @@ def test_keepers_are_told_how_many_epochs_are_left_over_all_phases_of_the_last_r
             told.append(epochs_left)
 
     monkeypatch.setattr(training_loop, "build_keeper", lambda _: Watched(0))
-    train(reuse_spec(tmp_path, rows, phases=phases))
+    train(reuse_spec(tmp_path, rows, phases=phases, recipe=recipe(averaging=averaging)))
     assert told == expected
 
 

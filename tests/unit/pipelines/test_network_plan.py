@@ -157,16 +157,28 @@ def test_a_rate_that_is_given_or_is_the_papers_for_adamw_stays() -> None:
 
 @pytest.mark.parametrize("averaging", ["swa", "soup"])
 @pytest.mark.parametrize(
-    ("epochs", "wanted", "taken"), [(5, None, 2), (2, None, 2), (8, None, 4), (10, None, 5), (8, 3, 3)]
+    ("epochs", "wanted", "taken"),
+    [
+        (1, None, 1),
+        (1, 2, 1),
+        (2, None, 2),
+        (3, None, 2),
+        (5, None, 2),
+        (8, None, 4),
+        (10, None, 5),
+        (8, 3, 3),
+    ],
 )
-def test_at_most_half_of_the_last_phase_is_averaged(
+def test_at_most_half_of_the_last_phase_or_two_are_averaged(
     averaging: str, epochs: int, wanted: int | None, taken: int
 ) -> None:
     recipe = {"averaging": averaging} | ({"average_epochs": wanted} if wanted else {})
     plan = plan_of(recipe=recipe, strategy="fine_tune", epochs=epochs)
-    assert plan.recipe.average_epochs == taken
-    said = f"{averaging} takes {taken} epochs: no more than half of phase body"
+    # A soup's number is two or more; of a single epoch the training takes that one.
+    assert min(plan.recipe.average_epochs, epochs) == taken
+    said = f"{averaging} takes {taken} of the {epochs} epochs of phase body: at most half, or two"
     assert (said in plan.notes) == (taken < (wanted or 5))
+    assert NetworkPlan.model_validate_json(plan.model_dump_json()) == plan
 
 
 def test_who_averages_no_epochs_is_told_nothing_of_them() -> None:

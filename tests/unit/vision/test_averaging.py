@@ -140,7 +140,11 @@ def test_epochs_are_kept_from_the_last_change_of_the_resolution_on(
     resolutions_px: list[int | None], first: int
 ) -> None:
     phases = [Phase(name="one", epochs=1, learning_rate=0.1, resolution_px=px) for px in resolutions_px]
-    assert first_kept_phase(phases, EvalPreset(resize_px=36, crop_px=32)) == first
+    preset = EvalPreset(resize_px=36, crop_px=32)
+    assert first_kept_phase(Averaging.BEST, phases, preset) == first
+    # What averages takes no weights of a phase before.
+    assert first_kept_phase(Averaging.SWA, phases, preset) == len(phases) - 1
+    assert first_kept_phase(Averaging.SOUP, phases, preset) == len(phases) - 1
 
 
 @pytest.mark.parametrize("averaging", Averaging)
