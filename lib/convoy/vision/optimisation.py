@@ -15,6 +15,7 @@ from convoy.vision.training_config import Optimiser, OptimiserKind, Phase, Sched
 
 # Smith and Topin 2018: the rate starts at 1/25 of its peak, which lies at 30 % of the phase, and ends at 1/10,000.
 _ONE_CYCLE_START, _ONE_CYCLE_PEAK, _ONE_CYCLE_END = 1 / 25, 0.3, 1e-4
+_WITH_KERNELS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 def build_optimiser(
@@ -22,23 +23,38 @@ def build_optimiser(
 ) -> torch.optim.Optimizer:
     """An optimiser over the parameters that require a gradient, a group for each stage and kind of parameter.
 
-    Each group keeps its highest rate under `peak_lr`, from which `set_rate` makes the rate of a step. Vectors
-    and scalars (norms, biases) have no weight decay (He et al. 2019, arXiv:1812.01187, section 3.1).
+    Each group keeps its highest rate under `peak_lr`, from which `set_rate` makes the rate of a step. Norms, biases
+    and scales have no weight decay (He et al. 2019, arXiv:1812.01187, section 3.1).
     """
     parameters = dict(network.named_parameters())
+    decaying = _decaying(network)
     groups = []
     for stage in axis:
         rate = phase.learning_rate * stage_rate(phase, stage.index, axis.num_reused)
-        trainable = [parameters[name] for name in stage.parameter_names if parameters[name].requires_grad]
-        for members, decay in (
-            ([one for one in trainable if one.ndim > 1], optimiser.weight_decay),
-            ([one for one in trainable if one.ndim <= 1], 0.0),
-        ):
+        trainable = [name for name in stage.parameter_names if parameters[name].requires_grad]
+        for decays, decay in ((True, optimiser.weight_decay), (False, 0.0)):
+            members = [parameters[name] for name in trainable if (name in decaying) is decays]
             if members:
                 groups.append({"params": members, "lr": rate, "peak_lr": rate, "weight_decay": decay})
     if optimiser.kind is OptimiserKind.ADAMW:
         return torch.optim.AdamW(groups, betas=optimiser.betas)
     return torch.optim.SGD(groups, momentum=optimiser.momentum, nesterov=optimiser.momentum > 0)
+
+
+def _decaying(network: nn.Module) -> set[str]:
+    """The parameters with weight decay: kernels and matrices, and no biases or scales of channels.
+
+    A scale may have as many dimensions as the maps, but one alone above 1: ConvNeXt's `layer_scale` (C, 1, 1), the
+    `gain` (C, 1, 1, 1) of a standardised convolution. So has the kernel of a layer with one output, which decays.
+    """
+    kernels = {
+        f"{name}.weight" for name, module in network.named_modules() if isinstance(module, _WITH_KERNELS)
+    }
+    return {
+        name
+        for name, parameter in network.named_parameters()
+        if name in kernels or sum(size > 1 for size in parameter.shape) > 1
+    }
 
 
 def stage_rate(phase: Phase, index: int, num_reused: int) -> float:
@@ -93,11 +109,16 @@ def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
 def load_optimiser_tensors(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Put back what `optimiser_tensors` gave for an optimiser over the same parameters."""
     own = optimiser.state_dict()
-    num_parameters = sum(len(group["params"]) for group in own["param_groups"])
+    shapes = [parameter.shape for group in optimiser.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Any]] = {}
     for name, tensor in tensors.items():
         number, _, key = name.partition(".")
-        if int(number) >= num_parameters:
-            raise DataError("the optimiser's state belongs to other parameters", where=name)
+        # Torch would not look, and a version with other groups numbers them otherwise.
+        if int(number) >= len(shapes) or (tensor.ndim and tensor.shape != shapes[int(number)]):
+            raise DataError(
+                "the optimiser's state belongs to other parameters",
+                where=name,
+                next_step="train with --new-run",
+            )
         state.setdefault(int(number), {})[key] = tensor
     optimiser.load_state_dict({"state": state, "param_groups": own["param_groups"]})

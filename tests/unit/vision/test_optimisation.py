@@ -13,6 +13,7 @@ from convoy.core.config import load_config
 from convoy.core.errors import ConfigError, DataError
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.backbones import build_network, depth_axis
+from convoy.vision.depth_axis import derive_depth_axis
 from convoy.vision.freezing import freeze
 from convoy.vision.optimisation import (
     build_optimiser,
@@ -54,6 +55,53 @@ def test_norms_and_biases_have_no_weight_decay_and_every_parameter_is_in_one_gro
         assert group["weight_decay"] in (0.0, 0.3)
     members = [id(parameter) for group in optimiser.param_groups for parameter in group["params"]]
     assert sorted(members) == sorted(id(parameter) for parameter in network.parameters())
+
+
+def decayed(network: nn.Module, axis: DepthAxis) -> set[str]:
+    """The names of the parameters with weight decay."""
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    optimiser = build_optimiser(network, axis, phase(), Optimiser(weight_decay=0.3))
+    return {
+        names[id(one)] for group in optimiser.param_groups if group["weight_decay"] for one in group["params"]
+    }
+
+
+@pytest.mark.parametrize(
+    ("arch", "scale"), [("torchvision:convnext_tiny", "layer_scale"), ("timm:nf_regnet_b0", "gain")]
+)
+def test_scales_with_the_dimensions_of_maps_have_no_weight_decay(arch: str, scale: str) -> None:
+    config = BackboneConfig(arch=arch, weights="random", num_classes=3)
+    network = build_network(config)
+    found = decayed(network, depth_axis(config, network))
+    scales = {
+        name for name, parameter in network.named_parameters() if name.endswith(scale) and parameter.ndim > 1
+    }
+    assert scales
+    assert not scales & found
+    kernels = {
+        f"{name}.weight"
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+    }
+    assert found == kernels
+
+
+def test_kernels_with_one_dimension_above_one_have_weight_decay() -> None:
+    """A squeeze to one channel, and a depthwise convolution of one pixel."""
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.Conv2d(4, 4, 1, groups=4),
+        nn.Conv2d(4, 1, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(1, 5),
+    )
+    assert decayed(network, derive_depth_axis(network, input_px=16)) == {
+        "0.weight",
+        "1.weight",
+        "2.weight",
+        "5.weight",
+    }
 
 
 def test_frozen_parameters_are_in_no_group(resnet: tuple[nn.Module, DepthAxis]) -> None:
@@ -205,5 +253,7 @@ def test_the_state_of_other_parameters_is_refused(resnet: tuple[nn.Module, Depth
     optimiser.step()
     freeze(network, axis, 5)
     smaller = build_optimiser(network, axis, phase(5), Optimiser())
+    with pytest.raises(DataError, match="belongs to other parameters"):
+        load_optimiser_tensors(optimiser, {"0.momentum_buffer": torch.zeros(2, 2)})
     with pytest.raises(DataError, match="belongs to other parameters"):
         load_optimiser_tensors(smaller, optimiser_tensors(optimiser))
