@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import suppress
+from itertools import takewhile
 
 from torch import nn
 
@@ -15,6 +16,7 @@ from convoy.vision.training_config import AUTO, BODY, Phase
 _FREEZE_ALL_UP_TO = 20
 _FREEZE_NOTHING_FROM = 1000
 BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 def resolve_freeze_depth(
@@ -101,8 +103,20 @@ def trains_batchnorm(network: nn.Module, axis: DepthAxis, freeze_depth: int) -> 
 
 
 def set_train_mode(network: nn.Module, axis: DepthAxis, freeze_depth: int) -> None:
-    """Train mode behind the frozen stages; inside them eval mode, so that BatchNorm keeps its statistics."""
+    """Train mode behind the frozen stages; inside them eval mode, so that BatchNorm keeps its statistics.
+
+    Dropout between the last frozen weight and the first that trains is that one's, though it lies in a frozen stage.
+    """
     network.train()
-    for stage in axis.stages[:freeze_depth]:
-        for name in stage.module_names:
-            network.get_submodule(name).eval()
+    frozen = [
+        network.get_submodule(name) for stage in axis.stages[:freeze_depth] for name in stage.module_names
+    ]
+    for module in frozen:
+        module.eval()
+    for module in takewhile(_has_no_parameters, reversed(frozen)):
+        if isinstance(module, _DROPOUTS):
+            module.train()
+
+
+def _has_no_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is None

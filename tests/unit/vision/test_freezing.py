@@ -95,12 +95,27 @@ def test_frozen_batchnorm_keeps_its_statistics_and_trainable_batchnorm_moves(
             assert kept != (f"{name}.weight" in trainable), name
 
 
-def test_frozen_stages_are_in_eval_mode_and_the_others_are_not() -> None:
-    config = BackboneConfig(arch="torchvision:vgg11_bn", weights="random", num_classes=5)
+@pytest.mark.parametrize(
+    ("arch", "dropouts"),
+    [
+        # The first of VGG lies between two frozen layers.
+        ("torchvision:vgg11_bn", [False, True]),
+        # Here it is part of `pooled`.
+        ("torchvision:efficientnet_b0", [True]),
+        ("torchvision:squeezenet1_1", [True]),
+    ],
+)
+def test_frozen_stages_are_in_eval_mode_but_for_the_dropout_of_what_trains(
+    arch: str, dropouts: list[bool]
+) -> None:
+    config = BackboneConfig(arch=arch, weights="random", num_classes=5)
     network = build_network(config)
     axis = depth_axis(config, network)
+    body = [name for stage in axis.stages[:-1] for name in stage.module_names]
     set_train_mode(network, axis, len(axis) - 1)
-    assert [one.training for one in network.modules() if isinstance(one, nn.Dropout)] == [False, False]
+    assert [one.training for one in network.modules() if isinstance(one, nn.Dropout)] == dropouts
+    frozen = [one for name in body for one in network.get_submodule(name).modules()]
+    assert not any(one.training for one in frozen if not isinstance(one, nn.Dropout))
     set_train_mode(network, axis, 0)
     assert all(module.training for module in network.modules())
 

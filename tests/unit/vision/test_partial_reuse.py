@@ -238,10 +238,12 @@ def test_layers_are_as_configured() -> None:
     assert torch.allclose(tapped["body.layer1.2"], tapped["pooled"], atol=1e-6)
 
 
-def test_a_frozen_hidden_layer_takes_its_dropout_with_it() -> None:
+def test_dropout_behind_frozen_hidden_layers_is_that_of_the_layer_that_trains() -> None:
     network = small()
     set_train_mode(network, network.axis, len(network.axis) - 2)
-    assert [one.training for one in network.mlp] == [False] * 3 + [True] * 4
+    assert [one.training for one in network.mlp] == [False, False, True] + [True] * 4
+    set_train_mode(network, network.axis, len(network.axis) - 1)
+    assert [one.training for one in network.mlp] == [False] * 5 + [True] * 2
 
 
 def test_weights_of_another_network_are_refused_with_the_misfits() -> None:
