@@ -134,7 +134,8 @@ class TrainingCheckpoints:
     ) -> bool:
         """Copy the state and upload it beside the training; False, and nothing saved, if a weight is not finite.
 
-        Waits for the upload before it, and raises that one's error.
+        Waits for the upload before it, and raises that one's error. The interval counts from here, so that a kill loses
+        at most one interval and one upload.
         """
         self._last_step, self._last_s = step, time.monotonic()
         if not self._group.is_first:
