@@ -56,7 +56,8 @@ class LocalCacheConfig(StrictModel):
     """The bounded cache of image bytes on each node's disk; `max_gb: 0` turns it off.
 
     It serves datasets in object storage, and parquet files wherever they lie, where an image costs its row group: later
-    epochs ask only for what did not fit. Without a `folder` it lies in what each node has for temporary files.
+    epochs ask only for what did not fit. A tenth of the disk stays free. Without a `folder` it lies in what each node
+    has for temporary files.
     """
 
     folder: str | None = None

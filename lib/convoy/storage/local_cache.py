@@ -32,7 +32,12 @@ _LEFTOVER_AFTER_S = 86_400.0
 # A file's modification time says when it was last used, to the hour.
 _USE_NOTED_AFTER_S = 3600.0
 _UNUSED_AFTER_S = 2 * 86_400.0
-_FULL_SHARE = 0.9
+# With less room than such a share of its bytes a cache counts as full.
+_LITTLE_ROOM = 0.1
+# Of a disk's bytes so many stay free: Ray, whose folders are mostly on the same disk, spills nothing more to one that
+# is 95 % full, and whatever else is there grows while an epoch is read.
+_FREE_SHARE_OF_DISK = 0.1
+_DISK_IS_SHORT = f"nothing is admitted while that leaves less than {_FREE_SHARE_OF_DISK:.0%} of the disk free"
 
 
 class LocalCacheOptions(StrictModel):
@@ -58,11 +63,11 @@ class CacheCounts:
 class LocalImageCache:
     """Encoded images by the content id of their manifest; all processes of a node may share one folder.
 
-    What fits is admitted, until the files have `max_bytes`, and nothing in use is ever evicted. For training reads
-    all its images in the same cycle, epoch by epoch: the image that was not used for the longest time, which
-    others would evict, is the one that is needed next, and a cache that is a little too small would never hit.
-    Only where nine tenths are taken, what nobody has used for two days goes when the files are counted: the images of
-    trainings of the past.
+    What fits is admitted, until the files have `max_bytes` or the disk has no more than a tenth free, and nothing in
+    use is ever evicted. For training reads all its images in the same cycle, epoch by epoch: the image that was not
+    used for the longest time, which others would evict, is the one that is needed next, and a cache that is a little
+    too small would never hit. Only where room for less than a tenth of `max_bytes` is left, what nobody has used for
+    two days goes when the files are counted: the images of trainings of the past.
 
     A process may be killed at any moment: files appear whole and hold a digest, so bytes that are not the
     admitted ones are a miss. A cache that cannot be written (a full disk, no permission) admits nothing more
@@ -145,10 +150,13 @@ class LocalImageCache:
         with self._usage() as usage:
             oldest_unix_s = max(self._opened_unix_s - _OPENING_S, time.time() - _RECOUNT_AFTER_S)
             used_bytes, counted_unix_s = _read_usage(usage, oldest_unix_s) or self._recount(usage)
-            fits = used_bytes + size_bytes <= self.max_bytes and not os.path.exists(path)
-            if fits:
+            is_wanted = used_bytes + size_bytes <= self.max_bytes and not os.path.exists(path)
+            has_space = size_bytes <= _spare_bytes(usage)
+            if is_wanted and not has_space:
+                self._count(note=_DISK_IS_SHORT)
+            if is_wanted and has_space:
                 _write_usage(usage, used_bytes + size_bytes, counted_unix_s)
-        return fits
+        return is_wanted and has_space
 
     @contextmanager
     def _usage(self) -> Iterator[int]:
@@ -169,7 +177,7 @@ class LocalImageCache:
         now_unix_s = time.time()
         begun_unix_s = now_unix_s - _LEFTOVER_AFTER_S
         used_bytes = self._remove_and_count(begun_unix_s)
-        if used_bytes > _FULL_SHARE * self.max_bytes:
+        if min(self.max_bytes - used_bytes, _spare_bytes(usage)) < _LITTLE_ROOM * self.max_bytes:
             used_bytes = self._remove_and_count(begun_unix_s, now_unix_s - _UNUSED_AFTER_S)
         return _write_usage(usage, used_bytes, now_unix_s)
 
@@ -218,6 +226,12 @@ def _read_usage(usage: int, oldest_unix_s: float) -> tuple[int, float] | None:
 def _write_usage(usage: int, used_bytes: int, counted_unix_s: float) -> tuple[int, float]:
     os.pwrite(usage, _USAGE.pack(used_bytes, counted_unix_s), 0)
     return used_bytes, counted_unix_s
+
+
+def _spare_bytes(usage: int) -> float:
+    """What may still be written to the disk of a file; below 0 where others have taken of the share that stays free."""
+    disk = os.fstatvfs(usage)
+    return (disk.f_bavail - _FREE_SHARE_OF_DISK * disk.f_blocks) * disk.f_frsize
 
 
 def _write_whole(path: str, header: bytes, data: bytes) -> None:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -158,6 +159,42 @@ def test_an_unwritable_folder_turns_admission_off_and_says_so_once(tmp_path: Pat
     fill(cache, 1, 2)
     assert found(cache, 1, 2) == []
     assert cache.counts.notes == {"nothing more is admitted: Not a directory": 1}
+
+
+def put_on_disk(monkeypatch: pytest.MonkeyPatch, folder: Path, *, size_bytes: int, others_bytes: int) -> None:
+    """Let the folder be on a disk of so many bytes, of which others take some."""
+
+    def fstatvfs(_: int) -> SimpleNamespace:
+        free_bytes = size_bytes - others_bytes - used_bytes(folder)
+        return SimpleNamespace(f_frsize=1, f_blocks=size_bytes, f_bavail=free_bytes)
+
+    monkeypatch.setattr(os, "fstatvfs", fstatvfs)
+
+
+def test_the_last_tenth_of_the_disk_is_left_to_others(
+    cache: LocalImageCache, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two_images = 2 * (100 + HEADER_BYTES)
+    put_on_disk(monkeypatch, folder, size_bytes=2000, others_bytes=1800 - two_images)
+    fill(cache, 1, 2, 3, 4, 1)
+    assert found(cache, 1, 2, 3, 4) == [1, 2]
+    assert cache.counts.notes == {
+        "nothing is admitted while that leaves less than 10% of the disk free": 2
+    }, "of those that would be admitted"
+    put_on_disk(monkeypatch, folder, size_bytes=2000, others_bytes=1000)
+    fill(cache, 3)
+    assert found(cache, 3) == [3], "as soon as there is space again"
+
+
+def test_images_that_nobody_has_used_for_days_make_room_on_a_short_disk(
+    cache: LocalImageCache, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(cache, 1, 2)
+    os.utime(cache._path(image(1)[0]), (time.time() - 3 * 86_400,) * 2)
+    put_on_disk(monkeypatch, folder, size_bytes=2000, others_bytes=1800 - used_bytes(folder))
+    with_old_count(folder)
+    fill(LocalImageCache(cache.folder, cache.max_bytes), 3)
+    assert found(cache, 1, 2, 3) == [2, 3]
 
 
 @contextmanager
