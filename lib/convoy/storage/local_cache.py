@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import stat
 import struct
 import tempfile
 import threading
@@ -21,7 +23,6 @@ from convoy.core.config import StrictModel
 from convoy.core.fingerprints import DIGEST_BYTES, digest_bytes
 from convoy.storage.local_walk import PRIVATE_PREFIX
 
-_DEFAULT_FOLDER = "convoy-images"
 # In the folder: how many bytes its files have, and when they were last counted, in seconds since 1970.
 _USAGE_FILE = "usage"
 _USAGE = struct.Struct("<qd")
@@ -43,7 +44,8 @@ _DISK_IS_SHORT = f"nothing is admitted while that leaves less than {_FREE_SHARE_
 class LocalCacheOptions(StrictModel):
     """Where a node keeps the bytes of images that are needed again, and how many bytes at most.
 
-    Without a `folder` that is in the node's own folder for temporary files.
+    Without a `folder` that is in the node's own folder for temporary files, one for each user. A folder that is
+    another user's, or that others may write to, is not used.
     """
 
     folder: str | None
@@ -74,15 +76,17 @@ class LocalImageCache:
     in this process, notes it, and still answers from what it has.
 
     Cheap to make, thread-safe, and pickles, without its counts. The folder is made, with access for its owner
-    only, when the first image is admitted. Where none is named, it is in this node's folder for temporary files.
+    only, when the first image is admitted. One that other users can write to is no cache: a file's digest tells damage,
+    not who wrote it.
     """
 
     def __init__(self, folder: str | None, max_bytes: int) -> None:
-        self.folder = os.path.abspath(folder or os.path.join(tempfile.gettempdir(), _DEFAULT_FOLDER))
+        self.folder = os.path.abspath(folder or _default_folder())
         self.max_bytes = max_bytes
         self._counts = CacheCounts()
         self._counting = threading.Lock()
         self._is_admitting = True
+        self._is_own = False
         self._opened_unix_s = time.time()
 
     @classmethod
@@ -103,6 +107,7 @@ class LocalImageCache:
         """The image, or None; counts a hit or a miss. A damaged file is deleted."""
         path = self._path(content_id)
         try:
+            self._require_own()
             with open(path, "rb") as file:
                 expected, data = file.read(DIGEST_BYTES), file.read()
                 last_used_unix_s = os.fstat(file.fileno()).st_mtime
@@ -123,6 +128,7 @@ class LocalImageCache:
     def find(self, content_id: bytes) -> int | None:
         """The size in bytes of an image that `get` will most likely return, or None, which counts as a miss."""
         try:
+            self._require_own()
             return max(0, os.stat(self._path(content_id)).st_size - DIGEST_BYTES)
         except OSError:
             self._count(misses=1)
@@ -162,12 +168,25 @@ class LocalImageCache:
     def _usage(self) -> Iterator[int]:
         """The descriptor of the usage file, locked; the system frees the lock if the process dies."""
         os.makedirs(self.folder, mode=0o700, exist_ok=True)
+        self._require_own()
         descriptor = os.open(os.path.join(self.folder, _USAGE_FILE), os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield descriptor
         finally:
             os.close(descriptor)
+
+    def _require_own(self) -> None:
+        """Raise PermissionError where other users can put a file in the place of an image."""
+        if self._is_own:
+            return
+        # In a folder for all users the name may be another's link to a folder of ours.
+        name, folder = os.lstat(self.folder), os.stat(self.folder)
+        if {name.st_uid, folder.st_uid} != {os.geteuid()}:
+            raise PermissionError(errno.EPERM, f"{self.folder} belongs to another user")
+        if folder.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise PermissionError(errno.EPERM, f"others may write to {self.folder}")
+        self._is_own = True
 
     def _recount(self, usage: int) -> tuple[int, float]:
         """Count the bytes in the folder, and remove what writers left that were killed long ago, and what is unused.
@@ -207,6 +226,11 @@ class LocalImageCache:
             self._counts.admitted_bytes += admitted_bytes
             if note:
                 self._counts.notes[note] += 1
+
+
+def _default_folder() -> str:
+    # Users of a node share its folder for temporary files, but not the images.
+    return os.path.join(tempfile.gettempdir(), f"convoy-images-{os.geteuid()}")
 
 
 def _digest(content_id: bytes, data: bytes) -> bytes:

@@ -96,7 +96,46 @@ def test_without_a_folder_it_is_among_the_temporary_files_of_its_node(
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     fill(LocalImageCache(None, 1000), 1)
-    assert found(LocalImageCache(str(tmp_path / "convoy-images"), 1000), 1) == [1]
+    (folder,) = tmp_path.iterdir()
+    assert folder.name == f"convoy-images-{os.geteuid()}", "users of a node do not share it"
+    assert found(LocalImageCache(str(folder), 1000), 1) == [1]
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707])
+def test_a_folder_that_others_may_write_to_is_no_cache(folder: Path, mode: int) -> None:
+    fill(LocalImageCache(str(folder), 1 << 20), 1)
+    folder.chmod(mode)
+    assert_is_no_cache(folder, f"others may write to {folder}")
+
+
+def test_a_folder_of_another_user_is_no_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(LocalImageCache(str(folder), 1 << 20), 1)
+    own_uid = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: own_uid + 1)
+    assert_is_no_cache(folder, f"{folder} belongs to another user")
+
+
+def test_a_link_of_another_user_to_an_own_folder_is_no_cache(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(LocalImageCache(str(folder), 1 << 20), 1)
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    assert found(LocalImageCache(str(link), 1 << 20), 1) == [1]
+    own, others = os.lstat(link), list(os.lstat(link))
+    others[stat.ST_UID] = own.st_uid + 1
+    monkeypatch.setattr(os, "lstat", lambda _: os.stat_result(others))
+    assert_is_no_cache(link, f"{link} belongs to another user")
+
+
+def assert_is_no_cache(folder: Path, reason: str) -> None:
+    """Of a folder that has image 1."""
+    cache = LocalImageCache(str(folder), 1 << 20)
+    assert cache.find(image(1)[0]) is None
+    fill(cache, 2)
+    assert found(cache, 1, 2) == []
+    assert len(files_of(folder)) == 1, "and nothing is put there"
+    assert cache.counts.notes == {f"nothing more is admitted: {reason}": 1}
 
 
 def test_an_image_is_admitted_once(cache: LocalImageCache, folder: Path) -> None:
