@@ -57,11 +57,15 @@ class RejectedRow(StrictModel):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PreparedBatch:
-    """The usable images of a request and their rows, and the rows that could not be used."""
+    """The usable images of a request and their rows, and the rows that could not be used.
+
+    `notes` are what a person should know of how images come here, anew with every batch.
+    """
 
     batch: TrainBatch
     rows_B: np.ndarray
     rejects: list[RejectedRow]
+    notes: tuple[str, ...] = ()
 
 
 class ImageLoader:
@@ -180,7 +184,12 @@ class ImageLoader:
             labels_B=torch.from_numpy(self._labels_N[rows_B]),
             weights_B=torch.from_numpy(self._weights_N[rows_B]),
         )
-        return PreparedBatch(batch=batch, rows_B=rows_B, rejects=rejects)
+        return PreparedBatch(batch=batch, rows_B=rows_B, rejects=rejects, notes=self._cache_notes())
+
+    def _cache_notes(self) -> tuple[str, ...]:
+        cache = self._reader.cache
+        reasons = () if cache is None else cache.counts.notes
+        return tuple(f"image cache of a node (local_cache): {reason}" for reason in reasons)
 
 
 @dataclass(frozen=True, slots=True)

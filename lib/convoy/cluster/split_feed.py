@@ -261,7 +261,7 @@ class _Preparer:
             prepared = self._prepare(task)
         except ConvoyError as error:
             nothing = {name: [b""] for name in _BINARY}
-            return {"task": [task], **nothing, "rejects": [[]], "error": [pickle.dumps(error)]}
+            return {"task": [task], **nothing, "rejects": [[]], "notes": [""], "error": [pickle.dumps(error)]}
         return {
             "task": [task] * len(prepared),
             # Channels last, as they lie in memory.
@@ -270,6 +270,7 @@ class _Preparer:
             "labels": [one.batch.labels_B.numpy().tobytes() for one in prepared],
             "weights": [one.batch.weights_B.numpy().tobytes() for one in prepared],
             "rejects": [[reject.model_dump_json() for reject in one.rejects] for one in prepared],
+            "notes": ["\n".join(one.notes) for one in prepared],
             "error": [b""] * len(prepared),
         }
 
@@ -317,4 +318,5 @@ def _unpack(row: dict[str, Any], preset: EvalPreset, *, pin_memory: bool) -> Pre
         ),
         rows_B=row["rows"].copy(),
         rejects=[RejectedRow.model_validate_json(str(one)) for one in row["rejects"]],
+        notes=tuple(row["notes"].splitlines()),
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -76,6 +77,7 @@ class TrainingWorker:
         self._keeper = build_keeper(spec.recipe)
         # By row: a row that cannot be used is rejected anew in every epoch.
         self._rejects: dict[int, RejectedRow] = {}
+        self._told: set[str] = set()
         self._train = _read_rows(self._store, spec.train.key)
         labels_N = self._train["label"].to_numpy()
         order = EpochOrder(spec, labels_N, rank=group.rank, num_workers=group.num_workers)
@@ -172,6 +174,7 @@ class TrainingWorker:
         for step in range(position.step, num_steps):
             passes = meter.waiting_for(steps)
             self._rejects |= {reject.row: reject for one in passes for reject in one.rejects}
+            self._tell(note for one in passes for note in one.notes)
             learner.step(
                 [self._taught(one) for one in passes],
                 num_group_rows=self._group.total_rows(sum(len(one.rows_B) for one in passes)),
@@ -186,6 +189,12 @@ class TrainingWorker:
             if step + 1 < num_steps:
                 self._between_steps(meter)
         return self._measure_epoch(phase, epoch, meter)
+
+    def _tell(self, notes: Iterable[str]) -> None:
+        """Tell each note once; of the first worker, as only that has a board."""
+        if new := tuple(dict.fromkeys(note for note in notes if note not in self._told)):
+            self._told.update(new)
+            self._board.post(self._times.event(self._position, notes=new))
 
     def _taught(self, prepared: PreparedBatch) -> TrainBatch:
         """The batch with what the teacher says of its images, if there is one."""

@@ -17,6 +17,7 @@ from convoy.cluster.image_loading import BatchRequest, ImageLoader, PreparedBatc
 from convoy.cluster.training_spec import TrainingSpec
 from convoy.core.errors import ConfigError
 from convoy.core.records import RejectCode, Stage
+from convoy.storage.local_cache import LocalCacheOptions
 from convoy.vision.augmentation_policy import AugmentationPolicy
 from made_training import PRESET, digit_rows, frozen_rows, recipe, training_spec
 from noting_watch import NotingWatch
@@ -131,6 +132,20 @@ def test_a_batch_may_be_empty(damaged: tuple[TrainingSpec, pa.Table]) -> None:
     assert prepared.batch.images_BCHW.shape == (0, 3, 32, 32)
     assert prepared.batch.labels_B.shape == prepared.batch.weights_B.shape == (0,)
     assert len(prepared.rejects) == 3
+
+
+def test_batches_tell_what_is_wrong_with_the_image_cache(
+    spec: TrainingSpec, rows: pa.Table, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    folder = str(tmp_path / "file" / "images")
+    cached = spec.model_copy(update={"local_cache": LocalCacheOptions(folder=folder, max_bytes=1 << 20)})
+    loader = ImageLoader(cached, rows)
+    assert loader.prepare(request([0])).notes == ()
+    assert loader._reader.cache is not None
+    loader._reader.cache.offer(bytes(16), b"image")
+    note = "image cache of a node (local_cache): nothing more is admitted: Not a directory"
+    assert [loader.prepare(request([row])).notes for row in (1, 2)] == [(note,)] * 2
 
 
 def threads_ahead() -> list[threading.Thread]:

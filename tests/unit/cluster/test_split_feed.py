@@ -12,10 +12,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import ray.data
+import torch
 
 import made_training
 from convoy.cluster import split_feed
 from convoy.cluster.batch_feed import EpochOrder
+from convoy.cluster.image_loading import PreparedBatch
 from convoy.cluster.library_versions import library_versions
 from convoy.cluster.running_ahead import ahead
 from convoy.cluster.split_feed import SplitFeed, TaskOrder
@@ -24,6 +26,7 @@ from convoy.core.errors import ClusterError, VersionMismatch
 from convoy.vision.augmentation_policy import AugmentationPolicy
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.decode_rule import DecodeRule
+from convoy.vision.learner import TrainBatch
 from convoy.vision.presets import EvalPreset
 from convoy.vision.training_config import Phase, Recipe
 
@@ -240,6 +243,23 @@ def test_a_stream_keeps_to_what_its_plan_says_it_takes_of_the_object_store(
     assert (
         ray.data.DataContext.get_current().execution_options.resource_limits.object_store_memory == math.inf
     )
+
+
+def test_notes_of_a_batch_come_with_it_through_ray_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = TrainBatch(
+        images_BCHW=torch.zeros((2, 3, 8, 8), dtype=torch.uint8),
+        labels_B=torch.zeros(2, dtype=torch.int64),
+        weights_B=torch.ones(2),
+    )
+    prepared = [
+        PreparedBatch(batch=batch, rows_B=np.arange(2), rejects=[], notes=notes)
+        for notes in ((), ("disk full", "file damaged"))
+    ]
+    preparer = object.__new__(split_feed._Preparer)
+    monkeypatch.setattr(preparer, "_prepare", lambda _: prepared)
+    rows = split_feed._rows(pa.table(preparer({"task": np.array([0])})))
+    notes = [split_feed._unpack(row, PRESET, pin_memory=False).notes for row in rows]
+    assert notes == [(), ("disk full", "file damaged")]
 
 
 def test_items_come_in_order_and_the_thread_ends_with_them() -> None:

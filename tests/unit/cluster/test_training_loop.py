@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from convoy.core.crash_points import CrashPoint
 from convoy.core.errors import DataError
 from convoy.core.training_events import TrainingEvent
 from convoy.storage.checkpoints import CheckpointFolder
+from convoy.storage.local_cache import CacheCounts, LocalCacheOptions, LocalImageCache
 from convoy.storage.local_store import LocalStore
 from convoy.vision.averaging import BestEpochs
 from convoy.vision.backbone_config import BackboneConfig, NewLayers
@@ -259,6 +261,17 @@ def test_a_damaged_checkpoint_costs_steps_and_changes_nothing(
     assert board.notes[0].startswith(f"checkpoint of step {newest.step} cannot be used: ")
     assert board.notes[1] == f"going on from the checkpoint of step {before.step}"
     assert_same(killed, worker.run(), whole, train(whole))
+
+
+def test_what_is_wrong_with_the_image_cache_is_told_once(
+    tmp_path: Path, rows: pa.Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = CacheCounts(notes=Counter({"the disk is full": 7, "a file is damaged": 1}))
+    monkeypatch.setattr(LocalImageCache, "counts", counts)
+    options = LocalCacheOptions(folder=str(tmp_path / "images"), max_bytes=1 << 20)
+    board = Notes()
+    TrainingWorker(training_spec(tmp_path, rows, local_cache=options), GroupOfOne(), board).run()
+    assert board.notes == [f"image cache of a node (local_cache): {reason}" for reason in counts.notes]
 
 
 class Notes:
