@@ -17,7 +17,7 @@ from convoy.pipelines.feature_source import LabelledRows, count_rejects, open_fe
 from convoy.pipelines.feature_summary import seconds_under_way
 from convoy.pipelines.features import FeatureJob
 from convoy.pipelines.pixel_statistics import resolve_augmentation
-from convoy.pipelines.train_config import TrainConfig
+from convoy.pipelines.train_config import PROBES, TrainConfig
 from convoy.pipelines.training_rows import has_labels, has_validation_rows, read_split, validation_rows
 from convoy.storage.commits import read_manifest
 from convoy.storage.feature_cache import FeatureCache
@@ -98,7 +98,9 @@ def fit_probe(
     """Cache what is missing, then fit: view 0 of all splits, and the other views of the train split only.
 
     Where `rows` takes a few of each class, no other training image is looked at, and of the other splits only `val`.
-    The head learns from the rows of `taught`, and from what a teacher says of them. Errors are those of `check_head`.
+    So it is for the head of a network, which is measured through itself, and not from these features: unlabelled images
+    and those of `test` are left out. The head learns from the rows of `taught`, and from what a teacher says of them.
+    Errors are those of `check_head`.
     """
     check_head(manifest, config)
     config = config.model_copy(update={"extraction": holding_features(config.extraction, backbone)})
@@ -159,8 +161,8 @@ def _augmented_job(
 
 
 def _few_rows(manifest: Manifest, config: TrainConfig) -> tuple[pa.Table | None, list[pa.Table]]:
-    """The training rows of a limit, None without one, and those of `val`."""
-    if config.rows.max_per_class is None:
+    """The training rows of a limit, or of a network, and those of `val`; None for a probe that looks at all splits."""
+    if config.rows.max_per_class is None and config.strategy in PROBES:
         return None, []
     judges = [read_split(manifest, Split.VAL)] if has_labels(manifest, Split.VAL) else []
     # Those of all folds, so that their trainings share one run.

@@ -32,9 +32,24 @@ class Asked(Exception):
     """What a probe wants features of."""
 
 
-@pytest.mark.parametrize(("max_per_class", "fold"), [(None, None), (4, None), (4, Fold(index=0, count=2))])
-def test_a_few_rows_a_class_are_all_that_a_probe_looks_at(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_per_class: int | None, fold: Fold | None
+@pytest.mark.parametrize(
+    ("strategy", "max_per_class", "fold", "looked_at"),
+    [
+        ("linear_probe", None, None, None),
+        ("linear_probe", 4, None, {"train": 8, "val": 10}),
+        ("linear_probe", 4, Fold(index=0, count=2), {"train": 8, "val": 10}),
+        ("fine_tune", None, None, {"train": 20, "val": 10}),
+        ("fine_tune", None, Fold(index=0, count=2), {"train": 20, "val": 10}),
+        ("fine_tune", 4, None, {"train": 8, "val": 10}),
+    ],
+)
+def test_the_head_of_a_network_and_a_few_rows_a_class_need_no_other_rows(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    strategy: str,
+    max_per_class: int | None,
+    fold: Fold | None,
+    looked_at: dict[str, int] | None,
 ) -> None:
     class Job:
         def __init__(self, *_: object, rows: pa.Table | None) -> None:
@@ -46,7 +61,12 @@ def test_a_few_rows_a_class_are_all_that_a_probe_looks_at(
     monkeypatch.setattr(probing, "FeatureJob", Job)
     rows = {Split.TRAIN: (10, 10), Split.VAL: (5, 5), Split.TEST: (5, 5)}
     manifest = frozen_rows(tmp_path, rows, ("good", "defect"))
-    settings = {"name": "parts", "dataset": "parts", "backbone": {"arch": "lenet5", "weights": "random"}}
+    settings = {
+        "name": "parts",
+        "dataset": "parts",
+        "strategy": strategy,
+        "backbone": {"arch": "lenet5", "weights": "random"},
+    }
     config = parse_config(TrainConfig, settings, where="here")
     config = config.model_copy(update={"rows": RowLimit(max_per_class=max_per_class, fold=fold)})
     store = LocalStore(str(tmp_path))
@@ -56,7 +76,7 @@ def test_a_few_rows_a_class_are_all_that_a_probe_looks_at(
         fit_probe(
             store, manifest, backbone, config, tap="f6", taught=taught, progress=Silent(), new_run=False
         )
-    assert asked.value.args == (None if max_per_class is None else Counter(train=8, val=10),)
+    assert asked.value.args == (looked_at,)
 
 
 def fitted(trials: Sequence[HeadTrial]) -> FittedHead:
