@@ -23,7 +23,7 @@ from convoy.pipelines.committee_predictions import CommitteeJob, CommitteePredic
 from convoy.pipelines.committees import open_committee
 from convoy.pipelines.prediction_request import PredictionRequest
 from convoy.pipelines.train_config import NETWORKS, TrainConfig
-from convoy.pipelines.training_rows import read_split
+from convoy.pipelines.training_rows import class_weights, read_split, weigh_classes
 from convoy.storage.bundles import peek_bundle, resolve_bundle
 from convoy.storage.leases import WhenHeld
 from convoy.storage.manifests import Manifest
@@ -32,6 +32,7 @@ from convoy.storage.parts import read_rejects
 from convoy.storage.predictions import PREDICTIONS, list_array
 from convoy.storage.registry import ALIASES
 from convoy.storage.runs import OpenRun
+from convoy.vision.training_config import Balance
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +47,12 @@ class TaughtRows:
     teacher_logits_NK: NDArray[np.float16] | None = None
     reject_codes: dict[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def balanced(self, balance: Balance, classes: Sequence[str]) -> TaughtRows:
+        """The rows for a fit, which sees all at once: rare classes drawn more often come to the same as weights."""
+        if balance is Balance.NONE:
+            return self
+        return self.weighted_by_class(class_weights(weigh_classes(self.rows, classes)))
 
     def weighted_by_class(self, weights_K: Sequence[float]) -> TaughtRows:
         """The same rows, each counting by the weight of its class beside its own."""

@@ -16,6 +16,7 @@ from convoy.core.errors import ConfigError
 from convoy.pipelines.classifiers import Strategy
 from convoy.pipelines.network_building import learnt_layers
 from convoy.pipelines.train_config import TrainConfig
+from convoy.pipelines.training_rows import balance_notes, settle_balance
 from convoy.vision.backbone_config import BackboneConfig, WeightSource, weight_source
 from convoy.vision.call_trace import run_on_shapes
 from convoy.vision.engine_options import NetworkDevice
@@ -53,8 +54,6 @@ _OF_EPOCHS = (Averaging.SWA, Averaging.SOUP)
 _LEAST_AVERAGED = 2
 # Below it the statistics of a batch are a poor guess (Wu and He 2018, arXiv:1803.08494, figure 1).
 _FEW_FOR_BATCHNORM = 16
-# From this ratio between the largest and the smallest class on, `balance: auto` weighs the classes.
-_UNBALANCED_FROM = 3.0
 # The keys beside a choice that mean nothing under it.
 _UNUSED_UNDER: Mapping[StrEnum, frozenset[str]] = {
     Averaging.LAST: frozenset({"ema_decay", "average_epochs"}),
@@ -142,7 +141,7 @@ def plan_network(
         num_workers=num_workers,
         on_gpus=on_gpus,
     )
-    balance = _balance(recipe.balance, counts)
+    balance = settle_balance(recipe.balance, counts)
     notes = [_source(config), *_notes(phases, resolved, axis, images_per_class), *batchnorm_notes]
     notes += _notes_of_random(config, resolved)
     if _trains_head_twice(config, resolved):
@@ -157,8 +156,7 @@ def plan_network(
         notes.append(
             f"the last phase learns and is judged at {last_px} pixels; its bundle sees those of the preset"
         )
-    if balance is not Balance.NONE:
-        notes.append(f"classes are balanced by {balance.value}: {min(counts)} to {max(counts)} images")
+    notes += balance_notes(balance, counts)
     if recipe.averaging in _OF_EPOCHS:
         last, taken = phases[-1], min(recipe.average_epochs, phases[-1].epochs)
         if taken < wanted.average_epochs:
@@ -319,12 +317,6 @@ def _check_resolutions(phases: Sequence[Phase], network: nn.Module) -> None:
                 where=f"phases.{phase.name}.resolution_px",
                 next_step="choose a size that the network can take, or leave it out for that of its preset",
             ) from error
-
-
-def _balance(wanted: Balance, counts: Sequence[int]) -> Balance:
-    if wanted is not Balance.AUTO:
-        return wanted
-    return Balance.WEIGHTS if max(counts) >= _UNBALANCED_FROM * min(counts) else Balance.NONE
 
 
 def _trains_head_twice(config: TrainConfig, resolved: Sequence[Phase]) -> bool:

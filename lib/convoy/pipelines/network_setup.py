@@ -24,13 +24,13 @@ from convoy.pipelines.network_plan import (
 from convoy.pipelines.pixel_statistics import resolve_augmentation
 from convoy.pipelines.probing import HeadSummary, check_head, fit_probe
 from convoy.pipelines.train_config import HeadSource, TrainConfig
-from convoy.pipelines.training_rows import class_weights, count_classes, has_validation_rows, weigh_classes
+from convoy.pipelines.training_rows import count_classes, has_validation_rows
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.vision.augmentation_policy import AugmentationPolicy
 from convoy.vision.engine_options import NetworkDevice
 from convoy.vision.head_config import can_choose
-from convoy.vision.training_config import Balance, Precision
+from convoy.vision.training_config import Precision
 
 
 class TrainingSetup(StrictModel):
@@ -135,18 +135,13 @@ def set_up_training(
     )
     head = None
     if planned.fits_head:
-        # For a fit that sees all rows at once, drawing rare classes more often comes to the same as weights.
-        balanced = taught
-        if plan.balance is not Balance.NONE:
-            totals = weigh_classes(taught.rows, manifest.classes)
-            balanced = taught.weighted_by_class(class_weights(totals))
         probe = fit_probe(
             store,
             manifest,
             pretrained,
             config,
             tap=new.head_tap or "",
-            taught=balanced,
+            taught=taught.balanced(plan.balance, manifest.classes),
             progress=progress,
             new_run=new_run,
         )

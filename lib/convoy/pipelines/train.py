@@ -30,7 +30,16 @@ from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.network_training import CurveDrawer, TrainedNetwork, network_training, open_training
 from convoy.pipelines.probing import HeadSummary, TrialSummary, check_head, fit_probe
 from convoy.pipelines.train_config import NETWORKS, PROBES, TrainConfig
-from convoy.pipelines.training_rows import Fold, count_classes, fold_rows, has_labels, read_split, row_notes
+from convoy.pipelines.training_rows import (
+    Fold,
+    balance_notes,
+    count_classes,
+    fold_rows,
+    has_labels,
+    read_split,
+    row_notes,
+    settle_balance,
+)
 from convoy.pipelines.workspace import open_workspace
 from convoy.storage.bundles import bundle_digest, check_bundle_name, model_card, write_bundle
 from convoy.storage.datasets import open_dataset
@@ -292,13 +301,14 @@ def _train_probe(job: _Job, backbone: BackboneRecord) -> _Trained:
     tap = backbone.resolve_tap(config.wanted_tap)
     rows = read_split(job.manifest, Split.TRAIN, config.rows)
     taught = taught_rows(job.store, job.manifest, config, rows, progress=job.progress)
+    counts = count_classes(taught.rows, job.manifest.classes)
     probe = fit_probe(
         job.store,
         job.manifest,
         backbone,
         config,
         tap=tap,
-        taught=taught,
+        taught=taught.balanced(settle_balance(config.recipe.balance, counts), job.manifest.classes),
         progress=job.progress,
         new_run=job.new_run,
     )
@@ -324,7 +334,7 @@ def _train_probe(job: _Job, backbone: BackboneRecord) -> _Trained:
         "head": summary,
         "train_rejects": dict(Counter(taught.reject_codes) + Counter(summary.reject_codes)),
         "val_rejects": summary.val_rejects,
-        "notes": [*taught.notes, *precision_notes],
+        "notes": [*taught.notes, *balance_notes(config.recipe.balance, counts), *precision_notes],
     }
     return _Trained(
         classifier=classifier,

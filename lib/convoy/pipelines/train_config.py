@@ -28,7 +28,7 @@ NETWORKS = (Strategy.PARTIAL_REUSE, Strategy.FINE_TUNE, Strategy.FROM_SCRATCH)
 _OF_LEARNERS = frozenset({"views", "augmentation", "head", "distill"})
 _KEYS_OF = {
     Strategy.AS_IS: frozenset({"classes", "class_map"}),
-    **dict.fromkeys(PROBES, _OF_LEARNERS | {"tap"}),
+    **dict.fromkeys(PROBES, _OF_LEARNERS | {"tap", "recipe"}),
     **dict.fromkeys(
         NETWORKS,
         _OF_LEARNERS
@@ -85,7 +85,8 @@ class TrainConfig(StrictModel):
 
     Which keys matter depends on `strategy`; a note names those that are set and do not. `as_is`: `classes` names the
     outputs in order where the weights do not, `class_map` gives dataset classes for outputs; no other strategy takes
-    them. Probes: `tap`, `views`, `head`. Networks: `epochs`, `freeze_depth` and `learning_rate`, or else `phases`;
+    them. Probes: `tap`, `views`, `head`, and of `recipe` the `balance`: all its kinds weigh the rows of the fit by
+    class. Networks: `epochs`, `freeze_depth` and `learning_rate`, or else `phases`;
     `recipe` (what is set there replaces the default's), `head` for a head that is fitted from the cache; `reuse` is
     for `partial_reuse` only. `distill` names a teacher for networks and softmax heads. Their checkpoints are
     `checkpoint_steps` apart, or `checkpoint_minutes` where that is sooner.
@@ -153,29 +154,27 @@ class TrainConfig(StrictModel):
         """What is set, and changes nothing of such a training. No error, as the trials of a search may share it."""
         of_others = frozenset[str]().union(*_KEYS_OF.values()) - _KEYS_OF[self.strategy]
         notes = []
-        if unused := self._set_among(of_others):
+        unused = _set_among(self, of_others)
+        if self.strategy in PROBES:
+            of_networks = Recipe.model_fields.keys() - {"balance"}
+            unused += [f"recipe.{key}" for key in _set_among(self.recipe, of_networks)]
+        if unused:
             default = (
                 "" if "strategy" in self.model_fields_set else ", the default where no strategy is named"
             )
-            notes.append(f"without effect under {self.strategy.value}{default}: {unused}")
+            notes.append(f"without effect under {self.strategy.value}{default}: {', '.join(unused)}")
         if self.strategy is Strategy.AS_IS and self.rows.max_per_class and self.rows.fold is None:
             notes.append(
                 "without effect where no row is learnt from, nor a fold measured: rows.max_per_class"
             )
-        if self.strategy in PROBES and self.views == 1 and (unused := self._set_among({"augmentation"})):
-            notes.append(f"without effect where views is 1, as view 0 is never augmented: {unused}")
+        if self.strategy in PROBES and self.views == 1 and _set_among(self, {"augmentation"}):
+            notes.append("without effect where views is 1, as view 0 is never augmented: augmentation")
         fits_no_head = self.strategy in NETWORKS and not self.may_fit_head
-        if fits_no_head and (unused := self._set_among({"head", "views"})):
-            notes.append(f"without effect unless a head is fitted from the cache (head_source): {unused}")
+        if fits_no_head and (unused := _set_among(self, {"head", "views"})):
+            notes.append(
+                f"without effect unless a head is fitted from the cache (head_source): {', '.join(unused)}"
+            )
         return tuple(notes)
-
-    def _set_among(self, keys: Collection[str]) -> str:
-        fields = type(self).model_fields
-        return ", ".join(
-            key
-            for key in sorted(keys)
-            if getattr(self, key) != fields[key].get_default(call_default_factory=True)
-        )
 
     @property
     def _can_be_taught(self) -> bool:
@@ -192,3 +191,13 @@ class TrainConfig(StrictModel):
         if self.freeze_depth is not None:
             return self.freeze_depth
         return 0 if self.strategy is Strategy.FROM_SCRATCH else AUTO
+
+
+def _set_among(model: StrictModel, keys: Collection[str]) -> list[str]:
+    """Which of the keys have another value than their default, sorted."""
+    fields = type(model).model_fields
+    return [
+        key
+        for key in sorted(keys)
+        if getattr(model, key) != fields[key].get_default(call_default_factory=True)
+    ]

@@ -14,7 +14,7 @@ from convoy.pipelines.network_training import open_training
 from convoy.pipelines.probing import check_head
 from convoy.pipelines.train import first_network, measured_on, training_dataset
 from convoy.pipelines.train_config import NETWORKS, PROBES, TrainConfig
-from convoy.pipelines.training_rows import count_classes, read_split, row_notes
+from convoy.pipelines.training_rows import balance_notes, count_classes, read_split, row_notes
 from convoy.pipelines.workspace import open_workspace
 from convoy.storage.bundles import check_bundle_name
 from convoy.storage.manifests import MANIFEST_SCHEMA, Manifest
@@ -77,6 +77,8 @@ def plan_train(config: TrainConfig) -> TrainPlan:
             *teacher_notes,
             *config.unused_keys_notes,
             *(row_notes(manifest, config.rows) if learns else ()),
+            # A network's plan has its own.
+            *(balance_notes(config.recipe.balance, counts) if config.strategy in PROBES else ()),
         ],
     )
     if config.strategy not in NETWORKS:

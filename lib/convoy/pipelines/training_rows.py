@@ -18,6 +18,10 @@ from convoy.core.fingerprints import digest
 from convoy.core.randomness import unit_interval
 from convoy.core.records import Split
 from convoy.storage.manifests import MANIFEST_SCHEMA, Manifest
+from convoy.vision.training_config import Balance
+
+# From this ratio between the largest and the smallest class on, `balance: auto` weighs the classes.
+_UNBALANCED_FROM = 3.0
 
 
 class Fold(StrictModel):
@@ -236,6 +240,21 @@ def count_classes(rows: pa.Table, classes: Sequence[str]) -> list[int]:
             next_step="add images of them, or freeze the dataset without these classes",
         )
     return [int(count) for count in counts]
+
+
+def settle_balance(wanted: Balance, counts: Sequence[int]) -> Balance:
+    """What is done about classes of so many images each, where `auto` is wanted too."""
+    if wanted is not Balance.AUTO:
+        return wanted
+    return Balance.WEIGHTS if max(counts) >= _UNBALANCED_FROM * min(counts) else Balance.NONE
+
+
+def balance_notes(wanted: Balance, counts: Sequence[int]) -> list[str]:
+    """The same in words; nothing where nothing is done."""
+    balance = settle_balance(wanted, counts)
+    if balance is Balance.NONE:
+        return []
+    return [f"classes are balanced by {balance.value}: {min(counts)} to {max(counts)} images"]
 
 
 def with_mean_weight_one(rows: pa.Table) -> pa.Table:

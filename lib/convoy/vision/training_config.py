@@ -90,7 +90,7 @@ class Balance(StrEnum):
 
     `weights`: each row counts inversely to the size of its class. `sampling`: every class is drawn equally
     often, so rows of rare classes repeat within an epoch. `auto`: weights where the largest class has at least
-    three times the images of the smallest, else none.
+    three times the images of the smallest, else none. Under a head that is fitted from the cache sampling is weights.
     """
 
     NONE = "none"

@@ -5,9 +5,12 @@ from __future__ import annotations
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from cache_jobs import write_digits
 from convoy.core.config import parse_config
@@ -15,8 +18,9 @@ from convoy.core.errors import ConfigError, ConvoyError, DataError
 from convoy.core.progress import Silent
 from convoy.core.records import Split
 from convoy.core.splits import SplitOptions
-from convoy.pipelines import train
+from convoy.pipelines import probing, train
 from convoy.pipelines.distillation import with_begun_teacher
+from convoy.pipelines.feature_source import LabelledRows
 from convoy.pipelines.model_cards import training_card
 from convoy.pipelines.network_training import open_training
 from convoy.pipelines.train import TrainReport, measured_on, run_train
@@ -33,6 +37,7 @@ from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import RunFolder, RunRecord
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.backbones import build_network
+from convoy.vision.heads import TensorFeatures
 from convoy.vision.weights import state_to_safetensors
 from features_here import compute_features_here
 from made_advice_rows import frozen_rows
@@ -134,6 +139,63 @@ def test_a_head_on_random_weights_learns_from_the_float32_features_by_which_it_i
         for name in store.list_folders("features/")
     ]
     assert sorted((spec.view, spec.dtype) for spec in specs) == [(0, "float32"), (1, "float32")]
+
+
+@pytest.mark.parametrize(
+    ("balance", "num_defects", "total_weights", "note"),
+    [
+        ("none", 20, [60, 20], None),
+        ("weights", 20, [40, 40], "classes are balanced by weights: 20 to 60 images"),
+        ("sampling", 20, [40, 40], "classes are balanced by sampling: 20 to 60 images"),
+        ("auto", 20, [40, 40], "classes are balanced by weights: 20 to 60 images"),
+        ("auto", 21, [60, 21], None),
+    ],
+)
+def test_the_fit_of_a_probe_weighs_classes_as_the_recipe_says(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    balance: str,
+    num_defects: int,
+    total_weights: list[float],
+    note: str | None,
+) -> None:
+    store = LocalStore(str(tmp_path))
+    rows = {Split.TRAIN: (60, num_defects), Split.VAL: (5, 5), Split.TEST: (5, 5)}
+    manifest = frozen_rows(tmp_path, rows, CLASSES)
+    monkeypatch.setattr(train, "open_dataset", lambda *_: manifest)
+    learnt: list[LabelledRows] = []
+
+    class Job:
+        def __init__(self, *_: object, **__: object) -> None:
+            pass
+
+        def ensure(self, **_: object) -> SimpleNamespace:
+            return SimpleNamespace(run=None)
+
+        def set_id(self, *_: object) -> str:
+            return "set"
+
+    def open_features(_cache: object, _sets: object, rows: LabelledRows) -> TensorFeatures:
+        learnt.append(rows)
+        features_ND = torch.randn(len(rows), 2)
+        return TensorFeatures(features_ND, torch.from_numpy(rows.labels_N), torch.from_numpy(rows.weights_N))
+
+    monkeypatch.setattr(probing, "FeatureJob", Job)
+    monkeypatch.setattr(probing, "open_features", open_features)
+    monkeypatch.setattr(train, "evaluate_classifier", lambda *_, **__: made_evaluation(CLASSES))
+    settings = {
+        **SETTINGS,
+        "workspace": store.root_uri,
+        "head": {"C": [1.0]},
+        "recipe": {"balance": balance},
+        "extraction": FP32.model_dump(),
+    }
+    config = parse_config(TrainConfig, settings, where="here")
+    report = run_train(config, progress=Silent(), draw_curves=lambda *_: b"")
+    totals = np.bincount(learnt[0].labels_N, learnt[0].weights_N)
+    assert totals == pytest.approx(total_weights, rel=1e-6)
+    for notes in (report.notes, plan_train(config).notes):
+        assert [one for one in notes if "balanced" in one] == ([] if note is None else [note])
 
 
 def test_a_fine_tuning_whose_head_no_rows_can_choose_trains_it_through_the_network(
@@ -288,7 +350,7 @@ def test_keys_of_another_strategy_are_named_in_the_dry_run(
     config = parse_config(TrainConfig, {**SETTINGS, **FORGOTTEN, "workspace": str(tmp_path)}, where="here")
     (note,) = plan_train(config).notes
     assert "without effect under linear_probe, the default where no strategy is named" in note
-    assert note.endswith(": epochs, freeze_depth, learning_rate, recipe")
+    assert note.endswith(": epochs, freeze_depth, learning_rate, recipe.mixup_alpha")
 
 
 def test_the_report_names_keys_of_another_strategy_and_the_bundle_the_version_it_was_made_from(
@@ -385,6 +447,12 @@ def test_a_dry_run_counts_no_phase_that_is_a_fit_from_the_cache(
         ({"strategy": "linear_probe", "views": 2, "augmentation": "light", "tap": "layer2"}, []),
         ({"strategy": "as_is", "class_map": {"tabby": "cat"}, "head": {"kind": "linear_svm"}}, ["head"]),
         ({"strategy": "linear_probe", "epochs": None, "workers": {}}, []),
+        ({"strategy": "linear_probe", "recipe": {"balance": "auto"}}, []),
+        (
+            {"strategy": "linear_probe", "epochs": 3, "recipe": {"balance": "auto", "batch_size": 8}},
+            ["epochs", "recipe.batch_size"],
+        ),
+        ({"strategy": "as_is", "recipe": {"balance": "auto"}}, ["recipe"]),
         ({"strategy": "as_is", "rows": {"max_per_class": 5}}, ["rows.max_per_class"]),
         ({"strategy": "as_is", "rows": {"max_per_class": 5, "fold": {"index": 0, "count": 2}}}, []),
         ({"strategy": "linear_probe", "rows": {"max_per_class": 5}}, []),
