@@ -56,8 +56,8 @@ class LocalCacheConfig(StrictModel):
     """The bounded cache of image bytes on each node's disk; `max_gb: 0` turns it off.
 
     It serves datasets in object storage, and parquet files wherever they lie, where an image costs its row group: later
-    epochs ask only for what did not fit. A tenth of the disk stays free. A `folder` belongs to who trains, and nobody
-    else may write to it; without one each user has one in what a node has for temporary files.
+    epochs ask only for what did not fit. A tenth of the disk stays free. Name no `folder` that somebody may write to
+    whom you do not trust; without one each user has one in what a node has for temporary files.
     """
 
     folder: str | None = None

@@ -44,8 +44,8 @@ _DISK_IS_SHORT = f"nothing is admitted while that leaves less than {_FREE_SHARE_
 class LocalCacheOptions(StrictModel):
     """Where a node keeps the bytes of images that are needed again, and how many bytes at most.
 
-    Without a `folder` that is in the node's own folder for temporary files, one for each user. A folder that is
-    another user's, or that others may write to, is not used.
+    Without a `folder` that is in the node's own folder for temporary files, one for each user; where that is another
+    user's, or others may write to it, it is not used. A folder that is named is trusted.
     """
 
     folder: str | None
@@ -76,8 +76,8 @@ class LocalImageCache:
     in this process, notes it, and still answers from what it has.
 
     Cheap to make, thread-safe, and pickles, without its counts. The folder is made, with access for its owner
-    only, when the first image is admitted. One that other users can write to is no cache: a file's digest tells damage,
-    not who wrote it.
+    only, when the first image is admitted. Where none is named, one that other users can write to is no cache: a file's
+    digest tells damage, not who wrote it.
     """
 
     def __init__(self, folder: str | None, max_bytes: int) -> None:
@@ -86,7 +86,8 @@ class LocalImageCache:
         self._counts = CacheCounts()
         self._counting = threading.Lock()
         self._is_admitting = True
-        self._is_own = False
+        # Volumes of a cluster are often root's, so who may write to a folder that is named is not asked.
+        self._is_trusted = folder is not None
         self._opened_unix_s = time.time()
 
     @classmethod
@@ -107,7 +108,7 @@ class LocalImageCache:
         """The image, or None; counts a hit or a miss. A damaged file is deleted."""
         path = self._path(content_id)
         try:
-            self._require_own()
+            self._require_trusted()
             with open(path, "rb") as file:
                 expected, data = file.read(DIGEST_BYTES), file.read()
                 last_used_unix_s = os.fstat(file.fileno()).st_mtime
@@ -128,7 +129,7 @@ class LocalImageCache:
     def find(self, content_id: bytes) -> int | None:
         """The size in bytes of an image that `get` will most likely return, or None, which counts as a miss."""
         try:
-            self._require_own()
+            self._require_trusted()
             return max(0, os.stat(self._path(content_id)).st_size - DIGEST_BYTES)
         except OSError:
             self._count(misses=1)
@@ -168,7 +169,7 @@ class LocalImageCache:
     def _usage(self) -> Iterator[int]:
         """The descriptor of the usage file, locked; the system frees the lock if the process dies."""
         os.makedirs(self.folder, mode=0o700, exist_ok=True)
-        self._require_own()
+        self._require_trusted()
         descriptor = os.open(os.path.join(self.folder, _USAGE_FILE), os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -176,9 +177,9 @@ class LocalImageCache:
         finally:
             os.close(descriptor)
 
-    def _require_own(self) -> None:
+    def _require_trusted(self) -> None:
         """Raise PermissionError where other users can put a file in the place of an image."""
-        if self._is_own:
+        if self._is_trusted:
             return
         # In a folder for all users the name may be another's link to a folder of ours.
         name, folder = os.lstat(self.folder), os.stat(self.folder)
@@ -186,7 +187,7 @@ class LocalImageCache:
             raise PermissionError(errno.EPERM, f"{self.folder} belongs to another user")
         if folder.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise PermissionError(errno.EPERM, f"others may write to {self.folder}")
-        self._is_own = True
+        self._is_trusted = True
 
     def _recount(self, usage: int) -> tuple[int, float]:
         """Count the bytes in the folder, and remove what writers left that were killed long ago, and what is unused.

@@ -101,40 +101,49 @@ def test_without_a_folder_it_is_among_the_temporary_files_of_its_node(
     assert found(LocalImageCache(str(folder), 1000), 1) == [1]
 
 
+@pytest.fixture
+def default_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """That of this node and user, with image 1."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    cache = LocalImageCache(None, 1 << 20)
+    fill(cache, 1)
+    return Path(cache.folder)
+
+
 @pytest.mark.parametrize("mode", [0o770, 0o707])
-def test_a_folder_that_others_may_write_to_is_no_cache(folder: Path, mode: int) -> None:
-    fill(LocalImageCache(str(folder), 1 << 20), 1)
-    folder.chmod(mode)
-    assert_is_no_cache(folder, f"others may write to {folder}")
+def test_a_default_folder_that_others_may_write_to_is_no_cache(default_folder: Path, mode: int) -> None:
+    default_folder.chmod(mode)
+    assert_is_no_cache(LocalImageCache(None, 1 << 20), f"others may write to {default_folder}")
+    named = LocalImageCache(str(default_folder), 1 << 20)
+    assert found(named, 1) == [1], "a volume that is named is trusted"
 
 
-def test_a_folder_of_another_user_is_no_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill(LocalImageCache(str(folder), 1 << 20), 1)
-    own_uid = os.geteuid()
+def test_a_default_folder_of_another_user_is_no_cache(
+    default_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, own_uid = LocalImageCache(None, 1 << 20), os.geteuid()
     monkeypatch.setattr(os, "geteuid", lambda: own_uid + 1)
-    assert_is_no_cache(folder, f"{folder} belongs to another user")
+    assert_is_no_cache(cache, f"{default_folder} belongs to another user")
 
 
 def test_a_link_of_another_user_to_an_own_folder_is_no_cache(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    default_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fill(LocalImageCache(str(folder), 1 << 20), 1)
-    link = tmp_path / "link"
-    link.symlink_to(folder)
-    assert found(LocalImageCache(str(link), 1 << 20), 1) == [1]
-    own, others = os.lstat(link), list(os.lstat(link))
-    others[stat.ST_UID] = own.st_uid + 1
+    moved = default_folder.rename(default_folder.with_name("moved"))
+    default_folder.symlink_to(moved)
+    assert found(LocalImageCache(None, 1 << 20), 1) == [1]
+    others = list(os.lstat(default_folder))
+    others[stat.ST_UID] += 1
     monkeypatch.setattr(os, "lstat", lambda _: os.stat_result(others))
-    assert_is_no_cache(link, f"{link} belongs to another user")
+    assert_is_no_cache(LocalImageCache(None, 1 << 20), f"{default_folder} belongs to another user")
 
 
-def assert_is_no_cache(folder: Path, reason: str) -> None:
-    """Of a folder that has image 1."""
-    cache = LocalImageCache(str(folder), 1 << 20)
+def assert_is_no_cache(cache: LocalImageCache, reason: str) -> None:
+    """Of one whose folder has image 1."""
     assert cache.find(image(1)[0]) is None
     fill(cache, 2)
     assert found(cache, 1, 2) == []
-    assert len(files_of(folder)) == 1, "and nothing is put there"
+    assert len(files_of(Path(cache.folder))) == 1, "and nothing is put there"
     assert cache.counts.notes == {f"nothing more is admitted: {reason}": 1}
 
 
