@@ -12,6 +12,7 @@ from ray.cluster_utils import Cluster
 
 from chaos_jobs import SLICE_ROWS, ChaosBucket, ChaosJob, FaultTable, busy_workers, wait_for
 from command_lines import TIMEOUT_S
+from convoy.core.errors import ExitCode
 from fault_proxy import Delay, FaultProxy, FaultRule
 from ray_nodes import HEALTH_CHECKS, running_nodes
 
@@ -103,7 +104,9 @@ def test_a_cluster_that_dies_leaves_what_was_finished(
             assert head is not None
             head.kill_all_processes(check_alive=False, allow_graceful=False)
             _, stderr = process.communicate(timeout=TIMEOUT_S)
-            assert process.returncode not in {None, 0}, stderr
+            assert process.returncode == ExitCode.STOPPED_RESUMABLE, stderr
+    assert "the head of the Ray cluster" in stderr
+    assert "Traceback" not in stderr
     before = job.attempts()
     assert 4 <= len(before) < NUM_SLICES
     finished = bucket_job_here(job)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from convoy.cluster.growth import grow_cluster, wanted_size
+from convoy.cluster.head_watch import watching_head
 from convoy.core.errors import ClusterError, ConfigError
 
 # What workers must find when they start. Threads of an OpenMP team that wait must not hold the cores of decoders, but
@@ -32,7 +33,7 @@ def ray_session() -> Iterator[None]:
     With RAY_ADDRESS set, that cluster is used, as soon as it has what CONVOY_CLUSTER_CPUS and CONVOY_CLUSTER_GPUS ask
     for. Without, a local Ray without a dashboard is started and stopped. A session that is already open in this
     process (a test, a notebook) is used as it is. Raises ConfigError for an address of a dashboard, ClusterError where
-    no Ray answers or starts.
+    no Ray answers or starts; a head that is gone later stops the job as resumable.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # A thread that still asks for Ray when the session has ended must not join whatever cluster it finds.
@@ -60,12 +61,13 @@ def ray_session() -> Iterator[None]:
     if threading.current_thread() is threading.main_thread():
         # Ray puts a handler of its own there, which aborts the process.
         signal.signal(signal.SIGTERM, on_sigterm)
-    try:
-        if address:
-            grow_cluster(wanted_size())
-        yield
-    finally:
-        ray.shutdown()
+    with watching_head(ray.get_runtime_context().gcs_address):
+        try:
+            if address:
+                grow_cluster(wanted_size())
+            yield
+        finally:
+            ray.shutdown()
 
 
 def _start() -> None:
