@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 SOURCES := lib jobs tests
-# A process that died is not replaced: pytest-xdist 3.8 waits for ever for the new one.
+# A process that died is not replaced: pytest-xdist 3.8 waits for ever for the new one. tests/run_pytest.py goes on.
 TWO_FILES := -n 2 --dist loadfile --max-worker-restart 0 --durations 25
 
 .PHONY: help setup demo test check format integration chaos gpu bench lock clean

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import uuid
 from collections.abc import Iterator
 
@@ -19,12 +18,6 @@ def pytest_configure() -> None:
     """No test depends on how fast the machine is, nor do Hypothesis' examples."""
     settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("unhurried")
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_handlecrashitem(crashitem: str) -> None:
-    """Name at once the test in which a process of pytest-xdist died: the summary may never come."""
-    print(f"\nits process died: {crashitem}", file=sys.__stderr__, flush=True)
 
 
 @pytest.fixture(scope="session")
