@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import uuid
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import boto3
 import pytest
@@ -18,6 +20,13 @@ def pytest_configure() -> None:
     """No test depends on how fast the machine is, nor do Hypothesis' examples."""
     settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("unhurried")
+
+
+@pytest.fixture
+def ample_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk of an image cache of this process has room, however full it is."""
+    ample = SimpleNamespace(f_frsize=4096, f_blocks=1 << 30, f_bavail=1 << 30)
+    monkeypatch.setattr(os, "fstatvfs", lambda _: ample)
 
 
 @pytest.fixture(scope="session")

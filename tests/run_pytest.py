@@ -4,7 +4,7 @@ Ray, DuckDB and ONNX Runtime leave threads of their own behind. While C++ takes 
 process now and then, after the summary, so that `make test` failed though every test had passed.
 
 Ray's C++ also ends a process outright, as where its new raylet or an old head does not answer. Where this takes a
-process of pytest-xdist, the files whose tests have not all ended run once more; a second time it is a failure.
+process of pytest-xdist, the tests that have not ended run once more; a second time it is a failure.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _IS_SECOND = "CONVOY_TESTS_AFTER_A_CRASH"
 
 
 class Crashes:
-    """A plugin that notes in which tests processes died, which others failed, and which never came to their end."""
+    """A plugin that notes in which tests processes died, whether anything else failed, and what came to no end."""
 
     def __init__(self) -> None:
         self.died: list[str] = []
@@ -36,6 +36,9 @@ class Crashes:
         print(f"\nits process died: {crashitem}", flush=True)
         self.died.append(crashitem)
 
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        self.has_failures |= report.failed
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         # That of a crash is of none of the three.
         self.has_failures |= report.failed and report.when in ("setup", "call", "teardown")
@@ -43,21 +46,22 @@ class Crashes:
             self._ended.add(report.nodeid)
 
     @property
-    def unfinished_files(self) -> list[str]:
-        """Those whose tests have not all ended."""
-        return sorted({test.partition("::")[0] for test in self._collected if test not in self._ended})
+    def unfinished(self) -> list[str]:
+        """The tests that have not ended."""
+        return [test for test in self._collected if test not in self._ended]
 
 
 def main() -> None:
     """Call pytest; no destructor of a library runs after it."""
     arguments, crashes = sys.argv[1:], Crashes()
     exit_code = pytest.main(arguments, plugins=[crashes])
-    if crashes.died and not crashes.has_failures and _IS_SECOND not in os.environ:
-        files = crashes.unfinished_files
-        print(f"a process died in {', '.join(crashes.died)}: once more {', '.join(files)}", flush=True)
+    is_crash_alone = exit_code == pytest.ExitCode.TESTS_FAILED and crashes.died and not crashes.has_failures
+    if is_crash_alone and crashes.unfinished and _IS_SECOND not in os.environ:
+        died = ", ".join(crashes.died)
+        print(f"a process died in {died}: once more {len(crashes.unfinished)} tests", flush=True)
         options = [one for one in arguments if not Path(one.partition("::")[0]).exists()]
         os.environ[_IS_SECOND] = "1"
-        os.execv(sys.executable, [sys.executable, __file__, *options, *files])
+        os.execv(sys.executable, [sys.executable, __file__, *options, *crashes.unfinished])
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from s3_server import S3Server
+
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.slow,
@@ -41,7 +43,9 @@ HEADLINES = (
 
 
 @pytest.fixture(scope="module")
-def report(page: Path) -> dict[str, Any]:
+def report(page: Path, s3_server: S3Server) -> dict[str, Any]:
+    # The script starts a server of its own: without one that runs here all of this is skipped.
+    assert s3_server
     settings = [*TINY, f"results={json.dumps(str(page))}"]
     finished = subprocess.run(
         [sys.executable, str(SCRIPT), *settings], capture_output=True, text=True, check=False

@@ -25,7 +25,7 @@ from convoy.storage.sources.rows import ReadingOptions
 from convoy.vision.decode_rule import DecodeRule
 from made_sources import jpeg_bytes, tar_bytes
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ample_disk")]
 
 NUM_IMAGES = 20
 IMAGES = [jpeg_bytes(index * 1009) for index in range(NUM_IMAGES)]

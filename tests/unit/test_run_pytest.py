@@ -45,16 +45,18 @@ def run(folder: Path, *, times: int, other: str) -> subprocess.CompletedProcess[
     )
 
 
-def test_the_files_of_a_process_that_died_run_once_more(tmp_path: Path) -> None:
+def test_what_a_process_that_died_leaves_runs_once_more(tmp_path: Path) -> None:
     ended = run(tmp_path, times=1, other="pass")
     assert ended.returncode == 0, ended.stdout
-    assert "a process died in test_dying.py::test_that_dies: once more test_dying.py" in ended.stdout
-    assert "3 passed" in ended.stdout, "the other file has ended"
-    assert (tmp_path / "before").read_text() == "xx"
+    assert "a process died in test_dying.py::test_that_dies: once more 2 tests" in ended.stdout
+    assert "2 passed" in ended.stdout, "the others have ended"
+    assert (tmp_path / "before").read_text() == "x"
     assert (tmp_path / "after").read_text() == "x"
 
 
-@pytest.mark.parametrize(("times", "other"), [(2, "pass"), (1, "assert False")])
+@pytest.mark.parametrize(
+    ("times", "other"), [(2, "pass"), (1, "assert False"), (1, "pass\n\nimport nothing_of_that_name")]
+)
 def test_a_process_that_dies_again_or_beside_a_failure_is_one(tmp_path: Path, times: int, other: str) -> None:
     ended = run(tmp_path, times=times, other=other)
     assert ended.returncode == 1, ended.stdout

@@ -61,6 +61,7 @@ def ray_session() -> Iterator[None]:
     if threading.current_thread() is threading.main_thread():
         # Ray puts a handler of its own there, which aborts the process.
         signal.signal(signal.SIGTERM, on_sigterm)
+    # Over the shutdown too, which may wait for a head that is gone.
     with watching_head(ray.get_runtime_context().gcs_address):
         try:
             if address:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +26,7 @@ from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.network_training import CurveDrawer, config_identity
 from convoy.pipelines.prediction_request import PredictionRequest
 from convoy.pipelines.train import first_network, run_train
-from convoy.pipelines.train_config import NETWORKS, TrainConfig
+from convoy.pipelines.train_config import NETWORKS, PROBES, TrainConfig
 from convoy.pipelines.training_rows import Fold, fold_rows, read_split
 from convoy.pipelines.workspace import open_workspace
 from convoy.storage.bundles import check_bundle_name, peek_bundle, resolve_bundle
@@ -37,6 +38,7 @@ from convoy.storage.member_predictions import MemberLogits, read_member_logits
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.parts import read_rejects
 from convoy.vision.factories import with_pinned_code
+from convoy.vision.training_config import Balance
 
 _POINTERS = "folds/"
 
@@ -207,13 +209,15 @@ def _of_fold(config: TrainConfig, fold: Fold) -> tuple[TrainConfig, Fold]:
 def _identity(store: ObjectStore, manifest: Manifest, training: TrainConfig) -> str:
     """A digest of everything that determines the model of a fold, and its name."""
     first = fetch_backbone(store, first_network(training, manifest))
-    return digest(
-        {
-            "dataset_fingerprint": manifest.fingerprint,
-            "weights_digest": first.weights_digest,
-            "config": config_identity(training),
-        }
-    )
+    identity: dict[str, Any] = {
+        "dataset_fingerprint": manifest.fingerprint,
+        "weights_digest": first.weights_digest,
+        "config": config_identity(training),
+    }
+    if training.strategy in PROBES and training.recipe.balance is not Balance.NONE:
+        # Folds of before were fitted as if it were not there.
+        identity["balances_probes"] = True
+    return digest(identity)
 
 
 def _known(store: ObjectStore, key: str) -> FoldModel | None:

@@ -23,7 +23,7 @@ from convoy.storage.runs import RunFolder
 
 _NUM_EXAMPLES = 24
 _MAX_SUFFIXES = 8
-# Names may end in their number, which makes a suffix of each: so many are counted apart.
+# Names may end in their number, which makes a suffix of each: beyond so many the rare ones count as others.
 _MAX_COUNTED_SUFFIXES = 4096
 # Runs that are looked at for a feature set, newest first.
 _MAX_RUNS = 200
@@ -149,9 +149,9 @@ def _sizes(manifest: Manifest) -> dict[str, Any]:
     for batch in manifest.iter_batches(["sample_id", "uri", "size_bytes"]):
         sizes_N = batch["size_bytes"].drop_null().to_numpy(zero_copy_only=False)
         unknown += batch.num_rows - len(sizes_N)
-        for suffix, images in Counter(file_kinds(batch)).items():
-            if suffix in suffixes or len(suffixes) < _MAX_COUNTED_SUFFIXES:
-                suffixes[suffix] += images
+        suffixes.update(file_kinds(batch))
+        if len(suffixes) > _MAX_COUNTED_SUFFIXES:
+            suffixes = Counter(dict(suffixes.most_common(_MAX_COUNTED_SUFFIXES // 2)))
         if len(sizes_N):
             bins.update(np.floor(np.log2(np.maximum(sizes_N, 1))).astype(int).tolist())
             total += int(sizes_N.sum())

@@ -81,6 +81,7 @@ class LocalImageCache:
     """
 
     def __init__(self, folder: str | None, max_bytes: int) -> None:
+        self._named_folder = folder
         self.folder = os.path.abspath(folder or _default_folder())
         self.max_bytes = max_bytes
         self._counts = CacheCounts()
@@ -96,7 +97,7 @@ class LocalImageCache:
         return None if options is None else cls(options.folder, options.max_bytes)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return LocalImageCache, (self.folder, self.max_bytes)
+        return LocalImageCache, (self._named_folder, self.max_bytes)
 
     @property
     def counts(self) -> CacheCounts:

@@ -23,6 +23,8 @@ from convoy.core.fingerprints import digest_bytes
 from convoy.storage.local_cache import LocalImageCache
 from convoy.storage.local_walk import PRIVATE_PREFIX
 
+pytestmark = pytest.mark.usefixtures("ample_disk")
+
 LIBRARY = Path(__file__).parents[3] / "lib"
 HEADER_BYTES = 16
 
@@ -108,6 +110,14 @@ def default_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     cache = LocalImageCache(None, 1 << 20)
     fill(cache, 1)
     return Path(cache.folder)
+
+
+def test_a_default_folder_is_that_of_the_process_that_gets_the_cache(
+    default_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pickled = pickle.dumps(LocalImageCache(None, 1 << 20))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "elsewhere"))
+    assert pickle.loads(pickled).folder == str(tmp_path / "elsewhere" / default_folder.name)
 
 
 @pytest.mark.parametrize("mode", [0o770, 0o707])

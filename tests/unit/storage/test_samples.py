@@ -638,7 +638,7 @@ def test_no_more_is_read_ahead_than_the_window_holds(
 
 
 @pytest.fixture
-def cache(tmp_path: Path) -> LocalImageCache:
+def cache(tmp_path: Path, ample_disk: None) -> LocalImageCache:
     return LocalImageCache(str(tmp_path / "cache"), 1 << 20)
 
 
