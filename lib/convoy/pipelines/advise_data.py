@@ -19,6 +19,7 @@ from convoy.pipelines.advise_rows import images_by_class, missing_classes
 from convoy.pipelines.feature_source import count_rejects
 from convoy.pipelines.near_duplicates import NearDuplicateReport
 from convoy.pipelines.stratified_sample import stratified_rows
+from convoy.pipelines.training_rows import UNBALANCED_FROM
 from convoy.storage.duplicates import DuplicateReport, find_duplicates
 from convoy.storage.feature_cache import FeatureCache
 from convoy.storage.manifests import Manifest
@@ -26,9 +27,6 @@ from convoy.storage.object_store import ObjectStore
 from convoy.storage.samples import SampleReader
 from convoy.vision.decode_rule import DecodeRule
 from convoy.vision.decoding import decode_image
-
-# From this ratio between the largest and the smallest class on, training weighs classes (`recipe.balance: auto`).
-_UNBALANCED_FROM = 3.0
 
 
 class Resolution(StrictModel):
@@ -151,7 +149,7 @@ def find_warnings(facts: DataFacts) -> list[str]:
             f"no image of {len(facts.unjudged_classes)} of {facts.classes} classes judges"
             f" ({', '.join(facts.unjudged_classes[:5])}): no top-1 says how well they are recognised"
         )
-    if facts.imbalance >= _UNBALANCED_FROM:
+    if facts.imbalance >= UNBALANCED_FROM:
         warnings.append(
             f"the largest class has {facts.imbalance:.1f} times the images of the smallest: the configs weigh classes"
         )

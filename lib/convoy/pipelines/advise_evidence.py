@@ -24,14 +24,12 @@ from convoy.pipelines.feature_source import gather_features
 from convoy.pipelines.features import FeatureJob
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.stratified_sample import evenly_spread_rows
-from convoy.pipelines.training_rows import read_split
+from convoy.pipelines.training_rows import read_split, settle_balance
 from convoy.storage.feature_cache import FeatureCache, content_id_array
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.vision.head_config import HeadKind
-
-# As for `recipe.balance: auto`.
-_UNBALANCED_FROM = 3.0
+from convoy.vision.training_config import Balance
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -174,7 +172,7 @@ class Gatherer:
             has_val=has_judges(self._manifest, self._config.look),
             has_held_out=has_held_out(self._manifest),
             learnt_share=float(self._learnt_share),
-            is_unbalanced=max(counts) >= _UNBALANCED_FROM * min(counts),
+            is_unbalanced=settle_balance(Balance.AUTO, counts) is Balance.WEIGHTS,
         )
 
     def _svm(self, look: Look) -> SvmProbe | None:

@@ -21,7 +21,7 @@ from convoy.storage.manifests import MANIFEST_SCHEMA, Manifest
 from convoy.vision.training_config import Balance
 
 # From this ratio between the largest and the smallest class on, `balance: auto` weighs the classes.
-_UNBALANCED_FROM = 3.0
+UNBALANCED_FROM = 3.0
 
 
 class Fold(StrictModel):
@@ -246,7 +246,7 @@ def settle_balance(wanted: Balance, counts: Sequence[int]) -> Balance:
     """What is done about classes of so many images each, where `auto` is wanted too."""
     if wanted is not Balance.AUTO:
         return wanted
-    return Balance.WEIGHTS if max(counts) >= _UNBALANCED_FROM * min(counts) else Balance.NONE
+    return Balance.WEIGHTS if max(counts) >= UNBALANCED_FROM * min(counts) else Balance.NONE
 
 
 def balance_notes(wanted: Balance, counts: Sequence[int]) -> list[str]:
