@@ -20,9 +20,10 @@ from tune_jobs import NETWORK, SETTINGS
 
 pytestmark = [pytest.mark.integration, pytest.mark.chaos, pytest.mark.slow]
 
-DISK_BYTES = 4 << 20
-# Room for what comes before the slices, and for some of them.
-ROOM_BYTES = 160 << 10
+NUM_IMAGES = 480
+DISK_BYTES = 16 << 20
+# Of what the job writes: room for what comes before the slices, and for some of them.
+ROOM_SHARE = 0.6
 IN_NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
 
 # Runs where the disk is mounted, which nobody else sees.
@@ -36,10 +37,21 @@ from convoy.storage.runs import run_ids
 from convoy.storage.stores import open_store
 
 made, disk, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-job = CacheJob(str(shutil.copytree(made, f"{{disk}}/workspace")), 96, tuple(settings))
-status = os.statvfs(disk)
+def free_bytes():
+    status = os.statvfs(disk)
+    return status.f_bavail * status.f_frsize
+
+def new_job(name):
+    return CacheJob(str(shutil.copytree(made, f"{{disk}}/{{name}}")), {NUM_IMAGES}, tuple(settings))
+
+clean = new_job("clean")
+free_before = free_bytes()
+clean.run()
+room_bytes = int({ROOM_SHARE} * (free_before - free_bytes()))
+shutil.rmtree(clean.workspace)
+job = new_job("workspace")
 ballast = Path(disk, "ballast")
-ballast.write_bytes(bytes(max(status.f_bavail * status.f_frsize - {ROOM_BYTES}, 0)))
+ballast.write_bytes(bytes(free_bytes() - room_bytes))
 stopped = job.start()
 before = job.attempts()
 ballast.unlink()
@@ -109,7 +121,7 @@ def on_small_disk(script: str, disk: Path, size_bytes: int, workspace: str, sett
 
 
 def test_a_full_disk_stops_the_job_and_room_lets_it_go_on(tmp_path: Path, fault_table: FaultTable) -> None:
-    job = made_job(tmp_path)
+    job = made_job(tmp_path, num_images=NUM_IMAGES)
     told = on_small_disk(SCRIPT, tmp_path / "disk", DISK_BYTES, job.workspace, job.settings)
     assert told["stopped"][0] == 4, told["stopped"][1]
     assert "the disk is full" in told["stopped"][1]
