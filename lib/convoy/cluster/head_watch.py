@@ -1,6 +1,7 @@
-"""A cluster whose head is gone stops the job as resumable: Ray would end this process with exit code 1, at once.
+"""A cluster whose head is gone stops the job in order, as one that can go on.
 
-Ray's own code does so in C++, where Python is not asked, when the head has not answered for a minute.
+Ray itself ends a driver from C++, where Python is not asked, with exit code 1, when its head has not answered for a
+minute.
 """
 
 from __future__ import annotations
