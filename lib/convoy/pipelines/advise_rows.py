@@ -27,7 +27,7 @@ from convoy.pipelines.training_rows import (
     has_labels,
     read_first_of_class,
     read_split,
-    require_labels,
+    require_labelled_rows,
 )
 from convoy.storage.manifests import MANIFEST_SCHEMA, Manifest
 
@@ -85,7 +85,7 @@ def choose_rows(manifest: Manifest, config: AdviseConfig) -> LookRows:
     of the rows of `train`. DataError for a class without images to learn from, or whose images all have weight 0, and
     where all judged rows are of one class; ConfigError where `look.max_rows` cannot hold a few of each.
     """
-    require_labels(manifest, Split.TRAIN)
+    require_labelled_rows(manifest, Split.TRAIN)
     look, limit = config.look, config.rows
     every = RowLimit(seed=limit.seed)
     most = _share_out(manifest, look, limit)

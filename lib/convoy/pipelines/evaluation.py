@@ -25,6 +25,7 @@ from convoy.pipelines.feature_plan import ExtractionConfig, FeatureRequest
 from convoy.pipelines.feature_summary import slice_totals
 from convoy.pipelines.features import FeatureJob
 from convoy.pipelines.predictions import PredictionJob
+from convoy.pipelines.training_rows import has_labels
 from convoy.storage.commits import RunManifest, finish
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
@@ -147,8 +148,7 @@ def evaluate_classifier(
 
 def require_labels(manifest: Manifest, splits: Collection[Split]) -> None:
     """Raise DataError where no sample of the splits has a label."""
-    counts = [manifest.counts[split] for split in splits if split in manifest.counts]
-    if not any(sum(count.by_class) for count in counts):
+    if not any(has_labels(manifest, split) for split in splits):
         raise DataError(
             f"no labelled sample in split {', '.join(sorted(splits))}: nothing could be measured",
             where=manifest.uri,

@@ -68,7 +68,7 @@ def has_labels(manifest: Manifest, split: Split) -> bool:
     return counts is not None and any(counts.by_class)
 
 
-def require_labels(manifest: Manifest, split: Split) -> None:
+def require_labelled_rows(manifest: Manifest, split: Split) -> None:
     """DataError where a split is not there or has no labelled row."""
     if not has_labels(manifest, split):
         raise DataError(
@@ -83,7 +83,7 @@ def read_split(manifest: Manifest, split: Split, limit: RowLimit | None = None) 
 
     With a limit those that it leaves, without the rows of its fold. Raises DataError where there is none.
     """
-    require_labels(manifest, split)
+    require_labelled_rows(manifest, split)
     limit = limit or RowLimit()
     if limit.max_per_class is None:
         rows = manifest.read_table(splits=[split])

@@ -21,11 +21,24 @@ from convoy.pipelines.network_plan import wanted_recipe
 from convoy.pipelines.train_config import TrainConfig
 from convoy.pipelines.training_rows import validation_rows
 from convoy.storage.local_store import LocalStore
+from convoy.storage.manifests import Manifest
 from convoy.storage.runs import RunFolder
 from made_advice import interval, made_strategy
 from made_advice_rows import frozen_rows
 
 CONFIG = load_config(AdviseConfig, None, ["candidates=[{backbone: {arch: resnet18}}]", "dataset=parts"])
+
+
+def made_verifier(manifest: Manifest, folder: RunFolder) -> Verifier:
+    return Verifier(
+        manifest,
+        CONFIG,
+        VerifySettings(),
+        folder,
+        progress=Silent(),
+        draw_curves=lambda *_: b"",
+        new_run=False,
+    )
 
 
 def made_option(strategy: Strategy, **settings: object) -> Option:
@@ -90,14 +103,9 @@ def test_batches_are_no_larger_than_the_budget(
         return SimpleNamespace(intervals={"top1_wilson": interval(0.5)}, bundle="parts-x@1", run="")
 
     monkeypatch.setattr(advise_verify, "run_train", train)
-    verifier = Verifier(
+    verifier = made_verifier(
         frozen_rows(tmp_path, {Split.TRAIN: (18, 17)}, ("good", "defect")),
-        CONFIG,
-        VerifySettings(),
         RunFolder(LocalStore(str(tmp_path)), "r1"),
-        progress=Silent(),
-        draw_curves=lambda *_: b"",
-        new_run=False,
     )
     option = made_option(strategy, recipe=recipe)
     verifier.verify([made_strategy(1, strategy, 0.5, 1.0)], [option], check=lambda: None)
@@ -121,15 +129,7 @@ def test_a_class_that_no_fold_can_hold_is_refused_before_anything_is_computed(tm
     manifest = frozen_rows(tmp_path, {Split.TRAIN: (40, 1), Split.VAL: (30, 30)}, ("good", "defect"))
     folder = RunFolder(LocalStore(str(tmp_path)), "r1")
     with pytest.raises(DataError, match="class defect has one training image"):
-        Verifier(
-            manifest,
-            CONFIG,
-            VerifySettings(),
-            folder,
-            progress=Silent(),
-            draw_curves=lambda *_: b"",
-            new_run=False,
-        )
+        made_verifier(manifest, folder)
 
 
 @pytest.mark.parametrize("new_run", [True, False])
@@ -171,14 +171,9 @@ def test_what_was_verified_has_the_rank_and_the_expectation_of_now(
         "run_train",
         lambda *_, **__: SimpleNamespace(intervals={"top1_wilson": interval(0.5)}, bundle="b@1", run=""),
     )
-    verifier = Verifier(
+    verifier = made_verifier(
         frozen_rows(tmp_path, {Split.TRAIN: (40, 40), Split.VAL: (30, 30)}, ("good", "defect")),
-        CONFIG,
-        VerifySettings(),
         RunFolder(LocalStore(str(tmp_path)), "r1"),
-        progress=Silent(),
-        draw_curves=lambda *_: b"",
-        new_run=False,
     )
     order = [Strategy.LINEAR_PROBE, Strategy.FINE_TUNE]
     found = [
