@@ -93,7 +93,7 @@ def test_lost_answers_and_conflicts_make_no_second_winner(store: S3Store, fault_
     ("conditions", "worth"),
     [
         (Conditions.ATOMIC, {ConditionalPut.ATOMIC}),
-        # Racing writers now and then get an answer from Swift that says it has no such writes.
+        # Where every race to create had one winner by luck, the refusal of If-Match is what is left to see.
         (Conditions.AS_SERVED, {ConditionalPut.RACY, ConditionalPut.UNSUPPORTED}),
         (Conditions.IF_MATCH_IGNORED, {ConditionalPut.RACY}),
         (Conditions.IGNORED, {ConditionalPut.RACY}),
