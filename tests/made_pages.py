@@ -248,13 +248,32 @@ class PageParts(HTMLParser):
         super().__init__()
         self.elements: list[tuple[str, dict[str, str]]] = []
         self.text = ""
+        self._figures: dict[str, list[list[str]]] = {}
+        self._rows: list[list[str]] | None = None
         self.feed(page.decode())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, {name: value or "" for name, value in attrs}))
+        attributes = {name: value or "" for name, value in attrs}
+        self.elements.append((tag, attributes))
+        if tag == "figure":
+            self._rows = self._figures.setdefault(attributes["id"], [])
+        elif self._rows is not None and tag == "tr":
+            self._rows.append([])
+        elif self._rows and tag in ("td", "th"):
+            self._rows[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "figure":
+            self._rows = None
 
     def handle_data(self, data: str) -> None:
         self.text += data
+        if self._rows and self._rows[-1]:
+            self._rows[-1][-1] += data.strip()
+
+    def values_below(self, key: str) -> list[list[str]]:
+        """The cells of each row of the table in a figure, without the heading."""
+        return self._figures[f"figure-{key}"][1:]
 
     def tags(self) -> set[str]:
         return {tag for tag, _ in self.elements}

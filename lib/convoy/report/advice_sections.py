@@ -20,6 +20,7 @@ from convoy.report.blocks import (
     Table,
     Tile,
     text_table,
+    values_table,
 )
 from convoy.report.effect_sections import effect_section
 from convoy.report.front_blocks import front_blocks
@@ -291,9 +292,25 @@ def _learning_curve(found: MoreData) -> Figure:
             "forecast": [one.model_dump() for one in forecast],
             "advised": [one.model_dump() for one in advised],
         },
+        values=_curve_values(found),
         caption="error = floor + scale x images ^ -exponent, fitted to the measured points (Hestness et al. 2017).",
         is_wide=True,
     )
+
+
+def _curve_values(found: MoreData) -> Table:
+    curve = found.curve
+    assert curve is not None
+    measured = [[f"{one.images_per_class:g}", "measured", percent(one.top1), ""] for one in curve.points]
+    expected = [
+        [f"{one.images_per_class:g}", source, percent(one.top1.estimate), span(one.top1)]
+        for source, points in (
+            ("the law", curve.forecast),
+            (f"{found.strategy.value}, expected", found.advised),
+        )
+        for one in points
+    ]
+    return values_table(["images a class", "from*", "top-1", "95 %"], [*measured, *expected])
 
 
 def _soundness(report: AdviceReport) -> Section:

@@ -11,13 +11,18 @@ from markupsafe import Markup
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """A drawing, and as `data` the very values that it shows, as JSON. `key` is unique on the page."""
+    """A drawing, and as `data` the very values that it shows, as JSON. `key` is unique on the page.
+
+    `values` are what a pointer finds in the drawing, for keyboards, screen readers and those who copy numbers; None
+    where the drawing prints them itself, or a table beside it does.
+    """
 
     kind: ClassVar[str] = "figure"
     key: str
     title: str
     picture: Markup
     data: Any
+    values: Table | None = None
     caption: str = ""
     is_wide: bool = False
 
@@ -210,3 +215,8 @@ def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]], **fields: 
         rows=[Row(tuple(Cell(text) for text in row)) for row in rows],
         **fields,
     )
+
+
+def values_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """The values of a figure, closed at first; columns as `text_table` has them."""
+    return text_table(columns, rows, folded="Values")

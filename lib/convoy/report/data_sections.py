@@ -9,7 +9,19 @@ from convoy.core.records import Split
 from convoy.pipelines.report_data_card import ClassRows, DataCard, FoundDuplicates
 from convoy.pipelines.report_rejects import RejectSummary
 from convoy.pipelines.report_sheet import AugmentationSheet
-from convoy.report.blocks import Block, Code, Facts, Figure, Gallery, Notes, Section, Sheet, Table, text_table
+from convoy.report.blocks import (
+    Block,
+    Code,
+    Facts,
+    Figure,
+    Gallery,
+    Notes,
+    Section,
+    Sheet,
+    Table,
+    text_table,
+    values_table,
+)
 from convoy.report.figures import bars_by_name
 from convoy.report.html import listed
 from convoy.report.svg import Chart, Scale
@@ -190,6 +202,10 @@ def _size_figure(card: DataCard) -> Iterator[Figure]:
         title="Sizes of files",
         picture=chart.draw("Images by size in bytes"),
         data=[one.model_dump() for one in card.sizes],
+        values=values_table(
+            ["from", "to", "images"],
+            [[size(one.low_bytes), size(one.high_bytes), count(one.images)] for one in card.sizes],
+        ),
     )
 
 

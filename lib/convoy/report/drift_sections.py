@@ -9,9 +9,20 @@ from typing import Any
 from markupsafe import Markup
 
 from convoy.pipelines.retrain_config import RetrainReport, StepResult
-from convoy.report.blocks import Block, Cell, Column, Figure, Notes, Row, Section, Table, text_table
+from convoy.report.blocks import (
+    Block,
+    Cell,
+    Column,
+    Figure,
+    Notes,
+    Row,
+    Section,
+    Table,
+    text_table,
+    values_table,
+)
 from convoy.report.svg import Chart, Scale
-from convoy.report.words import count, points
+from convoy.report.words import count, number, points
 
 
 def retrains_section(retrains: Sequence[RetrainReport]) -> Section:
@@ -62,6 +73,7 @@ def _drift_figure(retrains: Sequence[RetrainReport]) -> Figure:
         title="How far new rows lie from old ones",
         picture=_over_dates(data, lines, "shift", "Shifts of embeddings and classes over the dates"),
         data=data,
+        values=_by_date(data, lines),
         caption="Embeddings: Fréchet distance in spreads of old rows. Classes: total variation, from 0 to 1.",
     )
 
@@ -89,6 +101,14 @@ def _champion_figure(retrains: Sequence[RetrainReport]) -> Figure:
         title="Top-1 over the dates",
         picture=_over_dates(data, lines, "top-1", "Top-1 of champion and candidate over the dates"),
         data=data,
+        values=_by_date(data, lines),
+    )
+
+
+def _by_date(data: Sequence[Mapping[str, Any]], lines: Sequence[tuple[str, str]]) -> Table:
+    return values_table(
+        ["date*", *(name for _, name in lines)],
+        [[one["date"], *(number(one[field]) for field, _ in lines)] for one in data],
     )
 
 

@@ -23,6 +23,7 @@ from convoy.report.blocks import (
     Table,
     Tile,
     text_table,
+    values_table,
 )
 from convoy.report.figures import bars_by_name, confusion_matrix, reliability_diagram, span_floor, span_glyph
 from convoy.report.svg import Chart, Scale
@@ -122,6 +123,19 @@ def reliability_figure(
         title=title,
         picture=reliability_diagram(bins, f"{title}: accuracy against confidence"),
         data=[one.model_dump() for one in bins],
+        values=values_table(
+            ["confidence from", "to", "rows", "mean confidence", "accuracy"],
+            [
+                [
+                    f"{one.low:.2f}",
+                    f"{one.high:.2f}",
+                    count(one.num_rows),
+                    percent(one.mean_confidence),
+                    percent(one.accuracy),
+                ]
+                for one in bins
+            ],
+        ),
         caption=f"{known}On the dashed line confidence is accuracy; below it the model is too sure.",
     )
 
@@ -271,6 +285,18 @@ def _score_histogram(scores: Sequence[int], rows: int) -> Figure:
         title="How sure the model is",
         picture=chart.draw("Histogram of the confidence in the predicted class"),
         data={"bins": len(scores), "rows": list(scores)},
+        values=values_table(
+            ["confidence from", "to", "rows", "share"],
+            [
+                [
+                    f"{place / len(scores):.2f}",
+                    f"{(place + 1) / len(scores):.2f}",
+                    count(scores[place]),
+                    percent(share),
+                ]
+                for place, share in enumerate(shares)
+            ],
+        ),
         caption=f"All {rows:,} rows, labelled or not.",
     )
 

@@ -8,15 +8,27 @@ from typing import Any
 
 from convoy.pipelines.model_listing import ModelDescription
 from convoy.pipelines.report_lineage import LineageLink
-from convoy.pipelines.report_slices import SliceSummary
+from convoy.pipelines.report_slices import SlicePoint, SliceSummary
 from convoy.pipelines.runs_show import RunDescription
-from convoy.report.blocks import Block, Chain, Code, Facts, Figure, Link, Section, Table, text_table
+from convoy.report.blocks import (
+    Block,
+    Chain,
+    Code,
+    Facts,
+    Figure,
+    Link,
+    Section,
+    Table,
+    text_table,
+    values_table,
+)
 from convoy.report.figures import bars_by_name
 from convoy.report.svg import Chart, Scale
 from convoy.report.words import count, duration, percent, size, yaml_text
 
 # A run that is partitioned by labels has one for each.
 _MOST_OUTPUTS = 20
+_SLICE_COLUMNS = ("slice*", "began after", "took", "rows", "rejects", "images/s")
 _FORECAST_ROWS = {
     "images": "images",
     "images_per_s": "images/s",
@@ -191,13 +203,14 @@ def _slice_figure(slices: SliceSummary) -> Figure:
         title="Rate of slices over time",
         picture=chart.draw("Images per second of each slice, by when it began"),
         data=[point.model_dump() for point in slices.points],
+        values=values_table(_SLICE_COLUMNS, [_slice_cells(point) for point in slices.points]),
         caption=f"Each mark is {joined} slices."
         if joined > 1
         else "Each mark is a slice; workers run side by side.",
     )
 
 
-def _point_title(point: Any) -> str:
+def _point_title(point: SlicePoint) -> str:
     return f"{point.slice}: {point.rows} rows, {point.rejects} rejects, {point.seconds:.2f} s"
 
 
@@ -213,17 +226,17 @@ def _stage_figure(seconds: Mapping[str, float]) -> Figure:
 
 
 def _slowest(slices: SliceSummary) -> Table:
-    rows = [
-        [
-            point.slice,
-            f"{point.started_s:.1f} s",
-            duration(point.seconds),
-            count(point.rows),
-            count(point.rejects),
-            f"{point.images_per_s:,.1f}",
-        ]
-        for point in slices.slowest
-    ]
-    columns = ["slice*", "began after", "took", "rows", "rejects", "images/s"]
+    rows = [_slice_cells(point) for point in slices.slowest]
     data = [point.model_dump() for point in slices.slowest]
-    return text_table(columns, rows, key="slowest", data=data, folded="The slowest slices")
+    return text_table(_SLICE_COLUMNS, rows, key="slowest", data=data, folded="The slowest slices")
+
+
+def _slice_cells(point: SlicePoint) -> list[str]:
+    return [
+        point.slice,
+        f"{point.started_s:.1f} s",
+        duration(point.seconds),
+        count(point.rows),
+        count(point.rejects),
+        f"{point.images_per_s:,.1f}",
+    ]

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from convoy.core.training_events import EpochResult
-from convoy.report.blocks import Figure, Section, Table, text_table
+from convoy.report.blocks import Figure, Section, Table, text_table, values_table
 from convoy.report.svg import Chart, Scale, percent_text
 from convoy.report.trial_table import describe_values
-from convoy.report.words import duration, number, percent
+from convoy.report.words import duration, number, percent, significant
 
 _MAX_TRIALS = 200
 
@@ -44,6 +44,7 @@ def _curve(
         field: [(one.epoch, value) for one in history if (value := getattr(one, field)) is not None]
         for field, _ in lines
     }
+    shown = percent if is_rate else significant
     finite = [value for points_ in values.values() for _, value in points_ if math.isfinite(value)]
     is_log = not is_rate and bool(finite) and min(finite) > 0 and max(finite) / min(finite) > 50
     chart = Chart(
@@ -75,6 +76,13 @@ def _curve(
             {"epoch": one.epoch, "phase": one.phase, **{field: getattr(one, field) for field, _ in lines}}
             for one in history
         ],
+        values=values_table(
+            ["epoch", "phase*", *(name or title.lower() for _, name in lines)],
+            [
+                [f"{one.epoch}", one.phase, *(shown(getattr(one, field)) for field, _ in lines)]
+                for one in history
+            ],
+        ),
     )
 
 

@@ -31,6 +31,11 @@ def number(value: float | None, digits: int = 4) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def significant(value: float | None, digits: int = 4) -> str:
+    """A number with so many digits that matter."""
+    return "-" if value is None else f"{value:.{digits}g}"
+
+
 def count(value: int) -> str:
     """A count with its thousands apart."""
     return f"{value:,}"

@@ -36,6 +36,9 @@ def test_advice_shows_strategies_the_curve_and_the_fronts() -> None:
     drawn = parts.json_of("learning-curve")
     assert drawn["measured"] == [one.model_dump() for one in curve.points]
     assert drawn["forecast"] == [one.model_dump() for one in curve.forecast]
+    assert len(parts.values_below("learning-curve")) == sum(
+        len(drawn[part]) for part in ("measured", "forecast", "advised")
+    )
     for front in report.cost_fronts:
         assert parts.json_of(f"front-{front.axis.value}") == front.model_dump(mode="json")
     assert parts.text.count("Costs are those of the whole network") == len(report.cost_fronts)

@@ -11,6 +11,7 @@ from convoy.pipelines.report_subgroups import Subgroup
 from convoy.pipelines.report_target import TargetKind
 from convoy.report.page import draw_page
 from convoy.report.quality_sections import quality_tiles
+from convoy.report.words import count, percent
 from made_pages import (
     HIDDEN,
     HOSTILE,
@@ -101,6 +102,24 @@ def test_the_policy_allows_the_page_itself_and_nothing_else(parts: PageParts) ->
     assert rules["style-src"][0].startswith("'sha256-")
     # No style attribute, which that policy would refuse.
     assert not list(parts.values_of("style"))
+
+
+@pytest.mark.parametrize("key", ["curve-loss", "curve-top1", "reliability", "sizes", "slices"])
+def test_what_a_pointer_finds_in_a_drawing_is_in_a_table_below_it(parts: PageParts, key: str) -> None:
+    rows = parts.values_below(key)
+    assert len(rows) == len(parts.json_of(key)) > 0
+    # Nothing is left out: what is not known is a dash.
+    assert all(all(cells) for cells in rows)
+
+
+def test_the_values_of_a_drawing_are_those_of_its_json(parts: PageParts) -> None:
+    bins = parts.json_of("reliability")
+    assert [cells[2:] for cells in parts.values_below("reliability")] == [
+        [count(one["num_rows"]), percent(one["mean_confidence"]), percent(one["accuracy"])] for one in bins
+    ]
+    losses = [(one["epoch"], one["phase"], one["train_loss"]) for one in parts.json_of("curve-loss")]
+    shown = [(int(cells[0]), cells[1], float(cells[2])) for cells in parts.values_below("curve-loss")]
+    assert shown == [(epoch, phase, pytest.approx(loss, rel=1e-3)) for epoch, phase, loss in losses]
 
 
 def test_the_json_beside_a_figure_is_what_it_draws(parts: PageParts) -> None:
@@ -222,6 +241,8 @@ def test_a_mode_without_members_shows_cost_and_effect_only() -> None:
 def test_retrainings_show_drift_and_the_gate() -> None:
     retrains = made_retrains()
     parts = PageParts(draw_page(made_page(retrains=retrains)))
+    for key in ("drift", "champion"):
+        assert len(parts.values_below(key)) == len(parts.json_of(key)) > 0
     drift = parts.json_of("drift")
     assert [one["date"] for one in drift] == ["2026-01-01", "2026-01-03"]
     assert drift[0]["embedding_shift"] == 0.5
