@@ -11,6 +11,7 @@ import pytest
 from cache_jobs import CacheJob, made_job
 from chaos_jobs import FaultTable, audit_run
 from convoy.core.crash_points import (
+    FIT_CRASH_POINTS,
     RETRAIN_CRASH_POINTS,
     SEARCH_CRASH_POINTS,
     TRAINING_CRASH_POINTS,
@@ -84,7 +85,9 @@ COMMITTEE_STEPS = [
 
 def points_and_seeds() -> list[object]:
     """In the short form every step kills one verb, and no job in other slices."""
-    points = set(CrashPoint) - TRAINING_CRASH_POINTS - SEARCH_CRASH_POINTS - RETRAIN_CRASH_POINTS
+    points = set(CrashPoint).difference(
+        FIT_CRASH_POINTS, TRAINING_CRASH_POINTS, SEARCH_CRASH_POINTS, RETRAIN_CRASH_POINTS
+    )
     return [
         pytest.param(point, seed, marks=pytest.mark.slow if seed or point in COMMITTEE_STEPS else ())
         for point in sorted(points)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -17,6 +18,7 @@ from awkward_images import awkward_cases
 from cache_jobs import freeze, write_digits
 from command_lines import convoy_here, last_json, settings_arguments
 from convoy.cluster.training import WorkerOptions, plan_workers
+from convoy.core.crash_points import CrashPoint
 from convoy.core.errors import ClusterError
 from convoy.core.records import Split
 from convoy.pipelines.training_rows import RowLimit, read_split
@@ -34,6 +36,13 @@ RECIPE = "recipe={batch_size: 16, precision: fp32}"
 FP32 = "extraction={precision: fp32}"
 # Draws depend on where the files lie: with them the loss of a network that already fits goes up or down.
 PLAIN = "augmentation=none"
+HEAD_ALONE = (
+    "strategy=fine_tune",
+    "epochs=null",
+    "learning_rate=null",
+    "phases=[{name: head, epochs: 1, freeze_depth: body, learning_rate: 0.1}]",
+    "head_source=cache",
+)
 # The command tells it right before the group is started.
 WORKERS_START = "starting the training workers"
 
@@ -139,21 +148,34 @@ def test_fine_tuning_begins_with_a_head_from_the_cache(
 
 
 def test_fine_tuning_of_the_head_alone_needs_no_training_worker(digits: TrainJob) -> None:
-    phases = "phases=[{name: head, epochs: 1, freeze_depth: body, learning_rate: 0.1}]"
-    settings = (
-        "name=head",
-        "strategy=fine_tune",
-        "epochs=null",
-        "learning_rate=null",
-        phases,
-        "head_source=cache",
-    )
-    finished = digits.changed(*settings).start_here()
+    finished = digits.changed("name=head", *HEAD_ALONE).start_here()
     assert finished.returncode == 0, finished.stderr
     report = last_json(finished)
     assert WORKERS_START not in finished.stderr
     assert (report["phases"], report["history"], report["learning_curves"]) == ([], [], None)
     assert report["head"]["num_rows"] == NUM_ROWS["train"]
+
+
+def test_a_driver_killed_while_it_fits_the_first_head_goes_on_at_the_next_c(
+    digits: TrainJob, tmp_path: Path
+) -> None:
+    arrivals = tmp_path / "arrivals"
+    fault = {"CONVOY_CRASH_POINT": f"{CrashPoint.HEAD_POINT_KEPT}:3:{arrivals}"}
+    job = digits.changed("name=killed", *HEAD_ALONE)
+    disturbed = replace(job, environment={**job.environment, **fault})
+    killed = disturbed.start()
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    kept = list(Path(digits.workspace).glob("runs/*/head_points/**/*.npz"))
+    assert len(kept) == arrivals.stat().st_size == 3, "the fault did not fire"
+    report = disturbed.run()
+    # The arrivals of both: no C was fitted twice.
+    assert arrivals.stat().st_size == len(report["head"]["trials"]) == 7
+    undisturbed = digits.changed("name=undisturbed", *HEAD_ALONE).run_here()
+    assert report["head"]["trials"] == undisturbed["head"]["trials"]
+    assert report["head"]["num_passes"] == undisturbed["head"]["num_passes"]
+    digests = [one["bundle"].partition("@")[2] for one in (report, undisturbed)]
+    assert digests[0] == digests[1] != ""
+    assert not any(path.exists() for path in kept)
 
 
 def test_network_as_it_is_answers_in_the_classes_of_a_map(

@@ -28,6 +28,7 @@ class CrashPoint(StrEnum):
     SET_COMMITTED = "set_committed"
     SUCCESS_WRITTEN = "success_written"
     RUN_CLOSED = "run_closed"
+    HEAD_POINT_KEPT = "head_point_kept"
     TRAINING_STEP = "training_step"
     CHECKPOINT_WRITTEN = "checkpoint_written"
     CHECKPOINT_RECORDED = "checkpoint_recorded"
@@ -42,8 +43,9 @@ class CrashPoint(StrEnum):
     RETRAIN_DECIDED = "retrain_decided"
 
 
-# The steps that only a training with checkpoints comes by, those of a search, and those of a retraining; all others
-# are those of any run that commits parts.
+# The steps that only the fit of a first head comes by, a training with checkpoints, a search, and a retraining; all
+# others are those of any run that commits parts.
+FIT_CRASH_POINTS = frozenset({CrashPoint.HEAD_POINT_KEPT})
 TRAINING_CRASH_POINTS = frozenset(
     {
         CrashPoint.TRAINING_STEP,

@@ -12,7 +12,6 @@ from convoy.cluster.training import WorkerPlan
 from convoy.core.config import StrictModel
 from convoy.core.errors import ConfigError
 from convoy.core.progress import Progress
-from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.distillation import TaughtRows
 from convoy.pipelines.network_building import NewNetwork
 from convoy.pipelines.network_plan import (
@@ -22,14 +21,13 @@ from convoy.pipelines.network_plan import (
     wanted_recipe,
 )
 from convoy.pipelines.pixel_statistics import resolve_augmentation
-from convoy.pipelines.probing import HeadSummary, check_head, fit_probe
+from convoy.pipelines.probing import HeadSummary, TrainingInputs, check_head, fit_probe
 from convoy.pipelines.train_config import HeadSource, TrainConfig
 from convoy.pipelines.training_rows import count_classes, has_validation_rows
-from convoy.storage.manifests import Manifest
-from convoy.storage.object_store import ObjectStore
 from convoy.vision.augmentation_policy import AugmentationPolicy
 from convoy.vision.engine_options import NetworkDevice
 from convoy.vision.head_config import can_choose
+from convoy.vision.head_path import KeptPoints
 from convoy.vision.training_config import Precision
 
 
@@ -51,10 +49,7 @@ class PlannedTraining:
 
 
 def plan_training(
-    store: ObjectStore,
-    manifest: Manifest,
-    pretrained: BackboneRecord,
-    config: TrainConfig,
+    inputs: TrainingInputs,
     counts: Sequence[int],
     *,
     num_workers: int,
@@ -66,6 +61,7 @@ def plan_training(
     Raises ConfigError for weights that do not fit (with names and shapes), a head that must come from the cache and
     cannot, and whatever `plan_network` refuses.
     """
+    store, manifest, pretrained, config = inputs
     new = NewNetwork(trained_backbone_config(config, len(manifest.classes)))
     classifier_note = new.take_weights(store, pretrained, manifest.classes)
     has_val = has_validation_rows(manifest, config.rows)
@@ -90,26 +86,16 @@ def plan_training(
     return PlannedTraining(new=new, plan=plan, fits_head=fits_head)
 
 
-def plan_on_workers(
-    store: ObjectStore,
-    manifest: Manifest,
-    pretrained: BackboneRecord,
-    config: TrainConfig,
-    rows: pa.Table,
-    workers: WorkerPlan,
-) -> PlannedTraining:
+def plan_on_workers(inputs: TrainingInputs, rows: pa.Table, workers: WorkerPlan) -> PlannedTraining:
     """The plan for some rows and a group of workers, one of which is asked for its device where that matters.
 
     Errors are those of `plan_training`; nothing has started for them.
     """
-    wanted = wanted_recipe(config)
+    wanted = wanted_recipe(inputs.config)
     asks = wanted.precision is Precision.AUTO or wanted.compile
     return plan_training(
-        store,
-        manifest,
-        pretrained,
-        config,
-        count_classes(rows, manifest.classes),
+        inputs,
+        count_classes(rows, inputs.manifest.classes),
         num_workers=workers.num_workers,
         on_gpus=workers.gpus_per_worker > 0,
         device=find_device() if asks else None,
@@ -117,17 +103,19 @@ def plan_on_workers(
 
 
 def set_up_training(
-    store: ObjectStore,
-    manifest: Manifest,
-    pretrained: BackboneRecord,
-    config: TrainConfig,
+    inputs: TrainingInputs,
     planned: PlannedTraining,
     taught: TaughtRows,
     *,
     progress: Progress,
     new_run: bool,
+    kept: KeptPoints,
 ) -> tuple[TrainingSetup, bytes]:
-    """The setup of what was planned for the taught rows, and the first weights as safetensors."""
+    """The setup of what was planned for the taught rows, and the first weights as safetensors.
+
+    A head that is fitted goes on with what is `kept` of it.
+    """
+    store, manifest, _, config = inputs
     new, plan = planned.new, planned.plan
     plan = plan.model_copy(update={"notes": (*plan.notes, *taught.notes)})
     policy = resolve_augmentation(
@@ -136,14 +124,12 @@ def set_up_training(
     head = None
     if planned.fits_head:
         probe = fit_probe(
-            store,
-            manifest,
-            pretrained,
-            config,
+            inputs,
             tap=new.head_tap or "",
             taught=taught.balanced(plan.balance, manifest.classes),
             progress=progress,
             new_run=new_run,
+            kept=kept,
         )
         new.take_head(probe.fitted.head)
         head = probe.summary.in_place_of(plan.phases[0].epochs, num_views=config.views)

@@ -29,10 +29,12 @@ from convoy.core.records import Split
 from convoy.core.training_events import EpochResult, TrainingEvent
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.distillation import TaughtRows, taught_rows
+from convoy.pipelines.head_points import RunHeadPoints
 from convoy.pipelines.ingest_choice import FUSED_NOTE, settle_ingest
 from convoy.pipelines.learning_curves import LearningCurves
 from convoy.pipelines.network_plan import trained_backbone_config, wanted_recipe
 from convoy.pipelines.network_setup import TrainingSetup, plan_on_workers, set_up_training
+from convoy.pipelines.probing import TrainingInputs
 from convoy.pipelines.train_config import TrainConfig
 from convoy.pipelines.training_rows import (
     class_weights,
@@ -269,16 +271,21 @@ class NetworkTraining:
 
     def _freeze(self, workers: WorkerPlan) -> RunRecord:
         """Decide everything once, so that a resumed run trains the very same network."""
-        inputs = self._store, self._manifest, self._pretrained, self._config
+        inputs = TrainingInputs(self._store, self._manifest, self._pretrained, self._config)
         rows = read_split(self._manifest, Split.TRAIN, self._config.rows)
         # Before the teacher looks at all of them: what cannot be trained is refused at once.
-        planned = plan_on_workers(*inputs, rows, workers)
+        planned = plan_on_workers(inputs, rows, workers)
         taught = taught_rows(self._store, self._manifest, self._config, rows, progress=self._progress)
         if taught.rows.num_rows < rows.num_rows:
-            planned = plan_on_workers(*inputs, taught.rows, workers)
+            planned = plan_on_workers(inputs, taught.rows, workers)
         train = with_mean_weight_one(taught.rows)
         setup, weights = set_up_training(
-            *inputs, planned, taught, progress=self._progress, new_run=self._new_run
+            inputs,
+            planned,
+            taught,
+            progress=self._progress,
+            new_run=self._new_run,
+            kept=RunHeadPoints(self.folder, self.identity),
         )
         # Deciding took minutes.
         self._run.lease.confirm()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import pyarrow as pa
 from pydantic import Field
@@ -27,6 +28,16 @@ from convoy.storage.runs import RunFolder
 from convoy.vision.distillation import Teacher
 from convoy.vision.head_config import check_choice
 from convoy.vision.head_fitting import FittedHead, fit_head
+from convoy.vision.head_path import KeptPoints
+
+
+class TrainingInputs(NamedTuple):
+    """What heads and networks are trained from: a dataset of a workspace, a network, and the config of the job."""
+
+    store: ObjectStore
+    manifest: Manifest
+    backbone: BackboneRecord
+    config: TrainConfig
 
 
 class TrialSummary(StrictModel):
@@ -85,23 +96,23 @@ def check_head(manifest: Manifest, config: TrainConfig) -> None:
 
 
 def fit_probe(
-    store: ObjectStore,
-    manifest: Manifest,
-    backbone: BackboneRecord,
-    config: TrainConfig,
+    inputs: TrainingInputs,
     *,
     tap: str,
     taught: TaughtRows,
     progress: Progress,
     new_run: bool,
+    kept: KeptPoints | None = None,
 ) -> Probe:
     """Cache what is missing, then fit: view 0 of all splits, and the other views of the train split only.
 
     Where `rows` takes a few of each class, no other training image is looked at, and of the other splits only `val`.
     So it is for the head of a network, which is measured through itself, and not from these features: unlabelled images
     and those of `test` are left out. The head learns from the rows of `taught`, and from what a teacher says of them.
+    What of the fit is `kept` is not fitted again.
     Errors are those of `check_head`.
     """
+    store, manifest, backbone, config = inputs
     check_head(manifest, config)
     config = config.model_copy(update={"extraction": holding_features(config.extraction, backbone)})
     request = FeatureRequest(dataset=config.dataset, backbone=backbone.config, taps=(tap,))
@@ -117,7 +128,7 @@ def fit_probe(
     features = plain.ensure(progress=progress, new_run=new_run)
     train_sets = [plain.set_id(tap)]
     if config.views > 1:
-        augmented = _augmented_job(store, manifest, backbone, config, request, few, progress)
+        augmented = _augmented_job(inputs._replace(config=config), request, few, progress)
         augmented.ensure(progress=progress, new_run=new_run)
         train_sets = [augmented.set_id(tap, view) for view in range(config.views)]
     progress.stage("fitting the head")
@@ -125,7 +136,7 @@ def fit_probe(
     train = open_features(cache, train_sets, LabelledRows.of(taught.rows, _teacher(taught, config)))
     watched = validation_rows(manifest, config.rows)
     val = None if watched is None else open_features(cache, [plain.set_id(tap)], LabelledRows.of(watched))
-    fitted = fit_head(config.head, train, val, num_classes=len(manifest.classes))
+    fitted = fit_head(config.head, train, val, num_classes=len(manifest.classes), kept=kept)
     is_whole = train.num_rows == len(train_sets) * taught.rows.num_rows
     reject_codes = {} if is_whole else count_rejects(cache, train_sets[:1], taught.rows)
     num_val_images = 0 if watched is None else watched.num_rows
@@ -143,14 +154,9 @@ def _teacher(taught: TaughtRows, config: TrainConfig) -> Teacher | None:
 
 
 def _augmented_job(
-    store: ObjectStore,
-    manifest: Manifest,
-    backbone: BackboneRecord,
-    config: TrainConfig,
-    request: FeatureRequest,
-    few: pa.Table | None,
-    progress: Progress,
+    inputs: TrainingInputs, request: FeatureRequest, few: pa.Table | None, progress: Progress
 ) -> FeatureJob:
+    store, manifest, backbone, config = inputs
     policy = resolve_augmentation(
         store, manifest, config.dataset, config.augmentation, config.extraction.decode, progress
     )

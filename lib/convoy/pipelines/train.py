@@ -28,7 +28,7 @@ from convoy.pipelines.learning_curves import CURVES_FILE
 from convoy.pipelines.model_cards import rows_in_words, training_card
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.network_training import CurveDrawer, TrainedNetwork, network_training, open_training
-from convoy.pipelines.probing import HeadSummary, TrialSummary, check_head, fit_probe
+from convoy.pipelines.probing import HeadSummary, TrainingInputs, TrialSummary, check_head, fit_probe
 from convoy.pipelines.train_config import NETWORKS, PROBES, TrainConfig
 from convoy.pipelines.training_rows import (
     Fold,
@@ -303,10 +303,7 @@ def _train_probe(job: _Job, backbone: BackboneRecord) -> _Trained:
     taught = taught_rows(job.store, job.manifest, config, rows, progress=job.progress)
     counts = count_classes(taught.rows, job.manifest.classes)
     probe = fit_probe(
-        job.store,
-        job.manifest,
-        backbone,
-        config,
+        TrainingInputs(job.store, job.manifest, backbone, config),
         tap=tap,
         taught=taught.balanced(settle_balance(config.recipe.balance, counts), job.manifest.classes),
         progress=job.progress,

@@ -11,7 +11,7 @@ from convoy.pipelines.classifiers import Strategy, as_is, class_indices
 from convoy.pipelines.distillation import with_begun_teacher, with_pinned_teacher
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.network_training import open_training
-from convoy.pipelines.probing import check_head
+from convoy.pipelines.probing import TrainingInputs, check_head
 from convoy.pipelines.train import first_network, measured_on, training_dataset
 from convoy.pipelines.train_config import NETWORKS, PROBES, TrainConfig
 from convoy.pipelines.training_rows import balance_notes, count_classes, read_split, row_notes
@@ -88,10 +88,7 @@ def plan_train(config: TrainConfig) -> TrainPlan:
 
     device = known_device()
     planned = plan_training(
-        store,
-        manifest,
-        fetch_backbone(store, first_network(config, manifest)),
-        config,
+        TrainingInputs(store, manifest, fetch_backbone(store, first_network(config, manifest)), config),
         counts,
         num_workers=config.workers.num_workers or 1,
         # A cluster without any is rare, and the training itself knows.

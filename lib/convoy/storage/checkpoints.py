@@ -30,6 +30,7 @@ _NAME = re.compile(r"\d{10}-[0-9a-f]{8}\.(safetensors|json)")
 _READ_THREADS = 16
 # What Ray Train keeps of itself in the run's folder: a folder for each start.
 RAY_TRAIN = "ray_train"
+HEAD_POINTS = "head_points"
 
 
 class CheckpointRecord(StrictModel):
@@ -203,9 +204,14 @@ class CheckpointFolder:
 
 
 def training_leftovers(folder: RunFolder) -> list[ObjectInfo]:
-    """What nothing reads any more once the training of a run is finished: its checkpoints, and what Ray Train wrote."""
-    checkpoints = CheckpointFolder(folder.store, folder.run_id).files()
-    return [*checkpoints, *folder.store.list_objects(folder.key(f"{RAY_TRAIN}/"))]
+    """What nothing reads any more once the training of a run is finished.
+
+    Its checkpoints, what Ray Train wrote, and the points of its first head.
+    """
+    files = CheckpointFolder(folder.store, folder.run_id).files()
+    for name in (RAY_TRAIN, HEAD_POINTS):
+        files += folder.store.list_objects(folder.key(f"{name}/"))
+    return files
 
 
 class AsyncCheckpointWriter:

@@ -8,10 +8,10 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -31,6 +31,7 @@ from convoy.vision.head_objectives import (
     squared_hinge_loss,
     unstandardise,
 )
+from convoy.vision.head_path import KeptPoints, path_points
 from convoy.vision.heads import FeatureBatch, FeatureSource, Head, empty_head
 
 # Multiplications of one evaluation of the objective below which a second thread costs more than it brings.
@@ -43,12 +44,14 @@ class HeadTrial:
 
     `num_iterations`: of L-BFGS since the candidate before, or epochs in all. `converged`: whether L-BFGS
     reached the gradient's tolerance, or float64's resolution, within `max_iterations`; None for an epoch.
+    `kept_s` is what an earlier process took for it, if that kept it.
     """
 
     C: float | None
     num_iterations: int
     converged: bool | None
     val: Metrics | None
+    kept_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -74,8 +77,11 @@ def fit_head(
     *,
     num_classes: int,
     device: torch.device | str = "cpu",
+    kept: KeptPoints | None = None,
 ) -> FittedHead:
     """The best head by the config's selection on `val`, on the given device; equal inputs give equal heads.
+
+    Of a linear head each finished C is `kept`, and not fitted again by a call with equal inputs; its seconds count.
 
     A linear head reads `train` once an evaluation of its objective and holds one batch; an MLP keeps all
     train rows in memory (4 * N * D bytes) to shuffle them. Without `val` an MLP trains all its epochs.
@@ -87,7 +93,7 @@ def fit_head(
     scale = measure_features(
         train, num_classes=num_classes, standardisation=config.standardisation, device=torch.device(device)
     )
-    fit = _mlp_epochs if config.kind is HeadKind.MLP else _linear_path
+    fit = _mlp_epochs if config.kind is HeadKind.MLP else partial(_linear_path, kept=kept)
     with _few_threads(train.num_rows * train.num_features * num_classes):
         candidates = fit(config, train, val, scale=scale, num_classes=num_classes)
         head, chosen = next(candidates)
@@ -105,7 +111,7 @@ def fit_head(
         trials=tuple(trials),
         converged=_report_convergence(config, chosen, trials_since_chosen),
         num_train_rows=scale.num_rows,
-        seconds=time.monotonic() - started_s,
+        seconds=time.monotonic() - started_s + sum(trial.kept_s for trial in trials),
     )
 
 
@@ -165,39 +171,21 @@ def _linear_path(
     *,
     scale: FeatureScale,
     num_classes: int,
+    kept: KeptPoints | None = None,
 ) -> Iterator[tuple[Head, HeadTrial]]:
-    """One head for each C, from strong to weak regularisation, each started from the one before.
-
-    SciPy's L-BFGS-B rather than torch.optim.LBFGS: it works in float64, its line search (Moré and Thuente
-    1994) survives the flat end of a path, and it says why it stopped.
-    """
+    """One head for each C, from strong to weak regularisation, each started from the one before."""
     row_loss = softmax_loss if config.kind is HeadKind.SOFTMAX else squared_hinge_loss
     objective = LinearObjective(train, scale, row_loss, num_classes=num_classes)
     spec = HeadSpec(kind=config.kind, num_features=train.num_features, num_classes=num_classes)
-    parameters = np.zeros(objective.num_parameters)
-    for c in sorted(set(config.C)):
-        result = minimize(
-            objective.value_and_gradient,
-            parameters,
-            args=(c,),
-            jac=True,
-            method="L-BFGS-B",
-            options={
-                "maxiter": config.max_iterations,
-                "maxfun": 20 * config.max_iterations,
-                "maxls": 50,
-                "gtol": config.gradient_tolerance,
-                "ftol": 64 * np.finfo(np.float64).eps,
-            },
-        )
-        parameters = result.x
+    for c, point, is_kept in path_points(config, objective, scale, kept):
         head = empty_head(spec, scale.mean_D.device)
-        _set_layer(head.input_layer, *objective.raw_layer(parameters))
+        _set_layer(head.input_layer, *objective.raw_layer(point.parameters_P))
         trial = HeadTrial(
             C=c,
-            num_iterations=int(result.nit),
-            converged=bool(result.success or np.abs(result.jac).max() <= config.gradient_tolerance),
+            num_iterations=point.num_iterations,
+            converged=point.converged,
             val=None if val is None else evaluate_head(head, val).summary(),
+            kept_s=point.seconds if is_kept else 0.0,
         )
         yield head, trial
 

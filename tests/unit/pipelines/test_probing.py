@@ -15,7 +15,7 @@ from convoy.core.records import Split
 from convoy.pipelines import probing
 from convoy.pipelines.distillation import TaughtRows
 from convoy.pipelines.models import fetch_backbone
-from convoy.pipelines.probing import _summarise, fit_probe
+from convoy.pipelines.probing import TrainingInputs, _summarise, fit_probe
 from convoy.pipelines.train_config import TrainConfig
 from convoy.pipelines.training_rows import Fold, RowLimit, read_split
 from convoy.storage.commits import publish, read_records, write_record
@@ -74,7 +74,11 @@ def test_the_head_of_a_network_and_a_few_rows_a_class_need_no_other_rows(
     taught = TaughtRows(rows=read_split(manifest, Split.TRAIN, config.rows))
     with pytest.raises(Asked) as asked:
         fit_probe(
-            store, manifest, backbone, config, tap="f6", taught=taught, progress=Silent(), new_run=False
+            TrainingInputs(store, manifest, backbone, config),
+            tap="f6",
+            taught=taught,
+            progress=Silent(),
+            new_run=False,
         )
     assert asked.value.args == (looked_at,)
 

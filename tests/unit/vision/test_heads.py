@@ -13,10 +13,11 @@ from sklearn.svm import LinearSVC
 from torch.nn.functional import cross_entropy
 
 from convoy.core.errors import ConfigError, DataError, TrainingError
-from convoy.vision import head_fitting
+from convoy.vision import head_fitting, head_path
 from convoy.vision.head_config import HeadConfig, HeadKind, HeadSpec, MlpConfig, Selection, Standardisation
 from convoy.vision.head_fitting import choose_head, evaluate_head, fit_head, fit_path
 from convoy.vision.head_objectives import LinearObjective, measure_features, softmax_loss, squared_hinge_loss
+from convoy.vision.head_path import KeptPoints
 from convoy.vision.heads import Head, TensorFeatures, head_from_state, head_to_state
 
 LINEAR_KINDS = [HeadKind.SOFTMAX, HeadKind.LINEAR_SVM]
@@ -178,6 +179,57 @@ def test_whoever_chooses_among_the_heads_of_a_path_finds_the_fitted_one(digits, 
     fitted = fit_head(config, train_of(digits), val_of(digits), num_classes=10)
     assert torch.equal(chosen.input_layer.weight, fitted.head.input_layer.weight)
     assert not torch.equal(heads[0].input_layer.weight, heads[1].input_layer.weight)
+
+
+class PointsInMemory(KeptPoints):
+    def __init__(self, most=100):
+        self.points, self.most = {}, most
+
+    def get(self, fit, c):
+        return self.points.get((fit, c))
+
+    def put(self, fit, c, point):
+        if len(self.points) == self.most:
+            raise KeyboardInterrupt
+        self.points[fit, c] = point
+
+
+@pytest.mark.parametrize("kind", LINEAR_KINDS)
+def test_a_fit_that_was_ended_goes_on_at_the_next_c_to_the_same_head(digits, kind, monkeypatch):
+    config = HeadConfig(kind=kind, C=(1e-3, 1e-2, 1e-1, 1.0))
+    whole = fit_head(config, train_of(digits), val_of(digits), num_classes=10)
+    kept = PointsInMemory(most=2)
+    with pytest.raises(KeyboardInterrupt):
+        fit_head(config, train_of(digits), val_of(digits), num_classes=10, kept=kept)
+    solved, minimize = [], head_path.minimize
+
+    def counted(*args, **kwargs):
+        solved.append(kwargs["args"])
+        return minimize(*args, **kwargs)
+
+    monkeypatch.setattr(head_path, "minimize", counted)
+    kept.most = 100
+    resumed = fit_head(config, train_of(digits), val_of(digits), num_classes=10, kept=kept)
+    assert solved == [(1e-1,), (1.0,)]
+    for name, tensor in head_to_state(whole.head).items():
+        assert torch.equal(tensor, head_to_state(resumed.head)[name])
+    assert [(one.C, one.num_iterations, one.converged, one.val) for one in resumed.trials] == [
+        (one.C, one.num_iterations, one.converged, one.val) for one in whole.trials
+    ]
+    # What the first process spent on them is part of the fit.
+    assert [one.kept_s > 0 for one in resumed.trials] == [True, True, False, False]
+    assert resumed.seconds > sum(one.kept_s for one in resumed.trials)
+
+
+def test_points_of_other_rows_or_another_config_are_not_taken(digits):
+    kept = PointsInMemory()
+    config = HeadConfig(C=(1e-3,))
+    fit_head(config, train_of(digits), None, num_classes=10, kept=kept)
+    fit_head(config, val_of(digits), None, num_classes=10, kept=kept)
+    fit_head(
+        config.model_copy(update={"max_iterations": 7}), train_of(digits), None, num_classes=10, kept=kept
+    )
+    assert len(kept.points) == 3
 
 
 def test_an_mlp_has_no_path(digits):

@@ -1,0 +1,57 @@
+"""The points of a first head's path in a run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from convoy.pipelines.head_points import RunHeadPoints
+from convoy.storage.checkpoints import training_leftovers
+from convoy.storage.local_store import LocalStore
+from convoy.storage.runs import RunFolder
+from convoy.vision.head_path import PathPoint
+
+POINT = PathPoint(parameters_P=np.array([0.1, -2.0, 1e-300]), num_iterations=7, converged=False, seconds=1.5)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder(LocalStore(str(tmp_path)), "20260101-000000-abcdef01")
+
+
+def test_a_point_comes_back_to_the_bit(folder: RunFolder) -> None:
+    RunHeadPoints(folder, {"of": "this"}).put("fit", 1e-3, POINT)
+    found = RunHeadPoints(folder, {"of": "this"}).get("fit", 1e-3)
+    assert found is not None
+    assert found.parameters_P.dtype == np.float64
+    assert found.parameters_P.tobytes() == POINT.parameters_P.tobytes()
+    assert (found.num_iterations, found.converged, found.seconds) == (7, False, 1.5)
+
+
+def test_a_point_of_another_training_fit_or_c_is_not_found(folder: RunFolder) -> None:
+    points = RunHeadPoints(folder, {"of": "this"})
+    points.put("fit", 1e-3, POINT)
+    assert RunHeadPoints(folder, {"of": "that"}).get("fit", 1e-3) is None
+    assert points.get("another", 1e-3) is None
+    assert points.get("fit", 1e-2) is None
+
+
+@pytest.mark.parametrize("damage", ["cut", "emptied", "a bit"])
+def test_a_damaged_point_is_fitted_again(folder: RunFolder, damage: str) -> None:
+    points = RunHeadPoints(folder, {})
+    points.put("fit", 1.0, POINT)
+    (info,) = folder.store.list_objects(folder.prefix)
+    data = bytearray(folder.store.get(info.key).data)
+    if damage == "a bit":
+        data[data.index(POINT.parameters_P.tobytes())] ^= 1
+    folder.store.put(info.key, bytes(data[: {"cut": -30, "emptied": 0, "a bit": len(data)}[damage]]))
+    assert points.get("fit", 1.0) is None
+
+
+def test_points_are_left_over_once_the_training_is_finished(folder: RunFolder) -> None:
+    RunHeadPoints(folder, {}).put("fit", 1.0, POINT)
+    folder.store.put(folder.key("trained.json"), b"{}")
+    (left,) = training_leftovers(folder)
+    assert left.key.startswith(folder.key("head_points/"))
