@@ -263,7 +263,7 @@ class PageParts(HTMLParser):
             self._rows[-1].append("")
 
     def handle_endtag(self, tag: str) -> None:
-        if tag == "figure":
+        if tag == "table":
             self._rows = None
 
     def handle_data(self, data: str) -> None:

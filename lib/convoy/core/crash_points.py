@@ -13,7 +13,7 @@ from enum import StrEnum
 
 
 class CrashPoint(StrEnum):
-    """Every step of a commit, or of writing a checkpoint, after which a kill must lose and double nothing."""
+    """Every step of a commit, a checkpoint or a kept fit after which a kill must lose and double nothing."""
 
     RUN_OPENED = "run_opened"
     INPUT_FROZEN = "input_frozen"
@@ -43,8 +43,8 @@ class CrashPoint(StrEnum):
     RETRAIN_DECIDED = "retrain_decided"
 
 
-# The steps that only the fit of a first head comes by, a training with checkpoints, a search, and a retraining; all
-# others are those of any run that commits parts.
+# The steps of a fit of a first head, of a training with checkpoints, of a search, and of a retraining, each of which
+# comes by them alone; all others are those of any run that commits parts.
 FIT_CRASH_POINTS = frozenset({CrashPoint.HEAD_POINT_KEPT})
 TRAINING_CRASH_POINTS = frozenset(
     {

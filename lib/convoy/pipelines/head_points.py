@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import zipfile
+from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 
+from convoy.core.code_revision import current_versions
 from convoy.core.crash_points import CrashPoint, crash_point
-from convoy.core.errors import ObjectNotFound
+from convoy.core.errors import ChecksumMismatch, ObjectNotFound
 from convoy.core.fingerprints import digest
 from convoy.storage.checkpoints import HEAD_POINTS
 from convoy.storage.runs import RunFolder
@@ -17,10 +20,17 @@ from convoy.vision.head_path import PathPoint
 
 
 class RunHeadPoints:
-    """One file for each C. The folder may be that of a try of another `identity`, whose points are not found."""
+    """One file for each C. `check` is called before each, and raises where the run is not this driver's any more.
 
-    def __init__(self, folder: RunFolder, identity: dict[str, Any]) -> None:
-        self._folder, self._identity = folder, digest(identity)
+    The folder may be that of a try of another `identity`, or by other code: points of those are not found.
+    """
+
+    def __init__(
+        self, folder: RunFolder, identity: dict[str, Any], check: Callable[[], None] = lambda: None
+    ) -> None:
+        self._folder, self._check = folder, check
+        # Until a run has a record, nothing else says by which code it began.
+        self._identity = digest([identity, current_versions(), version("scipy")])
 
     def get(self, fit: str, c: float) -> PathPoint | None:
         """The point that was kept; None where there is none, or its file is damaged."""
@@ -34,11 +44,12 @@ class RunHeadPoints:
                     converged=bool(file["converged"]),
                     seconds=float(file["seconds"]),
                 )
-        except (ObjectNotFound, zipfile.BadZipFile, KeyError, ValueError, EOFError):
+        except (ObjectNotFound, ChecksumMismatch, zipfile.BadZipFile, KeyError, ValueError, EOFError):
             return None
 
     def put(self, fit: str, c: float, point: PathPoint) -> None:
         """Keep a point: 8 bytes a parameter."""
+        self._check()
         buffer = io.BytesIO()
         np.savez(
             buffer,

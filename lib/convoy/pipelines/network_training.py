@@ -43,7 +43,7 @@ from convoy.pipelines.training_rows import (
     weigh_classes,
     with_mean_weight_one,
 )
-from convoy.storage.checkpoints import training_leftovers
+from convoy.storage.checkpoints import HEAD_POINTS, training_leftovers
 from convoy.storage.commits import finish
 from convoy.storage.documents import read_json
 from convoy.storage.leases import RunLease, WhenHeld, hold_run, take_up
@@ -285,7 +285,7 @@ class NetworkTraining:
             taught,
             progress=self._progress,
             new_run=self._new_run,
-            kept=RunHeadPoints(self.folder, self.identity),
+            kept=RunHeadPoints(self.folder, self.identity, self._run.lease.check),
         )
         # Deciding took minutes.
         self._run.lease.confirm()
@@ -312,7 +312,13 @@ class NetworkTraining:
             groups=(),
             settings=json.loads(canonical_json(settings)),
         )
-        return self.folder.write_record(record)
+        record = self.folder.write_record(record)
+        # The head is in the first weights; what is left here goes when the training ends.
+        with suppress(StorageError):
+            self._store.delete(
+                info.key for info in self._store.list_objects(self.folder.key(f"{HEAD_POINTS}/"))
+            )
+        return record
 
     def _freeze_rows(self, name: str, rows: pa.Table) -> TrainingRows:
         buffer = io.BytesIO()

@@ -67,7 +67,8 @@ def collect_garbage(
 ) -> GcReport:
     """Find, and with `made` remove, the files of runs that were given up, and of older ones that were left behind.
 
-    Of finished trainings the checkpoints go, and what Ray Train wrote, that were not deleted at their end.
+    Of finished trainings what nothing reads any more goes, where it was not deleted at their end: checkpoints, what
+    Ray Train wrote, points of a first head.
 
     In a local folder also what writers that were killed left half done, after a day.
 
@@ -89,9 +90,7 @@ def collect_garbage(
         for candidate in unneeded
     ]
     garbage += [
-        _removed(
-            store, folder.run_id, "checkpoints and Ray Train's files of a finished training", files, changes
-        )
+        _removed(store, folder.run_id, "what a finished training no longer needs", files, changes)
         for folder, files in _leftovers_of(finished)
     ]
     leftovers = _probe_leftovers(store, watch_s)

@@ -301,7 +301,7 @@ def _learning_curve(found: MoreData) -> Figure:
 def _curve_values(found: MoreData) -> Table:
     curve = found.curve
     assert curve is not None
-    measured = [[f"{one.images_per_class:g}", "measured", percent(one.top1), ""] for one in curve.points]
+    measured = [[f"{one.images_per_class:g}", "measured", percent(one.top1), "-"] for one in curve.points]
     expected = [
         [f"{one.images_per_class:g}", source, percent(one.top1.estimate), span(one.top1)]
         for source, points in (
@@ -310,7 +310,9 @@ def _curve_values(found: MoreData) -> Table:
         )
         for one in points
     ]
-    return values_table(["images a class", "from*", "top-1", "95 %"], [*measured, *expected])
+    return values_table(
+        "top-1 by images", ["images a class", "source*", "top-1", "95 %"], [*measured, *expected]
+    )
 
 
 def _soundness(report: AdviceReport) -> Section:

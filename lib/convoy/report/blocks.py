@@ -14,7 +14,7 @@ class Figure:
     """A drawing, and as `data` the very values that it shows, as JSON. `key` is unique on the page.
 
     `values` are what a pointer finds in the drawing, for keyboards, screen readers and those who copy numbers; None
-    where the drawing prints them itself, or a table beside it does.
+    where the drawing prints most of them itself, or a table beside it does.
     """
 
     kind: ClassVar[str] = "figure"
@@ -217,6 +217,6 @@ def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]], **fields: 
     )
 
 
-def values_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """The values of a figure, closed at first; columns as `text_table` has them."""
-    return text_table(columns, rows, folded="Values")
+def values_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """The values of the figure of a title, closed at first; columns as `text_table` has them."""
+    return text_table(columns, rows, folded=f"Values: {title}")

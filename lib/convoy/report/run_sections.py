@@ -203,8 +203,12 @@ def _slice_figure(slices: SliceSummary) -> Figure:
         title="Rate of slices over time",
         picture=chart.draw("Images per second of each slice, by when it began"),
         data=[point.model_dump() for point in slices.points],
-        values=values_table(_SLICE_COLUMNS, [_slice_cells(point) for point in slices.points]),
-        caption=f"Each mark is {joined} slices."
+        values=values_table(
+            "rate of slices",
+            (*_SLICE_COLUMNS, "slices"),
+            [[*_slice_cells(point), count(point.slices)] for point in slices.points],
+        ),
+        caption=f"Each mark is {joined} slices, known by the first."
         if joined > 1
         else "Each mark is a slice; workers run side by side.",
     )

@@ -77,6 +77,7 @@ def _curve(
             for one in history
         ],
         values=values_table(
+            title.lower(),
             ["epoch", "phase*", *(name or title.lower() for _, name in lines)],
             [
                 [f"{one.epoch}", one.phase, *(shown(getattr(one, field)) for field, _ in lines)]

@@ -31,7 +31,7 @@ def number(value: float | None, digits: int = 4) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def significant(value: float | None, digits: int = 4) -> str:
+def significant(value: float | None, digits: int = 5) -> str:
     """A number with so many digits that matter."""
     return "-" if value is None else f"{value:.{digits}g}"
 

@@ -30,6 +30,7 @@ _NAME = re.compile(r"\d{10}-[0-9a-f]{8}\.(safetensors|json)")
 _READ_THREADS = 16
 # What Ray Train keeps of itself in the run's folder: a folder for each start.
 RAY_TRAIN = "ray_train"
+# What a fit of the first head has done, until the training begins.
 HEAD_POINTS = "head_points"
 
 

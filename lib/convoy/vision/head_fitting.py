@@ -82,6 +82,7 @@ def fit_head(
     """The best head by the config's selection on `val`, on the given device; equal inputs give equal heads.
 
     Of a linear head each finished C is `kept`, and not fitted again by a call with equal inputs; its seconds count.
+    See `KeptPoints` for what the caller vouches for.
 
     A linear head reads `train` once an evaluation of its objective and holds one batch; an MLP keeps all
     train rows in memory (4 * N * D bytes) to shuffle them. Without `val` an MLP trains all its epochs.

@@ -30,7 +30,10 @@ class PathPoint:
 
 
 class KeptPoints(Protocol):
-    """Where points outlive the process. `fit` names what was fitted: a point of another fit is never given for it."""
+    """Where points outlive the process. `fit` names what was fitted, as far as the moments of its rows tell.
+
+    Who keeps points vouches for the rest: that labels, and what a teacher says, are those of the rows.
+    """
 
     def get(self, fit: str, c: float) -> PathPoint | None:
         """The point that was kept, None where there is none."""
@@ -85,6 +88,6 @@ def _solve(
 
 
 def _fit_digest(config: HeadConfig, objective: LinearObjective, scale: FeatureScale) -> str:
-    """Of what determines the path, as far as it shows in one pass over the rows."""
+    """Of what determines the path, as far as one pass shows it; other sums of a last bit cost a fit, and no more."""
     moments = [digest_bytes(tensor.cpu().numpy().tobytes()) for tensor in (scale.mean_D, scale.std_D)]
     return digest([config, objective.num_parameters, scale.num_rows, scale.total_weight, moments])

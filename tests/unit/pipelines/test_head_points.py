@@ -7,9 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from convoy.core.errors import ChecksumMismatch, LeaseLost
+from convoy.pipelines import head_points
 from convoy.pipelines.head_points import RunHeadPoints
 from convoy.storage.checkpoints import training_leftovers
 from convoy.storage.local_store import LocalStore
+from convoy.storage.object_store import Blob
 from convoy.storage.runs import RunFolder
 from convoy.vision.head_path import PathPoint
 
@@ -50,8 +53,36 @@ def test_a_damaged_point_is_fitted_again(folder: RunFolder, damage: str) -> None
     assert points.get("fit", 1.0) is None
 
 
-def test_points_are_left_over_once_the_training_is_finished(folder: RunFolder) -> None:
+class RottenStore(LocalStore):
+    """As an S3 store whose object does not have its checksum any more."""
+
+    def get(self, key: str) -> Blob:
+        raise ChecksumMismatch("the bytes are not those that were written", where=self.uri(key))
+
+
+def test_a_point_whose_object_rotted_is_fitted_again(tmp_path: Path) -> None:
+    folder = RunFolder(RottenStore(str(tmp_path)), "20260101-000000-abcdef01")
+    points = RunHeadPoints(folder, {})
+    points.put("fit", 1.0, POINT)
+    assert points.get("fit", 1.0) is None
+
+
+def test_a_point_of_other_code_is_not_found(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     RunHeadPoints(folder, {}).put("fit", 1.0, POINT)
-    folder.store.put(folder.key("trained.json"), b"{}")
+    monkeypatch.setattr(head_points, "current_versions", lambda: {"convoy-vision": "another"})
+    assert RunHeadPoints(folder, {}).get("fit", 1.0) is None
+
+
+def test_a_driver_that_lost_its_run_keeps_nothing(folder: RunFolder) -> None:
+    def check() -> None:
+        raise LeaseLost("another driver has the run", where=folder.prefix)
+
+    with pytest.raises(LeaseLost):
+        RunHeadPoints(folder, {}, check).put("fit", 1.0, POINT)
+    assert list(folder.store.list_objects(folder.prefix)) == []
+
+
+def test_points_are_among_what_a_finished_training_leaves_over(folder: RunFolder) -> None:
+    RunHeadPoints(folder, {}).put("fit", 1.0, POINT)
     (left,) = training_leftovers(folder)
     assert left.key.startswith(folder.key("head_points/"))

@@ -117,6 +117,11 @@ def test_the_values_of_a_drawing_are_those_of_its_json(parts: PageParts) -> None
     assert [cells[2:] for cells in parts.values_below("reliability")] == [
         [count(one["num_rows"]), percent(one["mean_confidence"]), percent(one["accuracy"])] for one in bins
     ]
+    assert [cells[2:] for cells in parts.values_below("sizes")] == [
+        [count(one["images"])] for one in parts.json_of("sizes")
+    ]
+    slices = [(one["slice"], count(one["rows"]), count(one["rejects"])) for one in parts.json_of("slices")]
+    assert [(cells[0], *cells[3:5]) for cells in parts.values_below("slices")] == slices
     losses = [(one["epoch"], one["phase"], one["train_loss"]) for one in parts.json_of("curve-loss")]
     shown = [(int(cells[0]), cells[1], float(cells[2])) for cells in parts.values_below("curve-loss")]
     assert shown == [(epoch, phase, pytest.approx(loss, rel=1e-3)) for epoch, phase, loss in losses]
@@ -241,8 +246,8 @@ def test_a_mode_without_members_shows_cost_and_effect_only() -> None:
 def test_retrainings_show_drift_and_the_gate() -> None:
     retrains = made_retrains()
     parts = PageParts(draw_page(made_page(retrains=retrains)))
-    for key in ("drift", "champion"):
-        assert len(parts.values_below(key)) == len(parts.json_of(key)) > 0
+    assert parts.values_below("drift")[0] == ["2026-01-01", "0.5000", "0.2000", "0.2500"]
+    assert parts.values_below("champion")[0][:2] == ["2026-01-01", "0.7000"]
     drift = parts.json_of("drift")
     assert [one["date"] for one in drift] == ["2026-01-01", "2026-01-03"]
     assert drift[0]["embedding_shift"] == 0.5
