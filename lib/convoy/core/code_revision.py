@@ -13,7 +13,7 @@ from convoy.core.version import VERSION
 
 # Among the versions: the digest of the code that ran.
 CODE = "convoy-code"
-_RECORDED_LIBRARIES = ("ray", "torch", "torchvision", "timm", "pyarrow", "pillow", "numpy")
+_RECORDED_LIBRARIES = ("ray", "torch", "torchvision", "timm", "pyarrow", "pillow", "numpy", "scipy")
 
 
 def current_versions() -> dict[str, str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import zipfile
 from collections.abc import Callable
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -25,12 +24,10 @@ class RunHeadPoints:
     The folder may be that of a try of another `identity`, or by other code: points of those are not found.
     """
 
-    def __init__(
-        self, folder: RunFolder, identity: dict[str, Any], check: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, folder: RunFolder, identity: dict[str, Any], check: Callable[[], None]) -> None:
         self._folder, self._check = folder, check
         # Until a run has a record, nothing else says by which code it began.
-        self._identity = digest([identity, current_versions(), version("scipy")])
+        self._identity = digest([identity, current_versions()])
 
     def get(self, fit: str, c: float) -> PathPoint | None:
         """The point that was kept; None where there is none, or its file is damaged."""
@@ -60,6 +57,11 @@ class RunHeadPoints:
         )
         self._folder.store.put(self._key(fit, c), buffer.getvalue())
         crash_point(CrashPoint.HEAD_POINT_KEPT)
+
+    def remove(self) -> None:
+        """Delete all points of the folder."""
+        store = self._folder.store
+        store.delete(info.key for info in store.list_objects(self._folder.key(f"{HEAD_POINTS}/")))
 
     def _key(self, fit: str, c: float) -> str:
         return self._folder.key(f"{HEAD_POINTS}/{self._identity}/{fit}/{c!r}.npz")

@@ -109,7 +109,7 @@ def set_up_training(
     *,
     progress: Progress,
     new_run: bool,
-    kept: KeptPoints,
+    kept: KeptPoints | None,
 ) -> tuple[TrainingSetup, bytes]:
     """The setup of what was planned for the taught rows, and the first weights as safetensors.
 

@@ -43,7 +43,7 @@ from convoy.pipelines.training_rows import (
     weigh_classes,
     with_mean_weight_one,
 )
-from convoy.storage.checkpoints import HEAD_POINTS, training_leftovers
+from convoy.storage.checkpoints import training_leftovers
 from convoy.storage.commits import finish
 from convoy.storage.documents import read_json
 from convoy.storage.leases import RunLease, WhenHeld, hold_run, take_up
@@ -279,13 +279,16 @@ class NetworkTraining:
         if taught.rows.num_rows < rows.num_rows:
             planned = plan_on_workers(inputs, taught.rows, workers)
         train = with_mean_weight_one(taught.rows)
+        points = None
+        if planned.fits_head:
+            points = RunHeadPoints(self.folder, self.identity, self._run.lease.check)
         setup, weights = set_up_training(
             inputs,
             planned,
             taught,
             progress=self._progress,
             new_run=self._new_run,
-            kept=RunHeadPoints(self.folder, self.identity, self._run.lease.check),
+            kept=points,
         )
         # Deciding took minutes.
         self._run.lease.confirm()
@@ -313,11 +316,10 @@ class NetworkTraining:
             settings=json.loads(canonical_json(settings)),
         )
         record = self.folder.write_record(record)
-        # The head is in the first weights; what is left here goes when the training ends.
-        with suppress(StorageError):
-            self._store.delete(
-                info.key for info in self._store.list_objects(self.folder.key(f"{HEAD_POINTS}/"))
-            )
+        if points is not None:
+            # The head is in the first weights; what is left here goes when the training ends.
+            with suppress(StorageError):
+                points.remove()
         return record
 
     def _freeze_rows(self, name: str, rows: pa.Table) -> TrainingRows:

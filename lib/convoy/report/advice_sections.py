@@ -310,9 +310,7 @@ def _curve_values(found: MoreData) -> Table:
         )
         for one in points
     ]
-    return values_table(
-        "top-1 by images", ["images a class", "source*", "top-1", "95 %"], [*measured, *expected]
-    )
+    return values_table(["images a class", "source*", "top-1", "95 %"], [*measured, *expected])
 
 
 def _soundness(report: AdviceReport) -> Section:

@@ -217,6 +217,6 @@ def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]], **fields: 
     )
 
 
-def values_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """The values of the figure of a title, closed at first; columns as `text_table` has them."""
-    return text_table(columns, rows, folded=f"Values: {title}")
+def values_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """The values of a figure, whose title it gets, closed at first; columns as `text_table` has them."""
+    return text_table(columns, rows, folded="Values")

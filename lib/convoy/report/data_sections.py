@@ -203,7 +203,6 @@ def _size_figure(card: DataCard) -> Iterator[Figure]:
         picture=chart.draw("Images by size in bytes"),
         data=[one.model_dump() for one in card.sizes],
         values=values_table(
-            "sizes of files",
             ["from", "to", "images"],
             [[size(one.low_bytes), size(one.high_bytes), count(one.images)] for one in card.sizes],
         ),

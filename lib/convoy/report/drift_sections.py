@@ -73,7 +73,7 @@ def _drift_figure(retrains: Sequence[RetrainReport]) -> Figure:
         title="How far new rows lie from old ones",
         picture=_over_dates(data, lines, "shift", "Shifts of embeddings and classes over the dates"),
         data=data,
-        values=_by_date("shifts", data, lines),
+        values=_by_date(data, lines),
         caption="Embeddings: Fréchet distance in spreads of old rows. Classes: total variation, from 0 to 1.",
     )
 
@@ -101,13 +101,12 @@ def _champion_figure(retrains: Sequence[RetrainReport]) -> Figure:
         title="Top-1 over the dates",
         picture=_over_dates(data, lines, "top-1", "Top-1 of champion and candidate over the dates"),
         data=data,
-        values=_by_date("top-1", data, lines),
+        values=_by_date(data, lines),
     )
 
 
-def _by_date(title: str, data: Sequence[Mapping[str, Any]], lines: Sequence[tuple[str, str]]) -> Table:
+def _by_date(data: Sequence[Mapping[str, Any]], lines: Sequence[tuple[str, str]]) -> Table:
     return values_table(
-        title,
         ["date*", *(name for _, name in lines)],
         [[one["date"], *(number(one[field]) for field, _ in lines)] for one in data],
     )

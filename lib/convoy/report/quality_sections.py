@@ -124,7 +124,6 @@ def reliability_figure(
         picture=reliability_diagram(bins, f"{title}: accuracy against confidence"),
         data=[one.model_dump() for one in bins],
         values=values_table(
-            title,
             ["confidence from", "to", "rows", "mean confidence", "accuracy"],
             [
                 [
@@ -287,7 +286,6 @@ def _score_histogram(scores: Sequence[int], rows: int) -> Figure:
         picture=chart.draw("Histogram of the confidence in the predicted class"),
         data={"bins": len(scores), "rows": list(scores)},
         values=values_table(
-            "confidence",
             ["confidence from", "to", "rows", "share"],
             [
                 [

@@ -204,7 +204,6 @@ def _slice_figure(slices: SliceSummary) -> Figure:
         picture=chart.draw("Images per second of each slice, by when it began"),
         data=[point.model_dump() for point in slices.points],
         values=values_table(
-            "rate of slices",
             (*_SLICE_COLUMNS, "slices"),
             [[*_slice_cells(point), count(point.slices)] for point in slices.points],
         ),

@@ -66,7 +66,9 @@ def _curve(
         if points_:
             chart.line(points_, place, name=name)
             chart.dots(
-                [(epoch, value, f"epoch {epoch}: {value:.5g}") for epoch, value in points_], place, radius=3
+                [(epoch, value, f"epoch {epoch}: {significant(value)}") for epoch, value in points_],
+                place,
+                radius=3,
             )
     return Figure(
         key=f"curve-{key}",
@@ -77,7 +79,6 @@ def _curve(
             for one in history
         ],
         values=values_table(
-            title.lower(),
             ["epoch", "phase*", *(name or title.lower() for _, name in lines)],
             [
                 [f"{one.epoch}", one.phase, *(shown(getattr(one, field)) for field, _ in lines)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +20,20 @@ from convoy.vision.head_path import PathPoint
 POINT = PathPoint(parameters_P=np.array([0.1, -2.0, 1e-300]), num_iterations=7, converged=False, seconds=1.5)
 
 
+def points_in(
+    folder: RunFolder, identity: dict[str, str], check: Callable[[], None] = lambda: None
+) -> RunHeadPoints:
+    return RunHeadPoints(folder, identity, check)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
     return RunFolder(LocalStore(str(tmp_path)), "20260101-000000-abcdef01")
 
 
 def test_a_point_comes_back_to_the_bit(folder: RunFolder) -> None:
-    RunHeadPoints(folder, {"of": "this"}).put("fit", 1e-3, POINT)
-    found = RunHeadPoints(folder, {"of": "this"}).get("fit", 1e-3)
+    points_in(folder, {"of": "this"}).put("fit", 1e-3, POINT)
+    found = points_in(folder, {"of": "this"}).get("fit", 1e-3)
     assert found is not None
     assert found.parameters_P.dtype == np.float64
     assert found.parameters_P.tobytes() == POINT.parameters_P.tobytes()
@@ -34,16 +41,16 @@ def test_a_point_comes_back_to_the_bit(folder: RunFolder) -> None:
 
 
 def test_a_point_of_another_training_fit_or_c_is_not_found(folder: RunFolder) -> None:
-    points = RunHeadPoints(folder, {"of": "this"})
+    points = points_in(folder, {"of": "this"})
     points.put("fit", 1e-3, POINT)
-    assert RunHeadPoints(folder, {"of": "that"}).get("fit", 1e-3) is None
+    assert points_in(folder, {"of": "that"}).get("fit", 1e-3) is None
     assert points.get("another", 1e-3) is None
     assert points.get("fit", 1e-2) is None
 
 
 @pytest.mark.parametrize("damage", ["cut", "emptied", "a bit"])
 def test_a_damaged_point_is_fitted_again(folder: RunFolder, damage: str) -> None:
-    points = RunHeadPoints(folder, {})
+    points = points_in(folder, {})
     points.put("fit", 1.0, POINT)
     (info,) = folder.store.list_objects(folder.prefix)
     data = bytearray(folder.store.get(info.key).data)
@@ -62,15 +69,15 @@ class RottenStore(LocalStore):
 
 def test_a_point_whose_object_rotted_is_fitted_again(tmp_path: Path) -> None:
     folder = RunFolder(RottenStore(str(tmp_path)), "20260101-000000-abcdef01")
-    points = RunHeadPoints(folder, {})
+    points = points_in(folder, {})
     points.put("fit", 1.0, POINT)
     assert points.get("fit", 1.0) is None
 
 
 def test_a_point_of_other_code_is_not_found(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    RunHeadPoints(folder, {}).put("fit", 1.0, POINT)
+    points_in(folder, {}).put("fit", 1.0, POINT)
     monkeypatch.setattr(head_points, "current_versions", lambda: {"convoy-vision": "another"})
-    assert RunHeadPoints(folder, {}).get("fit", 1.0) is None
+    assert points_in(folder, {}).get("fit", 1.0) is None
 
 
 def test_a_driver_that_lost_its_run_keeps_nothing(folder: RunFolder) -> None:
@@ -78,11 +85,19 @@ def test_a_driver_that_lost_its_run_keeps_nothing(folder: RunFolder) -> None:
         raise LeaseLost("another driver has the run", where=folder.prefix)
 
     with pytest.raises(LeaseLost):
-        RunHeadPoints(folder, {}, check).put("fit", 1.0, POINT)
+        points_in(folder, {}, check).put("fit", 1.0, POINT)
     assert list(folder.store.list_objects(folder.prefix)) == []
 
 
 def test_points_are_among_what_a_finished_training_leaves_over(folder: RunFolder) -> None:
-    RunHeadPoints(folder, {}).put("fit", 1.0, POINT)
+    points_in(folder, {}).put("fit", 1.0, POINT)
     (left,) = training_leftovers(folder)
     assert left.key.startswith(folder.key("head_points/"))
+
+
+def test_points_are_removed_whatever_training_and_code_they_are_of(folder: RunFolder) -> None:
+    for identity in ({"of": "this"}, {"of": "that"}):
+        points_in(folder, identity).put("fit", 1.0, POINT)
+    folder.store.put(folder.key("run.json"), b"{}")
+    points_in(folder, {"of": "this"}).remove()
+    assert [info.key for info in folder.store.list_objects(folder.prefix)] == [folder.key("run.json")]
