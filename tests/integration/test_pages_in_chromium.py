@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from convoy.pipelines.report_index import IndexData, IndexedDataset, IndexedRun
 from convoy.pipelines.runs_state import RunState
 from convoy.report.index_page import draw_index
 from convoy.report.page import draw_page
+from convoy.report.svg import Chart, Scale
 from made_advice import made_advice
 from made_pages import IMAGE, QUOTES, SCRIPT, made_page
 
@@ -56,6 +58,17 @@ OUTSIDE = """
     const box = mark.getBoundingClientRect();
     return box.left < frame.left - 1 || box.right > frame.right + 1 || box.top < frame.top - 1
       || box.bottom > frame.bottom + 1;
+  });
+}).map(svg => svg.getAttribute('aria-label'))
+"""
+
+# Axes whose upright label lies on the text of a tick.
+COVERED = """
+[...document.querySelectorAll('svg')].filter(svg => {
+  const label = svg.querySelector('text[transform^="rotate(-90"]')?.getBoundingClientRect();
+  return label && [...svg.querySelectorAll('text:not([transform])')].some(text => {
+    const box = text.getBoundingClientRect();
+    return box.left < label.right && box.right > label.left && box.top < label.bottom && box.bottom > label.top;
   });
 }).map(svg => svg.getAttribute('aria-label'))
 """
@@ -207,7 +220,24 @@ def test_figures_are_drawn(tab: Tab) -> None:
     tab.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
     assert tab.evaluate("document.querySelectorAll('svg').length") > 10
     assert tab.evaluate(OUTSIDE) == []
+    assert tab.evaluate(COVERED) == []
     assert len(tab.screenshot()) > 10_000
+
+
+@pytest.mark.parametrize("highest", [0.0125, 150_000, 12_345_678])
+def test_long_numbers_leave_the_label_of_their_axis_free(
+    browser: Browser, tmp_path: Path, highest: float
+) -> None:
+    chart = Chart(
+        Scale(0, 1), Scale(0, highest), x_label="seconds", y_label="a label from the top to the bottom"
+    )
+    style = resources.files("convoy.report").joinpath("templates/style.css").read_text(encoding="utf-8")
+    path = tmp_path / "chart.html"
+    path.write_text(f"<style>{style}</style><figure>{chart.draw('a chart')}</figure>", encoding="utf-8")
+    tab = browser.tab()
+    tab.open(path)
+    assert tab.evaluate("document.querySelectorAll('svg text').length") > 8
+    assert tab.evaluate(COVERED) == []
 
 
 @pytest.mark.parametrize("kind", ["advice", "index"])
@@ -225,6 +255,7 @@ def test_pages_of_advice_and_of_a_workspace_are_as_sound(browser: Browser, tmp_p
     bubbles = tab.evaluate("document.querySelectorAll('.bubble').length")
     assert (bubbles > 3) is (kind == "advice")
     assert tab.evaluate(OUTSIDE) == []
+    assert tab.evaluate(COVERED) == []
     for theme in ("light", "dark"):
         tab.show_as(theme)
         assert [one for one in tab.evaluate(CONTRASTS) if one[0] < 4.5] == []

@@ -9,7 +9,7 @@ from convoy.core.code_revision import CODE
 from convoy.core.config import StrictModel
 from convoy.core.errors import ConvoyError
 from convoy.pipelines.data_origin import dataset_of_retraining, dataset_of_run, retraining_of
-from convoy.pipelines.report_members import members_of_run
+from convoy.pipelines.report_members import PretrainedMember, RunMembers, members_of_run
 from convoy.pipelines.report_runs import newest_first
 from convoy.storage.bundles import ENSEMBLE_FILE, METRICS_FILE, Bundle, BundleRef, peek_bundle, resolve_bundle
 from convoy.storage.documents import read_json
@@ -41,10 +41,11 @@ def lineage_of_run(store: ObjectStore, record: RunRecord) -> list[LineageLink]:
         **_fingerprint(record),
     }
     links = [LineageLink(title="results", name=f"run {record.run_id}", facts=facts)]
-    members = members_of_run(store, record)
-    if members is not None and members.gap:
+    members = members_of_run(store, record) or RunMembers(bundles=[], told={})
+    if members.gap:
         links.append(LineageLink(title="model", name="unknown", facts=members.told, gap=members.gap))
-    references = [] if members is None else members.bundles[:_MAX_MEMBERS]
+    links += _pretrained_links(members.pretrained[:_MAX_MEMBERS])
+    references = members.bundles[:_MAX_MEMBERS]
     bundles = [peek_bundle(store, resolve_bundle(store, reference)) for reference in references]
     trainings = find_trainings(store, bundles)
     for bundle in bundles:
@@ -78,6 +79,12 @@ def find_trainings(store: ObjectStore, bundles: Sequence[Bundle]) -> dict[str, R
         if record is not None and "strategy" in record.config:
             found[reference] = record
     return found
+
+
+def _pretrained_links(members: Sequence[PretrainedMember]) -> Iterator[LineageLink]:
+    for member in members:
+        facts = {"weights": member.weights, "digest": member.digest}
+        yield LineageLink(title="model", name=f"pretrained {member.network}", facts=facts)
 
 
 def _bundle_links(bundle: Bundle, training: RunRecord | None) -> list[LineageLink]:

@@ -1,7 +1,8 @@
-"""Which bundles made the predictions of a run: by its record, and only where digests prove it."""
+"""Which models made the predictions of a run: by its record, and only where digests prove it."""
 
 from __future__ import annotations
 
+import json
 import re
 
 from pydantic import ValidationError
@@ -11,20 +12,37 @@ from convoy.core.errors import ConvoyError
 from convoy.storage.bundles import MODELS_PREFIX, BundleRef, list_bundles, resolve_bundle
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import RunRecord
+from convoy.vision.backbone_config import BackboneConfig
+
+
+class PretrainedMember(StrictModel):
+    """A network that a config names by its weights: no bundle of the workspace keeps it."""
+
+    network: str
+    weights: str
+    digest: str
 
 
 class RunMembers(StrictModel):
-    """The references of the bundles, `name@digest`, or why they are not known, with what the run was told."""
+    """The references of the bundles, `name@digest`, and pretrained networks; or why neither are known.
+
+    `told` is what the run was told of its model beyond that.
+    """
 
     bundles: list[str]
     told: dict[str, str]
+    pretrained: tuple[PretrainedMember, ...] = ()
     gap: str = ""
 
 
 def members_of_run(store: ObjectStore, record: RunRecord) -> RunMembers | None:
-    """The bundles behind a run's predictions; None for a run that has none."""
+    """The models behind a run's predictions; None for a run that has none."""
     told = {name: record.config.get(name) for name in ("bundle", "model", "ensemble", "crops", "mode")}
-    words = {name: str(value) for name, value in told.items() if value}
+    words = {
+        name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for name, value in told.items()
+        if value
+    }
     identity = record.identity
     if "model_digest" in identity:
         # Equal models may have several names: that by which the run was told comes first.
@@ -33,6 +51,8 @@ def members_of_run(store: ObjectStore, record: RunRecord) -> RunMembers | None:
         ref = min(refs, key=lambda ref: ref.name != told_name, default=None)
         if ref is not None:
             return RunMembers(bundles=[str(ref)], told={})
+        if record.config.get("model"):
+            return _pretrained(record, words)
         gap = f"no bundle of the workspace has the digest {identity['model_digest']}: it was never kept, or removed"
         return RunMembers(bundles=[], told=words, gap=gap)
     if "committee" not in identity:
@@ -48,6 +68,18 @@ def _name_told(store: ObjectStore, record: RunRecord) -> str:
     """The name of the bundle that a run was told to take, or to write."""
     reference = str(record.config.get("bundle") or record.config.get("name") or "")
     return re.split("[@/]", reference.removeprefix(store.uri(MODELS_PREFIX)), maxsplit=1)[0]
+
+
+def _pretrained(record: RunRecord, words: dict[str, str]) -> RunMembers:
+    """The pretrained network that a run was told to take: its digest is in the run's identity."""
+    try:
+        backbone = BackboneConfig.model_validate(record.config["model"]["backbone"])
+    except (KeyError, TypeError, ValidationError):
+        return RunMembers(bundles=[], told=words, gap="its config is of another version of Convoy")
+    member = PretrainedMember(
+        network=backbone.arch, weights=backbone.weights, digest=record.identity["model_digest"]
+    )
+    return RunMembers(bundles=[], told={}, pretrained=(member,))
 
 
 def _kept(store: ObjectStore, references: list[str], words: dict[str, str]) -> RunMembers:
@@ -83,5 +115,15 @@ def _rebuilt(store: ObjectStore, record: RunRecord, words: dict[str, str]) -> Ru
     if committee.digest != record.identity["committee"]:
         return RunMembers(bundles=[], told=words, gap="what the run was told names another model by now")
     bundles = [str(member.bundle) for member in committee.members if member.bundle is not None]
-    gap = "" if bundles else "the networks are pretrained ones, no bundles of the workspace"
-    return RunMembers(bundles=bundles, told=words if gap else {}, gap=gap)
+    named: list[BackboneConfig | None] = []
+    if config.model is not None:
+        named = [config.model.backbone]
+    elif config.ensemble is not None:
+        named = [member.backbone for member in config.ensemble.members]
+    pretrained = tuple(
+        PretrainedMember(network=backbone.arch, weights=backbone.weights, digest=member.digest)
+        # A bundle's own members are bundles.
+        for backbone, member in zip(named, committee.members, strict=False)
+        if backbone is not None
+    )
+    return RunMembers(bundles=bundles, told={}, pretrained=pretrained)

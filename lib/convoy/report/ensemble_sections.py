@@ -8,7 +8,18 @@ from convoy.core.statistics import Interval
 from convoy.pipelines.ensemble_building import EnsembleReport
 from convoy.pipelines.ensemble_choice import FrontPoint
 from convoy.pipelines.ensemble_gate import GateReport
-from convoy.report.blocks import Block, Cell, Column, Figure, Row, Section, Table, Tile, text_table
+from convoy.report.blocks import (
+    Block,
+    Cell,
+    Column,
+    Figure,
+    Row,
+    Section,
+    Table,
+    Tile,
+    text_table,
+    values_table,
+)
 from convoy.report.figures import overlap_matrix
 from convoy.report.quality_sections import member_table, reliability_figure
 from convoy.report.svg import Chart, Scale, percent_text
@@ -217,6 +228,13 @@ def _front_figure(report: EnsembleReport, names: Sequence[str]) -> Figure:
         data=[point.model_dump(mode="json") for point in front],
         caption="The ring is the chosen one.",
         is_wide=True,
+        values=values_table(
+            ["members*", "crops*", "milliseconds an image", "val top-1"],
+            [
+                [_members(point, names), point.crops.value, f"{_ms(point):.3g}", percent(point.top1)]
+                for point in sorted(front, key=_ms)
+            ],
+        ),
     )
 
 
@@ -278,6 +296,14 @@ def _size_figure(report: EnsembleReport) -> Figure:
         picture=chart.draw("Validation top-1 by number of members, a line for each crop policy"),
         data=best,
         caption="These rows chose the members, so the figures flatter.",
+        values=values_table(
+            ["crops*", "members", "val top-1"],
+            [
+                [policy, f"{size}", percent(top1)]
+                for policy, sizes in best.items()
+                for size, top1 in sorted(sizes.items())
+            ],
+        ),
     )
 
 

@@ -58,6 +58,11 @@ def listed(texts: Iterable[str]) -> Markup:
     return Markup(", ").join(clean(text) for text in texts)
 
 
+def breakable(text: str) -> Markup:
+    """A path as `clean` has it, whose lines break behind a slash rather than within a name."""
+    return Markup("/<wbr>").join(clean(text).split("/"))
+
+
 def shorten(text: str, max_characters: int) -> str:
     """The text, with its middle left out where it is too long."""
     if len(text) <= max_characters:
@@ -85,7 +90,7 @@ def _environment(**options: Any) -> Environment:
         trim_blocks=True,
         **options,
     )
-    environment.filters["data_link"] = _data_link
+    environment.filters |= {"breakable": breakable, "data_link": _data_link}
     return environment
 
 

@@ -159,7 +159,7 @@ def _per_class(evaluation: Evaluation) -> Table:
         ],
         title="Per class",
         caption=f"{len(shown):,} of {len(ranked):,} classes, the lowest F1 first. Intervals are Wilson's;"
-        f" drawings are of recall from {floor:.0%} to 100 %.",
+        f" drawings are of recall from {100 * floor:.0f} to 100 %.",
         folded=f"All {len(shown):,} classes" if len(shown) > _OPEN_CLASSES else "",
     )
 
@@ -221,6 +221,15 @@ def _confusion(evaluation: Evaluation) -> Iterator[Block]:
         ),
         data={"classes": shown_names, "rows_true_columns_predicted": shown, "row_totals": shown_totals},
         caption=caption,
+        values=values_table(
+            ["true*", "taken for*", "rows", "of the true class"],
+            [
+                [names[label], names[pred], count(counts[label, pred]), percent(counts[label, pred] / total)]
+                for label, total in zip(chosen, shown_totals, strict=True)
+                for pred in chosen
+                if counts.get((label, pred))
+            ],
+        ),
         is_wide=len(chosen) > 14,
     )
     pairs = [(-num_rows, label, pred) for (label, pred), num_rows in counts.items() if label != pred]

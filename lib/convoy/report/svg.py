@@ -20,6 +20,9 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 74, 14, 14, 44
 _DASHES = ("", "7 4", "2 3", "9 3 2 3", "4 2", "1 4")
 _LEGEND_LINE = 20
 _CHARACTER = 7.2
+_DIGIT = 8.3
+# The label of the y axis stands upright at the left, its ticks' texts between it and the axis.
+_Y_LABEL, _TICK_GAP = 22, 8
 
 
 class Scale:
@@ -106,13 +109,15 @@ class Chart:
         self._x_label, self._y_label = x_label, y_label
         self._x_text, self._y_text = x_text or number_text, y_text or number_text
         self._x_ticks = x.ticks() if x_ticks is None else list(x_ticks)
+        longest = max((len(self._y_text(value)) for value in y.ticks()), default=0)
+        self._left_edge = max(_LEFT, _Y_LABEL + _DIGIT * longest + _TICK_GAP)
         self._behind: list[str] = []
         self._marks: list[str] = []
         self._legend: list[Series] = []
 
     def left(self, value: float) -> float:
         """The pixel of a value on the x axis."""
-        return _LEFT + (WIDTH - _LEFT - _RIGHT) * self._x.share(value)
+        return self._left_edge + (WIDTH - self._left_edge - _RIGHT) * self._x.share(value)
 
     def top(self, value: float) -> float:
         """The pixel of a value on the y axis."""
@@ -209,22 +214,22 @@ class Chart:
 
     def draw(self, description: str) -> Markup:
         """The SVG. The description is what a screen reader says."""
-        legend, legend_height = _draw_legend(self._legend, self._height)
+        legend, legend_height = _draw_legend(self._legend, self._left_edge, self._height)
         body = "".join([*self._axes(), *self._behind, *self._marks, *legend])
         return svg(body, WIDTH, self._height + legend_height, description)
 
     def _axes(self) -> Iterable[str]:
-        bottom = self._height - _BOTTOM
+        edge, bottom = self._left_edge, self._height - _BOTTOM
         for value in self._y.ticks():
             top = self.top(value)
-            yield f'<path class="grid" d="M{_LEFT} {top:.1f}H{WIDTH - _RIGHT}"/>'
-            yield text_tag(_LEFT - 8, top + 4, self._y_text(value), anchor="end", soft=True)
+            yield f'<path class="grid" d="M{edge:g} {top:.1f}H{WIDTH - _RIGHT}"/>'
+            yield text_tag(edge - _TICK_GAP, top + 4, self._y_text(value), anchor="end", soft=True)
         for value in self._x_ticks:
             left = self.left(value)
             yield f'<path class="axis" d="M{left:.1f} {bottom}v4"/>'
             yield text_tag(left, bottom + 18, self._x_text(value), anchor="middle", soft=True)
-        yield f'<path class="axis" d="M{_LEFT} {_TOP}V{bottom}H{WIDTH - _RIGHT}"/>'
-        yield text_tag((WIDTH + _LEFT - _RIGHT) / 2, bottom + 37, self._x_label, anchor="middle")
+        yield f'<path class="axis" d="M{edge:g} {_TOP}V{bottom}H{WIDTH - _RIGHT}"/>'
+        yield text_tag((WIDTH + edge - _RIGHT) / 2, bottom + 37, self._x_label, anchor="middle")
         middle = (bottom + _TOP) / 2
         yield (
             f'<text transform="rotate(-90 14 {middle:g})" x="14" y="{middle:g}" text-anchor="middle">'
@@ -282,14 +287,14 @@ def percent_text(value: float) -> str:
     return f"{100 * value:.4g} %"
 
 
-def _draw_legend(legend: Sequence[Series], top: float) -> tuple[list[str], float]:
-    drawn, left = [], float(_LEFT)
+def _draw_legend(legend: Sequence[Series], edge: float, top: float) -> tuple[list[str], float]:
+    drawn, left = [], edge
     line = 0
     for one in legend:
         name = shorten(one.name, 40)
         width = 30 + _CHARACTER * len(name)
-        if left + width > WIDTH and left > _LEFT:
-            left, line = float(_LEFT), line + 1
+        if left + width > WIDTH and left > edge:
+            left, line = edge, line + 1
         middle = top + 10 + _LEGEND_LINE * line
         mark = (
             f'<path class="line" d="M{left:g} {middle:g}h18"{_dash(one.number)}/>'

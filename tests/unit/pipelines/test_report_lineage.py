@@ -1,4 +1,4 @@
-"""Models that `convoy retrain` made without a run say themselves which retraining made them, from which data."""
+"""From a result back to models, trainings and data; a model of a retraining says itself which one made it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 
 from convoy.pipelines.classifier_tensors import classifier_files
-from convoy.pipelines.report_lineage import LineageLink, lineage_of_bundle
+from convoy.pipelines.evaluate import EvaluateConfig
+from convoy.pipelines.model_choice import chosen_committee
+from convoy.pipelines.report_lineage import LineageLink, lineage_of_bundle, lineage_of_run
 from convoy.pipelines.report_members import members_of_run
 from convoy.storage.bundles import BundleRef, write_bundle
 from convoy.storage.local_store import LocalStore
 from convoy.storage.retrains import RetrainFolder, RetrainPlan
 from convoy.storage.runs import RunRecord
 from convoy.vision.head_config import HeadKind
-from made_bundles import made_classifier, write_classifier
+from made_bundles import DIGITS, made_classifier, write_classifier
 
 DATE = "2026-11-27"
 
@@ -119,3 +121,65 @@ def test_of_equal_models_a_run_leads_to_the_one_that_it_was_told_of(
     members = members_of_run(store, record)
     assert members is not None
     assert members.bundles == [str(refs[found])]
+
+
+def record_of_pretrained(digest: str, config: dict[str, Any]) -> RunRecord:
+    return RunRecord.new(
+        "r1",
+        verb="evaluate",
+        identity={"model_digest": digest},
+        config=config,
+        outputs={},
+        groups=(),
+        settings={},
+    )
+
+
+def test_a_pretrained_network_is_known_by_its_weights_and_digest(tmp_path: Path) -> None:
+    model = {
+        "backbone": {"arch": "cifar_resnet20", "weights": "s3://nets/resnet20.th"},
+        "classes": ["a", "b"],
+    }
+    record = record_of_pretrained("d" * 32, {"model": model, "bundle": None})
+    links = [link for link in lineage_of_run(LocalStore(str(tmp_path)), record) if link.title == "model"]
+    assert [(link.name, link.facts, link.gap) for link in links] == [
+        ("pretrained cifar_resnet20", {"weights": "s3://nets/resnet20.th", "digest": "d" * 32}, "")
+    ]
+
+
+def test_a_pretrained_network_of_another_version_of_the_config_is_told_as_it_was(tmp_path: Path) -> None:
+    record = record_of_pretrained("d" * 32, {"model": {"net": "größer"}})
+    members = members_of_run(LocalStore(str(tmp_path)), record)
+    assert members is not None
+    assert (members.pretrained, members.told) == ((), {"model": '{"net": "größer"}'})
+    assert "another version" in members.gap
+
+
+def test_an_ensemble_leads_to_its_bundles_and_to_its_pretrained_networks(tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path))
+    ref = write_classifier(store, "first", made_classifier(store, 0))
+    pretrained = {"backbone": {"arch": "lenet5", "weights": "random", "num_classes": 10}, "classes": DIGITS}
+    config = EvaluateConfig.model_validate(
+        {
+            "workspace": str(tmp_path),
+            "dataset": "digits",
+            "splits": ["test"],
+            "ensemble": {"members": [{"bundle": str(ref)}, pretrained]},
+        }
+    )
+    committee = chosen_committee(store, config, config, config.extraction)
+    record = RunRecord.new(
+        "r1",
+        verb="evaluate",
+        identity={"committee": committee.digest},
+        config=config.model_dump(mode="json"),
+        outputs={},
+        groups=(),
+        settings={},
+    )
+    members = members_of_run(store, record)
+    assert members is not None
+    assert (members.bundles, members.gap) == ([str(ref)], "")
+    (network,) = members.pretrained
+    assert (network.network, network.weights) == ("lenet5", "random")
+    assert network.digest == committee.members[1].digest

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import pytest
+
 from convoy.core.crop_policies import CropPolicy
 from convoy.core.metrics import ReliabilityBin
 from convoy.core.statistics import Interval
 from convoy.pipelines.committee_evaluation import CommitteeCost, CommitteeEvaluation
 from convoy.pipelines.ensemble_gate import GateOutcome, GateReport, GateWorth
 from convoy.report.ensemble_report import draw_ensemble_report
+from convoy.report.words import percent
 from convoy.vision.committee_options import GateOptions
 from made_ensembles import made_candidates, made_report
 from made_pages import PageParts
@@ -31,6 +34,17 @@ def test_the_page_needs_nothing_else_and_holds_the_figures() -> None:
     figures = [attributes["id"] for tag, attributes in parts.elements if tag == "figure"]
     assert len(figures) == 5
     assert parts.json_of("cost-front") == [point.model_dump(mode="json") for point in report.front]
+    costs = [(1000 / point.images_per_s, point.top1) for point in report.front]
+    shown = [(float(cells[2]), cells[3]) for cells in parts.values_below("cost-front")]
+    assert shown == [
+        (pytest.approx(ms, rel=0.01), percent(top1)) for ms, top1 in sorted(costs, key=lambda cost: cost[0])
+    ]
+    sizes = {
+        (policy, size): percent(top1)
+        for policy, best in parts.json_of("sizes-front").items()
+        for size, top1 in best.items()
+    }
+    assert {(one[0], one[1]): one[2] for one in parts.values_below("sizes-front")} == sizes
     assert parts.json_of("overlap")["overlap"] == report.overlap
     assert parts.json_of("reliability-after") == [one.model_dump() for one in BINS]
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from markupsafe import Markup
 
-from convoy.report.html import clean, json_text, shorten
+from convoy.report.html import breakable, clean, json_text, shorten
 
 
 def test_plain_texts_stay_as_they_are() -> None:
@@ -23,6 +23,11 @@ def test_markup_and_numbers_pass() -> None:
     markup = Markup("<b>\u202e</b>")
     assert clean(markup) is markup
     assert clean(3) == 3
+
+
+def test_paths_break_behind_a_slash_and_stay_escaped() -> None:
+    assert breakable("a/<b>/c\u202e.jpg") == "a/<wbr>&lt;b&gt;/<wbr>c\\u202e.jpg"
+    assert breakable("plain") == "plain"
 
 
 def test_long_texts_lose_their_middle() -> None:

@@ -43,6 +43,7 @@ _ALLOWED_TAGS = frozenset(
             "span",
             "b",
             "bdi",
+            "wbr",
             "a",
             "br",
             "pre",
@@ -120,6 +121,15 @@ def test_the_values_of_a_drawing_are_those_of_its_json(parts: PageParts) -> None
     assert [cells[2:] for cells in parts.values_below("sizes")] == [
         [count(one["images"])] for one in parts.json_of("sizes")
     ]
+    matrix = parts.json_of("confusion-matrix")
+    names, counts = matrix["classes"], matrix["rows_true_columns_predicted"]
+    assert [cells[2:] for cells in parts.values_below("confusion-matrix")] == [
+        [count(rows), percent(rows / total)]
+        for values, total in zip(counts, matrix["row_totals"], strict=True)
+        for rows in values
+        if rows
+    ]
+    assert len(names) > 2
     slices = [(one["slice"], count(one["rows"]), count(one["rejects"])) for one in parts.json_of("slices")]
     assert [(cells[0], *cells[3:5]) for cells in parts.values_below("slices")] == slices
     losses = [(one["epoch"], one["phase"], one["train_loss"]) for one in parts.json_of("curve-loss")]
