@@ -31,7 +31,7 @@ _STRATEGIES = ("linear_probe", "early_layer_probe", "partial_reuse", "fine_tune"
 
 
 class StrategiesBench(BenchSettings):
-    """What is measured: `configs` are files of jobs/configs without `train.` and `.yaml`.
+    """What is measured: `configs` are files of jobs/configs without `train.` and `.yaml`, or paths of others.
 
     `per_class` are the training images of each class, null stands for all of them. `overrides` go to every job.
     The workspace is a local folder that has the dataset.
@@ -91,7 +91,7 @@ def _measure(settings: StrategiesBench, config: str, per_class: int | None) -> C
     ]
     correct_SN = np.stack([_correct(settings.workspace, report.run) for report in reports])
     cell = Cell(
-        config=config,
+        config=_label(config),
         strategy=reports[0].strategy.value,
         arch=backbone.arch,
         weights=backbone.weights,
@@ -101,24 +101,30 @@ def _measure(settings: StrategiesBench, config: str, per_class: int | None) -> C
         top1=bootstrap_mean(correct_SN.mean(axis=0)),
         seconds=[sum(epoch.seconds for epoch in report.history) for report in reports],
     )
-    say(f"{config}, {per_class or 'all'} a class: {cell.top1!r}")
+    say(f"{cell.config}, {per_class or 'all'} a class: {cell.top1!r}")
     return cell
+
+
+def _label(config: str) -> str:
+    return Path(config).name.removeprefix("train.").removesuffix(".yaml")
 
 
 def training(settings: StrategiesBench, config: str, per_class: int | None, seed: int) -> TrainConfig:
     """The training of a config with so many images a class and a seed."""
-    name = f"{config.replace('_', '-')}-{per_class or 'all'}-seed-{seed}"
+    name = f"{_label(config).replace('_', '-')}-{per_class or 'all'}-seed-{seed}"
     overrides = [
         f"name={name}",
         f"workspace={json.dumps(settings.workspace)}",
         f"dataset={settings.dataset}",
-        f"rows={json.dumps({'max_per_class': per_class, 'seed': seed})}",
+        f"rows.max_per_class={json.dumps(per_class)}",
+        f"rows.seed={seed}",
         f"recipe.seed={seed}",
         f"augmentation.seed={seed}",
         f"backbone.seed={seed}",
         *settings.overrides,
     ]
-    return load_config(TrainConfig, str(_CONFIGS / f"train.{config}.yaml"), overrides)
+    path = config if config.endswith(".yaml") else str(_CONFIGS / f"train.{config}.yaml")
+    return load_config(TrainConfig, path, overrides)
 
 
 def _correct(workspace: str, run: str) -> np.ndarray:

@@ -125,47 +125,46 @@ def test_the_benchmarks_take_the_settings_of_their_page() -> None:
     assert finished.stdout.split() == [str(len(asked))], finished.stderr
 
 
-# What `convoy bench advise` judges, and what it refuses, without a training.
-PLAN_ADVICE = """
+# What `convoy bench advise` judges, without a training.
+JUDGE_ADVICE = """
 import sys
 from pathlib import Path
-from advise import AdviseBench, KeptTruth, judge, plan, summary
+from advise import AdviseBench, judge, summary
 from advise_datasets import make_dataset, why_missing
-from strategies import Cell
-from convoy.core.errors import ConfigError
-from convoy.pipelines.classifiers import Strategy
-from made_advice import made_advice, made_strategy, interval
+from strategies import Cell, StrategiesBench, training
+from made_advice import made_advice, interval
 
-def cell(strategy, top1, weights="random"):
-    return Cell(config=strategy, strategy=strategy, arch="cifar_resnet20", weights=weights, per_class=20,
+def cell(strategy, top1):
+    return Cell(config=strategy, strategy=strategy, arch="cifar_resnet20", weights="random", per_class=20,
                 num_train_rows=9, top1_by_seed=[top1], top1=interval(top1), seconds=[1.0])
 
-settings = AdviseBench()
-planned = plan(settings, [])
-assert len(planned) >= 6 and all(len(case.lacking) == 5 for case in planned)
-assert len(plan(settings, [KeptTruth("digits", cell("from_scratch", 0.5))])[4].lacking) == 4
-try:
-    plan(settings, [KeptTruth("digits", cell("fine_tune", 0.5))])
-    sys.exit("other weights were taken for the advice's")
-except ConfigError as error:
-    assert "fine_tune has cifar_resnet20 with random" in str(error)
-
+AdviseBench()
 report = made_advice()
-cells = [cell("fine_tune", 0.9), cell("linear_probe", 0.8)]
-scored = judge(report, cells, 20)
-assert scored.regret == 0
-as_is = report.model_copy(update={"strategies": [made_strategy(1, Strategy.AS_IS, 0.95, 0.0), *report.strategies]})
-unscored = judge(as_is, cells, 20)
-assert (unscored.advised, unscored.regret) == ("as_is", None)
-assert summary([scored, unscored])["unscored_cases"] == 1
+advised, *others = [one.strategy.value for one in report.strategies]
+won = judge(report, [cell(advised, 0.9), *(cell(one, 0.8) for one in others)], 20)
+lost = judge(report, [cell(advised, 0.6), *(cell(one, 0.8) for one in others)], 20)
+assert (won.regret, won.best) == (0, advised)
+assert abs(lost.regret - 0.2) < 1e-9 and lost.best in others
+ratios = summary([won, lost], num_seeds=3)
+assert ratios["share_within_1_point"] == 0.5 and abs(ratios["mean_regret"] - 0.1) < 1e-9
+assert abs(ratios["relative_cost_of_one_seed"] - 3 * ratios["relative_cost"]) < 1e-9
+
+Path("train.own.yaml").write_text(
+    "{name: own, dataset: d, strategy: from_scratch, backbone: {arch: lenet5},"
+    " rows: {fold: {index: 1, count: 3}}}"
+)
+bench = StrategiesBench(workspace="w", dataset="digits", configs=("train.own.yaml",))
+job = training(bench, bench.configs[0], 20, 1)
+assert (job.name, job.dataset, job.backbone.seed) == ("own-20-seed-1", "digits", 1)
+assert (job.rows.max_per_class, job.rows.seed, job.rows.fold.count) == (20, 1, 3)
 
 assert "there is no cifar10-jpeg.tar.gz" in why_missing("cifar10", sys.argv[1])
 make_dataset("sign-digits", Path(sys.argv[2]), sys.argv[1])
-print("planned")
+print("judged")
 """
 
 
-def test_the_benchmark_of_advice_plans_with_bare_settings(tmp_path: Path) -> None:
+def test_the_benchmark_of_advice_judges_it_by_what_its_strategies_reached(tmp_path: Path) -> None:
     data, images = tmp_path / "data", tmp_path / "images"
     data.mkdir()
     with tarfile.open(data / "sign-digits-jpeg.tar.gz", "w:gz") as tar:
@@ -173,14 +172,14 @@ def test_the_benchmark_of_advice_plans_with_bare_settings(tmp_path: Path) -> Non
             tar.addfile(tarfile.TarInfo(name))
     paths = os.pathsep.join(str(ROOT / one) for one in ("tests/benchmarks", "tests", "lib"))
     finished = subprocess.run(
-        [sys.executable, "-c", PLAN_ADVICE, str(data), str(images)],
+        [sys.executable, "-c", JUDGE_ADVICE, str(data), str(images)],
         env={**os.environ, "PYTHONPATH": paths},
-        cwd=ROOT,
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert finished.stdout.split() == ["planned"], finished.stderr
+    assert finished.stdout.split() == ["judged"], finished.stderr
     assert sorted(path.relative_to(images).as_posix() for path in images.rglob("*.JPG")) == [
         "3/a.JPG",
         "4/b.JPG",
