@@ -89,7 +89,7 @@ def data_facts(
         reject_codes=count_rejects(FeatureCache(store), summary.sets.values(), prober.rows.all)
         if summary.rejects
         else {},
-        duplicates=find_duplicates(store, manifest, next(iter(summary.sets.values())), prober.rows.all),
+        duplicates=find_duplicates(store, manifest, next(iter(summary.sets.values())), prober.rows.by_use),
         near_duplicates=prober.near_duplicates(look),
         unjudged_classes=missing_classes(prober.rows.judged, manifest.classes),
         warnings=[],
@@ -151,7 +151,8 @@ def find_warnings(facts: DataFacts) -> list[str]:
         )
     if facts.imbalance >= UNBALANCED_FROM:
         warnings.append(
-            f"the largest class has {facts.imbalance:.1f} times the images of the smallest: the configs weigh classes"
+            f"the largest class has {facts.imbalance:.1f} times the images of the smallest: configs that train a"
+            " network weigh classes, unless network.recipe.balance says otherwise; heads on cached features do not"
         )
     if facts.rejects:
         warnings.append(f"{facts.rejects} of {facts.looked_at} images cannot be used: {facts.reject_codes}")

@@ -43,7 +43,7 @@ def more_data(
     now = _expected(config, one, advised, curve, 1.0).estimate
     double = _expected(config, one, advised, curve, 2.0).estimate
     needed = _images_needed(config, one, advised, curve)
-    advice, why = _decide(config, advised.strategy, now, double, needed)
+    advice, why = _decide(config, advised.strategy, now, double, _in_words(needed, one, curve))
     return MoreData(
         advice=advice,
         why=why,
@@ -57,7 +57,7 @@ def more_data(
 
 
 def _decide(
-    config: AdviseConfig, strategy: Strategy, now: float, double: float, needed: ImagesNeeded | None
+    config: AdviseConfig, strategy: Strategy, now: float, double: float, needed: str | None
 ) -> tuple[MoreDataAdvice, str]:
     gain, wanted = double - now, config.wanted_top1
     if strategy is Strategy.AS_IS:
@@ -70,9 +70,8 @@ def _decide(
         return MoreDataAdvice.ENOUGH, why
     brings = f"twice the images are expected to bring {gain:+.3f}, from {now:.3f} to {double:.3f}"
     if wanted is not None and now < wanted:
-        why = f"{now:.3f} is expected and {wanted:.3f} is wanted: {_in_words(needed)}; {brings}"
-        is_reached = needed is not None and needed.images_per_class is not None
-        if is_reached or gain >= config.prior.collect_from:
+        why = f"{now:.3f} is expected and {wanted:.3f} is wanted: {needed or 'no forecast reaches it'}; {brings}"
+        if needed is not None or gain >= config.prior.collect_from:
             return MoreDataAdvice.COLLECT, why
         return MoreDataAdvice.NO_HELP, f"{why}: that takes a better network or better labels"
     if wanted is None and gain >= config.prior.collect_from:
@@ -80,12 +79,14 @@ def _decide(
     return MoreDataAdvice.ENOUGH, brings
 
 
-def _in_words(needed: ImagesNeeded | None) -> str:
+def _in_words(needed: ImagesNeeded | None, one: BackboneEvidence, curve: LearningCurve) -> str | None:
+    """How many images reach the wanted top-1, None where no forecast does."""
     if needed is None or needed.images_per_class is None:
-        return "no forecast reaches it"
+        return None
     low = needed.low or needed.images_per_class
     limits = f"{low:.0f} or more" if needed.high is None else f"{low:.0f} to {needed.high:.0f}"
-    return f"about {needed.images_per_class:.0f} images a class ({limits}) reach it"
+    times = needed.images_per_class * one.learnt_share / _start(one, curve)
+    return f"{times:.1f} times the images reach it, about {needed.images_per_class:.0f} of the largest class ({limits})"
 
 
 def _expected(

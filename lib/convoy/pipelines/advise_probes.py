@@ -205,7 +205,7 @@ class Prober:
     def near_duplicates(self, look: Look) -> NearDuplicateReport:
         """Pictures that are there twice among all rows that were looked at, held-out ones included.
 
-        Across splits are those too that lie in the training rows and in the fold that judges.
+        Across splits are those too that lie in the training rows and in the fold that trainings are measured on.
         """
         rows = self.rows.by_use
         ids_N = content_id_array(rows["content_id"])

@@ -63,9 +63,10 @@ class AdvisedForecast(StrictModel):
 class MoreData(StrictModel):
     """What more images would bring. `curve` is of the best probe, measured; `advised` of the advised strategy.
 
-    `images_needed` are images a class, counted as the curve does, at which the advised strategy is expected to reach
-    `wanted_top1`, null where none of the forecast does, and without a `curve`. `needed` has their limits: where those
-    of the forecast reach it; it is null in reports of versions without it.
+    `images_needed` are those of the largest class at which the advised strategy is expected to reach `wanted_top1`,
+    a fold that it is measured on included; the other classes have theirs in proportion. It is null where no forecast
+    does, and without a `curve`. `needed` has the limits: where those of the forecast reach it; it is null in reports of
+    versions without it.
     """
 
     advice: MoreDataAdvice

@@ -39,6 +39,7 @@ _LEAST = {Split.TRAIN: 4, Split.VAL: 1, Split.TEST: 0}
 class LookRows:
     """The rows of a look: to learn from, to judge by, and held-out ones that only duplicates are looked for among.
 
+    With `judges_by_fold` those that judge are rows of `train` which trainings, too, leave out to be measured on.
     The weights are those of a row of each class, 1 on average: they give classes of which more than their share is
     looked at the share that they have where a training learns, and where it is measured. `chance_top1` is what always
     naming the class of which a training has most gets of the judged rows.
@@ -50,6 +51,7 @@ class LookRows:
     train_weights_K: NDArray[np.float64]
     judged_weights_K: NDArray[np.float64]
     chance_top1: float
+    judges_by_fold: bool
 
     @property
     def all(self) -> pa.Table:
@@ -58,7 +60,9 @@ class LookRows:
 
     @property
     def by_use(self) -> pa.Table:
-        """All of them, a judging fold of `train` being the split `val`, whose place it takes."""
+        """All of them; a fold that trainings are measured on is the split `val`, whose place it takes."""
+        if not self.judges_by_fold:
+            return self.all
         split = MANIFEST_SCHEMA.field("split")
         judges = pa.array([Split.VAL.value] * self.judged.num_rows, split.type)
         judged = self.judged.set_column(MANIFEST_SCHEMA.names.index("split"), split, judges)
@@ -103,20 +107,28 @@ def choose_rows(manifest: Manifest, config: AdviseConfig) -> LookRows:
     count_classes(train, manifest.classes)
     _check_weights(train, manifest)
     _check_judges(judged, manifest)
-    held_out = train.slice(0, 0)
-    if has_labels(manifest, Split.TEST):
-        held_out = _sample(manifest, Split.TEST, every, most, look.seed)
-    chance_top1 = _chance(counts_K, judged, judged_weights_K)
-    return LookRows(train, judged, held_out, train_weights_K, judged_weights_K, chance_top1)
+    held_out = [
+        _sample(manifest, split, every, most, look.seed)
+        for split in (Split.VAL, Split.TEST)
+        if has_labels(manifest, split) and not (split is Split.VAL and has_judges(manifest, look))
+    ]
+    return LookRows(
+        train=train,
+        judged=judged,
+        held_out=pa.concat_tables([train.slice(0, 0), *held_out]),
+        train_weights_K=train_weights_K,
+        judged_weights_K=judged_weights_K,
+        chance_top1=_chance(counts_K, judged, judged_weights_K),
+        judges_by_fold=not has_held_out(manifest),
+    )
 
 
 def _share_out(manifest: Manifest, look: LookSettings, limit: RowLimit) -> dict[Split, int]:
     """How many rows of each split are looked at: `max_rows` of all together, or fewer."""
-    judges = has_judges(manifest, look)
     counts: dict[Split, Sequence[int]] = {
         split: images_by_class(manifest, limit) if split is Split.TRAIN else manifest.counts[split].by_class
         for split in _LEAST
-        if has_labels(manifest, split) and (judges or split is not Split.VAL)
+        if has_labels(manifest, split)
     }
     num_classes = len(manifest.classes)
     per_class = dict.fromkeys(counts, look.judged_per_class) | {Split.TRAIN: look.images_per_class}

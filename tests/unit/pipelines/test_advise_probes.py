@@ -166,6 +166,30 @@ def test_a_picture_in_the_training_rows_and_in_the_judging_fold_is_a_leak(tmp_pa
     assert {one.split for one in report.examples[0].samples} == {"train", "val"}
 
 
+def test_few_validation_rows_are_looked_at_for_leaks_and_twins_in_training_rows_are_none(
+    tmp_path: Path,
+) -> None:
+    """Too few rows of `val` to judge by: a fold of `train` does, from which trainings learn all the same."""
+    manifest = frozen_rows(tmp_path, {Split.TRAIN: (120, 120), Split.VAL: (10, 10)}, ("good", "defect"))
+    store = LocalStore(str(tmp_path))
+    prober = Prober(store, manifest, CONFIG, Silent())
+    names = manifest.read_table(["sample_id"])["sample_id"].to_pylist()
+    judged, (first, second) = (
+        [names.index(name) for name in part["sample_id"].to_pylist()[:number]]
+        for part, number in ((prober.rows.judged, 1), (prober.rows.train, 2))
+    )
+    features_ND = np.random.default_rng(0).normal(size=(260, 100)).astype(np.float32)
+    features_ND[judged] = features_ND[first] + 0.01
+    features_ND[names.index("val/0/003")] = features_ND[second] + 0.01
+    features = dict.fromkeys(("layer1.2", "layer2.2", "layer3.2"), features_ND)
+    report = prober.near_duplicates(cached_look(store, manifest, features))
+    assert (report.compared, report.groups, report.across_splits) == (260, 2, 1)
+    assert [{one.split for one in group.samples} for group in report.examples] == [
+        {"train", "val"},
+        {"train"},
+    ]
+
+
 def is_doubted(name: str) -> bool:
     """Three of five training rows."""
     return name.startswith("train/") and int(name[-3:]) % 5 < 3

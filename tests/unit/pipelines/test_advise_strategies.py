@@ -277,7 +277,9 @@ def test_a_rising_curve_speaks_for_more_images_until_the_wanted_accuracy_is_ther
     assert more.needed is not None
     assert more.needed.low is not None
     assert more.needed.low < more.images_needed < (more.needed.high or np.inf)
-    assert f"about {more.images_needed:.0f} images a class ({more.needed.low:.0f} " in more.why
+    times = more.images_needed / more.advised[0].images_per_class
+    assert f"{times:.1f} times the images reach it" in more.why
+    assert f"about {more.images_needed:.0f} of the largest class ({more.needed.low:.0f} " in more.why
     assert [point.factor for point in more.advised] == [1.0, 2.0, 4.0]
     estimates = [point.top1.estimate for point in more.advised]
     assert estimates == sorted(estimates)
