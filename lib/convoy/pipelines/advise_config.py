@@ -51,6 +51,13 @@ class CandidateBackbone(StrictModel):
         return f"{self.backbone.arch}/{weights}"
 
 
+# One family, the larger of twice the depth and cost: whoever names no candidates learns what size buys.
+_CANDIDATES = tuple(
+    CandidateBackbone(backbone=BackboneConfig(arch=arch))
+    for arch in ("torchvision:resnet18", "torchvision:resnet50")
+)
+
+
 class LookSettings(StrictModel):
     """How much of the dataset is looked at: images a class on average to learn from and to judge by.
 
@@ -115,7 +122,7 @@ class VerifySettings(StrictModel):
 
 
 class AdviseConfig(DatasetChoice):
-    """On which data, by which backbones, and how closely.
+    """On which data, by which backbones (by default torchvision's ResNet-18 and ResNet-50), and how closely.
 
     `rows` are those that a training would have, by default all; advice for fewer is as if `train` had no others, but
     costs and resolution are those of any of its images. `wanted_top1` asks how many images reach it. `reference` is a
@@ -125,7 +132,7 @@ class AdviseConfig(DatasetChoice):
     `verify`, `costs` and `augmentation_effect` are measured where they are given, `{}` for their defaults.
     """
 
-    candidates: tuple[CandidateBackbone, ...] = Field(min_length=1)
+    candidates: tuple[CandidateBackbone, ...] = Field(default=_CANDIDATES, min_length=1)
     rows: RowLimit = RowLimit()
     look: LookSettings = LookSettings()
     head: HeadConfig = _PROBE

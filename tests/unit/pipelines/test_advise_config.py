@@ -32,6 +32,14 @@ def test_a_source_becomes_the_dataset_of_its_name() -> None:
     assert config.dataset_name == "photos"
 
 
+def test_a_source_and_a_name_are_enough() -> None:
+    config = load_config(AdviseConfig, None, ["source=/photos", "name=photos"])
+    assert [one.name for one in config.candidates] == [
+        "torchvision:resnet18/DEFAULT",
+        "torchvision:resnet50/DEFAULT",
+    ]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
