@@ -174,6 +174,13 @@ def test_every_figure_has_its_json(parts: PageParts) -> None:
             assert attributes["aria-label"]
 
 
+def test_the_lineage_has_its_json() -> None:
+    page = made_page()
+    assert page.lineage
+    shown = PageParts(draw_page(page)).json_of("lineage")
+    assert shown == [link.model_dump() for link in page.lineage]
+
+
 def test_what_turns_the_reading_direction_is_shown_by_its_code(parts: PageParts) -> None:
     assert "\u202e" not in parts.text
     assert TURNED.replace("\u202e", "\\u202e") in parts.text
