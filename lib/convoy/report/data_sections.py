@@ -84,7 +84,28 @@ def rejects_section(rejects: RejectSummary) -> Section:
         data=[row.model_dump() for row in rejects.shown],
         caption=f"{len(rejects.shown)} of {count(rejects.rows)}, at most 20 of each reason.",
     )
-    return Section(key="rejects", title="Rejects", blocks=[figure, table])
+    return Section(key="rejects", title="Rejects", blocks=[figure, *_reject_pictures(rejects), table])
+
+
+def _reject_pictures(rejects: RejectSummary) -> Iterator[Gallery]:
+    if rejects.drawn:
+        yield Gallery(
+            key="reject-pictures",
+            title="Rejects that can be looked at",
+            pictures=[
+                picture(
+                    one.image,
+                    one.code,
+                    f"{one.image.width_px} x {one.image.height_px} px · {one.image.sample_id}",
+                )
+                for one in rejects.drawn
+            ],
+            data=[
+                {"code": one.code, **one.image.model_dump(exclude={"jpeg", "missing"})}
+                for one in rejects.drawn
+            ],
+            caption="Some of each reason that decode within the usual limits; why any was rejected is in the table.",
+        )
 
 
 def _facts(card: DataCard) -> Facts:

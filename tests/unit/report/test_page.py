@@ -202,6 +202,12 @@ def test_the_title_of_a_run_leaves_names_as_they_are() -> None:
     assert "<h1><bdi>Advise PETS-V2</bdi></h1>" in draw_page(made_page(run=run)).decode()
 
 
+def test_rejects_that_can_be_drawn_are_shown_with_their_reason(parts: PageParts) -> None:
+    (drawn,) = parts.json_of("reject-pictures")
+    assert drawn == {"code": "too_small", "sample_id": TURNED, "width_px": 16, "height_px": 16}
+    assert "16 x 16 px" in parts.text
+
+
 def test_a_missing_image_is_said(parts: PageParts) -> None:
     assert "gone: no such object" in parts.text
 
