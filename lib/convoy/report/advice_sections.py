@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from convoy.pipelines.advise_data import DataFacts
 from convoy.pipelines.advise_report import AdviceReport, MoreData, Similarity, Verification
 from convoy.pipelines.advise_strategies import StrategyAdvice
-from convoy.report.advice_text import cost_span, images_for_wanted, verified
+from convoy.report.advice_text import cost_span, images_for_wanted, time_span, verified
 from convoy.report.blocks import (
     Block,
     Cell,
@@ -24,8 +23,9 @@ from convoy.report.blocks import (
 )
 from convoy.report.effect_sections import effect_section
 from convoy.report.front_blocks import front_blocks
+from convoy.report.soundness_sections import soundness_section
 from convoy.report.svg import Chart, Scale, number_text, percent_text
-from convoy.report.words import count, duration, number, percent, span
+from convoy.report.words import duration, number, percent, span
 
 _STEPS = 60
 
@@ -56,7 +56,7 @@ def advice_sections(report: AdviceReport) -> Iterator[Section]:
         )
     if report.augmentation_effect is not None:
         yield effect_section(report.augmentation_effect)
-    yield _soundness(report)
+    yield soundness_section(report.size)
     if report.verification is not None:
         yield _verification(report.verification)
     if report.notes:
@@ -92,6 +92,7 @@ def _strategies(report: AdviceReport) -> Section:
 
 
 def _strategy_table(ranked: Sequence[StrategyAdvice]) -> Table:
+    has_price = any(one.cost.money is not None for one in ranked)
     rows = [
         Row(
             tuple(
@@ -105,6 +106,8 @@ def _strategy_table(ranked: Sequence[StrategyAdvice]) -> Table:
                     span(one.interval),
                     one.basis.value,
                     duration(one.cost.seconds),
+                    time_span(one.cost),
+                    *([number(one.cost.money, 2)] if has_price else ()),
                     one.why,
                     one.config.rpartition("/")[2],
                 )
@@ -122,6 +125,8 @@ def _strategy_table(ranked: Sequence[StrategyAdvice]) -> Table:
         "95 %",
         "basis*",
         "time",
+        "within",
+        *(["money"] if has_price else ()),
         "why*",
         "config*",
     ]
@@ -311,43 +316,6 @@ def _curve_values(found: MoreData) -> Table:
         for one in points
     ]
     return values_table(["images a class", "source*", "top-1", "95 %"], [*measured, *expected])
-
-
-def _soundness(report: AdviceReport) -> Section:
-    found = report.size
-    rows = [
-        ("samples", ", ".join(f"{split} {count(rows)}" for split, rows in found.samples.items())),
-        (
-            "images a class to train on",
-            f"{found.images_per_class_min:,} to {found.images_per_class_max:,},"
-            f" median {found.images_per_class_median:,.0f}",
-        ),
-        ("looked at", _looked_at(found)),
-        (
-            "exact duplicates",
-            f"{count(found.duplicates.samples)}, {count(found.duplicates.across_splits)} groups across splits",
-        ),
-        (
-            "near duplicates",
-            f"{count(found.near_duplicates.samples)},"
-            f" {count(found.near_duplicates.across_splits)} groups across splits,"
-            f" {count(found.near_duplicates.label_conflicts)} whose labels differ",
-        ),
-    ]
-    blocks: list[Block] = [
-        Facts(key="soundness", title="In numbers", rows=rows, data=found.model_dump(mode="json"))
-    ]
-    if found.warnings:
-        blocks.append(Notes(title="To be mended first", texts=found.warnings))
-    return Section(key="soundness", title="Size and soundness", blocks=blocks)
-
-
-def _looked_at(found: DataFacts) -> str:
-    total = sum(found.samples.values())
-    words = f"{count(found.looked_at)} of {count(total)}, {count(found.rejects)} of them rejected"
-    if found.looked_at < total:
-        words += "; duplicates are those among these: of the pairs across splits only some were compared"
-    return words
 
 
 def _verification(found: Verification) -> Section:

@@ -8,10 +8,11 @@ from rich.console import Console
 from rich.table import Table
 
 from convoy.core.statistics import Interval
+from convoy.pipelines.advise_data import Resolution
 from convoy.pipelines.advise_report import AdviceReport, MoreData, Verification
 from convoy.pipelines.advise_strategies import StrategyCost
 from convoy.report.hidden_characters import with_codes
-from convoy.report.words import duration, percent, span
+from convoy.report.words import count, duration, percent, span
 
 
 def print_advice(report: AdviceReport, *, workspace: str | None) -> None:
@@ -31,7 +32,22 @@ def print_advice(report: AdviceReport, *, workspace: str | None) -> None:
 def cost_span(cost: StrategyCost) -> str:
     """From when to when a training is done, and its money where a price was given."""
     money = "" if cost.money is None else f", {cost.money:.2f} in money"
-    return f"{duration(cost.low_s)} to {duration(cost.high_s)}{money}"
+    return f"{time_span(cost)}{money}"
+
+
+def time_span(cost: StrategyCost) -> str:
+    """From when to when a training is done."""
+    return f"{duration(cost.low_s)} to {duration(cost.high_s)}"
+
+
+def resolution_words(found: Resolution | None) -> str:
+    """Sizes of the images that were measured."""
+    if found is None:
+        return "no image could be measured"
+    return (
+        f"median {found.median_width_px:,.0f} x {found.median_height_px:,.0f} px, sides {found.smallest_side_px:,} to"
+        f" {found.largest_side_px:,} px, of {count(found.images)} training images"
+    )
 
 
 def images_for_wanted(found: MoreData) -> tuple[str, str] | None:
@@ -77,6 +93,7 @@ def _facts(report: AdviceReport) -> Iterator[tuple[str, str]]:
         yield f"  {wanted[0]}", wanted[1]
     if report.verification is not None:
         yield "verified", verified(report.verification)
+    yield "resolution", resolution_words(report.size.resolution)
     for warning in report.size.warnings:
         yield "mend first", warning
     for note in report.notes:

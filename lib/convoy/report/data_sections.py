@@ -22,8 +22,8 @@ from convoy.report.blocks import (
     text_table,
     values_table,
 )
+from convoy.report.duplicate_blocks import equal_groups
 from convoy.report.figures import bars_by_name
-from convoy.report.html import listed
 from convoy.report.svg import Chart, Scale
 from convoy.report.words import count, picture, size, yaml_text
 
@@ -244,9 +244,7 @@ def _findings(card: DataCard) -> Iterator[Block]:
             ("groups whose labels differ", count(found.label_conflicts)),
         ]
         yield Facts(key="duplicates", title="Exact duplicates", rows=rows, data=found.model_dump())
-        if found.examples:
-            groups = [[listed(group)] for group in found.examples]
-            yield text_table(["first samples of one group*"], groups, folded="Some groups, the worst first")
+        yield from equal_groups(found.examples)
     if card.warnings:
         yield Notes(title="Warnings", texts=card.warnings)
 
