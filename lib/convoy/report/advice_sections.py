@@ -52,7 +52,7 @@ def advice_sections(report: AdviceReport) -> Iterator[Section]:
             title="Accuracy against cost",
             lead="Backbones on your own images and machine, in the form of Canziani, Paszke and Culurciello (2016): the"
             " larger the bubble, the more parameters. No cheaper one is as good as those on the line.",
-            blocks=list(front_blocks(report.cost_fronts, report.costs)),
+            blocks=list(front_blocks(report.cost_fronts, report.costs, _candidates(report))),
         )
     if report.augmentation_effect is not None:
         yield effect_section(report.augmentation_effect)
@@ -339,6 +339,11 @@ def _verification(found: Verification) -> Section:
         lead=verified(found),
         blocks=[table],
     )
+
+
+def _candidates(report: AdviceReport) -> list[str]:
+    """The names of the backbones, in the order of the costs."""
+    return [one.backbone for one in report.similarity.probes]
 
 
 def _name(one: StrategyAdvice) -> str:

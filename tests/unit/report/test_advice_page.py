@@ -21,7 +21,8 @@ from convoy.report.inspection_sections import inspection_sections
 from convoy.report.page import draw_page
 from convoy.storage.duplicates import DuplicateReport
 from convoy.storage.local_store import LocalStore
-from made_advice import made_advice, made_inspection, made_near_duplicates
+from convoy.vision.engine_options import Precision
+from made_advice import NAMES, made_advice, made_inspection, made_near_duplicates
 from made_pages import SCRIPT, PageParts, made_page
 
 NOTHING = {"evaluation": None, "predictions": None, "history": [], "data_card": None}
@@ -44,7 +45,9 @@ def test_advice_shows_strategies_the_curve_and_the_fronts() -> None:
     )
     for front in report.cost_fronts:
         assert parts.json_of(f"front-{front.axis.value}") == front.model_dump(mode="json")
-    assert parts.text.count("Costs are those of the whole network") == len(report.cost_fronts)
+    assert [
+        f"Cost: {front.unit}; the whole network counts" in parts.text for front in report.cost_fronts
+    ] == [True] * len(report.cost_fronts)
     assert parts.json_of("augmentation-effects")[0]["verdict"] == "loss"
     assert SCRIPT in parts.text
     assert "less the advised one: -7.00 to +3.00 points" in parts.text
@@ -147,6 +150,23 @@ def test_images_that_are_needed_come_with_their_limits(high: float | None, said:
     more = made_advice().more_data.model_copy(update={"images_needed": 1200, "needed": needed})
     report = made_advice().model_copy(update={"more_data": more})
     assert said in PageParts(draw_page(made_page(advice=report, **NOTHING))).text
+
+
+def test_what_was_measured_is_named_as_the_fronts_name_it_with_what_differs() -> None:
+    advice = made_advice()
+    parts = PageParts(draw_page(made_page(advice=advice, **NOTHING)))
+    assert [one["backbone"] for one in parts.json_of("costs")] == list(NAMES)
+    machine = advice.costs[0].machine.cpu
+    assert f"Measured on {machine}, batches of 32, fp32. Images/s are those of all workers" in parts.text
+    assert "from the store to features; those of the network alone" in parts.text
+    first, *others = advice.costs
+    on_gpu = first.machine.model_copy(update={"gpu": "H200"})
+    mixed = [first.model_copy(update={"machine": on_gpu, "precision": Precision.BF16}), *others]
+    page = draw_page(made_page(advice=advice.model_copy(update={"costs": mixed}), **NOTHING))
+    text = PageParts(page).text
+    assert "Measured, batches of 32. Images/s" in text
+    assert page.count(b'<td class="text"><bdi>H200</bdi></td>') == 1
+    assert page.count(b'<td class="text"><bdi>bf16</bdi></td>') == 1
 
 
 def test_bubbles_grow_with_the_root_of_the_parameters() -> None:
