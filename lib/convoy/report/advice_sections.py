@@ -331,7 +331,9 @@ def _verification(found: Verification) -> Section:
         ]
         for one in found.runs
     ]
-    columns = ["advised rank", "strategy*", "backbone*", "expected", "top-1", "95 %", "took"]
+    columns = [
+        "advised rank", "strategy*", "backbone*", "expected of all images", "top-1 at the budget", "95 %", "took",
+    ]  # fmt: skip
     table = text_table(columns, rows, key="verification", title="Runs", data=found.model_dump(mode="json"))
     return Section(
         key="verification",

@@ -72,11 +72,13 @@ def _limits(found: MoreData) -> str:
 
 
 def verified(found: Verification) -> str:
-    """What was best at the small budget, and how sure that is."""
+    """What was best at the small budget, how sure that is, and that the advice is about another one."""
     return (
         f"At {found.images_per_class} images a class and {found.epochs} epochs the best of {len(found.runs)} was"
         f" {found.best.value}; the advice stayed {100 * found.regret:.2f} points behind it."
         f"{_against_others(found.difference)}{_not_run(found.left_out)}"
+        " The advice answers another question, about all images and epochs: what it expects is no forecast of a top-1"
+        " at this budget, and more images may change the order."
     )
 
 

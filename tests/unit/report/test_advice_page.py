@@ -108,6 +108,14 @@ def test_a_strategy_has_the_limits_of_its_cost_and_money_where_there_is_a_price(
     assert page.count(b"<bdi>12.25</bdi></td>") == len(priced)
 
 
+def test_what_is_expected_is_told_apart_from_what_was_verified_at_a_budget() -> None:
+    page = draw_page(made_page(advice=made_advice(), **NOTHING)).decode()
+    section = page[page.index('id="verification"') :]
+    assert ">expected of all images</th>" in section
+    assert ">top-1 at the budget</th>" in section
+    assert "answers another question, about all images and epochs" in section
+
+
 def test_the_distance_of_domains_stands_beside_that_of_no_difference() -> None:
     distance = DomainDistance(
         reference="photos",
