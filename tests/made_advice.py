@@ -34,6 +34,8 @@ from convoy.vision.engine_options import Precision
 from made_pages import IMAGE, QUOTES, SCRIPT
 
 NUM_ROWS = 400
+# Two of them are of one architecture.
+NAMES = ("small", SCRIPT, "bad")
 
 
 def interval(estimate: float, width: float = 0.05) -> Interval:
@@ -54,15 +56,16 @@ def made_near_duplicates() -> NearDuplicateReport:
     )
 
 
-def made_cost(name: str, images_per_s: float, num_parameters: int) -> BackboneCost:
+def made_cost(arch: str, images_per_s: float, num_parameters: int) -> BackboneCost:
     return BackboneCost(
-        arch=name,
+        arch=arch,
         weights_digest="0" * 32,
         input_px=32,
         num_parameters=num_parameters,
         size_bytes=4 * num_parameters,
         macs=10**6,
         images_per_s=images_per_s,
+        from_store=True,
         network_images_per_s=2 * images_per_s,
         slow_network_images_per_s=images_per_s,
         fast_network_images_per_s=3 * images_per_s,
@@ -176,9 +179,9 @@ def made_effect() -> AugmentationEffect:
 
 def made_advice() -> AdviceReport:
     costs = [
-        made_cost("small", 1000, 10_000),
-        made_cost(SCRIPT, 200, 4_000_000),
-        made_cost("bad", 100, 90_000),
+        made_cost("resnet18", 1000, 10_000),
+        made_cost("resnet18", 200, 4_000_000),
+        made_cost("lenet5", 100, 90_000),
     ]
     correct_MN = np.stack([np.arange(NUM_ROWS) < rate * NUM_ROWS for rate in (0.7, 0.9, 0.8)])
     size: dict[str, Any] = {
@@ -215,7 +218,7 @@ def made_advice() -> AdviceReport:
         similarity=Similarity(
             verdict=Likeness.SIMILAR, dissimilarity=0.2, backbone=IMAGE, peak_tap="stage 3", peak_depth=0.75,
             peak_top1=interval(0.8), top_top1=interval(0.8), untrained_top1=interval(0.4), knn_top1=0.7,
-            domain_distance=None, probes=[made_probes(IMAGE, 0.0)], untrained=made_probes(IMAGE, -0.3),
+            domain_distance=None, probes=[made_probes(name, 0.0) for name in NAMES], untrained=made_probes(IMAGE, -0.3),
         ),
         size=DataFacts(**size),
         verification=Verification(
@@ -223,7 +226,7 @@ def made_advice() -> AdviceReport:
             difference=interval(-0.02), left_out=3, seconds=9.0,
         ),
         costs=costs,
-        cost_fronts=cost_fronts(costs, ["small", SCRIPT, "bad"], correct_MN),
+        cost_fronts=cost_fronts(costs, NAMES, correct_MN),
         augmentation_effect=made_effect(),
         prior=TransferPrior(),
         seconds=100.0,

@@ -23,7 +23,7 @@ from convoy.pipelines.report_images import ShownImage
 from convoy.pipelines.report_lineage import LineageLink
 from convoy.pipelines.report_page import PageData
 from convoy.pipelines.report_predictions import ConfusedPair, PredictionSummary, ShownRow
-from convoy.pipelines.report_rejects import RejectSummary, ShownReject
+from convoy.pipelines.report_rejects import DrawnReject, RejectSummary, ShownReject
 from convoy.pipelines.report_slices import SlicePoint, SliceSummary
 from convoy.pipelines.report_target import TargetKind
 from convoy.pipelines.retrain_config import Decision, NewData, RetrainReport, StepResult
@@ -161,7 +161,8 @@ def made_rejects() -> RejectSummary:
     reject = ShownReject(
         sample_id=QUOTES, uri=f"s3://b/{IMAGE}", stage="decode", code="corrupt", reason=SCRIPT
     )
-    return RejectSummary(rows=5, by_code={"corrupt": 4, "empty": 1}, shown=[reject])
+    drawn = DrawnReject(code="too_small", image=shown(TURNED))
+    return RejectSummary(rows=5, by_code={"corrupt": 4, "too_small": 1}, shown=[reject], drawn=[drawn])
 
 
 def made_slices() -> SliceSummary:

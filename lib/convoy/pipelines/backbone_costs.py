@@ -48,10 +48,11 @@ class BackboneCost(StrictModel):
 
     `images_per_s` is that of all workers together, for the whole way from the image in the store to the answer where
     images were given, else for the network alone: that of the worker times their number, at most what their GPUs
-    compute. `network_images_per_s` is of one GPU or worker, for the median batch; the slow and fast rates
-    are those of the batches at the 90th and 10th percentile of time. `macs` are multiply-adds of an image,
-    `size_bytes` those of the weights as they are stored, `peak_memory_bytes` what weights and activations of a
-    batch take. `usd_per_million` is the money for a million images by the price in the config.
+    compute. `from_store` tells which of the two, null in reports of versions that did not. `network_images_per_s` is of
+    one GPU or worker, for the median batch; the slow and fast rates are those of the batches at the 90th and 10th
+    percentile of time. `macs` are multiply-adds of an image, `size_bytes` those of the weights as they are stored,
+    `peak_memory_bytes` what weights and activations of a batch take. `usd_per_million` is the money for a million
+    images by the price in the config.
     """
 
     arch: str
@@ -61,6 +62,7 @@ class BackboneCost(StrictModel):
     size_bytes: int
     macs: int
     images_per_s: float
+    from_store: bool | None = None
     network_images_per_s: float
     slow_network_images_per_s: float
     fast_network_images_per_s: float
@@ -170,6 +172,7 @@ def _cost(
         size_bytes=store.head(backbone.weights_key).size_bytes,
         macs=backbone.macs,
         images_per_s=images_per_s,
+        from_store=timing.job_images_per_s is not None,
         network_images_per_s=timing.images_per_s,
         slow_network_images_per_s=timing.slow_images_per_s,
         fast_network_images_per_s=timing.fast_images_per_s,

@@ -65,7 +65,8 @@ class FrontChoice(StrictModel):
 class CostFront(StrictModel):
     """All backbones on one axis, from the cheapest to the dearest, all judged on the same `num_rows` rows.
 
-    Costs are those of whole networks, also where what was judged is a probe at an earlier stage.
+    Costs are those of whole networks, also where what was judged is a probe at an earlier stage. `unit` says in words
+    what they are of: the whole way from the store where images were timed, else the network alone.
     """
 
     axis: CostAxis
@@ -75,11 +76,15 @@ class CostFront(StrictModel):
 
 
 _UNITS = {
-    CostAxis.THROUGHPUT: "milliseconds an image, in batches",
-    CostAxis.LATENCY: "milliseconds for one image, median",
+    CostAxis.THROUGHPUT: "milliseconds an image {way}, all workers together",
+    CostAxis.LATENCY: "milliseconds for one image through the network, median",
     CostAxis.MEMORY: "MiB for weights and a batch",
-    CostAxis.MONEY: "price of a million images",
+    CostAxis.MONEY: "price of a million images {way}",
 }
+# Costs that follow from the rate of batches, whose spread was measured.
+_BY_RATE = (CostAxis.THROUGHPUT, CostAxis.MONEY)
+# Two runs on one machine differ by so much at least.
+_LEAST_SPREAD = 1.05
 _COST_OF: Mapping[CostAxis, Callable[[BackboneCost], float | None]] = {
     CostAxis.THROUGHPUT: lambda cost: 1000 / cost.images_per_s,
     CostAxis.LATENCY: lambda cost: cost.latency_p50_ms,
@@ -130,9 +135,10 @@ def _front(
     choices = []
     for place in sorted(range(len(names)), key=lambda one: (amounts[one], -top1_M[one])):
         better = beaten_by[place]
-        dominance, gain = None, None
+        dominance, gain, spread = None, None, _LEAST_SPREAD
         if better is not None:
             dominance = _dominance(place, better, amounts, names, difference(better, place))
+            spread = _spread(axis, costs[better], costs[place])
         if place in front[1:]:
             gain = difference(place, front[front.index(place) - 1])
         choices.append(
@@ -144,10 +150,13 @@ def _front(
                 is_best=dominance is None,
                 gain=gain,
                 dominated_by=dominance,
-                explanation=_explain(dominance, gain),
+                explanation=_explain(dominance, gain, spread),
             )
         )
-    return CostFront(axis=axis, unit=_UNITS[axis], num_rows=correct_MN.shape[1], choices=choices)
+    way = "from the store to features" if all(cost.from_store for cost in costs) else "in the network alone"
+    return CostFront(
+        axis=axis, unit=_UNITS[axis].format(way=way), num_rows=correct_MN.shape[1], choices=choices
+    )
 
 
 def _difference(
@@ -173,14 +182,26 @@ def _dominance(
     )
 
 
-def _explain(dominance: Dominance | None, gain: Interval | None) -> str:
+def _spread(axis: CostAxis, cheaper: BackboneCost, dearer: BackboneCost) -> float:
+    """Up to how many times as much the dearer one may cost by chance: at one's slow, or the other's fast batches."""
+    if axis not in _BY_RATE:
+        return _LEAST_SPREAD
+    slow = cheaper.network_images_per_s / cheaper.slow_network_images_per_s
+    fast = dearer.fast_network_images_per_s / dearer.network_images_per_s
+    return max(slow, fast, _LEAST_SPREAD)
+
+
+def _explain(dominance: Dominance | None, gain: Interval | None, spread: float) -> str:
+    """Why one takes a backbone or leaves it; costs whose ratio is within the `spread` are about the same."""
     if dominance is not None:
         difference = dominance.top1_difference
         better = (
             f"{100 * difference.estimate:.2f} points more accurate" if difference.estimate else "as accurate"
         )
         doubt = " (which may be chance)" if difference.estimate and difference.low <= 0 else ""
-        return f"{dominance.backbone} is {better}{doubt}, and this one costs {dominance.cost_ratio:.2f} times as much"
+        is_alike = dominance.cost_ratio <= spread
+        dear = "is about as dear" if is_alike else f"costs {dominance.cost_ratio:.2f} times as much"
+        return f"{dominance.backbone} is {better}{doubt}, and this one {dear}"
     if gain is None:
         return "the cheapest"
     worth = f"{100 * gain.estimate:.2f} points more than the next cheaper choice"

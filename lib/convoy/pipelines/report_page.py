@@ -192,7 +192,7 @@ class _Reader:
         manifest = self._read("what it published", lambda: read_manifest(folder))
         if manifest is not None:
             self._add("slices", "the slices", lambda: summarise_slices(manifest.slices))
-            self._add("rejects", "the rejects", lambda: summarise_rejects(self._store, manifest))
+            self._add("rejects", "the rejects", lambda: summarise_rejects(folder, manifest))
         name, fingerprint = dataset_of_run(record)
         if name and fingerprint:
             self._add("data_card", "the data card", lambda: self._data_card(name, fingerprint))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from convoy.pipelines.advise_data import DataFacts
 from convoy.pipelines.advise_report import AdviceReport, MoreData, Similarity, Verification
 from convoy.pipelines.advise_strategies import StrategyAdvice
-from convoy.report.advice_text import cost_span, images_for_wanted, verified
+from convoy.report.advice_text import cost_span, images_for_wanted, time_span, verified
 from convoy.report.blocks import (
     Block,
     Cell,
@@ -24,8 +23,9 @@ from convoy.report.blocks import (
 )
 from convoy.report.effect_sections import effect_section
 from convoy.report.front_blocks import front_blocks
+from convoy.report.soundness_sections import soundness_section
 from convoy.report.svg import Chart, Scale, number_text, percent_text
-from convoy.report.words import count, duration, number, percent, span
+from convoy.report.words import duration, number, percent, span
 
 _STEPS = 60
 
@@ -52,11 +52,11 @@ def advice_sections(report: AdviceReport) -> Iterator[Section]:
             title="Accuracy against cost",
             lead="Backbones on your own images and machine, in the form of Canziani, Paszke and Culurciello (2016): the"
             " larger the bubble, the more parameters. No cheaper one is as good as those on the line.",
-            blocks=list(front_blocks(report.cost_fronts, report.costs)),
+            blocks=list(front_blocks(report.cost_fronts, report.costs, _candidates(report))),
         )
     if report.augmentation_effect is not None:
         yield effect_section(report.augmentation_effect)
-    yield _soundness(report)
+    yield soundness_section(report.size)
     if report.verification is not None:
         yield _verification(report.verification)
     if report.notes:
@@ -92,6 +92,7 @@ def _strategies(report: AdviceReport) -> Section:
 
 
 def _strategy_table(ranked: Sequence[StrategyAdvice]) -> Table:
+    has_price = any(one.cost.money is not None for one in ranked)
     rows = [
         Row(
             tuple(
@@ -105,6 +106,8 @@ def _strategy_table(ranked: Sequence[StrategyAdvice]) -> Table:
                     span(one.interval),
                     one.basis.value,
                     duration(one.cost.seconds),
+                    time_span(one.cost),
+                    *([number(one.cost.money, 2)] if has_price else ()),
                     one.why,
                     one.config.rpartition("/")[2],
                 )
@@ -122,6 +125,8 @@ def _strategy_table(ranked: Sequence[StrategyAdvice]) -> Table:
         "95 %",
         "basis*",
         "time",
+        "within",
+        *(["money"] if has_price else ()),
         "why*",
         "config*",
     ]
@@ -254,7 +259,7 @@ def _learning_curve(found: MoreData) -> Figure:
     chart = Chart(
         Scale.around(sizes, is_log=True, margin=0.04),
         Scale.around([*tops, *(value for one in limits for value in (one.low, one.high))]),
-        x_label="images a class",
+        x_label="images of the largest class",
         y_label="top-1",
         y_text=percent_text,
         x_text=lambda value: number_text(round(value, 1)),
@@ -285,7 +290,7 @@ def _learning_curve(found: MoreData) -> Figure:
     return Figure(
         key="learning-curve",
         title="What more images would bring",
-        picture=chart.draw("Top-1 against images a class: measured, fitted, and forecast"),
+        picture=chart.draw("Top-1 against images of the largest class: measured, fitted, and forecast"),
         data={
             "measured": [one.model_dump() for one in curve.points],
             "law": curve.law.model_dump(),
@@ -310,44 +315,7 @@ def _curve_values(found: MoreData) -> Table:
         )
         for one in points
     ]
-    return values_table(["images a class", "source*", "top-1", "95 %"], [*measured, *expected])
-
-
-def _soundness(report: AdviceReport) -> Section:
-    found = report.size
-    rows = [
-        ("samples", ", ".join(f"{split} {count(rows)}" for split, rows in found.samples.items())),
-        (
-            "images a class to train on",
-            f"{found.images_per_class_min:,} to {found.images_per_class_max:,},"
-            f" median {found.images_per_class_median:,.0f}",
-        ),
-        ("looked at", _looked_at(found)),
-        (
-            "exact duplicates",
-            f"{count(found.duplicates.samples)}, {count(found.duplicates.across_splits)} groups across splits",
-        ),
-        (
-            "near duplicates",
-            f"{count(found.near_duplicates.samples)},"
-            f" {count(found.near_duplicates.across_splits)} groups across splits,"
-            f" {count(found.near_duplicates.label_conflicts)} whose labels differ",
-        ),
-    ]
-    blocks: list[Block] = [
-        Facts(key="soundness", title="In numbers", rows=rows, data=found.model_dump(mode="json"))
-    ]
-    if found.warnings:
-        blocks.append(Notes(title="To be mended first", texts=found.warnings))
-    return Section(key="soundness", title="Size and soundness", blocks=blocks)
-
-
-def _looked_at(found: DataFacts) -> str:
-    total = sum(found.samples.values())
-    words = f"{count(found.looked_at)} of {count(total)}, {count(found.rejects)} of them rejected"
-    if found.looked_at < total:
-        words += "; duplicates are those among these: of the pairs across splits only some were compared"
-    return words
+    return values_table(["images of the largest class", "source*", "top-1", "95 %"], [*measured, *expected])
 
 
 def _verification(found: Verification) -> Section:
@@ -363,7 +331,9 @@ def _verification(found: Verification) -> Section:
         ]
         for one in found.runs
     ]
-    columns = ["advised rank", "strategy*", "backbone*", "expected", "top-1", "95 %", "took"]
+    columns = [
+        "advised rank", "strategy*", "backbone*", "expected of all images", "top-1 at the budget", "95 %", "took",
+    ]  # fmt: skip
     table = text_table(columns, rows, key="verification", title="Runs", data=found.model_dump(mode="json"))
     return Section(
         key="verification",
@@ -371,6 +341,11 @@ def _verification(found: Verification) -> Section:
         lead=verified(found),
         blocks=[table],
     )
+
+
+def _candidates(report: AdviceReport) -> list[str]:
+    """The names of the backbones, in the order of the costs."""
+    return [one.backbone for one in report.similarity.probes]
 
 
 def _name(one: StrategyAdvice) -> str:

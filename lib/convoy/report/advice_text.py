@@ -8,10 +8,11 @@ from rich.console import Console
 from rich.table import Table
 
 from convoy.core.statistics import Interval
+from convoy.pipelines.advise_data import Resolution
 from convoy.pipelines.advise_report import AdviceReport, MoreData, Verification
 from convoy.pipelines.advise_strategies import StrategyCost
 from convoy.report.hidden_characters import with_codes
-from convoy.report.words import duration, percent, span
+from convoy.report.words import count, duration, percent, span
 
 
 def print_advice(report: AdviceReport, *, workspace: str | None) -> None:
@@ -31,11 +32,26 @@ def print_advice(report: AdviceReport, *, workspace: str | None) -> None:
 def cost_span(cost: StrategyCost) -> str:
     """From when to when a training is done, and its money where a price was given."""
     money = "" if cost.money is None else f", {cost.money:.2f} in money"
-    return f"{duration(cost.low_s)} to {duration(cost.high_s)}{money}"
+    return f"{time_span(cost)}{money}"
+
+
+def time_span(cost: StrategyCost) -> str:
+    """From when to when a training is done."""
+    return f"{duration(cost.low_s)} to {duration(cost.high_s)}"
+
+
+def resolution_words(found: Resolution | None) -> str:
+    """Sizes of the images that were measured."""
+    if found is None:
+        return "no image could be measured"
+    return (
+        f"median {found.median_width_px:,.0f} x {found.median_height_px:,.0f} px, sides {found.smallest_side_px:,} to"
+        f" {found.largest_side_px:,} px, of {count(found.images)} training images"
+    )
 
 
 def images_for_wanted(found: MoreData) -> tuple[str, str] | None:
-    """What is wanted, and the images a class that it needs; None where nothing is."""
+    """What is wanted, and the images of the largest class that it needs; None where nothing is."""
     if found.wanted_top1 is None:
         return None
     if found.curve is None:
@@ -43,7 +59,7 @@ def images_for_wanted(found: MoreData) -> tuple[str, str] | None:
     elif found.images_needed is None:
         needed = "no forecast reaches it"
     else:
-        needed = f"{found.images_needed:,.0f} images a class{_limits(found)}"
+        needed = f"{found.images_needed:,.0f} images of the largest class{_limits(found)}"
     return f"for {percent(found.wanted_top1)}", needed
 
 
@@ -56,11 +72,13 @@ def _limits(found: MoreData) -> str:
 
 
 def verified(found: Verification) -> str:
-    """What was best at the small budget, and how sure that is."""
+    """What was best at the small budget, how sure that is, and that the advice is about another one."""
     return (
         f"At {found.images_per_class} images a class and {found.epochs} epochs the best of {len(found.runs)} was"
         f" {found.best.value}; the advice stayed {100 * found.regret:.2f} points behind it."
         f"{_against_others(found.difference)}{_not_run(found.left_out)}"
+        " The advice answers another question, about all images and epochs: what it expects is no forecast of a top-1"
+        " at this budget, and more images may change the order."
     )
 
 
@@ -77,6 +95,7 @@ def _facts(report: AdviceReport) -> Iterator[tuple[str, str]]:
         yield f"  {wanted[0]}", wanted[1]
     if report.verification is not None:
         yield "verified", verified(report.verification)
+    yield "resolution", resolution_words(report.size.resolution)
     for warning in report.size.warnings:
         yield "mend first", warning
     for note in report.notes:

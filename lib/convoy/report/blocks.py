@@ -117,6 +117,9 @@ class Chain:
 
     kind: ClassVar[str] = "chain"
     links: Sequence[Link]
+    key: str = ""
+    title: str = ""
+    data: Any = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,8 +22,8 @@ from convoy.report.blocks import (
     text_table,
     values_table,
 )
+from convoy.report.duplicate_blocks import equal_groups
 from convoy.report.figures import bars_by_name
-from convoy.report.html import listed
 from convoy.report.svg import Chart, Scale
 from convoy.report.words import count, picture, size, yaml_text
 
@@ -84,7 +84,28 @@ def rejects_section(rejects: RejectSummary) -> Section:
         data=[row.model_dump() for row in rejects.shown],
         caption=f"{len(rejects.shown)} of {count(rejects.rows)}, at most 20 of each reason.",
     )
-    return Section(key="rejects", title="Rejects", blocks=[figure, table])
+    return Section(key="rejects", title="Rejects", blocks=[figure, *_reject_pictures(rejects), table])
+
+
+def _reject_pictures(rejects: RejectSummary) -> Iterator[Gallery]:
+    if rejects.drawn:
+        yield Gallery(
+            key="reject-pictures",
+            title="Rejects that can be looked at",
+            pictures=[
+                picture(
+                    one.image,
+                    one.code,
+                    f"{one.image.width_px} x {one.image.height_px} px · {one.image.sample_id}",
+                )
+                for one in rejects.drawn
+            ],
+            data=[
+                {"code": one.code, **one.image.model_dump(exclude={"jpeg", "missing"})}
+                for one in rejects.drawn
+            ],
+            caption="Some of each reason that decode within the usual limits; why any was rejected is in the table.",
+        )
 
 
 def _facts(card: DataCard) -> Facts:
@@ -223,9 +244,7 @@ def _findings(card: DataCard) -> Iterator[Block]:
             ("groups whose labels differ", count(found.label_conflicts)),
         ]
         yield Facts(key="duplicates", title="Exact duplicates", rows=rows, data=found.model_dump())
-        if found.examples:
-            groups = [[listed(group)] for group in found.examples]
-            yield text_table(["first samples of one group*"], groups, folded="Some groups, the worst first")
+        yield from equal_groups(found.examples)
     if card.warnings:
         yield Notes(title="Warnings", texts=card.warnings)
 

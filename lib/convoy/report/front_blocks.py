@@ -15,13 +15,18 @@ from convoy.report.words import count, percent, size, span
 _SMALLEST, _LARGEST = 5.0, 22.0
 
 
-def front_blocks(fronts: Sequence[CostFront], costs: Sequence[BackboneCost]) -> Iterator[Block]:
-    """A bubble chart for each axis of cost, why to take which, and what was measured."""
+def front_blocks(
+    fronts: Sequence[CostFront], costs: Sequence[BackboneCost], names: Sequence[str]
+) -> Iterator[Block]:
+    """A bubble chart for each axis of cost, why to take which, and what was measured.
+
+    `names` are those of the backbones, in the order of `costs`.
+    """
     for front in fronts:
         yield _bubbles(front)
     yield from (_choices(front) for front in fronts)
     if costs:
-        yield _cost_table(costs)
+        yield _cost_table(costs, names)
 
 
 def _bubbles(front: CostFront) -> Figure:
@@ -53,8 +58,8 @@ def _bubbles(front: CostFront) -> Figure:
         title=f"By {front.axis.value}",
         picture=chart.draw(f"Top-1 against {front.unit}; bubbles by parameters"),
         data=front.model_dump(mode="json"),
-        caption=f"{front.num_rows:,} rows; lines are 95 % intervals. Costs are those of the whole network, also where"
-        " its best probe is at an earlier stage.",
+        caption=f"{front.num_rows:,} rows; lines are 95 % intervals. Cost: {front.unit}; the whole network counts, also"
+        " where its best probe is at an earlier stage.",
         is_wide=len(front.choices) > 6,
     )
 
@@ -97,10 +102,21 @@ def _choices(front: CostFront) -> Table:
     )
 
 
-def _cost_table(costs: Sequence[BackboneCost]) -> Table:
+def _cost_table(costs: Sequence[BackboneCost], names: Sequence[str]) -> Table:
+    machines = [one.machine.gpu or one.machine.cpu for one in costs]
+    precisions = [one.precision.value for one in costs]
+    # What all have in common is said once, below the table.
+    varying = {
+        name: texts
+        for name, texts in (("machine*", machines), ("precision*", precisions))
+        if len(set(texts)) > 1
+    }
+    where = "" if "machine*" in varying else f" on {machines[0]}"
+    precision = "" if "precision*" in varying else f", {precisions[0]}"
     rows = [
         [
-            one.arch,
+            name,
+            *(texts[place] for texts in varying.values()),
             f"{one.input_px}",
             count(one.macs),
             count(one.num_parameters),
@@ -112,15 +128,20 @@ def _cost_table(costs: Sequence[BackboneCost]) -> Table:
             "-" if one.peak_memory_bytes is None else size(one.peak_memory_bytes),
             "-" if one.usd_per_million is None else f"{one.usd_per_million:.2f}",
         ]
-        for one in costs
+        for place, (name, one) in enumerate(zip(names, costs, strict=True))
     ]
     columns = [
-        "network*", "input px", "multiply-adds", "parameters", "weights", "images/s", "alone", "median ms", "95 % ms",
-        "memory", "price a million",
+        "backbone*", *varying, "input px", "multiply-adds", "parameters", "weights", "images/s", "network alone",
+        "median ms", "95 % ms", "memory", "price a million",
     ]  # fmt: skip
-    where = costs[0].machine
     least, most = min(one.batch_size for one in costs), max(one.batch_size for one in costs)
     batches = f"{least}" if least == most else f"{least} to {most}"
-    caption = f"Measured on {where.gpu or where.cpu}, batches of {batches}, {costs[0].precision.value}."
-    data = [one.model_dump(mode="json") for one in costs]
+    caption = f"Measured{where}, batches of {batches}{precision}. {_rates_words(costs)}"
+    data = [{"backbone": name, **one.model_dump(mode="json")} for name, one in zip(names, costs, strict=True)]
     return text_table(columns, rows, key="costs", title="What was measured", data=data, caption=caption)
+
+
+def _rates_words(costs: Sequence[BackboneCost]) -> str:
+    ways = {True: ", from the store to features", False: ", of the network alone", None: ""}
+    way = ways[costs[0].from_store]
+    return f"Images/s are those of all workers together{way}; those of the network alone are of one worker or GPU."

@@ -10,8 +10,9 @@ from markupsafe import Markup
 from convoy.pipelines.inspect_report import InspectionReport
 from convoy.pipelines.near_duplicates import NearDuplicateReport
 from convoy.pipelines.report_inspection import InspectionPicture
-from convoy.report.blocks import Block, Facts, Figure, Notes, Section, Tile, text_table
-from convoy.report.html import clean, image_link, listed
+from convoy.report.blocks import Block, Facts, Figure, Notes, Section, Tile
+from convoy.report.duplicate_blocks import alike_groups
+from convoy.report.html import clean, image_link
 from convoy.report.words import count, percent, span
 
 _TITLES = {
@@ -82,16 +83,7 @@ def _duplicates(report: InspectionReport) -> Iterator[Block]:
         ("similarity from", f"{found.threshold:.3f}"),
     ]
     yield Facts(key="near-duplicates", title="In numbers", rows=rows, data=found.model_dump(mode="json"))
-    groups = [
-        [
-            f"{group.score:.3f}",
-            listed(f"{one.sample_id} ({one.split}, {one.label})" for one in group.samples)
-            + (f" and {count(group.num_unnamed)} more" if group.num_unnamed else ""),
-        ]
-        for group in found.examples
-    ]
-    if groups:
-        yield text_table(["similarity", "samples*"], groups, folded="Some groups, the worst first")
+    yield from alike_groups(found)
 
 
 def _across_splits(found: NearDuplicateReport) -> str:

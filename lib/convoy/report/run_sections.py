@@ -103,7 +103,14 @@ def lineage_section(lineage: Sequence[LineageLink]) -> Section:
         key="lineage",
         title="Lineage",
         lead="What each thing was made of, by the digests that prove it.",
-        blocks=[Chain(links=links)],
+        blocks=[
+            Chain(
+                key="lineage",
+                title="From the result back",
+                links=links,
+                data=[link.model_dump() for link in lineage],
+            )
+        ],
     )
 
 

@@ -70,3 +70,4 @@ def test_costs_are_those_of_the_workers_of_a_large_job(
     (pool,) = pools
     assert (pool.num_workers, pool.num_threads) == (num_workers, num_threads)
     assert (cost.num_threads, cost.images_per_s) == (num_threads, 80 * num_workers)
+    assert cost.from_store

@@ -23,9 +23,10 @@ def cost(images_per_s: float, **changes: Any) -> BackboneCost:
         "size_bytes": 4000,
         "macs": 10**6,
         "images_per_s": images_per_s,
+        "from_store": True,
         "network_images_per_s": 2 * images_per_s,
-        "slow_network_images_per_s": images_per_s,
-        "fast_network_images_per_s": 3 * images_per_s,
+        "slow_network_images_per_s": 1.6 * images_per_s,
+        "fast_network_images_per_s": 2.4 * images_per_s,
         "latency_p50_ms": 5000 / images_per_s,
         "latency_p95_ms": 9000 / images_per_s,
         "peak_memory_bytes": 2**20 * 100,
@@ -102,6 +103,41 @@ def test_a_gain_that_may_be_chance_is_called_so() -> None:
 def test_a_dominated_backbone_may_be_as_accurate() -> None:
     front = cost_fronts([cost(1000), cost(500)], ["cheap", "dear"], correct(0.8, 0.8))[0]
     assert front.choices[1].explanation == "cheap is as accurate, and this one costs 2.00 times as much"
+
+
+@pytest.mark.parametrize(
+    ("axis", "dear", "said"),
+    [
+        # Batches at 1.25 and 1.2 times the median time were measured of both.
+        (CostAxis.THROUGHPUT, {"images_per_s": 82}, "and this one is about as dear"),
+        (CostAxis.THROUGHPUT, {"images_per_s": 78}, "and this one costs 1.28 times as much"),
+        (CostAxis.MONEY, {"usd_per_million": 1.2}, "and this one is about as dear"),
+        (CostAxis.MONEY, {"usd_per_million": 1.3}, "and this one costs 1.30 times as much"),
+        (CostAxis.LATENCY, {"latency_p50_ms": 51.0}, "and this one is about as dear"),
+        (CostAxis.LATENCY, {"latency_p50_ms": 54.0}, "and this one costs 1.08 times as much"),
+        (CostAxis.MEMORY, {"peak_memory_bytes": 2**20 * 104}, "and this one is about as dear"),
+        (CostAxis.MEMORY, {"peak_memory_bytes": 2**20 * 110}, "and this one costs 1.10 times as much"),
+    ],
+)
+def test_costs_that_differ_by_less_than_was_measured_are_about_the_same(
+    axis: CostAxis, dear: dict[str, Any], said: str
+) -> None:
+    cheap = cost(100, usd_per_million=1.0)
+    costs = [cheap, cheap.model_copy(update=dear)]
+    front = front_of(cost_fronts(costs, ["cheap", "dear"], correct(0.9, 0.8)), axis)
+    (choice,) = [one for one in front.choices if not one.is_best]
+    assert choice.backbone == "dear"
+    assert choice.explanation.endswith(said)
+
+
+@pytest.mark.parametrize(
+    ("from_store", "way"), [(True, "from the store to features"), (False, "in the network alone")]
+)
+def test_a_cost_says_what_it_is_of(from_store: bool, way: str) -> None:
+    costs = [cost(1000, from_store=from_store, usd_per_million=1.0)] * 2
+    fronts = cost_fronts(costs, ["a", "b"], correct(0.7, 0.8))
+    assert front_of(fronts, CostAxis.THROUGHPUT).unit == f"milliseconds an image {way}, all workers together"
+    assert front_of(fronts, CostAxis.MONEY).unit == f"price of a million images {way}"
 
 
 def test_axes_without_a_cost_for_everyone_are_left_out() -> None:

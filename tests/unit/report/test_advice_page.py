@@ -13,12 +13,16 @@ from PIL import Image
 
 from convoy.core.learning_curve import ImagesNeeded
 from convoy.core.transferability import DomainDistance
+from convoy.pipelines.advise_data import Resolution
+from convoy.pipelines.advise_report import AdviceReport
 from convoy.pipelines.near_duplicates import NearDuplicateGroup, NearDuplicateSample
 from convoy.pipelines.report_inspection import read_pictures
 from convoy.report.inspection_sections import inspection_sections
 from convoy.report.page import draw_page
+from convoy.storage.duplicates import DuplicateReport
 from convoy.storage.local_store import LocalStore
-from made_advice import made_advice, made_inspection, made_near_duplicates
+from convoy.vision.engine_options import Precision
+from made_advice import NAMES, made_advice, made_inspection, made_near_duplicates
 from made_pages import SCRIPT, PageParts, made_page
 
 NOTHING = {"evaluation": None, "predictions": None, "history": [], "data_card": None}
@@ -41,11 +45,75 @@ def test_advice_shows_strategies_the_curve_and_the_fronts() -> None:
     )
     for front in report.cost_fronts:
         assert parts.json_of(f"front-{front.axis.value}") == front.model_dump(mode="json")
-    assert parts.text.count("Costs are those of the whole network") == len(report.cost_fronts)
+    assert [
+        f"Cost: {front.unit}; the whole network counts" in parts.text for front in report.cost_fronts
+    ] == [True] * len(report.cost_fronts)
     assert parts.json_of("augmentation-effects")[0]["verdict"] == "loss"
     assert SCRIPT in parts.text
     assert "less the advised one: -7.00 to +3.00 points" in parts.text
     assert "3 further options of the advice were not run" in parts.text
+
+
+def unsound_advice() -> AdviceReport:
+    """Copies across splits, of which some have several labels, and one class much larger than another."""
+    resolution = Resolution(
+        images=64, median_width_px=500, median_height_px=375, smallest_side_px=32, largest_side_px=4000
+    )
+    equal = DuplicateReport(
+        groups=4, samples=9, across_splits=3, label_conflicts=2, examples=[["train/a.jpg", "test/b.jpg"]]
+    )
+    near = [
+        NearDuplicateSample(sample_id=f"{split}/c.jpg", split=split, label=None) for split in ("train", "val")
+    ]
+    alike = made_near_duplicates().model_copy(
+        update={"examples": [NearDuplicateGroup(score=0.97, samples=near)]}
+    )
+    advice = made_advice()
+    size = advice.size.model_copy(
+        update={"resolution": resolution, "duplicates": equal, "near_duplicates": alike, "imbalance": 12.5}
+    )
+    return advice.model_copy(update={"size": size})
+
+
+def test_what_is_to_be_mended_is_counted_and_named() -> None:
+    text = PageParts(draw_page(made_page(advice=unsound_advice(), **NOTHING))).text
+    for words in (
+        "median 500 x 375 px, sides 32 to 4,000 px, of 64 training images",
+        "12.50 to 1",
+        "9, 3 groups across splits, 2 whose labels differ",
+        "train/a.jpg, test/b.jpg",
+        "train/c.jpg (train, None), val/c.jpg (val, None)",
+    ):
+        assert words in text
+
+
+def test_a_class_without_rows_has_no_ratio() -> None:
+    advice = made_advice()
+    size = advice.size.model_copy(update={"images_per_class_min": 0})
+    text = PageParts(draw_page(made_page(advice=advice.model_copy(update={"size": size}), **NOTHING))).text
+    assert "a class has no row to train on" in text
+
+
+def test_a_strategy_has_the_limits_of_its_cost_and_money_where_there_is_a_price() -> None:
+    advice = made_advice()
+    text = PageParts(draw_page(made_page(advice=advice, **NOTHING))).text
+    assert "30 s to 2 min" in text
+    assert "money" not in text
+    priced = [
+        one.model_copy(update={"cost": one.cost.model_copy(update={"money": 12.25})})
+        for one in advice.strategies
+    ]
+    page = draw_page(made_page(advice=advice.model_copy(update={"strategies": priced}), **NOTHING))
+    assert b"money</th>" in page
+    assert page.count(b"<bdi>12.25</bdi></td>") == len(priced)
+
+
+def test_what_is_expected_is_told_apart_from_what_was_verified_at_a_budget() -> None:
+    page = draw_page(made_page(advice=made_advice(), **NOTHING)).decode()
+    section = page[page.index('id="verification"') :]
+    assert ">expected of all images</th>" in section
+    assert ">top-1 at the budget</th>" in section
+    assert "answers another question, about all images and epochs" in section
 
 
 def test_the_distance_of_domains_stands_beside_that_of_no_difference() -> None:
@@ -83,13 +151,33 @@ def test_without_a_curve_no_forecast_is_said_to_miss_what_is_wanted() -> None:
 
 @pytest.mark.parametrize(
     ("high", "said"),
-    [(3000.0, "1,200 images a class, 800 to 3,000"), (None, "1,200 images a class, 800 or more")],
+    [
+        (3000.0, "1,200 images of the largest class, 800 to 3,000"),
+        (None, "1,200 images of the largest class, 800 or more"),
+    ],
 )
 def test_images_that_are_needed_come_with_their_limits(high: float | None, said: str) -> None:
     needed = ImagesNeeded(top1=0.95, images_per_class=1200, low=800, high=high)
     more = made_advice().more_data.model_copy(update={"images_needed": 1200, "needed": needed})
     report = made_advice().model_copy(update={"more_data": more})
     assert said in PageParts(draw_page(made_page(advice=report, **NOTHING))).text
+
+
+def test_what_was_measured_is_named_as_the_fronts_name_it_with_what_differs() -> None:
+    advice = made_advice()
+    parts = PageParts(draw_page(made_page(advice=advice, **NOTHING)))
+    assert [one["backbone"] for one in parts.json_of("costs")] == list(NAMES)
+    machine = advice.costs[0].machine.cpu
+    assert f"Measured on {machine}, batches of 32, fp32. Images/s are those of all workers" in parts.text
+    assert "from the store to features; those of the network alone" in parts.text
+    first, *others = advice.costs
+    on_gpu = first.machine.model_copy(update={"gpu": "H200"})
+    mixed = [first.model_copy(update={"machine": on_gpu, "precision": Precision.BF16}), *others]
+    page = draw_page(made_page(advice=advice.model_copy(update={"costs": mixed}), **NOTHING))
+    text = PageParts(page).text
+    assert "Measured, batches of 32. Images/s" in text
+    assert page.count(b'<td class="text"><bdi>H200</bdi></td>') == 1
+    assert page.count(b'<td class="text"><bdi>bf16</bdi></td>') == 1
 
 
 def test_bubbles_grow_with_the_root_of_the_parameters() -> None:

@@ -174,6 +174,13 @@ def test_every_figure_has_its_json(parts: PageParts) -> None:
             assert attributes["aria-label"]
 
 
+def test_the_lineage_has_its_json() -> None:
+    page = made_page()
+    assert page.lineage
+    shown = PageParts(draw_page(page)).json_of("lineage")
+    assert shown == [link.model_dump() for link in page.lineage]
+
+
 def test_what_turns_the_reading_direction_is_shown_by_its_code(parts: PageParts) -> None:
     assert "\u202e" not in parts.text
     assert TURNED.replace("\u202e", "\\u202e") in parts.text
@@ -193,6 +200,12 @@ def test_a_very_long_name_is_cut(parts: PageParts) -> None:
 def test_the_title_of_a_run_leaves_names_as_they_are() -> None:
     run = made_run("advise").model_copy(update={"dataset": "PETS-V2", "config": {}})
     assert "<h1><bdi>Advise PETS-V2</bdi></h1>" in draw_page(made_page(run=run)).decode()
+
+
+def test_rejects_that_can_be_drawn_are_shown_with_their_reason(parts: PageParts) -> None:
+    (drawn,) = parts.json_of("reject-pictures")
+    assert drawn == {"code": "too_small", "sample_id": TURNED, "width_px": 16, "height_px": 16}
+    assert "16 x 16 px" in parts.text
 
 
 def test_a_missing_image_is_said(parts: PageParts) -> None:

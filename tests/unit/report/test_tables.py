@@ -64,6 +64,8 @@ def test_advice_is_a_short_text_and_the_command_for_its_page(
         "collect",
         "for 95.00 %",
         "2 x the images",
+        "resolution no image could be measured",
+        "what it expects is no forecast of a top-1 at this budget",
     ):
         assert words in " ".join(shown.split())
     assert shown.splitlines()[-1] == "All of the evidence: convoy report r --workspace s3://bucket/work"
