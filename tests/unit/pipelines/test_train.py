@@ -172,7 +172,7 @@ def test_the_fit_of_a_probe_weighs_classes_as_the_recipe_says(
             pass
 
         def ensure(self, **_: object) -> SimpleNamespace:
-            return SimpleNamespace(run=None)
+            return SimpleNamespace(share_computed=1.0)
 
         def set_id(self, *_: object) -> str:
             return "set"
