@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import NamedTuple
 
@@ -56,12 +57,12 @@ class TrialSummary(StrictModel):
 class HeadSummary(StrictModel):
     """A head that was fitted on cached features, and what that saved.
 
-    The fit went `num_passes` times over the rows. Through the frozen body each pass would have taken
-    `body_pass_s`, by the run that computed most of the features; `saved_s` is that for all passes, less the fit, and
-    less the share of a pass that computed features for it now: for a probe the passes of the same fit, for a
-    fine-tuning (`in_place_of`) the epochs that the fit replaces. Null where no run timed some hundreds of images.
-    `reject_codes` count the training images that have no features, and were left out; `val_rejects` is the number of
-    such validation images.
+    The fit took `fit_seconds`, reading the features included, and went `num_passes` times over the rows. Through the
+    frozen body each pass would have taken `body_pass_s`, by the run that computed most of the features; `saved_s` is
+    that for all passes, less the fit, and less the share of a pass that computed features for it now: for a probe the
+    passes of the same fit, for a fine-tuning (`in_place_of`) the epochs that the fit replaces. Null where no run timed
+    some hundreds of images. `reject_codes` count the training images that have no features, and were left out;
+    `val_rejects` is the number of such validation images.
     """
 
     num_rows: int
@@ -138,11 +139,13 @@ def fit_probe(
         train_sets = [augmented.set_id(tap, view) for view in range(config.views)]
         shares_computed += [drawn.share_computed] * (config.views - 1)
     progress.stage("fitting the head")
-    cache = FeatureCache(store)
+    cache, started_s = FeatureCache(store), time.monotonic()
     train = open_features(cache, train_sets, LabelledRows.of(taught.rows, _teacher(taught, config)))
     watched = validation_rows(manifest, config.rows)
     val = None if watched is None else open_features(cache, [plain.set_id(tap)], LabelledRows.of(watched))
+    read_s = time.monotonic() - started_s
     fitted = fit_head(config.head, train, val, num_classes=len(manifest.classes), kept=kept)
+    fitted = replace(fitted, seconds=read_s + fitted.seconds)
     is_whole = train.num_rows == len(train_sets) * taught.rows.num_rows
     reject_codes = {} if is_whole else count_rejects(cache, train_sets[:1], taught.rows)
     num_val_images = 0 if watched is None else watched.num_rows

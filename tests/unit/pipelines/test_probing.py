@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
+import torch
 
 from cache_jobs import write_digits
 from convoy.core.config import parse_config
@@ -16,6 +18,7 @@ from convoy.core.records import Split
 from convoy.core.splits import SplitOptions
 from convoy.pipelines import probing
 from convoy.pipelines.distillation import TaughtRows
+from convoy.pipelines.feature_source import LabelledRows
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.probing import TrainingInputs, _seconds_an_image, _summarise, fit_probe
 from convoy.pipelines.train import run_train
@@ -27,7 +30,7 @@ from convoy.storage.local_store import LocalStore
 from convoy.storage.runs import RunFolder
 from convoy.vision.head_config import HeadKind, HeadSpec
 from convoy.vision.head_fitting import FittedHead, HeadTrial
-from convoy.vision.heads import Head
+from convoy.vision.heads import Head, TensorFeatures
 from features_here import compute_features_here
 from made_advice_rows import frozen_rows
 from made_bundles import FP32
@@ -172,3 +175,46 @@ def test_what_a_probe_saves_goes_by_the_features_that_it_had_to_compute(
         assert head.body_pass_s
         passes_s = head.body_pass_s * (head.num_passes - share_computed)
         assert head.saved_s == pytest.approx(passes_s - head.fit_seconds)
+
+
+def test_the_seconds_of_a_fit_are_those_of_reading_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(now_s=100.0)
+
+    def read(_cache: object, _sets: object, rows: LabelledRows) -> TensorFeatures:
+        clock.now_s += 7.0 if len(rows) == 20 else 2.0
+        labels_N, weights_N = torch.from_numpy(rows.labels_N), torch.from_numpy(rows.weights_N)
+        return TensorFeatures(torch.randn(len(rows), 2), labels_N, weights_N)
+
+    class Job:
+        def __init__(self, *_: object, **__: object) -> None:
+            pass
+
+        def ensure(self, **_: object) -> SimpleNamespace:
+            clock.now_s += 1000.0
+            return SimpleNamespace(share_computed=1.0)
+
+        def set_id(self, *_: object) -> str:
+            return SET_ID
+
+    point = HeadTrial(C=1.0, num_iterations=3, converged=True, val=None)
+    monkeypatch.setattr(probing, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
+    monkeypatch.setattr(probing, "FeatureJob", Job)
+    monkeypatch.setattr(probing, "open_features", read)
+    monkeypatch.setattr(probing, "fit_head", lambda *_, **__: fitted([point]))
+    rows = {Split.TRAIN: (10, 10), Split.VAL: (5, 5)}
+    manifest = frozen_rows(tmp_path, rows, ("good", "defect"))
+    backbone = {"arch": "lenet5", "weights": "random"}
+    settings = {"name": "parts", "dataset": "parts", "backbone": backbone}
+    config = parse_config(TrainConfig, settings, where="here")
+    store = LocalStore(str(tmp_path))
+    probe = fit_probe(
+        TrainingInputs(store, manifest, fetch_backbone(store, config.backbone), config),
+        tap="f6",
+        taught=TaughtRows(rows=read_split(manifest, Split.TRAIN)),
+        progress=Silent(),
+        new_run=False,
+    )
+    # Of both splits, before the second that the fit took.
+    assert probe.summary.fit_seconds == 7.0 + 2.0 + 1.0
