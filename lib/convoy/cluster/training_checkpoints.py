@@ -83,6 +83,11 @@ class TrainingCheckpoints:
         self._interval_steps, self._interval_s = spec.checkpoint_steps, 60 * spec.checkpoint_minutes
         self._last_step, self._last_s = 0, time.monotonic()
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What went wrong beside the uploads, and costs nothing but room."""
+        return self._writer.notes
+
     def newest(self) -> Resumed:
         """The newest checkpoint that is whole, or the beginning; what was damaged is in the notes, and deleted."""
         notes: tuple[str, ...] = ()

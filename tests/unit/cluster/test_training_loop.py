@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from convoy.cluster.training_meter import Spent
 from convoy.cluster.training_results import TrainingOutcome, read_outcome
 from convoy.cluster.training_spec import TrainingSpec
 from convoy.core.crash_points import CrashPoint
-from convoy.core.errors import DataError
+from convoy.core.errors import AccessDenied, DataError
 from convoy.core.training_events import TrainingEvent
 from convoy.storage.checkpoints import CheckpointFolder
 from convoy.storage.local_cache import CacheCounts, LocalCacheOptions, LocalImageCache
@@ -272,6 +273,27 @@ def test_what_is_wrong_with_the_image_cache_is_told_once(
     board = Notes()
     TrainingWorker(training_spec(tmp_path, rows, local_cache=options), GroupOfOne(), board).run()
     assert board.notes == [f"image cache of a node (local_cache): {reason}" for reason in counts.notes]
+
+
+@pytest.mark.parametrize(("checkpoint_steps", "kept"), [(2, [15, 14, 12, 10, 8, 6, 4, 2]), (5, [15, 10, 5])])
+def test_a_training_whose_checkpoints_cannot_be_deleted_goes_on_and_says_so_once(
+    tmp_path: Path, rows: pa.Table, monkeypatch: pytest.MonkeyPatch, checkpoint_steps: int, kept: list[int]
+) -> None:
+    """Also where only the last of them has a former one to delete."""
+
+    def refuse(_store: LocalStore, keys: Iterable[str]) -> None:
+        for key in keys:
+            raise AccessDenied("no right to delete", where=key)
+
+    monkeypatch.setattr(LocalStore, "delete", refuse)
+    phase = Phase(name="train", epochs=3, learning_rate=0.05)
+    spec = training_spec(tmp_path, rows, checkpoint_steps=checkpoint_steps, phases=(phase,))
+    board = Notes()
+    outcome = TrainingWorker(spec, GroupOfOne(), board).run()
+    assert outcome.weights_key is not None
+    assert [one.step for one in CheckpointFolder(LocalStore(spec.workspace), RUN_ID).records()] == kept
+    (note,) = board.notes
+    assert "could not be deleted: no right to delete [" in note
 
 
 class Notes:
