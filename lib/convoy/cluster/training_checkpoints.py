@@ -140,7 +140,7 @@ class TrainingCheckpoints:
         """Copy the state and upload it beside the training; False, and nothing saved, if a weight is not finite.
 
         Waits for the upload before it, and raises that one's error. The interval counts from here, so that a kill loses
-        at most one interval and one upload.
+        at most the interval under way, and while the one before it is still being uploaded that too.
         """
         self._last_step, self._last_s = step, time.monotonic()
         if not self._group.is_first:
