@@ -343,6 +343,48 @@ def test_a_training_that_diverges_says_where_and_keeps_finite_checkpoints(
         assert is_finite(network)
 
 
+@pytest.mark.parametrize(
+    ("at_step", "found_at_step"),
+    # By the loss of the next step; and, behind a step whose loss was a number, by the checkpoint that is due.
+    [(7, 8), (9, 9)],
+)
+def test_a_weight_that_becomes_nan_in_a_phase_stops_it_and_keeps_the_last_good_checkpoint(
+    tmp_path: Path, rows: pa.Table, monkeypatch: pytest.MonkeyPatch, at_step: int, found_at_step: int
+) -> None:
+    phase = Phase(name="train", epochs=3, learning_rate=0.05)
+    whole, spoilt = (training_spec(tmp_path / name, rows, phases=(phase,)) for name in ("whole", "spoilt"))
+    worker = TrainingWorker(spoilt, GroupOfOne(), None)
+    steps: list[int] = []
+    injected: list[int] = []
+
+    def spoil(point: CrashPoint) -> None:
+        steps.append(len(steps) + 1)
+        if len(steps) == at_step:
+            with torch.no_grad():
+                next(worker._network.parameters())[0] = torch.nan
+            assert not is_finite(worker._network)
+            injected.append(at_step)
+
+    with monkeypatch.context() as patched:
+        # The loss is looked at after every step.
+        patched.setattr(training_loop, "_SECONDS_BETWEEN_LOOKS", 0.0)
+        patched.setattr(training_loop, "crash_point", spoil)
+        outcome = worker.run()
+    assert (injected, len(steps)) == ([at_step], found_at_step)
+    told = outcome.diverged
+    assert told is not None
+    assert (told.phase, told.epoch, told.step, outcome.weights_key) == ("train", 2, found_at_step - 5, None)
+    # One was due at step 9, and is not there: the newest is the last good one.
+    folder = CheckpointFolder(LocalStore(spoilt.workspace), RUN_ID)
+    records = folder.records()
+    assert [record.step for record in records] == [6, 3]
+    network = build_network(spoilt.backbone)
+    for record in records:
+        PackedTraining(folder.read(record)).load_network(network)
+        assert is_finite(network)
+    assert_same(spoilt, train(spoilt), whole, train(whole))
+
+
 def test_an_update_that_only_validation_finds_to_be_too_large_ends_the_training(
     tmp_path: Path, rows: pa.Table
 ) -> None:
