@@ -46,6 +46,7 @@ integration: setup  ## Only the tests that start a real Ray or a real S3 server.
 
 chaos: setup  ## Kill and spoil things on purpose, the long form; ends in a table of faults. About an hour.
 	$(BIN)/python tests/run_pytest.py tests/unit/vision/test_forward.py tests/unit/cluster/test_library_versions.py \
+		tests/unit/cluster/test_training_loop.py \
 		tests/unit/storage/test_s3_store.py tests/unit/storage/test_samples.py tests/unit/storage/test_sources_*.py \
 		-m "not gpu" $(TWO_FILES)
 	$(BIN)/python tests/run_pytest.py tests/contract/test_leases.py tests/contract/test_s3_faults.py \

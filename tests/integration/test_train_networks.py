@@ -141,9 +141,8 @@ def test_fine_tuning_begins_with_a_head_from_the_cache(
     assert (head["num_rows"], head["converged"]) == (NUM_ROWS["train"], True)
     assert head["num_passes"] > len(head["trials"]) == 7
     assert head["fit_seconds"] > 0
-    # The body's own time was measured as the features were computed; the epoch that the fit replaces takes no longer.
-    assert head["body_pass_s"] > 0
-    assert head["saved_s"] == pytest.approx(-head["fit_seconds"])
+    # So few images tell nothing of the time that a pass through the body takes.
+    assert (head["body_pass_s"], head["saved_s"]) == (None, None)
     assert_same_worth(report, evaluate_elsewhere(report))
 
 

@@ -83,6 +83,11 @@ class TrainingCheckpoints:
         self._interval_steps, self._interval_s = spec.checkpoint_steps, 60 * spec.checkpoint_minutes
         self._last_step, self._last_s = 0, time.monotonic()
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What went wrong beside the uploads, and costs nothing but room."""
+        return self._writer.notes
+
     def newest(self) -> Resumed:
         """The newest checkpoint that is whole, or the beginning; what was damaged is in the notes, and deleted."""
         notes: tuple[str, ...] = ()
@@ -135,7 +140,7 @@ class TrainingCheckpoints:
         """Copy the state and upload it beside the training; False, and nothing saved, if a weight is not finite.
 
         Waits for the upload before it, and raises that one's error. The interval counts from here, so that a kill loses
-        at most one interval and one upload.
+        at most the interval under way, and while the one before it is still being uploaded that too.
         """
         self._last_step, self._last_s = step, time.monotonic()
         if not self._group.is_first:

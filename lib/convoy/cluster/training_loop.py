@@ -292,6 +292,7 @@ class TrainingWorker:
         )
         if not self._group.from_first(saved):
             raise LossNotFinite
+        self._tell(self._checkpoints.notes)
 
     def _finish(self) -> TrainingOutcome:
         kept = self._keeper.kept()
@@ -302,6 +303,7 @@ class TrainingWorker:
                 self._measure_batchnorm(phase)
         validated = self._final_validation(phase)
         self._checkpoints.close()
+        self._tell(self._checkpoints.notes)
         rejects = self._group_rejects()
         outcome = TrainingOutcome(
             history=tuple(self._history),

@@ -35,6 +35,11 @@ class FeatureSummary(StrictModel):
     precision_effect: dict[str, float]
     notes: list[str]
 
+    @property
+    def share_computed(self) -> float:
+        """Which share of the samples this call computed; the rest was there."""
+        return self.recomputed / max(self.samples, 1)
+
 
 class FeaturePlan(StrictModel):
     """What a job would do: samples asked for, samples that lack something, and a rough forecast of the forward.

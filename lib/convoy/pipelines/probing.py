@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -20,7 +22,7 @@ from convoy.pipelines.features import FeatureJob
 from convoy.pipelines.pixel_statistics import resolve_augmentation
 from convoy.pipelines.train_config import PROBES, TrainConfig
 from convoy.pipelines.training_rows import has_labels, has_validation_rows, read_split, validation_rows
-from convoy.storage.commits import read_manifest
+from convoy.storage.commits import read_commits, read_manifest
 from convoy.storage.feature_cache import FeatureCache
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
@@ -29,6 +31,9 @@ from convoy.vision.distillation import Teacher
 from convoy.vision.head_config import check_choice
 from convoy.vision.head_fitting import FittedHead, fit_head
 from convoy.vision.head_path import KeptPoints
+
+# Of fewer images most of the time is that of starting: they tell nothing of a pass.
+_FEWEST_TIMED = 300
 
 
 class TrainingInputs(NamedTuple):
@@ -52,11 +57,12 @@ class TrialSummary(StrictModel):
 class HeadSummary(StrictModel):
     """A head that was fitted on cached features, and what that saved.
 
-    The fit went `num_passes` times over the rows. Through the frozen body each pass would have taken
-    `body_pass_s`, as measured when the features were computed; `saved_s` is that for all passes but the one
-    that filled the cache, less the fit: for a probe the passes of the same fit, for a fine-tuning (`in_place_of`) the
-    epochs that the fit replaces. Null where the cache was filled by another network run. `reject_codes` count
-    the training images that have no features, and were left out; `val_rejects` is the number of such validation images.
+    The fit took `fit_seconds`, reading the features included, and went `num_passes` times over the rows. Through the
+    frozen body each pass would have taken `body_pass_s`, by the run that computed most of the features; `saved_s` is
+    that for all passes, less the fit, and less the share of a pass that computed features for it now: for a probe the
+    passes of the same fit, for a fine-tuning (`in_place_of`) the epochs that the fit replaces. Null where no run timed
+    some hundreds of images. `reject_codes` count the training images that have no features, and were left out;
+    `val_rejects` is the number of such validation images.
     """
 
     num_rows: int
@@ -72,12 +78,12 @@ class HeadSummary(StrictModel):
     def in_place_of(self, num_epochs: int, *, num_views: int) -> HeadSummary:
         """The summary of a fit that replaces so many epochs through the body, each of one view of every image.
 
-        It saves nothing, and `saved_s` is negative, where the cache took as many passes: one a view.
+        It saves nothing, and `saved_s` is negative, where features took as many passes now: one a view.
         """
-        if self.body_pass_s is None:
+        if self.body_pass_s is None or self.saved_s is None:
             return self
         # The rows of the fit, and so its passes, are of all views.
-        saved_s = self.body_pass_s * (num_epochs / num_views - 1) - self.fit_seconds
+        saved_s = self.saved_s + self.body_pass_s * (num_epochs / num_views - self.num_passes)
         return self.model_copy(update={"saved_s": saved_s})
 
 
@@ -126,22 +132,26 @@ def fit_probe(
         rows=None if few is None else pa.concat_tables([few, *judges]),
     )
     features = plain.ensure(progress=progress, new_run=new_run)
-    train_sets = [plain.set_id(tap)]
+    train_sets, shares_computed = [plain.set_id(tap)], [features.share_computed]
     if config.views > 1:
         augmented = _augmented_job(inputs._replace(config=config), request, few, progress)
-        augmented.ensure(progress=progress, new_run=new_run)
+        drawn = augmented.ensure(progress=progress, new_run=new_run)
         train_sets = [augmented.set_id(tap, view) for view in range(config.views)]
+        shares_computed += [drawn.share_computed] * (config.views - 1)
     progress.stage("fitting the head")
-    cache = FeatureCache(store)
+    cache, started_s = FeatureCache(store), time.monotonic()
     train = open_features(cache, train_sets, LabelledRows.of(taught.rows, _teacher(taught, config)))
     watched = validation_rows(manifest, config.rows)
     val = None if watched is None else open_features(cache, [plain.set_id(tap)], LabelledRows.of(watched))
+    read_s = time.monotonic() - started_s
     fitted = fit_head(config.head, train, val, num_classes=len(manifest.classes), kept=kept)
+    fitted = replace(fitted, seconds=read_s + fitted.seconds)
     is_whole = train.num_rows == len(train_sets) * taught.rows.num_rows
     reject_codes = {} if is_whole else count_rejects(cache, train_sets[:1], taught.rows)
     num_val_images = 0 if watched is None else watched.num_rows
     val_rejects = 0 if val is None else num_val_images - val.num_rows
-    summary = _summarise(store, fitted, features.run).model_copy(
+    image_s = _seconds_an_image(store, train_sets[0])
+    summary = _summarise(fitted, image_s, fmean(shares_computed)).model_copy(
         update={"reject_codes": reject_codes, "val_rejects": val_rejects}
     )
     return Probe(fitted=fitted, summary=summary, num_val_images=num_val_images)
@@ -175,27 +185,29 @@ def _few_rows(manifest: Manifest, config: TrainConfig) -> tuple[pa.Table | None,
     return read_split(manifest, Split.TRAIN, config.rows.without_fold), judges
 
 
-def _summarise(store: ObjectStore, fitted: FittedHead, cache_run: str | None) -> HeadSummary:
+def _summarise(fitted: FittedHead, image_s: float | None, share_computed: float) -> HeadSummary:
+    """The summary where an image takes so long through the body, and this share of the rows was computed now."""
     iterations = [trial.num_iterations for trial in fitted.trials]
     # The epochs of an MLP are counted on, the iterations for each C begin anew.
     num_passes = iterations[-1] if fitted.trials[-1].C is None else sum(iterations)
-    image_s = _seconds_an_image(store, cache_run)
     body_pass_s = None if image_s is None else image_s * fitted.num_train_rows
     return HeadSummary(
         num_rows=fitted.num_train_rows,
         fit_seconds=fitted.seconds,
         num_passes=num_passes,
         body_pass_s=body_pass_s,
-        saved_s=None if body_pass_s is None else body_pass_s * (num_passes - 1) - fitted.seconds,
+        saved_s=None if body_pass_s is None else body_pass_s * (num_passes - share_computed) - fitted.seconds,
         converged=fitted.converged,
         trials=_trials(fitted),
     )
 
 
-def _seconds_an_image(store: ObjectStore, cache_run: str | None) -> float | None:
-    """What an image took when the run computed its features, by all workers beside each other."""
-    manifest = None if cache_run is None else read_manifest(RunFolder(store, cache_run))
-    if manifest is None or not manifest.num_results:
+def _seconds_an_image(store: ObjectStore, set_id: str) -> float | None:
+    """What an image took in the run that computed most of a set, by all workers beside each other."""
+    commits = read_commits(store, set_id)
+    largest = max(commits, key=lambda one: sum(part.num_rows for part in one.parts), default=None)
+    manifest = None if largest is None else read_manifest(RunFolder(store, largest.run_id))
+    if manifest is None or manifest.num_results < _FEWEST_TIMED:
         return None
     return seconds_under_way(manifest.slices) / manifest.num_results
 

@@ -23,7 +23,7 @@ from convoy.pipelines.dataset_choice import open_as_begun
 from convoy.pipelines.device_settings import settle_precision
 from convoy.pipelines.distillation import taught_rows, with_begun_teacher, with_pinned_teacher
 from convoy.pipelines.evaluation import Evaluation, EvaluationTask, evaluate_classifier, require_labels
-from convoy.pipelines.feature_plan import FeatureDtype, holding_features
+from convoy.pipelines.feature_plan import ExtractionConfig, FeatureDtype, holding_features
 from convoy.pipelines.learning_curves import CURVES_FILE
 from convoy.pipelines.model_cards import rows_in_words, training_card
 from convoy.pipelines.models import fetch_backbone
@@ -355,25 +355,27 @@ def _train_network(job: _Job, backbone: BackboneRecord) -> Iterator[_Trained]:
         target=job.target,
     ) as training:
         network = training.run(job.draw_curves)
+        # As it was settled here, as for probes.
+        extraction, notes = settle_precision(job.store, job.config.dataset, job.config.network_extraction)
+        served = [f"measured and served in {note}" for note in notes if note not in network.notes]
         yield _Trained(
-            classifier=_network_classifier(job, network.backbone),
+            classifier=_network_classifier(job, network.backbone, extraction),
             num_train_rows=network.num_train_rows,
             num_train_images=network.num_train_rows,
             num_val_images=network.num_val_rows,
-            report=_network_report(job, training.folder, network),
+            report=_network_report(job, training.folder, network) | {"notes": [*network.notes, *served]},
             finish=lambda report: training.finish(network, report, job.draw_curves),
         )
 
 
-def _network_classifier(job: _Job, trained: BackboneRecord) -> Classifier:
-    extraction, _ = settle_precision(job.store, job.config.dataset, job.config.extraction)
+def _network_classifier(job: _Job, trained: BackboneRecord, extraction: ExtractionConfig) -> Classifier:
     return Classifier(
         strategy=job.config.strategy,
         backbone=trained,
         tap=trained.resolve_tap("logits"),
         head=None,
         classes=job.manifest.classes,
-        decode_rule=job.config.extraction.decode,
+        decode_rule=extraction.decode,
         precision=extraction.precision,
         # Logits are few, and float16 would round them.
         dtype=FeatureDtype.FLOAT32,
@@ -390,5 +392,4 @@ def _network_report(job: _Job, folder: RunFolder, network: TrainedNetwork) -> di
         "learning_curves": job.store.uri(curves) if network.history else None,
         "train_rejects": network.reject_codes,
         "val_rejects": network.val_rejects,
-        "notes": list(network.notes),
     }

@@ -12,14 +12,14 @@ from convoy.cluster.training import WorkerOptions
 from convoy.core.config import StrictModel
 from convoy.core.tracking import TrackingConfig
 from convoy.pipelines.classifiers import Strategy
-from convoy.pipelines.feature_plan import ErrorBudget, ExtractionConfig
+from convoy.pipelines.feature_plan import ErrorBudget, ExtractionConfig, PrecisionChoice
 from convoy.pipelines.training_rows import RowLimit
 from convoy.storage.local_cache import LocalCacheOptions
 from convoy.storage.object_store import WriterMode
 from convoy.vision.augmentation_policy import AugmentationPolicy
 from convoy.vision.backbone_config import BackboneConfig, NewLayers
 from convoy.vision.head_config import HeadConfig, HeadKind
-from convoy.vision.training_config import AUTO, Distillation, Phase, Recipe, RecipeChanges
+from convoy.vision.training_config import AUTO, Distillation, Phase, Precision, Recipe, RecipeChanges
 
 PROBES = (Strategy.LINEAR_PROBE, Strategy.EARLY_LAYER_PROBE)
 NETWORKS = (Strategy.PARTIAL_REUSE, Strategy.FINE_TUNE, Strategy.FROM_SCRATCH)
@@ -184,6 +184,17 @@ class TrainConfig(StrictModel):
     def wanted_tap(self) -> str | int:
         """The tap whose features a probe learns from."""
         return "pooled" if self.tap is None else self.tap
+
+    @property
+    def network_extraction(self) -> ExtractionConfig:
+        """How a network that was trained is measured and served: a precision of `auto` is that of the recipe.
+
+        It stays `auto` where the recipe's is, or is fp16, in which no features are computed.
+        """
+        told = self.recipe.precision
+        if self.extraction.precision is not PrecisionChoice.AUTO or told is Precision.FP16:
+            return self.extraction
+        return self.extraction.model_copy(update={"precision": PrecisionChoice(told.value)})
 
     @property
     def wanted_freeze_depth(self) -> int | str:

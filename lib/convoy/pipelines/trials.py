@@ -18,7 +18,7 @@ from convoy.pipelines.feature_plan import PrecisionChoice
 from convoy.pipelines.folds import train_folds
 from convoy.pipelines.network_training import CurveDrawer
 from convoy.pipelines.train import run_train
-from convoy.pipelines.train_config import TrainConfig
+from convoy.pipelines.train_config import NETWORKS, TrainConfig
 from convoy.pipelines.trial_journal import TrialJournal, TrialRecord
 from convoy.pipelines.trial_outcomes import TrialSetting, outcome_of_folds, outcome_of_training
 from convoy.pipelines.tune_config import TuneConfig
@@ -130,6 +130,7 @@ def _train_and_predict(
 def _here(job: TrialJob, config: TrainConfig) -> TrainConfig:
     """The training as it runs in this process: its share of the cluster, and what is the same in all trials."""
     backbone, distill = config.backbone, config.distill
+    told = config.network_extraction if config.strategy in NETWORKS else config.extraction
     fetched = {
         "weights": job.weights.get(network_key(backbone), backbone.weights),
         "code_digest": job.code_digests.get(backbone.arch),
@@ -138,7 +139,7 @@ def _here(job: TrialJob, config: TrainConfig) -> TrainConfig:
         "num_workers": job.share.workers.num_workers,
         "cpus_per_worker": job.share.operator_cpus,
     }
-    if config.extraction.precision is PrecisionChoice.AUTO:
+    if told.precision is PrecisionChoice.AUTO:
         extraction["precision"] = job.precision
     if distill is not None:
         teacher = job.teachers.get(distill.teacher, distill.teacher)
@@ -152,7 +153,7 @@ def _here(job: TrialJob, config: TrainConfig) -> TrainConfig:
             "backbone": backbone.model_copy(update=fetched),
             "distill": distill,
             "workers": job.share.workers,
-            "extraction": config.extraction.model_copy(update=extraction),
+            "extraction": told.model_copy(update=extraction),
             "recipe": recipe,
         }
     )

@@ -20,7 +20,7 @@ from pydantic import Field, FiniteFloat, ValidationError
 
 from convoy.core.config import StrictModel
 from convoy.core.crash_points import CrashPoint, crash_point
-from convoy.core.errors import ChecksumMismatch, DataError, ObjectNotFound
+from convoy.core.errors import ChecksumMismatch, DataError, ObjectNotFound, StorageError
 from convoy.core.fingerprints import canonical_json, digest_bytes
 from convoy.storage.object_store import ObjectInfo, ObjectStore
 from convoy.storage.runs import RunFolder
@@ -219,7 +219,8 @@ class AsyncCheckpointWriter:
     """Writes checkpoints from a thread of its own, so that training goes on meanwhile.
 
     At most one is under way, and after each the folder is pruned. An error of the thread is raised by the next
-    `submit` or `close`. For the calls of one thread only.
+    `submit` or `close`, but not one of pruning: the checkpoint counts, and `notes` tell of the first such error. For
+    the calls of one thread only.
     """
 
     def __init__(self, folder: CheckpointFolder, *, keep_newest: int, keep_best: int) -> None:
@@ -227,6 +228,7 @@ class AsyncCheckpointWriter:
         self._keep_newest, self._keep_best = keep_newest, keep_best
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._under_way: Future[None] | None = None
+        self.notes: tuple[str, ...] = ()
 
     def submit(self, step: int, data: bytes, *, score: float | None, details: dict[str, Any]) -> None:
         """Wait for the checkpoint before, raise its error if it had one, and begin this one otherwise."""
@@ -245,7 +247,13 @@ class AsyncCheckpointWriter:
 
     def _write(self, step: int, data: bytes, score: float | None, details: dict[str, Any]) -> None:
         self._folder.write(step, data, score=score, details=details)
-        self._folder.prune(keep_newest=self._keep_newest, keep_best=self._keep_best)
+        try:
+            self._folder.prune(keep_newest=self._keep_newest, keep_best=self._keep_best)
+        except StorageError as error:
+            self.notes = self.notes or (
+                f"former checkpoints stay, and take room, as they could not be deleted: {error.what} [{error.where}];"
+                " `convoy runs gc` removes them once the training has ended",
+            )
 
 
 def _record_keys(keys: Iterable[str]) -> list[str]:

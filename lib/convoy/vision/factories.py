@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
 import socket
@@ -12,7 +13,7 @@ from typing import Any
 
 from convoy.core.errors import ConfigError, VersionMismatch
 from convoy.core.fingerprints import digest_bytes
-from convoy.vision.backbone_config import BackboneConfig, is_factory
+from convoy.vision.backbone_config import TIMM, TORCHVISION, BackboneConfig, is_factory
 
 
 def load_factory(arch: str) -> Callable[..., Any]:
@@ -29,12 +30,20 @@ def load_factory(arch: str) -> Callable[..., Any]:
 
 
 def unusable_factory(arch: str, error: Exception) -> ConfigError:
-    """The error of a factory that cannot be imported or called."""
-    return ConfigError(
-        f"the factory cannot be used: {error}",
-        where=arch,
-        next_step="name an importable package.module:function that returns a torch.nn.Module",
-    )
+    """The error of a factory that cannot be imported or called, with the library that may have been meant."""
+    next_step = "name an importable package.module:function that returns a torch.nn.Module"
+    if (meant := _misspelt_library(arch, error)) is not None:
+        next_step = f"write {meant} if that is meant; else {next_step}"
+    return ConfigError(f"the factory cannot be used: {error}", where=arch, next_step=next_step)
+
+
+def _misspelt_library(arch: str, error: Exception) -> str | None:
+    """The architecture with the right prefix, where nothing is called like its package, and nearly so a library."""
+    prefix, _, name = arch.partition(":")
+    if not isinstance(error, ModuleNotFoundError) or error.name != prefix.partition(".")[0]:
+        return None
+    close = difflib.get_close_matches(prefix.lower() + ":", (TORCHVISION, TIMM), n=1)
+    return close[0] + name if close else None
 
 
 def with_pinned_code(config: BackboneConfig) -> BackboneConfig:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from convoy.cluster.training_meter import Spent
 from convoy.cluster.training_results import TrainingOutcome, read_outcome
 from convoy.cluster.training_spec import TrainingSpec
 from convoy.core.crash_points import CrashPoint
-from convoy.core.errors import DataError
+from convoy.core.errors import AccessDenied, DataError
 from convoy.core.training_events import TrainingEvent
 from convoy.storage.checkpoints import CheckpointFolder
 from convoy.storage.local_cache import CacheCounts, LocalCacheOptions, LocalImageCache
@@ -274,6 +275,27 @@ def test_what_is_wrong_with_the_image_cache_is_told_once(
     assert board.notes == [f"image cache of a node (local_cache): {reason}" for reason in counts.notes]
 
 
+@pytest.mark.parametrize(("checkpoint_steps", "kept"), [(2, [15, 14, 12, 10, 8, 6, 4, 2]), (5, [15, 10, 5])])
+def test_a_training_whose_checkpoints_cannot_be_deleted_goes_on_and_says_so_once(
+    tmp_path: Path, rows: pa.Table, monkeypatch: pytest.MonkeyPatch, checkpoint_steps: int, kept: list[int]
+) -> None:
+    """Also where only the last of them has a former one to delete."""
+
+    def refuse(_store: LocalStore, keys: Iterable[str]) -> None:
+        for key in keys:
+            raise AccessDenied("no right to delete", where=key)
+
+    monkeypatch.setattr(LocalStore, "delete", refuse)
+    phase = Phase(name="train", epochs=3, learning_rate=0.05)
+    spec = training_spec(tmp_path, rows, checkpoint_steps=checkpoint_steps, phases=(phase,))
+    board = Notes()
+    outcome = TrainingWorker(spec, GroupOfOne(), board).run()
+    assert outcome.weights_key is not None
+    assert [one.step for one in CheckpointFolder(LocalStore(spec.workspace), RUN_ID).records()] == kept
+    (note,) = board.notes
+    assert "could not be deleted: no right to delete [" in note
+
+
 class Notes:
     """Ray's handle of a board that keeps all events."""
 
@@ -319,6 +341,48 @@ def test_a_training_that_diverges_says_where_and_keeps_finite_checkpoints(
     for record in records:
         PackedTraining(CheckpointFolder(store, RUN_ID).read(record)).load_network(network)
         assert is_finite(network)
+
+
+@pytest.mark.parametrize(
+    ("at_step", "found_at_step"),
+    # By the loss of the next step; and, behind a step whose loss was a number, by the checkpoint that is due.
+    [(7, 8), (9, 9)],
+)
+def test_a_weight_that_becomes_nan_in_a_phase_stops_it_and_keeps_the_last_good_checkpoint(
+    tmp_path: Path, rows: pa.Table, monkeypatch: pytest.MonkeyPatch, at_step: int, found_at_step: int
+) -> None:
+    phase = Phase(name="train", epochs=3, learning_rate=0.05)
+    whole, spoilt = (training_spec(tmp_path / name, rows, phases=(phase,)) for name in ("whole", "spoilt"))
+    worker = TrainingWorker(spoilt, GroupOfOne(), None)
+    steps: list[int] = []
+    injected: list[int] = []
+
+    def spoil(point: CrashPoint) -> None:
+        steps.append(len(steps) + 1)
+        if len(steps) == at_step:
+            with torch.no_grad():
+                next(worker._network.parameters())[0] = torch.nan
+            assert not is_finite(worker._network)
+            injected.append(at_step)
+
+    with monkeypatch.context() as patched:
+        # The loss is looked at after every step.
+        patched.setattr(training_loop, "_SECONDS_BETWEEN_LOOKS", 0.0)
+        patched.setattr(training_loop, "crash_point", spoil)
+        outcome = worker.run()
+    assert (injected, len(steps)) == ([at_step], found_at_step)
+    told = outcome.diverged
+    assert told is not None
+    assert (told.phase, told.epoch, told.step, outcome.weights_key) == ("train", 2, found_at_step - 5, None)
+    # One was due at step 9, and is not there: the newest is the last good one.
+    folder = CheckpointFolder(LocalStore(spoilt.workspace), RUN_ID)
+    records = folder.records()
+    assert [record.step for record in records] == [6, 3]
+    network = build_network(spoilt.backbone)
+    for record in records:
+        PackedTraining(folder.read(record)).load_network(network)
+        assert is_finite(network)
+    assert_same(spoilt, train(spoilt), whole, train(whole))
 
 
 def test_an_update_that_only_validation_finds_to_be_too_large_ends_the_training(

@@ -18,11 +18,12 @@ from convoy.core.errors import ConfigError, ConvoyError, DataError
 from convoy.core.progress import Silent
 from convoy.core.records import Split
 from convoy.core.splits import SplitOptions
-from convoy.pipelines import probing, train
+from convoy.pipelines import device_settings, probing, train
 from convoy.pipelines.distillation import with_begun_teacher
+from convoy.pipelines.evaluation import Evaluation, EvaluationTask
 from convoy.pipelines.feature_source import LabelledRows
 from convoy.pipelines.model_cards import training_card
-from convoy.pipelines.network_training import open_training
+from convoy.pipelines.network_training import TrainedNetwork, open_training
 from convoy.pipelines.train import TrainReport, measured_on, run_train
 from convoy.pipelines.train_config import TrainConfig
 from convoy.pipelines.train_plan import TrainPlan, plan_train
@@ -42,6 +43,7 @@ from convoy.vision.weights import state_to_safetensors
 from features_here import compute_features_here
 from made_advice_rows import frozen_rows
 from made_bundles import FP32, made_classifier
+from made_devices import made_device
 from made_pages import made_evaluation
 
 CLASSES = ("good", "defect")
@@ -170,7 +172,7 @@ def test_the_fit_of_a_probe_weighs_classes_as_the_recipe_says(
             pass
 
         def ensure(self, **_: object) -> SimpleNamespace:
-            return SimpleNamespace(run=None)
+            return SimpleNamespace(share_computed=1.0)
 
         def set_id(self, *_: object) -> str:
             return "set"
@@ -235,6 +237,60 @@ def test_a_plan_tells_of_a_classifier_that_begins_anew_unless_a_fit_takes_its_pl
     settings["recipe"] = {"batch_size": 10}
     plan = plan_train(parse_config(TrainConfig, settings, where="here"))
     assert any("the classifier begins anew" in note for note in plan.notes) == is_told
+
+
+BF16_NOTE = "precision bf16: NVIDIA H100 computes bf16 natively"
+
+
+@pytest.mark.parametrize(
+    ("trained_in", "extraction", "served_in", "notes"),
+    [
+        ("fp32", "auto", "fp32", []),
+        ("bf16", "auto", "bf16", []),
+        # The training says why it is bf16: once is enough.
+        ("auto", "auto", "bf16", [BF16_NOTE]),
+        ("fp16", "auto", "bf16", [f"measured and served in {BF16_NOTE}"]),
+        ("bf16", "fp32", "fp32", []),
+    ],
+)
+def test_a_network_is_measured_and_served_in_the_precision_that_its_recipe_names(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    trained_in: str,
+    extraction: str,
+    served_in: str,
+    notes: list[str],
+) -> None:
+    store = LocalStore(str(tmp_path))
+    monkeypatch.setattr(train, "open_as_begun", lambda *_, **__: (manifest_of(tmp_path, Split.TEST), []))
+    monkeypatch.setattr(train, "ray_session", nullcontext)
+    monkeypatch.setattr(device_settings, "known_device", made_device)
+    measured_in = []
+
+    def measure(_store: object, _manifest: object, task: EvaluationTask, **_: object) -> Evaluation:
+        measured_in.append(task.extraction.precision.value)
+        return made_evaluation(CLASSES)
+
+    network = TrainedNetwork(
+        backbone=made_classifier(store, 0, classes=CLASSES).backbone,
+        setup=SimpleNamespace(head=None, plan=SimpleNamespace(phases=())),
+        num_train_rows=20,
+        history=(),
+        reject_codes={},
+        num_val_rows=0,
+        val_rejects=0,
+        notes=(BF16_NOTE,) if trained_in == "auto" else (),
+    )
+    training = SimpleNamespace(
+        folder=RunFolder(store, "run-1"), run=lambda _: network, finish=lambda *_: None
+    )
+    monkeypatch.setattr(train, "evaluate_classifier", measure)
+    monkeypatch.setattr(train, "network_training", lambda *_, **__: nullcontext(training))
+    config = network_in(store, recipe={"precision": trained_in}, extraction={"precision": extraction})
+    report = run_train(config, progress=Silent(), draw_curves=lambda *_: b"")
+    served = open_bundle(store, report.bundle).read_json("preprocess.json")["precision"]
+    assert [served, *measured_in] == [served_in, served_in]
+    assert report.notes == notes
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from convoy.core.errors import OBSTACLES, ConvoyError, DataError
 from convoy.core.progress import Silent
 from convoy.core.splits import SplitOptions
 from convoy.core.trial_events import TrialState
+from convoy.pipelines.classifiers import Strategy
 from convoy.pipelines.feature_plan import PrecisionChoice
 from convoy.pipelines.network_plan import wanted_recipe
 from convoy.pipelines.train_config import DistillConfig, TrainConfig
@@ -131,6 +132,18 @@ def test_auto_means_one_precision_in_all_trials(job: TrialJob) -> None:
     )
     kept = _here(job, explicit)
     assert (kept.extraction.precision, kept.recipe.precision) == (PrecisionChoice.FP32, Precision.FP16)
+
+
+def test_a_network_of_a_trial_is_served_in_the_precision_that_its_recipe_names(job: TrialJob) -> None:
+    """Also where that is not what `auto` means in the search; of a probe the recipe says nothing."""
+    drawn = journal_of(job).train_config(journal_of(job).point(0, {"recipe.seed": 0}))
+    recipe = drawn.recipe.model_copy(update={"precision": Precision.FP32})
+    for strategy, precision in (
+        (Strategy.FINE_TUNE, PrecisionChoice.FP32),
+        (Strategy.LINEAR_PROBE, job.precision),
+    ):
+        config = drawn.model_copy(update={"strategy": strategy, "recipe": recipe})
+        assert _here(job, config).extraction.precision is precision
 
 
 def test_a_name_of_a_teacher_means_one_bundle_in_all_trials(job: TrialJob) -> None:

@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from convoy.core.errors import ChecksumMismatch, ObjectNotFound, StoreUnavailable
+from convoy.core.errors import AccessDenied, ChecksumMismatch, ObjectNotFound, StoreUnavailable
 from convoy.storage.checkpoints import AsyncCheckpointWriter, CheckpointFolder, CheckpointRecord
 from convoy.storage.local_store import LocalStore
 
@@ -283,6 +284,14 @@ class _GatedStore(LocalStore):
         return super().put(key, data)
 
 
+class _KeepingStore(LocalStore):
+    """A real folder of a role that may write and not delete."""
+
+    def delete(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            raise AccessDenied(f"no right to delete {key.rpartition('/')[2]}", where=key)
+
+
 @pytest.fixture
 def gated(tmp_path: Path) -> Any:
     return _GatedStore(str(tmp_path))
@@ -321,6 +330,18 @@ def test_the_background_writer_prunes(store: LocalStore) -> None:
         writer.submit(step, b"data", score=score, details={})
     writer.close()
     assert steps(CheckpointFolder(store, "r1")) == [4, 3, 0]
+
+
+def test_checkpoints_that_cannot_be_deleted_are_told_of_once_and_stop_nothing(tmp_path: Path) -> None:
+    store = _KeepingStore(str(tmp_path))
+    writer = writer_to(store)
+    for step in range(6):
+        writer.submit(step, b"data", score=None, details={})
+    writer.close()
+    assert steps(CheckpointFolder(store, "r1")) == [5, 4, 3, 2, 1, 0]
+    (note,) = writer.notes
+    assert "no right to delete 0000000000-" in note
+    assert "convoy runs gc" in note
 
 
 def test_an_error_surfaces_at_the_next_submit_and_the_one_after_works(gated: Any) -> None:

@@ -20,6 +20,7 @@ from convoy.vision.backbones import (
     pretrained_classes,
     require_recorded,
 )
+from convoy.vision.factories import with_pinned_code
 from convoy.vision.libraries import Torchvision
 from convoy.vision.presets import EvalPreset, Interpolation
 from made_factories import ARCH, write_factory
@@ -134,6 +135,35 @@ def test_a_factory_builds_the_users_own_network(factory_module: str) -> None:
 def test_a_factory_that_gives_no_network_is_an_error(factory_module: str, arch: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_network(random_backbone(arch))
+
+
+@pytest.mark.parametrize(
+    ("arch", "meant"),
+    [
+        ("torchvison:resnet18", "torchvision:resnet18"),
+        ("Torchvision:resnet18", "torchvision:resnet18"),
+        ("tim:convnext_tiny", "timm:convnext_tiny"),
+        ("no_such_module:network", None),
+        # The package is there: it is one of its modules, or what that imports, that is not.
+        ("made_package.torchvison:network", None),
+        ("made_importer:network", None),
+    ],
+)
+def test_a_misspelt_library_is_named_where_nothing_is_called_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arch: str, meant: str | None
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "made_package").mkdir()
+    (tmp_path / "made_importer.py").write_text("import torchvison\n")
+    for refuse in (build_network, with_pinned_code):
+        with pytest.raises(ConfigError, match="No module named") as caught:
+            refuse(random_backbone(arch))
+        offered = caught.value.next_step.partition(";")[0]
+        assert offered == (
+            "name an importable package.module:function that returns a torch.nn.Module"
+            if meant is None
+            else f"write {meant} if that is meant"
+        )
 
 
 def test_a_factory_needs_a_preset(factory_module: str) -> None:
