@@ -63,6 +63,11 @@ def _make_image(folder: Path, seed: int, index: int) -> None:
     _made_image(rng, _SIZES_HW).save(folder / f"made_{index:06d}.jpg", quality=90)
 
 
+def made_image(rng: np.random.Generator, side_px: int) -> Image.Image:
+    """A square image of that kind."""
+    return _made_image(rng, ((side_px, side_px),))
+
+
 def link_imagenet(folder: Path, num_images: int, *, data: str | None) -> ImageSet | None:
     """The real images under `num_images` distinct names, repeated by hard links; None where there are none."""
     archive = imagenet_archive(data)

@@ -23,6 +23,7 @@ BENCHMARKS = (
     "layout",
     "near_duplicates",
     "plan",
+    "report",
     "resume",
     "score",
     "strategies",
