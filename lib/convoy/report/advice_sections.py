@@ -23,6 +23,7 @@ from convoy.report.blocks import (
 )
 from convoy.report.effect_sections import effect_section
 from convoy.report.front_blocks import front_blocks
+from convoy.report.html import breakable
 from convoy.report.soundness_sections import soundness_section
 from convoy.report.svg import Chart, Scale, number_text, percent_text
 from convoy.report.words import duration, number, percent, span
@@ -87,56 +88,47 @@ def _strategies(report: AdviceReport) -> Section:
         is_wide=True,
     )
     return Section(
-        key="advice", title="Strategies", lead=ranked[0].why, blocks=[figure, _strategy_table(ranked)]
+        key="advice",
+        title="Strategies",
+        lead=ranked[0].why,
+        blocks=[figure, _strategy_table(ranked), _reasons_table(ranked)],
     )
 
 
 def _strategy_table(ranked: Sequence[StrategyAdvice]) -> Table:
     has_price = any(one.cost.money is not None for one in ranked)
+    columns = ["rank", "strategy*", "backbone*", "tap*", "expected", "95 %", "basis*", "time"]
+    columns += ["money"] if has_price else []
     rows = [
-        Row(
-            tuple(
-                Cell(text)
-                for text in (
-                    f"{one.rank}",
-                    one.strategy.value,
-                    one.backbone,
-                    one.tap or "",
-                    percent(one.expected_top1),
-                    span(one.interval),
-                    one.basis.value,
-                    duration(one.cost.seconds),
-                    time_span(one.cost),
-                    *([number(one.cost.money, 2)] if has_price else ()),
-                    one.why,
-                    one.config.rpartition("/")[2],
-                )
-            ),
-            is_chosen=one.rank == 1,
-        )
+        [
+            f"{one.rank}",
+            _name(one),
+            breakable(one.backbone),
+            one.tap or "",
+            percent(one.expected_top1),
+            span(one.interval),
+            one.basis.value,
+            time_span(one.cost),
+            *([number(one.cost.money, 2)] if has_price else ()),
+        ]
         for one in ranked
-    ]
-    names = [
-        "rank",
-        "strategy*",
-        "backbone*",
-        "tap*",
-        "expected",
-        "95 %",
-        "basis*",
-        "time",
-        "within",
-        *(["money"] if has_price else ()),
-        "why*",
-        "config*",
     ]
     return Table(
         key="strategy-table",
         title="All strategies, in order",
-        caption="Configs lie in the folder configs of the run, ready for convoy train.",
-        columns=[Column(name.rstrip("*"), is_text=name.endswith("*")) for name in names],
-        rows=rows,
+        columns=[Column(name.rstrip("*"), is_text=name.endswith("*")) for name in columns],
+        rows=[Row(tuple(Cell(text) for text in row), is_chosen=not place) for place, row in enumerate(rows)],
         data=[one.model_dump(mode="json") for one in ranked],
+    )
+
+
+def _reasons_table(ranked: Sequence[StrategyAdvice]) -> Table:
+    rows = [[f"{one.rank}", _name(one), one.why, one.config.rpartition("/")[2]] for one in ranked]
+    return text_table(
+        ["rank", "strategy*", "why*", "config*"],
+        rows,
+        folded="Why, and by which config",
+        caption="Configs lie in the folder configs of the run, ready for convoy train.",
     )
 
 
