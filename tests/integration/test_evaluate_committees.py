@@ -21,10 +21,13 @@ from torchvision.transforms.v2 import functional
 from cache_jobs import LENET, freeze
 from command_lines import convoy, convoy_here, last_json, settings_arguments
 from convoy.core.crop_policies import CropPlan, CropPolicy
+from convoy.core.progress import Silent
 from convoy.pipelines.backbone_loading import read_backbone_state
 from convoy.pipelines.classifier_tensors import Readout
 from convoy.pipelines.classifiers import Classifier, read_classifier
 from convoy.pipelines.committees import committee_of, open_committee, write_ensemble
+from convoy.pipelines.report_page import PageData, read_page
+from convoy.pipelines.report_target import find_target
 from convoy.storage.bundles import BundleRef, open_bundle
 from convoy.storage.commits import read_manifest
 from convoy.storage.member_predictions import MemberLogits, read_member_logits
@@ -75,6 +78,10 @@ class Committees:
         manifest = read_manifest(RunFolder(store, run))
         assert manifest is not None
         return read_member_logits(store, manifest)
+
+    def page(self, run: str) -> PageData:
+        store = open_store(self.workspace)
+        return read_page(store, find_target(store, run), progress=Silent())
 
     def verify(self, run: str) -> dict[str, Any]:
         finished = convoy_here("verify", run, "--workspace", self.workspace, "--json")
@@ -186,6 +193,15 @@ def test_report_counts_members_and_cost(job: Committees, ten: dict[str, Any]) ->
 
 def sorted_labels(kept: MemberLogits) -> np.ndarray:
     return np.asarray(kept.labels_N[np.argsort(kept.sample_ids)])
+
+
+def test_the_page_of_the_run_has_all_that_was_measured(job: Committees, ten: dict[str, Any]) -> None:
+    page = job.page(ten["run"])
+    assert page.evaluation is not None
+    assert (page.evaluation.top1, page.evaluation.confusion) == (ten["top1"], ten["confusion"])
+    assert page.committee is not None
+    assert [one.model_dump(mode="json") for one in page.committee.members] == ten["members"]
+    assert page.missing == []
 
 
 def test_central_view_is_what_the_feature_cache_gives(job: Committees, ten: dict[str, Any]) -> None:
@@ -301,6 +317,10 @@ def test_a_gated_evaluation_is_measured_against_the_exact_one(job: Committees, b
     gated = job.run("both", "--mode", "gated")
     effect = gated["effect"]
     assert effect["exact_run"] == exact["run"]
+    shown = job.page(gated["run"]).committee
+    assert shown is not None
+    assert shown.effect is not None
+    assert shown.effect.model_dump(mode="json") == effect
     assert effect["top1_change"] == pytest.approx(gated["top1"] - exact["top1"])
     same = job.logits(gated["run"]).argmax(axis=1) == job.logits(exact["run"]).argmax(axis=1)
     assert effect["agreement"] == pytest.approx(same.mean())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import Field
 
@@ -16,6 +16,7 @@ from convoy.core.crop_policies import (
     MemberOutputs,
     crop_views,
 )
+from convoy.core.errors import ErrorBudgetExceeded
 from convoy.core.metrics import EvaluationCounts
 from convoy.core.progress import Progress
 from convoy.core.records import Split
@@ -104,39 +105,96 @@ def evaluate_committee(
     config: dict[str, Any],
     new_run: bool = False,
 ) -> CommitteeEvaluation:
-    """Predictions where they are missing, and the metrics of the labelled ones; cheaper modes beside the exact one."""
+    """Predictions where they are missing, and the metrics of the labelled ones; cheaper modes beside the exact one.
+
+    The folder of a run that ends now says all of it too.
+    """
     splits = request.split_names(manifest)
     require_labels(manifest, splits)
-    job = CommitteeJob(store, manifest, request)
-    predictions = job.ensure(progress=progress, config=config, new_run=new_run)
-    progress.stage("measuring")
-    evaluation = _measured(store, request, splits, predictions.manifest)
-    effect = None
-    if request.mode is not EvaluationMode.EXACT:
-        exact_request = request.in_mode(EvaluationMode.EXACT)
-        exact = CommitteeJob(store, manifest, exact_request).ensure(
-            progress=progress, config=config, new_run=new_run
+
+    def measured(request: PredictionRequest, exact: _Exact | None) -> tuple[_Exact, CommitteeEvaluation]:
+        measuring = _Measuring(store, request, splits, exact)
+        predictions = CommitteeJob(store, manifest, request).ensure(
+            progress=progress, config=config, new_run=new_run, describe=measuring.describe
         )
-        exact_top1 = _measured(store, exact_request, splits, exact.manifest).top1
-        effect = ModeEffect(
-            agreement=_agreement(store, predictions.manifest, exact.manifest),
-            top1_change=evaluation.top1 - exact_top1,
-            exact_top1=exact_top1,
-            exact_run=exact.run_id,
-            speedup=_passes(exact_request, exact) / _passes(request, predictions),
-            macs_ratio=_macs(exact_request, exact) / _macs(request, predictions),
+        progress.stage("measuring")
+        evaluation = measuring.of(predictions)
+        return _Exact(request, predictions, evaluation.top1), evaluation
+
+    if request.mode is EvaluationMode.EXACT:
+        return measured(request, None)[1]
+    # Refuses what cannot be before the exact mode computes for an hour.
+    CommitteeJob(store, manifest, request)
+    exact, _ = measured(request.in_mode(EvaluationMode.EXACT), None)
+    return measured(request, exact)[1]
+
+
+class _Exact(NamedTuple):
+    """Predictions in the exact mode, and their top-1."""
+
+    request: PredictionRequest
+    predictions: CommitteePredictions
+    top1: float
+
+
+class _Measuring:
+    """What the predictions of a request are worth: measured once, for the run's folder and for whoever asked."""
+
+    def __init__(
+        self, store: ObjectStore, request: PredictionRequest, splits: Collection[Split], exact: _Exact | None
+    ) -> None:
+        self._store, self._request, self._splits, self._exact = store, request, splits, exact
+        self._known: dict[str, CommitteeEvaluation] = {}
+
+    def describe(self, predictions: CommitteePredictions) -> dict[str, Any]:
+        """What the folder of a run says of it."""
+        try:
+            evaluation = self.of(predictions)
+        except ErrorBudgetExceeded:
+            # Whoever asked is told; the run is whole, and would otherwise be gone on with for ever.
+            return predictions.report()
+        return predictions.report() | evaluation.model_dump(mode="json")
+
+    def of(self, predictions: CommitteePredictions) -> CommitteeEvaluation:
+        """The whole evaluation; ErrorBudgetExceeded where no labelled sample has a result."""
+        if predictions.run_id not in self._known:
+            self._known[predictions.run_id] = self._measure(predictions)
+        return self._known[predictions.run_id]
+
+    def _measure(self, predictions: CommitteePredictions) -> CommitteeEvaluation:
+        request, committee = self._request, self._request.committee
+        evaluation = measure_predictions(
+            self._store,
+            predictions.manifest,
+            classes=committee.classes,
+            gives_probabilities=committee.gives_probabilities,
+            splits=self._splits,
+            model_digest=committee.digest,
         )
-    return CommitteeEvaluation(
-        **evaluation.model_dump(),
-        crops=request.plan.policy,
-        averaging=request.committee.averaging,
-        mode=request.mode,
-        members=evaluate_members(store, request.committee, predictions),
-        cost=_cost(request, predictions),
-        effect=effect,
-        unfetched=predictions.unfetched,
-        notes=[*predictions.fetch_notes(), *crop_notes(request)],
-    )
+        return CommitteeEvaluation(
+            **evaluation.model_dump(),
+            crops=request.plan.policy,
+            averaging=committee.averaging,
+            mode=request.mode,
+            members=evaluate_members(self._store, committee, predictions),
+            cost=_cost(request, predictions),
+            effect=self._effect(predictions, evaluation.top1),
+            unfetched=predictions.unfetched,
+            notes=[*predictions.fetch_notes(), *crop_notes(request)],
+        )
+
+    def _effect(self, predictions: CommitteePredictions, top1: float) -> ModeEffect | None:
+        exact = self._exact
+        if exact is None:
+            return None
+        return ModeEffect(
+            agreement=_agreement(self._store, predictions.manifest, exact.predictions.manifest),
+            top1_change=top1 - exact.top1,
+            exact_top1=exact.top1,
+            exact_run=exact.predictions.run_id,
+            speedup=_passes(exact.request, exact.predictions) / _passes(self._request, predictions),
+            macs_ratio=_macs(exact.request, exact.predictions) / _macs(self._request, predictions),
+        )
 
 
 def crop_notes(request: PredictionRequest) -> list[str]:
@@ -157,20 +215,6 @@ def crop_notes(request: PredictionRequest) -> list[str]:
 def _all_crop(geometry: CropGeometry) -> str:
     """The images that the central crop of such a preset shows entirely."""
     return "square" if geometry.resize_px else f"{geometry.crop_px}x{geometry.crop_px}"
-
-
-def _measured(
-    store: ObjectStore, request: PredictionRequest, splits: Collection[Split], manifest: RunManifest
-) -> Evaluation:
-    committee = request.committee
-    return measure_predictions(
-        store,
-        manifest,
-        classes=committee.classes,
-        gives_probabilities=committee.gives_probabilities,
-        splits=splits,
-        model_digest=committee.digest,
-    )
 
 
 def evaluate_members(

@@ -9,9 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from convoy.core.crop_policies import Averaging, CropPlan, CropPolicy, MemberOutputs
+from convoy.core.crop_policies import Averaging, CropPlan, CropPolicy, EvaluationMode, MemberOutputs
+from convoy.core.errors import ErrorBudgetExceeded
 from convoy.core.metrics import EvaluationCounts
-from convoy.pipelines.committee_evaluation import crop_notes, evaluate_members
+from convoy.core.records import Split
+from convoy.pipelines import committee_evaluation
+from convoy.pipelines.committee_evaluation import _Measuring, crop_notes, evaluate_members
 from convoy.pipelines.committee_predictions import CommitteePredictions
 from convoy.pipelines.committees import CommitteeMember, committee_of
 from convoy.pipelines.prediction_request import PredictionRequest
@@ -117,3 +120,37 @@ def test_crops_that_show_nothing_new_are_named(
     notes = crop_notes(request)
     assert len(notes) == bool(shown)
     assert all(images in note and shown in note for note in notes)
+
+
+def test_a_run_none_of_whose_labelled_images_has_a_result_ends_and_whoever_asked_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ErrorBudgetExceeded("nothing can be measured")
+
+    monkeypatch.setattr(committee_evaluation, "measure_predictions", refuse)
+    store = LocalStore(str(tmp_path))
+    member = CommitteeMember(
+        name="m", digest="", bundle=None, classifier=made_classifier(store, 0), weight=1, temperature=1
+    )
+    request = PredictionRequest(
+        committee=committee_of([member]),
+        dataset="digits",
+        splits=(Split.TEST,),
+        extraction=FP32,
+        keep=MemberOutputs.NONE,
+        mode=EvaluationMode.EXACT,
+    )
+    predictions = CommitteePredictions(
+        run_id="r1",
+        keep=MemberOutputs.NONE,
+        manifest=RunManifest.model_construct(run_id="r1", slices=[]),
+        finished=(),
+        images_per_s=None,
+        seconds={},
+        flags={},
+    )
+    measuring = _Measuring(store, request, (Split.TEST,), None)
+    assert measuring.describe(predictions) == predictions.report()
+    with pytest.raises(ErrorBudgetExceeded):
+        measuring.of(predictions)
