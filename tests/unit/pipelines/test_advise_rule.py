@@ -134,10 +134,20 @@ def test_the_rule_of_thumb_has_four_scenarios(
 
 
 def test_of_strategies_that_are_as_good_the_cheapest_is_advised() -> None:
-    order, equal = rank([0.90, 0.903, 0.8], [1.0, 100.0, 0.1], tie=0.005)
+    spans_s = [(0.5, 2.0), (50.0, 200.0), (0.05, 0.2)]
+    order, equal = rank([0.90, 0.903, 0.8], spans_s, tie=0.005)
     assert order == [0, 1, 2]
     assert equal == [0, 1]
-    assert rank([0.90, 0.92, 0.8], [1.0, 100.0, 0.1], tie=0.005) == ([1, 0, 2], [1])
+    assert rank([0.90, 0.92, 0.8], spans_s, tie=0.005) == ([1, 0, 2], [1])
+    # An own network that costs nothing is cheaper than all that is trained.
+    assert rank([0.90, 0.903], [(0.0, 0.0), (0.5, 2.0)], tie=0.005)[0] == [0, 1]
+
+
+def test_a_cost_that_is_lower_by_less_than_it_is_known_to_decides_nothing() -> None:
+    alike_s = [(50.0, 200.0), (49.0, 196.0), (60.0, 240.0)]
+    assert rank([0.90, 0.899, 0.901], alike_s, tie=0.005) == ([2, 0, 1], [0, 1, 2])
+    # Of equals the cheaper one.
+    assert rank([0.90, 0.90], alike_s[:2], tie=0.005)[0] == [1, 0]
 
 
 def test_intervals_carry_how_far_the_learning_curve_is_trusted() -> None:
