@@ -128,7 +128,7 @@ class AdviseConfig(DatasetChoice):
     costs and resolution are those of any of its images. `wanted_top1` asks how many images reach it. `reference` is a
     dataset of the domain that the backbones were trained on. `price_per_hour` is what the whole cluster costs an hour,
     in any currency, and the price of `costs` that name none. Strategies within `tie` of the best are as good as the
-    best: the cheapest of them is advised, and of those that may cost the same that with the highest expected top-1.
+    best: the cheapest of them is advised, and of those that may cost the same the surest.
     `verify`, `costs` and `augmentation_effect` are measured where they are given, `{}` for their defaults.
     """
 

@@ -214,21 +214,21 @@ def expected_network(
 
 
 def rank(
-    expected_top1: Sequence[float], cost_spans_s: Sequence[tuple[float, float]], *, tie: float
+    expected: Sequence[Interval], cost_spans_s: Sequence[tuple[float, float]], *, tie: float
 ) -> tuple[list[int], list[int]]:
     """The places of the strategies in the order of the advice, and those that count as equal to the best.
 
     `cost_spans_s` are the limits between which each cost is known. Of those within `tie` of the highest expected top-1
-    the cheapest comes first; where costs may be the same, as their limits overlap, that with the highest expected
-    top-1. Then the others from the highest expected top-1 to the lowest.
+    the cheapest comes first; where costs may be the same, as their limits overlap, the surest: that whose top-1 has the
+    highest lower limit. Then the others from the highest expected top-1 to the lowest.
     """
-    best = max(expected_top1)
-    equal = [place for place, top1 in enumerate(expected_top1) if top1 >= best - tie]
+    best = max(top1.estimate for top1 in expected)
+    equal = [place for place, top1 in enumerate(expected) if top1.estimate >= best - tie]
     least_s = min(cost_spans_s[place][1] for place in equal)
     as_cheap = [place for place in equal if cost_spans_s[place][0] <= least_s]
-    first = max(as_cheap, key=lambda place: (expected_top1[place], -cost_spans_s[place][0]))
-    rest = [place for place in range(len(expected_top1)) if place != first]
-    return [first, *sorted(rest, key=lambda place: (-expected_top1[place], cost_spans_s[place]))], equal
+    first = max(as_cheap, key=lambda place: (expected[place].low, -cost_spans_s[place][0]))
+    rest = [place for place in range(len(expected)) if place != first]
+    return [first, *sorted(rest, key=lambda place: (-expected[place].estimate, cost_spans_s[place]))], equal
 
 
 def _errors(probe: JudgedProbe, shrink: Shrink, random: np.random.Generator) -> NDArray[np.float64]:

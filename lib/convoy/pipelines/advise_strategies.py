@@ -103,14 +103,14 @@ def options(config: AdviseConfig, found: Sequence[BackboneEvidence]) -> list[Opt
 def advice(found: Sequence[Option], *, tie: float, paths: Sequence[str]) -> list[StrategyAdvice]:
     """The options in the order of the advice; `paths` are where their configs lie, in the order of `found`."""
     spans_s = [(one.cost.low_s, one.cost.high_s) for one in found]
-    order, equal = rank([one.top1.estimate for one in found], spans_s, tie=tie)
+    order, equal = rank([one.top1 for one in found], spans_s, tie=tie)
     best = max(one.top1.estimate for one in found)
     result = []
     for number, place in enumerate(order, start=1):
         option = found[place]
         why = option.why
         if number == 1 and len(equal) > 1:
-            why += f"; of {len(equal)} within {tie:g} of the best none is clearly cheaper"
+            why += f"; of {len(equal)} within {tie:g} of the best the surest of those that are about as cheap"
         elif number > 1:
             why += (
                 f"; {best - option.top1.estimate:.3f} below the best"

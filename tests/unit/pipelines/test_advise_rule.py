@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from convoy.core.learning_curve import Shrink
+from convoy.core.statistics import Interval
 from convoy.pipelines.advise_rule import (
     DataSize,
     Evidence,
@@ -133,21 +134,28 @@ def test_the_rule_of_thumb_has_four_scenarios(
     assert f"{scenario.dissimilarity:.2f}" in scenario.says
 
 
+def expected(*lows_and_estimates: tuple[float, float]) -> list[Interval]:
+    return [Interval(estimate=top1, low=low, high=1.0, confidence=0.95) for low, top1 in lows_and_estimates]
+
+
 def test_of_strategies_that_are_as_good_the_cheapest_is_advised() -> None:
     spans_s = [(0.5, 2.0), (50.0, 200.0), (0.05, 0.2)]
-    order, equal = rank([0.90, 0.903, 0.8], spans_s, tie=0.005)
+    order, equal = rank(expected((0.7, 0.90), (0.8, 0.903), (0.7, 0.8)), spans_s, tie=0.005)
     assert order == [0, 1, 2]
     assert equal == [0, 1]
-    assert rank([0.90, 0.92, 0.8], spans_s, tie=0.005) == ([1, 0, 2], [1])
+    assert rank(expected((0.7, 0.90), (0.8, 0.92), (0.7, 0.8)), spans_s, tie=0.005) == ([1, 0, 2], [1])
     # An own network that costs nothing is cheaper than all that is trained.
-    assert rank([0.90, 0.903], [(0.0, 0.0), (0.5, 2.0)], tie=0.005)[0] == [0, 1]
+    free_s = [(0.0, 0.0), (0.5, 2.0)]
+    assert rank(expected((0.7, 0.90), (0.8, 0.903)), free_s, tie=0.005)[0] == [0, 1]
 
 
-def test_a_cost_that_is_lower_by_less_than_it_is_known_to_decides_nothing() -> None:
+def test_of_those_that_may_cost_the_same_the_surest_is_advised() -> None:
+    """Costs are known to a factor of two: three per cent less is no reason."""
     alike_s = [(50.0, 200.0), (49.0, 196.0), (60.0, 240.0)]
-    assert rank([0.90, 0.899, 0.901], alike_s, tie=0.005) == ([2, 0, 1], [0, 1, 2])
-    # Of equals the cheaper one.
-    assert rank([0.90, 0.90], alike_s[:2], tie=0.005)[0] == [1, 0]
+    found = expected((0.80, 0.90), (0.75, 0.899), (0.78, 0.901))
+    assert rank(found, alike_s, tie=0.005) == ([0, 2, 1], [0, 1, 2])
+    # Of the same the cheaper one.
+    assert rank(expected((0.8, 0.9), (0.8, 0.9)), alike_s[:2], tie=0.005)[0] == [1, 0]
 
 
 def test_intervals_carry_how_far_the_learning_curve_is_trusted() -> None:
