@@ -23,9 +23,9 @@ def unpack_test_split(folder: Path) -> Path:
     return folder
 
 
-def unpack(folder: Path, prefix: str = "") -> None:
-    """The files of the archive whose names begin so, below `folder`."""
-    with tarfile.open(ARCHIVE) as tar:
+def unpack(folder: Path, prefix: str = "", *, archive: Path = ARCHIVE) -> None:
+    """The files of an archive whose names begin so, below `folder`."""
+    with tarfile.open(archive) as tar:
         # Python before 3.11.4 has no filters.
         tar.extraction_filter = getattr(tarfile, "data_filter", None)
         tar.extractall(folder, (member for member in tar if member.name.startswith(prefix)))

@@ -269,8 +269,10 @@ def page(report: dict[str, Any]) -> str:
             f" {others['share_within_1_point']:.3f} within one point, mean regret {others['mean_regret']:.3f},"
             f" {others['share_in_interval']:.3f} of the strategies in their interval.",
         ]
-    lines += ["", *(f"- {dataset} is left out: {why}" for dataset, why in report["left_out"].items())]
+    if report["left_out"]:
+        lines += ["", *(f"- {dataset} is left out: {why}" for dataset, why in report["left_out"].items())]
     lines += [
+        "",
         "Each strategy was trained by the config that the advice wrote for it; expected and measured are top-1.",
         "",
         "| dataset | images a class | dissimilarity | advised | best | regret | expected, measured |",

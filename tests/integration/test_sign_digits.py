@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 
 from cache_jobs import freeze
-from cifar_images import DATA, ROOT, WEIGHTS
+from cifar_images import DATA, ROOT, WEIGHTS, unpack
 from command_lines import convoy_json, settings_arguments
 
 pytestmark = pytest.mark.integration
@@ -25,13 +24,9 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> str:
         if not path.exists():
             pytest.skip(f"no {path}; set CONVOY_TEST_DATA to the folder that has it")
     folder = tmp_path_factory.mktemp("sign-digits")
-    with tarfile.open(ARCHIVE) as tar:
-        # Python before 3.11.4 has no filters.
-        tar.extraction_filter = getattr(tarfile, "data_filter", None)
-        tar.extractall(folder, (member for member in tar if "/Dataset/" in f"/{member.name}"))
+    unpack(folder, "Dataset/", archive=ARCHIVE)
     workspace = str(folder / "workspace")
-    (dataset,) = folder.rglob("Dataset")
-    freeze(dataset, workspace, name="sign-digits")
+    freeze(folder / "Dataset", workspace, name="sign-digits")
     return workspace
 
 

@@ -96,7 +96,8 @@ def choose_rows(manifest: Manifest, config: AdviseConfig) -> LookRows:
     train = looked = _sample(manifest, Split.TRAIN, limit, most, look.seed)
     counts_K = images_by_class(manifest, limit)
     train_weights_K = _weights(looked, counts_K)
-    if has_judges(manifest, look):
+    judges_by_val = has_judges(manifest, look)
+    if judges_by_val:
         judged = _sample(manifest, Split.VAL, every, most, look.seed)
         judged_weights_K = _weights(judged, manifest.counts[Split.VAL].by_class)
     else:
@@ -109,8 +110,8 @@ def choose_rows(manifest: Manifest, config: AdviseConfig) -> LookRows:
     _check_judges(judged, manifest)
     held_out = [
         _sample(manifest, split, every, most, look.seed)
-        for split in (Split.VAL, Split.TEST)
-        if has_labels(manifest, split) and not (split is Split.VAL and has_judges(manifest, look))
+        for split in ((Split.TEST,) if judges_by_val else (Split.VAL, Split.TEST))
+        if has_labels(manifest, split)
     ]
     return LookRows(
         train=train,

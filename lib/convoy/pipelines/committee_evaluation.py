@@ -112,36 +112,39 @@ def evaluate_committee(
     splits = request.split_names(manifest)
     require_labels(manifest, splits)
 
-    def measured(request: PredictionRequest, exact: _Exact | None) -> tuple[_Exact, CommitteeEvaluation]:
+    def measured(job: CommitteeJob, request: PredictionRequest, exact: _Measured | None) -> _Measured:
         measuring = _Measuring(store, request, splits, exact)
-        predictions = CommitteeJob(store, manifest, request).ensure(
+        predictions = job.ensure(
             progress=progress, config=config, new_run=new_run, describe=measuring.describe
         )
         progress.stage("measuring")
-        evaluation = measuring.of(predictions)
-        return _Exact(request, predictions, evaluation.top1), evaluation
+        return _Measured(request, predictions, measuring.of(predictions))
 
-    if request.mode is EvaluationMode.EXACT:
-        return measured(request, None)[1]
-    # Refuses what cannot be before the exact mode computes for an hour.
-    CommitteeJob(store, manifest, request)
-    exact, _ = measured(request.in_mode(EvaluationMode.EXACT), None)
-    return measured(request, exact)[1]
+    # Refuses what cannot be, before the exact mode computes for an hour.
+    job, exact = CommitteeJob(store, manifest, request), None
+    if request.mode is not EvaluationMode.EXACT:
+        exact_request = request.in_mode(EvaluationMode.EXACT)
+        exact = measured(CommitteeJob(store, manifest, exact_request), exact_request, None)
+    return measured(job, request, exact).evaluation
 
 
-class _Exact(NamedTuple):
-    """Predictions in the exact mode, and their top-1."""
+class _Measured(NamedTuple):
+    """A request, its predictions, and what they are worth."""
 
     request: PredictionRequest
     predictions: CommitteePredictions
-    top1: float
+    evaluation: CommitteeEvaluation
 
 
 class _Measuring:
     """What the predictions of a request are worth: measured once, for the run's folder and for whoever asked."""
 
     def __init__(
-        self, store: ObjectStore, request: PredictionRequest, splits: Collection[Split], exact: _Exact | None
+        self,
+        store: ObjectStore,
+        request: PredictionRequest,
+        splits: Collection[Split],
+        exact: _Measured | None,
     ) -> None:
         self._store, self._request, self._splits, self._exact = store, request, splits, exact
         self._known: dict[str, CommitteeEvaluation] = {}
@@ -189,8 +192,8 @@ class _Measuring:
             return None
         return ModeEffect(
             agreement=_agreement(self._store, predictions.manifest, exact.predictions.manifest),
-            top1_change=top1 - exact.top1,
-            exact_top1=exact.top1,
+            top1_change=top1 - exact.evaluation.top1,
+            exact_top1=exact.evaluation.top1,
             exact_run=exact.predictions.run_id,
             speedup=_passes(exact.request, exact.predictions) / _passes(self._request, predictions),
             macs_ratio=_macs(exact.request, exact.predictions) / _macs(self._request, predictions),

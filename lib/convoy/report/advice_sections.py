@@ -9,12 +9,9 @@ from convoy.pipelines.advise_strategies import StrategyAdvice
 from convoy.report.advice_text import cost_span, images_for_wanted, time_span, verified
 from convoy.report.blocks import (
     Block,
-    Cell,
-    Column,
     Facts,
     Figure,
     Notes,
-    Row,
     Section,
     Table,
     Tile,
@@ -113,11 +110,12 @@ def _strategy_table(ranked: Sequence[StrategyAdvice]) -> Table:
         ]
         for one in ranked
     ]
-    return Table(
+    return text_table(
+        columns,
+        rows,
+        chosen=[0],
         key="strategy-table",
         title="All strategies, in order",
-        columns=[Column(name.rstrip("*"), is_text=name.endswith("*")) for name in columns],
-        rows=[Row(tuple(Cell(text) for text in row), is_chosen=not place) for place, row in enumerate(rows)],
         data=[one.model_dump(mode="json") for one in ranked],
     )
 

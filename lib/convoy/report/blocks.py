@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -211,11 +211,19 @@ def _is_beside(block: Block) -> bool:
     return isinstance(block, Figure) or (isinstance(block, Table) and block.is_beside)
 
 
-def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]], **fields: Any) -> Table:
-    """A table of texts. Columns whose name ends in '*' are left-aligned words, the others numbers."""
+def text_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, chosen: Collection[int] = (), **fields: Any
+) -> Table:
+    """A table of texts. Columns whose name ends in '*' are left-aligned words, the others numbers.
+
+    The rows at the places `chosen` stand out.
+    """
     return Table(
         columns=[Column(name.rstrip("*"), is_text=name.endswith("*")) for name in columns],
-        rows=[Row(tuple(Cell(text) for text in row)) for row in rows],
+        rows=[
+            Row(tuple(Cell(text) for text in row), is_chosen=place in chosen)
+            for place, row in enumerate(rows)
+        ],
         **fields,
     )
 

@@ -10,10 +10,7 @@ from convoy.pipelines.ensemble_choice import FrontPoint
 from convoy.pipelines.ensemble_gate import GateReport
 from convoy.report.blocks import (
     Block,
-    Cell,
-    Column,
     Figure,
-    Row,
     Section,
     Table,
     Tile,
@@ -139,7 +136,7 @@ def _member_table(report: EnsembleReport, names: Sequence[str]) -> Table:
 def _gains(report: EnsembleReport) -> Iterator[Block]:
     yield _size_figure(report)
     if report.by_crops:
-        yield _chosen_table(
+        yield text_table(
             [
                 "crops*",
                 "passes an image",
@@ -151,21 +148,19 @@ def _gains(report: EnsembleReport) -> Iterator[Block]:
                 "95 %",
             ],
             [
-                (
-                    [
-                        row.crops.value,
-                        f"{row.passes_per_image}",
-                        "" if row.images_per_s is None else f"{row.images_per_s:.1f}",
-                        percent(row.top1),
-                        _span(row.top1_interval),
-                        percent(row.best_single_top1),
-                        points(row.top1 - row.best_single_top1),
-                        _points_span(row.gain),
-                    ],
-                    row.crops is report.crops,
-                )
+                [
+                    row.crops.value,
+                    f"{row.passes_per_image}",
+                    "" if row.images_per_s is None else f"{row.images_per_s:.1f}",
+                    percent(row.top1),
+                    _span(row.top1_interval),
+                    percent(row.best_single_top1),
+                    points(row.top1 - row.best_single_top1),
+                    _points_span(row.gain),
+                ]
                 for row in report.by_crops
             ],
+            chosen=[place for place, row in enumerate(report.by_crops) if row.crops is report.crops],
             key="by-crops",
             title="What the crops give and cost",
             data=[row.model_dump(mode="json") for row in report.by_crops],
@@ -183,7 +178,7 @@ def _gains(report: EnsembleReport) -> Iterator[Block]:
             ]
             for row in report.by_size
         ]
-        yield _chosen_table(
+        yield text_table(
             [
                 "members with the largest weights",
                 "passes an image",
@@ -192,7 +187,8 @@ def _gains(report: EnsembleReport) -> Iterator[Block]:
                 "against the best single, points",
                 "95 %",
             ],
-            [(row, place == len(rows) - 1) for place, row in enumerate(rows)],
+            rows,
+            chosen=[len(rows) - 1],
             key="by-size",
             title="Gain by number of members",
             data=[row.model_dump(mode="json") for row in report.by_size],
@@ -242,26 +238,24 @@ def _front_table(report: EnsembleReport, names: Sequence[str]) -> Table:
     shown = [point for point in report.front if point.is_best or point == report.chosen]
     has_money = any(point.usd_per_million is not None for point in report.front)
     rows = [
-        (
-            [
-                _members(point, names),
-                point.crops.value,
-                percent(point.top1),
-                span(point.top1_interval),
-                number(point.nll),
-                f"{point.passes_per_image}",
-                f"{point.images_per_s:.1f}",
-                *([f"{point.usd_per_million:.2f}"] if point.usd_per_million is not None else ()),
-            ],
-            point == report.chosen,
-        )
+        [
+            _members(point, names),
+            point.crops.value,
+            percent(point.top1),
+            span(point.top1_interval),
+            number(point.nll),
+            f"{point.passes_per_image}",
+            f"{point.images_per_s:.1f}",
+            *([f"{point.usd_per_million:.2f}"] if point.usd_per_million is not None else ()),
+        ]
         for point in shown
     ]
     money = ["USD a million"] if has_money else []
     columns = ["members*", "crops*", "val top-1", "95 %", "val NLL", "passes", "images/s", *money]
-    return _chosen_table(
+    return text_table(
         columns,
         rows,
+        chosen=[place for place, point in enumerate(shown) if point == report.chosen],
         key="front-table",
         title="Points of the front",
         data=[point.model_dump(mode="json") for point in shown],
@@ -344,7 +338,7 @@ def _gate(gate: GateReport, rows_name: str) -> Section:
                 f"{outcome.speedup:.1f} times",
                 points(outcome.top1_change),
             ]
-        rows.append((cells, row.target_agreement == gate.target_agreement))
+        rows.append(cells)
     columns = ["wanted agreement", "on val", "passes"]
     is_measured = gate.untouched is not None
     columns += [f"on {rows_name}", "passes", "fewer passes", "top-1, points"] if is_measured else []
@@ -355,28 +349,19 @@ def _gate(gate: GateReport, rows_name: str) -> Section:
         lead="A cheap look at the image comes first, and the whole ensemble where that is not sure. Thresholds hold"
         f" an agreement with the whole ensemble on validation rows that did not choose the looks{beside}.",
         blocks=[
-            _chosen_table(columns, rows, key="gate", title="Agreements", data=gate.model_dump(mode="json"))
+            text_table(
+                columns,
+                rows,
+                chosen=[
+                    place
+                    for place, row in enumerate(gate.curve)
+                    if row.target_agreement == gate.target_agreement
+                ],
+                key="gate",
+                title="Agreements",
+                data=gate.model_dump(mode="json"),
+            )
         ],
-    )
-
-
-def _chosen_table(
-    columns: Sequence[str],
-    rows: Sequence[tuple[Sequence[str], bool]],
-    *,
-    key: str,
-    data: object,
-    title: str,
-    caption: str = "",
-) -> Table:
-    """A table in which some rows stand out."""
-    return Table(
-        key=key,
-        title=title,
-        columns=[Column(name.rstrip("*"), is_text=name.endswith("*")) for name in columns],
-        rows=[Row(tuple(Cell(text) for text in texts), is_chosen=chosen) for texts, chosen in rows],
-        data=data,
-        caption=caption,
     )
 
 

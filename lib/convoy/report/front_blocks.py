@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from convoy.pipelines.backbone_costs import BackboneCost
 from convoy.pipelines.cost_front import CostFront, FrontChoice
-from convoy.report.blocks import Block, Cell, Column, Figure, Row, Table, text_table
+from convoy.report.blocks import Block, Figure, Table, text_table
 from convoy.report.svg import Chart, Scale, percent_text
 from convoy.report.words import count, percent, size, span
 
@@ -75,28 +75,15 @@ def _choice_title(one: FrontChoice, front: CostFront) -> str:
 
 
 def _choices(front: CostFront) -> Table:
-    return Table(
+    rows = [
+        [one.backbone, f"{one.cost:.4g}", percent(one.top1.estimate), span(one.top1), one.explanation]
+        for one in front.choices
+    ]
+    return text_table(
+        ["backbone*", "cost", "top-1", "95 %", "why*"],
+        rows,
+        chosen=[place for place, one in enumerate(front.choices) if one.is_best],
         key=f"choices-{front.axis.value}",
-        columns=[
-            Column("backbone", is_text=True),
-            Column("cost"),
-            Column("top-1"),
-            Column("95 %"),
-            Column("why", is_text=True),
-        ],
-        rows=[
-            Row(
-                (
-                    Cell(one.backbone),
-                    Cell(f"{one.cost:.4g}"),
-                    Cell(percent(one.top1.estimate)),
-                    Cell(span(one.top1)),
-                    Cell(one.explanation),
-                ),
-                is_chosen=one.is_best,
-            )
-            for one in front.choices
-        ],
         folded=f"Which backbone to take by {front.axis.value}, and why",
         caption=f"Cost in {front.unit}.",
     )

@@ -109,7 +109,8 @@ class Chart:
         self._x_label, self._y_label = x_label, y_label
         self._x_text, self._y_text = x_text or number_text, y_text or number_text
         self._x_ticks = x.ticks() if x_ticks is None else list(x_ticks)
-        longest = max((len(self._y_text(value)) for value in y.ticks()), default=0)
+        self._y_ticks = y.ticks()
+        longest = max((len(self._y_text(value)) for value in self._y_ticks), default=0)
         self._left_edge = max(_LEFT, _Y_LABEL + _DIGIT * longest + _TICK_GAP)
         self._behind: list[str] = []
         self._marks: list[str] = []
@@ -220,7 +221,7 @@ class Chart:
 
     def _axes(self) -> Iterable[str]:
         edge, bottom = self._left_edge, self._height - _BOTTOM
-        for value in self._y.ticks():
+        for value in self._y_ticks:
             top = self.top(value)
             yield f'<path class="grid" d="M{edge:g} {top:.1f}H{WIDTH - _RIGHT}"/>'
             yield text_tag(edge - _TICK_GAP, top + 4, self._y_text(value), anchor="end", soft=True)
