@@ -15,7 +15,7 @@ from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -171,6 +171,13 @@ class _Place:
     versions: Mapping[str, str]
 
 
+class _SharedRows(NamedTuple):
+    """References to the tables of rows in Ray's object store, where all preparers of a node share one copy."""
+
+    train: Any
+    val: Any | None
+
+
 class _Stream:
     """Tasks in a row that are being prepared."""
 
@@ -204,12 +211,17 @@ class _TaskStream:
 
     def run(self, tasks: range) -> Iterator[tuple[int, list[dict[str, Any]]]]:
         """The tasks in their order, each with a row for each of its passes."""
-        blocks = self._dataset(tasks).iter_batches(batch_size=None, batch_format="pyarrow")
-        rows = (row for block in blocks for row in _rows(block))
-        for task, passes in groupby(rows, key=itemgetter("task")):
+        store, val = open_store(self._spec.workspace), self._spec.val
+        rows = _SharedRows(
+            train=ray.put(self._spec.train.read(store)),
+            val=None if val is None else ray.put(val.read(store)),
+        )
+        blocks = self._dataset(tasks, rows).iter_batches(batch_size=None, batch_format="pyarrow")
+        prepared = (row for block in blocks for row in _rows(block))
+        for task, passes in groupby(prepared, key=itemgetter("task")):
             yield task, list(passes)
 
-    def _dataset(self, tasks: range) -> Any:
+    def _dataset(self, tasks: range, rows: _SharedRows) -> Any:
         """One row a pass, in order; a row holds all images of the pass as bytes."""
         context = ray.data.DataContext.get_current().copy()
         context.execution_options.preserve_order = True
@@ -223,7 +235,7 @@ class _TaskStream:
             numbers = ray.data.from_items([{"task": task} for task in tasks], override_num_blocks=len(tasks))
             return numbers.map_batches(
                 _Preparer,
-                fn_constructor_args=(self._place, self._preset, secrets.token_hex(8)),
+                fn_constructor_args=(self._place, self._preset, rows, secrets.token_hex(8)),
                 batch_size=1,
                 compute=ray.data.ActorPoolStrategy(size=min(self._spec.num_preparers, len(tasks))),
                 num_cpus=CPUS_A_PREPARER,
@@ -236,20 +248,19 @@ class _Preparer:
     Our own errors come back as rows: of what a worker raises, Ray Data passes on no more than the text.
     """
 
-    def __init__(self, place: _Place, preset: EvalPreset, token: str) -> None:
+    def __init__(self, place: _Place, preset: EvalPreset, rows: _SharedRows, token: str) -> None:
         use_threads(1)
         self._mismatch = version_mismatch(place.versions)
         self._watch = DeathWatch(token, kind="batch", next_step=_AFTER_A_DEADLY_BATCH)
         spec = TrainingSpec.model_validate_json(place.spec_json)
-        store = open_store(spec.workspace)
-        train = store.open_parquet(spec.train.key).read()
+        train, val = ray.get(rows.train), None if rows.val is None else ray.get(rows.val)
         labels_N = train["label"].to_numpy()
         self._order = EpochOrder(spec, labels_N, rank=place.rank, num_workers=place.num_workers)
         self._preset = preset
         self._train = ImageLoader(spec, train, num_threads=1)
         self._val = None
-        if spec.val is not None:
-            self._val = ImageLoader(spec, store.open_parquet(spec.val.key).read(), num_threads=1)
+        if val is not None:
+            self._val = ImageLoader(spec, val, num_threads=1)
         self._validation = (
             [] if self._val is None else self._order.validation(self._val.num_rows, self._preset)
         )

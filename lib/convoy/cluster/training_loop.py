@@ -13,7 +13,6 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import pyarrow as pa
 import torch
 
 from convoy.cluster.batch_feed import BatchFeed, EpochOrder
@@ -78,14 +77,14 @@ class TrainingWorker:
         # By row: a row that cannot be used is rejected anew in every epoch.
         self._rejects: dict[int, RejectedRow] = {}
         self._told: set[str] = set()
-        self._train = _read_rows(self._store, spec.train.key)
+        self._train = spec.train.read(self._store)
         labels_N = self._train["label"].to_numpy()
         order = EpochOrder(spec, labels_N, rank=group.rank, num_workers=group.num_workers)
         self._plan = order.plan
         self._times = Timetable(
             spec.run_id, spec.phases, num_steps=order.plan.num_steps, num_rows=spec.train.num_rows
         )
-        val = None if spec.val is None else _read_rows(self._store, spec.val.key)
+        val = None if spec.val is None else spec.val.read(self._store)
         self._teacher = None if spec.teacher is None else _read_teacher(self._store, spec.teacher)
         self._feed: BatchFeed = open_feed(spec, self._train, val, order, group)
         self._checkpoints = TrainingCheckpoints(self._store, spec, group)
@@ -356,8 +355,3 @@ class TrainingWorker:
 
 def _read_teacher(store: ObjectStore, teacher: TeacherRows) -> Teacher:
     return Teacher(read_teacher_logits(store, teacher.key), teacher.distillation)
-
-
-def _read_rows(store: ObjectStore, key: str) -> pa.Table:
-    table: pa.Table = store.open_parquet(key).read()
-    return table

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import Literal
 
+import pyarrow as pa
 from pydantic import PositiveFloat, PositiveInt
 
 from convoy.core.config import StrictModel
 from convoy.storage.local_cache import LocalCacheOptions
+from convoy.storage.object_store import ObjectStore
 from convoy.vision.augmentation_policy import AugmentationPolicy
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.decode_rule import DecodeRule
@@ -46,6 +48,11 @@ class TrainingRows(StrictModel):
 
     key: str
     num_rows: int
+
+    def read(self, store: ObjectStore) -> pa.Table:
+        """All of them: about 250 bytes a row."""
+        table: pa.Table = store.open_parquet(self.key).read()
+        return table
 
 
 class TeacherRows(StrictModel):

@@ -23,6 +23,7 @@ from convoy.cluster.running_ahead import ahead
 from convoy.cluster.split_feed import SplitFeed, TaskOrder
 from convoy.cluster.training_spec import Ingest, TrainingRows, TrainingSpec
 from convoy.core.errors import ClusterError, VersionMismatch
+from convoy.storage.stores import open_store
 from convoy.vision.augmentation_policy import AugmentationPolicy
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.decode_rule import DecodeRule
@@ -31,6 +32,7 @@ from convoy.vision.presets import EvalPreset
 from convoy.vision.training_config import Phase, Recipe
 
 PRESET = EvalPreset(resize_px=None, crop_px=8)
+NO_ROWS = split_feed._SharedRows(train=None, val=None)
 NUM_STEPS, NUM_EPOCHS = 5, 40
 PHASE = Phase(name="all", epochs=NUM_EPOCHS, learning_rate=0.1)
 FINER = PHASE.model_copy(update={"name": "finer", "resolution_px": 16})
@@ -204,7 +206,7 @@ def test_each_batch_is_a_task_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(split_feed.ray.data, "from_items", from_items)
     place = split_feed._Place(training_spec().model_dump_json(), 0, 1, {})
-    split_feed._TaskStream(place, PRESET)._dataset(range(100, 3100))
+    split_feed._TaskStream(place, PRESET)._dataset(range(100, 3100), NO_ROWS)
     assert asked["num_blocks"] == asked["num_items"] == 3000
     assert asked["batch_size"] == 1
     assert asked["compute"].max_size == 2
@@ -236,7 +238,7 @@ def test_a_stream_keeps_to_what_its_plan_says_it_takes_of_the_object_store(
     monkeypatch.setattr(split_feed.ray.data, "from_items", from_items)
     spec = training_spec(**settings)
     place = split_feed._Place(spec.model_dump_json(), 0, num_workers, {})
-    split_feed._TaskStream(place, PRESET)._dataset(range(10))
+    split_feed._TaskStream(place, PRESET)._dataset(range(10), NO_ROWS)
     assert spec.largest_batch_bytes(num_workers) == num_rows * 3 * num_px**2
     # Three batches of each of its two preparers.
     assert [limit.object_store_memory for limit in limits] == [6 * num_rows * 3 * num_px**2]
@@ -313,10 +315,15 @@ class Watch:
         return nullcontext()
 
 
-def prepared(spec: TrainingSpec, task: int, versions: dict[str, str]) -> list[dict[str, Any]]:
+def prepared(
+    spec: TrainingSpec, task: int, versions: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> list[dict[str, Any]]:
     """What a preparer answers for a task, as the training worker gets it."""
-    place = split_feed._Place(spec.model_dump_json(), 0, 1, versions)
-    preparer = split_feed._Preparer(place, made_training.PRESET, "token")
+    monkeypatch.setattr(split_feed, "DeathWatch", Watch)
+    monkeypatch.setattr(split_feed.ray, "get", lambda table: table)
+    place, store = split_feed._Place(spec.model_dump_json(), 0, 1, versions), open_store(spec.workspace)
+    rows = split_feed._SharedRows(spec.train.read(store), spec.val and spec.val.read(store))
+    preparer = split_feed._Preparer(place, made_training.PRESET, rows, "token")
     answer = pa.table(
         {name: pa.array(values) for name, values in preparer({"task": np.array([task])}).items()}
     )
@@ -331,8 +338,7 @@ def taken(rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> tuple[
 
 
 def test_a_preparer_answers_with_its_batch(digits: TrainingSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(split_feed, "DeathWatch", Watch)
-    task, (row,) = taken(prepared(digits, 0, library_versions()), monkeypatch)
+    task, (row,) = taken(prepared(digits, 0, library_versions(), monkeypatch), monkeypatch)
     batch = split_feed._unpack(row, made_training.PRESET, pin_memory=False)
     assert (task, batch.batch.images_BCHW.shape, batch.rejects) == (0, (8, 3, 32, 32), [])
 
@@ -341,8 +347,7 @@ def test_a_preparer_with_other_libraries_than_the_driver_prepares_nothing(
     digits: TrainingSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its pixels might be others; and the training ends with what is wrong, as another attempt would."""
-    monkeypatch.setattr(split_feed, "DeathWatch", Watch)
-    rows = prepared(digits, 0, library_versions() | {"pillow": "1.0"})
+    rows = prepared(digits, 0, library_versions() | {"pillow": "1.0"}, monkeypatch)
     with pytest.raises(VersionMismatch, match=r"instead of 1\.0"):
         taken(rows, monkeypatch)
 
@@ -350,7 +355,6 @@ def test_a_preparer_with_other_libraries_than_the_driver_prepares_nothing(
 def test_a_batch_that_ends_one_preparer_after_another_ends_the_stream_with_where_it_is(
     digits: TrainingSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(split_feed, "DeathWatch", Watch)
-    rows = prepared(digits, 1, library_versions())
+    rows = prepared(digits, 1, library_versions(), monkeypatch)
     with pytest.raises(ClusterError, match=r"(?s)batch of step 2 in epoch 1.*preparers_per_worker"):
         taken(rows, monkeypatch)
