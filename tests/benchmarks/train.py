@@ -62,7 +62,7 @@ class DataBound(Workload):
     crop_px: PositiveInt = 32
     resize_px: PositiveInt | None = 32
     batch_size: PositiveInt = Field(default_factory=lambda: by_device(32, 256))
-    num_images: PositiveInt = Field(default_factory=lambda: by_device(1024, 8192))
+    num_images: PositiveInt = Field(default_factory=lambda: by_device(4096, 8192))
 
 
 class TrainBench(BenchSettings):
