@@ -5,7 +5,7 @@ from __future__ import annotations
 from convoy.core.config import StrictModel
 from convoy.core.fingerprints import canonical_json, digest
 from convoy.core.machine import MachineFacts
-from convoy.storage.documents import read_json
+from convoy.storage.documents import read_model
 from convoy.storage.object_store import ObjectStore
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.decode_rule import DecodeRule
@@ -74,8 +74,7 @@ class BackboneTiming(StrictModel):
 
 def kept_timing(store: ObjectStore, spec: TimingSpec, machine: MachineFacts) -> BackboneTiming | None:
     """What was measured of the same network, in the same way, on such a machine."""
-    known = read_json(store, _key(spec, machine))
-    return None if known is None else BackboneTiming.model_validate(known)
+    return read_model(BackboneTiming, store, _key(spec, machine))
 
 
 def keep_timing(store: ObjectStore, spec: TimingSpec, timing: BackboneTiming) -> None:

@@ -16,7 +16,7 @@ from convoy.core.errors import PreconditionFailed
 from convoy.core.fingerprints import canonical_json
 from convoy.core.records import Reject
 from convoy.core.training_events import EpochResult
-from convoy.storage.documents import read_json
+from convoy.storage.documents import read_model
 from convoy.storage.object_store import ObjectStore, put_looking_first
 from convoy.storage.parts import write_rejects
 from convoy.storage.runs import RunFolder
@@ -55,8 +55,7 @@ class TrainingOutcome(StrictModel):
 
 def read_outcome(store: ObjectStore, run_id: str) -> TrainingOutcome | None:
     """The outcome of a run whose training has ended, or None."""
-    document = read_json(store, RunFolder(store, run_id).key(TRAINED_FILE))
-    return None if document is None else TrainingOutcome.model_validate(document)
+    return read_model(TrainingOutcome, store, RunFolder(store, run_id).key(TRAINED_FILE))
 
 
 def write_weights(

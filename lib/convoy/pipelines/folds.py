@@ -31,7 +31,7 @@ from convoy.pipelines.training_rows import Fold, fold_rows, read_split
 from convoy.pipelines.workspace import open_workspace
 from convoy.storage.bundles import check_bundle_name, peek_bundle, resolve_bundle
 from convoy.storage.datasets import open_dataset
-from convoy.storage.documents import read_json
+from convoy.storage.documents import read_model
 from convoy.storage.leases import WhenHeld
 from convoy.storage.manifests import Manifest
 from convoy.storage.member_predictions import MemberLogits, read_member_logits
@@ -222,10 +222,9 @@ def _identity(store: ObjectStore, manifest: Manifest, training: TrainConfig) -> 
 
 def _known(store: ObjectStore, key: str) -> FoldModel | None:
     """A fold that was trained already, unless its bundle has gone."""
-    document = read_json(store, key)
-    if document is None:
+    model = read_model(FoldModel, store, key)
+    if model is None:
         return None
-    model = FoldModel.model_validate(document)
     try:
         peek_bundle(store, resolve_bundle(store, model.bundle))
     except DataError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from convoy.core.fingerprints import canonical_json, digest
 from convoy.pipelines.backbone_record import BACKBONES, BackboneRecord
-from convoy.storage.documents import exists, read_json
+from convoy.storage.documents import exists, read_model
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.stores import open_object
 from convoy.vision.backbone_config import BackboneConfig, WeightSource, weight_source
@@ -41,12 +41,12 @@ def fetch_backbone(store: ObjectStore, config: BackboneConfig) -> BackboneRecord
 
 
 def _known(store: ObjectStore, config: BackboneConfig, source: str) -> BackboneRecord | None:
-    known = _read_record(store, _request_key(_RECORD_VERSION, config, source))
+    known = read_model(BackboneRecord, store, _request_key(_RECORD_VERSION, config, source))
     if known is not None:
         # Of some networks without classifier the last layer was once taken for one.
         is_right = known.config.num_classes != 0 or known.num_classes == 0
         return known if is_right and _knows_classes(known) else None
-    former = _read_record(store, _request_key(_FORMER_VERSION, config, source))
+    former = read_model(BackboneRecord, store, _request_key(_FORMER_VERSION, config, source))
     if former is None or former.num_classes != (config.num_classes or _USUAL_OUTPUTS):
         return None
     return former if _knows_classes(former) else None
@@ -55,11 +55,6 @@ def _known(store: ObjectStore, config: BackboneConfig, source: str) -> BackboneR
 def _knows_classes(record: BackboneRecord) -> bool:
     """Whether the file of its weights was asked for classes: before multiply-adds to taps were counted none was."""
     return bool(record.tap_macs) or weight_source(record.config) is not WeightSource.URI
-
-
-def _read_record(store: ObjectStore, key: str) -> BackboneRecord | None:
-    document = read_json(store, key)
-    return None if document is None else BackboneRecord.model_validate(document)
 
 
 def _request_key(version: int, config: BackboneConfig, source: str) -> str:

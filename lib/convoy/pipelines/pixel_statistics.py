@@ -14,7 +14,7 @@ from convoy.core.fingerprints import canonical_json, digest
 from convoy.core.progress import Progress
 from convoy.core.randomness import unit_interval
 from convoy.core.records import Split
-from convoy.storage.documents import read_json
+from convoy.storage.documents import read_model
 from convoy.storage.manifests import MANIFEST_SCHEMA, Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.vision.augmentation_policy import AugmentationPolicy, PcaBasis
@@ -54,9 +54,9 @@ def resolve_augmentation(
     if not policy.lacks_basis:
         return policy
     key = _key(manifest, dataset, decode_rule, max_images)
-    known = read_json(store, key)
+    known = read_model(PixelStatistics, store, key)
     if known is not None:
-        return policy.with_basis(PixelStatistics.model_validate(known).basis)
+        return policy.with_basis(known.basis)
     statistics = measure_dataset(manifest, decode_rule, progress, max_images=max_images)
     store.put(key, canonical_json(statistics))
     return policy.with_basis(statistics.basis)
@@ -72,8 +72,8 @@ def known_augmentation(
     """What `resolve_augmentation` would return, or None where it would have to measure first."""
     if not policy.lacks_basis:
         return policy
-    known = read_json(store, _key(manifest, dataset, decode_rule, MAX_IMAGES))
-    return known and policy.with_basis(PixelStatistics.model_validate(known).basis)
+    known = read_model(PixelStatistics, store, _key(manifest, dataset, decode_rule, MAX_IMAGES))
+    return None if known is None else policy.with_basis(known.basis)
 
 
 def measure_dataset(

@@ -6,7 +6,7 @@ import time
 
 from convoy.core.config import StrictModel
 from convoy.core.fingerprints import canonical_json
-from convoy.storage.documents import read_json
+from convoy.storage.documents import read_model
 from convoy.storage.runs import RunFolder
 
 _CALLS = "calls/"
@@ -42,4 +42,5 @@ class SearchTimer:
 def seconds_spent(folder: RunFolder) -> float:
     """For how many seconds all calls of a search have searched, those that were killed included."""
     keys = [info.key for info in folder.store.list_objects(folder.key(_CALLS))]
-    return sum(SearchedTime.model_validate(read_json(folder.store, key)).seconds for key in keys)
+    calls = (read_model(SearchedTime, folder.store, key) for key in keys)
+    return sum(call.seconds for call in calls if call is not None)

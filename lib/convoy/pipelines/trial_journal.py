@@ -23,7 +23,7 @@ from convoy.pipelines.folds import fold_name
 from convoy.pipelines.train import TrainReport
 from convoy.pipelines.train_config import TrainConfig
 from convoy.pipelines.tune_config import TuneConfig
-from convoy.storage.documents import read_json
+from convoy.storage.documents import ModelT, read_model
 from convoy.storage.object_store import ObjectStore, put_looking_first
 from convoy.storage.runs import RunFolder
 
@@ -198,8 +198,7 @@ class TrialJournal:
 
     def trained(self, point: TrialPoint) -> TrainReport | None:
         """What an earlier attempt at a trial has trained, or None."""
-        document = read_json(self._store, self._key(f"{_TRAINED}{point.trial}.json"))
-        return None if document is None else TrainReport.model_validate(document)
+        return read_model(TrainReport, self._store, self._key(f"{_TRAINED}{point.trial}.json"))
 
     def keep_trained(self, point: TrialPoint, report: TrainReport) -> None:
         """Keep what a trial has trained, so that no other attempt at it trains again."""
@@ -237,8 +236,7 @@ class TrialJournal:
 
     def record(self, trial: str) -> TrialRecord | None:
         """The record of a trial that ended, or None."""
-        document = read_json(self._store, self._key(f"{_TRIALS}{trial}.json"))
-        return None if document is None else TrialRecord.model_validate(document)
+        return read_model(TrialRecord, self._store, self._key(f"{_TRIALS}{trial}.json"))
 
     def write(self, record: TrialRecord) -> TrialRecord:
         """Record a trial, and return the record that counts: an earlier attempt's where that came first."""
@@ -248,7 +246,7 @@ class TrialJournal:
 
     def records(self) -> list[TrialRecord]:
         """All trials that ended, in the order in which they were drawn."""
-        return in_order([TrialRecord.model_validate(one) for one in self._documents(_TRIALS)])
+        return in_order(self._documents(TrialRecord, _TRIALS))
 
     def all_records(self) -> list[TrialRecord]:
         """`records`, and what is noted of trials that were cut short and have not gone on to their end since."""
@@ -258,20 +256,21 @@ class TrialJournal:
     def noted(self, waiting: Iterable[TrialPoint]) -> list[TrialRecord]:
         """What is noted of trials that were cut short, of those that are waiting."""
         names = {point.trial for point in waiting}
-        records = [TrialRecord.model_validate(one) for one in self._documents(_CUT_SHORT)]
-        return [record for record in records if record.trial in names]
+        return [record for record in self._documents(TrialRecord, _CUT_SHORT) if record.trial in names]
 
     def waiting(self, records: Iterable[TrialRecord]) -> list[TrialPoint]:
         """Trials that were drawn and are not among the records."""
         ended = {record.trial for record in records}
-        points = [TrialPoint.model_validate(one) for one in self._documents(_DRAWN)]
-        return sorted((point for point in points if point.trial not in ended), key=lambda point: point.index)
+        points = [point for point in self._documents(TrialPoint, _DRAWN) if point.trial not in ended]
+        return sorted(points, key=lambda point: point.index)
 
     def _training_name(self, trial: str) -> str:
         return f"{self._config.name}-{trial}"
 
-    def _documents(self, prefix: str) -> list[Any]:
-        return [read_json(self._store, info.key) for info in self._store.list_objects(self._key(prefix))]
+    def _documents(self, model: type[ModelT], prefix: str) -> list[ModelT]:
+        keys = [info.key for info in self._store.list_objects(self._key(prefix))]
+        found = (read_model(model, self._store, key) for key in keys)
+        return [document for document in found if document is not None]
 
     def _put_once(self, name: str, data: bytes) -> None:
         # Another attempt of the same trial may have been first; then its document stays.

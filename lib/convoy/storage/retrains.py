@@ -22,7 +22,7 @@ from convoy.core.config import StrictModel
 from convoy.core.crash_points import CrashPoint, crash_point
 from convoy.core.errors import LeaseHeld, PreconditionFailed
 from convoy.core.fingerprints import canonical_json
-from convoy.storage.documents import exists, read_json
+from convoy.storage.documents import exists, read_json, read_model
 from convoy.storage.leases import RunLease, hold_run
 from convoy.storage.object_store import ObjectStore, put_looking_first
 from convoy.storage.runs import RunFolder
@@ -90,8 +90,7 @@ class RetrainFolder(RunFolder):
 
     def plan(self, date: str) -> RetrainPlan | None:
         """What a date began with, or None if it has not begun."""
-        found = read_json(self.store, self.key(f"{date}/plan.json"))
-        return None if found is None else RetrainPlan.model_validate(found)
+        return read_model(RetrainPlan, self.store, self.key(f"{date}/plan.json"))
 
     def write_plan(self, plan: RetrainPlan) -> None:
         """Begin a date."""
@@ -100,8 +99,7 @@ class RetrainFolder(RunFolder):
 
     def work(self, date: str) -> RetrainWork:
         """What a date had to compute so far, restarts included."""
-        found = read_json(self.store, self.key(f"{date}/work.json"))
-        return RetrainWork() if found is None else RetrainWork.model_validate(found)
+        return read_model(RetrainWork, self.store, self.key(f"{date}/work.json")) or RetrainWork()
 
     def note_missing(self, date: str, set_id: str, num_rows: int) -> None:
         """Note what is missing in a set, before it is computed; the first note of a date counts."""

@@ -11,6 +11,7 @@ import pytest
 
 from convoy.cluster.search_plan import GivenUp
 from convoy.core.config import parse_config
+from convoy.core.errors import DataError
 from convoy.core.fingerprints import canonical_json
 from convoy.core.trial_events import TrialState
 from convoy.pipelines.folds import _of_fold
@@ -71,6 +72,16 @@ def test_a_record_from_before_rejects_were_recorded_is_read(journal: TrialJourna
     journal._store.put(journal._folder.key(f"trials/{former['trial']}.json"), canonical_json(former))
     (read,) = journal.records()
     assert (read.rejects, read.within_error_budget) == (0, True)
+
+
+@pytest.mark.parametrize("data", [b"{", b'{"trial": "000-abcdef", "invented": 1}'])
+def test_a_record_that_is_damaged_or_of_a_newer_convoy_is_named(journal: TrialJournal, data: bytes) -> None:
+    key = journal._folder.key("trials/000-abcdef.json")
+    journal._store.put(key, data)
+    for read in (journal.records, lambda: journal.record("000-abcdef")):
+        with pytest.raises(DataError, match=r"damaged|does not say what it should") as caught:
+            read()
+        assert caught.value.where == journal._store.uri(key)
 
 
 def test_names_differ_between_searches_and_points(journal: TrialJournal, tmp_path: Path) -> None:
