@@ -91,13 +91,12 @@ class TrainingCheckpoints:
     def newest(self) -> Resumed:
         """The newest checkpoint that is whole, or the beginning; what was damaged is in the notes, and deleted."""
         notes: tuple[str, ...] = ()
-        chosen = None
+        loaded = None
         if self._group.is_first:
             loaded, damaged = self._folder.newest_intact()
             self._folder.discard(damaged)
             notes = tuple(f"checkpoint of step {one.step} cannot be used: {one.reason}" for one in damaged)
-            chosen = loaded and loaded.record.model_dump(mode="json")
-        chosen = self._group.from_first(chosen)
+        chosen = self._group.from_first(loaded and loaded.record.model_dump(mode="json"))
         if chosen is None:
             return Resumed(position=Position(), epoch=EpochSoFar(), notes=notes)
         record = CheckpointRecord.model_validate(chosen)
@@ -113,7 +112,8 @@ class TrainingCheckpoints:
             scores=tuple(details["scores"]),
             rejects=tuple(RejectedRow.model_validate(one) for one in details["rejects"]),
             scaler=details["scaler"],
-            tensors=PackedTraining(self._folder.read(record)),
+            # Only the others have yet to read what the first one chose.
+            tensors=PackedTraining(self._folder.read(record) if loaded is None else loaded.data),
             notes=(*notes, f"going on from the checkpoint of step {record.step}"),
         )
 

@@ -99,7 +99,7 @@ def nearest_neighbours(
             f"{num_rows} rows have no {num_neighbours} neighbours each",
             next_step=f"ask for 1 to {num_rows - 1}",
         )
-    unit_ND = _unit_rows(features_ND)
+    unit_ND = unit_rows(features_ND)
     found = [
         _nearest_of_block(
             unit_ND, slice(start, min(start + block_rows, num_rows)), num_neighbours, block_rows
@@ -110,6 +110,16 @@ def nearest_neighbours(
         rows_NK=np.concatenate([rows_BK for rows_BK, _ in found]),
         similarities_NK=np.concatenate([similarities_BK for _, similarities_BK in found]),
     )
+
+
+def unit_rows(features_ND: NDArray[Any]) -> NDArray[np.float32]:
+    """Rows of length 1, however small or large they were; those of zeros stay."""
+    unit_ND = np.array(features_ND, np.float32)
+    # Squares of features would leave the range of float32 long before the features do.
+    largest_N1 = np.maximum(unit_ND.max(axis=1, keepdims=True), -unit_ND.min(axis=1, keepdims=True))
+    unit_ND /= np.where(largest_N1 > 0, largest_N1, 1)
+    unit_ND /= np.maximum(np.linalg.norm(unit_ND, axis=1, keepdims=True), 1)
+    return unit_ND
 
 
 def find_near_duplicates(
@@ -188,14 +198,6 @@ def _by_chance(shape: tuple[int, ...]) -> float:
 def _blocks(features_ND: NDArray[Any]) -> Iterator[NDArray[np.float64]]:
     for start in range(0, len(features_ND), _BLOCK_ROWS):
         yield features_ND[start : start + _BLOCK_ROWS].astype(np.float64)
-
-
-def _unit_rows(features_ND: NDArray[Any]) -> NDArray[np.float32]:
-    """Rows of length 1, or 0 where there is no direction."""
-    wide_ND = features_ND.astype(np.float32)
-    lengths_N1 = np.linalg.norm(wide_ND, axis=1, keepdims=True)
-    wide_ND /= np.where(lengths_N1 > 0, lengths_N1, 1)
-    return wide_ND
 
 
 def _nearest_of_block(

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convoy.core.config import StrictModel
+from convoy.core.embedding import unit_rows
 from convoy.core.errors import DataError
 
 Floats = NDArray[np.float64]
@@ -22,8 +23,8 @@ _TIE_BREAK = 1e-3
 class DomainDistance(StrictModel):
     """How far two sets of features are apart.
 
-    `frechet` is the Fréchet distance of the Gaussians with their means and covariances (Heusel et al. 2017,
-    arXiv:1706.08500, eq. 6: FID is this on Inception's features), in squared units of the features;
+    `frechet` is the squared Fréchet distance of the Gaussians with their means and covariances (d^2 of Heusel et al.
+    2017, arXiv:1706.08500, eq. 6: FID is this on Inception's features), in squared units of the features;
     `relative` divides it by the total variance of the reference. The fewer the images, the larger it is by chance
     alone, so `within_reference`, the relative distance between two halves of the reference, is what no difference
     at all looks like beside `relative_at_half`: that from as many images to one of these halves. That is null in
@@ -58,10 +59,10 @@ def knn_correct(
         )
     num_neighbours = min(num_neighbours, len(train_ND))
     num_classes = int(max(train_labels_N.max(), labels_M.max())) + 1
-    train = _unit_rows(train_ND)
+    train = unit_rows(train_ND)
     found = []
     for start in range(0, len(features_MD), _QUERIES_PER_BLOCK):
-        similarity_MN = _unit_rows(features_MD[start : start + _QUERIES_PER_BLOCK]) @ train.T
+        similarity_MN = unit_rows(features_MD[start : start + _QUERIES_PER_BLOCK]) @ train.T
         nearest_MK = np.argpartition(-similarity_MN, num_neighbours - 1, axis=1)[:, :num_neighbours]
         votes_MK = 1 + _TIE_BREAK * np.take_along_axis(similarity_MN, nearest_MK, axis=1)
         if weights_N is not None:
@@ -144,7 +145,10 @@ def domain_distance(
 
 
 def frechet_distance(first_ND: NDArray[Any], second_MD: NDArray[Any]) -> float:
-    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two sets of rows, never below 0 (Heusel et al. 2017, eq. 6)."""
+    """The squared Fréchet distance of two sets of rows, taken as Gaussians; never below 0.
+
+    That is d^2 = |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Heusel et al. 2017, eq. 6), as FID is squared too.
+    """
     first, second = np.asarray(first_ND, np.float64), np.asarray(second_MD, np.float64)
     gap_D = first.mean(axis=0) - second.mean(axis=0)
     first_DD, second_DD = np.atleast_2d(np.cov(first.T)), np.atleast_2d(np.cov(second.T))
@@ -165,12 +169,3 @@ def _root(matrix_DD: Floats) -> Floats:
     values_D, vectors_DD = np.linalg.eigh(matrix_DD)
     root_DD: Floats = (vectors_DD * np.sqrt(np.maximum(values_D, 0.0))) @ vectors_DD.T
     return root_DD
-
-
-def _unit_rows(features_ND: NDArray[Any]) -> NDArray[np.float32]:
-    """Rows of length 1, however small they are; those of zeros stay."""
-    wide = np.asarray(features_ND, np.float32)
-    largest_N1 = np.abs(wide).max(axis=1, keepdims=True)
-    scaled = wide / np.where(largest_N1 > 0, largest_N1, 1)
-    unit: NDArray[np.float32] = scaled / np.maximum(np.linalg.norm(scaled, axis=1, keepdims=True), 1)
-    return unit

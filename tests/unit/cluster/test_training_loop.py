@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from convoy.cluster import training_board, training_checkpoints, training_loop, training_meter
-from convoy.cluster.training_checkpoints import TrainingCheckpoints
+from convoy.cluster.training_checkpoints import Position, TrainingCheckpoints
 from convoy.cluster.training_loop import TrainingWorker
 from convoy.cluster.training_meter import Spent
 from convoy.cluster.training_results import TrainingOutcome, read_outcome
@@ -23,7 +23,7 @@ from convoy.cluster.training_spec import TrainingSpec
 from convoy.core.crash_points import CrashPoint
 from convoy.core.errors import AccessDenied, DataError
 from convoy.core.training_events import TrainingEvent
-from convoy.storage.checkpoints import CheckpointFolder
+from convoy.storage.checkpoints import CheckpointFolder, CheckpointRecord
 from convoy.storage.local_cache import CacheCounts, LocalCacheOptions, LocalImageCache
 from convoy.storage.local_store import LocalStore
 from convoy.vision.averaging import BestEpochs
@@ -492,6 +492,29 @@ def test_when_to_look_and_when_to_save_is_the_word_of_the_first_worker(
     store = LocalStore(spec.workspace)
     assert not TrainingCheckpoints(store, spec, GroupOfOne()).is_late()
     assert TrainingCheckpoints(store, spec, second).is_late()
+
+
+def test_each_worker_of_a_resumed_training_reads_the_checkpoint_once(
+    tmp_path: Path, rows: pa.Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = training_spec(tmp_path, rows)
+    train_until_killed(spec, 9, monkeypatch)
+    store, read = LocalStore(spec.workspace), CheckpointFolder.read
+    was_read: list[CheckpointRecord] = []
+
+    def note(folder: CheckpointFolder, record: CheckpointRecord) -> bytes:
+        was_read.append(record)
+        return read(folder, record)
+
+    monkeypatch.setattr(CheckpointFolder, "read", note)
+    first = TrainingCheckpoints(store, spec, GroupOfOne()).newest()
+    (chosen,) = was_read
+    monkeypatch.setattr(SecondOfTwo, "from_first", lambda *_: chosen.model_dump(mode="json"))
+    second = TrainingCheckpoints(store, spec, SecondOfTwo(rank=1, num_workers=2)).newest()
+    assert was_read == [chosen, chosen]
+    assert first.tensors is not None
+    assert second.tensors is not None
+    assert second.position == first.position != Position()
 
 
 def test_the_frozen_body_stays_and_after_a_resume_in_the_second_phase_it_trains(

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
 
-from convoy.core.embedding import find_near_duplicates, nearest_neighbours, pca_map, whiten
+from convoy.core.embedding import find_near_duplicates, nearest_neighbours, pca_map, unit_rows, whiten
 from convoy.core.errors import ConfigError, DataError
 
 
@@ -62,6 +62,14 @@ def test_a_row_is_never_its_own_neighbour_even_among_equal_ones() -> None:
     found = nearest_neighbours(np.ones((9, 3), np.float32), 2, block_rows=4)
     assert not (found.rows_NK == np.arange(9)[:, None]).any()
     np.testing.assert_allclose(found.similarities_NK, 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [3e-38, 3e-30, 1.0, 3e30, 1e38])
+def test_rows_of_any_scale_have_length_one(scale: float) -> None:
+    rows_ND = np.array([[1.0, -2.0, 2.0], [0.0, 0.0, 0.0], [0.0, -1.0, 0.0]])
+    given_ND = (scale * rows_ND).astype(np.float32)
+    np.testing.assert_allclose(unit_rows(given_ND), [[1 / 3, -2 / 3, 2 / 3], [0, 0, 0], [0, -1, 0]], rtol=1e-6)
+    np.testing.assert_array_equal(given_ND, (scale * rows_ND).astype(np.float32))
 
 
 def test_neighbours_of_many_rows_need_no_matrix_of_all_pairs() -> None:
