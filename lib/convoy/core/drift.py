@@ -25,9 +25,9 @@ class EmbeddingShift(StrictModel):
 def embedding_shift(new_ND: NDArray[Any], old_ND: NDArray[Any]) -> EmbeddingShift:
     """The Fréchet distance of two sets of rows, taken as Gaussians of diagonal covariance.
 
-    That is the root of what eq. 6 of Heusel et al. 2017 and `transferability.frechet_distance` give, the squared
-    distance. It is divided by the total standard deviation of the old rows: 1 means that the means lie as far apart as an old
-    row lies from its mean. Raises DataError for fewer than two old rows or no new one.
+    That is the root of d^2 in eq. 6 of Heusel et al. 2017, where `transferability.frechet_distance` is d^2 itself. It
+    is divided by the total standard deviation of the old rows: 1 means that the means lie as far apart as an old row
+    lies from its mean. Raises DataError for fewer than two old rows or no new one.
     """
     new, old = np.asarray(new_ND, np.float64), np.asarray(old_ND, np.float64)
     if len(new) < 1 or len(old) < 2:

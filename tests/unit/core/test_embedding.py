@@ -68,7 +68,9 @@ def test_a_row_is_never_its_own_neighbour_even_among_equal_ones() -> None:
 def test_rows_of_any_scale_have_length_one(scale: float) -> None:
     rows_ND = np.array([[1.0, -2.0, 2.0], [0.0, 0.0, 0.0], [0.0, -1.0, 0.0]])
     given_ND = (scale * rows_ND).astype(np.float32)
-    np.testing.assert_allclose(unit_rows(given_ND), [[1 / 3, -2 / 3, 2 / 3], [0, 0, 0], [0, -1, 0]], rtol=1e-6)
+    np.testing.assert_allclose(
+        unit_rows(given_ND), [[1 / 3, -2 / 3, 2 / 3], [0, 0, 0], [0, -1, 0]], rtol=1e-6
+    )
     np.testing.assert_array_equal(given_ND, (scale * rows_ND).astype(np.float32))
 
 
