@@ -183,13 +183,12 @@ def measure_predictions(
         )
     metrics = counts.summary()
     rows = counts.row_outcomes()
-    honest = gives_probabilities
     intervals = {
         "top1": bootstrap_mean(rows.correct1_N),
         "top1_wilson": wilson_interval(int(rows.correct1_N.sum()), len(rows.correct1_N)),
         "top5": bootstrap_mean(rows.correct5_N),
     }
-    if honest:
+    if gives_probabilities:
         intervals |= {
             "nll": bootstrap_mean(rows.nll_N),
             "brier": bootstrap_mean(rows.brier_N),
@@ -206,16 +205,16 @@ def measure_predictions(
         labelled=metrics.num_rows,
         top1=metrics.top1,
         top5=metrics.top5,
-        nll=metrics.nll if honest else None,
-        brier=metrics.brier if honest else None,
-        ece=metrics.ece if honest else None,
+        nll=metrics.nll if gives_probabilities else None,
+        brier=metrics.brier if gives_probabilities else None,
+        ece=metrics.ece if gives_probabilities else None,
         intervals=intervals,
         per_class=[
             NamedClass(name=name, **row.model_dump())
             for name, row in zip(classes, metrics.per_class, strict=True)
             if row.support or row.num_predicted
         ],
-        reliability=list(metrics.reliability) if honest else None,
+        reliability=list(metrics.reliability) if gives_probabilities else None,
         classes=list(classes),
         **confusion_fields(counts.confusion_KK),
     )

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from convoy.pipelines.training_rows import first_of_class
 
 
-def natural_rows(rows: pa.Table, most: int, *, num_classes: int, least: int, seed: int = 0) -> pa.Table:
-    """At most so many labelled rows, by `natural_counts`; which of a class is up to a hash of sample id and seed."""
+def natural_rows(rows: pa.Table, most: int, *, num_classes: int, seed: int = 0) -> pa.Table:
+    """At most so many labelled rows, each class with its share; which of it is up to a hash of sample id and seed."""
     counts_K = np.bincount(rows["label"].to_numpy(), minlength=num_classes)
-    return first_of_class(rows, natural_counts(counts_K, most, least=least), seed=seed)
+    return first_of_class(rows, natural_counts(counts_K, most, least=0), seed=seed)
 
 
 def natural_counts(

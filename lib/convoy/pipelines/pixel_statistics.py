@@ -21,7 +21,7 @@ from convoy.vision.augmentation_policy import AugmentationPolicy, PcaBasis
 from convoy.vision.decode_rule import DecodeRule
 from convoy.vision.pixel_statistics import MeasuredImages
 
-MAX_IMAGES = 10_000
+_MAX_IMAGES = 10_000
 _SLICE_ROWS = 256
 # Raised when the same dataset, rule and number of images would give other statistics.
 _VERSION = 1
@@ -42,22 +42,20 @@ def resolve_augmentation(
     policy: AugmentationPolicy,
     decode_rule: DecodeRule,
     progress: Progress,
-    *,
-    max_images: int = MAX_IMAGES,
 ) -> AugmentationPolicy:
     """The policy, its `pca_colour` on the principal colours of the dataset's train split.
 
     A policy that lacks nothing comes back as it is, without a look at the dataset. The statistics are computed
-    by Ray once for a dataset's fingerprint, decode rule and number of images. Raises DataError where the train
+    by Ray once for a dataset's fingerprint and decode rule. Raises DataError where the train
     split has no readable image.
     """
     if not policy.lacks_basis:
         return policy
-    key = _key(manifest, dataset, decode_rule, max_images)
+    key = _key(manifest, dataset, decode_rule)
     known = read_model(PixelStatistics, store, key)
     if known is not None:
         return policy.with_basis(known.basis)
-    statistics = measure_dataset(manifest, decode_rule, progress, max_images=max_images)
+    statistics = measure_dataset(manifest, decode_rule, progress)
     store.put(key, canonical_json(statistics))
     return policy.with_basis(statistics.basis)
 
@@ -72,16 +70,14 @@ def known_augmentation(
     """What `resolve_augmentation` would return, or None where it would have to measure first."""
     if not policy.lacks_basis:
         return policy
-    known = read_model(PixelStatistics, store, _key(manifest, dataset, decode_rule, MAX_IMAGES))
+    known = read_model(PixelStatistics, store, _key(manifest, dataset, decode_rule))
     return None if known is None else policy.with_basis(known.basis)
 
 
-def measure_dataset(
-    manifest: Manifest, decode_rule: DecodeRule, progress: Progress, *, max_images: int = MAX_IMAGES
-) -> PixelStatistics:
-    """Measure the pixels of at most `max_images` of the train split, by Ray. Raises DataError if none is readable."""
+def measure_dataset(manifest: Manifest, decode_rule: DecodeRule, progress: Progress) -> PixelStatistics:
+    """Measure the pixels of at most 10,000 images of the train split, by Ray. Raises DataError if none is readable."""
     progress.stage("measuring the colours of the train split")
-    rows = choose_rows(manifest, max_images)
+    rows = choose_rows(manifest, _MAX_IMAGES)
     slices = [rows.slice(start, _SLICE_ROWS) for start in range(0, rows.num_rows, _SLICE_ROWS)]
     total = MeasuredImages()
     if slices:
@@ -114,6 +110,6 @@ def choose_rows(manifest: Manifest, max_rows: int) -> pa.Table:
     return chosen.combine_chunks()
 
 
-def _key(manifest: Manifest, dataset: str, decode_rule: DecodeRule, max_images: int) -> str:
-    measured = digest([_VERSION, manifest.fingerprint, decode_rule, max_images])
+def _key(manifest: Manifest, dataset: str, decode_rule: DecodeRule) -> str:
+    measured = digest([_VERSION, manifest.fingerprint, decode_rule, _MAX_IMAGES])
     return f"datasets/{dataset}/pixel_statistics-{measured}.json"

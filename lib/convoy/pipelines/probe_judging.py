@@ -78,7 +78,7 @@ class ProbeRows:
         judged = train.slice(0, 0) if validating is None else validating
         if max_judged is not None:
             num_classes = len(manifest.classes)
-            judged = natural_rows(judged, max_judged, num_classes=num_classes, least=0, seed=limit.seed)
+            judged = natural_rows(judged, max_judged, num_classes=num_classes, seed=limit.seed)
         return cls(
             limit=limit,
             train=LabelledRows.of(train),

@@ -18,8 +18,8 @@ from convoy.pipelines.advise_evidence import Gatherer
 from convoy.pipelines.advise_probes import LabelledFeatures, Prober
 from convoy.pipelines.advise_rows import LookRows, choose_rows
 from convoy.pipelines.advise_rule import expected_probe
-from convoy.pipelines.natural_sample import natural_rows
-from convoy.pipelines.training_rows import RowLimit, read_split
+from convoy.pipelines.natural_sample import natural_counts
+from convoy.pipelines.training_rows import RowLimit, first_of_class, read_split
 from convoy.storage import manifests
 from convoy.storage.local_store import LocalStore
 from convoy.storage.manifests import Manifest
@@ -115,12 +115,11 @@ def test_the_rows_of_a_look_are_those_of_the_whole_splits_without_holding_them(
     counts = COUNTS | {Split.TEST: (450, 30, 20)}
     manifest, seed = frozen_rows(tmp_path, counts, CLASSES), 3
     limits = {Split.TRAIN: RowLimit(max_per_class=limit, seed=5)}
-    expected = [
-        natural_rows(
-            read_split(manifest, split, limits.get(split)), 180, num_classes=3, least=least, seed=seed
-        )
-        for split, least in ((Split.TRAIN, 4), (Split.VAL, 1), (Split.TEST, 0))
-    ]
+    expected = []
+    for split, least in ((Split.TRAIN, 4), (Split.VAL, 1), (Split.TEST, 0)):
+        all_rows = read_split(manifest, split, limits.get(split))
+        counts_K = np.bincount(all_rows["label"].to_numpy(), minlength=3)
+        expected.append(first_of_class(all_rows, natural_counts(counts_K, 180, least=least), seed=seed))
     monkeypatch.setattr(Manifest, "read_table", lambda *_, **__: pytest.fail("read the whole split"))
     rows = choose_rows(manifest, config(f"rows={limits[Split.TRAIN].model_dump_json()}", f"look.seed={seed}"))
     assert [rows.train, rows.judged, rows.held_out] == expected

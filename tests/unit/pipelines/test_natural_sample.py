@@ -52,5 +52,5 @@ def test_weights_give_classes_their_shares_back_and_are_one_where_those_are_kept
 
 def test_of_even_classes_those_rows_are_taken_that_a_limit_would_leave(tmp_path: Path) -> None:
     manifest = frozen_rows(tmp_path, {Split.TRAIN: (50, 50, 50)}, ("a", "b", "c"))
-    sampled = natural_rows(read_split(manifest, Split.TRAIN), 60, num_classes=3, least=4, seed=7)
+    sampled = natural_rows(read_split(manifest, Split.TRAIN), 60, num_classes=3, seed=7)
     assert sampled == read_split(manifest, Split.TRAIN, RowLimit(max_per_class=20, seed=7))
