@@ -10,12 +10,12 @@ import pytest
 
 from cache_jobs import CacheJob, made_job
 from chaos_jobs import FaultTable, audit_run
-from convoy.core.crash_points import (
+from convoy.core.crash_points import CrashPoint
+from crash_point_sets import (
     FIT_CRASH_POINTS,
     RETRAIN_CRASH_POINTS,
     SEARCH_CRASH_POINTS,
     TRAINING_CRASH_POINTS,
-    CrashPoint,
 )
 from made_bundles import made_committee_job
 

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from convoy.core.crash_points import RETRAIN_CRASH_POINTS, CrashPoint
+from convoy.core.crash_points import CrashPoint
 from convoy.storage.bundles import list_bundles, resolve_bundle, write_bundle
 from convoy.storage.registry import Alias, read_aliases
 from convoy.storage.stores import open_store
+from crash_point_sets import RETRAIN_CRASH_POINTS
 from retrain_jobs import NAME, OPEN_GATE, RetrainDays
 
 pytestmark = pytest.mark.chaos

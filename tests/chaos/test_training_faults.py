@@ -20,10 +20,11 @@ from ray.cluster_utils import Cluster
 
 from chaos_jobs import FaultTable
 from command_lines import TIMEOUT_S, last_json
-from convoy.core.crash_points import TRAINING_CRASH_POINTS, CrashPoint
+from convoy.core.crash_points import CrashPoint
 from convoy.storage.bundles import open_bundle
 from convoy.storage.stores import open_store
 from convoy.vision.weights import read_state_dict
+from crash_point_sets import TRAINING_CRASH_POINTS
 from train_jobs import NUM_ROWS, TrainJob, frozen_digits, timeless
 from training_faults import (
     CHECKPOINT_STEPS,

@@ -30,7 +30,7 @@ from convoy.storage.conditional_put import PROBE_FOLDER, probe_conditional_put
 from convoy.storage.local_store import LocalStore
 from convoy.storage.object_store import ConditionalPut, ObjectStore
 from convoy.storage.s3_store import S3Store
-from convoy.storage.stores import UriReader, join_uri, open_object, open_store
+from convoy.storage.stores import UriReader, open_object, open_store
 
 pytestmark = pytest.mark.integration
 
@@ -337,7 +337,7 @@ def test_a_uri_leads_back_to_its_object(store: ObjectStore) -> None:
     in_threads(lambda key: store.put(key, key.encode()), AWKWARD_KEYS)
     for key in AWKWARD_KEYS:
         uri = store.uri(key)
-        assert uri == join_uri(store.root_uri, key)
+        assert uri == f"{store.root_uri.rstrip('/')}/{key}"
         parent, name = open_object(uri)
         assert parent.get(name).data == key.encode()
         assert reader.get(uri).data == key.encode()

@@ -48,12 +48,11 @@ class EpochOrder:
         self._rank, self._num_workers = rank, num_workers
         self._last: tuple[int, np.ndarray, np.ndarray] | None = None
 
-    def rows(self, epoch: int) -> np.ndarray:
-        """The rows of an epoch in their order: each once, or classes equally often where the spec says so."""
-        return self._ordered(epoch)[0]
-
     def _ordered(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The rows of an epoch in their order, and the number of each one's draw."""
+        """The rows of an epoch in their order, and the number of each one's draw.
+
+        Each row comes once, or classes equally often where the spec says so.
+        """
         # Whoever prepares single steps asks for the same epoch again and again, and a million rows take 0.1 s to order.
         last = self._last
         if last is None or last[0] != epoch:

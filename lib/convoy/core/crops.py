@@ -55,15 +55,6 @@ def five_crop_boxes(height_px: int, width_px: int, crop_px: int) -> tuple[Box, .
     return (*corners, center_crop_box(height_px, width_px, crop_px))
 
 
-def ten_crop_boxes(height_px: int, width_px: int, crop_px: int) -> tuple[Box, ...]:
-    """Ten boxes of the plain image: the five crops, then five to be mirrored after the cut.
-
-    The last five, cut and mirrored, are the five crops of the image's mirror image, in the same order.
-    """
-    five = five_crop_boxes(height_px, width_px, crop_px)
-    return (*five, *(box.mirrored(width_px) for box in five))
-
-
 def square_boxes(height_px: int, width_px: int) -> tuple[Box, Box, Box]:
     """The squares of the short side at the start, the centre and the end of the long side."""
     side_px = min(height_px, width_px)

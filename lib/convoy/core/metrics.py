@@ -1,4 +1,4 @@
-"""Classification metrics from counts: add logits in chunks of any size, merge workers, summarise once.
+"""Classification metrics from counts: add logits in chunks of any size, summarise once.
 
 Averages of batch averages are wrong as soon as batches differ in size, so nothing is divided before the end.
 Every row counts once: sample weights belong to training, and a weighted row would no longer be a count.
@@ -110,7 +110,7 @@ class EvaluationCounts:
         self._bins: list[NDArray[np.uint8]] = []
 
     def add(self, logits_BK: NDArray[Any], labels_B: NDArray[Any]) -> None:
-        """Count a chunk of rows; for probabilities see `logits_from_probabilities`.
+        """Count a chunk of rows.
 
         Raises DataError, with nothing counted, for a wrong shape, a label that is no class, or a logit that
         is not finite.
@@ -121,27 +121,6 @@ class EvaluationCounts:
         for start in range(0, len(labels_B), rows_per_slice):
             rows = slice(start, start + rows_per_slice)
             self._add_slice(logits_BK[rows].astype(np.float64), labels_B[rows].astype(np.int64))
-
-    def merge(self, other: EvaluationCounts) -> None:
-        """Add the rows of another part of the same evaluation, after our own."""
-        if other.num_classes != self.num_classes:
-            raise DataError(
-                "evaluations over different numbers of classes cannot be merged",
-                where=f"{self.num_classes} and {other.num_classes} classes",
-            )
-        self.num_rows += other.num_rows
-        self.confusion_KK += other.confusion_KK
-        self._num_correct5 += other._num_correct5
-        self._nll_sum += other._nll_sum
-        self._brier_sum += other._brier_sum
-        self._bin_rows += other._bin_rows
-        self._bin_correct += other._bin_correct
-        self._bin_confidence_sum += other._bin_confidence_sum
-        self._hits += other._hits
-        self._nlls += other._nlls
-        self._briers += other._briers
-        self._gaps += other._gaps
-        self._bins += other._bins
 
     def summary(self) -> Metrics:
         """The metrics of all rows so far; DataError if there are none."""
@@ -243,19 +222,6 @@ class EvaluationCounts:
                 accuracy=_ratio(int(self._bin_correct[index]), num_rows),
                 mean_confidence=_ratio(float(self._bin_confidence_sum[index]), num_rows),
             )
-
-
-def logits_from_probabilities(probabilities_BK: NDArray[Any]) -> NDArray[np.float64]:
-    """Logits whose softmax is the given probabilities, each row scaled to sum 1; zeros become 1e-38.
-
-    The floor is near float32's smallest normal number, so a probability that underflowed costs 87 nats, not
-    infinity. Raises DataError for values outside [0, 1] or rows that do not sum to 1 within 1e-3.
-    """
-    wide_BK = np.asarray(probabilities_BK).astype(np.float64)
-    sums_B1 = wide_BK.sum(axis=1, keepdims=True)
-    if not (np.all(wide_BK >= 0.0) and np.all(np.abs(sums_B1 - 1.0) <= 1e-3)):
-        raise DataError("these are not probabilities", next_step="give logits, or rows >= 0 that sum to 1")
-    return np.asarray(np.log(np.maximum(wide_BK / sums_B1, 1e-38)))
 
 
 def _label_ranks(logits_BK: NDArray[np.float64], labels_B: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -49,11 +49,6 @@ def open_object(uri: str) -> tuple[ObjectStore, str]:
     return store, name
 
 
-def join_uri(root: str, *keys: str) -> str:
-    """The URI of a key below a root; the root may or may not end in '/'."""
-    return "/".join([root.rstrip("/"), *keys])
-
-
 class _Sample(NamedTuple):
     """What a store is asked for to see whether it gives anything."""
 

@@ -69,10 +69,6 @@ class GatedCommittee:
         self._stages = _stages(committee, options)
         self._waiting = [self._new_waiting() for _ in self._stages[1:]]
 
-    def new_batch(self) -> dict[CropGeometry, Tensor]:
-        """The committee's buffers for a batch."""
-        return self._committee.new_batch()
-
     def warm_up(self) -> None:
         """Run every network once on zeros, so that compilation and allocation happen before the first image."""
         self._committee.warm_up()

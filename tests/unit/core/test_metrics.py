@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import brier_score_loss, log_loss, precision_recall_fscore_support, top_k_accuracy_score
 
 from convoy.core.errors import DataError
-from convoy.core.metrics import EvaluationCounts, Metrics, logits_from_probabilities
+from convoy.core.metrics import EvaluationCounts, Metrics
 
 
 def make_rows(num_rows=997, num_classes=12, seed=0):
@@ -62,7 +62,7 @@ def test_the_confusion_matrix_has_true_classes_in_rows():
 def test_ece_is_the_weighted_gap_of_fifteen_bins_closed_on_the_right():
     # Confidences 0.6 = 9/15 (upper edge of its bin), 0.65 and 0.95; the last bin is all wrong.
     confidence = np.array([0.6, 0.65, 0.95, 0.95])
-    logits = logits_from_probabilities(np.stack([confidence, 1 - confidence], axis=1))
+    logits = np.log(np.stack([confidence, 1 - confidence], axis=1))
     metrics = count(logits, np.array([0, 0, 1, 1])).summary()
     assert metrics.ece == pytest.approx((0.4 + 0.35 + 2 * 0.95) / 4, rel=1e-9)
     filled = {index: b.num_rows for index, b in enumerate(metrics.reliability) if b.num_rows}
@@ -81,16 +81,15 @@ def test_a_confidence_on_an_edge_belongs_to_the_bin_below():
 
 @settings(max_examples=40)
 @given(chunk_rows=st.integers(1, 120), seed=st.integers(0, 5), num_classes=st.integers(1, 9))
-def test_chunks_of_any_size_and_merged_workers_give_the_same_metrics(chunk_rows, seed, num_classes):
+def test_chunks_of_any_size_give_the_same_metrics(chunk_rows, seed, num_classes):
     logits, labels = make_rows(num_rows=101, num_classes=num_classes, seed=seed)
     whole = count(logits, labels)
-    merged = count(logits[:37], labels[:37], chunk_rows)
-    merged.merge(count(logits[37:], labels[37:], chunk_rows))
-    assert_equal_metrics(merged.summary(), whole.summary())
-    np.testing.assert_array_equal(merged.confusion_KK, whole.confusion_KK)
+    chunked = count(logits, labels, chunk_rows)
+    assert_equal_metrics(chunked.summary(), whole.summary())
+    np.testing.assert_array_equal(chunked.confusion_KK, whole.confusion_KK)
     for name in ("nll_N", "brier_N", "calibration_gap_N", "calibration_bin_N"):
         np.testing.assert_array_equal(
-            getattr(merged.row_outcomes(), name), getattr(whole.row_outcomes(), name)
+            getattr(chunked.row_outcomes(), name), getattr(whole.row_outcomes(), name)
         )
 
 
@@ -174,11 +173,9 @@ def test_a_bad_row_is_refused_and_nothing_of_its_chunk_is_counted(logits, labels
     assert counts.confusion_KK.sum() == 0
 
 
-def test_no_rows_and_mismatched_merges_are_errors():
+def test_no_rows_are_an_error():
     with pytest.raises(DataError, match="without rows"):
         EvaluationCounts(3).summary()
-    with pytest.raises(DataError, match="different numbers"):
-        EvaluationCounts(3).merge(EvaluationCounts(4))
 
 
 def test_counts_survive_pickling_and_metrics_survive_json():
@@ -187,16 +184,3 @@ def test_counts_survive_pickling_and_metrics_survive_json():
     metrics = pickle.loads(pickle.dumps(counts)).summary()
     assert metrics == counts.summary()
     assert Metrics.model_validate_json(metrics.model_dump_json()) == metrics
-
-
-def test_probabilities_come_back_from_their_logits():
-    probabilities = softmax(make_rows()[0])
-    np.testing.assert_allclose(softmax(logits_from_probabilities(probabilities)), probabilities, rtol=1e-12)
-    certain = logits_from_probabilities(np.array([[1.0, 0.0]]))
-    assert count(certain, np.array([1])).summary().nll == pytest.approx(87.5, abs=0.1)
-
-
-@pytest.mark.parametrize("rows", [[[0.5, 0.6]], [[-0.1, 1.1]], [[math.nan, 1.0]], [[0.0, 0.0]]])
-def test_what_is_no_distribution_is_refused(rows):
-    with pytest.raises(DataError, match="probabilities"):
-        logits_from_probabilities(np.array(rows))

@@ -33,7 +33,7 @@ def gate(
 def run_all(gated: GatedCommittee, num_images: int = NUM_IMAGES) -> list[GatedRows]:
     """All images through the gate in batches of four, the last one partial, and a flush at the end."""
     images, finished = made_images(num_images), []
-    batch = gated.new_batch()
+    batch = gated._committee.new_batch()
     for start in range(0, num_images, 4):
         chosen = images[start : start + 4]
         fill(batch, chosen, TEN)
@@ -107,7 +107,7 @@ def test_a_threshold_above_every_confidence_is_the_exact_committee() -> None:
 
 def test_hard_rows_wait_until_there_is_a_batch_of_them_or_a_flush() -> None:
     gated = GatedCommittee(made_committee(three_members()), gate(1.0))
-    batch = gated.new_batch()
+    batch = gated._committee.new_batch()
     fill(batch, made_images(4), TEN)
     assert gated.run(batch, [0, 1, 2]) == []
     (full,) = gated.run(batch, [10, 11, 12, 13])
@@ -121,7 +121,7 @@ def test_hard_rows_wait_until_there_is_a_batch_of_them_or_a_flush() -> None:
 
 def test_rows_that_were_forgotten_are_in_no_later_output() -> None:
     gated = GatedCommittee(made_committee(three_members()), gate(1.0))
-    batch = gated.new_batch()
+    batch = gated._committee.new_batch()
     fill(batch, made_images(4), TEN)
     assert gated.run(batch, [0, 1, 2]) == []
     gated.forget()
@@ -133,7 +133,7 @@ def test_rows_that_were_forgotten_are_in_no_later_output() -> None:
 
 def test_places_without_an_image_are_left_out() -> None:
     gated = GatedCommittee(made_committee(three_members()), gate(0.0))
-    batch = gated.new_batch()
+    batch = gated._committee.new_batch()
     fill(batch, made_images(4), TEN)
     (rows,) = gated.run(batch, [7, None, 9, None])
     assert rows.rows == (7, 9)
@@ -152,7 +152,7 @@ def test_passes_are_those_that_run_and_none_is_repeated(options: GateOptions, ex
     for member in members:
         member.network.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     gated = GatedCommittee(made_committee(members), options)
-    batch = gated.new_batch()
+    batch = gated._committee.new_batch()
     fill(batch, made_images(4), TEN)
     assert len(gated.run(batch, range(4))) == 1
     assert list(gate_passes(options, TEN, 3).values()) == expected
@@ -203,7 +203,7 @@ def test_a_gate_that_is_the_committee_itself_adds_no_pass() -> None:
     options = gate(1.0, policy=CropPolicy.TEN)
     gated = GatedCommittee(committee, options)
     assert set(gate_passes(options, TEN, 1).values()) == {10}
-    batch = gated.new_batch()
+    batch = gated._committee.new_batch()
     fill(batch, made_images(4), TEN)
     (rows,) = gated.run(batch, range(4))
     assert torch.allclose(rows.logits_BK, committee.run(batch).logits_BK, **CLOSE)
