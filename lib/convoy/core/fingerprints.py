@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from numpy.typing import NDArray
 from pydantic import BaseModel
 
 DIGEST_BYTES = 16
@@ -63,3 +64,11 @@ class MultisetDigest:
     def total(cls, hex_digests: Iterable[str]) -> str:
         """The digest of the union of parts, from the parts' digests."""
         return f"{sum(int(part, 16) for part in hex_digests) % _MODULUS:0{2 * DIGEST_BYTES}x}"
+
+
+def rows_digest(sample_ids: Sequence[str], values_N: NDArray[Any]) -> str:
+    """The multiset digest of N rows, each a sample id and the bytes of its values, an array of any shape."""
+    digest = MultisetDigest()
+    for sample_id, values in zip(sample_ids, values_N, strict=True):
+        digest.add_row(sample_id.encode(), values.tobytes())
+    return digest.hexdigest()

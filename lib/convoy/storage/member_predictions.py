@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from convoy.core.errors import DataError
-from convoy.core.fingerprints import MultisetDigest
+from convoy.core.fingerprints import rows_digest
 from convoy.core.large_arrays import large_array
 from convoy.storage.commits import PartFile, RunManifest
 from convoy.storage.object_store import ObjectStore
@@ -38,10 +38,7 @@ MEMBER_PREDICTIONS_SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MemberLogits:
-    """Predictions of M members for N samples in V views of K classes, in the order of the run's slices.
-
-    `labels_N` is -1 for unlabelled samples.
-    """
+    """Predictions of M members for N labelled samples in V views of K classes, in the order of the run's slices."""
 
     sample_ids: Sequence[str]
     labels_N: NDArray[np.int32]
@@ -50,7 +47,7 @@ class MemberLogits:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MemberPart:
-    """One member's predictions for the N samples of a slice; `labels_N` is -1 for unlabelled samples."""
+    """One member's predictions for the N labelled samples of a slice."""
 
     member: int
     sample_ids: pa.ChunkedArray
@@ -77,17 +74,13 @@ def write_member_predictions(
         {"sample_id": samples["sample_id"], "label": labels, "logits": _nested_lists(logits_NVK)},
         schema=MEMBER_PREDICTIONS_SCHEMA,
     )
-    digest = MultisetDigest()
-    for sample_id, logits_VK in zip(samples["sample_id"].to_pylist(), logits_NVK, strict=True):
-        digest.add_row(sample_id.encode(), np.ascontiguousarray(logits_VK).tobytes())
+    digest = rows_digest(samples["sample_id"].to_pylist(), logits_NVK)
     version = {"convoy.schema_version": str(MEMBER_PREDICTIONS_SCHEMA_VERSION)}
-    return write_table(store, key, table, {**metadata, **version}, digest.hexdigest())
+    return write_table(store, key, table, {**metadata, **version}, digest)
 
 
-def iter_member_parts(
-    store: ObjectStore, manifest: RunManifest, *, labelled_only: bool = True
-) -> Iterator[MemberPart]:
-    """A run's predictions slice by slice, and of each slice member by member; parts without rows are left out.
+def iter_member_parts(store: ObjectStore, manifest: RunManifest) -> Iterator[MemberPart]:
+    """What a run predicts of labelled samples, slice by slice, of each member by member; parts without are left out.
 
     Raises DataError for a run that kept none.
     """
@@ -95,30 +88,28 @@ def iter_member_parts(
     for record in manifest.slices:
         for member in members:
             table = store.open_parquet(record.parts[member_output(member)].key).read()
-            if labelled_only:
-                table = table.filter(pc.is_valid(table["label"]))
+            table = table.filter(pc.is_valid(table["label"]))
             if table.num_rows:
                 yield MemberPart(
                     member=member,
                     sample_ids=table["sample_id"],
-                    labels_N=pc.fill_null(table["label"], -1).to_numpy(),
+                    labels_N=table["label"].to_numpy(),
                     logits_VNK=_nested_array(table["logits"]).transpose(1, 0, 2),
                 )
 
 
-def read_member_logits(
-    store: ObjectStore, manifest: RunManifest, *, labelled_only: bool = True
-) -> MemberLogits:
-    """All members' predictions of a run: 4 bytes a member, view, sample and class, see `core.large_arrays`.
+def read_member_logits(store: ObjectStore, manifest: RunManifest) -> MemberLogits:
+    """What all members of a run predict of labelled samples, in memory or on disk (`core.large_arrays`).
 
-    Raises DataError for a run that kept none, StorageFull where there is no room for them.
+    They take 4 bytes a member, view, sample and class. Raises DataError for a run that kept none, StorageFull where
+    there is no room for them.
     """
     place_of = {member: place for place, member in enumerate(_kept_members(manifest))}
     most_rows = sum(record.parts[member_output(next(iter(place_of)))].num_rows for record in manifest.slices)
     ids: list[str] = []
     labels: list[NDArray[np.int32]] = []
     logits_MVNK: NDArray[np.float32] | None = None
-    for part in iter_member_parts(store, manifest, labelled_only=labelled_only):
+    for part in iter_member_parts(store, manifest):
         num_views, num_rows, num_classes = part.logits_VNK.shape
         if logits_MVNK is None:
             logits_MVNK = large_array((len(place_of), num_views, most_rows, num_classes), np.float32)

@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from convoy.core.errors import ConfigError
-from convoy.core.fingerprints import MultisetDigest
+from convoy.core.fingerprints import rows_digest
+from convoy.core.metrics import TOP_K
 from convoy.storage.commits import PartFile, RunManifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.parts import write_table
@@ -17,7 +18,6 @@ from convoy.storage.parts import write_table
 # The id of this output among those of a run.
 PREDICTIONS = "predictions"
 PREDICTIONS_SCHEMA_VERSION = 1
-TOP_K = 5
 _MAX_LIST_VALUES = 2**31 - 1
 
 PREDICTIONS_SCHEMA = pa.schema(
@@ -93,11 +93,8 @@ def write_predictions(
     """Write one part of predictions and return what proves it."""
     for name, value in (("model_digest", model_digest), ("run_id", run_id)):
         table = table.append_column(name, pa.repeat(value, table.num_rows))
-    digest = MultisetDigest()
-    logits_BK = list_array(table["logits"])
-    for sample_id, logits in zip(table["sample_id"].to_pylist(), logits_BK, strict=True):
-        digest.add_row(sample_id.encode(), logits.tobytes())
-    return write_table(store, key, table.cast(PREDICTIONS_SCHEMA), metadata, digest.hexdigest())
+    digest = rows_digest(table["sample_id"].to_pylist(), list_array(table["logits"]))
+    return write_table(store, key, table.cast(PREDICTIONS_SCHEMA), metadata, digest)
 
 
 def read_labelled(store: ObjectStore, manifest: RunManifest, columns: Sequence[str]) -> Iterator[pa.Table]:

@@ -16,7 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from convoy.core.errors import ConfigError
-from convoy.core.fingerprints import MultisetDigest
+from convoy.core.fingerprints import rows_digest
 from convoy.core.result_columns import ClassOutputs, PartitionBy
 from convoy.storage.commits import PartFile
 from convoy.storage.object_store import ObjectStore
@@ -98,11 +98,9 @@ def write_scores(
     for name, value in (("model_digest", model_digest), ("run_id", run_id)):
         field = pa.field(name, pa.string(), nullable=False)
         table = table.append_column(field, pa.repeat(value, table.num_rows))
-    digest = MultisetDigest()
-    for sample_id, logits_K in zip(table["sample_id"].to_pylist(), logits_NK, strict=True):
-        digest.add_row(sample_id.encode(), np.ascontiguousarray(logits_K).tobytes())
+    digest = rows_digest(table["sample_id"].to_pylist(), logits_NK)
     version = {"convoy.schema_version": str(SCORES_SCHEMA_VERSION)}
-    return write_table(store, key, table, {**metadata, **version}, digest.hexdigest())
+    return write_table(store, key, table, {**metadata, **version}, digest)
 
 
 def partitioned(

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convoy.core.fingerprints import MultisetDigest, canonical_json, digest
+from convoy.core.fingerprints import MultisetDigest, canonical_json, digest, rows_digest
 from convoy.core.randomness import generator, unit_interval
 
 ROWS = st.lists(st.tuples(st.binary(max_size=8), st.binary(max_size=8)), max_size=12)
@@ -39,6 +40,14 @@ def test_multiset_digest_sees_a_lost_and_a_doubled_row(rows: list[tuple[bytes, b
 
 def test_multiset_digest_sees_where_a_field_ends() -> None:
     assert digest_of([(b"ab", b"c")]) != digest_of([(b"a", b"bc")])
+
+
+def test_the_digest_of_rows_is_of_ids_and_values_however_these_lie_in_memory() -> None:
+    values_NVK = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    known = digest_of([(b"a", values_NVK[0].tobytes()), (b"b", values_NVK[1].tobytes())])
+    assert rows_digest(["a", "b"], values_NVK) == known
+    assert rows_digest(["a", "b"], np.asfortranarray(values_NVK)) == known
+    assert rows_digest(["b", "a"], values_NVK) != known
 
 
 def test_randomness_is_a_function_of_its_position() -> None:

@@ -105,13 +105,11 @@ def test_members_from_the_hundredth_on_keep_their_places(store: LocalStore) -> N
     assert found.logits_MVNK[:, 0, 0, 0].tolist() == list(range(103))
 
 
-def test_unlabelled_rows_are_read_only_if_asked_for(store: LocalStore) -> None:
+def test_unlabelled_rows_are_left_out(store: LocalStore) -> None:
     manifest = made_manifest(store, {"0-000000": [None, 3], "0-000001": [None, None], "0-000002": [1]})
     labelled = read_member_logits(store, manifest)
     assert (list(labelled.sample_ids), labelled.labels_N.tolist()) == (["0-000000/1", "0-000002/0"], [3, 1])
     np.testing.assert_array_equal(labelled.logits_MVNK[:, :, 0], logits_MNVK(2, 0)[:, 1])
-    every = read_member_logits(store, manifest, labelled_only=False)
-    assert every.labels_N.tolist() == [-1, 3, -1, -1, 1]
 
 
 def test_one_part_is_read_at_a_time(store: LocalStore) -> None:
