@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from convoy.cli.options import ConfigOption, JsonOption, SetOption, WorkspaceOption, run_job
-from convoy.core.config import load_config
+from convoy.core.config import parse_config
 from convoy.core.errors import ConfigError
 
 _PAGE = "page"
@@ -112,7 +112,7 @@ def report_augmentation(
         read_augmented_job,
     )
 
-    size = load_config(SheetSize, None, [f"num_images={images}", f"num_views={views}"])
+    size = parse_config(SheetSize, {"num_images": images, "num_views": views}, where="--images, --views")
     job = read_augmented_job(config, overrides or [], workspace)
     run_job(lambda progress: draw_augmentation(job, output, size, progress=progress), as_json=as_json)
 
