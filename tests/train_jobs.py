@@ -11,8 +11,9 @@ from typing import Any
 import boto3
 
 from cache_jobs import freeze, write_digits
+from checkpoint_records import checkpoint_records
 from command_lines import CONVOY, convoy, convoy_here, report_of, settings_arguments
-from convoy.storage.checkpoints import CheckpointFolder, CheckpointRecord
+from convoy.storage.checkpoints import CheckpointRecord
 from convoy.storage.documents import exists
 from convoy.storage.runs import RunFolder, run_ids
 from convoy.storage.stores import open_store
@@ -97,7 +98,7 @@ class TrainJob:
     def checkpoints(self) -> list[CheckpointRecord]:
         """The checkpoints of the workspace's only training, newest first; empty before it has begun."""
         folders = self.training_folders()
-        return CheckpointFolder(open_store(self.workspace), folders[0].run_id).records() if folders else []
+        return checkpoint_records(open_store(self.workspace), folders[0].run_id) if folders else []
 
     def training_folders(self) -> list[RunFolder]:
         """The run folders of the workspace that hold trainings."""

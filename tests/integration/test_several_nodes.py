@@ -18,8 +18,8 @@ from ray.cluster_utils import Cluster
 
 from cache_jobs import cached_features
 from chaos_jobs import wait_for
+from checkpoint_records import checkpoint_records
 from command_lines import TIMEOUT_S, convoy_here, last_json, settings_arguments
-from convoy.storage.checkpoints import CheckpointFolder
 from convoy.storage.commits import read_manifest
 from convoy.storage.runs import RunFolder
 from convoy.storage.stores import open_store
@@ -248,4 +248,4 @@ def num_checkpoints(job: TuneJob) -> int:
     """Of all trainings of the search."""
     store = open_store(job.workspace)
     folders = TrainJob(job.workspace, ()).training_folders()
-    return sum(len(CheckpointFolder(store, folder.run_id).records()) for folder in folders)
+    return sum(len(checkpoint_records(store, folder.run_id)) for folder in folders)

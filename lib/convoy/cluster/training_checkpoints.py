@@ -78,7 +78,7 @@ class TrainingCheckpoints:
 
     def __init__(self, store: ObjectStore, spec: TrainingSpec, group: TrainingGroup) -> None:
         self._folder = CheckpointFolder(store, spec.run_id)
-        self._writer = AsyncCheckpointWriter(self._folder, keep_newest=_KEPT_CHECKPOINTS, keep_best=0)
+        self._writer = AsyncCheckpointWriter(self._folder, keep_newest=_KEPT_CHECKPOINTS)
         self._group = group
         self._interval_steps, self._interval_s = spec.checkpoint_steps, 60 * spec.checkpoint_minutes
         self._last_step, self._last_s = 0, time.monotonic()
@@ -150,7 +150,6 @@ class TrainingCheckpoints:
         self._writer.submit(
             step,
             pack_training(network, learner.optimiser, keeper),
-            score=history[-1].val_top1 if history else None,
             details={
                 "position": position.model_dump(),
                 "sums": epoch.sums.tolist(),

@@ -7,7 +7,6 @@ damaged later costs the steps since the one before it. What the bytes hold is th
 
 from __future__ import annotations
 
-import heapq
 import json
 import re
 import secrets
@@ -16,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import Field, FiniteFloat, ValidationError
+from pydantic import Field, ValidationError
 
 from convoy.core.config import StrictModel
 from convoy.core.crash_points import CrashPoint, crash_point
@@ -35,9 +34,9 @@ HEAD_POINTS = "head_points"
 
 
 class CheckpointRecord(StrictModel):
-    """What makes a checkpoint count: where its bytes are, what proves them, and what they are worth.
+    """What makes a checkpoint count: where its bytes are, and what proves them.
 
-    `score` is the validation metric, higher is better; None before the first validation. `details` is JSON.
+    `details` is JSON. `score` stands in records of before, whose best ones could be kept; nothing asks for it.
     """
 
     # Names have ten digits, so that their order is that of the steps.
@@ -45,7 +44,7 @@ class CheckpointRecord(StrictModel):
     key: str
     size_bytes: int
     digest: str
-    score: FiniteFloat | None
+    score: float | None = None
     details: dict[str, Any]
 
     @property
@@ -78,13 +77,11 @@ class CheckpointFolder:
         self._store = store
         self._prefix = RunFolder(store, run_id).key("checkpoints/")
 
-    def write(
-        self, step: int, data: bytes, *, score: float | None, details: dict[str, Any]
-    ) -> CheckpointRecord:
+    def write(self, step: int, data: bytes, *, details: dict[str, Any]) -> CheckpointRecord:
         """Write a checkpoint in one call to the store, then its record, and return the record.
 
-        Raises ValueError or TypeError, before anything is written, for a step below 0, a score that is not finite, or
-        details that are not JSON, such as NaN.
+        Raises ValueError or TypeError, before anything is written, for a step below 0 or details that are not JSON,
+        such as NaN.
         """
         record = CheckpointRecord(
             step=step,
@@ -92,7 +89,6 @@ class CheckpointFolder:
             key=f"{self._prefix}{step:010d}-{secrets.token_hex(4)}{_DATA}",
             size_bytes=len(data),
             digest=digest_bytes(data).hex(),
-            score=score,
             # As it will be read: also refuses NaN, which the record itself would turn into null.
             details=json.loads(canonical_json(details)),
         )
@@ -101,10 +97,6 @@ class CheckpointFolder:
         self._store.put(record.record_key, canonical_json(record))
         crash_point(CrashPoint.CHECKPOINT_RECORDED)
         return record
-
-    def records(self) -> list[CheckpointRecord]:
-        """The records that can be read, newest first: highest step first. Their bytes are not looked at."""
-        return self._records_at(_record_keys(self._list_sizes()))
 
     def newest_step(self) -> int:
         """The highest step that has a record, 0 where there is none."""
@@ -148,12 +140,12 @@ class CheckpointFolder:
         self._store.delete(record_keys)
         self._store.delete(key.removesuffix(_RECORD) + _DATA for key in record_keys)
 
-    def prune(self, *, keep_newest: int, keep_best: int) -> None:
-        """Delete all but the `keep_newest` highest steps and the `keep_best` highest scores, records first.
+    def prune(self, *, keep_newest: int) -> None:
+        """Delete all but the `keep_newest` highest steps, records first.
 
         A record counts if the listing has its bytes with the recorded size. What does not count, such as
         bytes that a killed attempt never recorded, goes once a later step counts: so a write that is under
-        way is safe. Of equal scores the newer is kept. ValueError unless at least one is kept.
+        way is safe. ValueError unless at least one is kept.
         """
         if keep_newest < 1:
             raise ValueError("the newest checkpoint must be kept: a killed training goes on from it")
@@ -162,9 +154,7 @@ class CheckpointFolder:
         counting = [record for record in records if sizes.get(record.key) == record.size_bytes]
         if not counting:
             return
-        scored = (record for record in counting if record.score is not None)
-        kept = [*counting[:keep_newest], *heapq.nlargest(keep_best, scored, key=_score)]
-        wanted = {key for record in kept for key in (record.key, record.record_key)}
+        wanted = {key for record in counting[:keep_newest] for key in (record.key, record.record_key)}
         superseded = {key for record in counting for key in (record.key, record.record_key)}
         superseded.update(key for key in sizes if _step_of(key) < counting[0].step)
         doomed = sorted(superseded - wanted)
@@ -223,17 +213,17 @@ class AsyncCheckpointWriter:
     the calls of one thread only.
     """
 
-    def __init__(self, folder: CheckpointFolder, *, keep_newest: int, keep_best: int) -> None:
+    def __init__(self, folder: CheckpointFolder, *, keep_newest: int) -> None:
         self._folder = folder
-        self._keep_newest, self._keep_best = keep_newest, keep_best
+        self._keep_newest = keep_newest
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._under_way: Future[None] | None = None
         self.notes: tuple[str, ...] = ()
 
-    def submit(self, step: int, data: bytes, *, score: float | None, details: dict[str, Any]) -> None:
+    def submit(self, step: int, data: bytes, *, details: dict[str, Any]) -> None:
         """Wait for the checkpoint before, raise its error if it had one, and begin this one otherwise."""
         self._settle()
-        self._under_way = self._pool.submit(self._write, step, data, score, details)
+        self._under_way = self._pool.submit(self._write, step, data, details)
 
     def close(self) -> None:
         """Wait for the checkpoint under way, end the thread, and raise the error if there was one."""
@@ -245,10 +235,10 @@ class AsyncCheckpointWriter:
         if under_way is not None:
             under_way.result()
 
-    def _write(self, step: int, data: bytes, score: float | None, details: dict[str, Any]) -> None:
-        self._folder.write(step, data, score=score, details=details)
+    def _write(self, step: int, data: bytes, details: dict[str, Any]) -> None:
+        self._folder.write(step, data, details=details)
         try:
-            self._folder.prune(keep_newest=self._keep_newest, keep_best=self._keep_best)
+            self._folder.prune(keep_newest=self._keep_newest)
         except StorageError as error:
             self.notes = self.notes or (
                 f"former checkpoints stay, and take room, as they could not be deleted: {error.what} [{error.where}];"
@@ -263,7 +253,3 @@ def _record_keys(keys: Iterable[str]) -> list[str]:
 
 def _step_of(key: str) -> int:
     return int(key.rpartition("/")[2].partition("-")[0])
-
-
-def _score(record: CheckpointRecord) -> float:
-    return -float("inf") if record.score is None else record.score

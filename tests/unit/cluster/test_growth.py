@@ -254,7 +254,7 @@ class _Spot:
         if step >= 30:
             return SimpleNamespace(return_value={"step": step})
         if self._steps_a_start:
-            self._checkpoints.write(step, b"weights", score=None, details={})
+            self._checkpoints.write(step, b"weights", details={})
         raise WorkerGroupError("a node was lost", {0: self._loss})
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from checkpoint_records import checkpoint_records
 from convoy.cluster import training_board, training_checkpoints, training_loop, training_meter
 from convoy.cluster.training_checkpoints import Position, TrainingCheckpoints
 from convoy.cluster.training_loop import TrainingWorker
@@ -162,7 +163,7 @@ def test_a_training_with_few_steps_is_saved_by_the_clock_and_goes_on_to_the_bit(
     whole = training_spec(tmp_path / "whole", rows, **settings)
     killed = training_spec(tmp_path / "killed", rows, **settings, checkpoint_minutes=1e-9)
     train_until_killed(killed, at_step, monkeypatch)
-    newest, *_ = CheckpointFolder(LocalStore(killed.workspace), RUN_ID).records()
+    newest, *_ = checkpoint_records(LocalStore(killed.workspace), RUN_ID)
     assert newest.step == at_step - 1
     assert_same(killed, train(killed), whole, train(whole))
 
@@ -176,7 +177,7 @@ def test_an_epoch_that_was_broken_off_took_the_seconds_before_and_after(
         # A clock that makes them hours.
         slow.setattr(training_meter, "time", SimpleNamespace(monotonic=lambda: 1e5 * time.monotonic()))
         train_until_killed(spec, 4, monkeypatch)
-    newest, *_ = CheckpointFolder(LocalStore(spec.workspace), RUN_ID).records()
+    newest, *_ = checkpoint_records(LocalStore(spec.workspace), RUN_ID)
     spent = Spent.model_validate(newest.details["spent"])
     first, second = train(spec).history
     assert 0 < spent.wait_s < spent.seconds
@@ -252,7 +253,7 @@ def test_a_damaged_checkpoint_costs_steps_and_changes_nothing(
         reuse_spec(tmp_path / name, rows, recipe=recipe(averaging="ema")) for name in ("whole", "killed")
     )
     train_until_killed(killed, 9, monkeypatch)
-    newest, before = CheckpointFolder(LocalStore(killed.workspace), RUN_ID).records()
+    newest, before = checkpoint_records(LocalStore(killed.workspace), RUN_ID)
     path = Path(killed.workspace) / newest.key
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -291,7 +292,7 @@ def test_a_training_whose_checkpoints_cannot_be_deleted_goes_on_and_says_so_once
     board = Notes()
     outcome = TrainingWorker(spec, GroupOfOne(), board).run()
     assert outcome.weights_key is not None
-    assert [one.step for one in CheckpointFolder(LocalStore(spec.workspace), RUN_ID).records()] == kept
+    assert [one.step for one in checkpoint_records(LocalStore(spec.workspace), RUN_ID)] == kept
     (note,) = board.notes
     assert "could not be deleted: no right to delete [" in note
 
@@ -335,7 +336,7 @@ def test_a_training_that_diverges_says_where_and_keeps_finite_checkpoints(
     outcome.model_dump_json()
     store = LocalStore(spec.workspace)
     assert read_outcome(store, RUN_ID) is None
-    records = CheckpointFolder(store, RUN_ID).records()
+    records = checkpoint_records(store, RUN_ID)
     assert records
     network = build_network(spec.backbone)
     for record in records:
@@ -376,7 +377,7 @@ def test_a_weight_that_becomes_nan_in_a_phase_stops_it_and_keeps_the_last_good_c
     assert (told.phase, told.epoch, told.step, outcome.weights_key) == ("train", 2, found_at_step - 5, None)
     # One was due at step 9, and is not there: the newest is the last good one.
     folder = CheckpointFolder(LocalStore(spoilt.workspace), RUN_ID)
-    records = folder.records()
+    records = checkpoint_records(LocalStore(spoilt.workspace), RUN_ID)
     assert [record.step for record in records] == [6, 3]
     network = build_network(spoilt.backbone)
     for record in records:

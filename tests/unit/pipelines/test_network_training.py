@@ -345,7 +345,7 @@ def test_a_training_that_ended_leaves_no_checkpoints_or_leaves_them_to_gc(
     opened: Opened, told: list[TrainingSpec], monkeypatch: pytest.MonkeyPatch, delete: str
 ) -> None:
     def train(spec: TrainingSpec, *_: object) -> dict[str, Any]:
-        checkpoints.write(7, b"weights and momenta", score=None, details={})
+        checkpoints.write(7, b"weights and momenta", details={})
         outcome = {
             "weights_key": spec.initial_weights_key,
             "diverged": None,

@@ -894,7 +894,7 @@ def test_checkpoints_and_what_ray_train_wrote_go_once_their_training_is_finished
     _, unfinished, _ = opened(store, "open")
     kept = keys(store)
     checkpoints = [CheckpointFolder(store, folder.run_id) for folder in (done, unfinished)]
-    needed = [folder.write(1, b"weights", score=None, details={}) for folder in checkpoints][1]
+    needed = [folder.write(1, b"weights", details={}) for folder in checkpoints][1]
     markers = [folder.key("ray_train/start/.validate_storage_marker") for folder in (done, unfinished)]
     for marker in markers:
         store.put(marker, b"")

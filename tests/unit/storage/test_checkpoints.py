@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from checkpoint_records import checkpoint_records
 from convoy.core.errors import AccessDenied, ChecksumMismatch, ObjectNotFound, StoreUnavailable
 from convoy.storage.checkpoints import AsyncCheckpointWriter, CheckpointFolder, CheckpointRecord
 from convoy.storage.local_store import LocalStore
@@ -32,12 +33,12 @@ def folder(store: LocalStore) -> CheckpointFolder:
     return CheckpointFolder(store, "r1")
 
 
-def write(folder: CheckpointFolder, *steps: int, score: float | None = None) -> list[CheckpointRecord]:
-    return [folder.write(step, b"step %d" % step, score=score, details={}) for step in steps]
+def write(folder: CheckpointFolder, *steps: int) -> list[CheckpointRecord]:
+    return [folder.write(step, b"step %d" % step, details={}) for step in steps]
 
 
 def steps(folder: CheckpointFolder) -> list[int]:
-    return [record.step for record in folder.records()]
+    return [record.step for record in checkpoint_records(folder._store, "r1")]
 
 
 def keys(store: LocalStore) -> list[str]:
@@ -46,11 +47,11 @@ def keys(store: LocalStore) -> list[str]:
 
 def test_a_checkpoint_comes_back_with_its_record(store: LocalStore, folder: CheckpointFolder) -> None:
     details = {"epoch": 3, "phase": "head", "history": [{"loss": 0.5, "lr": None}], "shape": (2, 3)}
-    record = folder.write(12, b"weights", score=0.75, details=details)
-    assert (record.step, record.size_bytes, record.score) == (12, 7, 0.75)
+    record = folder.write(12, b"weights", details=details)
+    assert (record.step, record.size_bytes) == (12, 7)
     assert record.details == {**details, "shape": [2, 3]}
     assert record.key.startswith(f"{PREFIX}0000000012-")
-    assert folder.records() == [record]
+    assert checkpoint_records(store, "r1") == [record]
     loaded, damaged = folder.newest_intact()
     assert loaded is not None
     assert (loaded.record, loaded.data, damaged) == (record, b"weights", [])
@@ -58,9 +59,9 @@ def test_a_checkpoint_comes_back_with_its_record(store: LocalStore, folder: Chec
 
 
 def test_an_empty_folder_has_none(folder: CheckpointFolder) -> None:
-    assert folder.records() == []
+    assert steps(folder) == []
     assert folder.newest_intact() == (None, [])
-    folder.prune(keep_newest=1, keep_best=1)
+    folder.prune(keep_newest=1)
 
 
 def test_records_come_newest_first(folder: CheckpointFolder) -> None:
@@ -75,25 +76,17 @@ def test_runs_do_not_see_each_other(store: LocalStore, folder: CheckpointFolder)
 
 
 def test_attempts_at_one_step_do_not_touch_each_other(folder: CheckpointFolder) -> None:
-    first = folder.write(5, b"of the first", score=None, details={})
-    second = folder.write(5, b"of the second", score=None, details={})
+    first = folder.write(5, b"of the first", details={})
+    second = folder.write(5, b"of the second", details={})
     assert (folder.read(first), folder.read(second)) == (b"of the first", b"of the second")
 
 
-@pytest.mark.parametrize(
-    ("score", "details"),
-    [
-        (float("nan"), {}),
-        (float("inf"), {}),
-        (None, {"history": [{"loss": float("nan")}]}),
-        (None, {"loss": np.float32(1)}),
-    ],
-)
+@pytest.mark.parametrize("details", [{"history": [{"loss": float("nan")}]}, {"loss": np.float32(1)}])
 def test_what_is_no_json_is_refused_before_anything_is_written(
-    store: LocalStore, folder: CheckpointFolder, score: float | None, details: dict[str, Any]
+    store: LocalStore, folder: CheckpointFolder, details: dict[str, Any]
 ) -> None:
     with pytest.raises((ValueError, TypeError)):
-        folder.write(1, b"weights", score=score, details=details)
+        folder.write(1, b"weights", details=details)
     assert keys(store) == []
 
 
@@ -181,42 +174,45 @@ def test_other_files_in_the_folder_are_left_alone(store: LocalStore, folder: Che
     for key in strange:
         store.put(key, b"{}")
     write(folder, 1, 2)
-    folder.prune(keep_newest=1, keep_best=0)
+    folder.prune(keep_newest=1)
     assert steps(folder) == [2]
     assert set(strange) < set(keys(store))
 
 
-def test_pruning_keeps_the_newest_and_the_best(store: LocalStore, folder: CheckpointFolder) -> None:
-    for step, score in enumerate([0.1, 0.9, 0.3, 0.8, None, 0.2]):
-        write(folder, step, score=score)
-    folder.prune(keep_newest=2, keep_best=2)
-    assert steps(folder) == [5, 4, 3, 1]
-    assert len(keys(store)) == 8
-    assert all(folder.read(record) == b"step %d" % record.step for record in folder.records())
-    folder.prune(keep_newest=1, keep_best=0)
+def test_pruning_keeps_the_newest(store: LocalStore, folder: CheckpointFolder) -> None:
+    records = write(folder, *range(6))
+    folder.prune(keep_newest=2)
+    assert steps(folder) == [5, 4]
+    assert len(keys(store)) == 4
+    assert all(folder.read(record) == b"step %d" % record.step for record in records[4:])
+    folder.prune(keep_newest=1)
     assert steps(folder) == [5]
 
 
-def test_of_equal_scores_the_newer_is_kept(folder: CheckpointFolder) -> None:
-    write(folder, 1, 2, score=0.5)
-    write(folder, 3)
-    folder.prune(keep_newest=1, keep_best=1)
-    assert steps(folder) == [3, 2]
+def test_a_record_of_before_that_has_a_score_counts(store: LocalStore, folder: CheckpointFolder) -> None:
+    (record,) = write(folder, 3)
+    store.put(record.record_key, record.model_copy(update={"score": 0.75}).model_dump_json().encode())
+    loaded, damaged = folder.newest_intact()
+    assert loaded is not None
+    assert (loaded.record.step, loaded.record.score, damaged) == (3, 0.75, [])
+    write(folder, 4)
+    folder.prune(keep_newest=1)
+    assert steps(folder) == [4]
 
 
 def test_pruning_must_keep_one(folder: CheckpointFolder) -> None:
     with pytest.raises(ValueError, match="newest"):
-        folder.prune(keep_newest=0, keep_best=3)
+        folder.prune(keep_newest=0)
 
 
 def test_orphans_go_once_a_later_step_counts(store: LocalStore, folder: CheckpointFolder) -> None:
     orphan = f"{PREFIX}0000000002-0123abcd.safetensors"
     store.put(orphan, b"never recorded")
     write(folder, 1, 2)
-    folder.prune(keep_newest=5, keep_best=0)
+    folder.prune(keep_newest=5)
     assert orphan in keys(store), "a write of this step may be under way"
     write(folder, 3)
-    folder.prune(keep_newest=5, keep_best=0)
+    folder.prune(keep_newest=5)
     assert orphan not in keys(store)
     assert steps(folder) == [3, 2, 1]
 
@@ -227,12 +223,12 @@ def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(
 ) -> None:
     records = write(folder, 1, 2, 3)
     damage(store, records[2], how)
-    folder.prune(keep_newest=1, keep_best=0)
+    folder.prune(keep_newest=1)
     loaded, _ = folder.newest_intact()
     assert loaded is not None
     assert loaded.record.step == 2
     write(folder, 4)
-    folder.prune(keep_newest=1, keep_best=0)
+    folder.prune(keep_newest=1)
     assert len(keys(store)) == 2, "what was damaged goes once a later step counts"
 
 
@@ -242,7 +238,7 @@ from convoy.storage.checkpoints import CheckpointFolder
 from convoy.storage.local_store import LocalStore
 folder = CheckpointFolder(LocalStore(sys.argv[1]), "r1")
 for step in (1, 2):
-    folder.write(step, b"step %d" % step, score=None, details={})
+    folder.write(step, b"step %d" % step, details={})
 """
 
 
@@ -264,7 +260,7 @@ def test_a_kill_loses_at_most_the_checkpoint_under_way(
     assert loaded is not None
     assert (loaded.record.step, loaded.data, damaged) == (newest, b"step %d" % newest, [])
     write(folder, 3)
-    folder.prune(keep_newest=1, keep_best=0)
+    folder.prune(keep_newest=1)
     assert len(keys(store)) == 2
 
 
@@ -298,12 +294,12 @@ def gated(tmp_path: Path) -> Any:
 
 
 def writer_to(store: LocalStore) -> AsyncCheckpointWriter:
-    return AsyncCheckpointWriter(CheckpointFolder(store, "r1"), keep_newest=2, keep_best=1)
+    return AsyncCheckpointWriter(CheckpointFolder(store, "r1"), keep_newest=2)
 
 
 def test_the_trainer_goes_on_while_a_checkpoint_is_written(gated: Any) -> None:
     writer = writer_to(gated)
-    writer.submit(1, b"one", score=None, details={})
+    writer.submit(1, b"one", details={})
     assert gated.entered.wait(10)
     assert keys(gated) == []
     gated.gate.set()
@@ -313,8 +309,8 @@ def test_the_trainer_goes_on_while_a_checkpoint_is_written(gated: Any) -> None:
 
 def test_one_checkpoint_is_under_way_at_a_time(gated: Any) -> None:
     writer = writer_to(gated)
-    writer.submit(1, b"one", score=None, details={})
-    second = threading.Thread(target=writer.submit, args=(2, b"two"), kwargs={"score": None, "details": {}})
+    writer.submit(1, b"one", details={})
+    second = threading.Thread(target=writer.submit, args=(2, b"two"), kwargs={"details": {}})
     second.start()
     second.join(0.2)
     assert second.is_alive(), "the second submit did not wait for the first write"
@@ -326,17 +322,17 @@ def test_one_checkpoint_is_under_way_at_a_time(gated: Any) -> None:
 
 def test_the_background_writer_prunes(store: LocalStore) -> None:
     writer = writer_to(store)
-    for step, score in enumerate([0.9, 0.1, 0.2, 0.3, 0.4]):
-        writer.submit(step, b"data", score=score, details={})
+    for step in range(5):
+        writer.submit(step, b"data", details={})
     writer.close()
-    assert steps(CheckpointFolder(store, "r1")) == [4, 3, 0]
+    assert steps(CheckpointFolder(store, "r1")) == [4, 3]
 
 
 def test_checkpoints_that_cannot_be_deleted_are_told_of_once_and_stop_nothing(tmp_path: Path) -> None:
     store = _KeepingStore(str(tmp_path))
     writer = writer_to(store)
     for step in range(6):
-        writer.submit(step, b"data", score=None, details={})
+        writer.submit(step, b"data", details={})
     writer.close()
     assert steps(CheckpointFolder(store, "r1")) == [5, 4, 3, 2, 1, 0]
     (note,) = writer.notes
@@ -348,10 +344,10 @@ def test_an_error_surfaces_at_the_next_submit_and_the_one_after_works(gated: Any
     gated.gate.set()
     gated.fails.append(StoreUnavailable("down"))
     writer = writer_to(gated)
-    writer.submit(1, b"one", score=None, details={})
+    writer.submit(1, b"one", details={})
     with pytest.raises(StoreUnavailable):
-        writer.submit(2, b"two", score=None, details={})
-    writer.submit(3, b"three", score=None, details={})
+        writer.submit(2, b"two", details={})
+    writer.submit(3, b"three", details={})
     writer.close()
     assert steps(CheckpointFolder(gated, "r1")) == [3]
 
@@ -360,7 +356,7 @@ def test_an_error_of_the_last_checkpoint_surfaces_at_close(gated: Any) -> None:
     gated.gate.set()
     gated.fails.append(StoreUnavailable("down"))
     writer = writer_to(gated)
-    writer.submit(1, b"one", score=None, details={})
+    writer.submit(1, b"one", details={})
     with pytest.raises(StoreUnavailable):
         writer.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("checkpoint")]
