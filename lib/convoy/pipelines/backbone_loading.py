@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
+from convoy.core.config import parse_config
 from convoy.core.errors import AccessDenied, ConfigError, DataError
 from convoy.pipelines.backbone_record import BACKBONES, BackboneRecord
 from convoy.storage.bundles import MODEL_FILE
@@ -40,7 +42,18 @@ def load_backbone(store: ObjectStore, config: BackboneConfig) -> BackboneRecord:
     require_digest(network.state_dict(), config.weights_digest)
     if weight_source(config) is WeightSource.NAMED:
         config = with_published_outputs(config)
-    return keep_network(store, config, network, preset=default_preset(config), classes=classes)
+    return keep_network(store, config, network, preset=backbone_preset(config), classes=classes)
+
+
+def backbone_preset(config: BackboneConfig) -> EvalPreset:
+    """The preset of the config, that of the bundle whose file its weights are, or what `default_preset` says."""
+    if config.preset is None and weight_source(config) is WeightSource.URI:
+        store, key = open_object(config.weights)
+        said = _beside_weights(store, key, "preprocess.json")
+        if isinstance(said, dict) and "preset" in said:
+            preset = parse_config(EvalPreset, said["preset"], where=store.uri("preprocess.json"))
+            config = config.model_copy(update={"preset": preset})
+    return default_preset(config)
 
 
 def keep_network(
@@ -102,12 +115,17 @@ def _load(config: BackboneConfig) -> tuple[nn.Module, tuple[str, ...] | None]:
 
 def _classes_of_bundle(store: ObjectStore, key: str) -> tuple[str, ...] | None:
     """The classes that a network of a bundle has an output for each of; None for files of no bundle."""
+    classes, config = (_beside_weights(store, key, name) for name in ("classes.json", "config.json"))
+    is_bundled = isinstance(classes, list) and isinstance(config, dict) and "output_groups" not in config
+    return tuple(classes) if is_bundled else None
+
+
+def _beside_weights(store: ObjectStore, key: str, name: str) -> Any:
+    """A document of the bundle that a file of weights is of; None of what is no bundle's."""
     if key != MODEL_FILE:
         return None
     try:
-        classes, config = (read_json(store, name) for name in ("classes.json", "config.json"))
+        return read_json(store, name)
     except (AccessDenied, DataError):
         # Whatever lies there, or may not be looked for, is none of a bundle's.
         return None
-    is_bundled = isinstance(classes, list) and isinstance(config, dict) and "output_groups" not in config
-    return tuple(classes) if is_bundled else None

@@ -14,6 +14,7 @@ from convoy.core.config import StrictModel, parse_config
 from convoy.core.errors import ConfigError, DataError
 from convoy.core.progress import Progress
 from convoy.core.records import SampleRejected, Split
+from convoy.pipelines.backbone_loading import backbone_preset
 from convoy.pipelines.cache import CacheConfig
 from convoy.pipelines.config_files import read_job_settings
 from convoy.pipelines.pixel_statistics import resolve_augmentation
@@ -25,7 +26,6 @@ from convoy.storage.manifests import Manifest
 from convoy.storage.samples import SampleReader
 from convoy.storage.stores import open_store
 from convoy.vision.augmentation_policy import AugmentationPolicy
-from convoy.vision.backbones import default_preset
 from convoy.vision.contact_sheet import SheetRow, draw_contact_sheet
 from convoy.vision.decode_rule import DecodeRule
 from convoy.vision.decoding import decode_image, quiet_decoders
@@ -93,7 +93,7 @@ def read_augmented_job(
     return AugmentedJob(
         workspace=workspace or config.workspace,
         dataset=config.dataset,
-        preset=default_preset(config.backbone),
+        preset=backbone_preset(config.backbone),
         policy=config.augmentation,
         decode_rule=config.extraction.decode,
     )

@@ -45,9 +45,9 @@ def read_sheet(store: ObjectStore, record: RunRecord, fingerprint: str) -> Augme
     if config is None:
         return None
     # Imports torch, which a run without augmentation need not wait for.
+    from convoy.pipelines.backbone_loading import backbone_preset  # noqa: PLC0415
     from convoy.pipelines.pixel_statistics import known_augmentation  # noqa: PLC0415
     from convoy.pipelines.report_augmentation import AugmentedJob, SheetSize, draw_views  # noqa: PLC0415
-    from convoy.vision.backbones import default_preset  # noqa: PLC0415
     from convoy.vision.thumbnails import encode_jpeg  # noqa: PLC0415
 
     rule = read_rule(record.config)
@@ -58,7 +58,7 @@ def read_sheet(store: ObjectStore, record: RunRecord, fingerprint: str) -> Augme
     job = AugmentedJob(
         workspace=store.root_uri,
         dataset=config.dataset,
-        preset=default_preset(config.backbone),
+        preset=backbone_preset(config.backbone),
         policy=policy,
         decode_rule=rule,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 from convoy.core.errors import ConfigError
 from convoy.core.fingerprints import canonical_json, digest
 from convoy.pipelines import backbone_loading
-from convoy.pipelines.backbone_loading import read_backbone_state
+from convoy.pipelines.backbone_loading import backbone_preset, read_backbone_state
 from convoy.pipelines.backbone_record import BACKBONES, BackboneRecord
 from convoy.pipelines.classifiers import as_is
 from convoy.pipelines.feature_plan import ExtractionConfig
@@ -24,7 +25,7 @@ from convoy.pipelines.network_building import NewNetwork
 from convoy.storage.bundles import MODEL_FILE
 from convoy.storage.local_store import LocalStore
 from convoy.vision.backbone_config import BackboneConfig, ConvLayer, NewLayers
-from convoy.vision.backbones import build_network
+from convoy.vision.backbones import build_network, default_preset
 from convoy.vision.libraries import Timm
 from convoy.vision.presets import EvalPreset
 from convoy.vision.weights import load_weights, state_to_safetensors, weights_digest
@@ -179,18 +180,45 @@ def test_a_record_of_before_bundles_were_asked_for_classes_is_renewed(store: Loc
     assert fetch_backbone(store, config) == record
 
 
+@pytest.mark.parametrize("told", [None, EvalPreset(resize_px=None, crop_px=32)])
+def test_the_file_of_a_bundle_brings_its_preset_unless_the_config_says_another(
+    store: LocalStore, told: EvalPreset | None
+) -> None:
+    own = EvalPreset(resize_px=40, crop_px=32, mean=(0.4, 0.4, 0.4), std=(0.2, 0.2, 0.2))
+    made = made_classifier(store, 0)
+    ref = write_classifier(
+        store, "digits", replace(made, backbone=made.backbone.model_copy(update={"preset": own}))
+    )
+    config = BackboneConfig(arch="lenet5", weights=store.uri(f"{ref.folder}{MODEL_FILE}"), preset=told)
+    assert backbone_preset(config) == (told or own)
+    assert fetch_backbone(store, config).preset == (told or own)
+
+
+def test_a_record_of_before_bundles_were_asked_for_their_preset_is_renewed(store: LocalStore) -> None:
+    ref = write_classifier(store, "digits", made_classifier(store, 0))
+    weights = store.uri(f"{ref.folder}{MODEL_FILE}")
+    config = BackboneConfig(arch="lenet5", weights=weights)
+    record = fetch_backbone(store, config)
+    store.delete(entry.key for entry in list(store.list_objects(f"{BACKBONES}requests/")))
+    blob = store.head(f"{ref.folder}{MODEL_FILE}")
+    wrong = record.model_copy(update={"preset": EvalPreset(resize_px=99)})
+    store.put(f"{BACKBONES}requests/{digest([3, config, blob.etag])}.json", canonical_json(wrong))
+    assert fetch_backbone(store, config) == record
+    assert fetch_backbone(store, config) == record
+
+
 @pytest.mark.parametrize("beside", [b"[1, 2", b'{"0": "cat"}', b"null"])
 def test_what_lies_beside_weights_that_are_no_bundles_does_not_matter(
     store: LocalStore, tmp_path: Path, beside: bytes
 ) -> None:
-    config = BackboneConfig(arch="lenet5", weights="random", preset=EvalPreset(resize_px=None, crop_px=32))
+    config = BackboneConfig(arch="lenet5", weights="random")
     folder = tmp_path / "elsewhere"
     folder.mkdir()
     (folder / MODEL_FILE).write_bytes(state_to_safetensors(build_network(config).state_dict()))
-    for name in ("classes.json", "config.json"):
+    for name in ("classes.json", "config.json", "preprocess.json"):
         (folder / name).write_bytes(beside)
     record = fetch_backbone(store, config.model_copy(update={"weights": str(folder / MODEL_FILE)}))
-    assert record.classes is None
+    assert (record.classes, record.preset) == (None, default_preset(config))
 
 
 def test_a_training_from_scratch_begins_with_what_the_seed_gives(store: LocalStore) -> None:
