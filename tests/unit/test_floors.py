@@ -37,6 +37,7 @@ OUTSIDE = {
         "scipy",
         "threadpoolctl",
         "onnxruntime",
+        "matplotlib",
     },
     "cluster": {"numpy", "pydantic", "pyarrow", "torch", "ray"},
     "pipelines": {"numpy", "pydantic", "pyarrow", "torch", "umap"},

@@ -183,6 +183,7 @@ class ImageLoader:
             images_BCHW=images_BCHW,
             labels_B=torch.from_numpy(self._labels_N[rows_B]),
             weights_B=torch.from_numpy(self._weights_N[rows_B]),
+            num_missing=len(rejects),
         )
         return PreparedBatch(batch=batch, rows_B=rows_B, rejects=rejects, notes=self._cache_notes())
 

@@ -326,6 +326,7 @@ def _unpack(row: dict[str, Any], preset: EvalPreset, *, pin_memory: bool) -> Pre
             images_BCHW=images_BHWC.permute(0, 3, 1, 2),
             labels_B=labels_B,
             weights_B=torch.from_numpy(row["weights"].copy()),
+            num_missing=len(row["rejects"]),
         ),
         rows_B=row["rows"].copy(),
         rejects=[RejectedRow.model_validate_json(str(one)) for one in row["rejects"]],

@@ -331,15 +331,15 @@ class TrainingWorker:
     def _measure_batchnorm(self, phase: Phase) -> None:
         preset, device = self._preset(phase), self._group.device
         steps = self._feed.steps(0, max(0, self._plan.num_steps - _BATCHNORM_STEPS), preset)
-        batches = (one.batch.images_BCHW for passes in steps for one in passes)
-        images = (images_BCHW.to(device) for images_BCHW in batches if self._everyone_has_one(images_BCHW))
+        batches = (one.batch for passes in steps for one in passes)
+        images = (batch.images_BCHW.to(device) for batch in batches if self._gives_statistics(batch))
         measure_batchnorm(self._network, self._axis, frozen_stages(phase), images, preset)
         self._group.average_buffers(self._network)
 
-    def _everyone_has_one(self, images_BCHW: torch.Tensor) -> bool:
-        """Whether no worker's pass is without images: where BatchNorm is the group's, the others would wait for it."""
-        has_one = torch.tensor(int(len(images_BCHW) > 0), device=self._group.device)
-        return int(self._group.total(has_one)) == self._group.num_workers
+    def _gives_statistics(self, batch: TrainBatch) -> bool:
+        """Whether no worker's pass lacks images: where BatchNorm is the group's, the others would wait for it."""
+        lacking = torch.tensor(int(batch.lacks_statistics), device=self._group.device)
+        return not int(self._group.total(lacking))
 
     def _is_stuck(self, phase: Phase) -> bool:
         """Whether validation top-1 has not risen for as many epochs as the recipe has patience."""

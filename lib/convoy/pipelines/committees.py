@@ -141,7 +141,7 @@ def committee_of(
                 where="ensemble.members",
                 next_step="train them with the same extraction.decode",
             )
-    if averaging is Averaging.PROBABILITIES and len(scaled) > 1:
+    if averaging is Averaging.PROBABILITIES:
         for member in scaled:
             if not member.classifier.gives_probabilities:
                 raise ConfigError(

@@ -147,7 +147,13 @@ def evaluate_classifier(
 
 
 def require_labels(manifest: Manifest, splits: Collection[Split]) -> None:
-    """Raise DataError where no sample of the splits has a label."""
+    """Raise DataError where one of the splits is not there, or no sample of theirs has a label."""
+    if absent := sorted(set(splits) - set(manifest.counts)):
+        raise DataError(
+            f"there is no split {', '.join(absent)}: what would be measured is of others",
+            where=manifest.uri,
+            next_step="choose among the splits that are there with --set splits=[...]",
+        )
     if not any(has_labels(manifest, split) for split in splits):
         raise DataError(
             f"no labelled sample in split {', '.join(sorted(splits))}: nothing could be measured",

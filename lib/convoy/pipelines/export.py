@@ -93,10 +93,11 @@ def run_export(config: ExportConfig, *, progress: Progress) -> ExportReport:
     """Export a bundle. Nothing is written unless the file, loaded back, gives the bundle's own float32 logits.
 
     The graph takes uint8 images_BCHW in RGB at the preset's crop size, any number of them, normalises inside,
-    and gives float32 logits_BK; softmax is left to the caller. That of an ensemble has all members, each behind its own
-    normalisation, and the mirror image if its crops are `flip`; a gate is left out. Raises ConfigError where a format's
-    packages are missing, for an ensemble that sees other crops, and where a file that nobody named is there already,
-    DataError for a network that cannot be traced, TrainingError for a file that computes other logits.
+    and gives float32 logits_BK; softmax is left to the caller. That of an ensemble has all members, each behind
+    its own normalisation, and the mirror image of the crop if its crops are `flip`, see `ImageEnsemble`; a gate
+    is left out. Raises ConfigError where a format's packages are missing, for an ensemble that sees other
+    crops, and where a file that nobody named is there already, DataError for a network that cannot be traced,
+    TrainingError for a file that computes other logits.
     """
     require_export_packages(config.to)
     store = open_store(workspace_uri(config.workspace))
@@ -174,6 +175,7 @@ class _Model:
     classes: tuple[str, ...]
     decode_rule: DecodeRule
     gives_probabilities: bool
+    mirrors: bool = False
 
 
 def _read_model(store: ObjectStore, bundle: Bundle) -> _Model:
@@ -184,6 +186,7 @@ def _read_model(store: ObjectStore, bundle: Bundle) -> _Model:
             classes=committee.classes,
             decode_rule=committee.members[0].classifier.decode_rule,
             gives_probabilities=committee.gives_probabilities,
+            mirrors=committee.plan.policy is CropPolicy.FLIP,
         )
     classifier = read_classifier(store, bundle)
     return _Model(
@@ -250,7 +253,8 @@ def _description(bundle: Bundle, model: _Model, config: ExportConfig, parity: Pa
             "name": INPUT_NAME,
             "dtype": "uint8",
             "shape": ["batch", 3, size_px, size_px],
-            "content": "RGB pixels after the preset's resize and crop; normalisation is inside the graph",
+            "content": "RGB pixels after the preset's resize and crop; normalisation is inside the graph"
+            + (", and so is the mirror image of these pixels" if model.mirrors else ""),
         },
         "output": {
             "name": OUTPUT_NAME,

@@ -35,6 +35,7 @@ from convoy.pipelines.report_writing import write_html
 from convoy.pipelines.retrain_config import RetrainReport
 from convoy.pipelines.runs_show import RunDescription, show_run
 from convoy.pipelines.runs_state import RunState
+from convoy.pipelines.scoring_plan import GIVES_PROBABILITIES
 from convoy.pipelines.workspace import workspace_uri
 from convoy.storage.bundles import METRICS_FILE, Bundle, peek_bundle
 from convoy.storage.commits import RunManifest, read_manifest
@@ -234,7 +235,10 @@ class _Reader:
             return None
         rule = read_rule(record.config)
         classes = () if evaluation is None else evaluation.classes
-        return summarise_predictions(folder, manifest, rule, classes=classes)
+        are_probabilities = record.settings.get(GIVES_PROBABILITIES, True)
+        return summarise_predictions(
+            folder, manifest, rule, classes=classes, are_probabilities=are_probabilities
+        )
 
     def _subgroups(self, run_id: str) -> list[Subgroup]:
         folder = RunFolder(self._store, run_id)

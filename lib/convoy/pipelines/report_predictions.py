@@ -79,10 +79,18 @@ class PredictionSummary(StrictModel):
 
 
 def summarise_predictions(
-    folder: RunFolder, manifest: RunManifest, rule: DecodeRule, *, classes: Sequence[str] = ()
+    folder: RunFolder,
+    manifest: RunManifest,
+    rule: DecodeRule,
+    *,
+    classes: Sequence[str] = (),
+    are_probabilities: bool = True,
 ) -> PredictionSummary:
-    """All predictions of a run, a part of them in memory at a time; `classes` are the model's, where they are known."""
-    found = _Found(names=dict(enumerate(classes)))
+    """All predictions of a run, a part of them in memory at a time; `classes` are the model's, where they are known.
+
+    Scores that are said to be probabilities, but are not within 0..1, are taken for none.
+    """
+    found = _Found(names=dict(enumerate(classes)), are_probabilities=are_probabilities)
     for record in manifest.slices:
         for table in _tables(folder.store, record):
             found.add(table, record.slice)
@@ -104,11 +112,11 @@ class _Found:
     """Sums over parts, and the few rows that may be shown."""
 
     names: dict[int, str]
+    are_probabilities: bool
     rows: int = 0
     labelled: int = 0
     unknown: int = 0
     right: int = 0
-    are_probabilities: bool = True
     predicted: Counter[int] = field(default_factory=Counter)
     confused: Counter[tuple[int, int]] = field(default_factory=Counter)
     bins: np.ndarray = field(default_factory=lambda: np.zeros((4, NUM_CALIBRATION_BINS)))

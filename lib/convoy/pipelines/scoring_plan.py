@@ -19,6 +19,9 @@ from convoy.storage.predictions import PREDICTIONS_SCHEMA_VERSION
 from convoy.storage.runs import RunFolder, RunRecord
 from convoy.vision.committee_options import CommitteeOptions, MemberOptions
 
+# In the settings of a run: whether its scores are probabilities. Runs of before do not say it.
+GIVES_PROBABILITIES = "gives_probabilities"
+
 
 def scoring_settings(manifest: Manifest, request: PredictionRequest, batch_size: int) -> dict[str, Any]:
     """What is decided once, so that a resumed run computes the very same numbers."""
@@ -28,6 +31,7 @@ def scoring_settings(manifest: Manifest, request: PredictionRequest, batch_size:
         "compiled": compiled,
         "compile_reason": reason,
         "batch_size": batch_size,
+        GIVES_PROBABILITIES: request.committee.gives_probabilities,
     }
     if request.scores is not None:
         settings["forecast"] = request.scores.forecast

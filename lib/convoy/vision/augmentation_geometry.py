@@ -149,13 +149,14 @@ def elastic_field(height_px: int, width_px: int, section: Elastic, rng: np.rando
     """From where each pixel comes, as (right, down) in pixels: float64 of shape (2, height, width).
 
     Uniform noise in -1..1 under a Gaussian, times alpha (Simard et al. 2003). The Gaussian leaves the noise a
-    standard deviation of 1 / (sigma sqrt(12 pi)), so alpha is what brings that to `displacement_px`.
+    standard deviation of 1 / (sigma sqrt(12 pi)), so alpha is what brings that to `displacement_px`. The noise goes on
+    at the opposite border: reflected, as is usual, it would have up to twice the deviation there.
     """
     from scipy.ndimage import gaussian_filter  # noqa: PLC0415 (half a second of every worker's start, and few warp)
 
     noise_DHW = 2 * rng.random((2, height_px, width_px)) - 1
     alpha = section.displacement_px * section.sigma_px * math.sqrt(12 * math.pi)
-    smooth_DHW: np.ndarray = gaussian_filter(noise_DHW, (0, section.sigma_px, section.sigma_px))
+    smooth_DHW: np.ndarray = gaussian_filter(noise_DHW, (0, section.sigma_px, section.sigma_px), mode="wrap")
     return alpha * smooth_DHW
 
 

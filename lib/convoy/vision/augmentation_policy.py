@@ -17,9 +17,10 @@ from convoy.core.errors import ConfigError
 from convoy.vision.presets import EvalPreset
 
 EVAL_VIEW = 0
-# Raised when the same recipe would give other pixels: of the eval view, and of all other views.
+# Raised when the same recipe would give other pixels: of the eval view, of all other views, of those that are warped.
 _EVAL_RECIPE_VERSION = 1
 _DRAWN_RECIPE_VERSION = 2
+_WARPED_RECIPE_VERSION = 3
 
 
 def _ascending(bounds: tuple[float, float]) -> tuple[float, float]:
@@ -283,7 +284,7 @@ def view_recipe(preset: EvalPreset, policy: AugmentationPolicy | None, view: int
         return {"recipe_version": _EVAL_RECIPE_VERSION, "view": view, **shape}
     policy.require_basis()
     return {
-        "recipe_version": _DRAWN_RECIPE_VERSION,
+        "recipe_version": _DRAWN_RECIPE_VERSION if policy.elastic is None else _WARPED_RECIPE_VERSION,
         "view": view,
         **shape,
         # Borders and erased boxes show it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -30,7 +31,7 @@ def draw_contact_sheet(rows: Sequence[SheetRow], titles: Sequence[str]) -> Image
     cell_px = _cell_px(rows[0].images_BCHW.shape[-1])
     width_px, height_px = cell_origin(len(rows), len(titles), cell_px)
     sheet = Image.new("RGB", (width_px, height_px), _BACKGROUND)
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(_FONT_PX)
+    draw, font = ImageDraw.Draw(sheet), _font()
     for column, title in enumerate(titles):
         left_px, top_px = cell_origin(0, column, cell_px)
         text = _fitted(title, cell_px, font)
@@ -52,12 +53,19 @@ def cell_origin(row: int, column: int, cell_px: int) -> tuple[int, int]:
     return _NAME_WIDTH_PX + column * step_px, _TITLE_HEIGHT_PX + row * step_px
 
 
+def _font() -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which matplotlib brings: Pillow's own font has not even the letters of western Europe."""
+    from matplotlib import get_data_path  # noqa: PLC0415 (only for whoever draws)
+
+    return ImageFont.truetype(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), _FONT_PX)
+
+
 def _cell_px(side_px: int) -> int:
     """The smallest multiple of the images' side that can be looked at."""
     return side_px * -(-_MIN_CELL_PX // side_px)
 
 
-def _fitted(text: str, width_px: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+def _fitted(text: str, width_px: int, font: ImageFont.FreeTypeFont) -> str:
     """The text, cut with an ellipsis where it is too wide."""
     if font.getlength(text) <= width_px:
         return text

@@ -66,7 +66,9 @@ class ExportedMember:
 class ImageEnsemble(nn.Module):
     """The joint float32 logits_BK of an ensemble for uint8 images of one size, or of them and their mirror images.
 
-    Those of `Committee` but for the last bits of float32: log-probabilities where probabilities are averaged.
+    Those of `Committee` but for the last bits of float32: log-probabilities where probabilities are averaged. But a
+    committee mirrors the image and then crops, the graph mirrors the crop that it is given: where an odd number of
+    pixels is cut off, the mirrored view lies one pixel beside the committee's.
     """
 
     def __init__(

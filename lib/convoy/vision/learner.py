@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 
 from convoy.core.randomness import position_digest
 from convoy.vision.distillation import SoftTargets, distilled_losses
-from convoy.vision.freezing import frozen_stages, set_train_mode
+from convoy.vision.freezing import BATCHNORMS, frozen_stages, set_train_mode
 from convoy.vision.optimisation import build_optimiser, set_rate
 from convoy.vision.presets import EvalPreset
 from convoy.vision.stages import DepthAxis
@@ -36,12 +36,21 @@ _FORWARD_HOOKS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TrainBatch:
-    """Usable images of one pass: uint8 images_BCHW, int64 labels_B, float32 weights_B; `soft` is a teacher's."""
+    """Usable images of one pass: uint8 images_BCHW, int64 labels_B, float32 weights_B; `soft` is a teacher's.
+
+    `num_missing` more images of the pass cannot be used.
+    """
 
     images_BCHW: Tensor
     labels_B: Tensor
     weights_B: Tensor
     soft: SoftTargets | None = None
+    num_missing: int = 0
+
+    @property
+    def lacks_statistics(self) -> bool:
+        """Whether too few of its images are left for BatchNorm, which may take several values of a channel."""
+        return self.num_missing > 0 and len(self.labels_B) < 2
 
 
 class Learner:
@@ -50,7 +59,8 @@ class Learner:
     `model` is what is called with normalised images: the network itself, compiled or not, or
     DistributedDataParallel around it. Gradients are those of the mean loss over the usable images of the whole
     group's batch, whatever their distribution over workers; but BatchNorm takes its statistics over the images of a
-    pass, of this worker or, where it was made the group's, of all.
+    pass, of this worker or, where it was made the group's, of all. Of a pass of which one image is usable it takes
+    none; and where it is the group's, a worker without any usable image adds a black one.
     """
 
     def __init__(
@@ -133,7 +143,8 @@ class Learner:
         images, targets, weights_B, soft = self._mixed(images, labels_B, weights_B, soft)
         if own_place:
             self._seed(*own_place)
-        with autocast(self.device, self._recipe.precision):
+        rests = self._resting(*BATCHNORMS) if batch.lacks_statistics else contextlib.nullcontext()
+        with rests, autocast(self.device, self._recipe.precision):
             logits_BK = self._model(images)
         losses_B = self._losses(logits_BK.float(), targets, soft)
         loss_sum = (losses_B * weights_B).sum()
@@ -162,15 +173,22 @@ class Learner:
 
     def _backward_nothing(self, batch: TrainBatch) -> None:
         """Gradients of zero for a pass without usable images: the other workers wait for this one's."""
-        # A made-up image must not move BatchNorm; but where BatchNorm is the group's, the others wait there too.
-        for module in self._network.modules():
-            if not isinstance(module, nn.SyncBatchNorm):
-                module.training = False
         image_BCHW = batch.images_BCHW.new_zeros((1, *batch.images_BCHW.shape[1:]))
-        with autocast(self.device, self._recipe.precision):
+        # A made-up image must not move BatchNorm.
+        with self._resting(nn.Module), autocast(self.device, self._recipe.precision):
             logits_BK = self._model(normalise(image_BCHW.to(self.device), self._preset))
         torch.autograd.backward(self.scaler.scale(logits_BK.float().sum() * 0))
-        set_train_mode(self._network, self._axis, self._freeze_depth)
+
+    @contextlib.contextmanager
+    def _resting(self, *kinds: type[nn.Module]) -> Iterator[None]:
+        """Modules of these kinds as in evaluation; but BatchNorm that is the group's, for which others wait."""
+        for module in self._network.modules():
+            if isinstance(module, kinds) and not isinstance(module, nn.SyncBatchNorm):
+                module.training = False
+        try:
+            yield
+        finally:
+            set_train_mode(self._network, self._axis, self._freeze_depth)
 
     def _mixed(
         self, images_BCHW: Tensor, labels_B: Tensor, weights_B: Tensor, soft: SoftTargets | None

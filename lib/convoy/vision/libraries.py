@@ -16,7 +16,7 @@ from torch import nn
 
 from convoy.core.errors import ConfigError
 from convoy.vision.architectures import CIFAR_RESNET_DEPTHS, CifarResNet, LeNet5
-from convoy.vision.backbone_config import TIMM, TORCHVISION
+from convoy.vision.backbone_config import DEFAULT_WEIGHTS_NAME, TIMM, TORCHVISION
 from convoy.vision.factories import load_factory, unusable_factory
 from convoy.vision.presets import EvalPreset, Interpolation
 
@@ -122,16 +122,17 @@ class Torchvision:
         )
 
     def classes(self, name: str, weights: str) -> tuple[str, ...] | None:
-        """The categories that stand beside the weights in torchvision."""
-        return tuple(self._member(name, weights).meta["categories"])
+        """The categories that stand beside the weights in torchvision; None where only the features were published."""
+        categories = self._member(name, weights).meta["categories"]
+        return None if categories is None else tuple(categories)
 
     def input_px(self, name: str) -> int:
         """The crop of the default weights."""
         return self.preset(name, "DEFAULT").crop_px
 
     def num_outputs(self, name: str, weights: str) -> int:
-        """One for each category."""
-        return len(self._member(name, weights).meta["categories"])
+        """One for each category. Those of which only the features were published have the usual classifier."""
+        return len(self.classes(name, weights) or self.classes(name, DEFAULT_WEIGHTS_NAME) or ())
 
     def _member(self, name: str, weights: str) -> Any:
         import torchvision  # noqa: PLC0415

@@ -153,9 +153,9 @@ class Recipe(StrictModel):
     `clip_norm` bounds the norm of the gradient. `mixup_alpha` and `cutmix_alpha` are the parameters of their
     Beta distributions (Zhang et al. 2018, arXiv:1710.09412; Yun et al. 2019, arXiv:1905.04899), 0 is off; with
     both on, each batch gets one of them. `patience_epochs` stops a phase whose validation top-1 does not rise.
-    `average_epochs` is how many epochs of the last phase `swa` and `soup` take: at most half of them, or two, as its
-    early epochs are far from its end. `sync_batchnorm` lets BatchNorm take its statistics over the passes of
-    all workers, which GPUs can; `auto` does so where the batch is that of all workers.
+    `average_epochs` is how many epochs of the last phase `swa` and `soup` take: at most half of those that are
+    planned, or two, as its early epochs are far from its end. `sync_batchnorm` lets BatchNorm take its statistics
+    over the passes of all workers, which GPUs can; `auto` does so where the batch is that of all workers.
     """
 
     batch_size: PositiveInt = 128

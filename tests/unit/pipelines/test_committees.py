@@ -107,6 +107,8 @@ def test_margins_are_averaged_as_they_are_and_never_as_probabilities(store: Loca
     members = [member(made_classifier(store, 0), "net"), member(svm, "svm")]
     with pytest.raises(ConfigError, match="scores of svm are margins"):
         committee_of(members)
+    with pytest.raises(ConfigError, match="scores of svm are margins"):
+        committee_of(members[1:])
     assert not committee_of(members, averaging=Averaging.LOGITS).gives_probabilities
     assert single_committee(svm, name="svm", digest="svm").averaging is Averaging.LOGITS
 

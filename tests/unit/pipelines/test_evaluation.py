@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import pytest
+
+from convoy.core.errors import DataError
 from convoy.core.fingerprints import canonical_json
-from convoy.pipelines.evaluation import Evaluation
+from convoy.core.records import Split
+from convoy.pipelines.evaluation import Evaluation, require_labels
 from made_pages import made_evaluation
 
 
@@ -26,3 +32,11 @@ def test_the_confusions_of_a_matrix_are_its_entries_above_0() -> None:
         for pred, num_rows in enumerate(row):
             assert found.get((label, pred), 0) == num_rows
     assert 0 not in found.values()
+
+
+def test_what_a_split_that_is_not_there_would_be_measured_on_is_refused() -> None:
+    counts = {Split.TRAIN: SimpleNamespace(by_class=[3]), Split.VAL: SimpleNamespace(by_class=[2])}
+    manifest = SimpleNamespace(counts=counts, uri="datasets/pets")
+    require_labels(manifest, [Split.VAL])  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="there is no split test"):
+        require_labels(manifest, [Split.VAL, Split.TEST])  # type: ignore[arg-type]

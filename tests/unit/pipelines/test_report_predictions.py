@@ -11,6 +11,8 @@ import pytest
 from convoy.pipelines.report_predictions import _Found, _tables
 from convoy.storage.commits import PartFile, SliceRecord
 from convoy.storage.local_store import LocalStore
+from convoy.storage.runs import RunFolder
+from convoy.vision.decode_rule import DecodeRule
 
 LABELS = ["cat"] * 4 + ["truck"] * 6 + [None]
 
@@ -34,9 +36,20 @@ def predictions() -> pa.Table:
 
 
 def test_rows_with_a_label_that_the_model_does_not_know_are_counted_apart() -> None:
-    found = _Found(names={})
+    found = _Found(names={}, are_probabilities=True)
     found.add(predictions(), "0-000000")
     assert (found.rows, found.labelled, found.right, found.unknown) == (11, 4, 4, 6)
+
+
+@pytest.mark.parametrize("are_probabilities", [True, False])
+def test_margins_that_happen_to_lie_within_0_and_1_are_drawn_as_no_probabilities(
+    tmp_path: Path, are_probabilities: bool
+) -> None:
+    found = _Found(names={}, are_probabilities=are_probabilities)
+    found.add(predictions(), "0-000000")
+    found.wrong, found.unsure = [], []
+    summary = found.summary(RunFolder(LocalStore(str(tmp_path)), "run"), DecodeRule())
+    assert (summary.scores is not None, summary.reliability is not None) == (are_probabilities,) * 2
 
 
 @pytest.mark.parametrize(
@@ -50,7 +63,7 @@ def test_files_in_folders_by_label_have_that_label(tmp_path: Path, folder: str, 
     part = PartFile.model_construct(key="part.parquet")
     record = SliceRecord.model_construct(parts={output: part})
     (table,) = _tables(LocalStore(str(tmp_path)), record)
-    found = _Found(names={})
+    found = _Found(names={}, are_probabilities=True)
     found.add(table, "0-000000")
     assert found.unknown == (0 if label is None else 7)
     assert {row.get("label_name") for row in found.unsure} == {label}

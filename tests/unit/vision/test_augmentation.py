@@ -224,7 +224,9 @@ def test_perspective_keeps_the_centre_and_shrinks_the_borders() -> None:
 def test_elastic_field_has_the_declared_strength_and_is_smooth() -> None:
     section = Elastic(displacement_px=3, sigma_px=5)
     fields = np.stack([elastic_field(96, 96, section, generator(0, draw)) for draw in range(20)])
-    assert abs(np.sqrt(np.mean(fields[..., 24:72, 24:72] ** 2)) - 3) < 0.3
+    # At the borders as within.
+    for part in (fields, fields[..., :8], fields[..., :8, -8:]):
+        assert abs(np.sqrt(np.mean(part**2)) - 3) < 0.45
     # For a Gaussian of sigma, neighbours at distance d correlate by exp(-d^2 / (4 sigma^2)).
     for distance, correlation in ((5, np.exp(-0.25)), (25, 0.0)):
         near, far = fields[..., :-distance], fields[..., distance:]

@@ -19,6 +19,7 @@ from convoy.vision.backbones import (
     native_px,
     pretrained_classes,
     require_recorded,
+    with_published_outputs,
 )
 from convoy.vision.factories import with_pinned_code
 from convoy.vision.libraries import Torchvision
@@ -321,6 +322,12 @@ def test_classes_of_named_weights_are_in_the_order_of_the_logits() -> None:
         assert classes[0].startswith("tench")
         assert classes[999].startswith("toilet tissue")
     assert pretrained_classes(random_backbone("torchvision:resnet18")) is None
+
+
+def test_weights_of_which_only_the_features_were_published_name_no_classes() -> None:
+    config = BackboneConfig(arch="torchvision:vgg16", weights="IMAGENET1K_FEATURES")
+    assert pretrained_classes(config) is None
+    assert with_published_outputs(config) == config
 
 
 def test_classes_that_timm_names_alike_are_told_apart_by_their_synset() -> None:

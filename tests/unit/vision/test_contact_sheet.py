@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from convoy.vision.contact_sheet import SheetRow, cell_origin, draw_contact_sheet
@@ -39,6 +40,15 @@ def test_small_images_are_enlarged_pixel_by_pixel() -> None:
     cell = sheet[top_px : top_px + 96, left_px : left_px + 96]
     assert np.array_equal(cell[1::3, 1::3], sheet_rows[0].images_BCHW[0].permute(1, 2, 0).numpy())
     assert np.array_equal(cell[::3, ::3], cell[2::3, 2::3])
+
+
+@pytest.mark.parametrize("letter", "éößñЖΩ")
+def test_letters_of_other_languages_are_drawn(letter: str) -> None:
+    """A font draws the same box for whatever it does not have."""
+    drawn, missing = (
+        np.asarray(draw_contact_sheet(rows(1, 1, 120, name), [""])) for name in (letter, "\uffff")
+    )
+    assert not np.array_equal(drawn, missing)
 
 
 def test_names_and_titles_are_written_beside_the_cells_and_never_over_them() -> None:

@@ -345,6 +345,28 @@ def test_a_pass_without_usable_images_contributes_nothing(place: int) -> None:
         assert torch.equal(network.state_dict()[name], tensor), name
 
 
+def test_one_image_that_is_left_of_a_pass_trains_without_statistics_of_its_own() -> None:
+    """Where maps are of one pixel, as here the last ones, torch refuses to take those of one image."""
+    network = build("cifar_resnet20")
+    made = learner(network, arch="cifar_resnet20")
+    whole = TrainBatch(
+        images_BCHW=torch.full((1, 3, 4, 4), 200, dtype=torch.uint8),
+        labels_B=torch.ones(1, dtype=torch.int64),
+        weights_B=torch.ones(1),
+    )
+    before = {name: one.clone() for name, one in network.state_dict().items()}
+    modes = [module.training for module in network.modules()]
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        made.step([whole], num_group_rows=1, factor=1.0, step=0)
+    network.load_state_dict(before)
+    made.step([replace(whole, num_missing=1)], num_group_rows=1, factor=1.0, step=0)
+    moved = {name for name, one in network.state_dict().items() if not torch.equal(one, before[name])}
+    assert moved
+    assert moved <= {name for name, _ in network.named_parameters()}
+    assert [module.training for module in network.modules()] == modes
+    assert made.sums_3[2] == 1
+
+
 @pytest.mark.parametrize("depth", [0, 5, 11])
 def test_a_step_without_usable_images_takes_part_with_gradients_of_zero(depth: int) -> None:
     network = build("cifar_resnet20", depth=depth)
