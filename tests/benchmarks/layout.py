@@ -184,12 +184,7 @@ class LayoutComparison:
         """What a streamed fit asks for: rows a CPU second through one evaluation of its objective, in memory."""
         labels_N = torch.arange(len(self._features_ND)) % _NUM_CLASSES
         source = TensorFeatures(torch.from_numpy(self._features_ND), labels_N)
-        scale = measure_features(
-            source,
-            num_classes=_NUM_CLASSES,
-            standardisation=Standardisation.NONE,
-            device=torch.device("cpu"),
-        )
+        scale = measure_features(source, num_classes=_NUM_CLASSES, standardisation=Standardisation.NONE)
         objective = LinearObjective(source, scale, softmax_loss, num_classes=_NUM_CLASSES)
         started_s = time.process_time()
         objective.value_and_gradient(np.zeros(objective.num_parameters), 1.0)

@@ -76,10 +76,9 @@ def fit_head(
     val: FeatureSource | None,
     *,
     num_classes: int,
-    device: torch.device | str = "cpu",
     kept: KeptPoints | None = None,
 ) -> FittedHead:
-    """The best head by the config's selection on `val`, on the given device; equal inputs give equal heads.
+    """The best head by the config's selection on `val`, fitted on the CPU; equal inputs give equal heads.
 
     Of a linear head each finished C is `kept`, and not fitted again by a call with equal inputs; its seconds count.
     See `KeptPoints` for what the caller vouches for.
@@ -91,9 +90,7 @@ def fit_head(
     """
     started_s = time.monotonic()
     _check_request(config, train, val, num_classes)
-    scale = measure_features(
-        train, num_classes=num_classes, standardisation=config.standardisation, device=torch.device(device)
-    )
+    scale = measure_features(train, num_classes=num_classes, standardisation=config.standardisation)
     fit = _mlp_epochs if config.kind is HeadKind.MLP else partial(_linear_path, kept=kept)
     with _few_threads(train.num_rows * train.num_features * num_classes):
         candidates = fit(config, train, val, scale=scale, num_classes=num_classes)
@@ -116,18 +113,14 @@ def fit_head(
     )
 
 
-def fit_path(
-    config: HeadConfig, train: FeatureSource, *, num_classes: int, device: torch.device | str = "cpu"
-) -> list[Head]:
+def fit_path(config: HeadConfig, train: FeatureSource, *, num_classes: int) -> list[Head]:
     """A linear head for each C, from strong to weak regularisation, before anything chooses among them.
 
     They are those that `fit_head` tries. Raises ConfigError for an MLP, and what `fit_head` raises.
     """
     if config.kind is HeadKind.MLP:
         raise ConfigError("an MLP has no path", where="head.kind", next_step="choose softmax or linear_svm")
-    scale = measure_features(
-        train, num_classes=num_classes, standardisation=config.standardisation, device=torch.device(device)
-    )
+    scale = measure_features(train, num_classes=num_classes, standardisation=config.standardisation)
     with _few_threads(train.num_rows * train.num_features * num_classes):
         path = _linear_path(config, train, None, scale=scale, num_classes=num_classes)
         return [head for head, _ in path]
@@ -156,12 +149,10 @@ def _few_threads(multiplications: int) -> Iterator[None]:
 
 def evaluate_head(head: Head, source: FeatureSource) -> EvaluationCounts:
     """The counts of a head in eval mode over all rows of a source, in its order, whatever their weights."""
-    device = next(head.parameters()).device
     counts = EvaluationCounts(head.spec.num_classes)
     with torch.inference_mode():
         for batch in source:
-            logits_BK = head(batch.features_BD.to(device, torch.float32))
-            counts.add(logits_BK.cpu().numpy(), batch.labels_B.cpu().numpy())
+            counts.add(head(batch.features_BD.float()).numpy(), batch.labels_B.numpy())
     return counts
 
 
@@ -179,7 +170,7 @@ def _linear_path(
     objective = LinearObjective(train, scale, row_loss, num_classes=num_classes)
     spec = HeadSpec(kind=config.kind, num_features=train.num_features, num_classes=num_classes)
     for c, point, is_kept in path_points(config, objective, scale, kept):
-        head = empty_head(spec, scale.mean_D.device)
+        head = empty_head(spec)
         _set_layer(head.input_layer, *objective.raw_layer(point.parameters_P))
         trial = HeadTrial(
             C=c,
@@ -200,7 +191,6 @@ def _mlp_epochs(
     num_classes: int,
 ) -> Iterator[tuple[Head, HeadTrial]]:
     """The head after each epoch. Initialisation, order and dropout are pure functions of (seed, epoch)."""
-    device = scale.mean_D.device
     rows = _standardised_rows(train, scale, num_classes)
     spec = HeadSpec(
         kind=HeadKind.MLP,
@@ -209,13 +199,13 @@ def _mlp_epochs(
         hidden_width=config.mlp.hidden_width,
         dropout=config.mlp.dropout,
     )
-    with _seeded_torch(config.mlp.seed, "init", device=device):
-        model = Head(spec).to(device)
+    with _seeded_torch(config.mlp.seed, "init"):
+        model = Head(spec)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.mlp.learning_rate, weight_decay=config.mlp.weight_decay
     )
     for epoch in range(config.mlp.epochs):
-        with _seeded_torch(config.mlp.seed, "dropout", epoch, device=device):
+        with _seeded_torch(config.mlp.seed, "dropout", epoch):
             _train_epoch(model, optimizer, rows, config=config.mlp, epoch=epoch)
         head = copy.deepcopy(model).eval()
         first = head.input_layer
@@ -235,7 +225,6 @@ def _train_epoch(
     model.train()
     num_rows = len(rows.labels_B)
     order_N = torch.from_numpy(generator(config.seed, "head_order", epoch).permutation(num_rows))
-    order_N = order_N.to(rows.labels_B.device)
     plan = EpochPlan(num_rows=num_rows, batch_size=min(config.batch_rows, num_rows))
     for step in range(plan.num_steps):
         part = plan.batch(step)
@@ -252,20 +241,12 @@ def _train_epoch(
 
 
 def _standardised_rows(source: FeatureSource, scale: FeatureScale, num_classes: int) -> FeatureBatch:
-    """All rows as one batch on the device; weights are scaled to a mean of 1.
-
-    Beside a CPU they lie on disk where memory is short: see `core.large_arrays`.
-    """
-    device, shape = scale.mean_D.device, (scale.num_rows, source.num_features)
-    features_ND = (
-        torch.from_numpy(large_array(shape, np.float32))
-        if device.type == "cpu"
-        else torch.empty(shape, device=device)
-    )
-    labels_N = torch.empty(scale.num_rows, dtype=torch.int64, device=device)
-    weights_N = torch.empty(scale.num_rows, device=device)
+    """All rows as one batch, on disk where memory is short (`core.large_arrays`); weights are scaled to a mean of 1."""
+    features_ND = torch.from_numpy(large_array((scale.num_rows, source.num_features), np.float32))
+    labels_N = torch.empty(scale.num_rows, dtype=torch.int64)
+    weights_N = torch.empty(scale.num_rows)
     start = 0
-    for batch in checked_batches(source, num_classes=num_classes, device=device):
+    for batch in checked_batches(source, num_classes=num_classes):
         rows = slice(start, start + len(batch.labels_B))
         features_ND[rows] = (batch.features_BD.double() - scale.mean_D) / scale.std_D
         labels_N[rows] = batch.labels_B
@@ -275,9 +256,9 @@ def _standardised_rows(source: FeatureSource, scale: FeatureScale, num_classes: 
 
 
 @contextmanager
-def _seeded_torch(seed: int, *position: str | int, device: torch.device) -> Iterator[None]:
-    """Seed torch's own generators for a position, and give them back as they were."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+def _seeded_torch(seed: int, *position: str | int) -> Iterator[None]:
+    """Seed torch's own generators for a position, and give that of the CPU, the one used, back as it was."""
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int.from_bytes(position_digest(seed, "head", *position)[:8], "big"))
         yield
 

@@ -40,7 +40,7 @@ class FeatureScale:
 
 
 def measure_features(
-    source: FeatureSource, *, num_classes: int, standardisation: Standardisation, device: torch.device
+    source: FeatureSource, *, num_classes: int, standardisation: Standardisation
 ) -> FeatureScale:
     """Check every row of the source and measure it, in one pass with float64 accumulators.
 
@@ -49,10 +49,10 @@ def measure_features(
     intercept, which nothing penalises, would run away.
     """
     num_rows, total_weight = 0, 0.0
-    mean_D = torch.zeros(source.num_features, dtype=torch.float64, device=device)
+    mean_D = torch.zeros(source.num_features, dtype=torch.float64)
     squares_D = torch.zeros_like(mean_D)
-    class_weights_K = torch.zeros(num_classes, dtype=torch.float64, device=device)
-    for batch in checked_batches(source, num_classes=num_classes, device=device):
+    class_weights_K = torch.zeros(num_classes, dtype=torch.float64)
+    for batch in checked_batches(source, num_classes=num_classes):
         features_BD, weights_B = batch.features_BD.double(), batch.weights_B.double()
         num_rows += len(features_BD)
         class_weights_K.index_add_(0, batch.labels_B, weights_B)
@@ -106,17 +106,16 @@ class LinearObjective:
         scale = self._scale
         weights_KD, intercepts_K = self._unflatten(parameters)
         raw_KD, raw_K = unstandardise(weights_KD, intercepts_K, scale)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=raw_KD.device)
+        loss_sum = torch.zeros((), dtype=torch.float64)
         raw_gradient_KD, gradient_K = torch.zeros_like(raw_KD), torch.zeros_like(raw_K)
         for batch in self._source:
-            features_BD = batch.features_BD.to(raw_KD.device).double()
+            features_BD = batch.features_BD.double()
             logits_BK = torch.addmm(raw_K, features_BD, raw_KD.T)
-            loss_B, slope_BK = self._row_loss(logits_BK, batch.labels_B.to(raw_KD.device))
+            loss_B, slope_BK = self._row_loss(logits_BK, batch.labels_B)
             if batch.soft is not None:
-                soft = batch.soft.to(raw_KD.device)
-                loss_B = distilled_losses(loss_B, logits_BK, soft)
-                slope_BK = distilled_slopes(slope_BK, logits_BK, soft)
-            row_weights_B = batch.weights_B.to(raw_KD.device).double()
+                loss_B = distilled_losses(loss_B, logits_BK, batch.soft)
+                slope_BK = distilled_slopes(slope_BK, logits_BK, batch.soft)
+            row_weights_B = batch.weights_B.double()
             loss_sum += row_weights_B @ loss_B
             slope_BK *= row_weights_B[:, None]
             raw_gradient_KD.addmm_(slope_BK.T, features_BD)
@@ -126,14 +125,14 @@ class LinearObjective:
         value = loss_sum / scale.total_weight + 0.5 * penalty * weights_KD.square().sum()
         gradient_KD = gradient_KD / scale.total_weight + penalty * weights_KD
         flat = torch.cat([gradient_KD.flatten(), gradient_K / scale.total_weight])
-        return float(value), flat.cpu().numpy()
+        return float(value), flat.numpy()
 
     def raw_layer(self, parameters: NDArray[np.float64]) -> tuple[Tensor, Tensor]:
         """Weights [K, D] and intercepts [K] that act on features as they are, in float64."""
         return unstandardise(*self._unflatten(parameters), self._scale)
 
     def _unflatten(self, parameters: NDArray[np.float64]) -> tuple[Tensor, Tensor]:
-        flat = torch.from_numpy(parameters).to(self._scale.mean_D.device)
+        flat = torch.from_numpy(parameters)
         return flat[: -self._num_classes].view(self._num_classes, -1), flat[-self._num_classes :]
 
 
@@ -148,7 +147,7 @@ def softmax_loss(logits_BK: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
     log_probabilities_BK = torch.log_softmax(logits_BK, dim=1)
     loss_B = -log_probabilities_BK.gather(1, labels_B[:, None]).squeeze(1)
     slope_BK = log_probabilities_BK.exp_()
-    slope_BK[torch.arange(len(labels_B), device=labels_B.device), labels_B] -= 1.0
+    slope_BK[torch.arange(len(labels_B)), labels_B] -= 1.0
     return loss_B, slope_BK
 
 
@@ -159,13 +158,10 @@ def squared_hinge_loss(margins_BK: Tensor, labels_B: Tensor) -> tuple[Tensor, Te
     return shortfall_BK.square().sum(dim=1), -2.0 * signs_BK * shortfall_BK
 
 
-def checked_batches(
-    source: FeatureSource, *, num_classes: int, device: torch.device
-) -> Iterator[FeatureBatch]:
-    """The batches of a source on a device; DataError for shapes, labels, weights or features out of range."""
+def checked_batches(source: FeatureSource, *, num_classes: int) -> Iterator[FeatureBatch]:
+    """The batches of a source; DataError for shapes, labels, weights or features out of range."""
     for batch in source:
-        features_BD = batch.features_BD.to(device)
-        labels_B, weights_B = batch.labels_B.to(device), batch.weights_B.to(device)
+        features_BD, labels_B, weights_B = batch.features_BD, batch.labels_B, batch.weights_B
         if features_BD.shape != (len(labels_B), source.num_features) or weights_B.shape != labels_B.shape:
             raise DataError(
                 f"features {tuple(features_BD.shape)}, labels {tuple(labels_B.shape)} and weights "
@@ -181,7 +177,7 @@ def checked_batches(
             raise DataError("row weights must be finite and not negative")
         if not bool(torch.isfinite(features_BD).all()):
             raise DataError("features must be finite", next_step="look for the cached part that holds NaN")
-        yield FeatureBatch(features_BD=features_BD, labels_B=labels_B, weights_B=weights_B)
+        yield batch
 
 
 def _check_complete(source: FeatureSource, num_rows: int, class_weights_K: Tensor) -> None:

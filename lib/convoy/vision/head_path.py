@@ -89,5 +89,5 @@ def _solve(
 
 def _fit_digest(config: HeadConfig, objective: LinearObjective, scale: FeatureScale) -> str:
     """Of what determines the path, as far as one pass shows it; other sums of a last bit cost a fit, and no more."""
-    moments = [digest_bytes(tensor.cpu().numpy().tobytes()) for tensor in (scale.mean_D, scale.std_D)]
+    moments = [digest_bytes(tensor.numpy().tobytes()) for tensor in (scale.mean_D, scale.std_D)]
     return digest([config, objective.num_parameters, scale.num_rows, scale.total_weight, moments])

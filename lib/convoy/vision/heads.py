@@ -94,7 +94,7 @@ class TensorFeatures:
     """A feature source in memory. Weights are 1 unless given; a `teacher` speaks of the rows in their order.
 
     Small batches widened to float64 stay in a processor's cache: 512 rows of 512 features are fitted twice as
-    fast as 4096. On a GPU take thousands.
+    fast as 4096.
     """
 
     def __init__(
@@ -140,11 +140,11 @@ class TensorFeatures:
             )
 
 
-def empty_head(spec: HeadSpec, device: torch.device) -> Head:
+def empty_head(spec: HeadSpec) -> Head:
     """A head in eval mode whose tensors are still to be filled: no random numbers are drawn for them."""
     with torch.device("meta"):
         head = Head(spec)
-    return head.to_empty(device=device).eval()
+    return head.to_empty(device="cpu").eval()
 
 
 def head_to_state(head: Head) -> dict[str, Tensor]:
@@ -166,7 +166,7 @@ def readout_of(
 
 def head_from_state(spec: HeadSpec, state: Mapping[str, Tensor]) -> Head:
     """The head in eval mode; DataError where tensors are missing, unknown or of another shape."""
-    head = empty_head(spec, torch.device("cpu"))
+    head = empty_head(spec)
     try:
         head.load_state_dict(dict(state))
     except RuntimeError as error:

@@ -189,12 +189,7 @@ def test_the_gradient_of_a_taught_head_is_that_of_its_value(
     features_ND, labels_N, logits_NK = taught
     teacher = Teacher(logits_NK.astype(np.float16), HOW)
     source = TensorFeatures(features_ND + 10, labels_N, torch.rand(300), teacher=teacher, batch_rows=64)
-    scale = measure_features(
-        source,
-        num_classes=NUM_CLASSES,
-        standardisation=Standardisation.MEAN_STD,
-        device=torch.device("cpu"),
-    )
+    scale = measure_features(source, num_classes=NUM_CLASSES, standardisation=Standardisation.MEAN_STD)
     objective = LinearObjective(source, scale, softmax_loss, num_classes=NUM_CLASSES)
     random = np.random.default_rng(0)
     parameters, direction = random.normal(size=(2, objective.num_parameters))

@@ -101,9 +101,7 @@ def test_two_classes_equal_scikit_learns_single_column_at_twice_the_c(digits):
 def test_the_gradient_is_that_of_the_value(digits, row_loss):
     features, labels = digits[0][:50], digits[1][:50]
     source = TensorFeatures(features + 100.0, labels, torch.rand(50), batch_rows=16)
-    scale = measure_features(
-        source, num_classes=10, standardisation=Standardisation.MEAN_STD, device=torch.device("cpu")
-    )
+    scale = measure_features(source, num_classes=10, standardisation=Standardisation.MEAN_STD)
     objective = LinearObjective(source, scale, row_loss, num_classes=10)
     random = np.random.default_rng(0)
     parameters = random.normal(size=objective.num_parameters)
