@@ -19,7 +19,7 @@ from pydantic import Field
 
 from convoy.core.config import StrictModel
 from convoy.core.errors import DataError
-from convoy.core.statistics import Interval, effective_rows
+from convoy.core.statistics import CONFIDENCE, Interval, effective_rows, percentile_interval
 
 Floats = NDArray[np.float64]
 
@@ -142,7 +142,6 @@ def fit_curve(
     factors: Sequence[float] = (1.0, 2.0, 4.0),
     wanted_top1: float | None = None,
     num_resamples: int = 1000,
-    confidence: float = 0.95,
     seed: int = 0,
 ) -> LearningCurve:
     """The curve through samples of growing size, and its forecast at multiples of the last one's images.
@@ -179,11 +178,11 @@ def fit_curve(
             ForecastPoint(
                 factor=factor,
                 images_per_class=factor * last,
-                top1=_interval(1 - laws.error_R(factor * last), confidence),
+                top1=percentile_interval(1 - laws.error_R(factor * last)),
             )
             for factor in factors
         ],
-        needed=None if wanted_top1 is None else _needed(laws, wanted_top1, confidence),
+        needed=None if wanted_top1 is None else _needed(laws, wanted_top1),
     )
 
 
@@ -272,14 +271,8 @@ def _some_laws(laws: _Laws, last: float) -> list[PowerLaw]:
     ]
 
 
-def _interval(values_R: Floats, confidence: float) -> Interval:
-    tail = (1 - confidence) / 2
-    low, middle, high = np.quantile(values_R, [tail, 0.5, 1 - tail]).tolist()
-    return Interval(estimate=middle, low=low, high=high, confidence=confidence)
-
-
-def _needed(laws: _Laws, wanted_top1: float, confidence: float) -> ImagesNeeded:
-    tail = (1 - confidence) / 2
+def _needed(laws: _Laws, wanted_top1: float) -> ImagesNeeded:
+    tail = (1 - CONFIDENCE) / 2
     # Not interpolated: between a number and infinity there is no number.
     low, middle, high = np.quantile(
         laws.needed_R(1 - wanted_top1), [tail, 0.5, 1 - tail], method="nearest"

@@ -13,6 +13,10 @@ from numpy.typing import NDArray
 from convoy.core.config import StrictModel
 from convoy.core.errors import ConfigError, DataError
 
+# Of intervals whose caller says no other.
+CONFIDENCE = 0.95
+_SEED = 0
+
 # One binomial draw costs about as much as this many drawn indices.
 _INDICES_PER_BINOMIAL = 32
 _DRAWS_PER_BLOCK = 1 << 20
@@ -46,7 +50,7 @@ class McNemarResult(StrictModel):
 
 
 def bootstrap_mean(
-    values_N: NDArray[Any], *, num_resamples: int = 2000, confidence: float = 0.95, seed: int = 0
+    values_N: NDArray[Any], *, num_resamples: int = 2000, confidence: float = CONFIDENCE, seed: int = _SEED
 ) -> Interval:
     """The percentile bootstrap interval of a mean (Efron and Tibshirani 1993, ch. 13), equal for equal seeds.
 
@@ -61,26 +65,31 @@ def bootstrap_mean(
         raise ConfigError("a bootstrap needs at least one resample", where=f"num_resamples={num_resamples}")
     distinct_M, counts_M = np.unique(wide_N, return_counts=True)
     random = np.random.default_rng(seed)
-    tail = (1.0 - confidence) / 2.0
+    mean = float(wide_N.mean())
     if len(distinct_M) * _INDICES_PER_BINOMIAL <= len(wide_N) or len(distinct_M) == 1:
         means_R = _means_by_counts(distinct_M, counts_M, num_resamples, random)
     elif len(wide_N) <= _NORMAL_LIMIT_ROWS:
         means_R = _means_by_index(wide_N, num_resamples, random)
     else:
-        margin = -NormalDist().inv_cdf(tail) * float(wide_N.std()) / math.sqrt(len(wide_N))
-        mean = float(wide_N.mean())
+        z = -NormalDist().inv_cdf((1.0 - confidence) / 2.0)
+        margin = z * float(wide_N.std()) / math.sqrt(len(wide_N))
         return Interval(estimate=mean, low=mean - margin, high=mean + margin, confidence=confidence)
-    low, high = np.quantile(means_R, [tail, 1.0 - tail]).tolist()
-    return Interval(estimate=float(wide_N.mean()), low=low, high=high, confidence=confidence)
+    return percentile_interval(means_R, confidence=confidence, estimate=mean)
+
+
+def percentile_interval(
+    values_R: NDArray[np.float64], *, confidence: float = CONFIDENCE, estimate: float | None = None
+) -> Interval:
+    """The interval that holds so large a share of drawn values; the estimate is their median where none is given."""
+    tail = (1.0 - confidence) / 2.0
+    low, middle, high = np.quantile(values_R, [tail, 0.5, 1.0 - tail]).tolist()
+    return Interval(
+        estimate=middle if estimate is None else estimate, low=low, high=high, confidence=confidence
+    )
 
 
 def bootstrap_calibration_error(
-    gaps_N: NDArray[Any],
-    bins_N: NDArray[np.integer[Any]],
-    *,
-    num_resamples: int = 2000,
-    confidence: float = 0.95,
-    seed: int = 0,
+    gaps_N: NDArray[Any], bins_N: NDArray[np.integer[Any]], *, num_resamples: int = 2000
 ) -> Interval:
     """The basic bootstrap interval (Davison and Hinkley 1997, 5.2) of an expected calibration error.
 
@@ -90,9 +99,8 @@ def bootstrap_calibration_error(
     limit.
     """
     gaps_N = _sample(gaps_N)
-    _check_confidence(confidence)
     num_rows, num_bins = len(gaps_N), int(bins_N.max()) + 1
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(_SEED)
     totals_B = np.bincount(bins_N, gaps_N, num_bins)
     if num_rows <= _MAX_GAPS_BY_INDEX:
         errors_R = _errors_by_index(gaps_N, bins_N, num_resamples, random)
@@ -100,30 +108,22 @@ def bootstrap_calibration_error(
         deviations_B = np.sqrt(np.bincount(bins_N, gaps_N**2, num_bins) - totals_B**2 / num_rows)
         totals_RB = random.normal(totals_B, deviations_B, (num_resamples, num_bins))
         errors_R = np.abs(totals_RB).sum(axis=1) / num_rows
-    tail = (1.0 - confidence) / 2.0
-    lower, upper = np.quantile(errors_R, [tail, 1.0 - tail]).tolist()
+    drawn = percentile_interval(errors_R)
     estimate = float(np.abs(totals_B).sum()) / num_rows
-    low, high = max(0.0, 2 * estimate - upper), max(0.0, 2 * estimate - lower)
+    low, high = max(0.0, 2 * estimate - drawn.high), max(0.0, 2 * estimate - drawn.low)
     return Interval(
-        estimate=estimate, low=min(low, estimate), high=max(high, estimate), confidence=confidence
+        estimate=estimate, low=min(low, estimate), high=max(high, estimate), confidence=CONFIDENCE
     )
 
 
-def bootstrap_difference(
-    first_N: NDArray[Any],
-    second_N: NDArray[Any],
-    *,
-    num_resamples: int = 2000,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> Interval:
+def bootstrap_difference(first_N: NDArray[Any], second_N: NDArray[Any]) -> Interval:
     """The paired bootstrap interval of mean(first) - mean(second), over the same rows in the same order.
 
     Rows are resampled as pairs, which is the bootstrap of the mean of the rows' differences.
     """
     first, second = _sample(first_N), _sample(second_N)
     _check_paired(first, second)
-    return bootstrap_mean(first - second, num_resamples=num_resamples, confidence=confidence, seed=seed)
+    return bootstrap_mean(first - second)
 
 
 def effective_rows(weights_N: NDArray[Any]) -> float:
@@ -140,7 +140,7 @@ def effective_counts(is_right_N: NDArray[np.bool_], weights_N: NDArray[Any]) -> 
     return min(num_right, num_rows), num_rows
 
 
-def wilson_interval(num_successes: float, num_trials: float, *, confidence: float = 0.95) -> Interval:
+def wilson_interval(num_successes: float, num_trials: float, *, confidence: float = CONFIDENCE) -> Interval:
     """The score interval of a proportion (Wilson 1927), without continuity correction; good near 0 and 1.
 
     Numbers of weighted rows are those of `effective_counts`.
@@ -160,7 +160,7 @@ def wilson_interval(num_successes: float, num_trials: float, *, confidence: floa
 
 
 def paired_rate_difference(
-    first_correct_N: NDArray[np.bool_], second_correct_N: NDArray[np.bool_], *, confidence: float = 0.95
+    first_correct_N: NDArray[np.bool_], second_correct_N: NDArray[np.bool_]
 ) -> Interval:
     """The interval of the difference of two rates over the same rows (Bonett and Price 2012): first - second.
 
@@ -169,18 +169,17 @@ def paired_rate_difference(
     """
     first, second = np.asarray(first_correct_N, np.bool_), np.asarray(second_correct_N, np.bool_)
     _check_paired(first, second)
-    _check_confidence(confidence)
     only_first = int(np.count_nonzero(first & ~second))
     only_second = int(np.count_nonzero(second & ~first))
     estimate = (only_first - only_second) / len(first)
     rate_first, rate_second = (only_first + 1) / (len(first) + 2), (only_second + 1) / (len(first) + 2)
     center = rate_first - rate_second
-    margin = NormalDist().inv_cdf(0.5 + confidence / 2.0) * math.sqrt(
+    margin = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2.0) * math.sqrt(
         (rate_first + rate_second - center**2) / (len(first) + 2)
     )
     low, high = max(-1.0, center - margin), min(1.0, center + margin)
     return Interval(
-        estimate=estimate, low=min(low, estimate), high=max(high, estimate), confidence=confidence
+        estimate=estimate, low=min(low, estimate), high=max(high, estimate), confidence=CONFIDENCE
     )
 
 

@@ -31,11 +31,11 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from convoy.core.config import StrictModel
 from convoy.core.learning_curve import AS_MEASURED, Shrink
-from convoy.core.statistics import Interval, effective_counts, wilson_interval
+from convoy.core.statistics import Interval, effective_counts, percentile_interval, wilson_interval
 from convoy.pipelines.classifiers import Strategy
 
 _NUM_DRAWS = 4000
-_CONFIDENCE = 0.95
+_SEED = 0
 
 
 class TransferPrior(StrictModel):
@@ -185,13 +185,13 @@ def four_scenarios(evidence: Evidence, prior: TransferPrior) -> FourScenarios:
     )
 
 
-def expected_probe(probe: JudgedProbe, *, shrink: Shrink = AS_MEASURED, seed: int = 0) -> Interval:
+def expected_probe(probe: JudgedProbe, *, shrink: Shrink = AS_MEASURED) -> Interval:
     """The top-1 of a probe that was measured, at the images of the whole dataset."""
-    return _interval(1 - _errors(probe, shrink, np.random.default_rng(seed)))
+    return percentile_interval(1 - _errors(probe, shrink, np.random.default_rng(_SEED)))
 
 
 def expected_network(
-    strategy: Strategy, evidence: Evidence, prior: TransferPrior, *, start: JudgedProbe, seed: int = 0
+    strategy: Strategy, evidence: Evidence, prior: TransferPrior, *, start: JudgedProbe
 ) -> Interval:
     """The top-1 that a strategy which trains a network is expected to reach, by the formula of this module.
 
@@ -199,7 +199,7 @@ def expected_network(
     `from_scratch`, one at the last reused stage for `partial_reuse`, whose new layers begin with nothing: their
     progress is multiplied by n / (n + half_images) once more.
     """
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(_SEED)
     unlike = dissimilarity(evidence) if strategy is Strategy.FINE_TUNE else 1.0
     share = evidence.images_per_class / (evidence.images_per_class + prior.half_images)
     errors_R = _errors(start, evidence.shrink, random)
@@ -210,7 +210,7 @@ def expected_network(
     factor_R = 1 + gained_R - prior.loss * (1 - unlike) * (1 - share)
     if strategy is Strategy.PARTIAL_REUSE:
         factor_R *= share
-    return _interval(1 - chance_error * np.exp(-progress_R * factor_R))
+    return percentile_interval(np.clip(1 - chance_error * np.exp(-progress_R * factor_R), 0.0, 1.0))
 
 
 def rank(
@@ -238,9 +238,3 @@ def _errors(probe: JudgedProbe, shrink: Shrink, random: np.random.Generator) -> 
     falls_R = shrink.factor * np.exp(shrink.spread * random.standard_normal(_NUM_DRAWS))
     # No law of the curve rises.
     return errors_R * np.minimum(falls_R, 1.0)
-
-
-def _interval(top1_R: NDArray[np.float64]) -> Interval:
-    tail = (1 - _CONFIDENCE) / 2
-    low, middle, high = np.quantile(np.clip(top1_R, 0.0, 1.0), [tail, 0.5, 1 - tail]).tolist()
-    return Interval(estimate=middle, low=low, high=high, confidence=_CONFIDENCE)

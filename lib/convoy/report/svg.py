@@ -100,12 +100,11 @@ class Chart:
         *,
         x_label: str,
         y_label: str,
-        height: int = HEIGHT,
         x_text: Callable[[float], str] | None = None,
         y_text: Callable[[float], str] | None = None,
         x_ticks: Sequence[float] | None = None,
     ) -> None:
-        self._x, self._y, self._height = x, y, height
+        self._x, self._y = x, y
         self._x_label, self._y_label = x_label, y_label
         self._x_text, self._y_text = x_text or number_text, y_text or number_text
         self._x_ticks = x.ticks() if x_ticks is None else list(x_ticks)
@@ -122,7 +121,7 @@ class Chart:
 
     def top(self, value: float) -> float:
         """The pixel of a value on the y axis."""
-        return self._height - _BOTTOM - (self._height - _TOP - _BOTTOM) * self._y.share(value)
+        return HEIGHT - _BOTTOM - (HEIGHT - _TOP - _BOTTOM) * self._y.share(value)
 
     def line(
         self, points: Iterable[tuple[float, float]], number: int, *, name: str = "", steps: bool = False
@@ -192,7 +191,7 @@ class Chart:
         """A stretch of the x axis with a name; every other one is tinted."""
         left, right = self.left(start), self.left(end)
         tint = ' class="tint"' if number % 2 else ' fill="none"'
-        height = self._height - _TOP - _BOTTOM
+        height = HEIGHT - _TOP - _BOTTOM
         self._behind.append(
             f'<rect{tint} x="{left:.1f}" y="{_TOP}" width="{right - left:.1f}" height="{height}"/>'
             f"{text_tag((left + right) / 2, _TOP + 12 + 14 * (number % 2), text, anchor='middle', soft=True)}"
@@ -215,12 +214,12 @@ class Chart:
 
     def draw(self, description: str) -> Markup:
         """The SVG. The description is what a screen reader says."""
-        legend, legend_height = _draw_legend(self._legend, self._left_edge, self._height)
+        legend, legend_height = _draw_legend(self._legend, self._left_edge)
         body = "".join([*self._axes(), *self._behind, *self._marks, *legend])
-        return svg(body, WIDTH, self._height + legend_height, description)
+        return svg(body, WIDTH, HEIGHT + legend_height, description)
 
     def _axes(self) -> Iterable[str]:
-        edge, bottom = self._left_edge, self._height - _BOTTOM
+        edge, bottom = self._left_edge, HEIGHT - _BOTTOM
         for value in self._y_ticks:
             top = self.top(value)
             yield f'<path class="grid" d="M{edge:g} {top:.1f}H{WIDTH - _RIGHT}"/>'
@@ -288,7 +287,7 @@ def percent_text(value: float) -> str:
     return f"{100 * value:.4g} %"
 
 
-def _draw_legend(legend: Sequence[Series], edge: float, top: float) -> tuple[list[str], float]:
+def _draw_legend(legend: Sequence[Series], edge: float) -> tuple[list[str], float]:
     drawn, left = [], edge
     line = 0
     for one in legend:
@@ -296,7 +295,7 @@ def _draw_legend(legend: Sequence[Series], edge: float, top: float) -> tuple[lis
         width = 30 + _CHARACTER * len(name)
         if left + width > WIDTH and left > edge:
             left, line = edge, line + 1
-        middle = top + 10 + _LEGEND_LINE * line
+        middle = HEIGHT + 10 + _LEGEND_LINE * line
         mark = (
             f'<path class="line" d="M{left:g} {middle:g}h18"{_dash(one.number)}/>'
             if one.is_line

@@ -14,6 +14,7 @@ from convoy.core.statistics import (
     holm_adjusted,
     mcnemar_test,
     paired_rate_difference,
+    percentile_interval,
     rise_test,
     wilson_interval,
 )
@@ -224,6 +225,15 @@ def test_the_paired_difference_uses_the_pairing():
     assert paired.low > 0.0  # a point of difference on the same rows is certain,
     single = bootstrap_mean(first)
     assert single.high - single.low > 2 * (paired.high - paired.low)  # though each rate alone is not
+
+
+def test_a_percentile_interval_holds_its_share_around_the_median_or_what_is_given():
+    values = np.arange(1001.0)
+    drawn = percentile_interval(values, confidence=0.9)
+    assert (drawn.low, drawn.estimate, drawn.high) == pytest.approx((50, 500, 950))
+    assert percentile_interval(values, confidence=0.9, estimate=480.0) == drawn.model_copy(
+        update={"estimate": 480.0}
+    )
 
 
 def test_a_sample_without_spread_has_an_interval_without_width():
