@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from convoy.core.config import StrictModel
 
 
@@ -27,6 +29,15 @@ class EpochResult(StrictModel):
     seconds: float
     wait_s: float
     images_per_s: float
+
+
+def phase_spans(history: Sequence[EpochResult]) -> dict[str, tuple[int, int]]:
+    """The first and last epoch of each phase."""
+    spans: dict[str, tuple[int, int]] = {}
+    for epoch in history:
+        first, _ = spans.get(epoch.phase, (epoch.epoch, epoch.epoch))
+        spans[epoch.phase] = (first, epoch.epoch)
+    return spans
 
 
 class TrainingEvent(StrictModel):

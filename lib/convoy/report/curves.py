@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from convoy.core.training_events import EpochResult
+from convoy.core.training_events import EpochResult, phase_spans
 
 _SIZE_INCHES, _DPI = (12, 8), 100
 # Okabe and Ito's colours, which people with colour blindness tell apart.
@@ -45,7 +45,7 @@ def draw_learning_curves(history: Sequence[EpochResult]) -> bytes:
 def _draw(
     axes: Any, history: Sequence[EpochResult], title: str, lines: Sequence[tuple[str, str, str]]
 ) -> None:
-    for number, (first, last) in enumerate(_spans(history).values()):
+    for number, (first, last) in enumerate(phase_spans(history).values()):
         axes.axvspan(first - 0.5, last + 0.5, color=_BANDS[number % len(_BANDS)], zorder=0)
     for label, field, colour in lines:
         points = [(epoch.epoch, getattr(epoch, field)) for epoch in history]
@@ -57,17 +57,8 @@ def _draw(
     axes.legend(loc="best", frameon=False)
 
 
-def _spans(history: Sequence[EpochResult]) -> dict[str, tuple[int, int]]:
-    """The first and last epoch of each phase."""
-    spans: dict[str, tuple[int, int]] = {}
-    for epoch in history:
-        first, _ = spans.get(epoch.phase, (epoch.epoch, epoch.epoch))
-        spans[epoch.phase] = (first, epoch.epoch)
-    return spans
-
-
 def _name_phases(axes: Any, history: Sequence[EpochResult]) -> None:
-    for number, (name, (first, last)) in enumerate(_spans(history).items()):
+    for number, (name, (first, last)) in enumerate(phase_spans(history).items()):
         # Names of neighbours stand at two heights: a phase of one epoch is narrower than its name.
         axes.annotate(
             name,

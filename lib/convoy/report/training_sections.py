@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from convoy.core.training_events import EpochResult
+from convoy.core.training_events import EpochResult, phase_spans
 from convoy.report.blocks import Figure, Section, Table, text_table, values_table
 from convoy.report.svg import Chart, Scale, percent_text
 from convoy.report.trial_table import describe_values
@@ -55,7 +55,7 @@ def _curve(
         y_text=percent_text if is_rate else None,
         x_ticks=_epoch_ticks(history),
     )
-    for number_, (phase, (first, last)) in enumerate(_spans(history).items()):
+    for number_, (phase, (first, last)) in enumerate(phase_spans(history).items()):
         chart.zone(first - 0.5, last + 0.5, phase, number_)
     for place, (field, name) in enumerate(lines):
         points_ = [
@@ -91,15 +91,6 @@ def _curve(
 def _epoch_ticks(history: Sequence[EpochResult]) -> list[float]:
     step = max(1, math.ceil(len(history) / 10))
     return [float(one.epoch) for one in history[::step]]
-
-
-def _spans(history: Sequence[EpochResult]) -> dict[str, tuple[int, int]]:
-    """The first and last epoch of each phase."""
-    spans: dict[str, tuple[int, int]] = {}
-    for epoch in history:
-        first, _ = spans.get(epoch.phase, (epoch.epoch, epoch.epoch))
-        spans[epoch.phase] = (first, epoch.epoch)
-    return spans
 
 
 def trials_section(trials: Sequence[Mapping[str, Any]]) -> Section:
