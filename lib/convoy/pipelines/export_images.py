@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from itertools import islice
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 
 from convoy.core.batching import batched
 from convoy.core.errors import DataError
 from convoy.core.records import SampleRejected, Split
+from convoy.pipelines.stratified_sample import evenly_spread_rows
 from convoy.storage.manifests import Manifest
 from convoy.storage.samples import SampleReader
 from convoy.vision.augmentation_policy import EVAL_VIEW
@@ -47,7 +47,14 @@ def held_out_images(
 
     Raises DataError where there is no such split, or no usable image among the chosen ones.
     """
-    rows = _spread_rows(manifest, num_images)
+    split = images_split(manifest)
+    if split not in manifest.counts:
+        raise DataError(
+            "the dataset has no held-out split",
+            where=manifest.uri,
+            next_step="leave --dataset out to check on random pixels",
+        )
+    rows = evenly_spread_rows(manifest, num_images, splits=[split])
     content_ids = rows["content_id"].to_pylist()
     num_usable = 0
     for row, data in SampleReader(max_bytes=rule.max_bytes).read(rows):
@@ -79,22 +86,3 @@ def _eval_view(
 def images_split(manifest: Manifest) -> Split:
     """The split whose images are taken: test, or val where there is no test. Labels are not asked for."""
     return Split.TEST if Split.TEST in manifest.counts else Split.VAL
-
-
-def _spread_rows(manifest: Manifest, num_rows: int) -> pa.Table:
-    """So many rows of the held-out split, as evenly spaced as whole numbers allow."""
-    split = images_split(manifest)
-    if split not in manifest.counts:
-        raise DataError(
-            "the dataset has no held-out split",
-            where=manifest.uri,
-            next_step="leave --dataset out to check on random pixels",
-        )
-    num_samples = manifest.counts[split].num_samples
-    wanted = np.linspace(0, num_samples - 1, min(num_rows, num_samples)).round().astype(np.int64)
-    start, taken = 0, []
-    for batch in manifest.iter_batches(splits=[split]):
-        here = wanted[(wanted >= start) & (wanted < start + batch.num_rows)] - start
-        taken.append(batch.take(pa.array(here)))
-        start += batch.num_rows
-    return pa.Table.from_batches(taken)

@@ -42,12 +42,16 @@ def stratified_rows(
     return chosen
 
 
-def evenly_spread_rows(manifest: Manifest, most: int) -> pa.Table:
-    """At most so many rows from all over the manifest, in its order; they and one batch are in memory."""
-    num_rows = min(most, manifest.num_samples)
-    wanted_N = np.linspace(0, manifest.num_samples - 1, num_rows).round().astype(np.int64)
+def evenly_spread_rows(manifest: Manifest, most: int, *, splits: Collection[Split] | None = None) -> pa.Table:
+    """At most so many rows from all over the manifest or some splits of it, which it has, as evenly spaced as can be.
+
+    They are in the manifest's order; they and one batch are in memory.
+    """
+    chosen = manifest.counts if splits is None else splits
+    num_samples = sum(manifest.counts[split].num_samples for split in chosen)
+    wanted_N = np.linspace(0, num_samples - 1, min(most, num_samples)).round().astype(np.int64)
     parts, start = [MANIFEST_SCHEMA.empty_table()], 0
-    for batch in manifest.iter_batches():
+    for batch in manifest.iter_batches(splits=splits):
         end = start + batch.num_rows
         places_N = wanted_N[(wanted_N >= start) & (wanted_N < end)] - start
         parts.append(pa.Table.from_batches([batch]).cast(MANIFEST_SCHEMA).take(pa.array(places_N)))

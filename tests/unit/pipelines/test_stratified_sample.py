@@ -90,6 +90,12 @@ def test_rows_from_all_over_a_manifest_are_read_batch_by_batch(tmp_path: Path, m
     assert evenly_spread_rows(manifest, most) == manifest.read_table().take(pa.array(wanted_N))
 
 
+def test_rows_from_all_over_one_split(manifest: Manifest) -> None:
+    rows = manifest.read_table(splits=[Split.VAL])
+    found = evenly_spread_rows(manifest, 3, splits=[Split.VAL])
+    assert found == rows.take(pa.array([0, round((rows.num_rows - 1) / 2), rows.num_rows - 1]))
+
+
 def test_samples_are_found_by_name(manifest: Manifest) -> None:
     rows = named_rows(manifest, ["val/cat/01.png", "train/bird/00.png"])
     assert rows["sample_id"].to_pylist() == ["train/bird/00.png", "val/cat/01.png"]
