@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from convoy.vision.averaging import WeightKeeper
 from convoy.vision.optimisation import load_optimiser_tensors, optimiser_tensors
-from convoy.vision.weights import read_state_dict, state_to_safetensors
+from convoy.vision.weights import read_state_dict, state_below, state_to_safetensors
 
 _NETWORK, _OPTIMISER, _KEEPER = "network.", "optimiser.", "keeper."
 
@@ -34,23 +32,16 @@ class PackedTraining:
 
     def load_network(self, network: nn.Module) -> None:
         """Put weights and buffers back."""
-        network.load_state_dict(self._below(_NETWORK))
+        network.load_state_dict(state_below(self._tensors, _NETWORK))
 
     def load_optimiser(self, optimiser: torch.optim.Optimizer) -> None:
         """Put the state of an optimiser over the same parameters back."""
-        load_optimiser_tensors(optimiser, self._below(_OPTIMISER))
+        load_optimiser_tensors(optimiser, state_below(self._tensors, _OPTIMISER))
 
     def load_keeper(self, keeper: WeightKeeper, scores: list[float], device: torch.device) -> None:
         """Put the kept weights back, onto the network's device."""
-        tensors = {name: tensor.to(device) for name, tensor in self._below(_KEEPER).items()}
+        tensors = {name: tensor.to(device) for name, tensor in state_below(self._tensors, _KEEPER).items()}
         keeper.load(tensors, scores)
-
-    def _below(self, prefix: str) -> Mapping[str, Tensor]:
-        return {
-            name.removeprefix(prefix): tensor
-            for name, tensor in self._tensors.items()
-            if name.startswith(prefix)
-        }
 
 
 def is_finite(network: nn.Module) -> bool:
