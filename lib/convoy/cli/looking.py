@@ -43,10 +43,9 @@ def verify(
 ) -> None:
     """Prove from storage alone that every input row of a run ended exactly once, and that all files are intact."""
     from convoy.pipelines.verify import verify_run  # noqa: PLC0415
-    from convoy.pipelines.workspace import workspace_uri  # noqa: PLC0415
-    from convoy.storage.stores import open_store  # noqa: PLC0415
+    from convoy.pipelines.workspace import workspace_store  # noqa: PLC0415
 
-    run_job(lambda _: verify_run(open_store(workspace_uri(workspace)), run), as_json=as_json)
+    run_job(lambda _: verify_run(workspace_store(workspace), run), as_json=as_json)
 
 
 @looking_app.command()

@@ -27,10 +27,9 @@ models_app = typer.Typer(help="Look after networks and bundles in the workspace.
 def models_list(workspace: WorkspaceOption = None, as_json: JsonOption = False) -> None:
     """List the bundles of the workspace: what they are made of, and what they are worth."""
     from convoy.pipelines.model_listing import list_models  # noqa: PLC0415
-    from convoy.pipelines.workspace import workspace_uri  # noqa: PLC0415
-    from convoy.storage.stores import open_store  # noqa: PLC0415
+    from convoy.pipelines.workspace import workspace_store  # noqa: PLC0415
 
-    where = open_store(workspace_uri(workspace)).root_uri
+    where = workspace_store(workspace).root_uri
     run_job(lambda _: list_models(workspace), as_json=as_json, if_empty=f"models of {where}: none")
 
 
@@ -128,13 +127,12 @@ def models_fetch(
 ) -> None:
     """Bring a weight set into the workspace once; workers only read the workspace."""
     from convoy.pipelines.models import fetch_backbone  # noqa: PLC0415
-    from convoy.pipelines.workspace import workspace_uri  # noqa: PLC0415
-    from convoy.storage.stores import open_store  # noqa: PLC0415
+    from convoy.pipelines.workspace import workspace_store  # noqa: PLC0415
     from convoy.vision.backbone_config import BackboneConfig  # noqa: PLC0415
 
     settings = [*words(arch=arch, weights=weights), *(overrides or [])]
     config = load_config(BackboneConfig, None, settings)
-    run_job(lambda _: fetch_backbone(open_store(workspace_uri(workspace)), config), as_json=as_json)
+    run_job(lambda _: fetch_backbone(workspace_store(workspace), config), as_json=as_json)
 
 
 @models_app.command("export")

@@ -107,7 +107,6 @@ def runs_gc(
 
 
 def _store(workspace: str | None) -> ObjectStore:
-    from convoy.pipelines.workspace import workspace_uri  # noqa: PLC0415
-    from convoy.storage.stores import open_store  # noqa: PLC0415
+    from convoy.pipelines.workspace import workspace_store  # noqa: PLC0415
 
-    return open_store(workspace_uri(workspace))
+    return workspace_store(workspace)

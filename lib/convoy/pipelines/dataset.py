@@ -8,10 +8,9 @@ from convoy.core.config import StrictModel
 from convoy.core.progress import Progress, Silent
 from convoy.core.records import Split
 from convoy.core.splits import SplitOptions
-from convoy.pipelines.workspace import workspace_uri
+from convoy.pipelines.workspace import workspace_store
 from convoy.storage.datasets import DatasetVersion, freeze_dataset
 from convoy.storage.sources.rows import ReadingOptions, SourceKind
-from convoy.storage.stores import open_store
 
 
 class DatasetConfig(StrictModel):
@@ -70,7 +69,7 @@ def freeze(
 ) -> DatasetReport:
     """Freeze a source into a dataset of the workspace, or refresh the dataset. Check and errors as `freeze_dataset`."""
     (progress or Silent()).stage(f"looking at {config.source}")
-    store = open_store(workspace_uri(config.workspace))
+    store = workspace_store(config.workspace)
     version = freeze_dataset(
         store, config.name, config.source, reading=config.reading, splits=config.splits, check=check
     )

@@ -156,8 +156,7 @@ def _knock(address: str) -> None:
 def _workspace(configured: str | None) -> Iterator[Check]:
     try:
         # They need pyarrow and boto3, which may not load either.
-        from convoy.pipelines.workspace import workspace_uri  # noqa: PLC0415
-        from convoy.storage.stores import open_store  # noqa: PLC0415
+        from convoy.pipelines.workspace import workspace_store  # noqa: PLC0415
     except Exception as error:
         yield Check(
             verdict=Verdict.RED,
@@ -167,7 +166,7 @@ def _workspace(configured: str | None) -> Iterator[Check]:
         )
         return
     try:
-        store = open_store(workspace_uri(configured))
+        store = workspace_store(configured)
         yield Check(verdict=Verdict.GREEN, what="workspace", found=store.root_uri)
     except ConvoyError as error:
         yield _red("workspace", error)

@@ -25,11 +25,11 @@ from convoy.pipelines.export_images import (
     images_split,
     random_images,
 )
-from convoy.pipelines.workspace import workspace_uri
+from convoy.pipelines.workspace import workspace_store
 from convoy.storage.bundles import Bundle, open_bundle
 from convoy.storage.datasets import open_dataset
 from convoy.storage.object_store import ObjectStore
-from convoy.storage.stores import open_object, open_store
+from convoy.storage.stores import open_object
 from convoy.vision.backbones import build_network
 from convoy.vision.decode_rule import DecodeRule
 from convoy.vision.exporting import (
@@ -100,7 +100,7 @@ def run_export(config: ExportConfig, *, progress: Progress) -> ExportReport:
     TrainingError for a file that computes other logits.
     """
     require_export_packages(config.to)
-    store = open_store(workspace_uri(config.workspace))
+    store = workspace_store(config.workspace)
     bundle = open_bundle(store, config.bundle)
     target, key = open_object(config.output or _new_file(f"{bundle.ref.name}{_SUFFIXES[config.to]}"))
     model = _read_model(store, bundle)

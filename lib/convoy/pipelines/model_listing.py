@@ -9,7 +9,7 @@ from pydantic import Field
 from convoy.core.config import StrictModel
 from convoy.core.crop_policies import Averaging, CropPlan
 from convoy.core.errors import ConvoyError, CredentialsRefused, DataError, StoreUnavailable
-from convoy.pipelines.workspace import workspace_uri
+from convoy.pipelines.workspace import workspace_store
 from convoy.storage.bundles import (
     ENSEMBLE_FILE,
     METRICS_FILE,
@@ -21,7 +21,6 @@ from convoy.storage.bundles import (
 )
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.registry import AliasRecord, HistoryEntry, read_aliases
-from convoy.storage.stores import open_store
 from convoy.vision.committee_options import GateOptions
 
 ENSEMBLE = "ensemble"
@@ -83,7 +82,7 @@ def list_models(workspace: str | None) -> ModelList:
 
     One that is damaged hides no other; a store that does not answer is an error.
     """
-    store = open_store(workspace_uri(workspace))
+    store = workspace_store(workspace)
     refs = list_bundles(store)
     names = sorted({ref.name for ref in refs})
     unreadable: list[UnreadableModel] = []
@@ -111,7 +110,7 @@ def list_models(workspace: str | None) -> ModelList:
 
 def show_model(workspace: str | None, reference: str) -> ModelDescription:
     """What one bundle is; the errors are those of `open_bundle`."""
-    store = open_store(workspace_uri(workspace))
+    store = workspace_store(workspace)
     ref = resolve_bundle(store, reference)
     bundle = peek_bundle(store, ref)
     aliases = read_aliases(store, ref.name)

@@ -7,7 +7,7 @@ from typing import Any
 from convoy.core.config import StrictModel
 from convoy.core.differences import Difference, differences
 from convoy.core.errors import DataError
-from convoy.pipelines.workspace import open_workspace, workspace_uri
+from convoy.pipelines.workspace import open_workspace, workspace_store
 from convoy.storage.bundles import (
     ENSEMBLE_FILE,
     METRICS_FILE,
@@ -26,7 +26,6 @@ from convoy.storage.registry import (
     move_aliases,
     read_aliases,
 )
-from convoy.storage.stores import open_store
 
 PROMOTED, ROLLED_BACK, HELD = "promoted", "rolled_back", "held"
 
@@ -108,7 +107,7 @@ def rollback_model(workspace: str | None, name: str, *, reason: str, writers: Wr
 
 def registered_model(workspace: str | None, name: str) -> RegisteredModel:
     """The aliases of a model, for registries elsewhere; none of them names anything where it was never promoted."""
-    store = open_store(workspace_uri(workspace))
+    store = workspace_store(workspace)
     check_bundle_name(name)
     record = read_aliases(store, name)
     aliases = {alias.value: record.aliases.get(alias) for alias in Alias}
@@ -124,7 +123,7 @@ def registered_model(workspace: str | None, name: str) -> RegisteredModel:
 
 def diff_models(workspace: str | None, first: str, second: str) -> ModelDiff:
     """In what two bundles differ; the errors are those of `open_bundle`."""
-    store = open_store(workspace_uri(workspace))
+    store = workspace_store(workspace)
     bundles = [peek_bundle(store, resolve_bundle(store, reference)) for reference in (first, second)]
     classes = [bundle.read_json("classes.json") for bundle in bundles]
     return ModelDiff(

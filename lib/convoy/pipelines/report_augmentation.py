@@ -20,11 +20,10 @@ from convoy.pipelines.config_files import read_job_settings
 from convoy.pipelines.pixel_statistics import resolve_augmentation
 from convoy.pipelines.stratified_sample import labels_of, stratified_rows
 from convoy.pipelines.train_config import TrainConfig
-from convoy.pipelines.workspace import workspace_uri
+from convoy.pipelines.workspace import workspace_store
 from convoy.storage.datasets import open_dataset
 from convoy.storage.manifests import Manifest
 from convoy.storage.samples import SampleReader
-from convoy.storage.stores import open_store
 from convoy.vision.augmentation_policy import AugmentationPolicy
 from convoy.vision.contact_sheet import SheetRow, draw_contact_sheet
 from convoy.vision.decode_rule import DecodeRule
@@ -107,7 +106,7 @@ def draw_augmentation(
     The first column is the eval view; column k shows view k of the feature cache, which is one draw of the
     policy like those that training makes. Raises DataError where no image of the train split can be shown.
     """
-    store = open_store(workspace_uri(job.workspace))
+    store = workspace_store(job.workspace)
     manifest = open_dataset(store, job.dataset)
     policy = resolve_augmentation(store, manifest, job.dataset, job.policy, job.decode_rule, progress)
     progress.stage("drawing the sheet")

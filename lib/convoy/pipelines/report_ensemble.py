@@ -10,12 +10,11 @@ from convoy.core.config import StrictModel
 from convoy.core.errors import DataError
 from convoy.pipelines.ensemble_building import EnsembleReport, ReportDrawer
 from convoy.pipelines.report_writing import write_html
-from convoy.pipelines.workspace import workspace_uri
+from convoy.pipelines.workspace import workspace_store
 from convoy.storage.bundles import METRICS_FILE, open_bundle
 from convoy.storage.documents import read_json
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import RunFolder
-from convoy.storage.stores import open_store
 
 
 class EnsemblePage(StrictModel):
@@ -33,7 +32,7 @@ def write_ensemble_page(
 
     Raises DataError for a bundle or run that holds no such report.
     """
-    report = _read_report(open_store(workspace_uri(workspace)), reference)
+    report = _read_report(workspace_store(workspace), reference)
     write_html(output, draw(report))
     return EnsemblePage(output=output, ensemble=report.ensemble, gain=report.gain)
 

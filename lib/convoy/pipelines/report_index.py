@@ -21,12 +21,11 @@ from convoy.pipelines.report_target import TargetKind
 from convoy.pipelines.report_writing import write_html
 from convoy.pipelines.runs_list import ListedRun, list_runs
 from convoy.pipelines.runs_state import RunState
-from convoy.pipelines.workspace import workspace_uri
+from convoy.pipelines.workspace import workspace_store
 from convoy.storage.datasets import list_datasets, open_dataset
 from convoy.storage.documents import read_json
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import RunFolder
-from convoy.storage.stores import open_store
 
 # More rows than a page can be read with; the newest runs are shown, and the first models by name.
 MAX_RUNS, MAX_MODELS = 1000, 1000
@@ -103,7 +102,7 @@ def write_index(
     With `draw_page` datasets, models and finished runs that have no page beside the index, or one of another version,
     get one first, 100 a call.
     """
-    store = open_store(workspace_uri(workspace))
+    store = workspace_store(workspace)
     progress.stage("looking through the workspace")
     folder = Path(output).absolute().parent
     index = read_index(store, folder)

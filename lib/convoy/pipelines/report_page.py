@@ -36,7 +36,7 @@ from convoy.pipelines.retrain_config import RetrainReport
 from convoy.pipelines.runs_show import RunDescription, show_run
 from convoy.pipelines.runs_state import RunState
 from convoy.pipelines.scoring_plan import GIVES_PROBABILITIES
-from convoy.pipelines.workspace import workspace_uri
+from convoy.pipelines.workspace import workspace_store
 from convoy.storage.bundles import METRICS_FILE, Bundle, peek_bundle
 from convoy.storage.commits import RunManifest, read_manifest
 from convoy.storage.datasets import open_dataset
@@ -45,7 +45,6 @@ from convoy.storage.object_store import ObjectStore
 from convoy.storage.predictions import PREDICTIONS
 from convoy.storage.retrains import RetrainFolder
 from convoy.storage.runs import RunFolder
-from convoy.storage.stores import open_store
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 PartT = TypeVar("PartT")
@@ -112,7 +111,7 @@ def write_page(
     workspace: str | None, reference: str, output: str, draw: PageDrawer, *, progress: Progress
 ) -> PageReport:
     """Draw the page of a run, dataset or model, and write it to a local path. Errors as `find_target`."""
-    store = open_store(workspace_uri(workspace))
+    store = workspace_store(workspace)
     page = read_page(store, find_target(store, reference), progress=progress)
     progress.stage("drawing")
     size_bytes = write_html(output, draw(page))

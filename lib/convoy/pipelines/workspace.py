@@ -17,6 +17,11 @@ def workspace_uri(configured: str | None) -> str:
     return configured or os.environ.get("CONVOY_WORKSPACE") or DEFAULT_WORKSPACE
 
 
+def workspace_store(configured: str | None) -> ObjectStore:
+    """The store of a workspace, for whom it does not matter whether several writers may share it."""
+    return open_store(workspace_uri(configured))
+
+
 def open_workspace(configured: str | None, writers: WriterMode) -> ObjectStore:
     """The store of a workspace that jobs may write to.
 
@@ -24,7 +29,7 @@ def open_workspace(configured: str | None, writers: WriterMode) -> ObjectStore:
     so does the first one after the workspace has moved. Where it is not, two jobs at once could both believe that they
     won, so only `writers: single` is accepted.
     """
-    store = open_store(workspace_uri(configured))
+    store = workspace_store(configured)
     if writers is WriterMode.MANY and known_conditional_put(store) is not ConditionalPut.ATOMIC:
         raise ConfigError(
             "this object store does not keep conditional writes atomic, so two jobs at once could damage each other",
