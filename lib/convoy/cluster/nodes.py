@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+# What workers and operators leave of the CPUs that they use, so that Ray's own tasks always find room.
+CPUS_LEFT = 0.5
 _COUNTED = ("CPU", "GPU", "memory", "object_store_memory")
 
 

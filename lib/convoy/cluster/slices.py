@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from convoy.cluster.deadly_slices import DeathWatch, ImageTrials
 from convoy.cluster.growth import regrow_cluster
 from convoy.cluster.library_versions import library_versions, require_versions
-from convoy.cluster.nodes import alive_nodes, worker_nodes
+from convoy.cluster.nodes import CPUS_LEFT, alive_nodes, worker_nodes
 from convoy.cluster.ray_data import first_cause, set_up_ray_data
 from convoy.cluster.slice_metrics import SliceMetrics
 from convoy.core.config import StrictModel
@@ -24,8 +24,6 @@ from convoy.storage.commits import SliceRecord
 
 _CPUS_AN_OPERATOR = 4
 _MOST_OPERATORS_A_GPU = 4
-# What operators leave of a node without GPUs, so that Ray's own tasks always find room.
-_CPUS_LEFT = 0.5
 # Without GPUs: what a process takes beside the weights of its networks, which it may hold twice, the second time as
 # kernels want them, and the rows, or the seconds of two cores in networks, that make up for its start.
 _MEMORY_AN_OPERATOR_BYTES = 2 << 30
@@ -123,7 +121,7 @@ def fit_pool(
             num_cpus = _cpus_of_counted(nodes, num_threads)
         else:
             # As many as were asked for, and as the workers of a trial have in whose place they come.
-            num_cpus = min(num_threads, *(node.cpus for node in nodes)) - _CPUS_LEFT
+            num_cpus = min(num_threads, *(node.cpus for node in nodes)) - CPUS_LEFT
         return WorkerPool(num_workers=workers, num_cpus=num_cpus, num_gpus=0, num_threads=num_threads)
     cpus_a_gpu = min(node.cpus // node.gpus for node in nodes if node.gpus)
     share = min(max(cpus_a_gpu // _CPUS_AN_OPERATOR, 1), _MOST_OPERATORS_A_GPU)
@@ -156,7 +154,7 @@ def _cpus_of_counted(nodes: Sequence[NodeSize], num_threads: int) -> float:
 
     Else one node would take all operators of another that is lost. All of them fit, and leave something of each node.
     """
-    return min((node.cpus - _CPUS_LEFT) / max(node.cpus // num_threads, 1) for node in nodes)
+    return min((node.cpus - CPUS_LEFT) / max(node.cpus // num_threads, 1) for node in nodes)
 
 
 class SliceSpec(Protocol):

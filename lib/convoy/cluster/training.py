@@ -17,7 +17,7 @@ from pydantic import Field, PositiveInt
 
 from convoy.cluster.growth import has_shrunk, regrow_cluster
 from convoy.cluster.library_versions import library_versions, require_versions
-from convoy.cluster.nodes import alive_nodes, worker_nodes
+from convoy.cluster.nodes import CPUS_LEFT, alive_nodes, worker_nodes
 from convoy.cluster.own_node import actor_here
 from convoy.cluster.ray_data import first_cause, settle_ray_data
 from convoy.cluster.training_board import Board, BoardReader
@@ -39,8 +39,6 @@ from convoy.storage.stores import open_store
 # How long the cluster may take to show the resources that are asked for.
 _RESOURCES_TIMEOUT_S = 60.0
 _POLL_S = 0.5
-# What a worker asks for less than the CPUs that it uses, so that Ray's own tasks always find room.
-_CPUS_LEFT = 0.5
 # With fewer CPUs a GPU, processes of their own would gain little over threads.
 _CPUS_A_GPU_TO_SPLIT = 4
 # A worker on a GPU whose batches others prepare: one thread for its steps, one that takes the batches.
@@ -331,7 +329,7 @@ def _fit_group(
         num_threads = options.cpus_per_worker or _threads(
             hosts, num_workers, on_gpus=num_gpus > 0, cpus_beside=cpus_beside
         )
-    asked = num_threads - _CPUS_LEFT
+    asked = num_threads - CPUS_LEFT
     if _num_slots(hosts, asked, on_gpus=num_gpus > 0, cpus_beside=cpus_beside) < num_workers:
         return None
     free_cpus = sum(node["CPU"] for node in nodes) - num_workers * asked - cpus_beside
@@ -374,7 +372,7 @@ def _threads(
     most = max((int(node["CPU"]) for node in hosts), default=1)
     for num_threads in range(most, 1, -1):
         slots = _num_slots(hosts, num_threads, on_gpus=on_gpus)
-        reserved = _num_slots(hosts, num_threads - _CPUS_LEFT, on_gpus=on_gpus, cpus_beside=cpus_beside)
+        reserved = _num_slots(hosts, num_threads - CPUS_LEFT, on_gpus=on_gpus, cpus_beside=cpus_beside)
         if min(slots, reserved) >= num_workers:
             return num_threads
     return 1

@@ -14,6 +14,7 @@ from convoy.core.config import StrictModel
 from convoy.core.metrics import NUM_CALIBRATION_BINS, ReliabilityBin
 from convoy.core.statistics import Interval, wilson_interval
 from convoy.pipelines.report_images import ShownImage, frozen_rows, show_samples
+from convoy.pipelines.stratified_sample import labels_of
 from convoy.storage.commits import RunManifest, SliceRecord
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.predictions import PREDICTIONS
@@ -125,7 +126,7 @@ class _Found:
 
     def add(self, table: pa.Table, slice_name: str) -> None:
         """Count the rows of a part."""
-        labels_N = table["label"].combine_chunks().fill_null(-1).to_numpy(zero_copy_only=False)
+        labels_N = labels_of(table)
         pred_N, score_N = table["pred"].to_numpy(), table["score"].to_numpy().astype(np.float64)
         known_N, right_N = labels_N >= 0, labels_N == pred_N
         self._learn_names(table)

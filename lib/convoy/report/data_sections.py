@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from convoy.core.config import write_settings
 from convoy.core.records import Split
 from convoy.pipelines.report_data_card import ClassRows, DataCard, FoundDuplicates
 from convoy.pipelines.report_rejects import RejectSummary
@@ -25,7 +26,7 @@ from convoy.report.blocks import (
 from convoy.report.duplicate_blocks import equal_groups
 from convoy.report.figures import bars_by_name
 from convoy.report.svg import Chart, Scale
-from convoy.report.words import count, picture, size, yaml_text
+from convoy.report.words import count, picture, size
 
 _MAX_BARS = 40
 _MAX_CLASS_ROWS = 2000
@@ -60,7 +61,7 @@ def sheet_section(sheet: AugmentationSheet) -> Section:
         key="augmentation",
         title="Augmentation",
         lead="Is the class still plain to see in every draw? If not, the policy is too strong for this data.",
-        blocks=[shown, Code(title="The policy", text=yaml_text(sheet.policy))],
+        blocks=[shown, Code(title="The policy", text=write_settings(sheet.policy))],
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+from convoy.core.config import write_settings
 from convoy.pipelines.model_listing import ModelDescription
 from convoy.pipelines.report_lineage import LineageLink
 from convoy.pipelines.report_slices import SlicePoint, SliceSummary
@@ -24,7 +25,7 @@ from convoy.report.blocks import (
 )
 from convoy.report.figures import bars_by_name
 from convoy.report.svg import Chart, Scale
-from convoy.report.words import count, duration, percent, size, yaml_text
+from convoy.report.words import count, duration, percent, size
 
 # A run that is partitioned by labels has one for each.
 _MOST_OUTPUTS = 20
@@ -137,14 +138,18 @@ def records_section(run: RunDescription, report: Mapping[str, Any]) -> Section:
             Facts(key="run", title="The run", rows=facts, data=run.model_dump(mode="json")),
             *([_note_table(notes)] if notes else ()),
             Facts(title="Environment", rows=list(run.versions.items())),
-            Code(title="Config, as resolved", text=yaml_text(run.config)),
+            Code(title="Config, as resolved", text=write_settings(run.config)),
             *(
-                [Code(title="Settings that the run decided", text=yaml_text(run.settings))]
+                [Code(title="Settings that the run decided", text=write_settings(run.settings))]
                 if run.settings
                 else ()
             ),
-            Code(title="Identity: what a resumed run must share", text=yaml_text(run.identity)),
-            *([Code(title="Results, without the long lists", text=yaml_text(results))] if results else ()),
+            Code(title="Identity: what a resumed run must share", text=write_settings(run.identity)),
+            *(
+                [Code(title="Results, without the long lists", text=write_settings(results))]
+                if results
+                else ()
+            ),
         ],
     )
 

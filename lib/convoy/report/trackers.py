@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel
 
+from convoy.core.batching import batched
 from convoy.core.errors import ConfigError
 from convoy.core.progress import Progress
 from convoy.core.tracking import TrackingConfig
@@ -96,7 +97,7 @@ class MlflowTracker:
             entries = [
                 self._param(key, str(value)[:_MAX_PARAM_CHARACTERS]) for key, value in _flat(self._params)
             ]
-            for some in _batches(entries):
+            for some in batched(entries, _MAX_PARAMS_A_REQUEST):
                 self._client.log_batch(self._run_id, params=some)
 
     def epochs(self, results: Sequence[EpochResult]) -> None:
@@ -304,8 +305,3 @@ def _flat(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _flat(value, f"{prefix}{key}.")
         elif value is not None:
             yield f"{prefix}{key}", value
-
-
-def _batches(entries: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    for first in range(0, len(entries), _MAX_PARAMS_A_REQUEST):
-        yield entries[first : first + _MAX_PARAMS_A_REQUEST]

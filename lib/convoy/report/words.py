@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any
 
-from convoy.core.config import write_settings
 from convoy.core.statistics import Interval
 from convoy.pipelines.report_images import ShownImage
 from convoy.report.blocks import Picture
@@ -81,11 +78,6 @@ def short_names(references: list[str]) -> list[str]:
     """Bundles without their digests, where that keeps them apart."""
     short = [name.partition("@")[0] for name in references]
     return short if len(set(short)) == len(short) else list(references)
-
-
-def yaml_text(settings: Mapping[str, Any]) -> str:
-    """Settings or a report as YAML."""
-    return write_settings(settings)
 
 
 def picture(image: ShownImage, *lines: str) -> Picture:
