@@ -26,7 +26,7 @@ from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.backbones import build_network
 from convoy.vision.decode_rule import DecodeRule
 from convoy.vision.presets import EvalPreset
-from convoy.vision.training_config import Distillation, Optimiser, Phase, Precision, Recipe
+from convoy.vision.training_config import Distillation, Optimiser, Phase, Recipe, TrainingPrecision
 from convoy.vision.weights import state_to_safetensors
 
 RUN_ID = "train-0001"
@@ -86,7 +86,12 @@ def training_spec(workspace: Path, rows: pa.Table, **settings: Any) -> TrainingS
 def recipe(**settings: Any) -> Recipe:
     """Momentum, weight decay, float32; `settings` replace fields."""
     return Recipe.model_validate(
-        {"optimiser": Optimiser(weight_decay=1e-3), "precision": Precision.FP32, "batch_size": 8, **settings}
+        {
+            "optimiser": Optimiser(weight_decay=1e-3),
+            "precision": TrainingPrecision.FP32,
+            "batch_size": 8,
+            **settings,
+        }
     )
 
 

@@ -13,7 +13,7 @@ from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.backbones import build_network, depth_axis
 from convoy.vision.learner import Learner, TrainBatch, validation_sums
 from convoy.vision.presets import EvalPreset
-from convoy.vision.training_config import Phase, Precision, Recipe
+from convoy.vision.training_config import Phase, Recipe, TrainingPrecision
 
 pytestmark = [
     pytest.mark.gpu,
@@ -52,7 +52,7 @@ def test_a_step_and_a_validation_batch_do_not_wait_for_the_gpu(
         model=network,
         preset=PRESET,
         phase=Phase(name="train", epochs=1, learning_rate=0.01),
-        recipe=Recipe(precision=Precision.BF16, **settings),
+        recipe=Recipe(precision=TrainingPrecision.BF16, **settings),
         class_weights_K=torch.ones(5),
     )
     learner.begin_epoch()
@@ -62,7 +62,7 @@ def test_a_step_and_a_validation_batch_do_not_wait_for_the_gpu(
         # As a group counts its images.
         num_rows = torch.full((), 8, dtype=torch.float32, device="cuda") if is_group else 8
         learner.step([BATCH], num_group_rows=num_rows, factor=1.0, step=step)
-        sums.append(validation_sums(network, PRESET, BATCH, Precision.BF16))
+        sums.append(validation_sums(network, PRESET, BATCH, TrainingPrecision.BF16))
     torch.cuda.set_sync_debug_mode("default")
     assert learner.sums_3[2] == 16
     assert [float(one[2]) for one in sums] == [8, 8]

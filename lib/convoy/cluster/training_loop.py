@@ -39,7 +39,7 @@ from convoy.vision.forward import open_device
 from convoy.vision.freezing import freeze, frozen_stages
 from convoy.vision.learner import Learner, TrainBatch, validation_sums, with_group_batchnorm
 from convoy.vision.presets import EvalPreset, at_resolution
-from convoy.vision.training_config import Averaging, Phase
+from convoy.vision.training_config import Phase, WeightAveraging
 from convoy.vision.weights import load_weights, read_state_dict
 
 # Between two looks at the loss, each of which waits for the device and for the group: at most so many steps, and
@@ -231,7 +231,7 @@ class TrainingWorker:
                 next_step="see why one of them fails: `convoy cache` lists every reject with its reason; once the"
                 " dataset is frozen anew, train with --new-run",
             )
-        averaged = self._spec.recipe.averaging is Averaging.EMA
+        averaged = self._spec.recipe.averaging is WeightAveraging.EMA
         with swapped_in(self._network, self._keeper.kept() if averaged else None):
             validated = self._validate(phase, epoch)
         return EpochResult(
@@ -298,7 +298,7 @@ class TrainingWorker:
         phase = self._spec.phases[-1]
         if kept is not None:
             self._network.load_state_dict(kept)
-            if self._spec.recipe.averaging in (Averaging.SWA, Averaging.SOUP):
+            if self._spec.recipe.averaging in (WeightAveraging.SWA, WeightAveraging.SOUP):
                 self._measure_batchnorm(phase)
         validated = self._final_validation(phase)
         self._checkpoints.close()
@@ -319,7 +319,7 @@ class TrainingWorker:
 
     def _final_validation(self, phase: Phase) -> _Validation:
         """Of the weights that are written: if they are those that the last epoch was measured with, its own."""
-        if self._history and self._spec.recipe.averaging in (Averaging.LAST, Averaging.EMA):
+        if self._history and self._spec.recipe.averaging in (WeightAveraging.LAST, WeightAveraging.EMA):
             last = self._history[-1]
             return _Validation(last.val_nll, last.val_top1, last.val_rejects)
         return self._validate(phase, self._times.num_epochs - 1)

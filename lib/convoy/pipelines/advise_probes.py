@@ -20,7 +20,7 @@ from convoy.core.transferability import knn_correct, logme
 from convoy.pipelines.advise_as_is import judge_as_is, own_classifier
 from convoy.pipelines.advise_config import AdviseConfig, CandidateBackbone
 from convoy.pipelines.advise_rate import pass_rate
-from convoy.pipelines.advise_rows import choose_rows, missing_classes, subset_rows
+from convoy.pipelines.advise_rows import choose_look_rows, missing_classes, subset_rows
 from convoy.pipelines.advise_rule import JudgedProbe
 from convoy.pipelines.advise_taps import probed_taps
 from convoy.pipelines.backbone_record import BackboneRecord
@@ -166,7 +166,7 @@ class Prober:
         self._cache = FeatureCache(store)
         self._new_run = new_run
         self.progress = progress
-        self.rows = choose_rows(manifest, config)
+        self.rows = choose_look_rows(manifest, config)
 
     def look(self, candidate: CandidateBackbone, record: BackboneRecord) -> Look:
         """One pass of a backbone, or none where the cache has it all, and what its taps are worth."""

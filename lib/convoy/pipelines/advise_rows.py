@@ -82,7 +82,7 @@ class LookRows:
         return replace(rows, weights_N=self.judged_weights_K[rows.labels_N])
 
 
-def choose_rows(manifest: Manifest, config: AdviseConfig) -> LookRows:
+def choose_look_rows(manifest: Manifest, config: AdviseConfig) -> LookRows:
     """The rows that are looked at, of those that a training would have: some of each class, first by a hash of ids.
 
     Each class has its share, or a few where that is less. Judged are rows of `val`, or, where it cannot judge, a fifth

@@ -25,7 +25,7 @@ from convoy.storage.documents import read_json
 from convoy.storage.leases import WhenHeld
 from convoy.storage.manifests import Manifest
 from convoy.storage.runs import RunFolder
-from convoy.vision.training_config import Averaging
+from convoy.vision.training_config import WeightAveraging
 
 
 class Verifier:
@@ -159,8 +159,8 @@ def at_budget(
 
 def _choosing_no_epoch(recipe: Mapping[str, Any]) -> dict[str, Any]:
     kept = {name: value for name, value in recipe.items() if name != "patience_epochs"}
-    if kept.get("averaging") in (Averaging.BEST, Averaging.SOUP):
-        kept["averaging"] = Averaging.LAST.value
+    if kept.get("averaging") in (WeightAveraging.BEST, WeightAveraging.SOUP):
+        kept["averaging"] = WeightAveraging.LAST.value
     return kept
 
 

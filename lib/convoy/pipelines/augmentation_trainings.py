@@ -30,7 +30,7 @@ from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore, WriterMode
 from convoy.storage.runs import RunFolder
 from convoy.vision.augmentation_policy import AugmentationPolicy
-from convoy.vision.training_config import AUTO, Averaging, Recipe
+from convoy.vision.training_config import AUTO, Recipe, WeightAveraging
 
 _FOLDER = "models/augmentation_effects/"
 
@@ -41,7 +41,7 @@ class ShortFineTuning(StrictModel):
     epochs: PositiveInt = 5
     freeze_depth: int | str = AUTO
     learning_rate: PositiveFloat | None = None
-    recipe: Recipe = Recipe(batch_size=32, averaging=Averaging.LAST)
+    recipe: Recipe = Recipe(batch_size=32, averaging=WeightAveraging.LAST)
 
 
 class FineTunings:

@@ -24,7 +24,7 @@ from convoy.pipelines.committee_evaluation import (
 from convoy.pipelines.committees import CommitteeRecord
 from convoy.pipelines.evaluation import Evaluation, EvaluationTask, evaluate_classifier
 from convoy.pipelines.feature_plan import ErrorBudget, ExtractionConfig
-from convoy.pipelines.model_choice import LookSettings, ModelChoice, chosen_committee
+from convoy.pipelines.model_choice import ModelChoice, ViewSettings, chosen_committee
 from convoy.pipelines.prediction_request import PredictionRequest
 from convoy.pipelines.training_overlap import overlap_notes
 from convoy.pipelines.workspace import open_workspace
@@ -33,7 +33,7 @@ from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore, WriterMode
 
 
-class EvaluationSettings(LookSettings):
+class EvaluationSettings(ViewSettings):
     """On which rows models are measured, and how: what all configs of evaluations share.
 
     `keep` says which predictions of members are kept beside the joint ones. In the mode `gated` none are: not every

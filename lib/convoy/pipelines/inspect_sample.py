@@ -21,7 +21,7 @@ from convoy.pipelines.feature_source import gather_features
 from convoy.pipelines.features import FeatureJob
 from convoy.pipelines.inspect_config import DuplicateScope, InspectConfig
 from convoy.pipelines.natural_sample import natural_weights
-from convoy.pipelines.stratified_sample import labels_of, named_rows, stratified_rows
+from convoy.pipelines.stratified_sample import labels_of, rows_by_sample_id, stratified_rows
 from convoy.storage.feature_cache import FeatureCache, content_id_array
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
@@ -101,7 +101,7 @@ class SampleReading:
         )
         if not sample.sample_ids:
             return rows
-        named = named_rows(self._manifest, sample.sample_ids)
+        named = rows_by_sample_id(self._manifest, sample.sample_ids)
         fresh = ~np.isin(rows["sample_id"].to_numpy(zero_copy_only=False), named["sample_id"].to_pylist())
         return pa.concat_tables([named, rows.filter(pa.array(fresh))]).combine_chunks()
 

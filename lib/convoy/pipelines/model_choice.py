@@ -42,7 +42,7 @@ class PretrainedModel(StrictModel):
     class_map: dict[str, str] | None = None
 
 
-class LookSettings(StrictModel):
+class ViewSettings(StrictModel):
     """How an image is looked at.
 
     `crops` are those that every network sees of an image (null: an ensemble's own, else the centre), `multiscale`
@@ -126,7 +126,7 @@ class ModelChoice(StrictModel):
 
 
 def chosen_committee(
-    store: ObjectStore, choice: ModelChoice, looks: LookSettings, extraction: ExtractionConfig
+    store: ObjectStore, choice: ModelChoice, looks: ViewSettings, extraction: ExtractionConfig
 ) -> CommitteeRecord:
     """The chosen model as a committee over the chosen crops, behind the chosen gate."""
     if choice.ensemble is not None:

@@ -34,14 +34,14 @@ from convoy.vision.recipes import (
 from convoy.vision.stages import DepthAxis
 from convoy.vision.training_config import (
     AUTO,
-    Averaging,
     Balance,
     BatchUnit,
     OptimiserKind,
     Phase,
-    Precision,
     Recipe,
     ScheduleKind,
+    TrainingPrecision,
+    WeightAveraging,
     group_batch_size,
     rate_factor,
 )
@@ -50,17 +50,17 @@ _NAMES = {OptimiserKind.ADAMW: "AdamW", OptimiserKind.SGD: "SGD"}
 _FINE_TUNING_EPOCHS = 5
 _REUSE_EPOCHS = 10
 # What averages epochs of the last phase; it takes so many at least, where the phase has them.
-_OF_EPOCHS = (Averaging.SWA, Averaging.SOUP)
+_OF_EPOCHS = (WeightAveraging.SWA, WeightAveraging.SOUP)
 _LEAST_AVERAGED = 2
 # Below it the statistics of a batch are a poor guess (Wu and He 2018, arXiv:1803.08494, figure 1).
 _FEW_FOR_BATCHNORM = 16
 # The keys beside a choice that mean nothing under it.
 _UNUSED_UNDER: Mapping[StrEnum, frozenset[str]] = {
-    Averaging.LAST: frozenset({"ema_decay", "average_epochs"}),
-    Averaging.BEST: frozenset({"ema_decay", "average_epochs"}),
-    Averaging.EMA: frozenset({"average_epochs"}),
-    Averaging.SWA: frozenset({"ema_decay"}),
-    Averaging.SOUP: frozenset({"ema_decay"}),
+    WeightAveraging.LAST: frozenset({"ema_decay", "average_epochs"}),
+    WeightAveraging.BEST: frozenset({"ema_decay", "average_epochs"}),
+    WeightAveraging.EMA: frozenset({"average_epochs"}),
+    WeightAveraging.SWA: frozenset({"ema_decay"}),
+    WeightAveraging.SOUP: frozenset({"ema_decay"}),
     BatchUnit.GROUP: frozenset({"rate_scaling"}),
     BatchUnit.WORKER: frozenset(),
     OptimiserKind.SGD: frozenset({"betas"}),
@@ -149,7 +149,7 @@ def plan_network(
             f"phase {resolved[-1].name} trains the head alone, as phase {resolved[0].name} does: a lower freeze_depth"
             f" trains more, {Strategy.LINEAR_PROBE.value} ends sooner"
         )
-    if wanted.precision is Precision.AUTO:
+    if wanted.precision is TrainingPrecision.AUTO:
         unknown = "precision auto: the training itself asks a worker of the cluster"
         notes.append(unknown if device is None else device.precision_note)
     if (last_px := phases[-1].resolution_px) is not None:
@@ -206,8 +206,8 @@ def _default_recipe(config: TrainConfig) -> Recipe:
 def _resolve_recipe(recipe: Recipe, last: Phase, device: NetworkDevice | None) -> Recipe:
     """The recipe with the precision that is best there, and an average of at most half of the last phase, or two."""
     update: dict[str, Any] = {}
-    if recipe.precision is Precision.AUTO and device is not None:
-        update["precision"] = Precision(device.precision.value)
+    if recipe.precision is TrainingPrecision.AUTO and device is not None:
+        update["precision"] = TrainingPrecision(device.precision.value)
     if recipe.compile and device is not None and device.has_compiler is False:
         raise ConfigError(
             f"the network cannot be compiled: there is no {device.compilers} beside {device.name}",
@@ -366,7 +366,7 @@ def _notes_without_val(recipe: Recipe) -> list[str]:
     why, notes = "no labelled rows watch the training", []
     if recipe.patience_epochs is not None:
         notes.append(f"patience_epochs has no effect: {why}, so every phase takes all of its epochs")
-    if recipe.averaging in (Averaging.BEST, Averaging.SOUP):
+    if recipe.averaging in (WeightAveraging.BEST, WeightAveraging.SOUP):
         notes.append(f"averaging {recipe.averaging.value} goes by the training loss, as {why}")
     return notes
 

@@ -28,7 +28,7 @@ from convoy.vision.augmentation_policy import AugmentationPolicy
 from convoy.vision.engine_options import NetworkDevice
 from convoy.vision.head_config import can_choose
 from convoy.vision.head_path import KeptPoints
-from convoy.vision.training_config import Precision
+from convoy.vision.training_config import TrainingPrecision
 
 
 class TrainingSetup(StrictModel):
@@ -92,7 +92,7 @@ def plan_on_workers(inputs: TrainingInputs, rows: pa.Table, workers: WorkerPlan)
     Errors are those of `plan_training`; nothing has started for them.
     """
     wanted = wanted_recipe(inputs.config)
-    asks = wanted.precision is Precision.AUTO or wanted.compile
+    asks = wanted.precision is TrainingPrecision.AUTO or wanted.compile
     return plan_training(
         inputs,
         count_classes(rows, inputs.manifest.classes),

@@ -51,7 +51,7 @@ from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import OpenRun, RunFolder, RunRecord, refuse_changed_identity
 from convoy.storage.teacher_logits import write_teacher_logits
-from convoy.vision.training_config import AUTO, Balance, Distillation, Precision
+from convoy.vision.training_config import AUTO, Balance, Distillation, TrainingPrecision
 
 _VERB = "train"
 _TRAINED = "trained.json"
@@ -371,7 +371,7 @@ class NetworkTraining:
 
 
 def _check_precision(config: TrainConfig, workers: WorkerPlan) -> None:
-    if config.recipe.precision is Precision.FP16 and not workers.gpus_per_worker:
+    if config.recipe.precision is TrainingPrecision.FP16 and not workers.gpus_per_worker:
         raise ConfigError(
             "fp16 needs a GPU, and the workers have none",
             where="recipe.precision",

@@ -45,7 +45,7 @@ class TrainingInputs(NamedTuple):
     config: TrainConfig
 
 
-class TrialSummary(StrictModel):
+class HeadTrialSummary(StrictModel):
     """One candidate of the head's search: its C (null for an MLP's epochs) and its accuracy on val."""
 
     C: float | None
@@ -71,7 +71,7 @@ class HeadSummary(StrictModel):
     body_pass_s: float | None
     saved_s: float | None
     converged: bool
-    trials: list[TrialSummary]
+    trials: list[HeadTrialSummary]
     reject_codes: dict[str, int] = Field(default_factory=dict)
     val_rejects: int = 0
 
@@ -212,9 +212,9 @@ def _seconds_an_image(store: ObjectStore, set_id: str) -> float | None:
     return seconds_under_way(manifest.slices) / manifest.num_results
 
 
-def _trials(fitted: FittedHead) -> list[TrialSummary]:
+def _trials(fitted: FittedHead) -> list[HeadTrialSummary]:
     return [
-        TrialSummary(
+        HeadTrialSummary(
             C=trial.C,
             converged=trial.converged,
             val_top1=trial.val.top1 if trial.val else None,

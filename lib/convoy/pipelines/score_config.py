@@ -12,10 +12,10 @@ from convoy.core.splits import ChosenSplits
 from convoy.pipelines.dataset_choice import DatasetChoice
 from convoy.pipelines.feature_plan import ErrorBudget, ExtractionConfig
 from convoy.pipelines.forecast import Prices
-from convoy.pipelines.model_choice import LookSettings, ModelChoice
+from convoy.pipelines.model_choice import ModelChoice, ViewSettings
 
 
-class ScoreConfig(LookSettings, ModelChoice, DatasetChoice):
+class ScoreConfig(ViewSettings, ModelChoice, DatasetChoice):
     """Which images are scored, by what, and what is kept of each.
 
     An unfinished scoring of the same `name` (null: the dataset's) is gone on with. `splits` of null are all.

@@ -59,7 +59,7 @@ def evenly_spread_rows(manifest: Manifest, most: int, *, splits: Collection[Spli
     return pa.concat_tables(parts).combine_chunks()
 
 
-def named_rows(manifest: Manifest, sample_ids: Sequence[str]) -> pa.Table:
+def rows_by_sample_id(manifest: Manifest, sample_ids: Sequence[str]) -> pa.Table:
     """The rows of some samples, in the order of the manifest. DataError for one that the dataset does not have."""
     wanted = pa.array(sample_ids, pa.string())
     found = [

@@ -28,7 +28,7 @@ from convoy.pipelines.learning_curves import CURVES_FILE
 from convoy.pipelines.model_cards import rows_in_words, training_card
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.network_training import CurveDrawer, TrainedNetwork, network_training, open_training
-from convoy.pipelines.probing import HeadSummary, TrainingInputs, TrialSummary, check_head, fit_probe
+from convoy.pipelines.probing import HeadSummary, HeadTrialSummary, TrainingInputs, check_head, fit_probe
 from convoy.pipelines.train_config import NETWORKS, PROBES, TrainConfig
 from convoy.pipelines.training_rows import (
     Fold,
@@ -66,7 +66,7 @@ class TrainReport(Evaluation):
     num_train_rows: int
     converged: bool | None = None
     fit_seconds: float | None = None
-    trials: list[TrialSummary] = Field(default_factory=list)
+    trials: list[HeadTrialSummary] = Field(default_factory=list)
     head: HeadSummary | None = None
     train_run: str | None = None
     phases: list[Phase] = Field(default_factory=list)

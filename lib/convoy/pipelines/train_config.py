@@ -19,7 +19,7 @@ from convoy.storage.object_store import WriterMode
 from convoy.vision.augmentation_policy import AugmentationPolicy
 from convoy.vision.backbone_config import BackboneConfig, NewLayers
 from convoy.vision.head_config import HeadConfig, HeadKind
-from convoy.vision.training_config import AUTO, Distillation, Phase, Precision, Recipe, RecipeChanges
+from convoy.vision.training_config import AUTO, Distillation, Phase, Recipe, RecipeChanges, TrainingPrecision
 
 PROBES = (Strategy.LINEAR_PROBE, Strategy.EARLY_LAYER_PROBE)
 NETWORKS = (Strategy.PARTIAL_REUSE, Strategy.FINE_TUNE, Strategy.FROM_SCRATCH)
@@ -192,7 +192,7 @@ class TrainConfig(StrictModel):
         It stays `auto` where the recipe's is, or is fp16, in which no features are computed.
         """
         told = self.recipe.precision
-        if self.extraction.precision is not PrecisionChoice.AUTO or told is Precision.FP16:
+        if self.extraction.precision is not PrecisionChoice.AUTO or told is TrainingPrecision.FP16:
             return self.extraction
         return self.extraction.model_copy(update={"precision": PrecisionChoice(told.value)})
 

@@ -27,7 +27,7 @@ from convoy.storage.datasets import open_dataset
 from convoy.storage.leases import WhenHeld
 from convoy.storage.runs import RunFolder
 from convoy.storage.stores import open_store
-from convoy.vision.training_config import Precision
+from convoy.vision.training_config import TrainingPrecision
 
 
 class TrialJob(StrictModel):
@@ -145,8 +145,8 @@ def _here(job: TrialJob, config: TrainConfig) -> TrainConfig:
         teacher = job.teachers.get(distill.teacher, distill.teacher)
         distill = distill.model_copy(update={"teacher": teacher})
     recipe = config.recipe
-    if recipe.precision is Precision.AUTO:
-        recipe = recipe.model_copy(update={"precision": Precision(job.precision.value)})
+    if recipe.precision is TrainingPrecision.AUTO:
+        recipe = recipe.model_copy(update={"precision": TrainingPrecision(job.precision.value)})
     return config.model_copy(
         update={
             "workspace": job.workspace,

@@ -20,7 +20,7 @@ from convoy.report.blocks import (
 from convoy.report.figures import overlap_matrix
 from convoy.report.quality_sections import member_table, reliability_figure
 from convoy.report.svg import Chart, Scale, percent_text
-from convoy.report.words import number, percent, points, short_names, span
+from convoy.report.words import number, percent, points, short_bundle_names, span
 
 
 def ensemble_tiles(report: EnsembleReport) -> list[Tile]:
@@ -50,7 +50,7 @@ def ensemble_lead(report: EnsembleReport) -> str:
 
 def ensemble_sections(report: EnsembleReport) -> Iterator[Section]:
     """All that is known of an ensemble."""
-    names = short_names(report.candidates)
+    names = short_bundle_names(report.candidates)
     test = report.measured.mcnemar
     yield Section(
         key="members",

@@ -74,7 +74,7 @@ def moment(iso: str | None) -> str:
         return iso
 
 
-def short_names(references: list[str]) -> list[str]:
+def short_bundle_names(references: list[str]) -> list[str]:
     """Bundles without their digests, where that keeps them apart."""
     short = [name.partition("@")[0] for name in references]
     return short if len(set(short)) == len(short) else list(references)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from convoy.vision.freezing import BATCHNORMS, set_train_mode
 from convoy.vision.presets import EvalPreset, at_resolution
 from convoy.vision.stages import DepthAxis
-from convoy.vision.training_config import Averaging, Phase, Recipe
+from convoy.vision.training_config import Phase, Recipe, WeightAveraging
 from convoy.vision.views import normalise
 
 _State = dict[str, Tensor]
@@ -47,22 +47,22 @@ class WeightKeeper(Protocol):
 
 def build_keeper(recipe: Recipe) -> WeightKeeper:
     """The keeper that a recipe asks for."""
-    if recipe.averaging is Averaging.EMA:
+    if recipe.averaging is WeightAveraging.EMA:
         return MovingAverage(recipe.ema_decay)
-    if recipe.averaging is Averaging.SWA:
+    if recipe.averaging is WeightAveraging.SWA:
         return TailAverage(recipe.average_epochs)
-    if recipe.averaging is Averaging.LAST:
+    if recipe.averaging is WeightAveraging.LAST:
         return BestEpochs(0)
-    return BestEpochs(recipe.average_epochs if recipe.averaging is Averaging.SOUP else 1)
+    return BestEpochs(recipe.average_epochs if recipe.averaging is WeightAveraging.SOUP else 1)
 
 
-def first_kept_phase(averaging: Averaging, phases: Sequence[Phase], preset: EvalPreset) -> int:
+def first_kept_phase(averaging: WeightAveraging, phases: Sequence[Phase], preset: EvalPreset) -> int:
     """The number of the first phase whose epochs a keeper is told of.
 
     From there on all are measured alike: networks have other scores at another resolution. What averages epochs takes
     those of the last phase, as the weights of one before may lie far away: those of a head that was trained alone.
     """
-    if averaging in (Averaging.SWA, Averaging.SOUP):
+    if averaging in (WeightAveraging.SWA, WeightAveraging.SOUP):
         return len(phases) - 1
     last = at_resolution(preset, phases[-1].resolution_px)
     alike = takewhile(lambda phase: at_resolution(preset, phase.resolution_px) == last, reversed(phases))

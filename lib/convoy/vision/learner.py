@@ -19,7 +19,7 @@ from convoy.vision.freezing import BATCHNORMS, frozen_stages, set_train_mode
 from convoy.vision.optimisation import build_optimiser, set_rate
 from convoy.vision.presets import EvalPreset
 from convoy.vision.stages import DepthAxis
-from convoy.vision.training_config import Phase, Precision, Recipe
+from convoy.vision.training_config import Phase, Recipe, TrainingPrecision
 from convoy.vision.views import normalise
 
 # What mixed targets are divided by where all that was mixed counts nothing.
@@ -81,7 +81,7 @@ class Learner:
         self._num_workers = num_workers
         self._class_weights_K = None if class_weights_K is None else class_weights_K.to(self.device)
         self.optimiser = build_optimiser(network, axis, phase, recipe.optimiser)
-        needs_scaling = recipe.precision is Precision.FP16 and self.device.type == "cuda"
+        needs_scaling = recipe.precision is TrainingPrecision.FP16 and self.device.type == "cuda"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=needs_scaling)
         self._num_classes = axis[len(axis) - 1].channels
         self._mixers = _mixers(recipe)
@@ -144,7 +144,7 @@ class Learner:
         if own_place:
             self._seed(*own_place)
         rests = self._resting(*BATCHNORMS) if batch.lacks_statistics else contextlib.nullcontext()
-        with rests, autocast(self.device, self._recipe.precision):
+        with rests, training_autocast(self.device, self._recipe.precision):
             logits_BK = self._model(images)
         losses_B = self._losses(logits_BK.float(), targets, soft)
         loss_sum = (losses_B * weights_B).sum()
@@ -175,7 +175,7 @@ class Learner:
         """Gradients of zero for a pass without usable images: the other workers wait for this one's."""
         image_BCHW = batch.images_BCHW.new_zeros((1, *batch.images_BCHW.shape[1:]))
         # A made-up image must not move BatchNorm.
-        with self._resting(nn.Module), autocast(self.device, self._recipe.precision):
+        with self._resting(nn.Module), training_autocast(self.device, self._recipe.precision):
             logits_BK = self._model(normalise(image_BCHW.to(self.device), self._preset))
         torch.autograd.backward(self.scaler.scale(logits_BK.float().sum() * 0))
 
@@ -216,22 +216,22 @@ class Learner:
         return no_sync() if is_wanted and no_sync is not None else contextlib.nullcontext()
 
 
-def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+def training_autocast(device: torch.device, precision: TrainingPrecision) -> torch.autocast:
     """The context in which a network of this precision runs; fp16 without a GPU is float32."""
-    if precision is Precision.FP16:
+    if precision is TrainingPrecision.FP16:
         return torch.autocast(device.type, dtype=torch.float16, enabled=device.type == "cuda")
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision is Precision.BF16)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision is TrainingPrecision.BF16)
 
 
 @torch.no_grad()
 def validation_sums(
-    network: nn.Module, preset: EvalPreset, batch: TrainBatch, precision: Precision
+    network: nn.Module, preset: EvalPreset, batch: TrainBatch, precision: TrainingPrecision
 ) -> Tensor:
     """[sum of NLL, correct predictions, images] of a batch, in float64 on the device of a network in eval mode."""
     device = next(network.parameters()).device
     labels_B = batch.labels_B.to(device, non_blocking=True)
     images_BCHW = normalise(batch.images_BCHW.to(device, non_blocking=True), preset)
-    with autocast(device, precision):
+    with training_autocast(device, precision):
         logits_BK = network(images_BCHW).float()
     nll = cross_entropy(logits_BK, labels_B, reduction="sum").double()
     correct = (logits_BK.argmax(1) == labels_B).sum()

@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 
 from convoy.vision.training_config import (
     BODY,
-    Averaging,
     Optimiser,
     OptimiserKind,
     Phase,
     Recipe,
     Schedule,
     ScheduleKind,
+    WeightAveraging,
 )
 
 # Of new layers under AdamW, whatever the batch: torch's own default. The rates below are SGD's, as are most papers'.
@@ -103,7 +103,7 @@ _PAPERS: Sequence[tuple[str, PaperRecipe]] = (
             recipe=Recipe(
                 batch_size=256,
                 optimiser=Optimiser(weight_decay=4e-5),
-                averaging=Averaging.EMA,
+                averaging=WeightAveraging.EMA,
                 ema_decay=0.9999,
             ),
             learning_rate=0.045,
@@ -121,7 +121,7 @@ _PAPERS: Sequence[tuple[str, PaperRecipe]] = (
                 label_smoothing=0.1,
                 mixup_alpha=0.8,
                 cutmix_alpha=1.0,
-                averaging=Averaging.EMA,
+                averaging=WeightAveraging.EMA,
                 ema_decay=0.9999,
             ),
             learning_rate=4e-3,

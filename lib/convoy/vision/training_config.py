@@ -99,7 +99,7 @@ class Balance(StrEnum):
     AUTO = "auto"
 
 
-class Averaging(StrEnum):
+class WeightAveraging(StrEnum):
     """Which weights are kept in the end.
 
     `last`; `best`: the epoch with the highest validation top-1, of those at the last phase's resolution; `ema`:
@@ -116,7 +116,7 @@ class Averaging(StrEnum):
     SOUP = "soup"
 
 
-class Precision(StrEnum):
+class TrainingPrecision(StrEnum):
     """What the network trains in. Weights and their updates are float32 always; `auto` is bf16 where it is native."""
 
     AUTO = "auto"
@@ -168,20 +168,20 @@ class Recipe(StrictModel):
     mixup_alpha: NonNegativeFloat = 0.0
     cutmix_alpha: NonNegativeFloat = 0.0
     clip_norm: PositiveFloat | None = None
-    averaging: Averaging = Averaging.LAST
+    averaging: WeightAveraging = WeightAveraging.LAST
     ema_decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
     average_epochs: PositiveInt = 5
     patience_epochs: PositiveInt | None = None
-    precision: Precision = Precision.AUTO
+    precision: TrainingPrecision = TrainingPrecision.AUTO
     compile: bool = False
     sync_batchnorm: bool | Literal["auto"] = AUTO
     seed: NonNegativeInt = 0
 
     @model_validator(mode="after")
     def _averages_have_epochs(self) -> Recipe:
-        if self.averaging is Averaging.SOUP and self.average_epochs < 2:
+        if self.averaging is WeightAveraging.SOUP and self.average_epochs < 2:
             raise ValueError("a soup needs average_epochs of 2 or more")
-        if self.averaging is Averaging.SWA and self.patience_epochs is not None:
+        if self.averaging is WeightAveraging.SWA and self.patience_epochs is not None:
             raise ValueError(
                 "swa averages the last of all epochs, which patience_epochs may cut off:"
                 " leave that out, or choose averaging: best, soup or ema"

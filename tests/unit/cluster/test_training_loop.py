@@ -30,7 +30,7 @@ from convoy.storage.local_store import LocalStore
 from convoy.vision.averaging import BestEpochs
 from convoy.vision.backbone_config import BackboneConfig, NewLayers
 from convoy.vision.backbones import build_network, depth_axis
-from convoy.vision.training_config import Averaging, Balance, Optimiser, OptimiserKind, Phase
+from convoy.vision.training_config import Balance, Optimiser, OptimiserKind, Phase, WeightAveraging
 from convoy.vision.training_state import PackedTraining, is_finite
 from convoy.vision.weights import read_state_dict
 from made_training import (
@@ -312,9 +312,9 @@ class Notes:
         return [note for event in self.events for note in event.notes]
 
 
-@pytest.mark.parametrize("averaging", Averaging)
+@pytest.mark.parametrize("averaging", WeightAveraging)
 def test_a_training_that_diverges_says_where_and_keeps_finite_checkpoints(
-    tmp_path: Path, rows: pa.Table, averaging: Averaging
+    tmp_path: Path, rows: pa.Table, averaging: WeightAveraging
 ) -> None:
     spec = training_spec(
         tmp_path,

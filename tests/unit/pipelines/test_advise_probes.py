@@ -20,7 +20,7 @@ from convoy.pipelines.advise_config import AdviseConfig
 from convoy.pipelines.advise_data import find_warnings
 from convoy.pipelines.advise_evidence import Gatherer
 from convoy.pipelines.advise_probes import Look, Prober
-from convoy.pipelines.advise_rows import choose_rows, missing_classes, subset_rows
+from convoy.pipelines.advise_rows import choose_look_rows, missing_classes, subset_rows
 from convoy.pipelines.advise_taps import spread_taps
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.feature_source import LabelledRows, open_features
@@ -100,7 +100,7 @@ def test_taps_span_the_depth_and_end_at_the_pooled_features() -> None:
 
 def test_a_fold_judges_where_val_has_one_class_only(tmp_path: Path) -> None:
     manifest = frozen_rows(tmp_path, {Split.TRAIN: (100, 10), Split.VAL: (60, 0)}, ("good", "defect"))
-    rows = choose_rows(manifest, CONFIG)
+    rows = choose_look_rows(manifest, CONFIG)
     assert set(rows.judged["split"].to_pylist()) == {"train"}
     assert set(rows.judged["label"].to_pylist()) == {0, 1}
 
@@ -111,14 +111,14 @@ def test_judges_of_one_class_are_refused_before_any_image_is_looked_at(tmp_path:
     with pytest.raises(
         DataError, match="all 24 images that judge are of one class, none is of 'defect'"
     ) as info:
-        choose_rows(manifest, CONFIG)
+        choose_look_rows(manifest, CONFIG)
     assert "val_fraction" in str(info.value)
 
 
 def test_classes_that_no_image_judges_are_warned_of(tmp_path: Path) -> None:
     classes = ("good", "scratch", "dent")
     manifest = frozen_rows(tmp_path, {Split.TRAIN: (100, 50, 4), Split.VAL: (50, 10, 0)}, classes)
-    unjudged = missing_classes(choose_rows(manifest, CONFIG).judged, classes)
+    unjudged = missing_classes(choose_look_rows(manifest, CONFIG).judged, classes)
     assert unjudged == ["dent"]
     warnings = find_warnings(made_advice().size.model_copy(update={"unjudged_classes": unjudged}))
     assert any("no image of 1 of 3 classes judges (dent)" in warning for warning in warnings)
@@ -258,7 +258,7 @@ def test_a_class_whose_images_all_have_weight_0_is_refused_before_any_image_is_l
         weigh=lambda name: 0.0 if name.startswith("train/1/") else 1.0,
     )
     with pytest.raises(DataError, match="all images of 'defect' that are learnt from have a weight of 0"):
-        choose_rows(manifest, CONFIG)
+        choose_look_rows(manifest, CONFIG)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from convoy.core.records import Split
 from convoy.pipelines.advise_config import AdviseConfig
 from convoy.pipelines.advise_evidence import Gatherer
 from convoy.pipelines.advise_probes import LabelledFeatures, Prober
-from convoy.pipelines.advise_rows import LookRows, choose_rows
+from convoy.pipelines.advise_rows import LookRows, choose_look_rows
 from convoy.pipelines.advise_rule import expected_probe
 from convoy.pipelines.natural_sample import natural_counts
 from convoy.pipelines.training_rows import RowLimit, first_of_class, read_split
@@ -88,7 +88,7 @@ def test_what_is_expected_holds_what_a_training_reaches_on_images_as_they_come(
 
 
 def test_classes_are_looked_at_by_their_shares(tmp_path: Path) -> None:
-    rows = choose_rows(frozen_rows(tmp_path, COUNTS | {Split.TEST: (450, 30, 20)}, CLASSES), config())
+    rows = choose_look_rows(frozen_rows(tmp_path, COUNTS | {Split.TEST: (450, 30, 20)}, CLASSES), config())
     assert [by_class(one["label"].to_numpy()) for one in (rows.train, rows.judged, rows.held_out)] == [
         [162, 11, 7]
     ] * 3
@@ -98,7 +98,7 @@ def test_classes_are_looked_at_by_their_shares(tmp_path: Path) -> None:
 def test_the_seed_of_the_look_draws_other_images_of_the_same_training(tmp_path: Path) -> None:
     manifest = frozen_rows(tmp_path, COUNTS, CLASSES)
     first, again, other = (
-        choose_rows(manifest, config("look={images_per_class: 10}", f"look.seed={seed}"))
+        choose_look_rows(manifest, config("look={images_per_class: 10}", f"look.seed={seed}"))
         for seed in (0, 0, 1)
     )
     ids, same, others = (set(rows.train["sample_id"].to_pylist()) for rows in (first, again, other))
@@ -121,13 +121,15 @@ def test_the_rows_of_a_look_are_those_of_the_whole_splits_without_holding_them(
         counts_K = np.bincount(all_rows["label"].to_numpy(), minlength=3)
         expected.append(first_of_class(all_rows, natural_counts(counts_K, 180, least=least), seed=seed))
     monkeypatch.setattr(Manifest, "read_table", lambda *_, **__: pytest.fail("read the whole split"))
-    rows = choose_rows(manifest, config(f"rows={limits[Split.TRAIN].model_dump_json()}", f"look.seed={seed}"))
+    rows = choose_look_rows(
+        manifest, config(f"rows={limits[Split.TRAIN].model_dump_json()}", f"look.seed={seed}")
+    )
     assert [rows.train, rows.judged, rows.held_out] == expected
 
 
 def test_a_rare_class_is_learnt_and_judged_and_counts_as_little_as_it_is(tmp_path: Path) -> None:
     counts = {Split.TRAIN: (1990, 8, 2), Split.VAL: (995, 4, 1)}
-    rows = choose_rows(frozen_rows(tmp_path, counts, CLASSES), config("look={images_per_class: 10}"))
+    rows = choose_look_rows(frozen_rows(tmp_path, counts, CLASSES), config("look={images_per_class: 10}"))
     assert by_class(rows.train["label"].to_numpy()) == [24, 4, 2]
     assert min(by_class(rows.judged["label"].to_numpy())) == 1
     for weighted in (rows.learnt_by_weight, rows.judged_by_weight):
@@ -142,7 +144,7 @@ def test_a_fold_of_fewer_images_judges_as_the_rows_that_measure_a_training(
 ) -> None:
     """Of a fold of fewer images where there is nothing else, as even as these are."""
     counts = {Split.TRAIN: COUNTS[Split.TRAIN]} | ({Split.TEST: (90, 6, 4)} if has_test else {})
-    rows = choose_rows(frozen_rows(tmp_path, counts, CLASSES), config("rows={max_per_class: 50}"))
+    rows = choose_look_rows(frozen_rows(tmp_path, counts, CLASSES), config("rows={max_per_class: 50}"))
     assert by_class(rows.train["label"].to_numpy()) == [40, 40, 40]
     assert by_class(rows.judged["label"].to_numpy()) == [10, 10, 10]
     judged = rows.judged_by_weight
@@ -150,7 +152,7 @@ def test_a_fold_of_fewer_images_judges_as_the_rows_that_measure_a_training(
 
 
 def test_a_training_on_as_many_of_each_class_does_not_know_which_is_frequent(tmp_path: Path) -> None:
-    rows = choose_rows(frozen_rows(tmp_path, COUNTS, CLASSES), config("rows={max_per_class: 50}"))
+    rows = choose_look_rows(frozen_rows(tmp_path, COUNTS, CLASSES), config("rows={max_per_class: 50}"))
     assert by_class(rows.judged["label"].to_numpy()) == [162, 11, 7]
     assert rows.chance_top1 == pytest.approx(1 / 3)
 
@@ -186,7 +188,7 @@ def test_a_training_that_is_measured_on_a_fold_is_promised_what_probes_on_the_sa
 def test_all_that_is_looked_at_are_max_rows_at_most(tmp_path: Path, most: int) -> None:
     counts = {Split.TRAIN: (30,) * 100, Split.VAL: (8,) * 100, Split.TEST: (8,) * 100}
     manifest = frozen_rows(tmp_path, counts, tuple(f"c{label:02}" for label in range(100)))
-    rows = choose_rows(manifest, config(f"look={{max_rows: {most}}}"))
+    rows = choose_look_rows(manifest, config(f"look={{max_rows: {most}}}"))
     assert most - 3 < rows.all.num_rows <= most
     assert np.bincount(rows.train["label"].to_numpy()).min() >= 4
 
@@ -201,6 +203,6 @@ def test_a_look_that_cannot_hold_a_few_of_each_class_is_refused_and_the_least_is
         for most in (799, 800)
     )
     with pytest.raises(ConfigError, match="799 images cannot hold 4 of each of 100 classes") as info:
-        choose_rows(manifest, few)
+        choose_look_rows(manifest, few)
     assert "look.max_rows to 800" in str(info.value)
-    assert choose_rows(manifest, enough).all.num_rows == 800
+    assert choose_look_rows(manifest, enough).all.num_rows == 800

@@ -15,7 +15,7 @@ from convoy.pipelines.train_config import TrainConfig
 from convoy.vision.backbones import build_network, depth_axis
 from convoy.vision.engine_options import NetworkDevice
 from convoy.vision.recipes import paper_recipe
-from convoy.vision.training_config import Optimiser, OptimiserKind, Precision
+from convoy.vision.training_config import Optimiser, OptimiserKind, TrainingPrecision
 from made_devices import made_device
 
 COUNTS = (40, 40)
@@ -338,19 +338,19 @@ def test_a_resolution_that_the_network_cannot_take_is_refused(resolution_px: int
 
 def test_a_precision_of_auto_is_that_of_what_trains_and_is_told() -> None:
     plan = plan_of()
-    assert plan.recipe.precision is Precision.BF16
+    assert plan.recipe.precision is TrainingPrecision.BF16
     assert H100.precision_note in plan.notes
 
 
 def test_a_precision_stays_auto_where_nobody_was_asked() -> None:
     plan = plan_of(device=None)
-    assert plan.recipe.precision is Precision.AUTO
+    assert plan.recipe.precision is TrainingPrecision.AUTO
     assert any("the training itself asks a worker" in note for note in plan.notes)
 
 
 def test_a_precision_that_is_given_stays_and_needs_no_note() -> None:
     plan = plan_of(recipe={"precision": "fp32"})
-    assert plan.recipe.precision is Precision.FP32
+    assert plan.recipe.precision is TrainingPrecision.FP32
     assert not any("precision" in note for note in plan.notes)
 
 

@@ -14,7 +14,7 @@ from convoy.pipelines import stratified_sample
 from convoy.pipelines.stratified_sample import (
     evenly_spread_rows,
     labels_of,
-    named_rows,
+    rows_by_sample_id,
     stratified_rows,
 )
 from convoy.storage.datasets import freeze_dataset, open_dataset
@@ -97,7 +97,7 @@ def test_rows_from_all_over_one_split(manifest: Manifest) -> None:
 
 
 def test_samples_are_found_by_name(manifest: Manifest) -> None:
-    rows = named_rows(manifest, ["val/cat/01.png", "train/bird/00.png"])
+    rows = rows_by_sample_id(manifest, ["val/cat/01.png", "train/bird/00.png"])
     assert rows["sample_id"].to_pylist() == ["train/bird/00.png", "val/cat/01.png"]
     with pytest.raises(DataError, match=r"no sample 'train/bird/09\.png'"):
-        named_rows(manifest, ["train/bird/09.png"])
+        rows_by_sample_id(manifest, ["train/bird/09.png"])

@@ -22,7 +22,7 @@ from convoy.pipelines.tune_config import TuneConfig
 from convoy.storage.datasets import freeze_dataset, open_dataset
 from convoy.storage.local_store import LocalStore
 from convoy.storage.runs import RunFolder
-from convoy.vision.training_config import Precision
+from convoy.vision.training_config import TrainingPrecision
 
 CONFIG = {
     "name": "search",
@@ -123,21 +123,27 @@ def test_auto_means_one_precision_in_all_trials(job: TrialJob) -> None:
     """Not what the node is good for on which a trial happens to be."""
     train_config = journal_of(job).train_config(journal_of(job).point(0, {"recipe.seed": 0}))
     here = _here(job, train_config)
-    assert (here.extraction.precision, here.recipe.precision) == (PrecisionChoice.BF16, Precision.BF16)
+    assert (here.extraction.precision, here.recipe.precision) == (
+        PrecisionChoice.BF16,
+        TrainingPrecision.BF16,
+    )
     explicit = train_config.model_copy(
         update={
             "extraction": train_config.extraction.model_copy(update={"precision": PrecisionChoice.FP32}),
-            "recipe": train_config.recipe.model_copy(update={"precision": Precision.FP16}),
+            "recipe": train_config.recipe.model_copy(update={"precision": TrainingPrecision.FP16}),
         }
     )
     kept = _here(job, explicit)
-    assert (kept.extraction.precision, kept.recipe.precision) == (PrecisionChoice.FP32, Precision.FP16)
+    assert (kept.extraction.precision, kept.recipe.precision) == (
+        PrecisionChoice.FP32,
+        TrainingPrecision.FP16,
+    )
 
 
 def test_a_network_of_a_trial_is_served_in_the_precision_that_its_recipe_names(job: TrialJob) -> None:
     """Also where that is not what `auto` means in the search; of a probe the recipe says nothing."""
     drawn = journal_of(job).train_config(journal_of(job).point(0, {"recipe.seed": 0}))
-    recipe = drawn.recipe.model_copy(update={"precision": Precision.FP32})
+    recipe = drawn.recipe.model_copy(update={"precision": TrainingPrecision.FP32})
     for strategy, precision in (
         (Strategy.FINE_TUNE, PrecisionChoice.FP32),
         (Strategy.LINEAR_PROBE, job.precision),

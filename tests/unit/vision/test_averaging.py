@@ -17,7 +17,7 @@ from convoy.vision.averaging import (
 from convoy.vision.backbone_config import BackboneConfig
 from convoy.vision.backbones import build_network, depth_axis
 from convoy.vision.presets import EvalPreset
-from convoy.vision.training_config import Averaging, Phase, Recipe
+from convoy.vision.training_config import Phase, Recipe, WeightAveraging
 from convoy.vision.training_state import PackedTraining, pack_training
 from convoy.vision.views import normalise
 
@@ -36,7 +36,7 @@ def state(seed: int) -> dict[str, Tensor]:
     return dict(small_network(seed).state_dict())
 
 
-def keeper(averaging: Averaging, **settings: float) -> WeightKeeper:
+def keeper(averaging: WeightAveraging, **settings: float) -> WeightKeeper:
     return build_keeper(Recipe.model_validate({"averaging": averaging, **settings}))
 
 
@@ -69,7 +69,7 @@ def go_through(kept: WeightKeeper, network: nn.Module, seeds: range, num_epochs:
 
 def test_ema_is_that_of_torch_with_a_rising_decay() -> None:
     network = small_network(0)
-    kept = keeper(Averaging.EMA, ema_decay=0.4)
+    kept = keeper(WeightAveraging.EMA, ema_decay=0.4)
 
     def move(average: Tensor, new: Tensor, num_averaged: Tensor | int) -> Tensor:
         # The first state counts as the first update; the decay of update n is (1 + n) / (10 + n).
@@ -92,7 +92,7 @@ def test_ema_is_that_of_torch_with_a_rising_decay() -> None:
 
 
 def test_swa_is_the_mean_of_the_last_epochs() -> None:
-    kept = keeper(Averaging.SWA, average_epochs=3)
+    kept = keeper(WeightAveraging.SWA, average_epochs=3)
     network = small_network(0)
     for epoch in range(6):
         assert (kept.kept() is None) == (epoch < 4)
@@ -101,25 +101,25 @@ def test_swa_is_the_mean_of_the_last_epochs() -> None:
 
 
 def test_best_is_the_first_epoch_with_the_highest_score() -> None:
-    kept = keeper(Averaging.BEST)
+    kept = keeper(WeightAveraging.BEST)
     go_through(kept, small_network(0), range(6), 6)
     assert close(kept.kept(), state(1))
     assert kept.scores == [0.9]
 
 
 def test_soup_is_the_mean_of_the_best_epochs_and_of_equal_ones_the_earlier_rank_first() -> None:
-    kept = keeper(Averaging.SOUP, average_epochs=3)
+    kept = keeper(WeightAveraging.SOUP, average_epochs=3)
     go_through(kept, small_network(0), range(6), 6)
     assert kept.scores == [0.9, 0.9, 0.8]
     assert close(kept.kept(), mean_of(1, 3, 5))
-    two = keeper(Averaging.SOUP, average_epochs=2)
+    two = keeper(WeightAveraging.SOUP, average_epochs=2)
     for epoch in range(4):
         two.after_epoch(small_network(epoch), score=0.5, epochs_left=0)
     assert close(two.kept(), mean_of(0, 1))
 
 
 def test_last_keeps_nothing() -> None:
-    kept = keeper(Averaging.LAST)
+    kept = keeper(WeightAveraging.LAST)
     go_through(kept, small_network(0), range(3), 3)
     assert kept.kept() is None
     assert kept.tensors() == {}
@@ -141,15 +141,17 @@ def test_epochs_are_kept_from_the_last_change_of_the_resolution_on(
 ) -> None:
     phases = [Phase(name="one", epochs=1, learning_rate=0.1, resolution_px=px) for px in resolutions_px]
     preset = EvalPreset(resize_px=36, crop_px=32)
-    assert first_kept_phase(Averaging.BEST, phases, preset) == first
+    assert first_kept_phase(WeightAveraging.BEST, phases, preset) == first
     # What averages takes no weights of a phase before.
-    assert first_kept_phase(Averaging.SWA, phases, preset) == len(phases) - 1
-    assert first_kept_phase(Averaging.SOUP, phases, preset) == len(phases) - 1
+    assert first_kept_phase(WeightAveraging.SWA, phases, preset) == len(phases) - 1
+    assert first_kept_phase(WeightAveraging.SOUP, phases, preset) == len(phases) - 1
 
 
-@pytest.mark.parametrize("averaging", Averaging)
+@pytest.mark.parametrize("averaging", WeightAveraging)
 @pytest.mark.parametrize("saved_after", [0, 1, 3, 5])
-def test_a_saved_keeper_goes_on_as_if_it_had_not_been_saved(averaging: Averaging, saved_after: int) -> None:
+def test_a_saved_keeper_goes_on_as_if_it_had_not_been_saved(
+    averaging: WeightAveraging, saved_after: int
+) -> None:
     settings = {"average_epochs": 3, "ema_decay": 0.9}
     network = small_network(0)
     whole, first = keeper(averaging, **settings), keeper(averaging, **settings)

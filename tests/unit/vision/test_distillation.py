@@ -18,11 +18,11 @@ from convoy.vision.head_objectives import LinearObjective, measure_features, sof
 from convoy.vision.heads import TensorFeatures
 from convoy.vision.learner import Learner, TrainBatch
 from convoy.vision.presets import EvalPreset
-from convoy.vision.training_config import Distillation, Optimiser, Phase, Precision, Recipe
+from convoy.vision.training_config import Distillation, Optimiser, Phase, Recipe, TrainingPrecision
 from convoy.vision.views import normalise
 
 PRESET = EvalPreset(resize_px=None, crop_px=32)
-PLAIN = Recipe(optimiser=Optimiser(momentum=0.0, weight_decay=0.0), precision=Precision.FP32)
+PLAIN = Recipe(optimiser=Optimiser(momentum=0.0, weight_decay=0.0), precision=TrainingPrecision.FP32)
 NUM_CLASSES = 5
 HOW = Distillation(temperature=3.0, weight=0.7)
 

@@ -24,11 +24,11 @@ from convoy.vision.learner import (
     with_group_batchnorm,
 )
 from convoy.vision.presets import EvalPreset
-from convoy.vision.training_config import Optimiser, Phase, Precision, Recipe
+from convoy.vision.training_config import Optimiser, Phase, Recipe, TrainingPrecision
 from convoy.vision.views import normalise
 
 PRESET = EvalPreset(resize_px=None, crop_px=32)
-PLAIN = Recipe(optimiser=Optimiser(momentum=0.0, weight_decay=0.0), precision=Precision.FP32)
+PLAIN = Recipe(optimiser=Optimiser(momentum=0.0, weight_decay=0.0), precision=TrainingPrecision.FP32)
 # A part of the machine's rounding, summed in another order.
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}
 
@@ -384,7 +384,7 @@ def test_a_step_without_usable_images_takes_part_with_gradients_of_zero(depth: i
 
 def test_fp16_is_float32_without_a_gpu() -> None:
     half, full = build(), build()
-    made = learner(half, PLAIN.model_copy(update={"precision": Precision.FP16}))
+    made = learner(half, PLAIN.model_copy(update={"precision": TrainingPrecision.FP16}))
     assert not made.scaler.is_enabled()
     found = step_gradients(made, half, [whole_batch()])
     expected = step_gradients(learner(full), full, [whole_batch()])
@@ -394,7 +394,9 @@ def test_fp16_is_float32_without_a_gpu() -> None:
 def test_bf16_trains_float32_weights() -> None:
     network = build()
     found = step_gradients(
-        learner(network, PLAIN.model_copy(update={"precision": Precision.BF16})), network, [whole_batch()]
+        learner(network, PLAIN.model_copy(update={"precision": TrainingPrecision.BF16})),
+        network,
+        [whole_batch()],
     )
     full = build()
     expected = step_gradients(learner(full), full, [whole_batch()])
@@ -406,7 +408,7 @@ def test_bf16_trains_float32_weights() -> None:
 def test_validation_counts_loss_without_smoothing_or_weights() -> None:
     network, batch = build(), whole_batch()
     logits_BK = network(normalise(batch.images_BCHW, PRESET))
-    nll, correct, rows = validation_sums(network, PRESET, batch, Precision.FP32).tolist()
+    nll, correct, rows = validation_sums(network, PRESET, batch, TrainingPrecision.FP32).tolist()
     assert nll == pytest.approx(
         float(cross_entropy(logits_BK.detach(), batch.labels_B, reduction="sum")), rel=1e-6
     )
@@ -456,5 +458,5 @@ def test_passes_make_no_tensor_of_numbers(num_group_rows: int | Tensor) -> None:
     made = learner(network)
     with _FromNumbers() as watch:
         made.step([whole_batch()], num_group_rows=num_group_rows, factor=1.0, step=0)
-        validation_sums(network, PRESET, whole_batch(), Precision.FP32)
+        validation_sums(network, PRESET, whole_batch(), TrainingPrecision.FP32)
     assert watch.num_made == 0

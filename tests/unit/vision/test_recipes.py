@@ -6,7 +6,6 @@ from pydantic import ValidationError
 from convoy.vision.optimisation import schedule_factor
 from convoy.vision.recipes import fine_tuning_phases, paper_recipe, reuse_phases, transfer_recipe
 from convoy.vision.training_config import (
-    Averaging,
     BatchUnit,
     OptimiserKind,
     Phase,
@@ -14,6 +13,7 @@ from convoy.vision.training_config import (
     Recipe,
     Schedule,
     ScheduleKind,
+    WeightAveraging,
     group_batch_size,
     rate_factor,
 )
@@ -76,7 +76,7 @@ def test_recipes_have_the_numbers_of_their_papers() -> None:
     assert vgg.recipe.optimiser.weight_decay == 5e-4
     assert (convnext.learning_rate, convnext.recipe.batch_size, convnext.epochs) == (4e-3, 4096, 300)
     assert convnext.recipe.optimiser.kind is OptimiserKind.ADAMW
-    assert convnext.recipe.averaging is Averaging.EMA
+    assert convnext.recipe.averaging is WeightAveraging.EMA
 
 
 def test_the_deepest_resnet_for_cifar_alone_warms_up_as_in_its_paper() -> None:
@@ -111,8 +111,8 @@ def test_fine_tuning_begins_with_the_head_and_goes_on_slowly() -> None:
 
 def test_swa_is_refused_where_patience_may_end_the_training_before_its_epochs() -> None:
     with pytest.raises(ValidationError, match="patience_epochs may cut off"):
-        Recipe(averaging=Averaging.SWA, patience_epochs=3)
-    assert Recipe(averaging=Averaging.SOUP, patience_epochs=3).patience_epochs == 3
+        Recipe(averaging=WeightAveraging.SWA, patience_epochs=3)
+    assert Recipe(averaging=WeightAveraging.SOUP, patience_epochs=3).patience_epochs == 3
 
 
 def test_reuse_trains_in_one_phase() -> None:
@@ -139,4 +139,4 @@ def test_rates_follow_the_workers_only_where_the_batch_does(
 
 def test_a_soup_of_one_epoch_is_refused() -> None:
     with pytest.raises(ValueError, match="average_epochs of 2 or more"):
-        Recipe(averaging=Averaging.SOUP, average_epochs=1)
+        Recipe(averaging=WeightAveraging.SOUP, average_epochs=1)
