@@ -9,7 +9,7 @@ import typer
 from convoy.cli.options import (
     ConfigOption,
     JsonOption,
-    NewRunOption,
+    RedoOption,
     SetOption,
     WorkspaceOption,
     load,
@@ -34,7 +34,7 @@ def inspect_model(
     config: ConfigOption = None,
     overrides: SetOption = None,
     workspace: WorkspaceOption = None,
-    new_run: NewRunOption = False,
+    new_run: RedoOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Look into a model over a sample: filters, what classes and channels like, Grad-CAM, maps, near duplicates."""

@@ -12,6 +12,7 @@ from convoy.cli.options import (
     DryRunOption,
     JsonOption,
     NewRunOption,
+    RedoOption,
     ScoreDryRunOption,
     SetOption,
     WorkspaceOption,
@@ -82,7 +83,7 @@ def tune(
     config: ConfigOption = None,
     overrides: SetOption = None,
     workspace: WorkspaceOption = None,
-    new_run: NewRunOption = False,
+    new_run: RedoOption = False,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -138,7 +139,7 @@ def evaluate(  # noqa: PLR0917 (an option of the command line is an argument)
     config: ConfigOption = None,
     overrides: SetOption = None,
     workspace: WorkspaceOption = None,
-    new_run: NewRunOption = False,
+    new_run: RedoOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure a bundle, an ensemble, or a pretrained network as it is, on a split: every row counted once."""
@@ -182,7 +183,7 @@ def score(  # noqa: PLR0917 (an option of the command line is an argument)
     config: ConfigOption = None,
     overrides: SetOption = None,
     workspace: WorkspaceOption = None,
-    new_run: NewRunOption = False,
+    new_run: RedoOption = False,
     dry_run: ScoreDryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -241,7 +242,7 @@ def advise(
     ] = False,
     overrides: SetOption = None,
     workspace: WorkspaceOption = None,
-    new_run: NewRunOption = False,
+    new_run: RedoOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Say which way to use which backbone on a dataset, from one cached pass each; with the configs to do it."""

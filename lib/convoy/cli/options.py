@@ -32,10 +32,11 @@ WorkspaceOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object last on stdout.")]
 NewRunOption = Annotated[
     bool,
-    typer.Option(
-        "--new-run",
-        help="Leave an unfinished run of the same target, or finished predictions, and start afresh.",
-    ),
+    typer.Option("--new-run", help="Leave an unfinished run of the same target, and start afresh."),
+]
+RedoOption = Annotated[
+    bool,
+    typer.Option("--new-run", help="Leave a run of the same target, also a finished one, and start afresh."),
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; no run begins.")]
 ScoreDryRunOption = Annotated[

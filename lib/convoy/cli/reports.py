@@ -41,7 +41,7 @@ def report_page(
         typer.Argument(
             metavar="[TARGET]",
             help="Run id, dataset, or model; with run:, dataset: or model: in front where two have one name,"
-            " and where it is called page, augmentation or ensemble, as a command here.",
+            " or where its name is page, augmentation or ensemble, which are commands.",
         ),
     ] = None,
     output: Annotated[

@@ -13,7 +13,6 @@ import typer
 from convoy.cli.options import (
     ConfigOption,
     JsonOption,
-    NewRunOption,
     SetOption,
     WorkspaceOption,
     run_job,
@@ -61,18 +60,27 @@ TriesOption = Annotated[
 CpusOption = Annotated[
     int | None,
     typer.Option(
-        "--cpus", min=1, help="CPUs, in all, that the cluster starts first. Default: what its head says."
+        "--cpus",
+        min=1,
+        help="CPUs, in all, that the cluster starts first."
+        " Default: CONVOY_CLUSTER_CPUS in the head's environment.",
     ),
 ]
 GpusOption = Annotated[
     int | None,
     typer.Option(
-        "--gpus", min=0, help="GPUs, in all, that the cluster starts first. Default: what its head says."
+        "--gpus",
+        min=0,
+        help="GPUs, in all, that the cluster starts first."
+        " Default: CONVOY_CLUSTER_GPUS in the head's environment.",
     ),
 ]
 FollowOption = Annotated[
     bool,
     typer.Option("--follow/--no-wait", help="Show the log on stderr until the job ends, or return at once."),
+]
+SubmittedNewRunOption = Annotated[
+    bool, typer.Option("--new-run", help="Run the job with its own --new-run: see `convoy COMMAND --help`.")
 ]
 SubmissionArgument = Annotated[
     str, typer.Argument(metavar="SUBMISSION_ID", help="As printed by the submission.")
@@ -96,7 +104,7 @@ def _submit_command(verb: Verb) -> Callable[..., None]:
         cpus: CpusOption = None,
         gpus: GpusOption = None,
         follow: FollowOption = True,
-        new_run: NewRunOption = False,
+        new_run: SubmittedNewRunOption = False,
         as_json: JsonOption = False,
     ) -> None:
         if new_run and verb is Verb.RETRAIN:

@@ -79,9 +79,10 @@ class ConfusedPair(StrictModel):
 
 
 class AlikePair(StrictModel):
-    """Two classes that the policy turns into one another: each, as drawn, is taken for the other by who never saw it.
+    """Two classes that the policy turns into one another.
 
-    The shares are of the rows of each class; `p` is adjusted for all pairs of all policies.
+    Each, as drawn, is taken for the other by the model that learnt without the policy. The shares are of the rows
+    of each class; `p` is adjusted for all pairs of all policies.
     """
 
     first: str
