@@ -89,20 +89,16 @@ def open_rows(
     manifest: Manifest,
     previous: Manifest | None,
     folder: RetrainFolder,
-    held: Mapping[str, Manifest] | None = None,
+    held: Mapping[str, Manifest],
     *,
     date: str,
-    champion_classes: Sequence[str] = (),
-    min_class_rows: int = 1,
+    champion_classes: Sequence[str],
+    min_class_rows: int,
 ) -> RetrainRows:
-    """The rows of a version. The first time, its labelled test rows become the holdout for good.
+    """Settle the holdout of the date, for good (`_settle_holdout`), and find what is new beside it.
 
-    Later, each class that the champion knows, and of which its version had few frozen rows left, is filled up to a
-    quarter more than `min_class_rows` by rows that were test rows already in that version: no model was trained on
-    them, and neither today's data nor what was objected to can choose its judges.
-
-    `held` are versions since `previous` whose data was objected to, by date and oldest first. Raises
-    DataError where no test row is labelled, or nothing of the holdout is left.
+    `previous` is the version of the champion, `held` are versions since then whose data was objected to, by date and
+    oldest first. Raises DataError where no test row is labelled, or nothing of the holdout is left.
     """
     table = _read(manifest)
     pairs = _pairs(table)
@@ -110,20 +106,15 @@ def open_rows(
     learnt = table.slice(0, 0) if previous is None else _read(previous)
     before = set(_pairs(learnt))
     is_new_N = np.array([pair not in before for pair in pairs], np.bool_)
-    holdout = folder.holdout()
-    if holdout is None:
-        folder.freeze_holdout(_first_holdout(table, manifest))
-    elif folder.joined_holdout(date) is None and (
-        wanted := _scarce(_still_there(learnt, holdout), champion_classes, min_class_rows)
-    ):
-        were_unseen = set(_pairs(_unseen(learnt, content_id_array(learnt["content_id"]))))
-        is_trusted_N = np.array([pair in were_unseen for pair in pairs], np.bool_)
-        unseen = _unseen(table, contents_N, is_trusted_N & ~_is_held_out(table, holdout))
-        joining = _some_of_each(unseen, wanted)
-        if joining.num_rows:
-            folder.extend_holdout(date, joining.select(HOLDOUT_SCHEMA.names))
-    holdout, joined = folder.holdout(), folder.joined_holdout(date)
-    assert holdout is not None
+    holdout, joined = _settle_holdout(
+        folder,
+        table,
+        learnt,
+        manifest,
+        date=date,
+        champion_classes=champion_classes,
+        min_class_rows=min_class_rows,
+    )
     kept = _still_there(table, holdout)
     if not kept.num_rows:
         raise DataError(
@@ -139,7 +130,7 @@ def open_rows(
         is_new_N=is_new_N,
         held_out_contents_H=content_id_array(holdout["content_id"]),
         is_held_out_N=_is_held_out(table, holdout),
-        held_N=_held_back(pairs, is_new_N, held or {}),
+        held_N=_held_back(pairs, is_new_N, held),
         holdout=NamedRows.of(kept["content_id"], kept["class"].to_pylist()),
         frozen_by_class=class_counts(holdout),
         remained_by_class=class_counts(remained),
@@ -149,6 +140,40 @@ def open_rows(
         num_removed=len(before - set(pairs)),
         shared_classes=tuple(dict.fromkeys([*manifest.classes, *holdout["class"].to_pylist()])),
     )
+
+
+def _settle_holdout(
+    folder: RetrainFolder,
+    table: pa.Table,
+    learnt: pa.Table,
+    manifest: Manifest,
+    *,
+    date: str,
+    champion_classes: Sequence[str],
+    min_class_rows: int,
+) -> tuple[pa.Table, pa.Table | None]:
+    """The holdout as it is on a date, and what joined it then: the first time it is the labelled test rows, for good.
+
+    Later, each class that the champion knows, and of which its version `learnt` had few frozen rows left, is filled
+    up to a quarter more than `min_class_rows` by rows that were test rows already in that version: no model was
+    trained on them, and neither today's data nor what was objected to can choose its judges. Raises DataError where no
+    test row is labelled.
+    """
+    holdout = folder.holdout()
+    if holdout is None:
+        folder.freeze_holdout(_first_holdout(table, manifest))
+    elif folder.joined_holdout(date) is None and (
+        wanted := _scarce(_still_there(learnt, holdout), champion_classes, min_class_rows)
+    ):
+        were_unseen = set(_pairs(_unseen(learnt, content_id_array(learnt["content_id"]))))
+        is_trusted_N = np.array([pair in were_unseen for pair in _pairs(table)], np.bool_)
+        is_wanted_N = is_trusted_N & ~_is_held_out(table, holdout)
+        joining = _some_of_each(_unseen(table, content_id_array(table["content_id"]), is_wanted_N), wanted)
+        if joining.num_rows:
+            folder.extend_holdout(date, joining.select(HOLDOUT_SCHEMA.names))
+    settled = folder.holdout()
+    assert settled is not None
+    return settled, folder.joined_holdout(date)
 
 
 def class_counts(table: pa.Table) -> Counter[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from convoy.core.records import Split
 from convoy.pipelines.committees import single_committee
 from convoy.pipelines.retrain_config import DataChecks
 from convoy.pipelines.retrain_data import Findings, look_for_losses
-from convoy.pipelines.retrain_rows import open_rows
+from convoy.pipelines.retrain_rows import RetrainRows, open_rows
 from convoy.storage.local_store import LocalStore
 from convoy.storage.manifests import MANIFEST_SCHEMA, Manifest
 from convoy.storage.retrains import RetrainFolder
@@ -52,19 +52,41 @@ def version(
     return write_samples(LocalStore(str(folder)), samples, classes, key=f"{name}.parquet", fingerprint=name)
 
 
+def opened(
+    manifest: Manifest,
+    previous: Manifest | None,
+    folder: RetrainFolder,
+    held: Mapping[str, Manifest] | None = None,
+    *,
+    date: str,
+    champion_classes: tuple[str, ...] = (),
+    min_class_rows: int = 1,
+) -> RetrainRows:
+    """Rows that any number of judges will do for, unless a test says more."""
+    return open_rows(
+        manifest,
+        previous,
+        folder,
+        held or {},
+        date=date,
+        champion_classes=champion_classes,
+        min_class_rows=min_class_rows,
+    )
+
+
 def test_a_dataset_without_a_test_split_is_refused_though_it_has_val_rows(tmp_path: Path) -> None:
     manifest = version(tmp_path, "first", ("a", TRAIN), ("b", VAL))
     with pytest.raises(DataError, match="test_fraction"):
-        open_rows(manifest, None, RetrainFolder(LocalStore(str(tmp_path)), "pets"), date=DAY)
+        opened(manifest, None, RetrainFolder(LocalStore(str(tmp_path)), "pets"), date=DAY)
 
 
 def test_an_image_that_training_sees_too_is_none_of_the_newest_rows(tmp_path: Path) -> None:
     before = (("a", TRAIN), ("b", VAL), ("c", TEST))
     first = version(tmp_path, "first", *before)
     folder = RetrainFolder(LocalStore(str(tmp_path)), "pets")
-    open_rows(first, None, folder, date="2026-01-01")
+    opened(first, None, folder, date="2026-01-01")
     twice = (("d", TRAIN), ("d", TEST), ("e", VAL), ("e", TEST), ("f", TEST))
-    rows = open_rows(version(tmp_path, "second", *before, *twice), first, folder, date=DAY)
+    rows = opened(version(tmp_path, "second", *before, *twice), first, folder, date=DAY)
     assert [one.rstrip() for one in rows.newest.content_ids_N.tolist()] == [b"f"]
 
 
@@ -72,8 +94,8 @@ def test_rows_with_the_bytes_of_a_judge_are_found_where_the_store_knows_no_check
     names = (("d", TEST), ("a", TRAIN), ("b", TRAIN), ("c", VAL), ("e", TEST), ("f", TEST))
     first = version(tmp_path, "first", ("d", TEST))
     folder = RetrainFolder(LocalStore(str(tmp_path)), "pets")
-    open_rows(first, None, folder, date="2026-01-01")
-    rows = open_rows(version(tmp_path, "second", *names), first, folder, date=DAY)
+    opened(first, None, folder, date="2026-01-01")
+    rows = opened(version(tmp_path, "second", *names), first, folder, date=DAY)
     assert rows.num_leaks == 0
     # What is d under another name is learnt by no model, and e was seen by one as c; of f nothing is known.
     bytes_of = {"a": "1", "b": "4", "c": "5", "d": "4", "e": "5"}
@@ -90,7 +112,7 @@ def test_rows_that_were_held_stay_a_batch_of_their_own_among_those_that_follow(t
     before = (("a", TRAIN), ("c", TEST))
     first = version(tmp_path, "first", *before)
     folder = RetrainFolder(LocalStore(str(tmp_path)), "pets")
-    open_rows(first, None, folder, date="2026-01-01")
+    opened(first, None, folder, date="2026-01-01")
     bad = (*before, ("b", TRAIN), ("d", TRAIN))
     held = {
         "2026-01-02": version(tmp_path, "second", *bad),
@@ -98,7 +120,7 @@ def test_rows_that_were_held_stay_a_batch_of_their_own_among_those_that_follow(t
     }
     # One of the two is taken away since.
     now = version(tmp_path, "now", *bad[:-1], ("e", TRAIN), ("f", TRAIN))
-    rows = open_rows(now, first, folder, held, date=DAY)
+    rows = opened(now, first, folder, held, date=DAY)
     batches = {date: rows.chosen(one_N)["content_id"].to_pylist() for date, one_N in rows.held_N.items()}
     assert {date: [one.rstrip() for one in batch] for date, batch in batches.items()} == {
         "2026-01-02": [b"b"],
@@ -110,7 +132,7 @@ def objections(today: Manifest, champions: Manifest, *, knows: tuple[str, ...] =
     """What is objected to where a champion was made from another version and knows some classes."""
     champion = single_committee(made_classifier(today.store, 0, classes=knows), name="pets", digest="")
     findings = Findings()
-    rows = open_rows(today, champions, RetrainFolder(today.store, "pets"), date=DAY)
+    rows = opened(today, champions, RetrainFolder(today.store, "pets"), date=DAY)
     look_for_losses(rows, DataChecks(), champion, findings)
     return findings.objections
 
@@ -118,7 +140,7 @@ def objections(today: Manifest, champions: Manifest, *, knows: tuple[str, ...] =
 def test_rows_of_the_champion_and_of_the_holdout_that_are_gone_are_objected_to(tmp_path: Path) -> None:
     all_rows = [(f"{number}", TEST if number % 2 else TRAIN) for number in range(40)]
     first = version(tmp_path, "first", *all_rows)
-    open_rows(first, None, RetrainFolder(first.store, "pets"), date="2026-01-01")
+    opened(first, None, RetrainFolder(first.store, "pets"), date="2026-01-01")
     left_36, left_24 = (version(tmp_path, f"left-{num}", *all_rows[:num]) for num in (36, 24))
     assert objections(left_36, first) == []
     assert [text[:20] for text in objections(left_24, first)] == [
@@ -140,7 +162,7 @@ def test_a_loss_that_a_champion_was_promoted_after_holds_no_later_date(tmp_path:
     both = cats_and_dogs(100, 100)
     dogs = {content for content, _ in both if content.startswith("dog")}
     first = version(tmp_path, "first", *both, dogs=dogs)
-    open_rows(first, None, RetrainFolder(first.store, "pets"), date="2026-01-01")
+    opened(first, None, RetrainFolder(first.store, "pets"), date="2026-01-01")
     no_dogs = version(tmp_path, "no-dogs", *cats_and_dogs(100), classes=("cat",))
     assert "50 of the 100 rows of the frozen holdout are gone" in objections(no_dogs, first)
     assert objections(no_dogs, no_dogs, knows=("cat",)) == []
@@ -155,7 +177,7 @@ def test_a_loss_that_a_champion_was_promoted_after_holds_no_later_date(tmp_path:
 @pytest.mark.parametrize("is_promoted", [False, True])
 def test_small_losses_of_many_dates_are_objected_to_together(tmp_path: Path, is_promoted: bool) -> None:
     champions = version(tmp_path, "first", *cats_and_dogs(200))
-    open_rows(champions, None, RetrainFolder(champions.store, "pets"), date="2026-01-01")
+    opened(champions, None, RetrainFolder(champions.store, "pets"), date="2026-01-01")
     for num_rows in (190, 180, 170, 160):
         today = version(tmp_path, f"left-{num_rows}", *cats_and_dogs(num_rows))
         assert objections(today, champions) == []
@@ -172,7 +194,7 @@ def test_test_rows_of_a_class_that_the_champion_learnt_later_join_the_holdout(tm
     cats = (("a", TRAIN), ("b", TEST), ("c", TEST))
     first = version(tmp_path, "first", *cats)
     folder = RetrainFolder(LocalStore(str(tmp_path)), "pets")
-    open_rows(first, None, folder, date="2026-01-01")
+    opened(first, None, folder, date="2026-01-01")
     dogs = (("e", TRAIN), ("f", TEST), ("f", VAL), ("g", TRAIN))
     second = version(tmp_path, "second", *cats, *dogs, ("d", TEST), dogs="defg")
     today = version(
@@ -190,9 +212,7 @@ def test_test_rows_of_a_class_that_the_champion_learnt_later_join_the_holdout(tm
     def joined(
         date: str, previous: Manifest, champion_classes: tuple[str, ...] = CLASSES
     ) -> tuple[list[str], int]:
-        rows = open_rows(
-            today, previous, folder, date=date, champion_classes=champion_classes, min_class_rows=2
-        )
+        rows = opened(today, previous, folder, date=date, champion_classes=champion_classes, min_class_rows=2)
         kept = zip(rows.holdout.content_ids_N.tolist(), rows.holdout.names_N, strict=True)
         by_class: dict[str, list[bytes]] = {"cat": [], "dog": []}
         for content, name in kept:
@@ -215,15 +235,15 @@ def test_a_loss_of_judges_is_objected_to_before_others_take_their_place(tmp_path
     frozen = [(f"{number:02}", TEST) for number in range(25)]
     first = version(tmp_path, "first", ("a", TRAIN), *frozen)
     folder = RetrainFolder(LocalStore(str(tmp_path)), "pets")
-    open_rows(first, None, folder, date="2026-01-01")
+    opened(first, None, folder, date="2026-01-01")
     later = [(f"{number}", TEST) for number in range(100, 200)]
     second = version(tmp_path, "second", ("a", TRAIN), *frozen, *later)
     today = version(tmp_path, "today", ("a", TRAIN), *frozen[:10], *later)
-    rows = open_rows(today, second, folder, date=DAY, champion_classes=CLASSES, min_class_rows=20)
+    rows = opened(today, second, folder, date=DAY, champion_classes=CLASSES, min_class_rows=20)
     findings = Findings()
     look_for_losses(rows, DataChecks(), None, findings)
     assert "15 of the 25 rows of the frozen holdout are gone" in findings.objections
     assert rows.joined.total() == 0
     # Once a champion was promoted after the loss, the class is watched by as many as before.
-    rows = open_rows(today, today, folder, date="2026-01-06", champion_classes=CLASSES, min_class_rows=20)
+    rows = opened(today, today, folder, date="2026-01-06", champion_classes=CLASSES, min_class_rows=20)
     assert (rows.joined.total(), len(rows.holdout.names_N)) == (15, 25)
