@@ -161,6 +161,32 @@ class TrialRecord(StrictModel):
         return PastTrial(point=self.point, state=self.state, top1=self.top1, epochs=self.epochs)
 
 
+class TrialSummary(StrictModel):
+    """A trial in the report of its search; `trials/<trial>.json` in the run folder says more."""
+
+    trial: str
+    state: TrialState
+    values: dict[str, Any]
+    top1: float | None
+    top1_interval: Interval | None
+    nll: float | None
+    num_epochs: int
+    seconds: float
+    bundles: list[str]
+    predictions_runs: list[str]
+    rejects: int = 0
+    within_error_budget: bool = True
+    cost: TrialCost | None
+    reason: str | None
+
+    @classmethod
+    def of(cls, record: TrialRecord) -> TrialSummary:
+        """What of a record belongs into the report."""
+        shared = record.model_dump(include=cls.model_fields.keys() & TrialRecord.model_fields.keys())
+        seconds = record.finished_unix_s - record.started_unix_s
+        return cls(**shared, num_epochs=len(record.epochs), seconds=seconds)
+
+
 class TrialJournal:
     """The points that were drawn, and the records of the trials that ended, below a run folder."""
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,11 +13,9 @@ from convoy.cluster.nodes import alive_nodes
 from convoy.cluster.search_plan import GivenUp, SearchPlan
 from convoy.cluster.session import ray_session
 from convoy.cluster.tuning import plan_trials, run_search
-from convoy.core.config import StrictModel
 from convoy.core.errors import ConfigError, TrainingError
 from convoy.core.fingerprints import canonical_json, digest
 from convoy.core.progress import Progress
-from convoy.core.statistics import Interval
 from convoy.core.trial_events import TrialState
 from convoy.pipelines.dataset_choice import open_as_begun
 from convoy.pipelines.ensemble_building import EnsembleReport, ReportDrawer, build_ensemble
@@ -27,7 +26,7 @@ from convoy.pipelines.network_training import CurveDrawer
 from convoy.pipelines.search_identity import as_recorded, search_identity
 from convoy.pipelines.search_time import SearchTimer, seconds_spent
 from convoy.pipelines.trial_candidates import as_candidate, candidate_trials, reject_notes, view_notes
-from convoy.pipelines.trial_journal import TrialCost, TrialJournal, TrialRecord, in_order, trials_parquet
+from convoy.pipelines.trial_journal import TrialJournal, TrialRecord, TrialSummary, in_order, trials_parquet
 from convoy.pipelines.trial_trainings import give_up_trainings
 from convoy.pipelines.trials import TrialJob, run_trial
 from convoy.pipelines.tune_config import SearchBudget, TuneConfig
@@ -72,32 +71,6 @@ class TuneDrawers:
     ensemble: ReportDrawer
 
 
-class TrialSummary(StrictModel):
-    """A trial in the report of its search; `trials/<trial>.json` in the run folder says more."""
-
-    trial: str
-    state: TrialState
-    values: dict[str, Any]
-    top1: float | None
-    top1_interval: Interval | None
-    nll: float | None
-    num_epochs: int
-    seconds: float
-    bundles: list[str]
-    predictions_runs: list[str]
-    rejects: int = 0
-    within_error_budget: bool = True
-    cost: TrialCost | None
-    reason: str | None
-
-    @classmethod
-    def of(cls, record: TrialRecord) -> TrialSummary:
-        """What of a record belongs into the report."""
-        shared = record.model_dump(include=cls.model_fields.keys() & TrialRecord.model_fields.keys())
-        seconds = record.finished_unix_s - record.started_unix_s
-        return cls(**shared, num_epochs=len(record.epochs), seconds=seconds)
-
-
 class TuneReport(EnsembleReport):
     """The ensemble of a search's trials, and the trials. `page` is its report as one HTML file.
 
@@ -132,15 +105,8 @@ def run_tune(
     if config.folds is None:
         require_validation_rows(manifest)
     identity = search_identity(manifest, config)
-    begun = open_run.current()
-    told = as_recorded(identity, None if begun is None else begun.record())
-    folder, _ = take_up(open_run, told, new_run=new_run)
     answer_key = f"{_ANSWERS}{digest(identity)}.json"
-    if folder is None and not open_run.begins_anew(new_run):
-        folder = finished_run(store, answer_key)
-        if folder is not None and (moved := _moved_since(folder, manifest, config)):
-            notes.append(f"a new search, as since {folder.run_id} {', '.join(moved)}")
-            folder = None
+    folder, moved = _begun_folder(open_run, identity, manifest, config, answer_key, new_run=new_run)
     folder = folder or open_run.start()
     with hold_run(folder, when_held=WhenHeld.REFUSE) as lease:
         known = _report(folder)
@@ -156,15 +122,8 @@ def run_tune(
         search = _Search(store, manifest, config, progress, folder, lease)
         with ray_session():
             is_over = known is not None and known.budget == config.budget
-            try:
+            with _given_up_before_a_trial(search, open_run, folder, lease):
                 records = search.records() if is_over else search.run(draw.training, pins)
-            except ConfigError:
-                if not search.has_drawn():
-                    # A budget that is too small, or the like: the config that corrects it may be another search.
-                    lease.confirm()
-                    open_run.close(folder)
-                    give_up(folder)
-                raise
             ensemble = search.build_ensemble(records)
         report = TuneReport(
             **ensemble.model_dump(),
@@ -181,7 +140,47 @@ def run_tune(
         store.put(answer_key, canonical_json({"run_id": folder.run_id}))
         finish(folder, report.model_dump(mode="json"))
         open_run.close(folder)
-    return report.model_copy(update={"notes": [*notes, *report.notes]})
+    return report.model_copy(update={"notes": [*notes, *moved, *report.notes]})
+
+
+def _begun_folder(
+    open_run: OpenRun,
+    identity: dict[str, Any],
+    manifest: Manifest,
+    config: TuneConfig,
+    answer_key: str,
+    *,
+    new_run: bool,
+) -> tuple[RunFolder | None, list[str]]:
+    """The unfinished search, or the finished one that counts; None for a new one, with notes on what counts no more."""
+    begun = open_run.current()
+    folder, _ = take_up(
+        open_run, as_recorded(identity, None if begun is None else begun.record()), new_run=new_run
+    )
+    if folder is not None or open_run.begins_anew(new_run):
+        return folder, []
+    folder = finished_run(manifest.store, answer_key)
+    if folder is not None and (moved := _moved_since(folder, manifest, config)):
+        return None, [f"a new search, as since {folder.run_id} {', '.join(moved)}"]
+    return folder, []
+
+
+@contextmanager
+def _given_up_before_a_trial(
+    search: _Search, open_run: OpenRun, folder: RunFolder, lease: RunLease
+) -> Iterator[None]:
+    """Give a search up that a ConfigError ends before it has drawn anything.
+
+    Of a budget that is too small, or the like: the config that corrects it may be another search.
+    """
+    try:
+        yield
+    except ConfigError:
+        if not search.has_drawn():
+            lease.confirm()
+            open_run.close(folder)
+            give_up(folder)
+        raise
 
 
 def _report(folder: RunFolder) -> TuneReport | None:
