@@ -22,10 +22,10 @@ from convoy.pipelines.advise_rule import (
 )
 from convoy.pipelines.backbone_evidence import BackboneEvidence
 from convoy.pipelines.classifiers import Strategy
-from convoy.pipelines.network_plan import wanted_recipe
 from convoy.pipelines.probe_judging import JUDGING_FOLD
 from convoy.pipelines.train_config import NETWORKS, TrainConfig
 from convoy.pipelines.training_rows import RowLimit
+from convoy.pipelines.wanted_training import wanted_recipe
 from convoy.storage.object_store import WriterMode
 from convoy.storage.stores import open_object, open_store
 from convoy.vision.backbone_config import WeightSource, weight_source

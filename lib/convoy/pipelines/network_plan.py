@@ -17,20 +17,13 @@ from convoy.pipelines.classifiers import Strategy
 from convoy.pipelines.network_building import learnt_layers
 from convoy.pipelines.train_config import TrainConfig
 from convoy.pipelines.training_rows import balance_notes, settle_balance
+from convoy.pipelines.wanted_training import default_recipe, stand_in_rate, wanted_phases, wanted_recipe
 from convoy.vision.backbone_config import BackboneConfig, WeightSource, weight_source
 from convoy.vision.call_trace import run_on_shapes
 from convoy.vision.engine_options import NetworkDevice
 from convoy.vision.freezing import frozen_stages, resolve_freeze_depth, trains_batchnorm
 from convoy.vision.presets import EvalPreset
-from convoy.vision.recipes import (
-    ADAMW_RATE,
-    DEFAULT_OPTIMISERS,
-    SGD_RATE_AT_256,
-    fine_tuning_phases,
-    paper_recipe,
-    reuse_phases,
-    transfer_recipe,
-)
+from convoy.vision.recipes import paper_recipe
 from convoy.vision.stages import DepthAxis
 from convoy.vision.training_config import (
     AUTO,
@@ -47,8 +40,6 @@ from convoy.vision.training_config import (
 )
 
 _NAMES = {OptimiserKind.ADAMW: "AdamW", OptimiserKind.SGD: "SGD"}
-_FINE_TUNING_EPOCHS = 5
-_REUSE_EPOCHS = 10
 # What averages epochs of the last phase; it takes so many at least, where the phase has them.
 _OF_EPOCHS = (WeightAveraging.SWA, WeightAveraging.SOUP)
 _LEAST_AVERAGED = 2
@@ -115,22 +106,17 @@ def plan_network(
     phases = wanted_phases(config, wanted)
     recipe = _resolve_recipe(wanted, phases[-1], device)
     batch_size = group_batch_size(recipe, num_workers)
-    factor = rate_factor(recipe, num_workers)
     _check_batch(batch_size, sum(counts), num_workers)
     _check_resolutions(phases, network)
     images_per_class = statistics.median(counts)
     resolved = tuple(
-        phase.model_copy(
-            update={
-                "freeze_depth": resolve_freeze_depth(
-                    axis,
-                    phase.freeze_depth,
-                    images_per_class=images_per_class,
-                    # What the first phase does not freeze it trains, so later ones may freeze everything.
-                    num_learnt=None if number else _num_learnt(config, axis),
-                ),
-                "learning_rate": phase.learning_rate * factor,
-            }
+        _resolve_phase(
+            phase,
+            axis,
+            images_per_class=images_per_class,
+            # What the first phase does not freeze it trains, so later ones may freeze everything.
+            num_learnt=None if number else _num_learnt(config, axis),
+            factor=rate_factor(recipe, num_workers),
         )
         for number, phase in enumerate(phases)
     )
@@ -142,37 +128,22 @@ def plan_network(
         on_gpus=on_gpus,
     )
     balance = settle_balance(recipe.balance, counts)
-    notes = [_source(config), *_notes(phases, resolved, axis, images_per_class), *batchnorm_notes]
-    notes += _notes_of_random(config, resolved)
-    if _trains_head_twice(config, resolved):
-        notes.append(
-            f"phase {resolved[-1].name} trains the head alone, as phase {resolved[0].name} does: a lower freeze_depth"
-            f" trains more, {Strategy.LINEAR_PROBE.value} ends sooner"
-        )
-    if wanted.precision is TrainingPrecision.AUTO:
-        unknown = "precision auto: the training itself asks a worker of the cluster"
-        notes.append(unknown if device is None else device.precision_note)
-    if (last_px := phases[-1].resolution_px) is not None:
-        notes.append(
-            f"the last phase learns and is judged at {last_px} pixels; its bundle sees those of the preset"
-        )
-    notes += balance_notes(balance, counts)
-    if recipe.averaging in _OF_EPOCHS:
-        last, taken = phases[-1], min(recipe.average_epochs, phases[-1].epochs)
-        if taken < wanted.average_epochs:
-            of = f"{taken} of the {last.epochs} epochs of phase {last.name}"
-            notes.append(f"{recipe.averaging.value} takes {of}: at most half, or two")
-    notes += _notes_of_stand_ins(config, recipe)
-    if not has_val:
-        notes += _notes_without_val(recipe)
-    notes += _notes_of_unused(config, wanted)
-    if factor != 1.0:
-        notes.append(
-            f"learning rates times {factor:g} for {num_workers} workers ({recipe.rate_scaling.value})"
-        )
-    return NetworkPlan(
-        recipe=recipe, phases=resolved, batch_size=batch_size, balance=balance, notes=tuple(notes)
+    notes = (
+        _source(config),
+        *_notes(phases, resolved, axis, images_per_class),
+        *batchnorm_notes,
+        *_notes_of_random(config, resolved),
+        *_notes_of_head_alone(config, resolved),
+        *_notes_of_precision(wanted, device),
+        *_notes_of_resolution(phases[-1]),
+        *balance_notes(balance, counts),
+        *_notes_of_average(wanted, recipe, phases[-1]),
+        *_notes_of_stand_ins(config, recipe),
+        *([] if has_val else _notes_without_val(recipe)),
+        *_notes_of_unused(config, wanted),
+        *_notes_of_rate(recipe, num_workers),
     )
+    return NetworkPlan(recipe=recipe, phases=resolved, batch_size=batch_size, balance=balance, notes=notes)
 
 
 def planned_batch_bytes(config: TrainConfig, preset: EvalPreset, num_workers: int) -> int:
@@ -180,27 +151,6 @@ def planned_batch_bytes(config: TrainConfig, preset: EvalPreset, num_workers: in
     recipe = wanted_recipe(config)
     batch_size = group_batch_size(recipe, num_workers)
     return largest_batch_bytes(preset, wanted_phases(config, recipe), batch_size, num_workers)
-
-
-def wanted_recipe(config: TrainConfig) -> Recipe:
-    """The recipe of the strategy, or of the architecture's paper, with what the config sets in its place."""
-    default = _default_recipe(config)
-    given, optimiser = _what_is_set(config.recipe), _what_is_set(config.recipe.optimiser)
-    kind = optimiser.get("kind", default.optimiser.kind)
-    # The weight decay of one kind of optimiser means nothing to another.
-    usual = default.optimiser if kind is default.optimiser.kind else DEFAULT_OPTIMISERS[kind]
-    given["optimiser"] = usual.model_copy(update=optimiser)
-    return default.model_copy(update=given)
-
-
-def _what_is_set(model: StrictModel) -> dict[str, Any]:
-    return {name: getattr(model, name) for name in model.model_fields_set}
-
-
-def _default_recipe(config: TrainConfig) -> Recipe:
-    if config.strategy is Strategy.FROM_SCRATCH:
-        return paper_recipe(config.backbone.arch).recipe
-    return transfer_recipe()
 
 
 def _resolve_recipe(recipe: Recipe, last: Phase, device: NetworkDevice | None) -> Recipe:
@@ -218,6 +168,16 @@ def _resolve_recipe(recipe: Recipe, last: Phase, device: NetworkDevice | None) -
         most = max(_LEAST_AVERAGED, last.epochs // 2)
         update["average_epochs"] = min(recipe.average_epochs, most)
     return recipe.model_copy(update=update)
+
+
+def _resolve_phase(
+    phase: Phase, axis: DepthAxis, *, images_per_class: float, num_learnt: int | None, factor: float
+) -> Phase:
+    """The phase with a number of frozen stages, and its rate for the group of workers."""
+    depth = resolve_freeze_depth(
+        axis, phase.freeze_depth, images_per_class=images_per_class, num_learnt=num_learnt
+    )
+    return phase.model_copy(update={"freeze_depth": depth, "learning_rate": phase.learning_rate * factor})
 
 
 def _settle_batchnorm(
@@ -249,40 +209,6 @@ def _source(config: TrainConfig) -> str:
     if config.strategy is Strategy.FROM_SCRATCH:
         return f"recipe: {paper_recipe(config.backbone.arch).source}"
     return f"recipe: Convoy's for {config.strategy.value}"
-
-
-def wanted_phases(config: TrainConfig, recipe: Recipe) -> tuple[Phase, ...]:
-    """The phases of the config, or else those of the strategy or the paper, at its rate or the optimiser's.
-
-    Freeze depths are as they were asked for, by number or by name.
-    """
-    if config.phases is not None:
-        return config.phases
-    depth = config.wanted_freeze_depth
-    if config.strategy is Strategy.FINE_TUNE:
-        phases = fine_tuning_phases(config.epochs or _FINE_TUNING_EPOCHS, depth)
-    elif config.strategy is Strategy.PARTIAL_REUSE:
-        phases = reuse_phases(config.epochs or _REUSE_EPOCHS, depth)
-    else:
-        phase = paper_recipe(config.backbone.arch).scaled_to(recipe.batch_size, config.epochs)
-        phases = (phase.model_copy(update={"freeze_depth": depth}),)
-    stand_in = _stand_in_rate(config, recipe)
-    rate = config.learning_rate if stand_in is None else stand_in
-    if rate is None:
-        return phases
-    return tuple(phase.model_copy(update={"learning_rate": rate}) for phase in phases)
-
-
-def _stand_in_rate(config: TrainConfig, recipe: Recipe) -> float | None:
-    """The rate of an optimiser that stands in for one of another kind, or None where one is given or it is no other.
-
-    SGD's rate would wreck the weights under AdamW, and by AdamW's SGD learns next to nothing.
-    """
-    is_given = config.phases is not None or config.learning_rate is not None
-    kind, usual = recipe.optimiser.kind, _default_recipe(config).optimiser.kind
-    if is_given or kind is usual:
-        return None
-    return ADAMW_RATE if kind is OptimiserKind.ADAMW else SGD_RATE_AT_256 * recipe.batch_size / 256
 
 
 def _num_learnt(config: TrainConfig, axis: DepthAxis) -> int | None:
@@ -319,12 +245,6 @@ def _check_resolutions(phases: Sequence[Phase], network: nn.Module) -> None:
             ) from error
 
 
-def _trains_head_twice(config: TrainConfig, resolved: Sequence[Phase]) -> bool:
-    """Whether the second of Convoy's own phases of a fine-tuning spares no more than the first."""
-    is_own = config.strategy is Strategy.FINE_TUNE and config.phases is None
-    return is_own and resolved[0].freeze_depth == resolved[-1].freeze_depth
-
-
 def _notes(
     phases: Sequence[Phase], resolved: Sequence[Phase], axis: DepthAxis, images_per_class: float
 ) -> list[str]:
@@ -341,9 +261,9 @@ def _notes(
 
 def _notes_of_stand_ins(config: TrainConfig, recipe: Recipe) -> list[str]:
     """What an optimiser of another kind than the default's has in place of that one's values."""
-    kind, usual = recipe.optimiser.kind, _default_recipe(config).optimiser.kind
+    kind, usual = recipe.optimiser.kind, default_recipe(config).optimiser.kind
     values = []
-    if (rate := _stand_in_rate(config, recipe)) is not None:
+    if (rate := stand_in_rate(config, recipe)) is not None:
         values.append(f"learning rate {rate:g}")
     if kind is not usual and "weight_decay" not in config.recipe.optimiser.model_fields_set:
         values.append(f"weight decay {recipe.optimiser.weight_decay:g}")
@@ -359,6 +279,48 @@ def _notes_of_random(config: TrainConfig, resolved: Sequence[Phase]) -> list[str
     return [
         f"{depth} stages keep random weights to the end: backbone.weights is random, and no phase trains them"
     ]
+
+
+def _notes_of_head_alone(config: TrainConfig, resolved: Sequence[Phase]) -> list[str]:
+    """Where the second of Convoy's own phases of a fine-tuning trains no more than the first."""
+    is_own = config.strategy is Strategy.FINE_TUNE and config.phases is None
+    if not is_own or resolved[0].freeze_depth != resolved[-1].freeze_depth:
+        return []
+    return [
+        f"phase {resolved[-1].name} trains the head alone, as phase {resolved[0].name} does: a lower freeze_depth"
+        f" trains more, {Strategy.LINEAR_PROBE.value} ends sooner"
+    ]
+
+
+def _notes_of_precision(wanted: Recipe, device: NetworkDevice | None) -> list[str]:
+    if wanted.precision is not TrainingPrecision.AUTO:
+        return []
+    unknown = "precision auto: the training itself asks a worker of the cluster"
+    return [unknown if device is None else device.precision_note]
+
+
+def _notes_of_resolution(last: Phase) -> list[str]:
+    if last.resolution_px is None:
+        return []
+    return [
+        f"the last phase learns and is judged at {last.resolution_px} pixels; its bundle sees those of the preset"
+    ]
+
+
+def _notes_of_average(wanted: Recipe, recipe: Recipe, last: Phase) -> list[str]:
+    """Where fewer epochs are averaged than the recipe wants."""
+    taken = min(recipe.average_epochs, last.epochs)
+    if recipe.averaging not in _OF_EPOCHS or taken >= wanted.average_epochs:
+        return []
+    of = f"{taken} of the {last.epochs} epochs of phase {last.name}"
+    return [f"{recipe.averaging.value} takes {of}: at most half, or two"]
+
+
+def _notes_of_rate(recipe: Recipe, num_workers: int) -> list[str]:
+    factor = rate_factor(recipe, num_workers)
+    if factor == 1.0:
+        return []
+    return [f"learning rates times {factor:g} for {num_workers} workers ({recipe.rate_scaling.value})"]
 
 
 def _notes_without_val(recipe: Recipe) -> list[str]:

@@ -18,12 +18,12 @@ from convoy.pipelines.network_plan import (
     NetworkPlan,
     plan_network,
     trained_backbone_config,
-    wanted_recipe,
 )
 from convoy.pipelines.pixel_statistics import resolve_augmentation
 from convoy.pipelines.probing import HeadSummary, TrainingInputs, check_head, fit_probe
 from convoy.pipelines.train_config import HeadSource, TrainConfig
 from convoy.pipelines.training_rows import count_classes, has_validation_rows
+from convoy.pipelines.wanted_training import wanted_recipe
 from convoy.vision.augmentation_policy import AugmentationPolicy
 from convoy.vision.engine_options import NetworkDevice
 from convoy.vision.head_config import can_choose

@@ -32,7 +32,7 @@ from convoy.pipelines.distillation import TaughtRows, taught_rows
 from convoy.pipelines.head_points import RunHeadPoints
 from convoy.pipelines.ingest_choice import FUSED_NOTE, settle_ingest
 from convoy.pipelines.learning_curves import LearningCurves
-from convoy.pipelines.network_plan import trained_backbone_config, wanted_recipe
+from convoy.pipelines.network_plan import trained_backbone_config
 from convoy.pipelines.network_setup import TrainingSetup, plan_on_workers, set_up_training
 from convoy.pipelines.probing import TrainingInputs
 from convoy.pipelines.train_config import TrainConfig
@@ -43,6 +43,7 @@ from convoy.pipelines.training_rows import (
     weigh_classes,
     with_mean_weight_one,
 )
+from convoy.pipelines.wanted_training import wanted_recipe
 from convoy.storage.checkpoints import training_leftovers
 from convoy.storage.commits import finish
 from convoy.storage.documents import read_json

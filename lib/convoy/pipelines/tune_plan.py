@@ -19,12 +19,13 @@ from convoy.pipelines.classifiers import Strategy
 from convoy.pipelines.distillation import pinned_teacher
 from convoy.pipelines.feature_plan import PrecisionChoice, forward_s
 from convoy.pipelines.models import fetch_backbone
-from convoy.pipelines.network_plan import planned_batch_bytes, wanted_phases, wanted_recipe
+from convoy.pipelines.network_plan import planned_batch_bytes
 from convoy.pipelines.train import first_network
 from convoy.pipelines.train_config import NETWORKS, TrainConfig
 from convoy.pipelines.training_rows import has_labels
 from convoy.pipelines.trial_outcomes import kept_crops
 from convoy.pipelines.tune_config import TuneConfig
+from convoy.pipelines.wanted_training import wanted_phases, wanted_recipe
 from convoy.storage.manifests import Manifest
 from convoy.storage.object_store import ObjectStore
 from convoy.vision.backbone_config import BackboneConfig, WeightSource, weight_source

@@ -27,9 +27,9 @@ from convoy.pipelines.advise_strategies import (
 )
 from convoy.pipelines.backbone_evidence import BackboneEvidence, SvmProbe
 from convoy.pipelines.classifiers import Strategy
-from convoy.pipelines.network_plan import wanted_recipe
 from convoy.pipelines.train_config import NETWORKS, TrainConfig
 from convoy.pipelines.training_rows import Fold
+from convoy.pipelines.wanted_training import wanted_recipe
 from convoy.storage.bundles import check_bundle_name
 
 TAPS = {"layer1.2": (0.3, 0.45), "layer2.2": (0.6, 0.75), "pooled": (0.9, 0.8)}

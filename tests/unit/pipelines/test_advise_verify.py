@@ -17,9 +17,9 @@ from convoy.pipelines.advise_strategies import Option, train_config
 from convoy.pipelines.advise_verify import Verifier, at_budget, chosen_options
 from convoy.pipelines.advise_work import AdviceWork
 from convoy.pipelines.classifiers import Strategy
-from convoy.pipelines.network_plan import wanted_recipe
 from convoy.pipelines.train_config import TrainConfig
 from convoy.pipelines.training_rows import validation_rows
+from convoy.pipelines.wanted_training import wanted_recipe
 from convoy.storage.local_store import LocalStore
 from convoy.storage.manifests import Manifest
 from convoy.storage.runs import RunFolder

@@ -9,9 +9,9 @@ from convoy.pipelines.network_plan import (
     NetworkPlan,
     plan_network,
     trained_backbone_config,
-    wanted_recipe,
 )
 from convoy.pipelines.train_config import TrainConfig
+from convoy.pipelines.wanted_training import wanted_recipe
 from convoy.vision.backbones import build_network, depth_axis
 from convoy.vision.engine_options import NetworkDevice
 from convoy.vision.recipes import paper_recipe

@@ -14,11 +14,11 @@ from convoy.core.splits import SplitOptions
 from convoy.core.trial_events import TrialState
 from convoy.pipelines.classifiers import Strategy
 from convoy.pipelines.feature_plan import PrecisionChoice
-from convoy.pipelines.network_plan import wanted_recipe
 from convoy.pipelines.train_config import DistillConfig, TrainConfig
 from convoy.pipelines.trial_journal import TrialJournal
 from convoy.pipelines.trials import TrialJob, _here, run_trial
 from convoy.pipelines.tune_config import TuneConfig
+from convoy.pipelines.wanted_training import wanted_recipe
 from convoy.storage.datasets import freeze_dataset, open_dataset
 from convoy.storage.local_store import LocalStore
 from convoy.storage.runs import RunFolder
