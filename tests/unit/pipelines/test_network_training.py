@@ -501,7 +501,7 @@ def test_a_training_on_a_cluster_is_of_its_workers_precision_also_when_it_goes_o
     for _ in range(2):
         with opened("asked", 0.1, WhenHeld.REFUSE) as training, pytest.raises(_Stopped):
             training.run(drawn)
-    assert [spec.recipe.precision for spec in told] == [training_config.Precision.BF16] * 2
+    assert [spec.recipe.precision for spec in told] == [training_config.TrainingPrecision.BF16] * 2
     record = training.folder.record()
     assert record is not None
     assert "precision bf16: NVIDIA H100 computes bf16 natively" in record.settings["setup"]["plan"]["notes"]
