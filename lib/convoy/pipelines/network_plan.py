@@ -45,6 +45,8 @@ _OF_EPOCHS = (WeightAveraging.SWA, WeightAveraging.SOUP)
 _LEAST_AVERAGED = 2
 # Below it the statistics of a batch are a poor guess (Wu and He 2018, arXiv:1803.08494, figure 1).
 _FEW_FOR_BATCHNORM = 16
+# Of a batch: steps that have less of it are told.
+_NEARLY_WHOLE = 0.75
 # The keys beside a choice that mean nothing under it.
 _UNUSED_UNDER: Mapping[StrEnum, frozenset[str]] = {
     WeightAveraging.LAST: frozenset({"ema_decay", "average_epochs"}),
@@ -106,7 +108,7 @@ def plan_network(
     phases = wanted_phases(config, wanted)
     recipe = _resolve_recipe(wanted, phases[-1], device)
     batch_size = group_batch_size(recipe, num_workers)
-    _check_batch(batch_size, sum(counts), num_workers)
+    smallest_batch = _smallest_batch(batch_size, sum(counts), num_workers)
     _check_resolutions(phases, network)
     images_per_class = statistics.median(counts)
     resolved = tuple(
@@ -123,7 +125,7 @@ def plan_network(
     recipe, batchnorm_notes = _settle_batchnorm(
         recipe,
         has_batchnorm=any(trains_batchnorm(network, axis, frozen_stages(phase)) for phase in resolved),
-        batch_size=batch_size,
+        batch_size=smallest_batch,
         num_workers=num_workers,
         on_gpus=on_gpus,
     )
@@ -131,6 +133,7 @@ def plan_network(
     notes = (
         _source(config),
         *_notes(phases, resolved, axis, images_per_class),
+        *_notes_of_batch(batch_size, smallest_batch, sum(counts)),
         *batchnorm_notes,
         *_notes_of_random(config, resolved),
         *_notes_of_head_alone(config, resolved),
@@ -221,7 +224,8 @@ def _num_learnt(config: TrainConfig, axis: DepthAxis) -> int | None:
     return axis.num_reused if has_new_layers else None
 
 
-def _check_batch(batch_size: int, num_rows: int, num_workers: int) -> None:
+def _smallest_batch(batch_size: int, num_rows: int, num_workers: int) -> int:
+    """The images of the smallest step of an epoch. ConfigError where they are not enough for the workers."""
     smallest = EpochPlan(num_rows=num_rows, batch_size=batch_size).smallest_batch
     if smallest < num_workers:
         raise ConfigError(
@@ -229,6 +233,7 @@ def _check_batch(batch_size: int, num_rows: int, num_workers: int) -> None:
             where="recipe.batch_size",
             next_step="raise the batch size, or lower workers.num_workers",
         )
+    return smallest
 
 
 def _check_resolutions(phases: Sequence[Phase], network: nn.Module) -> None:
@@ -257,6 +262,17 @@ def _notes(
         why = f", by {images_per_class:g} images a class" if wanted.freeze_depth == "auto" else ""
         notes.append(f"phase {phase.name}: {phase.epochs} epochs, {frozen}{why}")
     return notes
+
+
+def _notes_of_batch(batch_size: int, smallest_batch: int, num_rows: int) -> list[str]:
+    """Where an epoch of few images is cut into steps of equal size that are clearly smaller than its batch."""
+    if smallest_batch > _NEARLY_WHOLE * batch_size:
+        return []
+    num_steps = EpochPlan(num_rows=num_rows, batch_size=batch_size).num_steps
+    return [
+        f"{num_rows} images are {num_steps} steps of about {smallest_batch}, as steps are of equal size: rates are"
+        f" those for batches of {batch_size}"
+    ]
 
 
 def _notes_of_stand_ins(config: TrainConfig, recipe: Recipe) -> list[str]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -35,17 +36,18 @@ def plan_of(
     device: NetworkDevice | None = H100,
     on_gpus: bool = True,
     has_val: bool = True,
+    counts: Sequence[int] = COUNTS,
     **settings: Any,
 ) -> NetworkPlan:
     config = config_of(recipe={"batch_size": 8, **(recipe or {})}, **settings)
-    backbone = trained_backbone_config(config, len(COUNTS)).model_copy(update={"weights": "random"})
+    backbone = trained_backbone_config(config, len(counts)).model_copy(update={"weights": "random"})
     network = build_network(backbone)
     axis = depth_axis(backbone, network)
     return plan_network(
         config,
         network,
         axis,
-        COUNTS,
+        counts,
         num_workers=num_workers,
         on_gpus=on_gpus,
         device=device,
@@ -378,10 +380,10 @@ def batchnorm_of(plan: NetworkPlan) -> tuple[bool | str, str | None]:
             {"num_workers": 4, "recipe": {"sync_batchnorm": False}},
             (False, "2 images of each worker by itself"),
         ),
-        # The batch is each worker's own by wish, and so are its statistics.
+        # The batch is each worker's own by wish, and so are its statistics: 80 images are three steps of 26 or 27.
         (
             {"num_workers": 4, "recipe": {"batch_unit": "worker"}},
-            (False, "8 images of each worker by itself"),
+            (False, "6 images of each worker by itself"),
         ),
         ({"num_workers": 4, "on_gpus": False}, (False, "2 images of each worker by itself, as only GPUs")),
         (
@@ -406,6 +408,20 @@ def test_few_images_for_a_batchnorm_are_warned_of(batch_size: int, is_few: bool)
     _, note = batchnorm_of(plan_of(recipe={"batch_size": batch_size}))
     assert note is not None
     assert ("raise recipe.batch_size" in note) is is_few
+
+
+@pytest.mark.parametrize(
+    ("counts", "batch_size", "num_steps", "num_images"), [([65, 65], 128, 2, 65), ([10, 10], 19, 2, 10)]
+)
+def test_steps_that_are_clearly_smaller_than_a_batch_are_told_of_by_their_own_size(
+    counts: list[int], batch_size: int, num_steps: int, num_images: int
+) -> None:
+    plan = plan_of(counts=counts, recipe={"batch_size": batch_size})
+    _, note = batchnorm_of(plan)
+    assert note is not None
+    assert note.startswith(f"BatchNorm takes its statistics over {num_images} images")
+    assert f"{sum(counts)} images are {num_steps} steps of about {num_images}" in "; ".join(plan.notes)
+    assert "steps of about" not in "; ".join(plan_of().notes)
 
 
 @pytest.mark.parametrize(
