@@ -21,7 +21,12 @@ from convoy.pipelines.wanted_training import default_recipe, stand_in_rate, want
 from convoy.vision.backbone_config import BackboneConfig, WeightSource, weight_source
 from convoy.vision.call_trace import run_on_shapes
 from convoy.vision.engine_options import NetworkDevice
-from convoy.vision.freezing import frozen_stages, resolve_freeze_depth, trains_batchnorm
+from convoy.vision.freezing import (
+    frozen_stages,
+    resolve_freeze_depth,
+    trains_batchnorm,
+    trains_the_same,
+)
 from convoy.vision.presets import EvalPreset
 from convoy.vision.recipes import paper_recipe
 from convoy.vision.stages import DepthAxis
@@ -136,7 +141,7 @@ def plan_network(
         *_notes_of_batch(batch_size, smallest_batch, sum(counts)),
         *batchnorm_notes,
         *_notes_of_random(config, resolved),
-        *_notes_of_head_alone(config, resolved),
+        *_notes_of_head_alone(config, resolved, axis),
         *_notes_of_precision(wanted, device),
         *_notes_of_resolution(phases[-1]),
         *balance_notes(balance, counts),
@@ -297,10 +302,10 @@ def _notes_of_random(config: TrainConfig, resolved: Sequence[Phase]) -> list[str
     ]
 
 
-def _notes_of_head_alone(config: TrainConfig, resolved: Sequence[Phase]) -> list[str]:
+def _notes_of_head_alone(config: TrainConfig, resolved: Sequence[Phase], axis: DepthAxis) -> list[str]:
     """Where the second of Convoy's own phases of a fine-tuning trains no more than the first."""
     is_own = config.strategy is Strategy.FINE_TUNE and config.phases is None
-    if not is_own or resolved[0].freeze_depth != resolved[-1].freeze_depth:
+    if not is_own or not trains_the_same(axis, *map(frozen_stages, resolved)):
         return []
     return [
         f"phase {resolved[-1].name} trains the head alone, as phase {resolved[0].name} does: a lower freeze_depth"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
+import sys
 from collections.abc import Sequence
-from contextlib import suppress
 
 import torch
 from torch import nn
@@ -74,7 +75,8 @@ def build_pretrained(config: BackboneConfig) -> nn.Module:
     """
     library, name = _locate(config.arch)
     try:
-        with torch.random.fork_rng(devices=[]):
+        # torch says on stdout, which is a job's result, that it downloads.
+        with torch.random.fork_rng(devices=[]), contextlib.redirect_stdout(sys.stderr):
             return library.pretrained(name, config.weights).eval()
     except ConvoyError:
         raise
@@ -133,7 +135,7 @@ def _refuse_unsure(library: NetworkLibrary, name: str, config: BackboneConfig) -
     example_of: dict[EvalPreset, str] = {}
     for weights in library.weight_names(name):
         # Some of timm's are not cut but squashed, which no preset can say.
-        with suppress(ConfigError):
+        with contextlib.suppress(ConfigError):
             example_of.setdefault(library.preset(name, weights), weights)
     if len(example_of) > 1:
         shown = [

@@ -32,7 +32,7 @@ def resolve_freeze_depth(
     most = len(axis) - 1
     learnt = most if num_learnt is None else num_learnt
     if wanted == AUTO:
-        return min(automatic_freeze_depth(axis.num_reused, images_per_class), learnt)
+        return min(_automatic_depth(axis, images_per_class), learnt)
     depth = _wanted_depth(axis, wanted)
     if not 0 <= depth <= most:
         raise ConfigError(
@@ -47,6 +47,15 @@ def resolve_freeze_depth(
             next_step=f"freeze at most {learnt}, or only in a later phase, when the phases before have trained them",
         )
     return depth
+
+
+def _automatic_depth(axis: DepthAxis, images_per_class: float) -> int:
+    """That depth on an axis: stages without weights, such as a pooling, train nothing and do not count."""
+    with_weights = [stage.index for stage in axis.stages[: axis.num_reused] if stage.parameter_names]
+    num_frozen = automatic_freeze_depth(len(with_weights), images_per_class)
+    if num_frozen == len(with_weights):
+        return axis.num_reused
+    return with_weights[num_frozen - 1] + 1 if num_frozen else 0
 
 
 def _wanted_depth(axis: DepthAxis, wanted: int | str) -> int:
@@ -89,6 +98,12 @@ def freeze(network: nn.Module, axis: DepthAxis, freeze_depth: int) -> None:
     trainable = {name for stage in axis.stages[freeze_depth:] for name in stage.parameter_names}
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(name in trainable)
+
+
+def trains_the_same(axis: DepthAxis, *freeze_depths: int) -> bool:
+    """Whether all of these depths leave the same parameters to train: no stage between them has any."""
+    between = axis.stages[min(freeze_depths) : max(freeze_depths)]
+    return not any(stage.parameter_names for stage in between)
 
 
 def trains_batchnorm(network: nn.Module, axis: DepthAxis, freeze_depth: int) -> bool:

@@ -288,8 +288,8 @@ def test_a_later_phase_may_freeze_what_an_earlier_one_has_trained() -> None:
 
 def test_an_automatic_depth_freezes_only_what_was_learnt() -> None:
     phases = [frozen("first", "auto"), frozen("second", "auto")]
-    assert frozen_by(phases=phases) == [0, 9]
-    assert frozen_by(phases=phases, strategy="fine_tune") == [9, 9]
+    assert frozen_by(phases=phases) == [0, 8]
+    assert frozen_by(phases=phases, strategy="fine_tune") == [8, 8]
     assert frozen_by(freeze_depth="auto") == [0]
 
 
@@ -315,7 +315,10 @@ def test_frozen_stages_of_random_weights_are_told(settings: dict[str, Any], told
     assert not any("random" in note for note in plan_of(**settings).notes)
 
 
-@pytest.mark.parametrize(("freeze_depth", "is_told"), [("body", True), ("auto", False), (0, False)])
+@pytest.mark.parametrize(
+    ("freeze_depth", "is_told"),
+    [("body", True), ("layer3", True), ("layer3.1", False), ("auto", False), (0, False)],
+)
 def test_a_fine_tuning_of_nothing_but_its_head_is_told(freeze_depth: int | str, is_told: bool) -> None:
     notes = plan_of(strategy="fine_tune", freeze_depth=freeze_depth).notes
     assert any("body trains the head alone, as phase head does" in note for note in notes) == is_told

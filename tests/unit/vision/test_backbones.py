@@ -304,7 +304,9 @@ def test_architectures_without_weights_say_so(arch: str) -> None:
         build_pretrained(BackboneConfig(arch=arch))
 
 
-def test_a_download_that_fails_can_be_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_that_fails_can_be_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     for variable in ("https_proxy", "HTTPS_PROXY"):
         # Nothing listens on the discard port.
@@ -313,6 +315,9 @@ def test_a_download_that_fails_can_be_tried_again(tmp_path: Path, monkeypatch: p
         build_pretrained(BackboneConfig(arch="torchvision:resnet18", weights="IMAGENET1K_V1"))
     assert caught.value.retryable
     assert "backbone.weights" in caught.value.next_step
+    told = capsys.readouterr()
+    assert told.out == "", "stdout is the result of a job"
+    assert "Downloading" in told.err
 
 
 def test_classes_of_named_weights_are_in_the_order_of_the_logits() -> None:

@@ -13,6 +13,7 @@ from convoy.vision.freezing import (
     frozen_stages,
     resolve_freeze_depth,
     set_train_mode,
+    trains_the_same,
 )
 from convoy.vision.optimisation import build_optimiser
 from convoy.vision.stages import DepthAxis
@@ -138,8 +139,16 @@ def test_a_freeze_depth_is_a_number_a_stage_or_the_body(
 
 def test_auto_follows_the_images(resnet_axis: DepthAxis) -> None:
     found = [resolve_freeze_depth(resnet_axis, "auto", images_per_class=n) for n in (5, 141, 5000)]
-    assert found == [11, automatic_freeze_depth(11, 141), 0]
+    assert found == [11, automatic_freeze_depth(10, 141), 0]
     assert 0 < found[1] < 11
+
+
+def test_auto_trains_all_weights_or_the_head_alone_but_never_a_pooling(resnet_axis: DepthAxis) -> None:
+    """The last stage of the body has no weights: freezing all but that one would train the head alone unsaid."""
+    depths = {resolve_freeze_depth(resnet_axis, "auto", images_per_class=n) for n in range(1, 1001)}
+    assert depths == {*range(10), 11}
+    assert trains_the_same(resnet_axis, 10, 11)
+    assert not trains_the_same(resnet_axis, 9, 11)
 
 
 @pytest.mark.parametrize("wanted", [-1, 12, "logits", "linear"])
