@@ -65,7 +65,7 @@ def train(
 
     settings = load(TrainConfig, config, overrides, workspace)
     if dry_run:
-        run_job(lambda _: plan_train(settings), as_json=as_json)
+        run_job(lambda _: plan_train(settings, new_run=new_run), as_json=as_json)
         return
 
     def job(progress: TerminalProgress) -> TrainReport:

@@ -78,6 +78,15 @@ def config_identity(config: TrainConfig) -> dict[str, Any]:
     return {**config.model_dump(mode="json", exclude=NOT_IDENTITY), "recipe": recipe}
 
 
+def training_identity(manifest: Manifest, pretrained: BackboneRecord, config: TrainConfig) -> dict[str, Any]:
+    """By what a run is known to be of this training: an unfinished one of another is refused."""
+    return {
+        "dataset_fingerprint": manifest.fingerprint,
+        "weights_digest": pretrained.weights_digest,
+        "config": config_identity(config),
+    }
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainedNetwork:
     """A trained network in the workspace, and how it came about. `notes` are for the report."""
@@ -115,11 +124,7 @@ def network_training(
     LeaseHeld is raised, or its end waited for.
     """
     open_run = open_training(store, target or config.name)
-    identity = {
-        "dataset_fingerprint": manifest.fingerprint,
-        "weights_digest": pretrained.weights_digest,
-        "config": config_identity(config),
-    }
+    identity = training_identity(manifest, pretrained, config)
     folder, _ = take_up(open_run, identity, new_run=new_run, when_held=when_held)
     folder = folder or open_run.start()
     with hold_run(folder, when_held=when_held) as lease:
@@ -215,7 +220,7 @@ class NetworkTraining:
             workers = plan_workers(options)
             if options.ingest is not self._config.workers.ingest and workers.gpus_per_worker:
                 self.notes.append(FUSED_NOTE)
-            _check_precision(self._config, workers)
+            require_gpu_for_fp16(self._config, on_gpus=workers.gpus_per_worker > 0)
             record = self._run.record = self._run.record or self._freeze(workers)
             setup = TrainingSetup.model_validate(record.settings["setup"])
             if not setup.plan.phases:
@@ -371,8 +376,9 @@ class NetworkTraining:
         )
 
 
-def _check_precision(config: TrainConfig, workers: WorkerPlan) -> None:
-    if config.recipe.precision is TrainingPrecision.FP16 and not workers.gpus_per_worker:
+def require_gpu_for_fp16(config: TrainConfig, *, on_gpus: bool) -> None:
+    """ConfigError where fp16 is asked for and the workers have no GPU."""
+    if config.recipe.precision is TrainingPrecision.FP16 and not on_gpus:
         raise ConfigError(
             "fp16 needs a GPU, and the workers have none",
             where="recipe.precision",

@@ -10,7 +10,7 @@ from convoy.core.records import Split
 from convoy.pipelines.classifiers import Strategy, as_is, class_indices
 from convoy.pipelines.distillation import with_begun_teacher, with_pinned_teacher
 from convoy.pipelines.models import fetch_backbone
-from convoy.pipelines.network_training import open_training
+from convoy.pipelines.network_training import open_training, require_gpu_for_fp16, training_identity
 from convoy.pipelines.probing import TrainingInputs, check_head
 from convoy.pipelines.train import first_network, measured_on, training_dataset
 from convoy.pipelines.train_config import NETWORKS, PROBES, TrainConfig
@@ -19,6 +19,7 @@ from convoy.pipelines.workspace import open_workspace
 from convoy.storage.bundles import check_bundle_name
 from convoy.storage.manifests import MANIFEST_SCHEMA, Manifest
 from convoy.storage.object_store import ObjectStore
+from convoy.storage.runs import refuse_changed_identity
 from convoy.vision.factories import with_pinned_code
 from convoy.vision.training_config import Phase, Recipe
 
@@ -50,7 +51,7 @@ class TrainPlan(StrictModel):
     notes: list[str] = Field(default_factory=list)
 
 
-def plan_train(config: TrainConfig) -> TrainPlan:
+def plan_train(config: TrainConfig, *, new_run: bool = False) -> TrainPlan:
     """What `run_train` would do; only the backbone is brought into the workspace if it is not there.
 
     Without a number of workers in the config, rates and batches are those of one worker. Raises what the job
@@ -86,13 +87,18 @@ def plan_train(config: TrainConfig) -> TrainPlan:
         return plan
     from convoy.pipelines.network_setup import plan_training, without_head_phase  # noqa: PLC0415
 
+    pretrained = fetch_backbone(store, first_network(config, manifest))
+    if folder is not None and not new_run and (begun := folder.record()) is not None:
+        refuse_changed_identity(begun, training_identity(manifest, pretrained, config))
     device = known_device()
+    # A cluster without any is rare, and the training itself knows.
+    on_gpus = device is None or device.is_gpu
+    require_gpu_for_fp16(config, on_gpus=on_gpus)
     planned = plan_training(
-        TrainingInputs(store, manifest, fetch_backbone(store, first_network(config, manifest)), config),
+        TrainingInputs(store, manifest, pretrained, config),
         counts,
         num_workers=config.workers.num_workers or 1,
-        # A cluster without any is rare, and the training itself knows.
-        on_gpus=device is None or device.is_gpu,
+        on_gpus=on_gpus,
         device=device,
     )
     network = without_head_phase(planned.plan) if planned.fits_head else planned.plan

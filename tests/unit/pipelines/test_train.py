@@ -14,7 +14,7 @@ import torch
 
 from cache_jobs import write_digits
 from convoy.core.config import parse_config
-from convoy.core.errors import ConfigError, ConvoyError, DataError
+from convoy.core.errors import ConfigError, ConvoyError, DataError, RunMismatch
 from convoy.core.progress import Silent
 from convoy.core.records import Split
 from convoy.core.splits import SplitOptions
@@ -23,7 +23,8 @@ from convoy.pipelines.distillation import with_begun_teacher
 from convoy.pipelines.evaluation import Evaluation, EvaluationTask
 from convoy.pipelines.feature_source import LabelledRows
 from convoy.pipelines.model_cards import training_card
-from convoy.pipelines.network_training import TrainedNetwork, open_training
+from convoy.pipelines.models import fetch_backbone
+from convoy.pipelines.network_training import TrainedNetwork, open_training, training_identity
 from convoy.pipelines.train import TrainReport, measured_on, run_train
 from convoy.pipelines.train_config import TrainConfig
 from convoy.pipelines.train_plan import TrainPlan, plan_train
@@ -299,12 +300,14 @@ def begun(tmp_path: Path) -> RunFolder:
     store = LocalStore(str(tmp_path / "workspace"))
     write_digits(tmp_path / "images", 30)
     freeze_dataset(store, "digits", str(tmp_path / "images"), splits=SPLITS)
-    folder = open_training(store, "network").start()
+    folder, config = open_training(store, "network").start(), network_in(store)
+    manifest = open_dataset(store, "digits")
+    pretrained = fetch_backbone(store, train.first_network(config, manifest))
     record = RunRecord.new(
         folder.run_id,
         verb="train",
-        identity={"dataset_fingerprint": open_dataset(store, "digits").fingerprint},
-        config=network_in(store).model_dump(mode="json"),
+        identity=training_identity(manifest, pretrained, config),
+        config=config.model_dump(mode="json"),
         outputs={},
         groups=(),
     )
@@ -332,6 +335,15 @@ def test_a_dry_run_names_the_unfinished_training_and_not_one_that_only_did_not_c
     assert plan_train(network_in(begun.store)).unfinished_run == begun.run_id
     finish(begun, {})
     assert plan_train(network_in(begun.store)).unfinished_run is None
+
+
+def test_a_dry_run_refuses_what_the_unfinished_training_would(begun: RunFolder) -> None:
+    longer = network_in(begun.store, epochs=99)
+    with pytest.raises(RunMismatch, match=r"config\.epochs.*99"):
+        plan_train(longer)
+    assert plan_train(longer, new_run=True).phases[0].epochs == 99
+    with pytest.raises(ConfigError, match="fp16 needs a GPU"):
+        plan_train(network_in(begun.store, recipe={"batch_size": 8, "precision": "fp16"}), new_run=True)
 
 
 def test_a_cut_off_training_is_ended_on_the_images_on_which_it_began(
