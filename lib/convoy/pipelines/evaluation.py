@@ -150,7 +150,7 @@ def require_labels(manifest: Manifest, splits: Collection[Split]) -> None:
     """Raise DataError where one of the splits is not there, or no sample of theirs has a label."""
     if absent := sorted(set(splits) - set(manifest.counts)):
         raise DataError(
-            f"there is no split {', '.join(absent)}: what would be measured is of others",
+            f"there is no split {', '.join(absent)}: the dataset has {', '.join(sorted(manifest.counts))}",
             where=manifest.uri,
             next_step="choose among the splits that are there with --set splits=[...]",
         )
