@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, FiniteFloat
 
 from convoy.core.config import StrictModel
 
@@ -18,6 +19,7 @@ class Interpolation(StrEnum):
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+_Deviation = Annotated[FiniteFloat, Field(gt=0)]
 
 
 class CropGeometry(StrictModel):
@@ -38,8 +40,8 @@ class EvalPreset(CropGeometry):
     `mean` and `std` normalise pixels scaled to 0..1, channel by channel in RGB order.
     """
 
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: tuple[FiniteFloat, FiniteFloat, FiniteFloat] = IMAGENET_MEAN
+    std: tuple[_Deviation, _Deviation, _Deviation] = IMAGENET_STD
 
 
 def geometry_of(preset: EvalPreset) -> CropGeometry:
