@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +13,7 @@ from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
 from convoy.core.errors import ConfigError
-from convoy.core.json_values import not_finite
+from convoy.core.json_values import leaves, not_finite
 
 
 class StrictModel(BaseModel):
@@ -37,11 +37,16 @@ def load_config(model: type[ConfigT], path: str | None, overrides: Sequence[str]
 def parse_config(model: type[ConfigT], settings: Mapping[str, Any], *, where: str) -> ConfigT:
     """The config that a mapping of keys describes; ConfigError for an unknown key or a value that does not fit.
 
-    A number that is not finite fits nowhere: the records of a job are JSON, which has no word for it.
+    A number that is not finite fits nowhere: the records of a job are JSON, which has no word for it. Nor does a truth
+    value in place of a number, which pydantic takes for 0 or 1.
     """
     try:
         config = model.model_validate(settings)
-        problems = [f"{key}: {value} is no finite number" for key, value in not_finite(config.model_dump())]
+        values = config.model_dump()
+        problems = [f"{key}: {value} is no finite number" for key, value in not_finite(values)]
+        problems += [
+            f"{key}: {str(truth).lower()} is no number" for key, truth in _taken_for_numbers(settings, values)
+        ]
     except ValidationError as error:
         problems = [_explain(model, problem) for problem in error.errors()]
     if problems:
@@ -158,6 +163,14 @@ def _apply_override(settings: dict[str, Any], override: str) -> None:
         target[key] = _parse_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"the value is not valid YAML: {error}", where=override) from None
+
+
+def _taken_for_numbers(settings: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
+    """The truth values among settings that have become numbers, each after its dotted key."""
+    became = dict(leaves(values))
+    for key, said in leaves(settings):
+        if isinstance(said, bool) and type(became.get(key)) in {int, float}:
+            yield key, said
 
 
 def _explain(model: type[BaseModel], problem: Any) -> str:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from pydantic import Field
@@ -84,6 +84,36 @@ def test_bad_override_is_explained(override: str, words: str) -> None:
 )
 def test_a_value_comes_out_of_its_override_as_it_went_in(value: object) -> None:
     assert read_settings(None, [as_override("inner.key", value)]) == {"inner": {"key": value}}
+
+
+class Numbers(StrictModel):
+    depth: int | str = 0
+    clip_norm: float | None = None
+    inner: tuple[Inner, ...] = ()
+    compile: bool = False
+    sync: bool | Literal["auto"] = "auto"
+    space: dict[str, Any] = Field(default_factory=dict)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("depth=true", "depth: true is no number"),
+        ("depth=off", "depth: false is no number"),
+        ("clip_norm=yes", "clip_norm: true is no number"),
+        ("inner=[{}, {learning_rate: true}]", r"inner\.1\.learning_rate: true is no number"),
+    ],
+)
+def test_a_truth_value_is_no_number(override: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_config(Numbers, None, [override])
+
+
+def test_truth_values_and_words_stay_what_they_are() -> None:
+    config = load_config(
+        Numbers, None, ["compile=1", "sync=true", "depth='true'", "clip_norm=1", "space={a: true}"]
+    )
+    assert config == Numbers(compile=True, sync=True, depth="true", clip_norm=1.0, space={"a": True})
 
 
 def test_missing_required_key_is_named() -> None:
