@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
+from convoy.core.config_problems import explained
 from convoy.core.errors import ConfigError
 from convoy.core.json_values import leaves, not_finite
 
@@ -48,7 +48,7 @@ def parse_config(model: type[ConfigT], settings: Mapping[str, Any], *, where: st
             f"{key}: {str(truth).lower()} is no number" for key, truth in _taken_for_numbers(settings, values)
         ]
     except ValidationError as error:
-        problems = [_explain(model, problem) for problem in error.errors()]
+        problems = explained(model, error)
     if problems:
         raise ConfigError(
             "\n".join(problems),
@@ -171,31 +171,3 @@ def _taken_for_numbers(settings: Mapping[str, Any], values: Mapping[str, Any]) -
     for key, said in leaves(settings):
         if isinstance(said, bool) and type(became.get(key)) in {int, float}:
             yield key, said
-
-
-def _explain(model: type[BaseModel], problem: Any) -> str:
-    location = [str(part) for part in problem["loc"]]
-    dotted = ".".join(location)
-    if problem["type"] != "extra_forbidden":
-        return f"{dotted or model.__name__}: {problem['msg']}"
-    nearest = difflib.get_close_matches(location[-1], _known_keys(model), n=1)
-    hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
-    return f"{dotted}: unknown key{hint}"
-
-
-def _known_keys(model: type[BaseModel]) -> list[str]:
-    """The keys of the model and of all models inside it."""
-    known: dict[str, None] = {}
-    pending: list[Any] = [model]
-    seen: set[Any] = set()
-    while pending:
-        kind = pending.pop()
-        if kind in seen:
-            continue
-        seen.add(kind)
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            known.update(dict.fromkeys(kind.model_fields))
-            pending.extend(field.annotation for field in kind.model_fields.values())
-        else:
-            pending.extend(getattr(kind, "__args__", ()))
-    return list(known)

@@ -86,6 +86,29 @@ def test_a_value_comes_out_of_its_override_as_it_went_in(value: object) -> None:
     assert read_settings(None, [as_override("inner.key", value)]) == {"inner": {"key": value}}
 
 
+class Nested(StrictModel):
+    name: str = ""
+    rotation: Inner | None = None
+    phases: tuple[Inner, ...] | None = None
+    outer: dict[str, Outer] = Field(default_factory=dict)
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("rotate.degrees=10", "rotate: unknown key; did you mean 'rotation'?"),
+        ("learning_rates=1", "learning_rates: unknown key"),
+        ("rotation.nam=x", "rotation.nam: unknown key"),
+        ("phases=[{lerning_rate: 1}]", "phases.0.lerning_rate: unknown key; did you mean 'learning_rate'?"),
+        ("outer={a: {name: x, veiws: 1}}", "outer.a.veiws: unknown key; did you mean 'views'?"),
+    ],
+)
+def test_only_keys_of_the_same_section_are_meant(override: str, line: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(Nested, None, [override])
+    assert caught.value.what == line
+
+
 class Numbers(StrictModel):
     depth: int | str = 0
     clip_norm: float | None = None
