@@ -11,7 +11,13 @@ from pydantic import BaseModel, ValidationError
 
 def explained(model: type[BaseModel], error: ValidationError) -> list[str]:
     """One line for each thing that is wrong with a config of the model, after its dotted key."""
-    return [_line(model, problem) for problem in error.errors()]
+    return [_line(model, problem) for problem in _without_lost_items(error.errors())]
+
+
+def _without_lost_items(problems: Sequence[Any]) -> list[Any]:
+    """The problems without those of lists that are too short only for want of the items that are wrong."""
+    above = {problem["loc"][:depth] for problem in problems for depth in range(len(problem["loc"]))}
+    return [problem for problem in problems if problem["type"] != "too_short" or problem["loc"] not in above]
 
 
 def _line(model: type[BaseModel], problem: Any) -> str:

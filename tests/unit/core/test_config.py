@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 
 from convoy.core.config import (
     StrictModel,
@@ -116,6 +116,22 @@ class Numbers(StrictModel):
     compile: bool = False
     sync: bool | Literal["auto"] = "auto"
     space: dict[str, Any] = Field(default_factory=dict)
+    rates: tuple[PositiveFloat, ...] = Field(default=(1.0,), min_length=1)
+    pairs: tuple[Annotated[tuple[PositiveFloat, ...], Field(min_length=2)], ...] = ()
+
+
+@pytest.mark.parametrize(
+    ("override", "keys"),
+    [
+        ("rates=[-1]", ["rates.0"]),
+        ("rates=[]", ["rates"]),
+        ("pairs=[[1, 0], [1], [2, 1]]", ["pairs.0.1", "pairs.1"]),
+    ],
+)
+def test_a_list_is_not_called_too_short_for_an_item_that_is_wrong(override: str, keys: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(Numbers, None, [override])
+    assert [line.partition(":")[0] for line in caught.value.what.splitlines()] == keys
 
 
 @pytest.mark.parametrize(
