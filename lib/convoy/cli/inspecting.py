@@ -45,7 +45,7 @@ def inspect_model(
     given = words(dataset=dataset, splits=split or None, bundle=bundle)
     if bundle is not None:
         given.append("model=null")
-    settings = load(InspectConfig, config, [*(overrides or []), *given], workspace)
+    settings = load(InspectConfig, config, [*(overrides or []), *given], workspace, options=("dataset",))
     run_job(
         lambda progress: run_inspect(
             settings, progress=progress, draw_map=draw_embedding_map, new_run=new_run

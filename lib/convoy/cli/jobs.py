@@ -144,12 +144,13 @@ def evaluate(  # noqa: PLR0917 (an option of the command line is an argument)
 ) -> None:
     """Measure a bundle, an ensemble, or a pretrained network as it is, on a split: every row counted once."""
     given = words(dataset=dataset, crops=crops, mode=mode)
+    options = ("dataset",)
     if compare:
         from convoy.pipelines.comparison import CompareConfig, compare_bundles  # noqa: PLC0415
 
         told = [*(overrides or []), *given, *words(workspace=workspace)]
         settings_of_both = _compared_settings([*(bundles or []), *(ensemble or [])], config, told)
-        comparison = parse_config(CompareConfig, settings_of_both, where=config or "--set")
+        comparison = parse_config(CompareConfig, settings_of_both, where=config or "--set", options=options)
         run_job(
             lambda progress: compare_bundles(comparison, progress=progress, new_run=new_run), as_json=as_json
         )
@@ -157,7 +158,9 @@ def evaluate(  # noqa: PLR0917 (an option of the command line is an argument)
     from convoy.pipelines.evaluate import EvaluateConfig, run_evaluate  # noqa: PLC0415
 
     unsaid, model = _evaluated_words(bundles, ensemble)
-    settings = load(EvaluateConfig, config, [*unsaid, *(overrides or []), *given, *model], workspace)
+    settings = load(
+        EvaluateConfig, config, [*unsaid, *(overrides or []), *given, *model], workspace, options=options
+    )
     run_job(lambda progress: run_evaluate(settings, progress=progress, new_run=new_run), as_json=as_json)
 
 

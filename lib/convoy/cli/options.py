@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Annotated, TypeVar
 
 import typer
@@ -52,11 +52,19 @@ ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 
 def load(
-    model: type[ConfigT], path: str | None, overrides: Sequence[str] | None, workspace: str | None
+    model: type[ConfigT],
+    path: str | None,
+    overrides: Sequence[str] | None,
+    workspace: str | None,
+    *,
+    options: Collection[str] = (),
 ) -> ConfigT:
-    """The settings of a job: its file, what was `--set`, and the workspace that was named, which wins."""
+    """The settings of a job: its file, what was `--set`, and the workspace that was named, which wins.
+
+    `options` as in `parse_config`.
+    """
     settings = read_job_settings(path, [*(overrides or []), *words(workspace=workspace)])
-    return parse_config(model, settings, where=path or "--set")
+    return parse_config(model, settings, where=path or "--set", options=options)
 
 
 def words(**values: object) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,9 +34,12 @@ def load_config(model: type[ConfigT], path: str | None, overrides: Sequence[str]
     return parse_config(model, read_settings(path, overrides), where=path or "--set")
 
 
-def parse_config(model: type[ConfigT], settings: Mapping[str, Any], *, where: str) -> ConfigT:
+def parse_config(
+    model: type[ConfigT], settings: Mapping[str, Any], *, where: str, options: Collection[str] = ()
+) -> ConfigT:
     """The config that a mapping of keys describes; ConfigError for an unknown key or a value that does not fit.
 
+    `options` are the keys that a command has an option of the same name for, which is named where they are missing.
     A number that is not finite fits nowhere: the records of a job are JSON, which has no word for it. Nor does a truth
     value in place of a number, which pydantic takes for 0 or 1.
     """
@@ -48,7 +51,7 @@ def parse_config(model: type[ConfigT], settings: Mapping[str, Any], *, where: st
             f"{key}: {str(truth).lower()} is no number" for key, truth in _taken_for_numbers(settings, values)
         ]
     except ValidationError as error:
-        problems = explained(model, error)
+        problems = explained(model, error, options)
     if problems:
         raise ConfigError(
             "\n".join(problems),

@@ -160,11 +160,19 @@ def test_members_on_the_command_line_are_averaged_as_the_settings_say(
 
 
 def test_settings_of_an_ensemble_beside_one_bundle_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"ensemble\.members: Field required"):
+    with pytest.raises(ConfigError, match=r"ensemble\.members: is required"):
         app(
             ["evaluate", "one", "--dataset", "digits", "--set", "ensemble.averaging=logits"],
             standalone_mode=False,
         )
+
+
+@pytest.mark.parametrize(
+    "command", [["evaluate", "one"], ["evaluate", "one", "two", "--compare"], ["inspect", "one"]]
+)
+def test_a_dataset_that_is_missing_is_asked_for_by_its_option(command: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"^dataset: is required: give --dataset \["):
+        app(command, standalone_mode=False)
 
 
 def test_multiscale_settings_without_its_crops_are_refused_and_beside_other_crops_wait() -> None:

@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
-from pydantic import Field, PositiveFloat
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt
 
 from convoy.core.config import (
     StrictModel,
     as_override,
     load_config,
+    parse_config,
     read_settings,
     write_settings,
 )
@@ -109,7 +110,12 @@ def test_only_keys_of_the_same_section_are_meant(override: str, line: str) -> No
     assert caught.value.what == line
 
 
+def _refused(value: int) -> int:
+    raise ValueError(f"{value} is too few")
+
+
 class Numbers(StrictModel):
+    own: Annotated[int, AfterValidator(_refused)] = 2
     depth: int | str = 0
     clip_norm: float | None = None
     inner: tuple[Inner, ...] = ()
@@ -118,6 +124,11 @@ class Numbers(StrictModel):
     space: dict[str, Any] = Field(default_factory=dict)
     rates: tuple[PositiveFloat, ...] = Field(default=(1.0,), min_length=1)
     pairs: tuple[Annotated[tuple[PositiveFloat, ...], Field(min_length=2)], ...] = ()
+    outer: Outer | None = None
+    taps: tuple[int | str, ...] = ()
+    workers: PositiveInt | Literal["auto"] = "auto"
+    class_map: dict[str, str] | None = None
+    two: tuple[str, ...] = Field(default=(), max_length=2)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +143,40 @@ def test_a_list_is_not_called_too_short_for_an_item_that_is_wrong(override: str,
     with pytest.raises(ConfigError) as caught:
         load_config(Numbers, None, [override])
     assert [line.partition(":")[0] for line in caught.value.what.splitlines()] == keys
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("inner=[adamw]", "inner.0: is a section: set inner.0.learning_rate"),
+        ("outer=adamw", "outer: is a section: set outer.name, .views, .inner, .steps, .space, .taps"),
+        ("outer={}", "outer.name: is required"),
+        ("outer={name: 3}", "outer.name: Input should be a valid string"),
+        ("depth=1.5", "depth: must be a whole number or a name"),
+        ("depth={int: 3}", "depth: must be a whole number or a name"),
+        ("taps=[stem, 1.5]", "taps.1: must be a whole number or a name"),
+        ("sync=3", "sync: must be true or false or 'auto'"),
+        ("workers=-1", "workers: must be greater than 0 or 'auto'"),
+        ("class_map={a: 3}", "class_map.a: Input should be a valid string"),
+        ("rates=[]", "rates: needs at least 1, and there are 0"),
+        ("pairs=[[1]]", "pairs.0: needs at least 2, and there is 1"),
+        ("own=1", "own: 1 is too few"),
+        ("two=[a, b, c]", "two: needs at most 2, and there are 3"),
+    ],
+)
+def test_what_is_wrong_is_said_in_words_of_a_config(override: str, line: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(Numbers, None, [override])
+    assert caught.value.what == line
+
+
+def test_what_a_command_has_an_option_for_is_named_by_it() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(Outer, {"inner": 3}, where="--set", options=("name", "views"))
+    assert caught.value.what.splitlines() == [
+        "name: is required: give --name",
+        "inner: is a section: set inner.learning_rate",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -156,7 +201,7 @@ def test_truth_values_and_words_stay_what_they_are() -> None:
 
 
 def test_missing_required_key_is_named() -> None:
-    with pytest.raises(ConfigError, match="name: Field required"):
+    with pytest.raises(ConfigError, match="name: is required"):
         load_config(Outer, None, [])
 
 
