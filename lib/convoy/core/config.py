@@ -24,6 +24,10 @@ class StrictModel(BaseModel):
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
+_NO_CONFIG = (
+    "write `key: value` lines into the file, as in the examples in jobs/configs, or name another by --config"
+)
+
 
 def load_config(model: type[ConfigT], path: str | None, overrides: Sequence[str] = ()) -> ConfigT:
     """The config of a job from a YAML file (may be None) and `section.key=value` overrides, in that order.
@@ -70,7 +74,7 @@ def read_settings(
 ) -> dict[str, Any]:
     """What a config (may be None) and its overrides say, unchecked; `read` gives the bytes at a path.
 
-    Raises ConfigError for a file that cannot be read, bad YAML or an override that cannot be read.
+    Raises ConfigError for a file that cannot be read or is empty, bad YAML or an override that cannot be read.
     """
     settings = _read_yaml(path, read) if path else {}
     for override in overrides:
@@ -120,7 +124,8 @@ def _parse_yaml(text: str) -> Any:
 
 def _read_yaml(path: str, read: Callable[[str], bytes]) -> dict[str, Any]:
     try:
-        loaded = _parse_yaml(read(path).decode())
+        text = read(path).decode()
+        loaded = _parse_yaml(text)
     except FileNotFoundError:
         raise ConfigError("the config file does not exist", where=path, next_step="check --config") from None
     except OSError as error:
@@ -128,11 +133,15 @@ def _read_yaml(path: str, read: Callable[[str], bytes]) -> dict[str, Any]:
             f"the config file cannot be read: {error.strerror}", where=path, next_step="check --config"
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the config is not valid YAML: {error}", where=path) from None
+        raise ConfigError(
+            f"the config is not valid YAML: {error}", where=path, next_step=_NO_CONFIG
+        ) from None
+    if not text.strip():
+        raise ConfigError("the config file is empty", where=path, next_step=_NO_CONFIG)
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
-        raise ConfigError("the config must be a mapping of keys to values", where=path)
+        raise ConfigError("the config must be a mapping of keys to values", where=path, next_step=_NO_CONFIG)
     for key in loaded:
         if not isinstance(key, str):
             raise ConfigError(

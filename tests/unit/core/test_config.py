@@ -262,6 +262,31 @@ def test_file_that_is_not_a_mapping_is_refused(tmp_path: Path, text: str) -> Non
         load_config(Outer, str(path))
 
 
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "the config file is empty"),
+        (b" \n\n", "the config file is empty"),
+        (b"\x89PNG\r\n", "not valid YAML: 'utf-8' codec can't decode byte 0x89"),
+        (b"name: \0", "not valid YAML: unacceptable character"),
+        (b"name", "must be a mapping"),
+    ],
+)
+def test_a_file_that_is_no_config_is_named_with_what_to_do(tmp_path: Path, data: bytes, words: str) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match=words) as caught:
+        load_config(Outer, str(path), ["name=x"])
+    assert caught.value.where == str(path)
+    assert "key: value" in caught.value.next_step
+
+
+def test_a_file_of_comments_leaves_all_to_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("# name: a\n")
+    assert load_config(Outer, str(path), ["name=x"]) == Outer(name="x")
+
+
 def test_missing_file_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         load_config(Outer, "/nowhere/job.yaml")
