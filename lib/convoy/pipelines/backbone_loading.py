@@ -109,7 +109,8 @@ def _load(config: BackboneConfig) -> tuple[nn.Module, tuple[str, ...] | None]:
     if source is not WeightSource.URI:
         return network, None
     store, key = open_object(config.weights)
-    load_weights(network, adapt_published(read_state_dict(store.get(key).data), network))
+    state = read_state_dict(store.get(key).data, where=store.uri(key))
+    load_weights(network, adapt_published(state, network))
     return network, _classes_of_bundle(store, key)
 
 

@@ -6,6 +6,7 @@ remembered beside them, so that the next job finds its network without importing
 
 from __future__ import annotations
 
+from convoy.core.errors import ObjectNotFound
 from convoy.core.fingerprints import canonical_json, digest
 from convoy.pipelines.backbone_record import BACKBONES, BackboneRecord
 from convoy.storage.bundles import MODEL_FILE
@@ -24,8 +25,9 @@ _FORMER_VERSION, _USUAL_OUTPUTS = 2, 1000
 def fetch_backbone(store: ObjectStore, config: BackboneConfig) -> BackboneRecord:
     """The network of a config, brought into the workspace if it is not there yet.
 
-    Raises ConfigError if the weights do not fit the architecture or are not those that `weights_digest` pins, and
-    VersionMismatch for a factory of other code than `code_digest` pins.
+    Raises ConfigError if the weights do not fit the architecture or are not those that `weights_digest` pins,
+    ObjectNotFound and DataError for a path where no file of weights is, and VersionMismatch for a factory of other code
+    than `code_digest` pins.
     """
     config = with_pinned_code(config)
     source = _source_version(config)
@@ -77,4 +79,11 @@ def _source_version(config: BackboneConfig) -> str:
     if weight_source(config) is not WeightSource.URI:
         return ""
     store, key = open_object(config.weights)
-    return store.head(key).etag
+    try:
+        return store.head(key).etag
+    except ObjectNotFound as error:
+        raise ObjectNotFound(
+            error.what,
+            where=error.where,
+            next_step="name a file of weights in backbone.weights, such as the model.safetensors of a bundle",
+        ) from None

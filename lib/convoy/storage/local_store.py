@@ -332,6 +332,8 @@ def _folder_lock(path: str) -> Iterator[None]:
 def _reading(where: str) -> Iterator[None]:
     try:
         yield
+    except IsADirectoryError:
+        raise ObjectNotFound("this is a folder, not a file", where=where) from None
     except ABSENT:
         raise ObjectNotFound("the file does not exist", where=where) from None
     except OSError as error:

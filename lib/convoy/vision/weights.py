@@ -41,15 +41,17 @@ _AUXILIARY_HEADS = ("AuxLogits.", "aux1.", "aux2.")
 _MAX_LISTED = 5
 
 
-def read_state_dict(source: bytes | str | Path) -> dict[str, Tensor]:
+def read_state_dict(source: bytes | str | Path, *, where: str = "weights") -> dict[str, Tensor]:
     """The tensors of a weight file on the CPU, by name, without containers and the prefixes of wrappers.
 
     Where a file has the last weights of a training and their average (EMA), these are the average. Reads safetensors,
     and PyTorch files in the mode that runs no code. Raises ConfigError for a path that cannot be read, and DataError
-    for anything that is no plain state dict.
+    for anything that is no plain state dict, which names `where` bytes come from.
     """
     data = source if isinstance(source, bytes) else _read(Path(source))
-    where = "weights" if isinstance(source, bytes) else str(source)
+    where = where if isinstance(source, bytes) else str(source)
+    if not data:
+        raise _no_state_dict("it is empty", where)
     content: Any = _load_safetensors(data, where) if _is_safetensors(data) else _load_pickle(data, where)
     tensors = _unpacked(content)
     if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
@@ -177,15 +179,17 @@ def _load_pickle(data: bytes, where: str) -> Any:
         # torch's own text advises to load without protection.
         raise _no_state_dict("it is damaged, or holds Python objects that could run code", where) from error
     except Exception as error:
-        # Damaged bytes can make an unpickler fail in any way.
-        raise _no_state_dict(f"it is damaged: {error}", where) from error
+        # Bytes of another kind can make an unpickler fail in any way, often without words.
+        why = f"it is damaged, or a file of another kind ({type(error).__name__}: {error})"
+        raise _no_state_dict(why, where) from error
 
 
 def _no_state_dict(why: str, where: str) -> DataError:
     return DataError(
         f"the weight file is no plain state dict: {why}",
         where=where,
-        next_step="where you trust the file, save its weights alone: torch.save(model.state_dict(), path)",
+        next_step="bring the file as a training wrote it; where you trust it, save its weights alone:"
+        " torch.save(model.state_dict(), path)",
     )
 
 

@@ -13,7 +13,7 @@ import timm
 import torch
 from torch import nn
 
-from convoy.core.errors import ConfigError
+from convoy.core.errors import ConfigError, DataError, ObjectNotFound
 from convoy.core.fingerprints import canonical_json, digest
 from convoy.pipelines import backbone_loading
 from convoy.pipelines.backbone_loading import backbone_preset, read_backbone_state
@@ -155,6 +155,28 @@ def test_a_training_keeps_a_classifier_only_where_its_classes_are_known_to_be_th
     note, *beginnings = classifier_beginnings(store, of_file, tuple("0123456789"))
     assert "do not name their classes" in str(note)
     assert beginnings == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "todo"),
+    [
+        ("empty.pt", "no plain state dict: it is empty", "bring the file"),
+        ("text.pt", "no plain state dict: it is damaged, or a file of another kind", "bring the file"),
+        ("folder", "this is a folder, not a file", "name a file of weights in backbone.weights"),
+        ("absent.pt", "the file does not exist", "name a file of weights in backbone.weights"),
+    ],
+)
+def test_a_path_without_weights_is_named_with_what_to_do(
+    store: LocalStore, tmp_path: Path, name: str, words: str, todo: str
+) -> None:
+    (tmp_path / "empty.pt").touch()
+    (tmp_path / "text.pt").write_text("epoch,top1\n")
+    (tmp_path / "folder").mkdir()
+    path = str(tmp_path / name)
+    with pytest.raises((DataError, ObjectNotFound), match=words) as caught:
+        fetch_backbone(store, BackboneConfig(arch="lenet5", weights=path))
+    assert caught.value.where == path
+    assert todo in caught.value.next_step
 
 
 def test_a_training_keeps_the_classifier_of_a_bundle_of_the_same_classes(store: LocalStore) -> None:

@@ -132,6 +132,23 @@ def test_bytes_that_are_no_weights_are_an_error(data: bytes) -> None:
         read_state_dict(data)
 
 
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [(b"", "it is empty"), (b"epoch,top1\n", "a file of another kind"), (b"\x80\x02.", "it is damaged")],
+)
+def test_what_is_no_weight_file_is_named_with_what_is_wrong_and_what_to_do(
+    data: bytes, why: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "weights.pt"
+    path.write_bytes(data)
+    for source in (path, data):
+        with pytest.raises(DataError, match=why) as caught:
+            read_state_dict(source, where=str(path))
+        assert caught.value.where == str(path)
+        assert not caught.value.what.endswith(" ")
+        assert "bring the file" in caught.value.next_step
+
+
 @given(st.binary(max_size=64))
 @settings(max_examples=50)
 def test_no_bytes_raise_anything_but_our_error(data: bytes) -> None:
