@@ -145,11 +145,17 @@ def evaluate(  # noqa: PLR0917 (an option of the command line is an argument)
     """Measure a bundle, an ensemble, or a pretrained network as it is, on a split: every row counted once."""
     given = words(dataset=dataset, crops=crops, mode=mode)
     options = ("dataset",)
+    if compare and ensemble:
+        raise ConfigError(
+            "--compare takes two bundles as they are, and --ensemble averages several into one",
+            where=f"--compare --ensemble {ensemble[0]}",
+            next_step="leave out --compare to measure the ensemble, or give both bundles without --ensemble",
+        )
     if compare:
         from convoy.pipelines.comparison import CompareConfig, compare_bundles  # noqa: PLC0415
 
         told = [*(overrides or []), *given, *words(workspace=workspace)]
-        settings_of_both = _compared_settings([*(bundles or []), *(ensemble or [])], config, told)
+        settings_of_both = _compared_settings(bundles or [], config, told)
         comparison = parse_config(CompareConfig, settings_of_both, where=config or "--set", options=options)
         run_job(
             lambda progress: compare_bundles(comparison, progress=progress, new_run=new_run), as_json=as_json

@@ -212,6 +212,13 @@ def test_models_to_compare_on_the_command_line_take_the_place_of_the_configs(
     assert config.crops is CropPolicy.FLIP
 
 
+@pytest.mark.parametrize("bundles", [[], ["one"], ["one", "two"]])
+def test_a_comparison_of_an_ensemble_on_the_command_line_is_refused(bundles: list[str]) -> None:
+    command = ["evaluate", *bundles, "--ensemble", "three", "--compare", "--dataset", "digits"]
+    with pytest.raises(ConfigError, match="leave out --compare to measure the ensemble"):
+        app(command, standalone_mode=False)
+
+
 def test_a_comparison_that_names_no_models_takes_those_of_its_config_alone(tmp_path: Path) -> None:
     path = tmp_path / "evaluate.yaml"
     path.write_text("dataset: digits\nbundle: old\nbundles: [one, two]\n")
