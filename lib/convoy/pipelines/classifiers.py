@@ -145,13 +145,18 @@ def as_is(
     )
 
 
-def class_indices(dataset_classes: Sequence[str], model_classes: Sequence[str]) -> list[int]:
-    """For each class of a dataset its index in the model, matched by name; never guessed from the order."""
+def class_indices(
+    dataset_classes: Sequence[str], model_classes: Sequence[str], *, model: str = "the model"
+) -> list[int]:
+    """For each class of a dataset its index in the model, matched by name; never guessed from the order.
+
+    Raises ConfigError for classes that the model, which is called so, does not know.
+    """
     index_of = {name: index for index, name in enumerate(model_classes)}
     unknown = [name for name in dataset_classes if name not in index_of]
     if unknown:
         raise ConfigError(
-            f"the model does not know {len(unknown)} classes of the dataset: {', '.join(unknown[:5])}",
+            f"{model} does not know {len(unknown)} classes of the dataset: {', '.join(unknown[:5])}",
             next_step="evaluate on a dataset with the model's class names, or give model.classes in its order",
         )
     return [index_of[name] for name in dataset_classes]

@@ -23,7 +23,7 @@ from convoy.core.statistics import (
     mcnemar_test,
     paired_rate_difference,
 )
-from convoy.pipelines.evaluate import EvaluateConfig, EvaluateReport, EvaluationSettings, run_evaluate
+from convoy.pipelines.evaluate import EvaluateConfig, EvaluateReport, EvaluationSettings, open_evaluation
 from convoy.pipelines.workspace import open_workspace
 from convoy.storage.bundles import resolve_bundle
 from convoy.storage.commits import read_manifest
@@ -99,10 +99,9 @@ def compare_bundles(config: CompareConfig, *, progress: Progress, new_run: bool 
     # Resolved once: `latest` may move while the first one is evaluated.
     first, second = (str(resolve_bundle(store, reference)) for reference in config.bundles)
     shared = config.model_dump(exclude={"bundles"})
-    reports = tuple(
-        run_evaluate(EvaluateConfig(**shared, bundle=bundle), progress=progress, new_run=new_run)
-        for bundle in (first, second)
-    )
+    # Both, before the first one computes for an hour.
+    opened = [open_evaluation(EvaluateConfig(**shared, bundle=bundle)) for bundle in (first, second)]
+    reports = [evaluation.run(progress=progress, new_run=new_run) for evaluation in opened]
     progress.stage("comparing")
     paired = compare_runs(store, _predicted_run(reports[0]), _predicted_run(reports[1]))
     return Comparison(

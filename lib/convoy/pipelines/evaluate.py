@@ -6,6 +6,7 @@ committee operator.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Self
 
 from pydantic import Field, model_validator
@@ -14,15 +15,16 @@ from convoy.core.crop_policies import Averaging, CropPolicy, EvaluationMode, Mem
 from convoy.core.progress import Progress
 from convoy.core.records import Split
 from convoy.core.splits import ChosenSplits
-from convoy.pipelines.classifiers import Classifier
+from convoy.pipelines.classifiers import Classifier, class_indices
 from convoy.pipelines.committee_evaluation import (
     CommitteeCost,
     MemberEvaluation,
     ModeEffect,
     evaluate_committee,
 )
+from convoy.pipelines.committee_predictions import require_gate
 from convoy.pipelines.committees import CommitteeRecord
-from convoy.pipelines.evaluation import Evaluation, EvaluationTask, evaluate_classifier
+from convoy.pipelines.evaluation import Evaluation, EvaluationTask, evaluate_classifier, require_labels
 from convoy.pipelines.feature_plan import ErrorBudget, ExtractionConfig
 from convoy.pipelines.model_choice import ModelChoice, ViewSettings, chosen_committee
 from convoy.pipelines.prediction_request import PredictionRequest
@@ -79,36 +81,80 @@ class EvaluateReport(Evaluation):
     within_error_budget: bool
 
 
-def run_evaluate(config: EvaluateConfig, *, progress: Progress, new_run: bool = False) -> EvaluateReport:
-    """Predict every sample of the splits and measure the predictions."""
-    store = open_workspace(config.workspace, config.writers)
-    manifest = open_dataset(store, config.dataset)
-    committee = chosen_committee(store, config, config, config.extraction)
-    if config.keep is not MemberOutputs.VIEWS and is_plain(committee, config.mode):
-        evaluation = _evaluate_from_cache(store, manifest, committee, config, progress, new_run=new_run)
-    else:
-        request = PredictionRequest(
-            committee=committee,
-            dataset=config.dataset,
-            splits=config.splits,
-            extraction=config.extraction,
-            keep=config.keep,
-            mode=config.mode,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenedEvaluation:
+    """An evaluation whose model and rows were found to fit; nothing is computed yet."""
+
+    config: EvaluateConfig
+    store: ObjectStore
+    manifest: Manifest
+    committee: CommitteeRecord
+
+    def run(self, *, progress: Progress, new_run: bool = False) -> EvaluateReport:
+        """Predict every sample of the splits and measure the predictions."""
+        config = self.config
+        if config.keep is not MemberOutputs.VIEWS and is_plain(self.committee, config.mode):
+            evaluation = self._from_cache(progress, new_run=new_run)
+        else:
+            evaluation = self._by_committee(progress, new_run=new_run)
+        overlap = overlap_notes(self.store, self.manifest, config.dataset, config.splits, self.committee)
+        report = evaluation.model_dump()
+        return EvaluateReport(
+            **report | {"notes": [*report.get("notes", ()), *overlap]},
+            within_error_budget=config.error_budget.allows(evaluation.rejects, evaluation.samples),
         )
-        evaluation = evaluate_committee(
-            store,
-            manifest,
+
+    def _from_cache(self, progress: Progress, *, new_run: bool) -> Evaluation:
+        (member,) = self.committee.members
+        classifier: Classifier = member.classifier
+        task = EvaluationTask(
+            classifier=classifier,
+            model_digest=member.digest,
+            dataset=self.config.dataset,
+            splits=self.config.splits,
+            extraction=classifier.extraction_like(self.config.extraction),
+            config=self.config.model_dump(mode="json"),
+        )
+        return evaluate_classifier(self.store, self.manifest, task, progress=progress, new_run=new_run)
+
+    def _by_committee(self, progress: Progress, *, new_run: bool) -> Evaluation:
+        request = PredictionRequest(
+            committee=self.committee,
+            dataset=self.config.dataset,
+            splits=self.config.splits,
+            extraction=self.config.extraction,
+            keep=self.config.keep,
+            mode=self.config.mode,
+        )
+        return evaluate_committee(
+            self.store,
+            self.manifest,
             request,
             progress=progress,
-            config=config.model_dump(mode="json"),
+            config=self.config.model_dump(mode="json"),
             new_run=new_run,
         )
-    overlap = overlap_notes(store, manifest, config.dataset, config.splits, committee)
-    report = evaluation.model_dump()
-    return EvaluateReport(
-        **report | {"notes": [*report.get("notes", ()), *overlap]},
-        within_error_budget=config.error_budget.allows(evaluation.rejects, evaluation.samples),
-    )
+
+
+def run_evaluate(config: EvaluateConfig, *, progress: Progress, new_run: bool = False) -> EvaluateReport:
+    """Predict every sample of the splits and measure the predictions."""
+    return open_evaluation(config).run(progress=progress, new_run=new_run)
+
+
+def open_evaluation(config: EvaluateConfig) -> OpenedEvaluation:
+    """The model and the rows of an evaluation.
+
+    Raises DataError where no row has a label, ConfigError for a model that does not know the classes of the dataset,
+    or has no gate for the mode `gated`.
+    """
+    store = open_workspace(config.workspace, config.writers)
+    manifest = open_dataset(store, config.dataset)
+    require_labels(manifest, config.splits)
+    committee = chosen_committee(store, config, config, config.extraction)
+    class_indices(manifest.classes, committee.classes, model=config.in_words)
+    if config.mode is EvaluationMode.GATED:
+        require_gate(committee)
+    return OpenedEvaluation(config=config, store=store, manifest=manifest, committee=committee)
 
 
 def is_plain(committee: CommitteeRecord, mode: EvaluationMode) -> bool:
@@ -120,25 +166,3 @@ def is_plain(committee: CommitteeRecord, mode: EvaluationMode) -> bool:
         and mode is EvaluationMode.EXACT
         and member.temperature == committee.temperature == 1
     )
-
-
-def _evaluate_from_cache(
-    store: ObjectStore,
-    manifest: Manifest,
-    committee: CommitteeRecord,
-    config: EvaluateConfig,
-    progress: Progress,
-    *,
-    new_run: bool,
-) -> Evaluation:
-    (member,) = committee.members
-    classifier: Classifier = member.classifier
-    task = EvaluationTask(
-        classifier=classifier,
-        model_digest=member.digest,
-        dataset=config.dataset,
-        splits=config.splits,
-        extraction=classifier.extraction_like(config.extraction),
-        config=config.model_dump(mode="json"),
-    )
-    return evaluate_classifier(store, manifest, task, progress=progress, new_run=new_run)

@@ -80,6 +80,13 @@ class ModelChoice(StrictModel):
             raise ValueError("give either bundle, model or ensemble")
         return self
 
+    @property
+    def in_words(self) -> str:
+        """What an error calls the model."""
+        if self.model is not None:
+            return self.model.backbone.arch
+        return "the ensemble" if self.bundle is None else f"the bundle {self.bundle}"
+
     def references_for(
         self, store: ObjectStore, open_run: OpenRun, *, new_run: bool = False
     ) -> tuple[dict[str, str], list[str]]:

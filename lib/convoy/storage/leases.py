@@ -22,6 +22,7 @@ from typing import Any
 
 from convoy.core.config import StrictModel
 from convoy.core.errors import (
+    ConvoyError,
     DataError,
     LeaseHeld,
     LeaseLost,
@@ -34,7 +35,7 @@ from convoy.core.fingerprints import canonical_json
 from convoy.core.processes import ProcessIdentity, has_ended, this_process
 from convoy.storage.documents import exists, parse_model
 from convoy.storage.object_store import put_looking_first
-from convoy.storage.runs import OpenRun, RunFolder, RunRecord
+from convoy.storage.runs import OpenRun, RunFolder, RunRecord, close_pointer
 
 TTL_S = 30.0
 LEASE = "lease.json"
@@ -120,14 +121,20 @@ class RunLease:
         """Begin to renew."""
         self._thread.start()
 
-    def release(self) -> None:
-        """End renewing, and free the run; a lease that cannot be freed now is not renewed any more."""
+    def release(self, *, forget: bool = False) -> None:
+        """End renewing, and free the run; a lease that cannot be freed now is not renewed any more.
+
+        That of a run to `forget` is deleted.
+        """
         self._stop.set()
         self._thread.join(_RELEASE_PATIENCE_S)
         if self._is_lost or self._thread.is_alive():
             return
         with suppress(StorageError):
-            _write(self._folder, self._following(holder=None), self._seen.etag)
+            if forget:
+                self._folder.store.delete([self._folder.key(LEASE)])
+            else:
+                _write(self._folder, self._following(holder=None), self._seen.etag)
 
     def _keep(self) -> None:
         while not self._stop.wait(self._seen.record.ttl_s / _RENEWALS_A_TTL):
@@ -166,13 +173,19 @@ def hold_run(
 
     Raises LeaseHeld, naming the holder, if a living driver has it and is not to be waited for; that takes a third of
     its time to live, and taking over one that died elsewhere the whole. RunCancelled for a run that was given up.
+
+    A run whose block is refused before anything was written into it is forgotten: no list shows it.
     """
     lease = _acquire(folder, ttl_s, when_held)
+    forget = False
     try:
         lease.start()
         yield lease
+    except ConvoyError:
+        forget = _was_forgotten(folder, lease)
+        raise
     finally:
-        lease.release()
+        lease.release(forget=forget)
 
 
 def take_up(
@@ -218,6 +231,21 @@ def give_up(folder: RunFolder) -> None:
 def is_given_up(folder: RunFolder) -> bool:
     """Whether a run was given up."""
     return exists(folder.store, folder.key(GIVEN_UP))
+
+
+def _was_forgotten(folder: RunFolder, lease: RunLease) -> bool:
+    """Whether a run that holds nothing but its lease could be forgotten: its pointer names it no more."""
+    try:
+        if not folder.open_key or any(
+            info.key != folder.key(LEASE) for info in folder.store.list_objects(folder.prefix)
+        ):
+            return False
+        lease.confirm()
+        close_pointer(folder.store, folder.open_key, folder.run_id)
+    except ConvoyError:
+        # The run stays open; what is told is why its block ended.
+        return False
+    return True
 
 
 class _Watch:

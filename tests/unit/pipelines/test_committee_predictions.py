@@ -21,6 +21,7 @@ from convoy.core.errors import ConfigError, ConvoyError, DataError, RunMismatch,
 from convoy.core.fingerprints import canonical_json
 from convoy.core.progress import Silent
 from convoy.pipelines import committee_predictions
+from convoy.pipelines.comparison import CompareConfig, compare_bundles
 from convoy.pipelines.dataset import DatasetConfig, freeze
 from convoy.pipelines.evaluate import EvaluateConfig, run_evaluate
 from convoy.pipelines.feature_plan import ExtractionConfig
@@ -102,12 +103,35 @@ def evaluate(store: LocalStore, *, new_run: bool = False) -> Any:
         {
             "workspace": store.root_uri,
             "dataset": "digits",
-            "splits": ["train", "val", "test"],
+            "splits": ["train"],
             "ensemble": {"members": [{"bundle": "one"}, {"bundle": "two"}]},
             "extraction": EXTRACTION,
         }
     )
     return run_evaluate(config, progress=Silent(), new_run=new_run)
+
+
+@pytest.mark.parametrize("settings", [{}, {"crops": "flip"}])
+def test_both_models_of_a_comparison_are_checked_before_either_is_measured(
+    store: LocalStore, settings: dict[str, Any]
+) -> None:
+    other = write_classifier(store, "other", made_classifier(store, 2, classes=("cat", "dog")))
+    config = CompareConfig.model_validate(
+        {
+            "workspace": store.root_uri,
+            "dataset": "digits",
+            "splits": ["train"],
+            "bundles": ["one", "other"],
+            **settings,
+        }
+    )
+    progress = Mock(Silent)
+    with pytest.raises(
+        ConfigError, match=f"the bundle {other} does not know 10 classes of the dataset: 0, 1"
+    ):
+        compare_bundles(config, progress=progress)
+    assert (run_ids(store), open_pointers(store)) == ([], {})
+    progress.stage.assert_not_called()
 
 
 @pytest.mark.parametrize("job", [score, evaluate])
@@ -185,7 +209,7 @@ def test_the_report_of_an_evaluation_says_which_rows_its_models_learnt_from(
 
     monkeypatch.setattr("convoy.pipelines.evaluate.overlap_notes", overlap_notes)
     assert evaluate(store).notes == ["one of them learnt from these rows"]
-    assert asked == ["digits", ("train", "val", "test")]
+    assert asked == ["digits", ("train",)]
 
 
 @pytest.mark.parametrize("job", [score, evaluate])

@@ -14,6 +14,7 @@ import pytest
 
 from convoy.core.errors import (
     ConditionalWriteUnsupported,
+    ConfigError,
     ExitCode,
     LeaseHeld,
     LeaseLost,
@@ -31,7 +32,7 @@ from convoy.storage.leases import (
     read_lease,
 )
 from convoy.storage.local_store import LocalStore
-from convoy.storage.runs import RunFolder
+from convoy.storage.runs import OpenRun, RunFolder, open_pointers, run_ids
 from made_leases import put_lease
 
 LONG_S = 60.0
@@ -262,6 +263,41 @@ def test_a_run_that_was_finished_while_it_was_given_up_may_be_held_for_its_repai
     folder.store.put(folder.key("_SUCCESS"), b"")
     with hold_run(folder):
         pass
+
+
+def refuse(folder: RunFolder, before: Callable[[], None] = lambda: None) -> None:
+    """Hold a run for something that is refused."""
+
+    def ask() -> None:
+        with hold_run(folder):
+            before()
+            raise ConfigError("no such thing")
+
+    with pytest.raises(ConfigError, match="no such thing"):
+        ask()
+
+
+def test_a_run_that_is_refused_before_anything_was_written_is_forgotten(tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path))
+    open_run = OpenRun(store, verb="train", target="t")
+
+    refuse(open_run.start())
+    assert (open_run.current(), run_ids(store), open_pointers(store)) == (None, [], {})
+    # What was begun is gone on with.
+    begun = open_run.start()
+    store.put(begun.key("input/0.parquet"), b"")
+    refuse(begun)
+    assert run_ids(store) == list(open_pointers(store)) == [begun.run_id]
+    with hold_run(begun) as lease:
+        assert lease.token == 2
+
+
+def test_a_run_that_another_driver_took_over_is_not_forgotten(tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path))
+    folder = OpenRun(store, verb="train", target="t").start()
+    refuse(folder, lambda: put_lease(folder))
+    assert list(open_pointers(store)) == [folder.run_id]
+    assert token_of(folder) == 7
 
 
 def test_living_holders_are_those_that_renew(tmp_path: Path) -> None:
