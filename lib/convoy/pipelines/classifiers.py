@@ -29,6 +29,8 @@ from convoy.vision.weight_files import float32_below
 # Where the tensors of the network lie in the file of a model.
 BACKBONE_PREFIX = "backbone."
 CLASSIFIER_FORMAT_VERSION = 1
+# How many classes an error names of those that a model does not know.
+_NUM_NAMED = 5
 
 
 class Strategy(StrEnum):
@@ -146,18 +148,26 @@ def as_is(
 
 
 def class_indices(
-    dataset_classes: Sequence[str], model_classes: Sequence[str], *, model: str = "the model"
+    dataset_classes: Sequence[str],
+    model_classes: Sequence[str],
+    *,
+    model: str = "the model",
+    where: str = "",
+    next_step: str = "take a dataset and a model with the same class names",
 ) -> list[int]:
     """For each class of a dataset its index in the model, matched by name; never guessed from the order.
 
-    Raises ConfigError for classes that the model, which is called so, does not know.
+    Raises ConfigError for classes that the model does not know: what the error calls it, where it was named and what
+    to do about it is the caller's to say.
     """
     index_of = {name: index for index, name in enumerate(model_classes)}
     unknown = [name for name in dataset_classes if name not in index_of]
     if unknown:
+        more = f" and {len(unknown) - _NUM_NAMED} more" if unknown[_NUM_NAMED:] else ""
         raise ConfigError(
-            f"{model} does not know {len(unknown)} classes of the dataset: {', '.join(unknown[:5])}",
-            next_step="evaluate on a dataset with the model's class names, or give model.classes in its order",
+            f"{model} does not know {len(unknown)} classes of the dataset: {', '.join(unknown[:_NUM_NAMED])}{more}",
+            where=where,
+            next_step=next_step,
         )
     return [index_of[name] for name in dataset_classes]
 

@@ -102,13 +102,13 @@ def pinned_teacher(store: ObjectStore, manifest: Manifest, teacher: str) -> str:
     """The bundle that the name of a teacher means now, by digest; the errors are those of `with_pinned_teacher`."""
     ref = resolve_bundle(store, teacher)
     known = peek_bundle(store, ref).read_json("classes.json")
-    missing = [name for name in manifest.classes if name not in known]
-    if missing:
-        raise ConfigError(
-            f"the teacher does not know {len(missing)} classes of the dataset: {', '.join(missing[:5])}",
-            where="distill.teacher",
-            next_step="choose a teacher that was trained on a dataset with these classes",
-        )
+    class_indices(
+        manifest.classes,
+        known,
+        model="the teacher",
+        where="distill.teacher",
+        next_step="choose a teacher that was trained on a dataset with these classes",
+    )
     return str(ref)
 
 

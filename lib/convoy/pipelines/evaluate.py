@@ -151,10 +151,22 @@ def open_evaluation(config: EvaluateConfig) -> OpenedEvaluation:
     manifest = open_dataset(store, config.dataset)
     require_labels(manifest, config.splits)
     committee = chosen_committee(store, config, config, config.extraction)
-    class_indices(manifest.classes, committee.classes, model=config.in_words)
+    class_indices(
+        manifest.classes, committee.classes, model=config.in_words, next_step=_advice_on_classes(config)
+    )
     if config.mode is EvaluationMode.GATED:
         require_gate(committee)
     return OpenedEvaluation(config=config, store=store, manifest=manifest, committee=committee)
+
+
+def _advice_on_classes(choice: ModelChoice) -> str:
+    """What to do where the model does not know the classes of the dataset."""
+    advice = "evaluate on a dataset with its class names, or give its outputs those of the dataset: "
+    if choice.model is not None:
+        return f"{advice}model.classes names all in order, model.class_map some"
+    if choice.ensemble is not None and all(member.backbone for member in choice.ensemble.members):
+        return f"{advice}of a member, classes names all in order, class_map some"
+    return "evaluate on a dataset with its class names, or a model that was trained on these"
 
 
 def is_plain(committee: CommitteeRecord, mode: EvaluationMode) -> bool:

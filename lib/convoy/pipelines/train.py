@@ -18,7 +18,7 @@ from convoy.core.records import Split
 from convoy.core.training_events import EpochResult
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.classifier_tensors import classifier_files, stored_head
-from convoy.pipelines.classifiers import Classifier, Strategy, as_is
+from convoy.pipelines.classifiers import Classifier, Strategy
 from convoy.pipelines.dataset_choice import open_as_begun
 from convoy.pipelines.device_settings import settle_precision
 from convoy.pipelines.distillation import taught_rows, with_begun_teacher, with_pinned_teacher
@@ -29,6 +29,7 @@ from convoy.pipelines.model_cards import rows_in_words, training_card
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.network_training import CurveDrawer, TrainedNetwork, network_training, open_training
 from convoy.pipelines.probing import HeadSummary, HeadTrialSummary, TrainingInputs, check_head, fit_probe
+from convoy.pipelines.train_as_is import as_is_for
 from convoy.pipelines.train_config import NETWORKS, PROBES, TrainConfig
 from convoy.pipelines.training_rows import (
     Fold,
@@ -274,8 +275,7 @@ def _train(job: _Job) -> AbstractContextManager[_Trained]:
 
 
 def _use_as_is(job: _Job, backbone: BackboneRecord) -> _Trained:
-    config = job.config
-    classifier = as_is(backbone, config.classes, config.extraction, class_map=config.class_map)
+    classifier = as_is_for(job.manifest, job.config, backbone)
     return _Trained(classifier=classifier, num_train_rows=0, num_train_images=0)
 
 

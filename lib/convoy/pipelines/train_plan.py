@@ -7,12 +7,13 @@ from pydantic import Field
 from convoy.cluster.network_device import known_device
 from convoy.core.config import StrictModel
 from convoy.core.records import Split
-from convoy.pipelines.classifiers import Strategy, as_is, class_indices
+from convoy.pipelines.classifiers import Strategy
 from convoy.pipelines.distillation import with_begun_teacher, with_pinned_teacher
 from convoy.pipelines.models import fetch_backbone
 from convoy.pipelines.network_training import open_training, require_gpu_for_fp16, training_identity
 from convoy.pipelines.probing import TrainingInputs, check_head
 from convoy.pipelines.train import first_network, measured_on, training_dataset
+from convoy.pipelines.train_as_is import as_is_for
 from convoy.pipelines.train_config import NETWORKS, PROBES, TrainConfig
 from convoy.pipelines.training_rows import balance_notes, count_classes, read_split, row_notes
 from convoy.pipelines.workspace import open_workspace
@@ -130,6 +131,4 @@ def _check_frozen(store: ObjectStore, manifest: Manifest, config: TrainConfig) -
         check_head(manifest, config)
         fetch_backbone(store, config.backbone).resolve_tap(config.wanted_tap)
         return
-    backbone = fetch_backbone(store, config.backbone)
-    classifier = as_is(backbone, config.classes, config.extraction, class_map=config.class_map)
-    class_indices(manifest.classes, classifier.classes)
+    as_is_for(manifest, config, fetch_backbone(store, config.backbone))

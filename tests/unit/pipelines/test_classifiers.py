@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from convoy.core.errors import ConfigError
-from convoy.pipelines.classifiers import as_is
+from convoy.pipelines.classifiers import as_is, class_indices
 from convoy.pipelines.feature_plan import FeatureDtype, FeatureRequest, plan_sets
 from convoy.storage.local_store import LocalStore
 from made_bundles import DIGITS, FP32, made_classifier
@@ -49,3 +49,15 @@ def test_an_order_is_asked_for_only_where_the_classes_come_in_another_one(store:
     assert classifier.order_of(DIGITS[::-1]) == tuple(range(9, -1, -1))
     # As bundles may have it that were made when names could repeat.
     assert replace(classifier, classes=REPEATED).order_of(REPEATED) is None
+
+
+def test_an_error_names_the_first_classes_that_a_model_does_not_know_and_counts_the_others() -> None:
+    assert class_indices(("cat", "dog"), ("dog", "owl", "cat")) == [2, 0]
+    with pytest.raises(
+        ConfigError, match=r"does not know 10 classes of the dataset: 0, 1, 2, 3, 4 and 5 more\n"
+    ):
+        class_indices(DIGITS, ("cat", "dog"))
+    with pytest.raises(
+        ConfigError, match=r"one does not know 5 classes of the dataset: 5, 6, 7, 8, 9\n  next: do"
+    ):
+        class_indices(DIGITS, DIGITS[:5], model="one", next_step="do this")

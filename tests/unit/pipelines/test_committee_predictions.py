@@ -23,7 +23,7 @@ from convoy.core.progress import Silent
 from convoy.pipelines import committee_predictions
 from convoy.pipelines.comparison import CompareConfig, compare_bundles
 from convoy.pipelines.dataset import DatasetConfig, freeze
-from convoy.pipelines.evaluate import EvaluateConfig, run_evaluate
+from convoy.pipelines.evaluate import EvaluateConfig, open_evaluation, run_evaluate
 from convoy.pipelines.feature_plan import ExtractionConfig
 from convoy.pipelines.forecast import Forecast, extrapolate
 from convoy.pipelines.model_registry import promote_model
@@ -46,6 +46,10 @@ from made_sources import shard_bytes, write_files
 
 NUM_IMAGES = 12
 EXTRACTION = ExtractionConfig(batch_size=4)
+PETS = {
+    "backbone": {"arch": "lenet5", "weights": "random", "num_classes": 2},
+    "classes": ["cat", "dog"],
+}
 ONE_WORKER = WorkerPool(num_workers=1, num_cpus=1, num_gpus=0, num_threads=1)
 
 
@@ -132,6 +136,33 @@ def test_both_models_of_a_comparison_are_checked_before_either_is_measured(
         compare_bundles(config, progress=progress)
     assert (run_ids(store), open_pointers(store)) == ([], {})
     progress.stage.assert_not_called()
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (
+            {"bundle": "other"},
+            "the bundle other does .* dataset with its class names, or a model that was trained",
+        ),
+        ({"model": PETS}, "lenet5 does .* give its outputs those of the dataset: model.classes names all"),
+        (
+            {"ensemble": {"members": [PETS, PETS]}},
+            "the ensemble does .*: of a member, classes names all in order",
+        ),
+        (
+            {"ensemble": {"members": [PETS, {"bundle": "other"}]}},
+            "the ensemble does .* or a model that was trained",
+        ),
+    ],
+)
+def test_who_evaluates_a_model_of_other_classes_is_told_what_can_be_done_of_it(
+    store: LocalStore, model: dict[str, Any], said: str
+) -> None:
+    write_classifier(store, "other", made_classifier(store, 2, classes=("cat", "dog")))
+    settings = {"workspace": store.root_uri, "dataset": "digits", "splits": ["train"]}
+    with pytest.raises(ConfigError, match=f"(?s){said}"):
+        open_evaluation(EvaluateConfig.model_validate({**settings, **model}))
 
 
 @pytest.mark.parametrize("job", [score, evaluate])

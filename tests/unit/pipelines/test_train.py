@@ -453,7 +453,7 @@ def test_the_report_names_keys_of_another_strategy_and_the_bundle_the_version_it
         ({"strategy": "as_is"}, "do not say what their classes are"),
         (
             {"strategy": "as_is", "classes": [*"0123456789"]},
-            "does not know 2 classes of the dataset: good, defect",
+            "lenet5 does not know 2 classes of the dataset: good, defect\n.*`classes` names all in order, `class_map`",
         ),
     ],
 )
