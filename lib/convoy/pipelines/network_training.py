@@ -89,10 +89,14 @@ def training_identity(manifest: Manifest, pretrained: BackboneRecord, config: Tr
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainedNetwork:
-    """A trained network in the workspace, and how it came about. `notes` are for the report."""
+    """A trained network in the workspace, and how it came about. `notes` are for the report.
+
+    It was given `num_train_images`, and learnt from those of them that could be used.
+    """
 
     backbone: BackboneRecord
     setup: TrainingSetup
+    num_train_images: int
     num_train_rows: int
     history: tuple[EpochResult, ...]
     reject_codes: dict[str, int]
@@ -187,10 +191,12 @@ class NetworkTraining:
             classes=self._manifest.classes,
         )
         setup = TrainingSetup.model_validate(self._settings["setup"])
+        num_train_images = self._settings["train"]["num_rows"]
         return TrainedNetwork(
             backbone=backbone,
             setup=setup,
-            num_train_rows=self._settings["train"]["num_rows"],
+            num_train_images=num_train_images,
+            num_train_rows=num_train_images - sum(outcome["reject_codes"].values()),
             history=tuple(EpochResult.model_validate(one) for one in outcome["history"]),
             reject_codes=dict(Counter(outcome["reject_codes"]) + Counter(self._settings["left_out"])),
             num_val_rows=0 if (val := self._settings["val"]) is None else val["num_rows"],

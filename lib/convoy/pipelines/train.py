@@ -361,7 +361,7 @@ def _train_network(job: _Job, backbone: BackboneRecord) -> Iterator[_Trained]:
         yield _Trained(
             classifier=_network_classifier(job, network.backbone, extraction),
             num_train_rows=network.num_train_rows,
-            num_train_images=network.num_train_rows,
+            num_train_images=network.num_train_images,
             num_val_images=network.num_val_rows,
             report=_network_report(job, training.folder, network) | {"notes": [*network.notes, *served]},
             finish=lambda report: training.finish(network, report, job.draw_curves),

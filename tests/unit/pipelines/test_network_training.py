@@ -340,6 +340,25 @@ def test_a_training_that_diverges_or_loses_its_workers_leaves_its_curves(
     assert [EpochResult.model_validate(one) for one in kept] == epochs
 
 
+def test_a_network_learnt_from_the_images_that_could_be_used(
+    opened: Opened, told: list[TrainingSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(spec: TrainingSpec, *_: object) -> dict[str, Any]:
+        told.append(spec)
+        return {
+            "weights_key": spec.initial_weights_key,
+            "diverged": None,
+            "history": [],
+            "reject_codes": {"empty": 1, "truncated": 2},
+        }
+
+    monkeypatch.setattr(network_training_module, "run_training", train)
+    with opened("rejects", 0.1, WhenHeld.REFUSE) as training:
+        network = training.run(drawn)
+    num_images = told[0].train.num_rows
+    assert (network.num_train_images, network.num_train_rows) == (num_images, num_images - 3)
+
+
 @pytest.mark.parametrize("delete", ["allowed", "refused"])
 def test_a_training_that_ended_leaves_no_checkpoints_or_leaves_them_to_gc(
     opened: Opened, told: list[TrainingSpec], monkeypatch: pytest.MonkeyPatch, delete: str

@@ -275,6 +275,7 @@ def test_a_network_is_measured_and_served_in_the_precision_that_its_recipe_names
     network = TrainedNetwork(
         backbone=made_classifier(store, 0, classes=CLASSES).backbone,
         setup=SimpleNamespace(head=None, plan=SimpleNamespace(phases=())),
+        num_train_images=20,
         num_train_rows=20,
         history=(),
         reject_codes={},
