@@ -110,7 +110,8 @@ def bootstrap_calibration_error(
         errors_R = np.abs(totals_RB).sum(axis=1) / num_rows
     drawn = percentile_interval(errors_R)
     estimate = float(np.abs(totals_B).sum()) / num_rows
-    low, high = max(0.0, 2 * estimate - drawn.high), max(0.0, 2 * estimate - drawn.low)
+    # Turned around, limits may lie where no error can.
+    low, high = (min(max(0.0, 2 * estimate - limit), 1.0) for limit in (drawn.high, drawn.low))
     return Interval(
         estimate=estimate, low=min(low, estimate), high=max(high, estimate), confidence=CONFIDENCE
     )

@@ -201,6 +201,15 @@ def test_chance_alone_does_not_look_like_a_calibration_error():
     assert all(0 <= one.low < one.estimate <= one.high for one in intervals)
 
 
+@pytest.mark.parametrize("num_rows", [20, 20_000])
+def test_no_calibration_error_is_above_1(num_rows):
+    """Nearly all rows are wrong for sure."""
+    gaps = np.where(np.arange(num_rows) % 20 == 0, 0.0, -1.0)
+    interval = bootstrap_calibration_error(gaps, np.zeros(num_rows, np.int64))
+    assert interval.estimate == 0.95
+    assert 0.8 < interval.low < 0.95 < interval.high <= 1.0
+
+
 def test_the_normal_limit_of_a_calibration_error_continues_the_drawn_one(monkeypatch):
     gaps, bins = overconfident_rows(10_000, 0.05, np.random.default_rng(1))
     drawn = bootstrap_calibration_error(gaps, bins)
