@@ -28,7 +28,8 @@ from convoy.storage.local_walk import (
     ABSENT,
     PRIVATE_PREFIX,
     Chain,
-    dangling_links,
+    UnfollowedLinks,
+    chain_above,
     folder_id,
     local_etag,
     sorted_entries,
@@ -51,9 +52,9 @@ class LocalStore:
     """An ObjectStore (see there) in the folder `root`, which is made when the first object is written.
 
     Every object is a file. Its etag is "<size>-<modification time in ns>", both in hexadecimal; there is no
-    checksum. Links to files and folders are followed, but not in a circle; what is neither a file nor a
-    folder is not listed. Conditional writes exclude each other, on one machine or over a network file system
-    with locks; an unconditional `put` of the same key at the same time is not excluded.
+    checksum. Links to files and folders are followed, but not in a circle, nor to a folder that holds the root; what
+    is neither a file nor a folder is not listed. Conditional writes exclude each other, on one machine or over a
+    network file system with locks; an unconditional `put` of the same key at the same time is not excluded.
     """
 
     root: str
@@ -98,10 +99,12 @@ class LocalStore:
                 if name.endswith("/") and any(walk_into(entry, prefix + name, chain, "", ""))
             )
 
-    def list_dangling_links(self) -> list[str]:
-        """The keys of links that lead nowhere, sorted; `list_objects` leaves them out."""
+    def find_unfollowed_links(self) -> UnfollowedLinks:
+        """The links that `list_objects` leaves out."""
+        links = UnfollowedLinks()
         with _reading(self.root):
-            return sorted(dangling_links(self.root, "", self._chain("")))
+            links.look_into(self.root, "", self._chain(""))
+        return links
 
     def list_unfinished(self, older_than_s: float) -> list[ObjectInfo]:
         """Files that writers left half done when they were killed, by their age, in any order; listings hide them."""
@@ -230,9 +233,9 @@ class LocalStore:
         return self._path(folder.removesuffix("/")) if folder else self.root
 
     def _chain(self, folder: str) -> Chain:
-        """The folders from the root to `folder`, which is empty or ends in '/'."""
+        """The folders above the root, and from it to `folder`, which is empty or ends in '/'."""
         paths = accumulate(folder.split("/")[:-1], os.path.join, initial=self.root)
-        return tuple(folder_id(path) for path in paths)
+        return (*chain_above(self.root), *(folder_id(path) for path in paths))
 
     def _prune(self, folder: str) -> None:
         while folder != self.root:

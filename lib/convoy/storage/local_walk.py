@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from operator import itemgetter
+from pathlib import Path
 
 from convoy.core.errors import StorageError
 from convoy.storage.object_store import ObjectInfo
@@ -19,7 +21,8 @@ LOST_AND_FOUND = "lost+found"
 # What the system says of a path that is no file or no folder.
 ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
-# The folders that lead to a folder, and itself, each as (device, inode); None for one that is gone.
+# The folders that lead to a folder, from the top of the disk, and itself, each as (device, inode); None for one that is
+# gone.
 Chain = tuple[tuple[int, int] | None, ...]
 
 
@@ -54,19 +57,32 @@ def walk_into(
         yield from walk(entry.path, folder, (*chain, entered), prefix, start_after)
 
 
-def dangling_links(path: str, folder: str, chain: Chain) -> Iterator[str]:
-    """The keys, in any order, of the links in the folder `path` and below that lead nowhere."""
-    try:
-        entries = _entries(path)
-    except ABSENT:
-        return
-    for entry in entries:
-        if entry.is_symlink() and not os.path.exists(entry.path):
-            yield folder + entry.name
-        elif entry.is_dir():
-            entered = folder_id(entry.path)
-            if entered not in chain:
-                yield from dangling_links(entry.path, f"{folder}{entry.name}/", (*chain, entered))
+@dataclass(slots=True)
+class UnfollowedLinks:
+    """The keys, in any order, of links that a walk leaves out.
+
+    `dangling` ones lead nowhere, `circular` ones to a folder that they lie in, be it above the root of the walk.
+    """
+
+    dangling: list[str] = field(default_factory=list)
+    circular: list[str] = field(default_factory=list)
+
+    def look_into(self, path: str, folder: str, chain: Chain) -> None:
+        """Add the links in the folder `path` and below."""
+        try:
+            entries = _entries(path)
+        except ABSENT:
+            return
+        for entry in entries:
+            key = folder + entry.name
+            if entry.is_symlink() and not os.path.exists(entry.path):
+                self.dangling.append(key)
+            elif entry.is_dir():
+                entered = folder_id(entry.path)
+                if entered not in chain:
+                    self.look_into(entry.path, f"{key}/", (*chain, entered))
+                elif entry.is_symlink():
+                    self.circular.append(key)
 
 
 def sorted_entries(path: str) -> list[tuple[str, os.DirEntry[str]]]:
@@ -117,3 +133,8 @@ def folder_id(path: str) -> tuple[int, int] | None:
     except ABSENT:
         return None
     return status.st_dev, status.st_ino
+
+
+def chain_above(path: str) -> Chain:
+    """The folders that hold a folder, whatever link it is named through: no link leads out of it and into them."""
+    return tuple(folder_id(str(above)) for above in reversed(Path(os.path.realpath(path)).parents))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from convoy.core.errors import AccessDenied, ObjectNotFound, StorageError
 from convoy.storage.local_store import LocalStore
-from convoy.storage.local_walk import PRIVATE_PREFIX
+from convoy.storage.local_walk import PRIVATE_PREFIX, UnfollowedLinks
 
 NOBODY = 65534
 
@@ -255,7 +255,7 @@ def test_the_root_of_a_volume_is_listed_without_its_closed_lost_and_found() -> N
         store = LocalStore(folder)
         try:
             assert keys_of(store) == ["cat/1.jpg"]
-            assert (store.list_folders(), store.list_dangling_links()) == (["cat"], [])
+            assert (store.list_folders(), store.find_unfollowed_links()) == (["cat"], UnfollowedLinks())
         finally:
             closed.chmod(0o700)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from convoy.core.errors import ConfigError, DataError
+from convoy.storage.local_store import LocalStore
 from convoy.storage.object_store import ObjectInfo
 from convoy.storage.s3_store import S3Store
 from convoy.storage.sources.folders import read_folders
@@ -126,8 +127,24 @@ def test_links_that_lead_nowhere_are_counted_with_a_warning(tmp_path: Path) -> N
     (tmp_path / "cat/circle").symlink_to(tmp_path)
     scan = read(tmp_path)
     assert list(rows_of(scan)) == ["cat/1.jpg", "cat/2.jpg"]
-    assert scan.skipped == {"dangling_link": 2}
+    assert scan.skipped == {"dangling_link": 2, "circular_link": 1}
     assert "2 (cat/3.jpg, cat/4.jpg)" in scan.warnings[-1]
+
+
+def test_a_link_to_a_folder_that_holds_the_source_is_not_followed(tmp_path: Path) -> None:
+    source = tmp_path / "mess"
+    write_files(tmp_path, "mess/cat/1.jpg", "other/dog/2.jpg", "workspace/datasets/pets/3.jpg")
+    (source / "loop").symlink_to("..")
+    (source / "cat/self").symlink_to(source)
+    (tmp_path / "named").symlink_to(source)
+    (source / "owl").symlink_to(tmp_path / "other/dog")
+    for root in (source, tmp_path / "named"):
+        scan = read(root)
+        assert list(rows_of(scan)) == ["cat/1.jpg", "owl/2.jpg"]
+        assert scan.skipped == {"circular_link": 2}
+        (warning,) = scan.warnings
+        assert warning == "links that lead to a folder that they lie in were left out: 2 (cat/self, loop)"
+    assert LocalStore(str(source)).list_folders() == ["cat", "owl"]
 
 
 def test_a_flat_folder_is_unlabelled(tmp_path: Path) -> None:

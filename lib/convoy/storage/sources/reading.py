@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import islice
 
@@ -100,16 +101,19 @@ def _kind_of_columns(schema: pa.Schema, image_column: str | None) -> SourceKind:
 def _with_what_is_not_listed(root: SourceRoot, scan: SourceScan) -> SourceScan:
     """The scan, and word of what a listing leaves out: the workspace, and below a local root links without an end."""
     scan = replace(scan, warnings=(*scan.warnings, *root.warnings))
-    links = root.store.list_dangling_links() if isinstance(root.store, LocalStore) else []
-    keys = [key for key in links if root.holds(key) and not is_hidden(key)]
+    if not isinstance(root.store, LocalStore):
+        return scan
+    links = root.store.find_unfollowed_links()
+    scan = _with_links(root, scan, "circular_link", "lead to a folder that they lie in", links.circular)
+    return _with_links(root, scan, "dangling_link", "lead nowhere", links.dangling)
+
+
+def _with_links(root: SourceRoot, scan: SourceScan, kind: str, what: str, links: Iterable[str]) -> SourceScan:
+    keys = sorted(key for key in links if root.holds(key) and not is_hidden(key))
     if not keys:
         return scan
-    warning = f"links that lead nowhere were left out: {describe_examples(len(keys), keys)}"
-    return replace(
-        scan,
-        skipped={**scan.skipped, "dangling_link": len(keys)},
-        warnings=(*scan.warnings, warning),
-    )
+    warning = f"links that {what} were left out: {describe_examples(len(keys), keys)}"
+    return replace(scan, skipped={**scan.skipped, kind: len(keys)}, warnings=(*scan.warnings, warning))
 
 
 def _refuse_unused(options: ReadingOptions, kind: SourceKind, uri: str) -> None:
