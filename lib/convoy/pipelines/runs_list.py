@@ -8,8 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pydantic import Field
 
 from convoy.core.config import StrictModel
+from convoy.core.epochs import EpochPlan
 from convoy.core.errors import OF_ONE_FILE
 from convoy.pipelines.runs_state import RunState, age_in_words, dataset_of, opened_utc, run_status, verb_of
+from convoy.storage.checkpoints import CheckpointFolder
 from convoy.storage.commits import SliceRecord, read_manifest, read_records
 from convoy.storage.object_store import ObjectStore
 from convoy.storage.runs import RunFolder, RunRecord, open_pointers, run_ids
@@ -17,11 +19,21 @@ from convoy.storage.runs import RunFolder, RunRecord, open_pointers, run_ids
 _THREADS = 8
 
 
+class TrainingReached(StrictModel):
+    """The step of a training's newest checkpoint, of all, and the epoch that this step is in; 0 before the first."""
+
+    step: int
+    num_steps: int
+    epoch: int
+    num_epochs: int
+
+
 class ListedRun(StrictModel):
     """A run in a line. `held_by` is the driver that has an unfinished run, unless it is known here to have ended.
 
     `done` of `inputs` rows ended in results or rejects; both are null for trainings and searches, whose work is not
-    counted in rows, and for runs that died before their input was frozen.
+    counted in rows, and for runs that died before their input was frozen. `trained` is how far an unfinished training
+    of a network is, as the next command would go on with it.
     """
 
     run: str
@@ -31,6 +43,7 @@ class ListedRun(StrictModel):
     held_by: str | None
     done: int | None
     inputs: int | None
+    trained: TrainingReached | None = None
     age: str
     opened_utc: str | None
 
@@ -86,6 +99,7 @@ def listed_run(store: ObjectStore, run_id: str, pointers: Mapping[str, str]) -> 
         held_by=status.held_by,
         done=_rows_done(folder, record, status.state),
         inputs=record.num_inputs if record and record.groups else None,
+        trained=None if status.state is RunState.FINISHED else _training_reached(store, record),
         age=age_in_words(opened),
         opened_utc=None if opened is None else opened.isoformat(),
     )
@@ -105,3 +119,20 @@ def _rows_done(folder: RunFolder, record: RunRecord | None, state: RunState) -> 
     if state is RunState.FINISHED:
         return record.num_inputs
     return sum(one.num_results + one.num_rejects for one in finished_slices(folder))
+
+
+def _training_reached(store: ObjectStore, record: RunRecord | None) -> TrainingReached | None:
+    """How far the run of a network is; None for all other runs, and where nothing but a head is trained."""
+    plan = {} if record is None else record.settings.get("setup", {}).get("plan", {})
+    num_epochs = sum(phase["epochs"] for phase in plan.get("phases", ()))
+    if record is None or not num_epochs:
+        return None
+    num_rows = record.settings["train"]["num_rows"]
+    steps_an_epoch = EpochPlan(num_rows=num_rows, batch_size=plan["batch_size"]).num_steps
+    step = CheckpointFolder(store, record.run_id).newest_step()
+    return TrainingReached(
+        step=step,
+        num_steps=num_epochs * steps_an_epoch,
+        epoch=-(-step // steps_an_epoch),
+        num_epochs=num_epochs,
+    )

@@ -155,6 +155,35 @@ def test_an_open_run_is_listed_with_what_is_done_of_it(store: LocalStore) -> Non
     assert (listed.done, listed.inputs) == (4, 10)
 
 
+def test_an_unfinished_training_tells_its_newest_checkpoint_of_all_steps(store: LocalStore) -> None:
+    folder = OpenRun(store, verb="train", target="t").start()
+    plan = {"batch_size": 16, "phases": [{"epochs": 1}, {"epochs": 3}]}
+    record = RunRecord.new(
+        folder.run_id,
+        verb="train",
+        identity={},
+        config={},
+        outputs={},
+        groups=(),
+        # Seven steps an epoch.
+        settings={"setup": {"plan": plan}, "train": {"num_rows": 100}},
+    )
+    folder.write_record(record)
+
+    def reached() -> list[tuple[int, int, int, int]]:
+        found = [only(list_runs(store).runs).trained, show_run(store, folder.run_id).trained]
+        return [(one.step, one.num_steps, one.epoch, one.num_epochs) for one in found if one is not None]
+
+    assert reached() == [(0, 28, 0, 4)] * 2
+    for step, epoch in ((3, 1), (7, 1), (8, 2), (28, 4)):
+        CheckpointFolder(store, folder.run_id).write(step, b"weights", details={})
+        assert reached() == [(step, 28, epoch, 4)] * 2
+    finish(folder, {})
+    assert reached() == []
+    opened(store)
+    assert [one.trained for one in list_runs(store).runs] == [None, None]
+
+
 def test_two_attempts_of_a_slice_count_once(store: LocalStore) -> None:
     _, _, record = opened(store)
     for attempt in ("a", "b"):
