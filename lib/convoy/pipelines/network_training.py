@@ -191,6 +191,7 @@ class NetworkTraining:
             classes=self._manifest.classes,
         )
         setup = TrainingSetup.model_validate(self._settings["setup"])
+        loss_notes = setup.head.notes_of_loss(outcome.get("val_top1")) if setup.head else ()
         num_train_images = self._settings["train"]["num_rows"]
         return TrainedNetwork(
             backbone=backbone,
@@ -202,7 +203,7 @@ class NetworkTraining:
             num_val_rows=0 if (val := self._settings["val"]) is None else val["num_rows"],
             # An older Convoy did not count them.
             val_rejects=outcome.get("val_rejects", 0),
-            notes=(*setup.plan.notes, *self.notes),
+            notes=(*setup.plan.notes, *self.notes, *loss_notes),
         )
 
     def finish(self, network: TrainedNetwork, report: dict[str, Any], draw_curves: CurveDrawer) -> None:

@@ -62,7 +62,8 @@ class HeadSummary(StrictModel):
     that for all passes, less the fit, and less the share of a pass that computed features for it now: for a probe the
     passes of the same fit, for a fine-tuning (`in_place_of`) the epochs that the fit replaces. Null where no run timed
     some hundreds of images. `reject_codes` count the training images that have no features, and were left out;
-    `val_rejects` is the number of such validation images.
+    `val_rejects` is the number of such validation images. `val_top1` is that of the chosen trial, null without
+    validation rows, and in summaries of before.
     """
 
     num_rows: int
@@ -74,6 +75,7 @@ class HeadSummary(StrictModel):
     trials: list[HeadTrialSummary]
     reject_codes: dict[str, int] = Field(default_factory=dict)
     val_rejects: int = 0
+    val_top1: float | None = None
 
     def in_place_of(self, num_epochs: int, *, num_views: int) -> HeadSummary:
         """The summary of a fit that replaces so many epochs through the body, each of one view of every image.
@@ -85,6 +87,16 @@ class HeadSummary(StrictModel):
         # The rows of the fit, and so its passes, are of all views.
         saved_s = self.saved_s + self.body_pass_s * (num_epochs / num_views - self.num_passes)
         return self.model_copy(update={"saved_s": saved_s})
+
+    def notes_of_loss(self, val_top1: float | None) -> tuple[str, ...]:
+        """That a network which began with the head ended below it on the validation rows, where it did."""
+        if self.val_top1 is None or val_top1 is None or val_top1 >= self.val_top1:
+            return ()
+        return (
+            "the network ends below the fitted head that it began with: top-1 on the validation rows is"
+            f" {val_top1:.4f}, and was {self.val_top1:.4f}; lower learning_rate, or keep that head with the strategy"
+            " linear_probe",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,6 +211,7 @@ def _summarise(fitted: FittedHead, image_s: float | None, share_computed: float)
         saved_s=None if body_pass_s is None else body_pass_s * (num_passes - share_computed) - fitted.seconds,
         converged=fitted.converged,
         trials=_trials(fitted),
+        val_top1=fitted.chosen.val.top1 if fitted.chosen.val else None,
     )
 
 

@@ -37,7 +37,9 @@ from convoy.pipelines import network_setup
 from convoy.pipelines import network_training as network_training_module
 from convoy.pipelines.distillation import TaughtRows
 from convoy.pipelines.models import fetch_backbone
+from convoy.pipelines.network_setup import TrainingSetup
 from convoy.pipelines.network_training import NetworkTraining, config_identity, network_training
+from convoy.pipelines.probing import HeadSummary
 from convoy.pipelines.runs_cancel import cancel_run
 from convoy.pipelines.train import random_weights
 from convoy.pipelines.train_config import TrainConfig
@@ -357,6 +359,42 @@ def test_a_network_learnt_from_the_images_that_could_be_used(
         network = training.run(drawn)
     num_images = told[0].train.num_rows
     assert (network.num_train_images, network.num_train_rows) == (num_images, num_images - 3)
+
+
+@pytest.mark.usefixtures("told")
+def test_a_network_that_ends_below_its_fitted_head_says_so(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = HeadSummary(
+        num_rows=42,
+        fit_seconds=1.0,
+        num_passes=1,
+        body_pass_s=None,
+        saved_s=None,
+        converged=True,
+        trials=[],
+        val_top1=0.9,
+    )
+    set_up = network_training_module.set_up_training
+
+    def with_head(*arguments: Any, **options: Any) -> tuple[TrainingSetup, bytes]:
+        setup, weights = set_up(*arguments, **options)
+        return setup.model_copy(update={"head": head}), weights
+
+    def train(spec: TrainingSpec, *_: object) -> dict[str, Any]:
+        return {
+            "weights_key": spec.initial_weights_key,
+            "diverged": None,
+            "history": [],
+            "val_top1": 0.0,
+            "reject_codes": {},
+        }
+
+    monkeypatch.setattr(network_training_module, "set_up_training", with_head)
+    monkeypatch.setattr(network_training_module, "run_training", train)
+    with opened("below", 0.1, WhenHeld.REFUSE) as training:
+        *_, note = training.run(drawn).notes
+    assert "is 0.0000, and was 0.9000" in note
 
 
 @pytest.mark.parametrize("delete", ["allowed", "refused"])

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
 from cache_jobs import write_digits
 from convoy.core.config import parse_config
+from convoy.core.metrics import EvaluationCounts
 from convoy.core.progress import Silent
 from convoy.core.records import Split
 from convoy.core.splits import SplitOptions
@@ -97,6 +99,18 @@ def fitted(trials: Sequence[HeadTrial]) -> FittedHead:
     return FittedHead(
         head=head, chosen=trials[-1], trials=tuple(trials), converged=True, num_train_rows=8, seconds=1.0
     )
+
+
+def test_a_network_that_ends_below_the_head_that_it_began_with_is_told_with_both_numbers() -> None:
+    counts = EvaluationCounts(2)
+    counts.add(np.array([[1.0, 0.0]] * 4, np.float32), np.array([0, 0, 0, 1]))
+    chosen = HeadTrial(C=1.0, num_iterations=1, converged=True, val=counts.summary())
+    head = _summarise(fitted([chosen]), None, 1.0)
+    assert head.val_top1 == 0.75
+    (note,) = head.notes_of_loss(0.1)
+    assert "top-1 on the validation rows is 0.1000, and was 0.7500" in note
+    assert head.notes_of_loss(0.75) == head.notes_of_loss(None) == ()
+    assert head.model_copy(update={"val_top1": None}).notes_of_loss(0.1) == ()
 
 
 @pytest.mark.parametrize(("values_of_c", "num_passes"), [((0.1, 1.0, 10.0), 6), ((None, None, None), 3)])
