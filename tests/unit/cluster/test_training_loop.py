@@ -203,7 +203,7 @@ class PartnerWithoutImages(GroupOfOne):
     """As one worker sees a group of which another has none but rejects in every pass."""
 
     def total(self, values: Tensor) -> Tensor:
-        return values if values.is_floating_point() else torch.zeros_like(values)
+        return values if values.is_floating_point() else values + 1
 
 
 def test_statistics_of_averaged_weights_are_those_of_passes_in_which_every_worker_has_images(

@@ -56,7 +56,7 @@ def test_the_other_commands_go_on_working() -> None:
     for word in ("augmentation", "ensemble", "page", "TARGET"):
         assert word in result.output
     result = CliRunner().invoke(app, ["report", "page", "--help"])
-    assert "where it is called page" in " ".join(result.output.replace("│", " ").split())
+    assert "where its name is page" in " ".join(result.output.replace("│", " ").split())
 
 
 @pytest.mark.parametrize("option", ["--out", "--output", "-o"])
