@@ -191,8 +191,13 @@ class NetworkTraining:
             classes=self._manifest.classes,
         )
         setup = TrainingSetup.model_validate(self._settings["setup"])
-        loss_notes = setup.head.notes_of_loss(outcome.get("val_top1")) if setup.head else ()
         num_train_images = self._settings["train"]["num_rows"]
+        num_val_rows = 0 if (val := self._settings["val"]) is None else val["num_rows"]
+        # An older Convoy did not count them.
+        val_rejects = outcome.get("val_rejects", 0)
+        loss_notes: tuple[str, ...] = ()
+        if setup.head is not None:
+            loss_notes = setup.head.notes_of_loss(outcome.get("val_top1"), num_val_rows - val_rejects)
         return TrainedNetwork(
             backbone=backbone,
             setup=setup,
@@ -200,9 +205,8 @@ class NetworkTraining:
             num_train_rows=num_train_images - sum(outcome["reject_codes"].values()),
             history=tuple(EpochResult.model_validate(one) for one in outcome["history"]),
             reject_codes=dict(Counter(outcome["reject_codes"]) + Counter(self._settings["left_out"])),
-            num_val_rows=0 if (val := self._settings["val"]) is None else val["num_rows"],
-            # An older Convoy did not count them.
-            val_rejects=outcome.get("val_rejects", 0),
+            num_val_rows=num_val_rows,
+            val_rejects=val_rejects,
             notes=(*setup.plan.notes, *self.notes, *loss_notes),
         )
 

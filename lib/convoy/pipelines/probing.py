@@ -13,6 +13,7 @@ from pydantic import Field
 from convoy.core.config import StrictModel
 from convoy.core.progress import Progress
 from convoy.core.records import Split
+from convoy.core.statistics import wilson_interval
 from convoy.pipelines.backbone_record import BackboneRecord
 from convoy.pipelines.distillation import TaughtRows
 from convoy.pipelines.feature_plan import FeatureRequest, holding_features
@@ -88,9 +89,11 @@ class HeadSummary(StrictModel):
         saved_s = self.saved_s + self.body_pass_s * (num_epochs / num_views - self.num_passes)
         return self.model_copy(update={"saved_s": saved_s})
 
-    def notes_of_loss(self, val_top1: float | None) -> tuple[str, ...]:
-        """That a network which began with the head ended below it on the validation rows, where it did."""
-        if self.val_top1 is None or val_top1 is None or val_top1 >= self.val_top1:
+    def notes_of_loss(self, val_top1: float | None, num_val_rows: int) -> tuple[str, ...]:
+        """That a network which began with the head ended below it on so many validation rows, by more than chance."""
+        if self.val_top1 is None or val_top1 is None:
+            return ()
+        if wilson_interval(val_top1 * num_val_rows, num_val_rows).high >= self.val_top1:
             return ()
         return (
             "the network ends below the fitted head that it began with: top-1 on the validation rows is"

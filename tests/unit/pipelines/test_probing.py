@@ -107,10 +107,11 @@ def test_a_network_that_ends_below_the_head_that_it_began_with_is_told_with_both
     chosen = HeadTrial(C=1.0, num_iterations=1, converged=True, val=counts.summary())
     head = _summarise(fitted([chosen]), None, 1.0)
     assert head.val_top1 == 0.75
-    (note,) = head.notes_of_loss(0.1)
+    (note,) = head.notes_of_loss(0.1, 20)
     assert "top-1 on the validation rows is 0.1000, and was 0.7500" in note
-    assert head.notes_of_loss(0.75) == head.notes_of_loss(None) == ()
-    assert head.model_copy(update={"val_top1": None}).notes_of_loss(0.1) == ()
+    assert head.notes_of_loss(0.75, 20) == head.notes_of_loss(None, 0) == ()
+    assert head.notes_of_loss(0.7, 20) == (), "one row fewer of twenty is chance"
+    assert head.model_copy(update={"val_top1": None}).notes_of_loss(0.1, 20) == ()
 
 
 @pytest.mark.parametrize(("values_of_c", "num_passes"), [((0.1, 1.0, 10.0), 6), ((None, None, None), 3)])
