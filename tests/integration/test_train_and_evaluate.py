@@ -362,9 +362,9 @@ def test_unlabelled_dataset_is_refused_before_anything_is_computed(unused: Digit
     for path in (tmp_path / "images").rglob("*.jpg"):
         path.rename(flat / path.name)
     freeze(flat, unused.workspace, name="unlabelled")
-    finished = unused.start("evaluate", "bundle=digits", "splits=[train]", "dataset=unlabelled")
+    finished = unused.start("evaluate", "bundle=digits", "splits=[test]", "dataset=unlabelled")
     assert (finished.returncode, finished.stdout) == (1, "")
-    assert "no labelled sample in split train" in finished.stderr
+    assert "no labelled sample in split test" in finished.stderr
     assert not open_store(unused.workspace).list_folders("features/")
 
 
