@@ -113,7 +113,8 @@ def plan_network(
     phases = wanted_phases(config, wanted)
     recipe = _resolve_recipe(wanted, phases[-1], device)
     batch_size = group_batch_size(recipe, num_workers)
-    smallest_batch = _smallest_batch(batch_size, sum(counts), num_workers)
+    epoch = EpochPlan(num_rows=sum(counts), batch_size=batch_size)
+    _check_batch(epoch, num_workers)
     _check_resolutions(phases, network)
     images_per_class = statistics.median(counts)
     resolved = tuple(
@@ -130,7 +131,7 @@ def plan_network(
     recipe, batchnorm_notes = _settle_batchnorm(
         recipe,
         has_batchnorm=any(trains_batchnorm(network, axis, frozen_stages(phase)) for phase in resolved),
-        batch_size=smallest_batch,
+        batch_size=epoch.smallest_batch,
         num_workers=num_workers,
         on_gpus=on_gpus,
     )
@@ -138,7 +139,7 @@ def plan_network(
     notes = (
         _source(config),
         *_notes(phases, resolved, axis, images_per_class),
-        *_notes_of_batch(batch_size, smallest_batch, sum(counts)),
+        *_notes_of_batch(epoch),
         *batchnorm_notes,
         *_notes_of_random(config, resolved),
         *_notes_of_head_alone(config, resolved, axis),
@@ -229,16 +230,13 @@ def _num_learnt(config: TrainConfig, axis: DepthAxis) -> int | None:
     return axis.num_reused if has_new_layers else None
 
 
-def _smallest_batch(batch_size: int, num_rows: int, num_workers: int) -> int:
-    """The images of the smallest step of an epoch. ConfigError where they are not enough for the workers."""
-    smallest = EpochPlan(num_rows=num_rows, batch_size=batch_size).smallest_batch
-    if smallest < num_workers:
+def _check_batch(epoch: EpochPlan, num_workers: int) -> None:
+    if epoch.smallest_batch < num_workers:
         raise ConfigError(
-            f"a batch of {smallest} images leaves some of {num_workers} workers without any",
+            f"a batch of {epoch.smallest_batch} images leaves some of {num_workers} workers without any",
             where="recipe.batch_size",
             next_step="raise the batch size, or lower workers.num_workers",
         )
-    return smallest
 
 
 def _check_resolutions(phases: Sequence[Phase], network: nn.Module) -> None:
@@ -269,14 +267,13 @@ def _notes(
     return notes
 
 
-def _notes_of_batch(batch_size: int, smallest_batch: int, num_rows: int) -> list[str]:
+def _notes_of_batch(epoch: EpochPlan) -> list[str]:
     """Where an epoch of few images is cut into steps of equal size that are clearly smaller than its batch."""
-    if smallest_batch > _NEARLY_WHOLE * batch_size:
+    if epoch.smallest_batch > _NEARLY_WHOLE * epoch.batch_size:
         return []
-    num_steps = EpochPlan(num_rows=num_rows, batch_size=batch_size).num_steps
     return [
-        f"{num_rows} images are {num_steps} steps of about {smallest_batch}, as steps are of equal size: rates are"
-        f" those for batches of {batch_size}"
+        f"{epoch.num_rows} images are {epoch.num_steps} steps of about {epoch.smallest_batch}, as steps are of equal"
+        f" size: rates are those for batches of {epoch.batch_size}"
     ]
 
 

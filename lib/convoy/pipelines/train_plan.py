@@ -6,6 +6,7 @@ from pydantic import Field
 
 from convoy.cluster.network_device import known_device
 from convoy.core.config import StrictModel
+from convoy.core.epochs import EpochPlan
 from convoy.core.records import Split
 from convoy.pipelines.classifiers import Strategy
 from convoy.pipelines.distillation import with_begun_teacher, with_pinned_teacher
@@ -103,7 +104,7 @@ def plan_train(config: TrainConfig, *, new_run: bool = False) -> TrainPlan:
         device=device,
     )
     network = without_head_phase(planned.plan) if planned.fits_head else planned.plan
-    steps_an_epoch = -(-rows.num_rows // network.batch_size)
+    steps_an_epoch = EpochPlan(num_rows=rows.num_rows, batch_size=network.batch_size).num_steps
     stages = [
         StageSummary(
             depth=stage.index,
